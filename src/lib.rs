@@ -1,0 +1,1 @@
+//! vublk: a userspace storage backend for virtual machines.

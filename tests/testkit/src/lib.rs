@@ -1,0 +1,1 @@
+//! A vhost-user-blk front end and process control, for tests and benchmarks.
