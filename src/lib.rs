@@ -1,1 +1,16 @@
 //! vublk: a userspace storage backend for virtual machines.
+//!
+//! A request goes from a guest's virtqueue through a graph of block nodes down to a file:
+//!
+//! ```text
+//! guest RAM ─ virtqueues ─▶ export ─▶ block (format nodes ▶ filters ▶ protocol nodes) ─▶ io_uring
+//! ```
+//!
+//! * [`io`]: the engine: workers, rings, tasks.
+//! * [`block`]: the contract between disks' users and their implementations.
+//!
+//! Arrows go one way: `cli → export → block → io`, `format, protocol → block, io`. A test reads the
+//! `use` lines and holds this.
+
+pub mod block;
+pub mod io;

@@ -1,0 +1,323 @@
+//! The contract between the block layer and what implements it: formats, filters and protocols.
+//!
+//! Callers hold a [`Node`](super::Node), which checks every request once; a [`Driver`] can rely on
+//! what is promised here, and its first line is its real work.
+//!
+//! # What a node has checked before a driver sees a request
+//!
+//! * The range lies inside [`Driver::len`] (rounded up to `request_align` for transfers), and is not
+//!   empty.
+//! * For reads and writes: offset and length are multiples of [`Traits::request_align`], the length
+//!   is at most [`Traits::max_transfer`], and the memory is aligned to [`Traits::buffer_align`].
+//! * For zero and discard: offset and length are multiples of the driver's own alignment, and the
+//!   length is at most its own limit.
+//! * The caller's permission: a node without the write permission gets no writes.
+//! * A write, zero or discard never overlaps a read-modify-write of the same bytes.
+//!
+//! # Ordering
+//!
+//! Requests in flight together have no order among themselves. A completed write is seen by every
+//! later read of any worker. [`Driver::flush`] makes durable every write completed, on any worker,
+//! before the flush was called; it waits for no others.
+
+use super::Child;
+use crate::io::{Errno, InFlight, IoResult, IoVec, Started};
+use std::future::Future;
+use std::pin::Pin;
+
+/// A future that stays on the worker it was made on.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// What a driver can do and what its requests must look like. Constant while the node is open.
+///
+/// Alignments are powers of two, in bytes. Limits are in bytes, multiples of the alignment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Of offset and length of every read and write. At most 2 MiB.
+    pub request_align: u32,
+    /// Of each memory segment's address and length.
+    pub buffer_align: u32,
+    /// Most bytes in one read or write.
+    pub max_transfer: u32,
+    /// Most memory segments in one read or write.
+    pub max_segments: u32,
+    /// Of offset and length of a zero request. At least `request_align`.
+    pub zero_align: u32,
+    pub max_zero: u64,
+    /// Of offset and length of a discard. At least `request_align`.
+    pub discard_align: u32,
+    pub max_discard: u64,
+    /// The size and alignment that writes should have to be quick (a physical block, a cluster).
+    pub optimal_io: u32,
+    pub abilities: Abilities,
+}
+
+bitflags::bitflags! {
+    /// What a driver does natively; what is missing here, the node does another way or refuses.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Abilities: u32 {
+        /// [`Driver::zero`].
+        const ZERO = 1;
+        /// [`Driver::zero`] gives the space back when asked to ([`ZeroFlags::UNMAP`]).
+        const ZERO_UNMAP = 1 << 1;
+        /// [`Driver::discard`], and the node is configured to pass it on (`discard=unmap`).
+        const DISCARD = 1 << 2;
+        /// [`WriteFlags::FUA`] without a flush of everything.
+        const FUA = 1 << 3;
+        /// A discarded range reads as zeroes.
+        const DISCARD_ZEROES = 1 << 4;
+        /// Nothing can be written.
+        const READ_ONLY = 1 << 5;
+    }
+}
+
+impl Default for Traits {
+    /// A driver without limits or abilities, with QEMU's bounds on one request.
+    fn default() -> Traits {
+        Traits {
+            request_align: 1,
+            buffer_align: 1,
+            max_transfer: Traits::MAX_TRANSFER,
+            max_segments: 1024,
+            zero_align: 1,
+            max_zero: Traits::MAX_TRANSFER as u64,
+            discard_align: 1,
+            max_discard: Traits::MAX_TRANSFER as u64,
+            optimal_io: 0,
+            abilities: Abilities::empty(),
+        }
+    }
+}
+
+impl Traits {
+    /// The most that one request may transfer anywhere: 2 GiB less a 64 KiB page, what the kernel
+    /// takes in one read (MAX_RW_COUNT), rounded so that any alignment fits.
+    pub const MAX_TRANSFER: u32 = 0x7fe0_0000;
+}
+
+/// What a mapping is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    Write,
+    /// A write that is durable when it completes: only to be answered with `Data` where the mapping
+    /// itself is durable, and by a leaf that has [`Abilities::FUA`].
+    DurableWrite,
+}
+
+/// Where the first `len` bytes of a range live.
+pub struct Mapping<'a> {
+    /// Bytes, from the start of the range; not zero, and never more than was asked.
+    pub len: u64,
+    pub target: Target<'a>,
+}
+
+pub enum Target<'a> {
+    /// At `offset` of a leaf, unchanged. The caller may start the transfer on the leaf directly.
+    Data { leaf: &'a dyn Leaf, offset: u64 },
+    /// Nowhere: the bytes read as zeroes.
+    Zero,
+    /// Not to be told without I/O, locks or allocation: take the slow road.
+    Slow,
+}
+
+impl Mapping<'_> {
+    pub fn slow(len: u64) -> Self {
+        Mapping { len, target: Target::Slow }
+    }
+}
+
+bitflags::bitflags! {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+    pub struct WriteFlags: u32 {
+        /// Durable at completion, the mapping of the bytes included.
+        const FUA = 1;
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+    pub struct ZeroFlags: u32 {
+        /// The space may be given back (deallocated).
+        const UNMAP = 1;
+        /// Fail with ENOTSUP rather than write out zeroes: only a quick way is wanted.
+        const NO_FALLBACK = 1 << 1;
+        /// Durable at completion.
+        const FUA = 1 << 2;
+    }
+
+    /// What is known of a range ([`Driver::status`]).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+    pub struct Status: u32 {
+        /// The bytes are stored somewhere, and must be read to be known.
+        const DATA = 1;
+        /// The bytes read as zeroes.
+        const ZERO = 1 << 1;
+        /// This node decides what is read, not its backing file.
+        const ALLOCATED = 1 << 2;
+        /// Stored compressed: the offset is of no use to a reader.
+        const COMPRESSED = 1 << 3;
+    }
+}
+
+/// What is known of the first `len` bytes of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes; not zero, at most what was asked.
+    pub len: u64,
+    pub status: Status,
+    /// Where the bytes are kept: the driver's child, and the offset in it. For a protocol, its own
+    /// offset and no child.
+    pub place: Option<Place>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Index into [`Driver::children`]; `None` for the node itself.
+    pub child: Option<usize>,
+    /// Bytes.
+    pub offset: u64,
+}
+
+/// How much a status request may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Find out which parts read as zeroes, even if the file system has to be asked.
+    Zeroes,
+    /// Only tell whether this node or its backing file decides; data that is really a hole may be
+    /// called data.
+    Allocation,
+}
+
+/// A format, filter or protocol. The module's text says what has been checked before.
+pub trait Driver: Send + Sync + 'static {
+    /// As in `driver=NAME`.
+    fn name(&self) -> &'static str;
+
+    fn traits(&self) -> Traits;
+
+    /// The length of the disk, in bytes. Any length: not necessarily a multiple of anything.
+    fn len(&self) -> u64;
+
+    /// The nodes that this one stands on. Their number and roles are constant while it is open.
+    fn children(&self) -> &[Child] {
+        &[]
+    }
+
+    /// Where do the bytes from `at` on live? On the way of every request of the fast road, so:
+    /// no I/O, no lock, no allocation, no write to memory that workers share.
+    ///
+    /// What it answers holds as long as `inflight` does, or longer.
+    fn map<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+        access: Access,
+    ) -> Mapping<'a> {
+        let _ = (inflight, at, access);
+        Mapping::slow(want)
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult>;
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult>;
+
+    /// Makes the range read as zeroes, in a quicker way than writing them out; ENOTSUP when there is
+    /// none for this range, and the node writes.
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        let _ = (at, len, flags);
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    /// The bytes are no longer needed. Advice: what cannot be given back is left alone, and that is
+    /// success. Called only with [`Abilities::DISCARD`].
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        let _ = (at, len);
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult>;
+
+    /// What is known of the range from `at` on. Agrees byte for byte with `map` and `read`.
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>>;
+
+    /// The child, by index, that a request of `access` needs, with which permissions, when this
+    /// node's own users hold `own`. The default is a format's: it passes on what its users hold, and
+    /// lets nobody else write to what it stands on.
+    fn child_perms(&self, child: usize, own: super::Perms) -> super::Perms {
+        let _ = child;
+        super::Perms::format(own)
+    }
+
+    /// Locks of the storage that follow the permissions, for protocols that can tell other
+    /// processes.
+    fn locks(&self) -> Option<&dyn Locks> {
+        None
+    }
+
+    /// Where I/O can be started without suspending, if this driver is the bottom of the graph.
+    fn leaf(&self) -> Option<&dyn Leaf> {
+        None
+    }
+
+    /// Operations on the disk as a whole.
+    fn image(&self) -> Option<&dyn Image> {
+        None
+    }
+
+    /// Brings everything to a rest before the driver is dropped: metadata written, hints given. No
+    /// request is in flight and none will come.
+    fn close(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+/// The bottom of the graph on the fast road: starts a transfer and comes back at once.
+pub trait Leaf: Send + Sync {
+    /// Starts a transfer of `transfer.len` bytes that obeys the traits of the leaf's node.
+    ///
+    /// `token`'s source is told of the completion, unless the answer is `Started::Done`.
+    ///
+    /// # Safety
+    /// The list of segments stays in place, and the memory mapped, until the completion.
+    unsafe fn start(
+        &self,
+        io: &crate::io::Io,
+        transfer: Transfer<'_>,
+        token: crate::io::Token,
+    ) -> Started;
+}
+
+/// One whole read or write on a leaf.
+#[derive(Clone, Copy)]
+pub struct Transfer<'a> {
+    pub access: Access,
+    /// Bytes, in the leaf's own space.
+    pub offset: u64,
+    /// Bytes; the sum of the segments.
+    pub len: u32,
+    pub segments: &'a [libc::iovec],
+}
+
+/// How permissions reach other processes: prepared for all nodes of a change first, and then either
+/// all committed or all rolled back.
+pub trait Locks: Send + Sync {
+    /// Takes what `new` has and `old` has not; gives nothing up. May open the file anew.
+    fn prepare(&self, old: super::Perms, new: super::Perms) -> Result<(), super::Error>;
+    /// Gives up what only `old` has. Cannot fail.
+    fn commit(&self, old: super::Perms, new: super::Perms);
+    /// Undoes `prepare`. Cannot fail.
+    fn rollback(&self, old: super::Perms, new: super::Perms);
+}
+
+/// Operations on the disk as a whole. All are called with no other request in flight on the node.
+pub trait Image: Send + Sync {
+    /// Sets the length, in bytes. New bytes read as zeroes. Shrinking is refused unless `shrink`.
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), super::Error>>;
+    /// Bytes that the disk occupies on its storage, where that can be told.
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>>;
+}

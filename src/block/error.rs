@@ -1,0 +1,41 @@
+//! The block layer's rich error, for opening, changing and closing graphs: one line that says where,
+//! what was found and what was wanted.
+
+use crate::io::Errno;
+use std::fmt;
+
+/// One line, without the program's name and without a full stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    text: String,
+    errno: Option<Errno>,
+}
+
+impl Error {
+    pub fn new(text: impl Into<String>) -> Error {
+        Error { text: text.into(), errno: None }
+    }
+
+    /// `what: the errno's text`, as in `Could not open 'a': No such file or directory`.
+    pub fn os(what: impl fmt::Display, errno: impl Into<Errno>) -> Error {
+        let errno = errno.into();
+        Error { text: format!("{what}: {errno}"), errno: Some(errno) }
+    }
+
+    /// The same error, seen from further out: `at: text`.
+    pub fn at(self, at: impl fmt::Display) -> Error {
+        Error { text: format!("{at}: {}", self.text), errno: self.errno }
+    }
+
+    pub fn errno(&self) -> Option<Errno> {
+        self.errno
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,447 @@
+//! A node of the block graph: what callers hold.
+//!
+//! A node does once what no driver should do again: range, permission, alignment (with bounce
+//! buffers), splitting to limits, overlap, the ladder of ways to write zeroes. Its driver is called
+//! only with requests that obey the contract in [`super::driver`].
+
+use super::driver::*;
+use super::overlap::Overlap;
+use super::{Perm, Perms};
+use crate::io::sync::Mutex;
+use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// QEMU's sector: lengths are rounded up to it, whatever the image's is.
+pub const SECTOR: u64 = 512;
+
+/// The most memory that one request may take for a bounce buffer, in bytes; longer requests go in
+/// pieces.
+const BOUNCE_LIMIT: u64 = 1 << 20;
+
+/// Common options of every node, whatever its driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeOptions {
+    /// No writes, ever.
+    pub read_only: bool,
+    /// `discard=unmap`: discards are passed on, and zeroing may give space back.
+    pub discard: bool,
+    pub detect_zeroes: DetectZeroes,
+    /// `cache.direct`: around the host's page cache.
+    pub direct: bool,
+    /// `cache.no-flush`: a flush does nothing.
+    pub no_flush: bool,
+    /// Opened without locks, read-only, beside anybody.
+    pub force_share: bool,
+}
+
+/// Whether writes of nothing but zero bytes become zero requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    #[default]
+    Off,
+    On,
+    /// And the space may be given back.
+    Unmap,
+}
+
+/// An open disk, or a layer of one. Shared by everyone who uses it.
+pub struct Node {
+    name: String,
+    driver: Box<dyn Driver>,
+    traits: Traits,
+    options: NodeOptions,
+    overlap: Overlap,
+    /// The permissions that all users hold together ([`Perm`]); set by the graph.
+    held: AtomicU8,
+    /// Who may have requests on the fast road through this node.
+    members: Mutex<Vec<Arc<epoch::Member>>>,
+}
+
+impl Node {
+    /// A node that nobody holds a permission on yet.
+    pub fn new(name: String, driver: Box<dyn Driver>, options: NodeOptions) -> Arc<Node> {
+        let mut traits = driver.traits();
+        if options.read_only {
+            traits.abilities |= Abilities::READ_ONLY;
+        }
+        if !options.discard {
+            traits.abilities -= Abilities::DISCARD;
+        }
+        Arc::new(Node {
+            name,
+            driver,
+            traits,
+            options,
+            overlap: Overlap::default(),
+            held: AtomicU8::new(0),
+            members: Mutex::default(),
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    /// What requests to this node should look like to be quick; any other shape works too.
+    pub fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    pub fn options(&self) -> NodeOptions {
+        self.options
+    }
+
+    /// The disk's length as its users see it: in bytes, a multiple of [`SECTOR`]. What lies between
+    /// the driver's own length and this reads as zeroes until it is written.
+    pub fn len(&self) -> u64 {
+        self.driver.len().next_multiple_of(SECTOR)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What all users hold together.
+    pub fn held(&self) -> Perm {
+        Perm::from_bits_retain(self.held.load(Ordering::Relaxed))
+    }
+
+    /// For the graph, when a change of permissions is committed.
+    pub(super) fn set_held(&self, perms: Perms) {
+        self.held.store(perms.held.bits(), Ordering::Relaxed);
+    }
+
+    // ---- The fast road
+
+    /// Where the bytes from `at` on live, without I/O, locks or allocation. A write that must wait
+    /// for another, or has to be aligned, is answered with `Slow`.
+    pub fn map<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+        access: Access,
+    ) -> Mapping<'a> {
+        if access != Access::Read
+            && (self.overlap.has_barrier() || self.options.detect_zeroes != DetectZeroes::Off)
+        {
+            return Mapping::slow(want);
+        }
+        if (at | want) & (self.traits.request_align as u64 - 1) != 0
+            || want > self.traits.max_transfer as u64
+        {
+            return Mapping::slow(want);
+        }
+        self.driver.map(inflight, at, want, access)
+    }
+
+    /// Announces `member` as one whose fast requests may go through this node, and everything below.
+    pub fn add_member(&self, member: &Arc<epoch::Member>) {
+        let mut members = self.members.lock();
+        members.retain(|m| Arc::strong_count(m) > 1);
+        if !members.iter().any(|m| Arc::ptr_eq(m, member)) {
+            members.push(member.clone());
+        }
+        drop(members);
+        for child in self.driver.children() {
+            child.node().add_member(member);
+        }
+    }
+
+    /// Who may have fast requests through this node.
+    pub fn members(&self) -> Vec<Arc<epoch::Member>> {
+        self.members.lock().clone()
+    }
+
+    // ---- The slow road
+
+    /// Reads. Any offset and length inside the disk, any memory.
+    pub async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        self.check_range(at, into.len())?;
+        if into.is_empty() {
+            return Ok(());
+        }
+        let align = self.traits.request_align as u64;
+        if (at | into.len()) & (align - 1) == 0 && into.is_aligned(self.traits.buffer_align) {
+            return self.read_pieces(at, into).await;
+        }
+        // Bounce: whole blocks into memory of our own, and from there.
+        let mut done = 0;
+        while done < into.len() {
+            let start = round_down(at + done, align);
+            let end = (at + into.len()).next_multiple_of(align).min(start + BOUNCE_LIMIT);
+            let mut bounce = self.bounce(end - start)?;
+            self.read_pieces(start, &bounce.io_vec()).await?;
+            let skip = at + done - start;
+            let n = (into.len() - done).min(end - start - skip);
+            into.slice(done, n).copy_from(&bounce[skip as usize..][..n as usize]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Writes. Any offset and length inside the disk, any memory.
+    pub async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        self.check_writable()?;
+        self.check_range(at, from.len())?;
+        if from.is_empty() {
+            return if flags.contains(WriteFlags::FUA) { self.flush().await } else { Ok(()) };
+        }
+        if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from) {
+            let mut zero = ZeroFlags::empty();
+            zero.set(ZeroFlags::UNMAP, self.options.detect_zeroes == DetectZeroes::Unmap);
+            zero.set(ZeroFlags::FUA, flags.contains(WriteFlags::FUA));
+            return self.zero(at, from.len(), zero).await;
+        }
+        let native = self.traits.abilities.contains(Abilities::FUA);
+        let pass = if native { flags } else { flags - WriteFlags::FUA };
+        let align = self.traits.request_align as u64;
+        if (at | from.len()) & (align - 1) == 0 {
+            let _listed = self.overlap.write(at..at + from.len()).await;
+            self.write_aligned(at, from, pass).await?;
+        } else {
+            self.write_modified(at, from, pass).await?;
+        }
+        if flags.contains(WriteFlags::FUA) && !native { self.flush().await } else { Ok(()) }
+    }
+
+    /// Makes a range read as zeroes, by the quickest way there is.
+    pub async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        self.check_writable()?;
+        self.check_range(at, len)?;
+        let mut pass = flags - ZeroFlags::FUA;
+        if !self.options.discard {
+            pass -= ZeroFlags::UNMAP;
+        }
+        let align = self.traits.zero_align as u64;
+        let end = at + len;
+        let (middle, middle_end) = (at.next_multiple_of(align).min(end), round_down(end, align));
+        if middle < middle_end && self.traits.abilities.contains(Abilities::ZERO) {
+            self.zero_written(at, middle - at, flags).await?;
+            let mut pos = middle;
+            while pos < middle_end {
+                let n = (middle_end - pos).min(self.traits.max_zero);
+                let listed = self.overlap.write(pos..pos + n).await;
+                let result = self.driver.zero(pos, n, pass).await;
+                drop(listed);
+                match result {
+                    Err(errno) if errno.is_unsupported() => {
+                        self.zero_written(pos, n, flags).await?
+                    }
+                    other => other?,
+                }
+                pos += n;
+            }
+            self.zero_written(middle_end, end - middle_end, flags).await?;
+        } else {
+            self.zero_written(at, len, flags).await?;
+        }
+        if flags.contains(ZeroFlags::FUA) { self.flush().await } else { Ok(()) }
+    }
+
+    /// Advises that a range is no longer needed. What does not fill whole units, or cannot be given
+    /// back, is left as it is, and that is success.
+    pub async fn discard(&self, at: u64, len: u64) -> IoResult {
+        self.check_writable()?;
+        self.check_range(at, len)?;
+        if !self.traits.abilities.contains(Abilities::DISCARD) {
+            return Ok(());
+        }
+        let align = self.traits.discard_align as u64;
+        let (mut pos, end) = (at.next_multiple_of(align), round_down(at + len, align));
+        while pos < end {
+            let n = (end - pos).min(self.traits.max_discard);
+            let _listed = self.overlap.write(pos..pos + n).await;
+            match self.driver.discard(pos, n).await {
+                Err(errno) if errno.is_unsupported() => return Ok(()),
+                other => other?,
+            }
+            pos += n;
+        }
+        Ok(())
+    }
+
+    /// Makes every write completed before, on any worker, durable.
+    pub async fn flush(&self) -> IoResult {
+        if self.options.no_flush || self.traits.abilities.contains(Abilities::READ_ONLY) {
+            return Ok(());
+        }
+        self.driver.flush().await
+    }
+
+    /// What is known of a range: at least its first byte, at most `len` bytes.
+    pub async fn status(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
+        self.check_range(at, len)?;
+        let own = self.driver.len();
+        if at >= own {
+            let status = Status::ZERO | Status::ALLOCATED;
+            return Ok(Extent { len, status, place: None });
+        }
+        let mut extent = self.driver.status(at, len.min(own - at), precision).await?;
+        extent.len = extent.len.min(len);
+        Ok(extent)
+    }
+
+    fn check_range(&self, at: u64, len: u64) -> IoResult {
+        match at.checked_add(len) {
+            Some(end) if end <= self.len() => Ok(()),
+            _ => Err(Errno::EIO),
+        }
+    }
+
+    fn check_writable(&self) -> IoResult {
+        let may = self.held().intersects(Perm::WRITE | Perm::WRITE_UNCHANGED);
+        if may && !self.traits.abilities.contains(Abilities::READ_ONLY) {
+            Ok(())
+        } else {
+            Err(Errno::EPERM)
+        }
+    }
+
+    fn bounce(&self, len: u64) -> IoResult<AlignedBuf> {
+        let align = self.traits.buffer_align.max(self.traits.request_align) as usize;
+        AlignedBuf::new(len as usize, align).ok_or(Errno::ENOMEM)
+    }
+
+    /// The next piece of `all` from `done` on that fits the limits of one transfer.
+    fn piece<'m>(&self, all: &IoVec<'m>, done: u64) -> IoVec<'m> {
+        let mut n = (all.len() - done).min(self.traits.max_transfer as u64);
+        let mut piece = all.slice(done, n);
+        let most = self.traits.max_segments as usize;
+        if piece.as_raw().len() > most {
+            n = piece.as_raw()[..most].iter().map(|s| s.iov_len as u64).sum();
+            n = round_down(n, self.traits.request_align as u64);
+            // So many tiny segments that they do not even fill a block: go by what memory gives.
+            n = n.max(self.traits.request_align as u64).min(all.len() - done);
+            piece = all.slice(done, n);
+        }
+        piece
+    }
+
+    async fn read_pieces(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        let mut done = 0;
+        while done < into.len() {
+            let piece = self.piece(into, done);
+            if piece.as_raw().len() > self.traits.max_segments as usize {
+                let mut bounce = self.bounce(piece.len())?;
+                self.driver.read(at + done, &bounce.io_vec()).await?;
+                piece.copy_from(&bounce);
+            } else {
+                self.driver.read(at + done, &piece).await?;
+            }
+            done += piece.len();
+        }
+        Ok(())
+    }
+
+    async fn write_pieces(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        let mut done = 0;
+        while done < from.len() {
+            let piece = self.piece(from, done);
+            if piece.as_raw().len() > self.traits.max_segments as usize {
+                let mut bounce = self.bounce(piece.len())?;
+                piece.copy_to(&mut bounce);
+                self.driver.write(at + done, &bounce.io_vec(), flags).await?;
+            } else {
+                self.driver.write(at + done, &piece, flags).await?;
+            }
+            done += piece.len();
+        }
+        Ok(())
+    }
+
+    /// Writes whole blocks, from memory that may not be aligned.
+    async fn write_aligned(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        if is_aligned(from.as_raw(), self.traits.buffer_align) {
+            return self.write_pieces(at, from, flags).await;
+        }
+        let mut done = 0;
+        while done < from.len() {
+            let n = (from.len() - done).min(BOUNCE_LIMIT);
+            let mut bounce = self.bounce(n)?;
+            from.slice(done, n).copy_to(&mut bounce);
+            self.write_pieces(at + done, &bounce.io_vec(), flags).await?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Read-modify-write: blocks that the request covers in part are read, changed and written
+    /// whole, with no other write to them in between.
+    async fn write_modified(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        let align = self.traits.request_align as u64;
+        let (start, end) = (round_down(at, align), (at + from.len()).next_multiple_of(align));
+        let members = self.members();
+        let _listed = self.overlap.serialise(start..end, &members).await;
+        let mut pos = start;
+        while pos < end {
+            let n = (end - pos).min(BOUNCE_LIMIT.max(align));
+            let mut bounce = self.bounce(n)?;
+            if pos < at {
+                self.read_pieces(pos, &IoVec::from_mut(&mut bounce[..align as usize])).await?;
+            }
+            let tail = (n - align) as usize;
+            if pos + n > at + from.len() && (tail > 0 || pos >= at) {
+                let last = &mut bounce[tail..][..align as usize];
+                self.read_pieces(pos + tail as u64, &IoVec::from_mut(last)).await?;
+            }
+            let skip = at.saturating_sub(pos);
+            let done = (pos + skip) - at;
+            let take = (from.len() - done).min(n - skip);
+            from.slice(done, take).copy_to(&mut bounce[skip as usize..][..take as usize]);
+            self.write_pieces(pos, &bounce.io_vec(), flags).await?;
+            pos += n;
+        }
+        Ok(())
+    }
+
+    /// The last rung of the zero ladder: zeroes written as data.
+    async fn zero_written(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        if len == 0 {
+            return Ok(());
+        }
+        if flags.contains(ZeroFlags::NO_FALLBACK) {
+            return Err(Errno::ENOTSUP);
+        }
+        let mut zeroes = self.bounce(len.min(BOUNCE_LIMIT))?;
+        let align = self.traits.request_align as u64;
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(zeroes.len() as u64);
+            let part = IoVec::from_mut(&mut zeroes[..n as usize]);
+            if ((at + done) | n) & (align - 1) == 0 {
+                let _listed = self.overlap.write(at + done..at + done + n).await;
+                self.write_aligned(at + done, &part, WriteFlags::empty()).await?;
+            } else {
+                self.write_modified(at + done, &part, WriteFlags::empty()).await?;
+            }
+            done += n;
+        }
+        Ok(())
+    }
+}
+
+fn round_down(value: u64, align: u64) -> u64 {
+    value & !(align - 1)
+}
+
+/// Whether all bytes are zero. The memory may change meanwhile; a caller that acts on the answer
+/// writes zeroes, which is one of the values that the guest may expect to find.
+fn is_zero(list: &IoVec<'_>) -> bool {
+    let mut chunk = [0u8; 4096];
+    let mut at = 0;
+    while at < list.len() {
+        let n = (list.len() - at).min(chunk.len() as u64);
+        list.slice(at, n).copy_to(&mut chunk);
+        if chunk[..n as usize].iter().any(|&b| b != 0) {
+            return false;
+        }
+        at += n;
+    }
+    true
+}

@@ -1,0 +1,222 @@
+//! Who is on the fast road: known without a lock and without a write to shared memory per request.
+//!
+//! Each queue has an [`Announcer`]. Before the first look at the graph in a turn it announces the
+//! current epoch, and it keeps the announcement up until the turn is over and every request begun
+//! under that epoch has completed. Whoever changes something that fast requests rely on (raises a
+//! barrier, replaces a node) makes the change first, and then waits with [`synchronize`] until
+//! every announcement older than the change has ended. Requests announced later see the change.
+//!
+//! Members are asked by name, not all at once: a disk that hangs blocks only those who wait for it.
+//!
+//! Why it is enough: an announcement made while nothing was announced is followed by a full fence
+//! before the graph is looked at, and `synchronize` has one between the change and its look at the
+//! announcements, so one of the two sees the other. A member that already stands at an older epoch
+//! and reads the new one has seen the change with it; if it reads the old one, it is waited for.
+
+use super::sync::Mutex;
+use crossbeam_utils::CachePadded;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use std::task::{Poll, Waker};
+
+/// What a member that is not on the fast road announces.
+const OFFLINE: u64 = u64::MAX;
+
+static EPOCH: AtomicU64 = AtomicU64::new(1);
+/// How many `synchronize` calls wait, so that members look for wakers only then.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+static WAKERS: Mutex<Vec<Waker>> = Mutex::new(Vec::new());
+
+/// A queue's announcement, as others see it.
+pub struct Member {
+    /// The oldest epoch that a turn or a request of this member still stands in.
+    oldest: CachePadded<AtomicU64>,
+}
+
+/// The owner's side of a [`Member`]; stays on its worker.
+pub struct Announcer {
+    member: Arc<Member>,
+    /// Epochs with requests in flight, oldest first, and how many. Usually one.
+    generations: RefCell<VecDeque<(u64, u32)>>,
+    announced: Cell<u64>,
+    witness: InFlight,
+}
+
+/// The proof, which the fast road asks for, that an announcement is up.
+pub struct InFlight {
+    not_send: PhantomData<*const ()>,
+}
+
+/// A turn on the fast road. Ends when dropped.
+pub struct Turn<'a> {
+    announcer: &'a Announcer,
+    epoch: u64,
+}
+
+/// The epoch that a request was begun in; given back with [`Announcer::end`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Generation(u64);
+
+impl Default for Announcer {
+    fn default() -> Announcer {
+        Announcer {
+            member: Arc::new(Member { oldest: CachePadded::new(AtomicU64::new(OFFLINE)) }),
+            generations: RefCell::new(VecDeque::with_capacity(16)),
+            announced: Cell::new(OFFLINE),
+            witness: InFlight { not_send: PhantomData },
+        }
+    }
+}
+
+impl Announcer {
+    pub fn member(&self) -> &Arc<Member> {
+        &self.member
+    }
+
+    /// Begins a turn: what is looked up in the graph from here on stays true for the requests that
+    /// the turn begins.
+    pub fn enter(&self) -> Turn<'_> {
+        let epoch = EPOCH.load(Ordering::Acquire);
+        if self.announced.get() == OFFLINE {
+            self.announced.set(epoch);
+            self.member.oldest.store(epoch, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+        }
+        Turn { announcer: self, epoch }
+    }
+
+    /// Ends a request. Those who wait learn of it when the worker calls [`Announcer::settle`].
+    pub fn end(&self, generation: Generation) {
+        let mut generations = self.generations.borrow_mut();
+        if let Some(entry) = generations.iter_mut().find(|(epoch, _)| *epoch == generation.0) {
+            entry.1 -= 1;
+        }
+    }
+
+    /// Brings the announcement up to date, outside a turn.
+    pub fn settle(&self) {
+        let mut generations = self.generations.borrow_mut();
+        while generations.front().is_some_and(|&(_, count)| count == 0) {
+            generations.pop_front();
+        }
+        let oldest = generations.front().map_or(OFFLINE, |&(epoch, _)| epoch);
+        if oldest != self.announced.get() {
+            self.announced.set(oldest);
+            self.member.oldest.store(oldest, Ordering::SeqCst);
+            if WAITING.load(Ordering::SeqCst) != 0 {
+                wake_waiters();
+            }
+        }
+    }
+}
+
+impl Turn<'_> {
+    /// What [`map`](crate::block::Driver::map) asks for.
+    pub fn in_flight(&self) -> &InFlight {
+        &self.announcer.witness
+    }
+
+    /// Keeps the announcement up beyond the turn, until [`Announcer::end`].
+    pub fn begin(&self) -> Generation {
+        let mut generations = self.announcer.generations.borrow_mut();
+        match generations.back_mut() {
+            Some((epoch, count)) if *epoch == self.epoch => *count += 1,
+            _ => generations.push_back((self.epoch, 1)),
+        }
+        Generation(self.epoch)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.announcer.settle();
+    }
+}
+
+impl Drop for Announcer {
+    fn drop(&mut self) {
+        self.member.oldest.store(OFFLINE, Ordering::SeqCst);
+        wake_waiters();
+    }
+}
+
+fn wake_waiters() {
+    let wakers = std::mem::take(&mut *WAKERS.lock());
+    wakers.into_iter().for_each(Waker::wake);
+}
+
+/// Waits until every turn and request that `members` had announced before the call has ended.
+pub async fn synchronize(members: &[Arc<Member>]) {
+    struct Waiting;
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            WAITING.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    let target = EPOCH.fetch_add(1, Ordering::SeqCst) + 1;
+    WAITING.fetch_add(1, Ordering::SeqCst);
+    let _waiting = Waiting;
+    let passed = || members.iter().all(|m| m.oldest.load(Ordering::SeqCst) >= target);
+    std::future::poll_fn(|cx| {
+        fence(Ordering::SeqCst);
+        if passed() {
+            return Poll::Ready(());
+        }
+        WAKERS.lock().push(cx.waker().clone());
+        // Whoever passed before it could see the waker is seen here.
+        fence(Ordering::SeqCst);
+        if passed() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::Context;
+
+    fn poll_once(future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool {
+        future.poll(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    #[test]
+    fn synchronize_waits_for_older_requests_and_not_for_younger_ones() {
+        let a = Announcer::default();
+        let old = a.enter().begin();
+        let members = [a.member().clone()];
+        let mut wait = pin!(synchronize(&members));
+        assert!(!poll_once(wait.as_mut()));
+        let young = a.enter().begin();
+        a.settle();
+        assert!(!poll_once(wait.as_mut()));
+        a.end(old);
+        a.settle();
+        assert!(poll_once(wait.as_mut()), "only a younger request is in flight");
+        a.end(young);
+        a.settle();
+        assert_eq!(a.member.oldest.load(Ordering::SeqCst), OFFLINE);
+    }
+
+    #[test]
+    fn synchronize_passes_at_once_when_nobody_is_on_the_road() {
+        let a = Announcer::default();
+        drop(a.enter());
+        assert!(poll_once(pin!(synchronize(&[a.member().clone()]))));
+    }
+
+    #[test]
+    fn a_turn_that_has_begun_nothing_is_waited_for_too() {
+        let a = Announcer::default();
+        let turn = a.enter();
+        let members = [a.member().clone()];
+        let mut wait = pin!(synchronize(&members));
+        assert!(!poll_once(wait.as_mut()));
+        drop(turn);
+        assert!(poll_once(wait.as_mut()));
+    }
+}

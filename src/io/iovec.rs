@@ -1,0 +1,215 @@
+//! Scatter lists: which memory a request reads into or writes from.
+//!
+//! The memory may be the guest's. The guest writes to it whenever it likes, so no Rust reference to
+//! it is ever made: bytes move by raw copies, and nothing is read twice where a change between the
+//! two reads would matter.
+
+use smallvec::SmallVec;
+use std::marker::PhantomData;
+
+/// A list of memory segments that stay mapped for `'m`.
+///
+/// Slicing makes a new list over the same memory; it allocates only beyond four segments.
+#[derive(Clone)]
+pub struct IoVec<'m> {
+    segments: SmallVec<[libc::iovec; 4]>,
+    len: u64,
+    memory: PhantomData<&'m mut [u8]>,
+}
+
+impl<'m> IoVec<'m> {
+    /// A list of raw segments, for memory that the guest shares.
+    ///
+    /// # Safety
+    /// Every segment must be mapped readable and writable for `'m`, and until every operation
+    /// started on the list has completed. Others may change the bytes meanwhile.
+    pub unsafe fn from_raw(segments: &[libc::iovec]) -> IoVec<'m> {
+        let len = segments.iter().map(|s| s.iov_len as u64).sum();
+        IoVec { segments: SmallVec::from_slice(segments), len, memory: PhantomData }
+    }
+
+    /// One buffer that nobody else uses meanwhile.
+    pub fn from_mut(bytes: &'m mut [u8]) -> IoVec<'m> {
+        // SAFETY: the exclusive borrow lasts for 'm.
+        unsafe { IoVec::from_raw(&[iovec(bytes.as_mut_ptr(), bytes.len())]) }
+    }
+
+    /// One buffer to write *from*. Nothing that takes a list for writing changes its bytes.
+    pub fn from_ref(bytes: &'m [u8]) -> IoVec<'m> {
+        // SAFETY: the borrow lasts for 'm, and a list made for writing is only read.
+        unsafe { IoVec::from_raw(&[iovec(bytes.as_ptr().cast_mut(), bytes.len())]) }
+    }
+
+    /// The bytes that all segments hold together.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The segments as the kernel takes them.
+    pub fn as_raw(&self) -> &[libc::iovec] {
+        &self.segments
+    }
+
+    /// Whether every segment starts and ends on a multiple of `align` (a power of two, in bytes).
+    pub fn is_aligned(&self, align: u32) -> bool {
+        is_aligned(&self.segments, align)
+    }
+
+    /// The part from byte `from` on, `len` bytes long.
+    ///
+    /// # Panics
+    /// If the part is not inside the list.
+    pub fn slice(&self, from: u64, len: u64) -> IoVec<'m> {
+        assert!(from.checked_add(len).is_some_and(|end| end <= self.len), "slice outside the list");
+        let mut segments = SmallVec::new();
+        let (mut skip, mut left) = (from as usize, len as usize);
+        for segment in &self.segments {
+            if left == 0 {
+                break;
+            }
+            if skip >= segment.iov_len {
+                skip -= segment.iov_len;
+                continue;
+            }
+            let take = left.min(segment.iov_len - skip);
+            segments.push(iovec(segment.iov_base.cast::<u8>().wrapping_add(skip), take));
+            left -= take;
+            skip = 0;
+        }
+        IoVec { segments, len, memory: PhantomData }
+    }
+
+    /// Joins lists that lie one after the other in the request.
+    pub fn concat(parts: &[&IoVec<'m>]) -> IoVec<'m> {
+        let segments = parts.iter().flat_map(|p| p.segments.iter().copied()).collect();
+        IoVec { segments, len: parts.iter().map(|p| p.len).sum(), memory: PhantomData }
+    }
+
+    /// Copies `from` into the memory, beginning at the list's first byte, up to the shorter of both.
+    pub fn copy_from(&self, mut from: &[u8]) {
+        for segment in &self.segments {
+            let n = segment.iov_len.min(from.len());
+            // SAFETY: the segment is mapped and writable for 'm; `from` has n bytes.
+            unsafe { std::ptr::copy(from.as_ptr(), segment.iov_base.cast(), n) };
+            from = &from[n..];
+        }
+    }
+
+    /// Copies the memory's first bytes to `to`, up to the shorter of both.
+    pub fn copy_to(&self, mut to: &mut [u8]) {
+        for segment in &self.segments {
+            let n = segment.iov_len.min(to.len());
+            // SAFETY: the segment is mapped and readable for 'm; `to` has room for n bytes.
+            unsafe { std::ptr::copy(segment.iov_base.cast_const().cast(), to.as_mut_ptr(), n) };
+            to = &mut to[n..];
+        }
+    }
+
+    /// Zeroes all the memory.
+    pub fn zero(&self) {
+        // SAFETY: every segment is mapped and writable for 'm.
+        unsafe { zero(&self.segments) }
+    }
+}
+
+/// Zeroes the memory of all `segments`.
+///
+/// # Safety
+/// Every segment must be mapped and writable.
+pub unsafe fn zero(segments: &[libc::iovec]) {
+    for segment in segments {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::write_bytes(segment.iov_base.cast::<u8>(), 0, segment.iov_len) };
+    }
+}
+
+/// Whether every segment starts and ends on a multiple of `align` (a power of two, in bytes).
+pub fn is_aligned(segments: &[libc::iovec], align: u32) -> bool {
+    let mask = align as usize - 1;
+    segments.iter().all(|s| (s.iov_base as usize | s.iov_len) & mask == 0)
+}
+
+/// A segment of `len` bytes at `base`.
+pub fn iovec(base: *mut u8, len: usize) -> libc::iovec {
+    libc::iovec { iov_base: base.cast(), iov_len: len }
+}
+
+/// Memory of our own, aligned for direct I/O and zeroed at first.
+pub struct AlignedBuf {
+    base: std::ptr::NonNull<u8>,
+    layout: std::alloc::Layout,
+}
+
+// SAFETY: the buffer owns its memory alone.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for AlignedBuf {}
+
+impl AlignedBuf {
+    /// `len` zero bytes at a multiple of `align` (a power of two). `None` when memory is short:
+    /// a length that comes from outside must cost an error, not the process.
+    pub fn new(len: usize, align: usize) -> Option<AlignedBuf> {
+        let layout = std::alloc::Layout::from_size_align(len.max(1), align.max(1)).ok()?;
+        // SAFETY: the layout's size is not zero.
+        let base = std::ptr::NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(AlignedBuf { base, layout })
+    }
+
+    /// The whole buffer as a list for one operation.
+    pub fn io_vec(&mut self) -> IoVec<'_> {
+        IoVec::from_mut(self)
+    }
+}
+
+impl std::ops::Deref for AlignedBuf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: base points to layout.size() initialised bytes of our own.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl std::ops::DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_covers_exactly_the_asked_bytes() {
+        let mut bytes: Vec<u8> = (0..100).collect();
+        let base = bytes.as_mut_ptr();
+        let parts = [(0, 10), (20, 1), (30, 0), (40, 30)];
+        let raw: Vec<_> =
+            parts.iter().map(|&(at, len)| iovec(base.wrapping_add(at), len)).collect();
+        // SAFETY: all inside `bytes`, which outlives the list.
+        let list = unsafe { IoVec::from_raw(&raw) };
+        let mut whole = vec![0; 41];
+        list.copy_to(&mut whole);
+        for from in 0..=41u64 {
+            for len in 0..=41 - from {
+                let mut part = vec![0; len as usize];
+                let slice = list.slice(from, len);
+                assert_eq!(slice.len(), len);
+                slice.copy_to(&mut part);
+                assert_eq!(part, whole[from as usize..][..len as usize]);
+            }
+        }
+    }
+}

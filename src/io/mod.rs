@@ -1,0 +1,56 @@
+//! The engine: workers over io_uring, and what runs on them.
+//!
+//! * [`worker`]: a thread, its ring, its turn, and the handle that others hold.
+//! * [`ring`]: io_uring behind a small trait.
+//! * [`op`]: operations on descriptors, and whom to tell of their end.
+//! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks.
+//! * [`epoch`]: who is on the fast road, known without locks.
+//! * [`iovec`]: scatter lists over memory that a guest may share.
+//! * [`sync`]: the one mutex, which counts.
+//!
+//! The engine knows nothing of disks, graphs or transports.
+
+pub mod epoch;
+pub mod errno;
+pub mod iovec;
+pub mod offload;
+pub mod op;
+pub mod ring;
+pub mod sync;
+pub mod task;
+pub mod timer;
+pub mod worker;
+
+pub use epoch::InFlight;
+pub use errno::{Errno, IoResult};
+pub use iovec::{AlignedBuf, IoVec, is_aligned};
+pub use offload::offload;
+pub use op::{Durable, Op, OpKind, Segments, Started, Token};
+pub use timer::sleep;
+pub use worker::{Io, Local, Polled, Source, SourceId, Worker, WorkerOptions, current, run_on};
+
+use std::os::fd::RawFd;
+
+/// Reads `into.len()` bytes from `offset` on; what lies past the end of the file is zeroes.
+pub async fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> IoResult {
+    // SAFETY: the list and its memory are borrowed until the future is done or dropped.
+    unsafe { current().run(Op::read(fd, offset, into)) }.await
+}
+
+/// Writes all of `from` at `offset`.
+pub async fn write(fd: RawFd, offset: u64, from: &IoVec<'_>, durable: Durable) -> IoResult {
+    // SAFETY: as for `read`.
+    unsafe { current().run(Op::write(fd, offset, from, durable)) }.await
+}
+
+/// fdatasync.
+pub async fn fsync(fd: RawFd) -> IoResult {
+    // SAFETY: names no memory.
+    unsafe { current().run(Op::fsync(fd)) }.await
+}
+
+/// fallocate with `mode`.
+pub async fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> IoResult {
+    // SAFETY: names no memory.
+    unsafe { current().run(Op::fallocate(fd, mode, offset, len)) }.await
+}

@@ -1,0 +1,232 @@
+//! What carries a worker's operations: io_uring, or a simulation behind the same interface.
+//!
+//! The real ring is made for one thread that both submits and reaps (SINGLE_ISSUER, DEFER_TASKRUN):
+//! the kernel then does its completion work only when this thread enters it, so nothing interrupts
+//! the worker and no locks are taken. Such a ring's descriptor never wakes epoll; the worker waits
+//! inside the ring, and everything it waits for comes through it.
+
+use super::op::{Durable, Segments};
+use io_uring::{IoUring, opcode, squeue, types};
+use std::io;
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+/// An entry for the ring. `user_data` comes back with the completion.
+#[derive(Clone, Copy, Debug)]
+pub struct Submission {
+    pub user_data: u64,
+    pub fd: RawFd,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    Read {
+        segments: Segments,
+        offset: u64,
+    },
+    Write {
+        segments: Segments,
+        offset: u64,
+        durable: Durable,
+    },
+    /// fdatasync.
+    Fsync,
+    Fallocate {
+        mode: i32,
+        offset: u64,
+        len: u64,
+    },
+    /// A completion whenever the descriptor becomes readable, again and again.
+    PollMany,
+    /// Ends the poll that carries this user data.
+    PollEnd(u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    pub user_data: u64,
+    /// A count, or a negative errno.
+    pub result: i32,
+    /// More completions of the same submission will come.
+    pub more: bool,
+}
+
+/// How long [`Ring::enter`] may sleep when nothing has completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    No,
+    For(Duration),
+    Forever,
+}
+
+pub trait Ring {
+    /// Queues an entry; it starts at the next `enter`, or at once when the queue is full.
+    ///
+    /// # Safety
+    /// Memory that a read or write names stays mapped, and its list in place, until the completion.
+    unsafe fn push(&mut self, entry: Submission);
+
+    /// Whether `enter` would have something to do without sleeping: entries to start, or
+    /// completions that only the kernel knows of.
+    fn must_enter(&self) -> bool;
+
+    /// Whether there is anything to reap now.
+    fn has_completions(&mut self) -> bool;
+
+    /// Starts what is queued and sleeps, as `wait` says, until something completes.
+    fn enter(&mut self, wait: Wait);
+
+    /// Moves the completions that are there to `out`, as far as its capacity goes.
+    fn reap(&mut self, out: &mut Vec<Completion>);
+
+    /// Nanoseconds since some point in the past, on the ring's own clock.
+    fn now(&self) -> u64;
+}
+
+/// Entries that may be queued between two `enter`s. Small enough to stay in the first-level cache.
+const SUBMISSIONS: u32 = 256;
+/// Completions that may wait to be reaped before the kernel has to put them aside.
+const COMPLETIONS: u32 = 4096;
+
+/// The kernel's io_uring.
+pub struct Uring {
+    ring: IoUring,
+    queued: u32,
+    began: Instant,
+}
+
+impl Uring {
+    /// A ring for the calling thread alone. Setup flags that an older kernel refuses are left out
+    /// one after the other.
+    pub fn new() -> io::Result<Uring> {
+        let attempts: [fn(&mut io_uring::Builder); 3] = [
+            |b| {
+                b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+            },
+            |b| {
+                b.setup_coop_taskrun().setup_taskrun_flag();
+            },
+            |_| {},
+        ];
+        let mut refusal = None;
+        for attempt in attempts {
+            let mut builder = IoUring::builder();
+            builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
+            attempt(&mut builder);
+            match builder.build(SUBMISSIONS) {
+                Ok(mut ring) => {
+                    if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
+                        return Err(io::Error::other("io_uring is too old (Linux 5.11 is needed)"));
+                    }
+                    // Saves the look-up of the descriptor at each entry; not vital.
+                    let _ = ring.submitter().register_ring_fd();
+                    return Ok(Uring { ring, queued: 0, began: Instant::now() });
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(refusal.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
+    }
+
+    fn entry(submission: Submission) -> squeue::Entry {
+        let fd = types::Fd(submission.fd);
+        let entry = match submission.kind {
+            Kind::Read { segments, offset } => {
+                // SAFETY: whoever pushes guarantees that the list is in place.
+                match unsafe { segments.as_slice() } {
+                    [one] => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
+                        .offset(offset)
+                        .build(),
+                    many => opcode::Readv::new(fd, many.as_ptr(), many.len() as u32)
+                        .offset(offset)
+                        .build(),
+                }
+            }
+            Kind::Write { segments, offset, durable } => {
+                let flags = if durable == Durable::Yes { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above.
+                match unsafe { segments.as_slice() } {
+                    [one] => {
+                        opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
+                    many => opcode::Writev::new(fd, many.as_ptr(), many.len() as u32)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                }
+            }
+            Kind::Fsync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Kind::Fallocate { mode, offset, len } => {
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
+            }
+            Kind::PollMany => opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build(),
+            Kind::PollEnd(user_data) => opcode::PollRemove::new(user_data).build(),
+        };
+        entry.user_data(submission.user_data)
+    }
+}
+
+impl Ring for Uring {
+    unsafe fn push(&mut self, submission: Submission) {
+        let entry = Self::entry(submission);
+        // SAFETY: the caller's promise on the memory that the entry names.
+        while unsafe { self.ring.submission().push(&entry) }.is_err() {
+            self.enter(Wait::No);
+        }
+        self.queued += 1;
+    }
+
+    fn must_enter(&self) -> bool {
+        // SAFETY: only the kernel writes the flags that are looked at here; the queue's tail, which
+        // this shared view would also write back on drop, is unchanged.
+        self.queued > 0 || unsafe { self.ring.submission_shared() }.taskrun()
+    }
+
+    fn has_completions(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
+    fn enter(&mut self, wait: Wait) {
+        let submitter = self.ring.submitter();
+        let result = match wait {
+            Wait::No => submitter.submit(),
+            Wait::Forever => submitter.submit_and_wait(1),
+            Wait::For(time) => {
+                let time = types::Timespec::from(time);
+                submitter.submit_with_args(1, &types::SubmitArgs::new().timespec(&time))
+            }
+        };
+        // EINTR, ETIME (nothing completed in time), EBUSY and EAGAIN (reap first, then enter again)
+        // all mean: look at the completions and come back.
+        if let Err(error) = result
+            && !matches!(
+                error.raw_os_error(),
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+            )
+        {
+            log::error!("io_uring_enter: {error}");
+        }
+        self.queued = self.ring.submission().len() as u32;
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let mut queue = self.ring.completion();
+        while out.len() < out.capacity() {
+            let Some(cqe) = queue.next() else { break };
+            out.push(Completion {
+                user_data: cqe.user_data(),
+                result: cqe.result(),
+                more: io_uring::cqueue::more(cqe.flags()),
+            });
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.began.elapsed().as_nanos() as u64
+    }
+}

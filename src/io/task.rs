@@ -1,0 +1,51 @@
+//! Tasks of the slow road: futures that stay on their worker, run when they are woken.
+//!
+//! A task is never cancelled: once started it runs to its end, so that nothing it has submitted is
+//! left without an owner.
+
+use super::worker::Io;
+use async_task::Runnable;
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::rc::Rc;
+
+#[derive(Default)]
+pub(super) struct RunQueue {
+    runnable: RefCell<VecDeque<Runnable>>,
+}
+
+impl RunQueue {
+    pub(super) fn push(&self, task: Runnable) {
+        self.runnable.borrow_mut().push_back(task);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.runnable.borrow().is_empty()
+    }
+
+    /// Runs what is runnable now; what becomes so meanwhile waits for the next turn.
+    pub(super) fn run(&self) {
+        let count = self.runnable.borrow().len();
+        for _ in 0..count {
+            let Some(task) = self.runnable.borrow_mut().pop_front() else { break };
+            task.run();
+        }
+    }
+}
+
+impl Io {
+    /// Starts a task on this worker.
+    pub fn spawn(self: &Rc<Io>, future: impl Future<Output = ()> + 'static) {
+        self.tasks.set(self.tasks.get() + 1);
+        let io = self.clone();
+        let counted = async move {
+            future.await;
+            io.tasks.set(io.tasks.get() - 1);
+        };
+        let shared = self.shared.clone();
+        let (runnable, task) = async_task::spawn_local(counted, move |task| shared.schedule(task));
+        task.detach();
+        self.run_queue.push(runnable);
+    }
+}

@@ -1,0 +1,978 @@
+//! A worker: one thread, one ring, a slab of operations, and the queues dealt to it.
+//!
+//! A turn of its loop: reap completions, let every active source take what has arrived and start
+//! it, run the tasks that were woken, let the sources publish their results, enter the ring once.
+//! When there is nothing to do it spins for a while that follows how soon work came lately, bounded
+//! by `poll-max-ns`, then asks all sources for kicks and sleeps in the ring. Idle costs nothing.
+
+use super::op::{Op, OpKind, Segments, Started, Token};
+use super::ring::{Completion, Kind, Ring, Submission, Uring, Wait};
+use super::sync::Mutex;
+use super::task::RunQueue;
+use super::timer::Timers;
+use super::{Errno, IoResult, iovec};
+use async_task::Runnable;
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::os::fd::{AsRawFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Poll, Waker};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A source's number on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceId(u32);
+
+/// Something that brings requests to a worker: a virtqueue.
+pub trait Source: Any {
+    /// Takes what has arrived, up to a share that is fair to the other sources, and starts it.
+    fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled;
+
+    /// Whether `poll` would find something. Called while the worker spins.
+    fn has_work(&self) -> bool;
+
+    /// An operation started with this source's token is done.
+    fn complete(&mut self, io: &Rc<Io>, tag: u32, result: IoResult);
+
+    /// The end of a turn: makes results visible, and notifies at most once.
+    fn publish(&mut self);
+
+    /// Asks for kicks, because the worker is about to sleep. False if something has arrived
+    /// meanwhile: kicks are not to be relied upon then.
+    fn arm(&mut self) -> bool;
+
+    /// Says that kicks are not needed for now.
+    fn disarm(&mut self);
+}
+
+/// What [`Source::poll`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polled {
+    Idle,
+    /// It took something.
+    Busy,
+    /// It has come to its end, with nothing in flight: the worker drops it.
+    Ended,
+}
+
+/// How a worker behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerOptions {
+    /// The longest that an idle worker spins before it sleeps. Zero: it never spins.
+    pub poll_max: Duration,
+    /// The processor that it is pinned to.
+    pub cpu: Option<usize>,
+}
+
+impl Default for WorkerOptions {
+    fn default() -> WorkerOptions {
+        WorkerOptions { poll_max: Duration::from_nanos(32_768), cpu: None }
+    }
+}
+
+/// Completions taken from the ring at a time.
+const BATCH: usize = 256;
+/// Operations that the slab has room for without growing.
+const OPERATIONS: usize = 1024;
+/// Turns without work after which one source among busy ones goes back to kicks.
+const LAZY_TURNS: u32 = 256;
+
+/// What user data means: the kind in the low byte, 24 bits of its own, and a number.
+mod tag {
+    pub const OP: u8 = 1;
+    pub const KICK: u8 = 2;
+    pub const WAKE: u8 = 3;
+    pub const NONE: u8 = 4;
+
+    pub fn pack(kind: u8, extra: u32, number: u32) -> u64 {
+        kind as u64 | (extra as u64 & 0xff_ffff) << 8 | (number as u64) << 32
+    }
+    pub fn unpack(user_data: u64) -> (u8, u32, u32) {
+        (user_data as u8, (user_data >> 8) as u32 & 0xff_ffff, (user_data >> 32) as u32)
+    }
+}
+
+/// What other threads see of a worker.
+pub(super) struct Shared {
+    name: String,
+    inbox: Mutex<Vec<Message>>,
+    /// The inbox is not empty.
+    mail: AtomicBool,
+    /// The worker sleeps, or is about to.
+    asleep: AtomicBool,
+    wake: EventFd,
+    stopping: AtomicBool,
+    poll_max_ns: AtomicU64,
+}
+
+enum Message {
+    Run(Box<dyn FnOnce(&mut Local) + Send>),
+    Task(Runnable),
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Io>>> = const { RefCell::new(None) };
+}
+
+/// The worker that this thread is.
+///
+/// # Panics
+/// On a thread that is no worker.
+pub fn current() -> Rc<Io> {
+    CURRENT.with_borrow(|io| io.clone()).expect("called on a worker's thread")
+}
+
+impl Shared {
+    pub(super) fn schedule(&self, task: Runnable) {
+        let here = CURRENT.with_borrow(|io| match io {
+            Some(io) if std::ptr::eq(&*io.shared, self) => Some(io.clone()),
+            _ => None,
+        });
+        match here {
+            Some(io) => io.run_queue.push(task),
+            None => self.send(Message::Task(task)),
+        }
+    }
+
+    fn send(&self, message: Message) {
+        self.inbox.lock().push(message);
+        self.mail.store(true, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) {
+            // The counter of an eventfd that nobody reads cannot overflow in any lifetime.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// A worker's ring and everything that starts operations on it. Reached by [`current`] from tasks.
+pub struct Io {
+    ring: RefCell<Box<dyn Ring>>,
+    ops: RefCell<Ops>,
+    /// Sources that asked to be polled.
+    ready: RefCell<Vec<SourceId>>,
+    /// Completions reaped by somebody who waited for one of his own.
+    stash: RefCell<Vec<Completion>>,
+    pub(super) run_queue: RunQueue,
+    pub(super) tasks: Cell<usize>,
+    pub(super) timers: Timers,
+    pub(super) shared: Arc<Shared>,
+}
+
+struct Ops {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+struct Slot {
+    op: Op,
+    /// Bytes transferred so far.
+    done: u64,
+    /// The list of what a short transfer left.
+    tail: Option<Box<[libc::iovec]>>,
+    owner: Owner,
+}
+
+enum Owner {
+    Nobody,
+    Source(Token),
+    Future(Option<Waker>),
+    Finished(IoResult),
+}
+
+impl Io {
+    fn new(ring: Box<dyn Ring>, shared: Arc<Shared>) -> Io {
+        Io {
+            ring: RefCell::new(ring),
+            ops: RefCell::new(Ops {
+                slots: Vec::with_capacity(OPERATIONS),
+                free: Vec::with_capacity(OPERATIONS),
+            }),
+            ready: RefCell::new(Vec::with_capacity(64)),
+            stash: RefCell::default(),
+            run_queue: RunQueue::default(),
+            tasks: Cell::new(0),
+            timers: Timers::default(),
+            shared,
+        }
+    }
+
+    /// Nanoseconds on the ring's clock.
+    pub fn now(&self) -> u64 {
+        self.ring.borrow().now()
+    }
+
+    /// Starts an operation; `token`'s source hears of its end.
+    ///
+    /// # Safety
+    /// For reads and writes: the segments stay mapped, and their list in place, until then.
+    pub unsafe fn start(&self, op: Op, token: Token) -> Started {
+        let slot = self.ops.borrow_mut().insert(op, Owner::Source(token));
+        // SAFETY: the caller's promise.
+        unsafe { self.push(slot, op) };
+        Started::Pending
+    }
+
+    /// Asks that `source` be polled in this turn or the next.
+    pub fn wake_source(&self, source: SourceId) {
+        self.ready.borrow_mut().push(source);
+    }
+
+    /// # Safety
+    /// As for [`Io::start`].
+    unsafe fn push(&self, slot: u32, op: Op) {
+        let Op { fd, offset, len, .. } = op;
+        let kind = match op.kind {
+            OpKind::Read(segments) => Kind::Read { segments, offset },
+            OpKind::Write(segments, durable) => Kind::Write { segments, offset, durable },
+            OpKind::Fsync => Kind::Fsync,
+            OpKind::Fallocate(mode) => Kind::Fallocate { mode, offset, len },
+        };
+        let user_data = tag::pack(tag::OP, 0, slot);
+        // SAFETY: the caller's promise.
+        unsafe { self.ring.borrow_mut().push(Submission { user_data, fd, kind }) };
+    }
+
+    /// Books a completion of slot `index`. Its owner and result, once the operation is over.
+    fn finish(&self, index: u32, result: i32) -> Option<(Owner, IoResult)> {
+        let mut ops = self.ops.borrow_mut();
+        let slot = &mut ops.slots[index as usize];
+        let result = match slot.outcome(result) {
+            Outcome::Over(result) => result,
+            Outcome::Continue(op) => {
+                drop(ops);
+                // SAFETY: what the starter promised lasts until the completion, and the list of the
+                // remaining segments lies in the slot until then.
+                unsafe { self.push(index, op) };
+                return None;
+            }
+        };
+        match &mut slot.owner {
+            Owner::Future(waker) => {
+                let waker = waker.take();
+                slot.owner = Owner::Finished(result);
+                drop(ops);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+                None
+            }
+            owner => {
+                let owner = std::mem::replace(owner, Owner::Nobody);
+                ops.remove(index);
+                Some((owner, result))
+            }
+        }
+    }
+
+    /// Runs an operation for a task.
+    ///
+    /// # Safety
+    /// For reads and writes: the segments stay mapped, and their list in place, until the future is
+    /// done or dropped. The future must not be forgotten.
+    pub(super) unsafe fn run(self: &Rc<Io>, op: Op) -> Operation {
+        let slot = self.ops.borrow_mut().insert(op, Owner::Future(None));
+        // SAFETY: the caller's promise.
+        unsafe { self.push(slot, op) };
+        Operation { io: self.clone(), slot: Some(slot) }
+    }
+}
+
+impl Ops {
+    fn insert(&mut self, op: Op, owner: Owner) -> u32 {
+        let slot = Slot { op, done: 0, tail: None, owner };
+        match self.free.pop() {
+            Some(index) => {
+                self.slots[index as usize] = slot;
+                index
+            }
+            None => {
+                self.slots.push(slot);
+                self.slots.len() as u32 - 1
+            }
+        }
+    }
+
+    fn remove(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        slot.tail = None;
+        slot.owner = Owner::Nobody;
+        self.free.push(index);
+    }
+}
+
+enum Outcome {
+    Over(IoResult),
+    Continue(Op),
+}
+
+impl Slot {
+    /// What a completion with `result` means for the operation as a whole.
+    fn outcome(&mut self, result: i32) -> Outcome {
+        let (segments, write) = match self.op.kind {
+            OpKind::Read(segments) => (segments, None),
+            OpKind::Write(segments, durable) => (segments, Some(durable)),
+            OpKind::Fsync | OpKind::Fallocate(_) => {
+                return match result {
+                    r if r == -libc::EINTR || r == -libc::EAGAIN => Outcome::Continue(self.op),
+                    r if r < 0 => Outcome::Over(Err(Errno(-r))),
+                    _ => Outcome::Over(Ok(())),
+                };
+            }
+        };
+        if result == -libc::EINTR || result == -libc::EAGAIN {
+            return Outcome::Continue(self.rest(segments));
+        }
+        if result < 0 {
+            // The tail of a direct read that ends in the middle of the file's last sector cannot
+            // be asked for again: it is not aligned.
+            if -result == libc::EINVAL && self.done > 0 && write.is_none() && self.is_at_end() {
+                self.zero_rest(segments);
+                return Outcome::Over(Ok(()));
+            }
+            return Outcome::Over(Err(Errno(-result)));
+        }
+        self.done += result as u64;
+        if self.done >= self.op.len {
+            return Outcome::Over(Ok(()));
+        }
+        match (result, write) {
+            (0, None) => {
+                self.zero_rest(segments);
+                Outcome::Over(Ok(()))
+            }
+            // A write that moves nothing and reports nothing would be asked for forever.
+            (0, Some(_)) => Outcome::Over(Err(Errno::ENOSPC)),
+            _ => Outcome::Continue(self.rest(segments)),
+        }
+    }
+
+    /// The operation on what is not transferred yet.
+    fn rest(&mut self, segments: Segments) -> Op {
+        let mut op = self.op;
+        op.offset += self.done;
+        op.len -= self.done;
+        if self.done > 0 {
+            self.tail = Some(self.left(segments));
+            let list = self.tail.as_deref().map_or(segments, Segments::new);
+            op.kind = match op.kind {
+                OpKind::Read(_) => OpKind::Read(list),
+                OpKind::Write(_, durable) => OpKind::Write(list, durable),
+                other => other,
+            };
+        }
+        op
+    }
+
+    fn left(&self, segments: Segments) -> Box<[libc::iovec]> {
+        let mut skip = self.done as usize;
+        // SAFETY: the operation is in flight, so the list is in place.
+        let list = unsafe { segments.as_slice() };
+        let mut left = Vec::with_capacity(list.len());
+        for segment in list {
+            let n = skip.min(segment.iov_len);
+            skip -= n;
+            if n < segment.iov_len {
+                let base = segment.iov_base.cast::<u8>().wrapping_add(n);
+                left.push(iovec::iovec(base, segment.iov_len - n));
+            }
+        }
+        left.into_boxed_slice()
+    }
+
+    fn zero_rest(&self, segments: Segments) {
+        let left = self.left(segments);
+        // SAFETY: the starter keeps the memory mapped until the completion is told.
+        unsafe { iovec::zero(&left) };
+    }
+
+    /// Whether the file ends where the transfer stopped. Asked only after a short direct read.
+    fn is_at_end(&self) -> bool {
+        // SAFETY: fstat writes the whole structure or fails.
+        let (result, stat) = unsafe {
+            let mut stat = std::mem::zeroed::<libc::stat64>();
+            (libc::fstat64(self.op.fd, &mut stat), stat)
+        };
+        result == 0 && stat.st_size as u64 <= self.op.offset + self.done
+    }
+}
+
+/// An operation in flight for a task. Dropping it waits until the kernel has let go of the memory.
+pub(super) struct Operation {
+    io: Rc<Io>,
+    slot: Option<u32>,
+}
+
+impl Future for Operation {
+    type Output = IoResult;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult> {
+        let slot = self.slot.expect("polled after it was done");
+        let mut ops = self.io.ops.borrow_mut();
+        match &mut ops.slots[slot as usize].owner {
+            Owner::Finished(result) => {
+                let result = *result;
+                ops.remove(slot);
+                drop(ops);
+                self.slot = None;
+                Poll::Ready(result)
+            }
+            owner => {
+                *owner = Owner::Future(Some(cx.waker().clone()));
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        let Some(slot) = self.slot else { return };
+        let finished =
+            || matches!(self.io.ops.borrow().slots[slot as usize].owner, Owner::Finished(_));
+        while !finished() {
+            let mut completions = Vec::with_capacity(BATCH);
+            let mut ring = self.io.ring.borrow_mut();
+            ring.enter(Wait::Forever);
+            ring.reap(&mut completions);
+            drop(ring);
+            for completion in completions {
+                if completion.user_data == tag::pack(tag::OP, 0, slot) {
+                    self.io.finish(slot, completion.result);
+                } else {
+                    self.io.stash.borrow_mut().push(completion);
+                }
+            }
+        }
+        self.io.ops.borrow_mut().remove(slot);
+    }
+}
+
+/// A worker as seen from its own thread: what a message from outside may use.
+pub struct Local {
+    io: Rc<Io>,
+    sources: Vec<Option<Entry>>,
+    free: Vec<u32>,
+    /// Sources that are polled each turn and need no kicks.
+    active: Vec<u32>,
+    completions: Vec<Completion>,
+    /// A number for each poll of a kick descriptor, so that a late completion of an old one is
+    /// known.
+    watches: u32,
+    spin: Spin,
+}
+
+struct Entry {
+    source: Box<dyn Source>,
+    /// The number of the poll of its kick descriptor; `None` without one.
+    watch: Option<(u32, RawFd)>,
+    active: bool,
+    idle_turns: u32,
+}
+
+impl Local {
+    pub fn io(&self) -> &Rc<Io> {
+        &self.io
+    }
+
+    /// Adds a source, polls it at once, and from then on whenever `kick` becomes readable. Without
+    /// a kick descriptor it is polled all the time.
+    pub fn attach(&mut self, source: Box<dyn Source>, kick: Option<RawFd>) -> SourceId {
+        let entry = Entry { source, watch: None, active: false, idle_turns: 0 };
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.sources[index as usize] = Some(entry);
+                index
+            }
+            None => {
+                self.sources.push(Some(entry));
+                self.sources.len() as u32 - 1
+            }
+        };
+        let id = SourceId(index);
+        self.watch(id, kick);
+        id
+    }
+
+    /// Gives a source another kick descriptor, or none. The ring holds the file, so the descriptor
+    /// may be closed as soon as another one has taken its place.
+    pub fn watch(&mut self, id: SourceId, kick: Option<RawFd>) {
+        self.unwatch(id.0);
+        self.watches = (self.watches + 1) & 0xff_ffff;
+        let number = self.watches;
+        if let Some(Some(entry)) = self.sources.get_mut(id.0 as usize) {
+            entry.watch = kick.map(|fd| (number, fd));
+            if let Some(fd) = kick {
+                self.poll_many(tag::pack(tag::KICK, number, id.0), fd);
+            }
+        }
+        self.activate(id.0);
+    }
+
+    /// The source, for messages that know its type.
+    pub fn source<T: Source>(&mut self, id: SourceId) -> Option<&mut T> {
+        let entry = self.sources.get_mut(id.0 as usize)?.as_mut()?;
+        self.io.wake_source(id);
+        (&mut *entry.source as &mut dyn Any).downcast_mut()
+    }
+
+    fn unwatch(&mut self, index: u32) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        if let Some((number, _)) = entry.watch.take() {
+            let user_data = tag::pack(tag::NONE, 0, 0);
+            let kind = Kind::PollEnd(tag::pack(tag::KICK, number, index));
+            // SAFETY: names no memory.
+            unsafe { self.io.ring.borrow_mut().push(Submission { user_data, fd: -1, kind }) };
+        }
+    }
+
+    fn poll_many(&self, user_data: u64, fd: RawFd) {
+        // SAFETY: names no memory.
+        unsafe {
+            self.io.ring.borrow_mut().push(Submission { user_data, fd, kind: Kind::PollMany })
+        };
+    }
+
+    fn activate(&mut self, index: u32) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        entry.idle_turns = 0;
+        if !entry.active {
+            entry.active = true;
+            entry.source.disarm();
+            self.active.push(index);
+        }
+    }
+
+    /// One turn. True if anything was done.
+    fn turn(&mut self) -> bool {
+        let mut busy = self.read_mail();
+        busy |= self.dispatch();
+        let io = self.io.clone();
+        let mut at = 0;
+        while at < self.active.len() {
+            let index = self.active[at];
+            let Some(Some(entry)) = self.sources.get_mut(index as usize) else {
+                self.active.swap_remove(at);
+                continue;
+            };
+            match entry.source.poll(&io, SourceId(index)) {
+                Polled::Busy => {
+                    busy = true;
+                    entry.idle_turns = 0;
+                }
+                Polled::Idle => entry.idle_turns += 1,
+                Polled::Ended => {
+                    entry.source.publish();
+                    self.unwatch(index);
+                    self.sources[index as usize] = None;
+                    self.free.push(index);
+                    self.active.swap_remove(at);
+                    busy = true;
+                    continue;
+                }
+            }
+            at += 1;
+        }
+        if !io.run_queue.is_empty() {
+            io.run_queue.run();
+            busy = true;
+        }
+        busy |= self.wake_ready();
+        for &index in &self.active {
+            if let Some(Some(entry)) = self.sources.get_mut(index as usize) {
+                entry.source.publish();
+            }
+        }
+        let mut ring = io.ring.borrow_mut();
+        if ring.must_enter() {
+            ring.enter(Wait::No);
+            busy = true;
+        }
+        drop(ring);
+        if busy && self.active.len() > 1 {
+            self.retire_lazy();
+        }
+        busy
+    }
+
+    fn wake_ready(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let Some(id) = self.io.ready.borrow_mut().pop() else { return any };
+            any = true;
+            self.activate(id.0);
+        }
+    }
+
+    fn read_mail(&mut self) -> bool {
+        if !self.io.shared.mail.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.io.shared.mail.store(false, Ordering::SeqCst);
+        let messages = std::mem::take(&mut *self.io.shared.inbox.lock());
+        for message in messages {
+            match message {
+                Message::Run(work) => work(self),
+                Message::Task(task) => self.io.run_queue.push(task),
+            }
+        }
+        self.wake_ready();
+        true
+    }
+
+    fn dispatch(&mut self) -> bool {
+        let io = self.io.clone();
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.append(&mut io.stash.borrow_mut());
+        io.ring.borrow_mut().reap(&mut completions);
+        let any = !completions.is_empty();
+        for completion in completions.drain(..) {
+            let (kind, extra, number) = tag::unpack(completion.user_data);
+            match kind {
+                tag::OP => {
+                    if let Some((Owner::Source(token), result)) =
+                        io.finish(number, completion.result)
+                        && let Some(Some(entry)) = self.sources.get_mut(token.source.0 as usize)
+                    {
+                        entry.source.complete(&io, token.tag, result);
+                        self.activate(token.source.0);
+                    }
+                }
+                tag::KICK => self.kicked(number, extra, completion),
+                tag::WAKE if !completion.more => self.watch_mail(),
+                _ => {}
+            }
+        }
+        self.completions = completions;
+        any
+    }
+
+    fn kicked(&mut self, index: u32, number: u32, completion: Completion) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        let Some((watch, fd)) = entry.watch else { return };
+        if watch != number {
+            return;
+        }
+        if !completion.more {
+            if completion.result < 0 {
+                let errno = Errno(-completion.result);
+                log::error!("{}: the kick descriptor of a queue: {errno}", self.io.shared.name);
+                entry.watch = None;
+            } else {
+                self.poll_many(completion.user_data, fd);
+            }
+        }
+        self.activate(index);
+    }
+
+    fn watch_mail(&self) {
+        self.poll_many(tag::pack(tag::WAKE, 0, 0), self.io.shared.wake.as_raw_fd());
+    }
+
+    /// Sends sources that have had nothing for long, while others kept the worker busy, back to
+    /// kicks.
+    fn retire_lazy(&mut self) {
+        let mut at = 0;
+        while at < self.active.len() {
+            match self.sources[self.active[at] as usize].as_mut() {
+                Some(entry) if entry.idle_turns > LAZY_TURNS && entry.watch.is_some() => {
+                    if entry.source.arm() {
+                        entry.active = false;
+                        self.active.swap_remove(at);
+                        continue;
+                    }
+                    entry.source.disarm();
+                    entry.idle_turns = 0;
+                }
+                _ => {}
+            }
+            at += 1;
+        }
+    }
+
+    /// Whether a spinning worker would find something to do.
+    fn has_work(&self) -> bool {
+        let shared = &self.io.shared;
+        if shared.mail.load(Ordering::Relaxed) {
+            return true;
+        }
+        let mut ring = self.io.ring.borrow_mut();
+        ring.must_enter()
+            || ring.has_completions()
+            || self.active.iter().any(|&index| {
+                self.sources[index as usize].as_ref().is_some_and(|e| e.source.has_work())
+            })
+    }
+
+    /// Spins while that is promising. True if there is something to do.
+    fn spin(&mut self) -> bool {
+        let limit = self.spin.limit_ns;
+        if limit == 0 || self.active.is_empty() && self.io.timers.next().is_none() {
+            return self.has_work();
+        }
+        let began = self.io.now();
+        loop {
+            for _ in 0..16 {
+                if self.has_work() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            let now = self.io.now();
+            if now - began >= limit || self.io.timers.next().is_some_and(|at| at <= now) {
+                return false;
+            }
+        }
+    }
+
+    /// Asks all sources for kicks. False if one of them has something now.
+    fn arm_all(&mut self) -> bool {
+        let mut at = 0;
+        while at < self.active.len() {
+            let index = self.active[at];
+            let Some(entry) = self.sources[index as usize].as_mut() else {
+                self.active.swap_remove(at);
+                continue;
+            };
+            if entry.watch.is_none() {
+                at += 1;
+                continue;
+            }
+            if !entry.source.arm() {
+                entry.source.disarm();
+                return false;
+            }
+            entry.active = false;
+            self.active.swap_remove(at);
+        }
+        true
+    }
+
+    fn sleep(&mut self) {
+        let shared = self.io.shared.clone();
+        shared.asleep.store(true, Ordering::SeqCst);
+        if !shared.mail.load(Ordering::SeqCst) && self.io.run_queue.is_empty() {
+            let mut ring = self.io.ring.borrow_mut();
+            let mut wait = match self.io.timers.next() {
+                Some(at) => Wait::For(Duration::from_nanos(at.saturating_sub(ring.now()))),
+                None => Wait::Forever,
+            };
+            if !self.active.is_empty() {
+                // A front end that gives no kick descriptor wants its queue to be looked at.
+                wait = Wait::For(Duration::from_micros(200));
+            }
+            ring.enter(wait);
+        }
+        shared.asleep.store(false, Ordering::Relaxed);
+    }
+
+    fn may_stop(&self) -> bool {
+        self.io.shared.stopping.load(Ordering::Relaxed)
+            && self.io.tasks.get() == 0
+            && self.sources.iter().all(Option::is_none)
+            && !self.io.shared.mail.load(Ordering::SeqCst)
+    }
+
+    /// One round of work and, if there is none, of waiting. False when the worker may end.
+    fn round(&mut self) -> bool {
+        if self.io.timers.next().is_some() {
+            let now = self.io.now();
+            self.io.timers.wake_due(now);
+        }
+        if self.turn() || !self.io.stash.borrow().is_empty() {
+            return true;
+        }
+        if self.may_stop() {
+            return false;
+        }
+        let poll_max = self.io.shared.poll_max_ns.load(Ordering::Relaxed);
+        let began = if poll_max > 0 { self.io.now() } else { 0 };
+        if !self.spin() && self.arm_all() {
+            self.sleep();
+        }
+        if poll_max > 0 {
+            self.spin.learn(self.io.now() - began, poll_max);
+        }
+        true
+    }
+}
+
+/// How long to spin: as long as work came lately within the time that spinning may take, not at
+/// all when it did not.
+#[derive(Default)]
+struct Spin {
+    limit_ns: u64,
+}
+
+impl Spin {
+    const FIRST_NS: u64 = 4_000;
+
+    /// `gap` is how long there was nothing to do.
+    fn learn(&mut self, gap: u64, max: u64) {
+        if gap <= self.limit_ns {
+            return;
+        }
+        self.limit_ns =
+            if gap > max { 0 } else { (self.limit_ns * 2).max(Self::FIRST_NS).max(gap).min(max) };
+    }
+}
+
+/// A worker's handle: other threads talk to it through this. The thread ends with the handle, once
+/// its sources and tasks have.
+pub struct Worker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts a worker's thread.
+    pub fn start(name: &str, options: WorkerOptions) -> std::io::Result<Worker> {
+        let shared = Shared::new(name, options)?;
+        let (sender, receiver) = mpsc::channel();
+        let theirs = shared.clone();
+        // The kernel cuts names at 15 bytes.
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if let Some(cpu) = options.cpu {
+                pin(cpu);
+            }
+            // The ring belongs to the thread that makes it.
+            match Uring::new() {
+                Ok(ring) => {
+                    let _ = sender.send(Ok(()));
+                    let mut local = Local::new(Box::new(ring), theirs);
+                    while local.round() {}
+                    CURRENT.set(None);
+                }
+                Err(error) => {
+                    let _ = sender.send(Err(error));
+                }
+            }
+        })?;
+        receiver.recv().map_err(|_| std::io::Error::other("the worker's thread died"))??;
+        Ok(Worker { shared, thread: Some(thread) })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Changes how long the worker spins when idle.
+    pub fn set_poll_max(&self, poll_max: Duration) {
+        self.shared.poll_max_ns.store(poll_max.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Runs `work` on the worker, between two turns.
+    pub fn send(&self, work: impl FnOnce(&mut Local) + Send + 'static) {
+        self.shared.send(Message::Run(Box::new(work)));
+    }
+
+    /// Runs `work` on the worker and waits for its answer. Not to be called on the worker itself.
+    pub fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Local) -> T + Send + 'static,
+    ) -> T {
+        let (sender, receiver) = mpsc::channel();
+        self.send(move |local| {
+            let _ = sender.send(work(local));
+        });
+        receiver.recv().expect("the worker lives as long as its handle")
+    }
+
+    /// Runs a future on the worker and waits for its result. Not to be called on a worker.
+    pub fn block_on<T, F>(&self, make: impl FnOnce() -> F + Send + 'static) -> T
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + 'static,
+    {
+        let (sender, receiver) = mpsc::channel();
+        self.send(move |local| {
+            let future = make();
+            local.io.spawn(async move {
+                let _ = sender.send(future.await);
+            });
+        });
+        receiver.recv().expect("the worker lives as long as its handle")
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        self.send(|_| {});
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn new(name: &str, options: WorkerOptions) -> std::io::Result<Arc<Shared>> {
+        Ok(Arc::new(Shared {
+            name: name.to_owned(),
+            inbox: Mutex::default(),
+            mail: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+            wake: EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?,
+            stopping: AtomicBool::new(false),
+            poll_max_ns: AtomicU64::new(options.poll_max.as_nanos() as u64),
+        }))
+    }
+}
+
+impl Local {
+    fn new(ring: Box<dyn Ring>, shared: Arc<Shared>) -> Local {
+        let io = Rc::new(Io::new(ring, shared));
+        CURRENT.set(Some(io.clone()));
+        let local = Local {
+            io,
+            sources: Vec::new(),
+            free: Vec::new(),
+            active: Vec::new(),
+            completions: Vec::with_capacity(BATCH),
+            watches: 0,
+            spin: Spin::default(),
+        };
+        local.watch_mail();
+        local
+    }
+}
+
+/// Runs `future` to its end on this thread, as a worker of its own whose ring is `ring`: how tests
+/// run the block layer over a simulated ring.
+pub fn run_on<T>(ring: Box<dyn Ring>, future: impl Future<Output = T> + 'static) -> T
+where
+    T: 'static,
+{
+    let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+    let shared = Shared::new("simulated", options).expect("an eventfd");
+    let mut local = Local::new(ring, shared);
+    let result = Rc::new(RefCell::new(None));
+    let theirs = result.clone();
+    local.io.spawn(async move {
+        *theirs.borrow_mut() = Some(future.await);
+    });
+    while result.borrow().is_none() {
+        local.round();
+    }
+    CURRENT.set(None);
+    let value = result.borrow_mut().take();
+    value.expect("the loop ends with a result")
+}
+
+/// Pins the calling thread to a processor, if that is possible.
+fn pin(cpu: usize) {
+    // SAFETY: the set is initialised, and CPU_SET ignores numbers beyond its size.
+    unsafe {
+        let mut set = std::mem::zeroed::<libc::cpu_set_t>();
+        libc::CPU_SET(cpu, &mut set);
+        if libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) != 0 {
+            log::warn!("cannot pin a worker to processor {cpu}: {}", Errno::last());
+        }
+    }
+}
