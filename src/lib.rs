@@ -8,9 +8,11 @@
 //!
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
+//! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
 //! Arrows go one way: `cli → export → block → io`, `format, protocol → block, io`. A test reads the
 //! `use` lines and holds this.
 
 pub mod block;
 pub mod io;
+pub mod options;

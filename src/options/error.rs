@@ -1,0 +1,192 @@
+//! The one error of option handling: which parameter, and what is wrong with it, on one line.
+//!
+//! The sentences are those `qemu-storage-daemon` prints, because scripts match on them.
+
+use std::fmt;
+
+/// What is wrong with one parameter, or with the text it came in.
+///
+/// The parameter is named by its whole path (`file.cache.direct`, `children.0.driver` from text,
+/// `children[0].driver` from JSON); [`Error::under`] adds the outer parts on the way out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    path: String,
+    // Boxed text keeps the error small; errors travel in every `Result` of the parsers.
+    kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The key is not one the driver knows.
+    Unexpected,
+    /// A plain value is wanted, but the text gave keys below the parameter.
+    SubkeysUnexpected,
+    /// A parameter that must be given is not.
+    Missing,
+    /// A list in text lacks this element.
+    MissingElement,
+    /// A value of another type is wanted: `boolean`, `string`, `object` …
+    WrongType(&'static str),
+    /// The value does not convert, or is out of range: `integer`, `size`, `uint16_t` …
+    Expects(&'static str),
+    /// The value is not one of the names allowed.
+    BadValue(Box<str>),
+    /// The key is no valid parameter name.
+    BadName,
+    /// A key stands without a value.
+    NoEquals,
+    /// The key, or one part of it, is too long.
+    TooLong { fragment: bool },
+    /// The key is used both for a plain value and with keys below it, or for list and object.
+    Inconsistent,
+    /// Two sources give one parameter different values.
+    Twice,
+    /// More nesting or more keys than the limits allow.
+    Limit { what: &'static str, limit: usize },
+    /// A sentence that stands for itself; the path, if any, goes before it.
+    Message(Box<str>),
+}
+
+impl Error {
+    pub(super) fn new(path: &str, kind: Kind) -> Self {
+        Error { path: path.to_owned(), kind }
+    }
+
+    /// An error about the value at hand; the caller adds the path with [`Error::under`].
+    pub(super) fn here(kind: Kind) -> Self {
+        Error { path: String::new(), kind }
+    }
+
+    /// An error in words of its own, for checks that only the driver can make.
+    pub fn message(text: impl Into<String>) -> Self {
+        Error::here(Kind::Message(text.into().into_boxed_str()))
+    }
+
+    /// The same error seen from one level further out: `direct` under `cache` is `cache.direct`.
+    ///
+    /// Openers use it when they read a child's options: `from_map(child).map_err(|e| e.under("file"))`.
+    #[must_use]
+    pub fn under(mut self, key: &str) -> Self {
+        self.path = if self.path.is_empty() {
+            key.to_owned()
+        } else if self.path.starts_with('[') {
+            format!("{key}{}", self.path)
+        } else {
+            format!("{key}.{}", self.path)
+        };
+        self
+    }
+
+    /// The whole path of the parameter; empty when the error is about the text as a whole.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// True when the parameter was left out.
+    pub fn is_missing(&self) -> bool {
+        self.kind == Kind::Missing
+    }
+
+    /// True when the parameter is not one the driver knows.
+    pub fn is_unexpected(&self) -> bool {
+        matches!(self.kind, Kind::Unexpected | Kind::SubkeysUnexpected)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = Line(&self.path);
+        match &self.kind {
+            Kind::Unexpected => write!(f, "Parameter '{path}' is unexpected"),
+            Kind::SubkeysUnexpected => write!(f, "Parameters '{path}.*' are unexpected"),
+            Kind::Missing => write!(f, "Parameter '{path}' is missing"),
+            Kind::MissingElement => write!(f, "Parameter '{path}' missing"),
+            Kind::WrongType(wanted) => {
+                write!(f, "Invalid parameter type for '{path}', expected: {wanted}")
+            }
+            Kind::Expects(wanted) => write!(f, "Parameter '{path}' expects {wanted}"),
+            Kind::BadValue(value) => {
+                // QEMU names only the last part of the path in this one sentence.
+                let name = Line(self.path.rsplit('.').next().unwrap_or_default());
+                write!(f, "Parameter '{name}' does not accept value '{}'", Line(value))
+            }
+            Kind::BadName => write!(f, "Invalid parameter '{path}'"),
+            Kind::NoEquals => write!(f, "Expected '=' after parameter '{path}'"),
+            Kind::TooLong { fragment: true } => {
+                write!(f, "Parameter fragment '{path}' is too long")
+            }
+            Kind::TooLong { fragment: false } => write!(f, "Parameter '{path}' is too long"),
+            Kind::Inconsistent => write!(f, "Parameters '{path}.*' used inconsistently"),
+            Kind::Twice => write!(f, "Parameter '{path}' is given twice with different values"),
+            Kind::Limit { what, limit } if path.0.is_empty() => {
+                write!(f, "Options exceed the limit of {limit} {what}")
+            }
+            Kind::Limit { what, limit } => {
+                write!(f, "Parameter '{path}' exceeds the limit of {limit} {what}")
+            }
+            Kind::Message(text) if path.0.is_empty() => write!(f, "{}", Line(text)),
+            Kind::Message(text) => write!(f, "Parameter '{path}': {}", Line(text)),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl serde::de::Error for Error {
+    fn custom<T: fmt::Display>(msg: T) -> Self {
+        Error::message(msg.to_string())
+    }
+    fn unknown_field(field: &str, _expected: &'static [&'static str]) -> Self {
+        Error::new(field, Kind::Unexpected)
+    }
+    fn missing_field(field: &'static str) -> Self {
+        Error::new(field, Kind::Missing)
+    }
+    fn unknown_variant(variant: &str, _expected: &'static [&'static str]) -> Self {
+        Error::here(Kind::BadValue(variant.into()))
+    }
+}
+
+/// Text from outside, made fit for one line of an error: control characters escaped, and cut
+/// after [`Line::LONGEST`] characters.
+struct Line<'a>(&'a str);
+
+impl Line<'_> {
+    const LONGEST: usize = 2048;
+}
+
+impl fmt::Display for Line<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write;
+        for (n, c) in self.0.chars().enumerate() {
+            if n == Self::LONGEST {
+                return f.write_str("…");
+            }
+            if c.is_control() {
+                write!(f, "{}", c.escape_default())?;
+            } else {
+                f.write_char(c)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_grows_outwards_and_list_indexes_attach_without_a_dot() {
+        let e = Error::new("filename", Kind::Missing).under("[1]");
+        assert_eq!(e.under("children").path(), "children[1].filename");
+        let e = Error::here(Kind::Missing).under("direct").under("cache");
+        assert_eq!(e.to_string(), "Parameter 'cache.direct' is missing");
+    }
+
+    #[test]
+    fn an_error_is_one_bounded_line_whatever_the_text_was() {
+        let e = Error::new(&"a\nb".repeat(100_000), Kind::Unexpected).to_string();
+        assert!(!e.contains('\n') && e.len() < 10_000, "{}", e.len());
+    }
+}

@@ -1,0 +1,32 @@
+//! Options: every source of them becomes one ordered tree, and every driver reads that tree
+//! through one typed door.
+//!
+//! | file | it holds |
+//! |---|---|
+//! | `tree` | [`Value`] and [`Map`], dotted keys in and out (`crumple`, `flatten`), the limits |
+//! | `keyval` | `driver=file,cache.direct=on`: the syntax of `--blockdev`, `--export`, `--object` |
+//! | `json` | JSON text to tree and back |
+//! | `size` | `1.5G` to bytes and back to `1.5 GiB`, and the [`Size`] field type |
+//! | `node_ref` | the field types for "a node's name, or a node defined in place" |
+//! | `de` | a serde `Deserializer` over the tree: one `#[derive(Deserialize)]` struct per driver |
+//! | `any` | a value read through serde as it stands |
+//! | `error` | the one error type, worded as QEMU words it |
+//!
+//! The rule held here: user input is checked at this edge and trusted afterwards. Every parser is
+//! linear in its input, bounded in depth and count, and never panics. What came as text (keyval,
+//! file names) converts; what came as JSON keeps its type.
+
+mod any;
+pub mod de;
+pub mod error;
+pub mod json;
+pub mod keyval;
+pub mod node_ref;
+pub mod size;
+pub mod tree;
+
+pub use de::{from_map, from_value};
+pub use error::Error;
+pub use node_ref::{NodeRef, NodeRefOrNull};
+pub use size::Size;
+pub use tree::{Map, Value};
