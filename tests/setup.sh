@@ -16,15 +16,6 @@ fail() {
     exit 1
 }
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    else
-        sudo -n true 2>/dev/null || fail "not root, and sudo is missing or wants a password: cannot run: $*"
-        sudo "$@"
-    fi
-}
-
 # Those of the named packages that are not installed.
 missing() {
     local package
@@ -36,10 +27,21 @@ missing() {
     done
 }
 
+# apt-get as root. sudo may ask for a password only where somebody can answer.
 apt() {
-    as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" </dev/null >"$log" 2>&1 ||
-        { cat "$log" >&2; fail "apt-get $* failed (its output is above)"; }
+    local as_root=()
+    if [ "$(id -u)" != 0 ]; then
+        as_root=(sudo)
+        [ -t 0 ] || as_root+=(-n)
+        "${as_root[@]}" true || fail "not root, and sudo does not help: cannot run apt-get $*"
+    fi
+    # The lists may fail to refresh in part and still do; if not, the log tells when a package is not found.
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" >>"$log" 2>&1 ||
+        {
+            cat "$log" >&2
+            fail "apt-get $* failed (its output is above)"
+        }
 }
 
 install() {

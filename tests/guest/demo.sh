@@ -62,7 +62,7 @@ start_daemon
 say daemon "$("$vublk" --version) serves it over vhost-user-blk; the socket stood after $(($(milliseconds) - began)) ms"
 
 began=$(milliseconds)
-timeout "$boot_limit_s" "$here/boot.sh" "$here/demo-guest.sh" \
+timeout --foreground "$boot_limit_s" "$here/boot.sh" "$here/demo-guest.sh" \
     -chardev "socket,id=disk,path=$socket" -device vhost-user-blk-pci,chardev=disk \
     </dev/null >"$dir/serial" 2>&1 || { tr -d '\r' <"$dir/serial" >"$dir/console"; fail "QEMU failed"; }
 whole=$(($(milliseconds) - began))
