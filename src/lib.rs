@@ -14,5 +14,6 @@
 //! `use` lines and holds this.
 
 pub mod block;
+pub mod export;
 pub mod io;
 pub mod options;

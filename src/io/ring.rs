@@ -115,12 +115,10 @@ impl Uring {
             builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
             attempt(&mut builder);
             match builder.build(SUBMISSIONS) {
-                Ok(mut ring) => {
+                Ok(ring) => {
                     if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
                         return Err(io::Error::other("io_uring is too old (Linux 5.11 is needed)"));
                     }
-                    // Saves the look-up of the descriptor at each entry; not vital.
-                    let _ = ring.submitter().register_ring_fd();
                     return Ok(Uring { ring, queued: 0, began: Instant::now() });
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),

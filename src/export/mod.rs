@@ -1,0 +1,3 @@
+//! How disks leave the process: one folder for each transport.
+
+pub mod vhost_user_blk;

@@ -1,0 +1,138 @@
+//! Guest memory: the regions that the front end shares, and the way from its addresses to ours.
+//!
+//! A region is mapped when it comes and unmapped when the last user of the table that holds it has
+//! gone, so a table must be kept as long as I/O into it is in flight.
+
+use crate::io::iovec::iovec;
+use std::fs::File;
+use std::sync::Arc;
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Regions at most; what QEMU's back ends take too.
+pub const MAX_REGIONS: usize = 509;
+
+/// One mapped region.
+pub struct Region {
+    /// First guest physical address.
+    guest: u64,
+    /// First address in the front end's own address space, in which ring addresses are given.
+    user: u64,
+    /// Bytes.
+    len: u64,
+    mapping: MmapRegion,
+}
+
+impl Region {
+    /// Maps a region of the front end's. Refuses what overflows, and what the file does not hold.
+    pub fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Region, String> {
+        let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *region;
+        let describe = || format!("memory region of {memory_size:#x} bytes at {guest_phys_addr:#x}");
+        if memory_size == 0
+            || guest_phys_addr.checked_add(memory_size).is_none()
+            || user_addr.checked_add(memory_size).is_none()
+        {
+            return Err(format!("{}: empty, or ends beyond the address space", describe()));
+        }
+        let len = usize::try_from(memory_size).map_err(|e| format!("{}: {e}", describe()))?;
+        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), len)
+            .map_err(|e| format!("{}: {e}", describe()))?;
+        Ok(Region { guest: guest_phys_addr, user: user_addr, len: memory_size, mapping })
+    }
+
+    pub fn is(&self, region: &VhostUserMemoryRegion) -> bool {
+        // Packed fields are copied out before they are compared.
+        let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, .. } = *region;
+        self.guest == guest_phys_addr && self.user == user_addr && self.len == memory_size
+    }
+}
+
+/// All regions of a guest at one time, ordered by guest address.
+#[derive(Clone, Default)]
+pub struct Memory {
+    spans: Vec<Span>,
+    regions: Vec<Arc<Region>>,
+}
+
+/// What a look-up needs of a region.
+#[derive(Clone, Copy)]
+struct Span {
+    guest: u64,
+    end: u64,
+    host: *mut u8,
+}
+
+// SAFETY: the pointers lead to shared mappings that `regions` keeps alive; they are only used for
+// raw copies and system calls.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// A table with these regions. Refuses regions that overlap: an address would be ambiguous.
+    pub fn new(mut regions: Vec<Arc<Region>>) -> Result<Memory, String> {
+        if regions.len() > MAX_REGIONS {
+            return Err(format!("{} memory regions, more than {MAX_REGIONS}", regions.len()));
+        }
+        regions.sort_by_key(|r| r.guest);
+        for pair in regions.windows(2) {
+            if pair[0].guest + pair[0].len > pair[1].guest {
+                return Err(format!("memory regions overlap at {:#x}", pair[1].guest));
+            }
+        }
+        let spans = regions
+            .iter()
+            .map(|r| Span { guest: r.guest, end: r.guest + r.len, host: r.mapping.as_ptr() })
+            .collect();
+        Ok(Memory { spans, regions })
+    }
+
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    /// Where `len` bytes at a guest address are mapped, if they lie in one region.
+    pub fn host(&self, guest: u64, len: u64) -> Option<*mut u8> {
+        let span = self.span(guest)?;
+        let inside = guest - span.guest;
+        (len <= span.end - guest).then(|| span.host.wrapping_add(inside as usize))
+    }
+
+    /// Where `len` bytes at an address of the front end's are mapped, if they lie in one region.
+    pub fn host_of_user(&self, user: u64, len: u64) -> Option<*mut u8> {
+        let region =
+            self.regions.iter().find(|r| user >= r.user && user - r.user < r.len)?;
+        let inside = user - region.user;
+        (len <= region.len - inside)
+            .then(|| region.mapping.as_ptr().wrapping_add(inside as usize))
+    }
+
+    /// Appends the segments that `len` bytes at a guest address are mapped at: one, or several
+    /// where the bytes go on from one region to the next. None of it if any byte is not mapped.
+    pub fn append(&self, mut guest: u64, len: u32, list: &mut Vec<libc::iovec>) -> Option<()> {
+        let mut left = len as u64;
+        let before = list.len();
+        while left > 0 {
+            let Some(span) = self.span(guest) else {
+                list.truncate(before);
+                return None;
+            };
+            let n = left.min(span.end - guest);
+            let host = span.host.wrapping_add((guest - span.guest) as usize);
+            list.push(iovec(host, n as usize));
+            guest += n;
+            left -= n;
+        }
+        Some(())
+    }
+
+    #[inline]
+    fn span(&self, guest: u64) -> Option<&Span> {
+        // Few regions, and nearly all of the memory in the first or second.
+        if self.spans.len() <= 8 {
+            return self.spans.iter().find(|s| guest >= s.guest && guest < s.end);
+        }
+        let after = self.spans.partition_point(|s| s.guest <= guest);
+        self.spans[..after].last().filter(|s| guest < s.end)
+    }
+}

@@ -1,0 +1,18 @@
+//! Disks for virtual machines over vhost-user-blk.
+//!
+//! * [`server`]: the socket; one front end at a time.
+//! * [`session`]: the messages of one connection.
+//! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
+//! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
+//! * [`config`]: what the guest is told of the disk.
+
+pub mod config;
+pub mod memory;
+pub mod queue;
+pub mod request;
+pub mod ring;
+pub mod server;
+pub mod session;
+
+pub use config::DiskOptions;
+pub use server::{Address, Export, ExportOptions, listening_fd};

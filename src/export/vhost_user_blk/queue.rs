@@ -1,0 +1,478 @@
+//! The hot loop: one virtqueue on one worker.
+//!
+//! A turn takes what the guest made available, maps each read and write through the graph, starts it
+//! on the leaf it ends at, and leaves everything else to tasks. Results are written to the used ring
+//! as they come and published once a turn, with at most one notification.
+//!
+//! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
+
+use super::memory::Memory;
+use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
+use super::ring::{Broken, SplitRing};
+use crate::block::{Access, Target, Transfer};
+use crate::io::epoch::{Announcer, Generation, Turn};
+use crate::io::{Io, IoResult, IoVec, Polled, Source, SourceId, Started, Token, iovec};
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::Write;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+
+/// Chains taken from one queue in a turn, so that the other queues of the worker have theirs.
+const SHARE: u16 = 256;
+
+/// Segments that an idle slot may keep room for.
+const KEEP_SEGMENTS: usize = 256;
+
+/// A queue at work. Owned by its worker.
+pub struct Queue {
+    name: String,
+    disk: Arc<Disk>,
+    memory: Arc<Memory>,
+    ring: SplitRing,
+    announcer: Announcer,
+    /// By head: a chain in flight is known by its first descriptor.
+    slots: Vec<Slot>,
+    in_flight: usize,
+    /// What tasks of the slow road have finished.
+    finished: Rc<RefCell<Vec<Finished>>>,
+    call: Option<Arc<File>>,
+    err: Option<Arc<File>>,
+    broken: bool,
+    /// Nothing is taken while this is not zero.
+    paused: u32,
+    /// Who wants to know when nothing is in flight any more.
+    drained: Vec<Box<dyn FnOnce() + Send>>,
+    stop: Option<mpsc::Sender<u16>>,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
+    requests: u64,
+    slow: u64,
+    flushes: u64,
+}
+
+#[derive(Default)]
+struct Slot {
+    busy: bool,
+    /// The road that the request took: how its end must be booked.
+    fast: bool,
+    kind: Option<Kind>,
+    /// The chain's memory; for transfers, `data` of it is the data.
+    segments: Vec<libc::iovec>,
+    data: (u16, u16),
+    /// Bytes of data.
+    len: u32,
+    offset: u64,
+    status: Option<std::ptr::NonNull<u8>>,
+    generation: Generation,
+}
+
+struct Finished {
+    head: u16,
+    status: Status,
+    written: u32,
+}
+
+/// What a queue is started with.
+pub struct QueueStart {
+    /// For the log: export and queue number.
+    pub name: String,
+    pub disk: Arc<Disk>,
+    pub memory: Arc<Memory>,
+    pub ring: SplitRing,
+    pub size: u16,
+    pub call: Option<Arc<File>>,
+    pub err: Option<Arc<File>>,
+    /// Nothing is taken until as many resumes have come.
+    pub paused: u32,
+}
+
+// SAFETY: the ring's pointers lead into mappings that any thread may use; a queue is built on a
+// control thread and from then on stays on its worker.
+unsafe impl Send for QueueStart {}
+
+impl Queue {
+    /// A queue, on the thread that will serve it.
+    pub fn new(start: QueueStart) -> Queue {
+        let announcer = Announcer::default();
+        start.disk.node.add_member(announcer.member());
+        Queue {
+            name: start.name,
+            disk: start.disk,
+            memory: start.memory,
+            ring: start.ring,
+            announcer,
+            slots: std::iter::repeat_with(Slot::default).take(start.size as usize).collect(),
+            in_flight: 0,
+            finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
+            call: start.call,
+            err: start.err,
+            broken: false,
+            paused: start.paused,
+            drained: Vec::new(),
+            stop: None,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Takes nothing more; once nothing is in flight, ends, and tells `stopped` where the available
+    /// ring is to be continued.
+    pub fn stop(&mut self, stopped: mpsc::Sender<u16>) {
+        self.stop = Some(stopped);
+    }
+
+    pub fn set_call(&mut self, call: Option<Arc<File>>) {
+        self.call = call;
+    }
+
+    pub fn set_err(&mut self, err: Option<Arc<File>>) {
+        self.err = err;
+    }
+
+    /// Takes nothing more until as many `resume`s have come; calls `drained` once nothing is in
+    /// flight.
+    pub fn pause(&mut self, drained: Box<dyn FnOnce() + Send>) {
+        self.paused += 1;
+        self.drained.push(drained);
+    }
+
+    pub fn resume(&mut self) {
+        self.paused = self.paused.saturating_sub(1);
+    }
+
+    /// For the log of a queue that does not come to an end.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn may_take(&self) -> bool {
+        !self.broken && self.paused == 0 && self.stop.is_none()
+    }
+
+    /// The guest broke the rules: this queue takes no more, what is in flight completes.
+    fn fail(&mut self, why: Broken) {
+        self.broken = true;
+        log::warn!("{}: stopped: {why}", self.name);
+        if let Some(err) = &self.err {
+            let _ = (&**err).write(&1u64.to_ne_bytes());
+        }
+    }
+
+    /// Takes and starts one chain.
+    fn take(&mut self, io: &Rc<Io>, me: SourceId) -> Result<(), Broken> {
+        let head = self.ring.pop()?;
+        let slot = &mut self.slots[head as usize];
+        if slot.busy {
+            return Err(Broken::Busy(head));
+        }
+        let readable = self.ring.gather(&self.memory, head, &mut slot.segments)?;
+        let (out, into) = slot.segments.split_at_mut(readable);
+        // The status is the last byte that the device may write (section 5.2.6.2).
+        let Some(last) = into.iter_mut().rev().find(|s| s.iov_len > 0) else {
+            return Err(Broken::Layout { head });
+        };
+        last.iov_len -= 1;
+        slot.status =
+            std::ptr::NonNull::new(last.iov_base.cast::<u8>().wrapping_add(last.iov_len));
+        let mut header = [0; HEADER_LEN];
+        if !read_header(out, &mut header) {
+            return Err(Broken::Layout { head });
+        }
+        slot.busy = true;
+        self.in_flight += 1;
+        self.counts.requests += 1;
+        let header = Header::parse(header);
+        slot.kind = header.kind();
+        let Some(kind) = slot.kind else {
+            self.finish(head, Status::Unsupported, 0);
+            return Ok(());
+        };
+        let access = match kind {
+            Kind::In => Access::Read,
+            Kind::Out if self.disk.write_through.load(Ordering::Relaxed) => Access::DurableWrite,
+            Kind::Out => Access::Write,
+            _ => {
+                self.go_slow(io, me, head, kind, header.sector, readable);
+                return Ok(());
+            }
+        };
+        self.transfer(io, me, head, kind, access, header.sector, readable);
+        Ok(())
+    }
+
+    /// A read or write: on the fast road if the graph allows it.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one request, at hand in registers")]
+    #[inline]
+    fn transfer(
+        &mut self,
+        io: &Rc<Io>,
+        me: SourceId,
+        head: u16,
+        kind: Kind,
+        access: Access,
+        sector: u64,
+        readable: usize,
+    ) {
+        let slot = &mut self.slots[head as usize];
+        let (from, segments) = match access {
+            Access::Read => (readable, &mut slot.segments[readable..]),
+            _ => (0, &mut slot.segments[..readable]),
+        };
+        let all: usize = segments.iter().map(|s| s.iov_len).sum();
+        let skip = if access == Access::Read { 0 } else { HEADER_LEN };
+        let len = all - skip;
+        let range = trim(segments, skip, len);
+        slot.data = ((from + range.start) as u16, (from + range.end) as u16);
+        let allowed = access == Access::Read || self.disk.options.writable;
+        let offset = match self.disk.transfer_range(sector, len as u64) {
+            Some(offset) if allowed && len <= u32::MAX as usize => offset,
+            _ => return self.finish(head, Status::IoError, 0),
+        };
+        slot.len = len as u32;
+        slot.offset = offset;
+        if len == 0 {
+            return self.finish(head, Status::Ok, 0);
+        }
+        let turn = self.announcer.enter();
+        let token = Token { source: me, tag: head as u32 };
+        match start_fast(&self.disk, &turn, io, slot, access, token) {
+            Some(Started::Pending) => {
+                slot.fast = true;
+                slot.generation = turn.begin();
+            }
+            Some(Started::Done(result)) => {
+                drop(turn);
+                self.transferred(head, result);
+            }
+            None => {
+                drop(turn);
+                let writes = access != Access::Read;
+                let data = slot.data;
+                let list = &slot.segments[data.0 as usize..data.1 as usize];
+                // SAFETY: the queue keeps `memory` mapped while the request is in flight.
+                let list = unsafe { IoVec::from_raw(list) };
+                let (out, into) =
+                    if writes { (list, IoVec::from_mut(&mut [])) } else { (IoVec::from_mut(&mut []), list) };
+                self.spawn(io, me, head, kind, sector, out, into);
+            }
+        }
+    }
+
+    fn go_slow(
+        &mut self,
+        io: &Rc<Io>,
+        me: SourceId,
+        head: u16,
+        kind: Kind,
+        sector: u64,
+        readable: usize,
+    ) {
+        let (out, into) = self.slots[head as usize].segments.split_at(readable);
+        // SAFETY: the queue keeps `memory` mapped while the request is in flight.
+        let (out, into) = unsafe { (IoVec::from_raw(out), IoVec::from_raw(into)) };
+        let out = out.slice(HEADER_LEN as u64, out.len() - HEADER_LEN as u64);
+        self.counts.flushes += u64::from(kind == Kind::Flush);
+        self.spawn(io, me, head, kind, sector, out, into);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one request")]
+    fn spawn(
+        &mut self,
+        io: &Rc<Io>,
+        me: SourceId,
+        head: u16,
+        kind: Kind,
+        sector: u64,
+        out: IoVec<'static>,
+        into: IoVec<'static>,
+    ) {
+        self.counts.slow += 1;
+        let (disk, finished, worker) = (self.disk.clone(), self.finished.clone(), io.clone());
+        let durable = disk.write_through.load(Ordering::Relaxed);
+        io.spawn(async move {
+            let (status, written) = disk.run(kind, sector, out, into, durable).await;
+            finished.borrow_mut().push(Finished { head, status, written });
+            worker.wake_source(me);
+        });
+    }
+
+    /// The end of a transfer on the fast road.
+    fn transferred(&mut self, head: u16, result: IoResult) {
+        let slot = &self.slots[head as usize];
+        let read = slot.kind == Some(Kind::In);
+        match result {
+            Ok(()) => self.finish(head, Status::Ok, if read { slot.len } else { 0 }),
+            Err(errno) => {
+                let what = if read { "read" } else { "write" };
+                let status = self.disk.failed(what, slot.offset, slot.len as u64, errno);
+                self.finish(head, status, 0);
+            }
+        }
+    }
+
+    /// Writes the status and hands the chain back.
+    fn finish(&mut self, head: u16, status: Status, written: u32) {
+        let slot = &mut self.slots[head as usize];
+        if let Some(at) = slot.status.take() {
+            // SAFETY: the byte lies in the guest's memory, which stays mapped as long as the
+            // request is in flight.
+            unsafe { at.write_volatile(status as u8) };
+        }
+        slot.busy = false;
+        slot.fast = false;
+        if slot.segments.capacity() > KEEP_SEGMENTS {
+            slot.segments = Vec::new();
+        }
+        self.in_flight -= 1;
+        self.ring.push(head, written + 1);
+    }
+
+    /// What was waiting for the queue to be empty.
+    fn when_empty(&mut self) -> bool {
+        if self.in_flight > 0 {
+            return false;
+        }
+        for drained in self.drained.drain(..) {
+            drained();
+        }
+        self.stop.is_some()
+    }
+
+    fn add_up(&mut self) {
+        let Counts { requests, slow, flushes } = std::mem::take(&mut self.counts);
+        let counters = &self.disk.counters;
+        counters.requests.fetch_add(requests, Ordering::Relaxed);
+        counters.slow.fetch_add(slow, Ordering::Relaxed);
+        counters.flushes.fetch_add(flushes, Ordering::Relaxed);
+    }
+}
+
+/// Starts a transfer where the graph says that its bytes live, if it can say so.
+#[inline]
+fn start_fast(
+    disk: &Disk,
+    turn: &Turn<'_>,
+    io: &Io,
+    slot: &Slot,
+    access: Access,
+    token: Token,
+) -> Option<Started> {
+    let mapping = disk.node.map(turn.in_flight(), slot.offset, slot.len as u64, access);
+    if mapping.len < slot.len as u64 {
+        return None;
+    }
+    let segments = &slot.segments[slot.data.0 as usize..slot.data.1 as usize];
+    match mapping.target {
+        Target::Data { leaf, offset } => {
+            let traits = disk.node.traits();
+            if traits.buffer_align > 1 && !iovec::is_aligned(segments, traits.buffer_align)
+                || segments.len() > traits.max_segments as usize
+            {
+                return None;
+            }
+            let transfer = Transfer { access, offset, len: slot.len, segments };
+            // SAFETY: the slot and the guest's memory stay in place until the request is finished.
+            Some(unsafe { leaf.start(io, transfer, token) })
+        }
+        Target::Zero if access == Access::Read => {
+            // SAFETY: the guest's memory is mapped.
+            unsafe { iovec::zero(segments) };
+            Some(Started::Done(Ok(())))
+        }
+        _ => None,
+    }
+}
+
+/// Copies the header from the front of `out`; false if it is not all there.
+#[inline]
+fn read_header(out: &[libc::iovec], header: &mut [u8; HEADER_LEN]) -> bool {
+    match out {
+        [first, ..] if first.iov_len >= HEADER_LEN => {
+            // SAFETY: the segment is mapped and holds that many bytes; the guest may have put it at
+            // any address, and may be writing to it.
+            *header = unsafe { first.iov_base.cast_const().cast::<[u8; HEADER_LEN]>().read_volatile() };
+            true
+        }
+        _ => {
+            // SAFETY: the segments are mapped guest memory.
+            let list = unsafe { IoVec::from_raw(out) };
+            list.copy_to(header);
+            list.len() >= HEADER_LEN as u64
+        }
+    }
+}
+
+impl Source for Queue {
+    fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
+        let mut polled = Polled::Idle;
+        while let Some(Finished { head, status, written }) = {
+            let next = self.finished.borrow_mut().pop();
+            next
+        } {
+            self.finish(head, status, written);
+            polled = Polled::Busy;
+        }
+        if self.may_take() {
+            match self.ring.available() {
+                Ok(0) => {}
+                Ok(count) => {
+                    polled = Polled::Busy;
+                    for _ in 0..count.min(SHARE) {
+                        if let Err(why) = self.take(io, me) {
+                            self.fail(why);
+                            break;
+                        }
+                    }
+                }
+                Err(why) => self.fail(why),
+            }
+        }
+        if (self.stop.is_some() || !self.drained.is_empty()) && self.when_empty() {
+            self.publish();
+            self.add_up();
+            if let Some(stopped) = self.stop.take() {
+                // Whoever asked may have given up waiting.
+                let _ = stopped.send(self.ring.next_available());
+            }
+            return Polled::Ended;
+        }
+        polled
+    }
+
+    fn has_work(&self) -> bool {
+        self.ring.has_work() && self.may_take()
+    }
+
+    fn complete(&mut self, _io: &Rc<Io>, tag: u32, result: IoResult) {
+        let head = tag as u16;
+        let slot = &self.slots[head as usize];
+        if slot.fast {
+            self.announcer.end(slot.generation);
+        }
+        self.transferred(head, result);
+    }
+
+    fn publish(&mut self) {
+        self.announcer.settle();
+        if self.ring.publish()
+            && let Some(call) = &self.call
+        {
+            // An eventfd: full means that the guest has a notification waiting already.
+            let _ = (&**call).write(&1u64.to_ne_bytes());
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        // A queue that takes nothing wants no kicks either; whoever wakes it up polls it.
+        !self.may_take() || self.ring.want_kick()
+    }
+
+    fn disarm(&mut self) {
+        self.ring.no_kick();
+    }
+}
+

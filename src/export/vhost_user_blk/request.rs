@@ -1,0 +1,262 @@
+//! Block requests (virtio 1.2, section 5.2.6): what the guest asks for, checked, and the slow road
+//! for all that the fast one leaves.
+
+use super::config::{self, DiskOptions};
+use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::io::iovec::iovec;
+use crate::io::{Errno, IoResult, IoVec};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use virtio_bindings::virtio_blk::*;
+
+/// The byte that ends every request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    Ok = VIRTIO_BLK_S_OK as u8,
+    IoError = VIRTIO_BLK_S_IOERR as u8,
+    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
+}
+
+impl From<IoResult> for Status {
+    fn from(result: IoResult) -> Status {
+        match result {
+            Ok(()) => Status::Ok,
+            Err(errno) if errno == Errno::ENOTSUP => Status::Unsupported,
+            Err(_) => Status::IoError,
+        }
+    }
+}
+
+/// A disk as its queues see it, on whatever worker.
+pub struct Disk {
+    pub node: Arc<Node>,
+    pub options: DiskOptions,
+    /// In sectors of 512 bytes.
+    pub capacity: AtomicU64,
+    /// Writes must be durable before they complete: the guest switched the write cache off, or
+    /// knows of none.
+    pub write_through: AtomicBool,
+    pub counters: Counters,
+}
+
+/// Requests since the export began. Queues count on their own and add up when they stop, so that
+/// workers share no cache line while they work.
+#[derive(Default)]
+pub struct Counters {
+    pub requests: AtomicU64,
+    pub slow: AtomicU64,
+    pub flushes: AtomicU64,
+    pub errors: AtomicU64,
+}
+
+/// What one request wants, as its header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    In,
+    Out,
+    Flush,
+    GetId,
+    Discard,
+    WriteZeroes,
+}
+
+/// The 16 bytes that every request begins with.
+#[derive(Clone, Copy)]
+pub struct Header {
+    kind: u32,
+    pub sector: u64,
+}
+
+pub const HEADER_LEN: usize = 16;
+
+impl Header {
+    pub fn parse(bytes: [u8; HEADER_LEN]) -> Header {
+        let [a, b, c, d, _, _, _, _, sector @ ..] = bytes;
+        let sector = u64::from_le_bytes(sector);
+        Header { kind: u32::from_le_bytes([a, b, c, d]) & !VIRTIO_BLK_T_BARRIER, sector }
+    }
+
+    pub fn kind(self) -> Option<Kind> {
+        Some(match self.kind {
+            VIRTIO_BLK_T_IN => Kind::In,
+            VIRTIO_BLK_T_OUT => Kind::Out,
+            VIRTIO_BLK_T_FLUSH => Kind::Flush,
+            VIRTIO_BLK_T_GET_ID => Kind::GetId,
+            VIRTIO_BLK_T_DISCARD => Kind::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
+            _ => return None,
+        })
+    }
+}
+
+impl Disk {
+    /// Checks a transfer's range and gives its offset in bytes.
+    pub fn transfer_range(&self, sector: u64, len: u64) -> Option<u64> {
+        let mask = self.options.logical_block_size as u64 - 1;
+        let offset = sector.checked_mul(SECTOR)?;
+        let end = offset.checked_add(len)?;
+        let inside = end <= self.capacity.load(Ordering::Relaxed) * SECTOR;
+        (inside && (offset | len) & mask == 0).then_some(offset)
+    }
+
+    /// Does a request on the slow road. `out` is what follows the header, `into` what comes before
+    /// the status byte. Returns the status and the bytes written to `into`.
+    pub async fn run(
+        &self,
+        kind: Kind,
+        sector: u64,
+        out: IoVec<'_>,
+        into: IoVec<'_>,
+        durable: bool,
+    ) -> (Status, u32) {
+        match kind {
+            Kind::In => match self.transfer_range(sector, into.len()) {
+                Some(at) => match self.node.read(at, &into).await {
+                    Ok(()) => (Status::Ok, into.len() as u32),
+                    Err(errno) => (self.failed("read", at, into.len(), errno), 0),
+                },
+                None => (Status::IoError, 0),
+            },
+            Kind::Out => match self.transfer_range(sector, out.len()) {
+                Some(at) if self.options.writable => {
+                    let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
+                    match self.node.write(at, &out, flags).await {
+                        Ok(()) => (Status::Ok, 0),
+                        Err(errno) => (self.failed("write", at, out.len(), errno), 0),
+                    }
+                }
+                _ => (Status::IoError, 0),
+            },
+            Kind::Flush => match self.node.flush().await {
+                Ok(()) => (Status::Ok, 0),
+                Err(errno) => (self.failed("flush", 0, 0, errno), 0),
+            },
+            Kind::GetId => {
+                let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+                let serial = self.options.serial.as_bytes();
+                let n = serial.len().min(id.len());
+                id[..n].copy_from_slice(&serial[..n]);
+                into.copy_from(&id);
+                (Status::Ok, into.len().min(id.len() as u64) as u32)
+            }
+            Kind::Discard | Kind::WriteZeroes => {
+                (self.discard_or_zero(kind, &out, durable).await, 0)
+            }
+        }
+    }
+
+    /// One segment of section 5.2.6's `virtio_blk_discard_write_zeroes`; the configuration space
+    /// says that we take no more.
+    async fn discard_or_zero(&self, kind: Kind, out: &IoVec<'_>, durable: bool) -> Status {
+        const SEGMENT: usize = 16;
+        if !self.options.writable {
+            return Status::IoError;
+        }
+        if out.len() > SEGMENT as u64 {
+            return Status::Unsupported;
+        }
+        if out.len() < SEGMENT as u64 {
+            return Status::IoError;
+        }
+        let mut bytes = [0; SEGMENT];
+        out.copy_to(&mut bytes);
+        let [sector @ .., a, b, c, d, e, f, g, h] = bytes;
+        let sector = u64::from_le_bytes(sector);
+        let count = u32::from_le_bytes([a, b, c, d]);
+        let flags = u32::from_le_bytes([e, f, g, h]);
+        let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        let unknown = flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        if unknown || unmap && kind == Kind::Discard {
+            return Status::Unsupported;
+        }
+        if count > config::MAX_DISCARD_SECTORS {
+            return Status::IoError;
+        }
+        let len = count as u64 * SECTOR;
+        let Some(at) = self.transfer_range(sector, len) else { return Status::IoError };
+        let result = match kind {
+            Kind::Discard => self.node.discard(at, len).await,
+            _ => {
+                let mut zero = ZeroFlags::empty();
+                zero.set(ZeroFlags::UNMAP, unmap);
+                zero.set(ZeroFlags::FUA, durable);
+                self.node.zero(at, len, zero).await
+            }
+        };
+        match result {
+            Ok(()) => Status::Ok,
+            Err(errno) => self.failed("discard or write zeroes", at, len, errno),
+        }
+    }
+
+    /// Logs a failed request, at a rate that a guest cannot turn into a flood, and gives its status.
+    pub fn failed(&self, what: &str, at: u64, len: u64, errno: Errno) -> Status {
+        let seen = self.counters.errors.fetch_add(1, Ordering::Relaxed) + 1;
+        // The first ones, then each power of two.
+        if seen <= 8 || seen.is_power_of_two() {
+            let name = self.node.name();
+            log::warn!("{name}: {what} of {len} bytes at {at} failed: {errno} (error {seen})");
+        }
+        Status::from(Err(errno))
+    }
+}
+
+/// The part of a list of segments from byte `from` on, `len` bytes long, without allocation where
+/// the cut falls between segments or inside the first and last: the list is changed in place.
+///
+/// Returns the range of segments that remain. `from + len` must lie inside the list.
+pub fn trim(list: &mut [libc::iovec], from: usize, len: usize) -> std::ops::Range<usize> {
+    let mut start = 0;
+    let mut skip = from;
+    while start < list.len() && skip >= list[start].iov_len {
+        skip -= list[start].iov_len;
+        start += 1;
+    }
+    if skip > 0 {
+        let segment = list[start];
+        list[start] = iovec(
+            segment.iov_base.cast::<u8>().wrapping_add(skip),
+            segment.iov_len - skip,
+        );
+    }
+    let mut end = start;
+    let mut left = len;
+    while left > 0 {
+        let n = left.min(list[end].iov_len);
+        list[end].iov_len = n;
+        left -= n;
+        end += 1;
+    }
+    start..end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trim_keeps_exactly_the_asked_bytes() {
+        let bytes: Vec<u8> = (0..60).collect();
+        let lens = [16usize, 1, 20, 3, 20];
+        for from in 0..=60 {
+            for len in 0..=60 - from {
+                let mut at = 0;
+                let mut list: Vec<_> = lens
+                    .iter()
+                    .map(|&n| {
+                        at += n;
+                        iovec(bytes.as_ptr().cast_mut().wrapping_add(at - n), n)
+                    })
+                    .collect();
+                let range = trim(&mut list, from, len);
+                let mut got = vec![0; len];
+                // SAFETY: all inside `bytes`, and only read.
+                let part = unsafe { IoVec::from_raw(&list[range]) };
+                assert_eq!(part.len(), len as u64);
+                part.copy_to(&mut got);
+                assert_eq!(got, bytes[from..from + len]);
+            }
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! The device's side of a split virtqueue (virtio 1.2, section 2.7), over cached host pointers.
+//!
+//! Everything in the ring is the guest's to write at any time. Each field is read once, checked, and
+//! only the copy is used; an index that cannot be right stops the queue. Used elements are written
+//! as they come, but the used index moves, and the guest is told, once a batch.
+
+use super::memory::Memory;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+/// Entries at most, of a ring or an indirect table; QEMU's limit too.
+pub const MAX_SIZE: u16 = 1024;
+
+const DESC_NEXT: u16 = 1;
+const DESC_WRITE: u16 = 2;
+const DESC_INDIRECT: u16 = 4;
+const AVAIL_NO_INTERRUPT: u16 = 1;
+const USED_NO_NOTIFY: u16 = 1;
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+/// Where the three parts of a ring lie, in the front end's address space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+}
+
+/// Why a queue must be stopped: what the guest did wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Broken {
+    /// The available index is further ahead than the ring is long.
+    AvailableIndex { next: u16, index: u16 },
+    Head(u16),
+    /// A head that is still in flight was made available again.
+    Busy(u16),
+    Next { head: u16, next: u16 },
+    /// More descriptors than the ring has, so there is a loop.
+    TooLong { head: u16 },
+    Address { head: u16, addr: u64, len: u32 },
+    Indirect { head: u16, addr: u64, len: u32 },
+    /// A part that the device reads comes after one that it writes.
+    Order { head: u16 },
+    /// No room for the status byte, or less than a header.
+    Layout { head: u16 },
+}
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Broken::AvailableIndex { next, index } => {
+                write!(f, "available index {index} is out of range (next is {next})")
+            }
+            Broken::Head(head) => write!(f, "descriptor index {head} is outside the ring"),
+            Broken::Busy(head) => write!(f, "descriptor {head} is in flight already"),
+            Broken::Next { head, next } => {
+                write!(f, "chain {head}: next descriptor {next} is outside the table")
+            }
+            Broken::TooLong { head } => write!(f, "chain {head}: looped or too long"),
+            Broken::Address { head, addr, len } => {
+                write!(f, "chain {head}: {len} bytes at {addr:#x} are not in the guest's memory")
+            }
+            Broken::Indirect { head, addr, len } => {
+                write!(f, "chain {head}: bad indirect table of {len} bytes at {addr:#x}")
+            }
+            Broken::Order { head } => write!(f, "chain {head}: readable part after a writable one"),
+            Broken::Layout { head } => write!(f, "chain {head}: too short for a block request"),
+        }
+    }
+}
+
+/// A ring in use.
+pub struct SplitRing {
+    size: u16,
+    event_index: bool,
+    descriptors: *const Descriptor,
+    available: *mut u16,
+    used: *mut u16,
+    /// The next entry of the available ring to take.
+    next_available: u16,
+    /// The next entry of the used ring to fill; the guest sees `published`.
+    next_used: u16,
+    published: u16,
+    /// Keeps the mappings alive that the pointers lead to.
+    _memory: Arc<Memory>,
+}
+
+impl SplitRing {
+    /// A ring at these addresses. `size` is a power of two up to [`MAX_SIZE`]; `base` is where to go
+    /// on in the available ring. Goes on in the used ring where the guest sees it end.
+    pub fn new(
+        memory: &Arc<Memory>,
+        size: u16,
+        at: Addresses,
+        base: u16,
+        event_index: bool,
+    ) -> Result<SplitRing, String> {
+        if !size.is_power_of_two() || size > MAX_SIZE {
+            return Err(format!("a ring of {size} entries (a power of two up to 1024 is wanted)"));
+        }
+        let part = |what: &str, user: u64, len: u64, align: u64| {
+            if user & (align - 1) != 0 {
+                return Err(format!("{what} ring at {user:#x} is not aligned to {align}"));
+            }
+            let host = memory.host_of_user(user, len);
+            host.ok_or_else(|| format!("{what} ring at {user:#x} is not in the guest's memory"))
+        };
+        let entries = size as u64;
+        let descriptors = part("descriptor", at.descriptors, entries * 16, 16)?;
+        let available = part("available", at.available, 4 + entries * 2 + 2, 2)?;
+        let used = part("used", at.used, 4 + entries * 8 + 2, 4)?;
+        let mut ring = SplitRing {
+            size,
+            event_index,
+            descriptors: descriptors.cast_const().cast(),
+            available: available.cast(),
+            used: used.cast(),
+            next_available: base,
+            next_used: 0,
+            published: 0,
+            _memory: memory.clone(),
+        };
+        ring.next_used = ring.used_index().load(Ordering::Acquire);
+        ring.published = ring.next_used;
+        Ok(ring)
+    }
+
+    pub fn next_available(&self) -> u16 {
+        self.next_available
+    }
+
+    fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
+        // SAFETY: `new` checked that both rings lie in mapped memory, `index` is inside the ring at
+        // every call, the addresses are even, and the mapping lives as long as self.
+        unsafe { AtomicU16::from_ptr(base.add(index)) }
+    }
+
+    fn available_index(&self) -> &AtomicU16 {
+        self.atomic(self.available, 1)
+    }
+
+    fn used_index(&self) -> &AtomicU16 {
+        self.atomic(self.used, 1)
+    }
+
+    /// Whether the guest has made something available. Cheap, for spinning.
+    pub fn has_work(&self) -> bool {
+        self.available_index().load(Ordering::Relaxed) != self.next_available
+    }
+
+    /// How many chains the guest has made available.
+    pub fn available(&self) -> Result<u16, Broken> {
+        let index = self.available_index().load(Ordering::Acquire);
+        let count = index.wrapping_sub(self.next_available);
+        if count > self.size {
+            return Err(Broken::AvailableIndex { next: self.next_available, index });
+        }
+        Ok(count)
+    }
+
+    /// Takes the next chain's head. `available` must have told of one.
+    pub fn pop(&mut self) -> Result<u16, Broken> {
+        let entry = 2 + (self.next_available & (self.size - 1)) as usize;
+        let head = self.atomic(self.available, entry).load(Ordering::Relaxed);
+        if head >= self.size {
+            return Err(Broken::Head(head));
+        }
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(head)
+    }
+
+    /// Gathers a chain's memory: first what the device reads, then what it writes. Returns how many
+    /// of the segments are the former.
+    pub fn gather(
+        &self,
+        memory: &Memory,
+        head: u16,
+        list: &mut Vec<libc::iovec>,
+    ) -> Result<usize, Broken> {
+        list.clear();
+        // SAFETY: `new` checked the table's place; head was checked against its length.
+        let first = unsafe { self.descriptors.add(head as usize).read_volatile() };
+        let (table, count, mut entry) = if first.flags & DESC_INDIRECT != 0 {
+            let broken = Broken::Indirect { head, addr: first.addr, len: first.len };
+            let count = first.len / 16;
+            if first.flags & DESC_NEXT != 0
+                || !first.len.is_multiple_of(16)
+                || count == 0
+                || count > MAX_SIZE as u32
+            {
+                return Err(broken);
+            }
+            let table = memory.host(first.addr, first.len as u64).ok_or(broken)?;
+            // SAFETY: the whole table is mapped; the guest may have put it at any address.
+            let entry = unsafe { table.cast::<Descriptor>().read_unaligned() };
+            (table.cast_const().cast::<Descriptor>(), count as u16, entry)
+        } else {
+            (self.descriptors, self.size, first)
+        };
+        let mut readable = 0;
+        let mut left = count;
+        let mut writing = false;
+        loop {
+            if left == 0 {
+                return Err(Broken::TooLong { head });
+            }
+            left -= 1;
+            let Descriptor { addr, len, flags, next } = entry;
+            if flags & DESC_INDIRECT != 0 {
+                // A table inside a table, or after direct descriptors.
+                return Err(Broken::Indirect { head, addr, len });
+            }
+            let writes = flags & DESC_WRITE != 0;
+            if writing && !writes {
+                return Err(Broken::Order { head });
+            }
+            writing = writes;
+            memory.append(addr, len, list).ok_or(Broken::Address { head, addr, len })?;
+            if !writes {
+                readable = list.len();
+            }
+            if flags & DESC_NEXT == 0 {
+                return Ok(readable);
+            }
+            if next >= count {
+                return Err(Broken::Next { head, next });
+            }
+            // SAFETY: next is inside the table, which is mapped.
+            entry = unsafe { table.add(next as usize).read_unaligned() };
+        }
+    }
+
+    /// Hands a chain back, `written` bytes of it written. The guest sees it after `publish`.
+    pub fn push(&mut self, head: u16, written: u32) {
+        let entry = (self.next_used & (self.size - 1)) as usize;
+        // SAFETY: `new` checked the used ring's place; an element is 8 bytes, after 4 of header,
+        // and the address is a multiple of 4.
+        unsafe {
+            let element = self.used.add(2).cast::<u32>().add(entry * 2);
+            element.write_volatile(head as u32);
+            element.add(1).write_volatile(written);
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Makes all that was pushed visible. True if the guest wants to be told.
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.published, self.next_used);
+        if old == new {
+            return false;
+        }
+        self.used_index().store(new, Ordering::Release);
+        self.published = new;
+        // The index must be visible before we look whether the guest wants to know (section
+        // 2.7.7.2): it looks in the other order.
+        fence(Ordering::SeqCst);
+        if self.event_index {
+            let event = self.atomic(self.available, 2 + self.size as usize).load(Ordering::Relaxed);
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.atomic(self.available, 0).load(Ordering::Relaxed) & AVAIL_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks for a kick at the next chain. False if one is there already (section 2.7.10).
+    pub fn want_kick(&mut self) -> bool {
+        if self.event_index {
+            // After the used elements of 8 bytes, which follow 4 bytes of header.
+            self.atomic(self.used, 2 + 4 * self.size as usize)
+                .store(self.next_available, Ordering::Relaxed);
+        } else {
+            self.atomic(self.used, 0).store(0, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        !self.has_work()
+    }
+
+    /// Says that no kicks are needed. With the event index the old event, left behind, says it.
+    pub fn no_kick(&mut self) {
+        if !self.event_index {
+            self.atomic(self.used, 0).store(USED_NO_NOTIFY, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! One connection of a front end: the vhost-user messages (QEMU's vhost-user protocol text) and the
+//! state that they build up.
+//!
+//! A bad message ends the connection, never the daemon. Whatever ends it, the rings are stopped as
+//! GET_VRING_BASE stops them: popping ends, I/O in flight ends, its completions are published, and
+//! only then may the next session begin.
+
+use super::config::{self, CONFIG_SIZE, F_PROTOCOL_FEATURES, WCE_OFFSET};
+use super::memory::{MAX_REGIONS, Memory, Region};
+use super::queue::{Queue, QueueStart};
+use super::request::Disk;
+use super::ring::{Addresses, MAX_SIZE, SplitRing};
+use crate::io::{SourceId, Worker};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::*;
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+/// How long a ring may take to stop before the log says that it is still waited for.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Cloud Hypervisor asks for the configuration space at this offset, where the transport's own
+/// registers would end on PCI; QEMU asks at 0.
+const CONFIG_BASE: u32 = VHOST_USER_CONFIG_OFFSET;
+
+/// The state of one connection.
+pub struct Session {
+    name: String,
+    disk: Arc<Disk>,
+    workers: Vec<Arc<Worker>>,
+    /// The worker of the first queue; the others follow in turn.
+    first_worker: usize,
+    features: u64,
+    /// Rings that start meanwhile take nothing either.
+    paused: u32,
+    memory: Arc<Memory>,
+    rings: Vec<RingState>,
+}
+
+/// What the front end has said of a ring.
+struct RingState {
+    size: u16,
+    at: Option<Addresses>,
+    base: u16,
+    kick: Kick,
+    call: Option<Arc<File>>,
+    err: Option<Arc<File>>,
+    enabled: bool,
+    running: Option<(usize, SourceId)>,
+}
+
+enum Kick {
+    /// None was set yet: the ring is not started.
+    Unset,
+    /// The ring is to be polled.
+    Poll,
+    Fd(File),
+}
+
+impl RingState {
+    fn new() -> RingState {
+        RingState {
+            size: 0,
+            at: None,
+            base: 0,
+            kick: Kick::Unset,
+            call: None,
+            err: None,
+            enabled: false,
+            running: None,
+        }
+    }
+}
+
+fn refuse<T>(why: impl Into<String>) -> Result<T> {
+    Err(Error::ReqHandlerError(io::Error::other(why.into())))
+}
+
+impl Session {
+    pub fn new(
+        name: String,
+        disk: Arc<Disk>,
+        workers: Vec<Arc<Worker>>,
+        first_worker: usize,
+    ) -> Session {
+        let rings = std::iter::repeat_with(RingState::new);
+        let rings = rings.take(disk.options.num_queues as usize).collect();
+        let mut session = Session {
+            name,
+            disk,
+            workers,
+            first_worker,
+            features: 0,
+            paused: 0,
+            memory: Arc::default(),
+            rings,
+        };
+        session.reset_write_cache();
+        session
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut RingState> {
+        let count = self.rings.len();
+        match self.rings.get_mut(index as usize) {
+            Some(ring) => Ok(ring),
+            None => refuse(format!("queue {index} of {count}")),
+        }
+    }
+
+    fn has(&self, bit: u32) -> bool {
+        self.features & 1 << bit != 0
+    }
+
+    /// The write cache is on until the guest says otherwise; a guest that does not know how to
+    /// flush gets none.
+    fn reset_write_cache(&mut self) {
+        let through = self.features != 0 && !self.has(VIRTIO_BLK_F_FLUSH);
+        self.disk.write_through.store(through, Ordering::Relaxed);
+    }
+
+    /// Starts a ring if all that it needs has been said.
+    fn start_ring(&mut self, index: usize) -> Result<()> {
+        let protocol = self.features & F_PROTOCOL_FEATURES != 0;
+        let ring = &self.rings[index];
+        // Without the protocol features a ring is enabled from the start.
+        let enabled = ring.enabled || !protocol;
+        let (Some(at), false, true) = (ring.at, matches!(ring.kick, Kick::Unset), enabled) else {
+            return Ok(());
+        };
+        if ring.running.is_some() {
+            return Ok(());
+        }
+        let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
+        let event_index = self.has(VIRTIO_RING_F_EVENT_IDX);
+        let split = SplitRing::new(&self.memory, size, at, ring.base, event_index)
+            .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+        let start = QueueStart {
+            name: format!("{}: queue {index}", self.name),
+            disk: self.disk.clone(),
+            memory: self.memory.clone(),
+            ring: split,
+            size,
+            call: ring.call.clone(),
+            err: ring.err.clone(),
+            paused: self.paused,
+        };
+        let kick = match &ring.kick {
+            Kick::Fd(file) => Some(file.as_raw_fd()),
+            _ => None,
+        };
+        let worker = (self.first_worker + index) % self.workers.len();
+        // Every start scans the ring unprompted: a source is polled as it is attached.
+        let source = self.workers[worker]
+            .call(move |local| local.attach(Box::new(Queue::new(start)), kick));
+        self.rings[index].running = Some((worker, source));
+        Ok(())
+    }
+
+    /// Stops rings, all at once, and waits until nothing of them is in flight.
+    fn stop_rings(&mut self, indices: impl Iterator<Item = usize>) {
+        let mut stopping = Vec::new();
+        for index in indices {
+            let Some((worker, source)) = self.rings[index].running.take() else { continue };
+            let (sender, receiver) = mpsc::channel();
+            self.workers[worker].send(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    queue.stop(sender);
+                }
+            });
+            stopping.push((index, receiver));
+        }
+        for (index, receiver) in stopping {
+            let mut waited = Duration::ZERO;
+            self.rings[index].base = loop {
+                match receiver.recv_timeout(STOP_PATIENCE) {
+                    Ok(base) => break base,
+                    Err(mpsc::RecvTimeoutError::Timeout) => {
+                        waited += STOP_PATIENCE;
+                        log::warn!(
+                            "{}: queue {index}: I/O in flight has not ended for {} s",
+                            self.name,
+                            waited.as_secs()
+                        );
+                    }
+                    Err(mpsc::RecvTimeoutError::Disconnected) => break self.rings[index].base,
+                }
+            };
+        }
+    }
+
+    /// Stops every ring. The end of each session.
+    pub fn stop_all(&mut self) {
+        self.stop_rings(0..self.rings.len());
+    }
+
+    /// Takes no more requests, and returns once none is in flight.
+    pub fn pause(&mut self) {
+        self.paused += 1;
+        let (sender, receiver) = mpsc::channel();
+        for (worker, source) in self.rings.iter().filter_map(|ring| ring.running) {
+            let sender = sender.clone();
+            self.workers[worker].send(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    queue.pause(Box::new(move || {
+                        let _ = sender.send(());
+                    }));
+                }
+            });
+        }
+        drop(sender);
+        // Ends when every queue has sent its word and dropped its sender.
+        while receiver.recv().is_ok() {}
+    }
+
+    /// Undoes one `pause`.
+    pub fn resume(&mut self) {
+        self.paused = self.paused.saturating_sub(1);
+        for (worker, source) in self.rings.iter().filter_map(|ring| ring.running) {
+            self.workers[worker].send(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    queue.resume();
+                }
+            });
+        }
+    }
+
+    /// Goes over to another table of memory: rings that run are stopped, and started again with
+    /// their addresses looked up anew.
+    fn change_memory(&mut self, regions: Vec<Arc<Region>>) -> Result<()> {
+        let memory = Memory::new(regions).or_else(refuse)?;
+        let running: Vec<usize> =
+            (0..self.rings.len()).filter(|&i| self.rings[i].running.is_some()).collect();
+        self.stop_rings(running.iter().copied());
+        self.memory = Arc::new(memory);
+        running.into_iter().try_for_each(|index| self.start_ring(index))
+    }
+
+    /// Runs `work` on a ring's queue, if it is running.
+    fn tell(&self, index: u32, work: impl FnOnce(&mut Queue) + Send + 'static) {
+        if let Some((worker, source)) = self.rings[index as usize].running {
+            self.workers[worker].call(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    work(queue);
+                }
+            });
+        }
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        // Cloud Hypervisor plays a recorded session again on the same connection; it does no harm.
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.stop_all();
+        self.features = 0;
+        self.reset_write_cache();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.stop_all();
+        for ring in &mut self.rings {
+            *ring = RingState::new();
+        }
+        self.features = 0;
+        self.reset_write_cache();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(config::features(&self.disk.node, &self.disk.options))
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !config::features(&self.disk.node, &self.disk.options);
+        if unknown != 0 {
+            return refuse(format!("virtio features {unknown:#x} were not offered"));
+        }
+        self.features = features;
+        // Sent again while rings run (for migration), it must not undo what the guest has set.
+        if self.rings.iter().all(|ring| ring.running.is_none()) {
+            self.reset_write_cache();
+        }
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        // The `vhost` crate checks each message against what was acknowledged.
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let regions = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| Region::map(region, file).map(Arc::new).or_else(refuse))
+            .collect::<Result<Vec<_>>>()?;
+        self.change_memory(regions)?;
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let mut regions = self.memory.regions().to_vec();
+        regions.push(Arc::new(Region::map(region, file).or_else(refuse)?));
+        self.change_memory(regions)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let mut regions = self.memory.regions().to_vec();
+        let before = regions.len();
+        regions.retain(|r| !r.is(region));
+        if regions.len() == before {
+            return refuse("the memory region to remove is not there");
+        }
+        self.change_memory(regions)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        if !num.is_power_of_two() || num > MAX_SIZE as u32 {
+            return refuse(format!("queue {index}: a size of {num}"));
+        }
+        self.ring(index)?.size = num as u16;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptors: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let ring = self.ring(index)?;
+        let at = Addresses { descriptors, available, used };
+        if ring.running.is_some() && ring.at != Some(at) {
+            return refuse(format!("queue {index}: its addresses were changed while it runs"));
+        }
+        ring.at = Some(at);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let ring = self.ring(index)?;
+        if ring.running.is_some() {
+            return refuse(format!("queue {index}: its base was set while it runs"));
+        }
+        ring.base = base as u16;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.ring(index)?;
+        self.stop_rings(std::iter::once(index as usize));
+        let ring = self.ring(index)?;
+        // A stopped ring starts again only with a new kick descriptor.
+        ring.kick = Kick::Unset;
+        ring.call = None;
+        Ok(VhostUserVringState::new(index, ring.base as u32))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let kick = file.map_or(Kick::Poll, Kick::Fd);
+        let ring = self.ring(index as u32)?;
+        let fd = match &kick {
+            Kick::Fd(file) => Some(file.as_raw_fd()),
+            _ => None,
+        };
+        // The old descriptor stays open until the worker watches the new one.
+        let _old = std::mem::replace(&mut ring.kick, kick);
+        match ring.running {
+            Some((worker, source)) => {
+                self.workers[worker].call(move |local| local.watch(source, fd));
+                Ok(())
+            }
+            None => self.start_ring(index as usize),
+        }
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let call = file.map(Arc::new);
+        self.ring(index as u32)?.call = call.clone();
+        self.tell(index as u32, move |queue| queue.set_call(call));
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let err = file.map(Arc::new);
+        self.ring(index as u32)?.err = err.clone();
+        self.tell(index as u32, move |queue| queue.set_err(err));
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.ring(index)?.enabled = enable;
+        if enable {
+            self.start_ring(index as usize)
+        } else {
+            self.stop_rings(std::iter::once(index as usize));
+            Ok(())
+        }
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let write_cache = !self.disk.write_through.load(Ordering::Relaxed);
+        let space = config::space(&self.disk.node, &self.disk.options, write_cache);
+        let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
+        match offset.checked_add(size as usize) {
+            Some(end) if end <= CONFIG_SIZE => Ok(space[offset..end].to_vec()),
+            _ => refuse(format!("{size} bytes at {offset} of the configuration space")),
+        }
+    }
+
+    /// Only the write-cache byte can be written. Switching it off makes durable what was written
+    /// before, so that from then on everything acknowledged is.
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
+        let &[wce] = buf else { return refuse(format!("{} bytes of configuration", buf.len())) };
+        if offset != WCE_OFFSET || wce > 1 || !self.has(VIRTIO_BLK_F_CONFIG_WCE) {
+            return refuse(format!("configuration byte {offset} set to {wce}"));
+        }
+        let through = wce == 0;
+        self.disk.write_through.store(through, Ordering::SeqCst);
+        if through && self.disk.options.writable {
+            // Writes that began under the old rule end before the flush that covers them.
+            self.pause();
+            let node = self.disk.node.clone();
+            let flushed = self.workers[0].block_on(move || async move { node.flush().await });
+            self.resume();
+            if let Err(errno) = flushed {
+                self.disk.failed("flush", 0, 0, errno);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {}
+
+    fn set_gpu_socket(&mut self, _backend: GpuBackend) -> Result<()> {
+        refuse("a disk has no display")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        refuse("a disk shares no objects")
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        refuse("inflight tracking was not offered")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        refuse("inflight tracking was not offered")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        refuse("device state was not offered")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        refuse("device state was not offered")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        refuse("shared memory was not offered")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        refuse("the dirty log was not offered")
+    }
+}
