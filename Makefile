@@ -1,4 +1,5 @@
 # The project's commands. Each prepares what it needs from Debian's packages (tests/setup.sh: as root or through sudo).
+# BENCH='…' hands options to the benchmark.
 
 CARGO ?= cargo
 
