@@ -6,6 +6,7 @@
 //! | `tree` | [`Value`] and [`Map`], dotted keys in and out (`crumple`, `flatten`), the limits |
 //! | `keyval` | `driver=file,cache.direct=on`: the syntax of `--blockdev`, `--export`, `--object` |
 //! | `json` | JSON text to tree and back |
+//! | `filename` | file names: `json:{…}`, `file:…`, `nbd://…`, plain paths |
 //! | `size` | `1.5G` to bytes and back to `1.5 GiB`, and the [`Size`] field type |
 //! | `node_ref` | the field types for "a node's name, or a node defined in place" |
 //! | `de` | a serde `Deserializer` over the tree: one `#[derive(Deserialize)]` struct per driver |
@@ -19,6 +20,7 @@
 mod any;
 pub mod de;
 pub mod error;
+pub mod filename;
 pub mod json;
 pub mod keyval;
 pub mod node_ref;
@@ -30,3 +32,4 @@ pub use error::Error;
 pub use node_ref::{NodeRef, NodeRefOrNull};
 pub use size::Size;
 pub use tree::{Map, Value};
+
