@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `tree` | [`Value`] and [`Map`], dotted keys in and out (`crumple`, `flatten`), the limits |
 //! | `keyval` | `driver=file,cache.direct=on`: the syntax of `--blockdev`, `--export`, `--object` |
+//! | `qemuopts` | `key,nokey,key=value`: the older syntax of `--chardev`, `-o` and `--image-opts` |
 //! | `json` | JSON text to tree and back |
 //! | `filename` | file names: `json:{…}`, `file:…`, `nbd://…`, plain paths |
 //! | `size` | `1.5G` to bytes and back to `1.5 GiB`, and the [`Size`] field type |
@@ -24,6 +25,7 @@ pub mod filename;
 pub mod json;
 pub mod keyval;
 pub mod node_ref;
+pub mod qemuopts;
 pub mod size;
 pub mod tree;
 
