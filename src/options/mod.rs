@@ -35,3 +35,5 @@ pub use node_ref::{NodeRef, NodeRefOrNull};
 pub use size::Size;
 pub use tree::{Map, Value};
 
+#[cfg(test)]
+mod random_tests;
