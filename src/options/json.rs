@@ -143,7 +143,11 @@ impl<'a> Reader<'a> {
         }
         let leading_zero = self.byte() == Some(b'0');
         let digits = self.digits();
-        if digits == 0 || (leading_zero && digits > 1) {
+        if leading_zero && digits > 1 {
+            self.at -= digits - 1;
+            return Err(self.stray(start));
+        }
+        if digits == 0 {
             return Err(self.stray(start));
         }
         let mut integer = true;
@@ -258,10 +262,10 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn stray(&self, from: usize) -> Error {
-        // Long enough to recognise the place, short enough for a message.
-        let text: String = self.text[from..].chars().take(32).collect();
-        bad(format_args!("stray '{text}'"))
+    /// The token that began at `start` cannot go on with the character at `self.at`.
+    fn stray(&self, start: usize) -> Error {
+        let wrong = self.text[self.at..].chars().next().map_or(0, char::len_utf8);
+        bad(format_args!("stray '{}'", &self.text[start..self.at + wrong]))
     }
 }
 
@@ -406,6 +410,8 @@ mod tests {
             ("\"a", "JSON parse error, stray '\"a'"),
             ("01", "JSON parse error, stray '01'"),
             ("-", "JSON parse error, stray '-'"),
+            ("[-0123]", "JSON parse error, stray '-01'"),
+            ("[1.é]", "JSON parse error, stray '1.é'"),
             ("1e999", "JSON parse error, number out of range"),
             ("&", "JSON parse error, stray '&'"),
         ] {
