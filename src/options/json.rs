@@ -2,7 +2,7 @@
 //!
 //! The reader takes what QEMU's takes: RFC 8259, plus strings in single quotes, which `json:{…}`
 //! file names in the wild use. Integers stay exact, a key given twice and anything after the value
-//! are refused, and depth is bounded by [`MAX_DEPTH`](super::tree::MAX_DEPTH). The writer spaces
+//! are refused, and depth is bounded by [`MAX_DEPTH`]. The writer spaces
 //! and escapes as QEMU's does, so that names made of it compare equal.
 
 use std::fmt::Write;
