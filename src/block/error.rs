@@ -9,22 +9,32 @@ use std::fmt;
 pub struct Error {
     text: String,
     errno: Option<Errno>,
+    hint: Option<String>,
 }
 
 impl Error {
     pub fn new(text: impl Into<String>) -> Error {
-        Error { text: text.into(), errno: None }
+        Error { text: text.into(), errno: None, hint: None }
     }
 
     /// `what: the errno's text`, as in `Could not open 'a': No such file or directory`.
     pub fn os(what: impl fmt::Display, errno: impl Into<Errno>) -> Error {
         let errno = errno.into();
-        Error { text: format!("{what}: {errno}"), errno: Some(errno) }
+        Error { text: format!("{what}: {errno}"), errno: Some(errno), hint: None }
     }
 
     /// The same error, seen from further out: `at: text`.
     pub fn at(self, at: impl fmt::Display) -> Error {
-        Error { text: format!("{at}: {}", self.text), errno: self.errno }
+        Error { text: format!("{at}: {}", self.text), ..self }
+    }
+
+    /// The same error with a line of advice, which tools print on a line of its own below it.
+    pub fn with_hint(self, hint: impl Into<String>) -> Error {
+        Error { hint: Some(hint.into()), ..self }
+    }
+
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
     }
 
     pub fn errno(&self) -> Option<Errno> {
