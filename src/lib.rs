@@ -8,12 +8,16 @@
 //!
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
+//! * [`format`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
 //! Arrows go one way: `cli → export → block → io`, `format, protocol → block, io`. A test reads the
 //! `use` lines and holds this.
 
 pub mod block;
+pub mod drivers;
 pub mod export;
+pub mod format;
 pub mod io;
 pub mod options;
+pub mod protocol;

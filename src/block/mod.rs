@@ -5,16 +5,22 @@
 //! * [`driver`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
 //! * [`overlap`]: which writes wait for which.
+//! * [`graph`]: the nodes by name, who uses them, and how that changes.
+//! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
 //! * [`error`]: one line for whoever opened the disk.
 //!
 //! Nothing here names a format, a protocol or a transport.
 
 pub mod child;
+pub mod create;
 pub mod driver;
 pub mod error;
+pub mod graph;
 pub mod node;
+pub mod open;
 pub mod overlap;
 pub mod perm;
+pub mod registry;
 
 pub use child::Child;
 pub use driver::{
@@ -22,5 +28,8 @@ pub use driver::{
     Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 pub use error::Error;
+pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
+pub use open::{Inherit, Opening};
 pub use perm::{Perm, Perms};
+pub use registry::{DriverEntry, Kind, OptionHelp, Registry};

@@ -1,0 +1,375 @@
+//! The named graph: which nodes there are, who uses them, and how that changes.
+//!
+//! The rule held here: a change happens whole or not at all. Changes are made one at a time
+//! (`turns`); the list of nodes has a mutex of its own, which is never held across an
+//! await. The data path asks neither.
+
+mod drain;
+mod permissions;
+mod turns;
+
+#[cfg(test)]
+mod tests;
+
+pub use drain::{Drained, User};
+
+use super::open::duplicate;
+use super::registry::Registry;
+use super::{Abilities, Error, Node, NodeOptions, Perms};
+use crate::io::sync::Mutex;
+use crate::io::{IoResult, Worker};
+use crate::options::Map;
+use permissions::Plan;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+use turns::{Turn, Turns};
+
+/// A graph of block nodes. Clones are the same graph.
+#[derive(Clone)]
+pub struct Graph(Arc<Inner>);
+
+struct Inner {
+    registry: &'static Registry,
+    /// Changes are made by whose turn it is.
+    turns: Turns,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    /// In the order in which the nodes came.
+    nodes: BTreeMap<u64, Entry>,
+    next_id: u64,
+    next_block: u64,
+}
+
+struct Entry {
+    node: Arc<Node>,
+    /// Opened by name at the top, and not yet deleted.
+    monitor: bool,
+    /// Newest last.
+    uses: Vec<Use>,
+    /// The nodes that it stands on, in the driver's order.
+    children: Vec<u64>,
+    /// What all uses hold and allow together.
+    perms: Perms,
+    /// What the driver's locks stand for: `perms`, or more while requests are still on their way.
+    locked: Perms,
+}
+
+/// One use of a node.
+#[derive(Clone)]
+struct Use {
+    by: By,
+    perms: Perms,
+}
+
+/// Who uses a node.
+#[derive(Clone)]
+pub(super) enum By {
+    /// A node stands on it: the parent's number, and the index of the child.
+    Node { id: u64, child: usize },
+    /// A node that is being opened.
+    Opening { id: u64, name: String, role: &'static str },
+    /// Something that is no node: an export, a tool, a job.
+    User { id: u64, what: Arc<str>, user: Option<Weak<dyn User>> },
+}
+
+/// A user's hold on a node, with the permissions that it was given. Ends when dropped; a node that
+/// nobody else holds is closed with the next change of the graph.
+pub struct Attachment {
+    graph: Graph,
+    id: u64,
+    node: Arc<Node>,
+}
+
+/// What is told of a node in listings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeInfo {
+    pub name: String,
+    pub driver: &'static str,
+    /// As asked for, or as `auto-read-only` found it.
+    pub read_only: bool,
+    pub options: NodeOptions,
+    /// Bytes.
+    pub len: u64,
+    /// Role and name of what it stands on.
+    pub children: Vec<(&'static str, String)>,
+}
+
+impl Graph {
+    pub fn new(registry: &'static Registry) -> Graph {
+        Graph(Arc::new(Inner { registry, turns: Turns::default(), state: Mutex::default() }))
+    }
+
+    pub fn registry(&self) -> &'static Registry {
+        self.0.registry
+    }
+
+    /// The node of this name.
+    pub fn find(&self, name: &str) -> Result<Arc<Node>, Error> {
+        let state = self.0.state.lock();
+        let (_, entry) = state.by_name(name).ok_or_else(|| not_found(name))?;
+        Ok(entry.node.clone())
+    }
+
+    /// All nodes, newest first.
+    pub fn nodes(&self) -> Vec<Arc<Node>> {
+        self.0.state.lock().nodes.values().rev().map(|entry| entry.node.clone()).collect()
+    }
+
+    /// What there is to tell of all nodes, newest first.
+    pub fn query(&self) -> Vec<NodeInfo> {
+        self.nodes().iter().map(|node| NodeInfo::of(node)).collect()
+    }
+
+    // ---- Opening and closing
+
+    /// Opens a node by its options, with all that they define below it; it stays until it is
+    /// deleted ([`Graph::delete`]). Runs on a worker.
+    pub async fn open(&self, options: Map) -> Result<Arc<Node>, Error> {
+        let _turn = self.turn().await;
+        let result = self.open_node(options, String::new(), None, 1).await;
+        if let Ok(node) = &result
+            && let Some((_, entry)) = self.0.state.lock().by_name_mut(node.name())
+        {
+            entry.monitor = true;
+        }
+        // What a failed opening has left, and what users have dropped meanwhile.
+        self.close_unused().await;
+        result
+    }
+
+    /// [`Graph::open`] for threads that may wait. Not to be called on a worker.
+    pub fn open_on(&self, worker: &Worker, options: Map) -> Result<Arc<Node>, Error> {
+        let graph = self.clone();
+        worker.block_on(move || async move { graph.open(options).await })
+    }
+
+    /// Deletes a node that was opened by name, and closes what nobody uses then.
+    ///
+    /// # Errors
+    /// `Node x is in use` by an export, `Block device x is in use` by a node, and for nodes that
+    /// belong to others.
+    pub async fn delete(&self, name: &str) -> Result<(), Error> {
+        let _turn = self.turn().await;
+        {
+            let mut state = self.0.state.lock();
+            let (_, entry) = state.by_name_mut(name).ok_or_else(|| not_found(name))?;
+            if entry.uses.iter().any(|one| matches!(one.by, By::User { .. })) {
+                return Err(Error::new(format!("Node {name} is in use")));
+            }
+            if !entry.monitor {
+                return Err(Error::new(format!("Node {name} is not owned by the monitor")));
+            }
+            if !entry.uses.is_empty() {
+                return Err(Error::new(format!("Block device {name} is in use")));
+            }
+            entry.monitor = false;
+        }
+        self.close_unused().await;
+        Ok(())
+    }
+
+    /// Closes everything that no user holds any more, whoever opened it: the end of the program.
+    pub async fn close(&self) {
+        let _turn = self.turn().await;
+        self.0.state.lock().nodes.values_mut().for_each(|entry| entry.monitor = false);
+        self.close_unused().await;
+    }
+
+    /// Closes nodes that nobody uses, parents before what they stand on.
+    async fn close_unused(&self) {
+        loop {
+            let unused = {
+                let state = self.0.state.lock();
+                let mut all = state.nodes.iter();
+                all.find(|(_, entry)| !entry.monitor && entry.uses.is_empty())
+                    .map(|(&id, entry)| (id, entry.node.clone()))
+            };
+            let Some((id, node)) = unused else { return };
+            if let Err(errno) = close_driver(&node).await {
+                log::error!("{}: closing: {errno}", node.name());
+            }
+            let mut state = self.0.state.lock();
+            let mut plan = Plan::new(&mut state);
+            plan.remove_edges(id);
+            plan.loosen();
+            let gone = state.nodes.remove(&id);
+            drop(state);
+            // Dropping it closes files, which needs no lock.
+            drop(gone);
+        }
+    }
+
+    // ---- Users
+
+    /// Takes permissions on a node for something that is not a node. `what` is how conflicts call
+    /// it: `export 'e0'`, `an unnamed block device`. `user` is told to pause when the graph changes
+    /// below it; without one, nothing of it may be in flight while others change the graph.
+    ///
+    /// # Errors
+    /// A conflict with other users, a read-only node, or locks that other processes hold; nothing
+    /// has changed then.
+    pub fn attach(
+        &self,
+        node: &Arc<Node>,
+        what: &str,
+        perms: Perms,
+        user: Option<Arc<dyn User>>,
+    ) -> Result<Attachment, Error> {
+        let id = self.next_id();
+        let user = user.map(|user| Arc::downgrade(&user));
+        self.begin_use(node, By::User { id, what: what.into(), user }, perms)?;
+        Ok(Attachment { graph: self.clone(), id, node: node.clone() })
+    }
+
+    pub(super) fn begin_use(&self, node: &Arc<Node>, by: By, perms: Perms) -> Result<(), Error> {
+        let mut state = self.0.state.lock();
+        let id = state.id(node)?;
+        let mut plan = Plan::new(&mut state);
+        plan.add(id, Use { by, perms });
+        plan.apply()
+    }
+
+    // ---- For opening
+
+    pub(super) fn next_id(&self) -> u64 {
+        let mut state = self.0.state.lock();
+        state.next_id += 1;
+        state.next_id
+    }
+
+    /// A name for a node that was given none. No user can give a name that begins so.
+    pub(super) fn make_name(&self) -> String {
+        let mut state = self.0.state.lock();
+        state.next_block += 1;
+        format!("#block{:03}", state.next_block)
+    }
+
+    /// Puts a node that has just been opened into the graph: what its opening held on the children
+    /// becomes what the node itself needs of them.
+    pub(super) fn insert(&self, node: Arc<Node>, opening: u64) -> Result<(), Error> {
+        let mut state = self.0.state.lock();
+        if state.by_name(node.name()).is_some() {
+            return Err(duplicate(node.name()));
+        }
+        let children = node.driver().children().iter().map(|child| state.id(&child.node()));
+        let children = children.collect::<Result<Vec<_>, _>>()?;
+        let (uses, perms) = (Vec::new(), Perms::NONE);
+        let entry = Entry { node, monitor: false, uses, children, perms, locked: perms };
+        // Openings and nodes are numbered alike, so the node gets its opening's number.
+        state.nodes.insert(opening, entry);
+        let mut plan = Plan::new(&mut state);
+        plan.remove(by_opening(opening));
+        plan.add_edges(opening);
+        let result = plan.apply();
+        if result.is_err() {
+            state.nodes.remove(&opening);
+        }
+        result
+    }
+
+    /// Takes back what an opening still holds.
+    pub(super) fn end_opening(&self, id: u64) {
+        let mut state = self.0.state.lock();
+        let mut plan = Plan::new(&mut state);
+        plan.remove(by_opening(id));
+        plan.loosen();
+    }
+
+    /// The right to change the graph, until it is dropped.
+    async fn turn(&self) -> Turn<'_> {
+        self.0.turns.next().await
+    }
+}
+
+/// Metadata and data to the storage, then the driver's own end.
+async fn close_driver(node: &Node) -> IoResult {
+    let flushed = match node.traits().abilities.contains(Abilities::READ_ONLY) {
+        true => Ok(()),
+        false => node.flush().await,
+    };
+    node.driver().close().await.and(flushed)
+}
+
+fn by_opening(opening: u64) -> impl Fn(&By) -> bool {
+    move |by| matches!(by, By::Opening { id, .. } if *id == opening)
+}
+
+fn not_found(name: &str) -> Error {
+    Error::new(format!("Failed to find node with node-name='{}'", name.escape_debug()))
+}
+
+impl State {
+    fn by_name(&self, name: &str) -> Option<(u64, &Entry)> {
+        let mut all = self.nodes.iter();
+        all.find(|(_, entry)| entry.node.name() == name).map(|(&id, entry)| (id, entry))
+    }
+
+    fn by_name_mut(&mut self, name: &str) -> Option<(u64, &mut Entry)> {
+        let mut all = self.nodes.iter_mut();
+        all.find(|(_, entry)| entry.node.name() == name).map(|(&id, entry)| (id, entry))
+    }
+
+    /// The number of a node of this graph.
+    fn id(&self, node: &Arc<Node>) -> Result<u64, Error> {
+        let mut all = self.nodes.iter();
+        let found = all.find(|(_, entry)| Arc::ptr_eq(&entry.node, node));
+        found.map(|(&id, _)| id).ok_or_else(|| not_found(node.name()))
+    }
+
+    fn entry(&self, id: u64) -> &Entry {
+        self.nodes.get(&id).expect("a node stays as long as it is used")
+    }
+
+    fn entry_mut(&mut self, id: u64) -> &mut Entry {
+        self.nodes.get_mut(&id).expect("a node stays as long as it is used")
+    }
+}
+
+impl NodeInfo {
+    fn of(node: &Node) -> NodeInfo {
+        let children = node.driver().children().iter();
+        NodeInfo {
+            name: node.name().to_owned(),
+            driver: node.driver().name(),
+            read_only: node.options().read_only,
+            options: node.options(),
+            len: node.len(),
+            children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
+        }
+    }
+}
+
+impl Attachment {
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Changes what is held. Nothing has changed if it fails.
+    pub fn change(&self, perms: Perms) -> Result<(), Error> {
+        let mut state = self.graph.0.state.lock();
+        let mut plan = Plan::new(&mut state);
+        plan.change_user(self.id, perms);
+        plan.apply()
+    }
+
+    /// Gives the node back, and closes it if nobody else uses it. Dropping does the same, but for
+    /// the closing, which then comes with the next change of the graph.
+    pub async fn detach(self) {
+        let graph = self.graph.clone();
+        drop(self);
+        let _turn = graph.turn().await;
+        graph.close_unused().await;
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let mut state = self.graph.0.state.lock();
+        let mut plan = Plan::new(&mut state);
+        plan.remove(|by| matches!(by, By::User { id, .. } if *id == self.id));
+        plan.loosen();
+    }
+}

@@ -1,0 +1,166 @@
+//! Changes below running users: pausing them, turning an edge to another node, resizing.
+//!
+//! The rule held here: a request runs on the graph that it was mapped on. Users are asked to pause,
+//! and whoever is on the fast road without having registered is waited for
+//! ([`crate::io::epoch`]) before anything that it may still use is given up.
+
+use super::permissions::{Plan, release_locks};
+use super::turns::Turn;
+use super::{By, Graph};
+use crate::block::{Abilities, Error, LocalFuture, Node, Perm, Perms};
+use crate::io::epoch;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// What a user of a node does when the graph changes below it. The graph holds it weakly.
+pub trait User: Send + Sync {
+    /// Starts no more requests and waits until those it has started have completed.
+    fn quiesce(&self) -> LocalFuture<'_, ()>;
+
+    /// Goes on. Called once after each [`User::quiesce`], also after one that was not waited for to
+    /// its end.
+    fn resume(&self);
+
+    /// The length of the node has changed; called while the user is paused.
+    fn resized(&self) {}
+}
+
+/// The graph at rest around a node, until it is dropped: its users are paused, and nobody else
+/// changes the graph.
+pub struct Drained<'a> {
+    users: Vec<Arc<dyn User>>,
+    _turn: Turn<'a>,
+}
+
+impl Drop for Drained<'_> {
+    fn drop(&mut self) {
+        self.users.iter().for_each(|user| user.resume());
+    }
+}
+
+impl Graph {
+    /// Pauses everyone whose requests reach `node`.
+    pub async fn drain(&self, node: &Arc<Node>) -> Result<Drained<'_>, Error> {
+        let turn = self.turn().await;
+        let users = self.users_above(node)?;
+        let mut drained = Drained { users: Vec::with_capacity(users.len()), _turn: turn };
+        for user in users {
+            drained.users.push(user.clone());
+            user.quiesce().await;
+        }
+        Ok(drained)
+    }
+
+    /// Turns the edge from `parent` to its child in `role` to another node, under running users.
+    ///
+    /// # Errors
+    /// A conflict of permissions, a loop, or a node that asks more of its requests than the old one
+    /// did; nothing has changed then.
+    pub async fn replace(
+        &self,
+        parent: &Arc<Node>,
+        role: &str,
+        node: &Arc<Node>,
+    ) -> Result<(), Error> {
+        let drained = self.drain(parent).await?;
+        let children = parent.driver().children();
+        let index = children.iter().position(|child| child.role() == role).ok_or_else(|| {
+            Error::new(format!("Node '{}' does not have a '{role}' child", parent.name()))
+        })?;
+        let child = &children[index];
+        check_traits(&child.node(), node)?;
+        // Whoever may have fast requests through the parent has them through the new node from
+        // now on.
+        let members = parent.members();
+        members.iter().for_each(|member| node.add_member(member));
+        {
+            let mut state = self.0.state.lock();
+            let (from, to) = (state.id(parent)?, state.id(node)?);
+            let mut plan = Plan::new(&mut state);
+            plan.turn_edge(from, index, to);
+            plan.apply_keeping_locks()?;
+        }
+        let old = child.replace(node.clone());
+        epoch::synchronize(&members).await;
+        drop(old);
+        release_locks(&mut self.0.state.lock());
+        self.close_unused().await;
+        drop(drained);
+        Ok(())
+    }
+
+    /// Sets the length of a node, in bytes, and tells its users.
+    ///
+    /// # Errors
+    /// In QEMU's words: a read-only node, a conflict with a user that does not allow resizing, or
+    /// what the driver says.
+    pub async fn resize(&self, node: &Arc<Node>, len: u64) -> Result<(), Error> {
+        let abilities = node.traits().abilities;
+        if node.options().read_only || abilities.contains(Abilities::READ_ONLY) {
+            return Err(Error::new("Image is read-only"));
+        }
+        let image = node
+            .driver()
+            .image()
+            .ok_or_else(|| Error::new("Image format driver does not support resize"))?;
+        let perms = Perms { held: Perm::RESIZE, shared: Perm::all() };
+        let hold = self.attach(node, "an unnamed block device", perms, None)?;
+        let drained = self.drain(node).await?;
+        let members = node.members();
+        epoch::synchronize(&members).await;
+        let result = image.resize(len, true).await;
+        if result.is_ok() {
+            drained.users.iter().for_each(|user| user.resized());
+        }
+        drop(hold);
+        result
+    }
+
+    /// The registered users of a node and of all nodes above it.
+    fn users_above(&self, node: &Arc<Node>) -> Result<Vec<Arc<dyn User>>, Error> {
+        let state = self.0.state.lock();
+        let mut pending = vec![state.id(node)?];
+        let mut seen = BTreeSet::new();
+        let mut users = Vec::new();
+        while let Some(id) = pending.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            for one in &state.entry(id).uses {
+                match &one.by {
+                    By::Node { id, .. } => pending.push(*id),
+                    By::User { user, .. } => users.extend(user.as_ref().and_then(|u| u.upgrade())),
+                    By::Opening { .. } => {}
+                }
+            }
+        }
+        Ok(users)
+    }
+}
+
+/// Whether requests made for `old` suit `new`: what stands above has told its users what requests
+/// have to look like, and that stays as it is while they are open.
+fn check_traits(old: &Node, new: &Node) -> Result<(), Error> {
+    let (a, b) = (old.traits(), new.traits());
+    let suits = b.request_align <= a.request_align
+        && b.buffer_align <= a.buffer_align
+        && b.max_transfer >= a.max_transfer
+        && b.max_segments >= a.max_segments;
+    if suits {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "Node '{}' takes requests aligned to {} bytes in segments aligned to {}, up to {} bytes and \
+         {} segments; its predecessor '{}' took {}, {}, {} and {}",
+        new.name(),
+        b.request_align,
+        b.buffer_align,
+        b.max_transfer,
+        b.max_segments,
+        old.name(),
+        a.request_align,
+        a.buffer_align,
+        a.max_transfer,
+        a.max_segments,
+    )))
+}

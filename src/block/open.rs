@@ -1,0 +1,302 @@
+//! Opening nodes: the options that every node has, the children that a driver asks for, and what
+//! these take over from their parent.
+//!
+//! The rule held here: user input is checked before anything is opened, unknown options are
+//! refused, and a tree of nodes comes up whole or not at all.
+
+use super::graph::{By, Graph};
+use super::registry::DriverEntry;
+use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Perms};
+use crate::options::{self, Map, NodeRef};
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Error as _};
+use std::sync::Arc;
+
+/// Longest node name, in bytes.
+pub const NAME_LIMIT: usize = 31;
+/// Most nodes on one way down a graph, so that walks over it can recurse.
+pub const DEPTH_LIMIT: usize = 64;
+
+/// A node on its way: what its driver may ask for while it opens. Children opened for a node that
+/// then fails to open vanish with this.
+pub struct Opening {
+    graph: Graph,
+    /// By which the graph knows the uses of the children until the node is there.
+    id: u64,
+    name: String,
+    /// Where in the user's tree of options the node is defined: empty at the top, `file`, …
+    path: String,
+    options: NodeOptions,
+    auto_read_only: bool,
+    depth: usize,
+}
+
+/// What an inline child is to its parent: decides what it takes over where its own options are
+/// silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inherit {
+    /// It holds the parent's data or metadata: the same caching, read-only if the parent is, and
+    /// discards are passed on, because the parent has decided already what to pass.
+    Storage,
+    /// Another image that the parent reads where it has no data: the same caching, never written.
+    Backing,
+}
+
+/// What an inline child takes over.
+pub(super) struct Inherited {
+    read_only: bool,
+    auto_read_only: bool,
+    force_share: bool,
+    discard: bool,
+    direct: bool,
+    no_flush: bool,
+}
+
+impl Opening {
+    /// The name of the node to be.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The common options as they were asked for.
+    pub fn options(&self) -> NodeOptions {
+        self.options
+    }
+
+    /// Whether a node that is not [`NodeOptions::read_only`] may come up read-only all the same,
+    /// where writing is not possible. Its driver then has
+    /// [`Abilities::READ_ONLY`](super::Abilities::READ_ONLY).
+    pub fn auto_read_only(&self) -> bool {
+        self.auto_read_only
+    }
+
+    /// Reads the driver's options, whole.
+    ///
+    /// # Errors
+    /// In QEMU's words, with the parameter's whole path.
+    pub fn parse<T: DeserializeOwned>(&self, options: Map) -> Result<T, Error> {
+        options::from_map(options).map_err(|error| self.error(error))
+    }
+
+    /// An error about one of the driver's options, with its whole path.
+    pub fn error(&self, error: options::Error) -> Error {
+        at(&self.path, error)
+    }
+
+    /// The child in `role` (the option's name), by reference or opened now. `during` is what the
+    /// driver holds on it until its node is there; from then on,
+    /// [`Driver::child_perms`](super::Driver::child_perms) says.
+    pub async fn child(
+        &mut self,
+        role: &'static str,
+        options: NodeRef,
+        inherit: Inherit,
+        during: Perms,
+    ) -> Result<Child, Error> {
+        let node = match options {
+            NodeRef::Name(name) => self.graph.find(&name).map_err(|_| no_reference(&name))?,
+            NodeRef::Inline(map) => {
+                let path = join(&self.path, role);
+                let inherited = self.inherited(inherit);
+                self.graph.open_node(map, path, Some(inherited), self.depth + 1).await?
+            }
+        };
+        let by = By::Opening { id: self.id, name: self.name.clone(), role };
+        self.graph.begin_use(&node, by, during)?;
+        Ok(Child::new(role, node))
+    }
+
+    fn inherited(&self, inherit: Inherit) -> Inherited {
+        let backing = inherit == Inherit::Backing;
+        Inherited {
+            read_only: self.options.read_only || backing,
+            auto_read_only: self.auto_read_only && !backing,
+            force_share: self.options.force_share,
+            discard: !backing,
+            direct: self.options.direct,
+            no_flush: self.options.no_flush,
+        }
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        self.graph.end_opening(self.id);
+    }
+}
+
+impl Graph {
+    /// Opens the node that `options` describe, and those below it. `inherited` is none at the top,
+    /// where a name is asked for.
+    pub(super) fn open_node<'a>(
+        &'a self,
+        mut options: Map,
+        path: String,
+        inherited: Option<Inherited>,
+        depth: usize,
+    ) -> LocalFuture<'a, Result<Arc<Node>, Error>> {
+        Box::pin(async move {
+            if depth > DEPTH_LIMIT {
+                return Err(Error::new(format!("{path}: more than {DEPTH_LIMIT} nodes deep")));
+            }
+            let entry = self.take_driver(&mut options).map_err(|e| at(&path, e))?;
+            let common = Common::take(&mut options).map_err(|e| at(&path, e))?;
+            if inherited.is_none() && common.node_name.is_none() {
+                return Err(Error::new("'node-name' must be specified for the root node"));
+            }
+            let (node_options, auto_read_only) = common.resolve(inherited)?;
+            let name = match common.node_name {
+                Some(name) => self.check_name(name)?,
+                None => self.make_name(),
+            };
+            let mut opening = Opening {
+                graph: self.clone(),
+                id: self.next_id(),
+                name,
+                path,
+                options: node_options,
+                auto_read_only,
+                depth,
+            };
+            let driver = (entry.open)(&mut opening, options).await?;
+            let mut node_options = opening.options;
+            let is_read_only = driver.traits().abilities.contains(super::Abilities::READ_ONLY);
+            node_options.read_only |= opening.auto_read_only && is_read_only;
+            let node = Node::new(opening.name.clone(), driver, node_options);
+            if let Err(error) = self.insert(node.clone(), opening.id) {
+                // Nothing was asked of it yet, so there is nothing that its end could lose.
+                let _ = node.driver().close().await;
+                return Err(error);
+            }
+            Ok(node)
+        })
+    }
+
+    fn take_driver(&self, options: &mut Map) -> Result<&'static DriverEntry, options::Error> {
+        let name = options.take_required_str("driver")?;
+        self.registry()
+            .get(&name)
+            .ok_or_else(|| options::Error::unknown_variant(&name, &[]).under("driver"))
+    }
+
+    fn check_name(&self, name: String) -> Result<String, Error> {
+        let mut bytes = name.bytes();
+        let well_formed = bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
+            && bytes.all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+        if !well_formed {
+            return Err(Error::new(format!("Invalid node-name: '{}'", name.escape_debug())));
+        }
+        if name.len() > NAME_LIMIT {
+            return Err(Error::new("Node name too long"));
+        }
+        if self.find(&name).is_ok() {
+            return Err(duplicate(&name));
+        }
+        Ok(name)
+    }
+}
+
+pub(super) fn duplicate(name: &str) -> Error {
+    Error::new(format!("Duplicate nodes with node-name='{name}'"))
+}
+
+fn no_reference(name: &str) -> Error {
+    let name = name.escape_debug();
+    Error::new(format!("Cannot find device='{name}' nor node-name='{name}'"))
+}
+
+fn at(path: &str, error: options::Error) -> Error {
+    let error = if path.is_empty() { error } else { error.under(path) };
+    Error::from(error)
+}
+
+fn join(path: &str, role: &str) -> String {
+    if path.is_empty() { role.to_owned() } else { format!("{path}.{role}") }
+}
+
+impl From<options::Error> for Error {
+    fn from(error: options::Error) -> Error {
+        Error::new(error.to_string())
+    }
+}
+
+/// The options that every node has, as given.
+struct Common {
+    node_name: Option<String>,
+    read_only: Option<bool>,
+    auto_read_only: Option<bool>,
+    force_share: Option<bool>,
+    discard: Option<Discard>,
+    detect_zeroes: Option<Detect>,
+    cache: Cache,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Cache {
+    direct: Option<bool>,
+    no_flush: Option<bool>,
+}
+
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Discard {
+    Ignore,
+    Unmap,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Detect {
+    Off,
+    On,
+    Unmap,
+}
+
+impl Common {
+    fn take(options: &mut Map) -> Result<Common, options::Error> {
+        Ok(Common {
+            node_name: options.take_str("node-name")?,
+            read_only: options.take_opt_bool("read-only")?,
+            auto_read_only: options.take_opt_bool("auto-read-only")?,
+            force_share: options.take_opt_bool("force-share")?,
+            discard: options.take_as("discard")?,
+            detect_zeroes: options.take_as("detect-zeroes")?,
+            cache: options.take_as("cache")?.unwrap_or_default(),
+        })
+    }
+
+    /// The options with defaults filled in, and `auto-read-only`.
+    fn resolve(&self, inherited: Option<Inherited>) -> Result<(NodeOptions, bool), Error> {
+        let base = inherited.unwrap_or(Inherited {
+            read_only: false,
+            auto_read_only: false,
+            force_share: false,
+            discard: false,
+            direct: false,
+            no_flush: false,
+        });
+        let options = NodeOptions {
+            read_only: self.read_only.unwrap_or(base.read_only),
+            discard: self.discard.map_or(base.discard, |discard| discard == Discard::Unmap),
+            detect_zeroes: match self.detect_zeroes.unwrap_or(Detect::Off) {
+                Detect::Off => DetectZeroes::Off,
+                Detect::On => DetectZeroes::On,
+                Detect::Unmap => DetectZeroes::Unmap,
+            },
+            direct: self.cache.direct.unwrap_or(base.direct),
+            no_flush: self.cache.no_flush.unwrap_or(base.no_flush),
+            force_share: self.force_share.unwrap_or(base.force_share),
+        };
+        if options.force_share && !options.read_only {
+            return Err(Error::new("force-share=on can only be used with read-only images"));
+        }
+        if options.detect_zeroes == DetectZeroes::Unmap && !options.discard {
+            return Err(Error::new(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation \
+                 to unmap",
+            ));
+        }
+        Ok((options, self.auto_read_only.unwrap_or(base.auto_read_only)))
+    }
+}

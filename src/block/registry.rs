@@ -1,0 +1,140 @@
+//! What drivers there are: one entry each, from which opening, creating, probing, help texts and
+//! tests follow.
+//!
+//! The lists are made where drivers live and joined above the block layer, which names none of them.
+
+use super::create::CreateEntry;
+use super::{Driver, Error, LocalFuture, Opening};
+use crate::options::Map;
+
+/// What a driver stands for in the graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Gives the bytes of a file a meaning (`raw`, `qcow2`).
+    Format,
+    /// Reaches the bytes themselves: the bottom of a graph (`file`, `null-co`).
+    Protocol,
+    /// Changes how requests go, not what they say (`throttle`).
+    Filter,
+}
+
+/// Opens a node of this driver. The options that all nodes have are already taken out of the map;
+/// what is left is for the driver to read whole ([`Opening::parse`]), unknown keys being refused.
+pub type OpenFn =
+    for<'a> fn(&'a mut Opening, Map) -> LocalFuture<'a, Result<Box<dyn Driver>, Error>>;
+
+/// How sure a format is that the first bytes of a file (up to [`PROBE_LEN`]; the file's name is the
+/// second argument) are its own: 0 is not at all, 100 a magic number found.
+pub type ProbeFn = fn(&[u8], &str) -> u32;
+
+/// Bytes that a probe looks at.
+pub const PROBE_LEN: usize = 512;
+
+/// One driver.
+pub struct DriverEntry {
+    /// As in `driver=NAME`.
+    pub name: &'static str,
+    pub kind: Kind,
+    pub open: OpenFn,
+    /// The driver's own options, for help texts.
+    pub options: &'static [OptionHelp],
+    /// File names that begin with one of these and a colon are this driver's.
+    pub prefixes: &'static [&'static str],
+    /// How a new image is made, if that is possible.
+    pub create: Option<&'static CreateEntry>,
+    pub probe: Option<ProbeFn>,
+}
+
+/// One of a driver's options, as `--blockdev driver=NAME,help` shows it.
+#[derive(Clone, Copy, Debug)]
+pub struct OptionHelp {
+    pub name: &'static str,
+    /// What the value looks like: `str`, `int`, `on|off`, `node`.
+    pub value: &'static str,
+    pub help: &'static str,
+}
+
+/// All drivers of a program.
+pub struct Registry {
+    /// By name.
+    drivers: Vec<&'static DriverEntry>,
+}
+
+impl Registry {
+    /// Joins lists of drivers.
+    ///
+    /// # Panics
+    /// When two drivers have one name: a mistake in the lists.
+    pub fn new(lists: &[&[&'static DriverEntry]]) -> Registry {
+        let mut drivers: Vec<_> = lists.concat();
+        drivers.sort_by_key(|entry| entry.name);
+        let twice = drivers.windows(2).find(|pair| pair[0].name == pair[1].name);
+        assert!(twice.is_none(), "two drivers have the name {:?}", twice.map(|pair| pair[0].name));
+        Registry { drivers }
+    }
+
+    pub fn get(&self, name: &str) -> Option<&'static DriverEntry> {
+        let at = self.drivers.binary_search_by_key(&name, |entry| entry.name).ok()?;
+        Some(self.drivers[at])
+    }
+
+    /// All drivers in the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = &'static DriverEntry> + '_ {
+        self.drivers.iter().copied()
+    }
+
+    /// The driver whose file names begin with `prefix` and a colon.
+    pub fn by_prefix(&self, prefix: &str) -> Option<&'static DriverEntry> {
+        self.iter().find(|entry| entry.prefixes.contains(&prefix))
+    }
+
+    /// The format that is surest of a file's first bytes, with its score.
+    pub fn probe(&self, head: &[u8], filename: &str) -> Option<(&'static DriverEntry, u32)> {
+        let head = &head[..head.len().min(PROBE_LEN)];
+        self.iter()
+            .filter_map(|entry| Some((entry, entry.probe?(head, filename))))
+            .filter(|&(_, score)| score > 0)
+            .max_by_key(|&(_, score)| score)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static A: DriverEntry = entry("a", &["x"], Some(|_, _| 1));
+    static B: DriverEntry = entry("b", &[], Some(|head, _| 100 * head.starts_with(b"BB") as u32));
+    static C: DriverEntry = entry("c", &[], None);
+
+    const fn entry(
+        name: &'static str,
+        prefixes: &'static [&'static str],
+        probe: Option<ProbeFn>,
+    ) -> DriverEntry {
+        let open: OpenFn = |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
+        DriverEntry { name, kind: Kind::Format, open, options: &[], prefixes, create: None, probe }
+    }
+
+    #[test]
+    fn drivers_are_listed_by_name_and_found_by_name_and_prefix() {
+        let registry = Registry::new(&[&[&C, &A], &[&B]]);
+        assert_eq!(registry.iter().map(|entry| entry.name).collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(registry.get("b").unwrap().name, "b");
+        assert!(registry.get("bb").is_none());
+        assert_eq!(registry.by_prefix("x").unwrap().name, "a");
+        assert!(registry.by_prefix("a").is_none());
+    }
+
+    #[test]
+    fn the_surest_probe_wins() {
+        let registry = Registry::new(&[&[&C, &A, &B]]);
+        assert_eq!(registry.probe(b"BB", "").map(|(e, score)| (e.name, score)), Some(("b", 100)));
+        assert_eq!(registry.probe(b"", "").map(|(e, score)| (e.name, score)), Some(("a", 1)));
+    }
+
+    #[test]
+    #[should_panic(expected = "two drivers have the name")]
+    fn two_drivers_of_one_name_are_a_mistake() {
+        Registry::new(&[&[&A], &[&A]]);
+    }
+}
