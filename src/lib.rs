@@ -9,15 +9,19 @@
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
 //! * [`format`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
+//! * [`export`]: transports: vhost-user-blk.
+//! * [`service`]: what one process serves; [`cli`]: the command lines that say so.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → export → block → io`, `format, protocol → block, io`. A test reads the
+//! Arrows go one way: `cli → service → export → block → io`, `format, protocol → block, io`. A test reads the
 //! `use` lines and holds this.
 
 pub mod block;
+pub mod cli;
 pub mod drivers;
 pub mod export;
 pub mod format;
 pub mod io;
 pub mod options;
 pub mod protocol;
+pub mod service;

@@ -26,6 +26,8 @@ pub const CONFIG_SIZE: usize = 256;
 #[derive(Clone, Debug)]
 pub struct DiskOptions {
     pub writable: bool,
+    /// Every write is durable before it completes, whatever the guest says of the write cache.
+    pub write_through: bool,
     /// Bytes, a power of two from 512 to 2 MiB.
     pub logical_block_size: u32,
     pub num_queues: u16,
@@ -47,7 +49,10 @@ pub fn features(node: &Node, options: &DiskOptions) -> u64 {
     ];
     let mut features = bits.iter().fold(F_PROTOCOL_FEATURES, |all, bit| all | 1 << bit);
     if options.writable {
-        features |= 1 << VIRTIO_BLK_F_CONFIG_WCE | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        features |= 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        if !options.write_through {
+            features |= 1 << VIRTIO_BLK_F_CONFIG_WCE;
+        }
         // Not offered where it would do nothing.
         if node.traits().abilities.contains(Abilities::DISCARD) {
             features |= 1 << VIRTIO_BLK_F_DISCARD;

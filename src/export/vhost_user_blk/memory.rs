@@ -26,8 +26,10 @@ pub struct Region {
 impl Region {
     /// Maps a region of the front end's. Refuses what overflows, and what the file does not hold.
     pub fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Region, String> {
-        let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *region;
-        let describe = || format!("memory region of {memory_size:#x} bytes at {guest_phys_addr:#x}");
+        let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } =
+            *region;
+        let describe =
+            || format!("memory region of {memory_size:#x} bytes at {guest_phys_addr:#x}");
         if memory_size == 0
             || guest_phys_addr.checked_add(memory_size).is_none()
             || user_addr.checked_add(memory_size).is_none()
@@ -100,11 +102,9 @@ impl Memory {
 
     /// Where `len` bytes at an address of the front end's are mapped, if they lie in one region.
     pub fn host_of_user(&self, user: u64, len: u64) -> Option<*mut u8> {
-        let region =
-            self.regions.iter().find(|r| user >= r.user && user - r.user < r.len)?;
+        let region = self.regions.iter().find(|r| user >= r.user && user - r.user < r.len)?;
         let inside = user - region.user;
-        (len <= region.len - inside)
-            .then(|| region.mapping.as_ptr().wrapping_add(inside as usize))
+        (len <= region.len - inside).then(|| region.mapping.as_ptr().wrapping_add(inside as usize))
     }
 
     /// Appends the segments that `len` bytes at a guest address are mapped at: one, or several

@@ -176,8 +176,7 @@ impl Queue {
             return Err(Broken::Layout { head });
         };
         last.iov_len -= 1;
-        slot.status =
-            std::ptr::NonNull::new(last.iov_base.cast::<u8>().wrapping_add(last.iov_len));
+        slot.status = std::ptr::NonNull::new(last.iov_base.cast::<u8>().wrapping_add(last.iov_len));
         let mut header = [0; HEADER_LEN];
         if !read_header(out, &mut header) {
             return Err(Broken::Layout { head });
@@ -255,8 +254,11 @@ impl Queue {
                 let list = &slot.segments[data.0 as usize..data.1 as usize];
                 // SAFETY: the queue keeps `memory` mapped while the request is in flight.
                 let list = unsafe { IoVec::from_raw(list) };
-                let (out, into) =
-                    if writes { (list, IoVec::from_mut(&mut [])) } else { (IoVec::from_mut(&mut []), list) };
+                let (out, into) = if writes {
+                    (list, IoVec::from_mut(&mut []))
+                } else {
+                    (IoVec::from_mut(&mut []), list)
+                };
                 self.spawn(io, me, head, kind, sector, out, into);
             }
         }
@@ -394,7 +396,8 @@ fn read_header(out: &[libc::iovec], header: &mut [u8; HEADER_LEN]) -> bool {
         [first, ..] if first.iov_len >= HEADER_LEN => {
             // SAFETY: the segment is mapped and holds that many bytes; the guest may have put it at
             // any address, and may be writing to it.
-            *header = unsafe { first.iov_base.cast_const().cast::<[u8; HEADER_LEN]>().read_volatile() };
+            *header =
+                unsafe { first.iov_base.cast_const().cast::<[u8; HEADER_LEN]>().read_volatile() };
             true
         }
         _ => {
@@ -475,4 +478,3 @@ impl Source for Queue {
         self.ring.no_kick();
     }
 }
-

@@ -215,10 +215,8 @@ pub fn trim(list: &mut [libc::iovec], from: usize, len: usize) -> std::ops::Rang
     }
     if skip > 0 {
         let segment = list[start];
-        list[start] = iovec(
-            segment.iov_base.cast::<u8>().wrapping_add(skip),
-            segment.iov_len - skip,
-        );
+        list[start] =
+            iovec(segment.iov_base.cast::<u8>().wrapping_add(skip), segment.iov_len - skip);
     }
     let mut end = start;
     let mut left = len;

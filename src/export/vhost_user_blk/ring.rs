@@ -38,19 +38,39 @@ pub struct Addresses {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broken {
     /// The available index is further ahead than the ring is long.
-    AvailableIndex { next: u16, index: u16 },
+    AvailableIndex {
+        next: u16,
+        index: u16,
+    },
     Head(u16),
     /// A head that is still in flight was made available again.
     Busy(u16),
-    Next { head: u16, next: u16 },
+    Next {
+        head: u16,
+        next: u16,
+    },
     /// More descriptors than the ring has, so there is a loop.
-    TooLong { head: u16 },
-    Address { head: u16, addr: u64, len: u32 },
-    Indirect { head: u16, addr: u64, len: u32 },
+    TooLong {
+        head: u16,
+    },
+    Address {
+        head: u16,
+        addr: u64,
+        len: u32,
+    },
+    Indirect {
+        head: u16,
+        addr: u64,
+        len: u32,
+    },
     /// A part that the device reads comes after one that it writes.
-    Order { head: u16 },
+    Order {
+        head: u16,
+    },
     /// No room for the status byte, or less than a header.
-    Layout { head: u16 },
+    Layout {
+        head: u16,
+    },
 }
 
 impl std::fmt::Display for Broken {

@@ -6,22 +6,27 @@
 use super::config::DiskOptions;
 use super::request::{Counters, Disk};
 use super::session::Session;
-use crate::block::{Error, Node, SECTOR};
+use crate::block::graph::User;
+use crate::block::{Error, LocalFuture, Node, SECTOR};
 use crate::io::sync::Mutex;
-use crate::io::{Errno, Worker};
+use crate::io::{Errno, Worker, offload};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Where front ends connect.
 pub enum Address {
-    Path { path: PathBuf, mode: Option<u32>, owner: Option<(u32, u32)> },
+    Path {
+        path: PathBuf,
+        mode: Option<u32>,
+        owner: Option<(u32, u32)>,
+    },
     /// A listening socket that somebody else made. Its file is theirs to remove.
     Listening(OwnedFd),
 }
@@ -39,12 +44,14 @@ pub struct ExportOptions {
 /// A disk that front ends can connect to, until it is dropped.
 pub struct Export {
     shared: Arc<Shared>,
+    listener: Option<UnixListener>,
     thread: Option<JoinHandle<()>>,
     /// The socket file that is ours to remove: its path, device and inode.
     own_file: Option<(PathBuf, u64, u64)>,
 }
 
 struct Shared {
+    me: Weak<Shared>,
     name: String,
     disk: Arc<Disk>,
     workers: Vec<Arc<Worker>>,
@@ -63,9 +70,8 @@ struct Current {
 }
 
 impl Export {
-    /// Opens the socket and serves `node` on it. The caller holds the permissions on the node for as
-    /// long as the export lives.
-    pub fn start(node: Arc<Node>, address: Address, options: ExportOptions) -> Result<Export, Error> {
+    /// Opens the socket. Nobody is served before [`Export::start`].
+    pub fn new(node: Arc<Node>, address: Address, options: ExportOptions) -> Result<Export, Error> {
         let (listener, own_file) = match address {
             Address::Path { path, mode, owner } => {
                 let (listener, id) = listen(&path, mode, owner)?;
@@ -76,13 +82,14 @@ impl Export {
         let capacity = AtomicU64::new(node.len() / SECTOR);
         let disk = Arc::new(Disk {
             node,
-            options: options.disk,
             capacity,
-            write_through: AtomicBool::new(false),
+            write_through: AtomicBool::new(options.disk.write_through),
+            options: options.disk,
             counters: Counters::default(),
         });
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new_cyclic(|me| Shared {
+            me: me.clone(),
             name: options.name,
             disk,
             workers: options.workers,
@@ -91,13 +98,26 @@ impl Export {
             stop,
             current: Mutex::default(),
         });
-        let theirs = shared.clone();
+        Ok(Export { shared, listener: Some(listener), thread: None, own_file })
+    }
+
+    /// Serves front ends from now on. The caller holds the permissions on the node for as long as
+    /// the export lives.
+    pub fn start(mut self) -> Result<Export, Error> {
+        let Some(listener) = self.listener.take() else { return Ok(self) };
+        let theirs = self.shared.clone();
         let thread = std::thread::Builder::new()
             .name("export".into())
             .stack_size(256 << 10)
             .spawn(move || theirs.serve(&listener))
             .map_err(|e| Error::os("cannot start an export's thread", e))?;
-        Ok(Export { shared, thread: Some(thread), own_file })
+        self.thread = Some(thread);
+        Ok(self)
+    }
+
+    /// What the graph tells of changes below the disk.
+    pub fn user(&self) -> Arc<dyn User> {
+        self.shared.clone()
     }
 
     pub fn name(&self) -> &str {
@@ -110,17 +130,6 @@ impl Export {
 
     pub fn disk_options(&self) -> &DiskOptions {
         &self.shared.disk.options
-    }
-
-    /// Takes no more requests from the guest, and returns once none is in flight. Blocks: not to be
-    /// called on a worker.
-    pub fn pause(&self) {
-        self.shared.pause();
-    }
-
-    /// Undoes one `pause`.
-    pub fn resume(&self) {
-        self.shared.resume();
     }
 }
 
@@ -213,22 +222,33 @@ impl Shared {
         }
     }
 
+    /// The sessions' word for it blocks: not to be called on a worker.
     fn pause(&self) {
         let mut current = self.current.lock();
         current.paused += 1;
-        let session = current.front_end.as_ref().map(|(_, session)| session.clone());
-        if let Some(session) = session {
-            lock(&session).pause();
+        if let Some((_, session)) = &current.front_end {
+            lock(session).pause();
         }
+    }
+}
+
+impl User for Shared {
+    fn quiesce(&self) -> LocalFuture<'_, ()> {
+        let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
+        Box::pin(offload(move || shared.pause()))
     }
 
     fn resume(&self) {
         let mut current = self.current.lock();
         current.paused = current.paused.saturating_sub(1);
-        let session = current.front_end.as_ref().map(|(_, session)| session.clone());
-        if let Some(session) = session {
-            lock(&session).resume();
+        if let Some((_, session)) = &current.front_end {
+            lock(session).resume();
         }
+    }
+
+    fn resized(&self) {
+        let sectors = self.disk.node.len() / SECTOR;
+        self.disk.capacity.store(sectors, Ordering::SeqCst);
     }
 }
 

@@ -121,7 +121,8 @@ impl Session {
     /// The write cache is on until the guest says otherwise; a guest that does not know how to
     /// flush gets none.
     fn reset_write_cache(&mut self) {
-        let through = self.features != 0 && !self.has(VIRTIO_BLK_F_FLUSH);
+        let knows = self.features == 0 || self.has(VIRTIO_BLK_F_FLUSH);
+        let through = self.disk.options.write_through || !knows;
         self.disk.write_through.store(through, Ordering::Relaxed);
     }
 
@@ -157,8 +158,8 @@ impl Session {
         };
         let worker = (self.first_worker + index) % self.workers.len();
         // Every start scans the ring unprompted: a source is polled as it is attached.
-        let source = self.workers[worker]
-            .call(move |local| local.attach(Box::new(Queue::new(start)), kick));
+        let source =
+            self.workers[worker].call(move |local| local.attach(Box::new(Queue::new(start)), kick));
         self.rings[index].running = Some((worker, source));
         Ok(())
     }
@@ -487,7 +488,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         refuse("a disk shares no objects")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
         refuse("inflight tracking was not offered")
     }
 

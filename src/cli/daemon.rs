@@ -1,0 +1,185 @@
+//! `vublk daemon`: qemu-storage-daemon's command line.
+//!
+//! The options are gone through twice, as its manual says: first those about the process itself,
+//! then all others strictly in the order in which they were given.
+
+use super::process::{Background, EndSignals, PidFile};
+use crate::block::{DriverEntry, Error};
+use crate::drivers;
+use crate::options::keyval;
+use crate::service::Service;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// The options that are processed in their order: name, the key that a first bare word stands for,
+/// and what the help says.
+const ORDERED: [(&str, Option<&str>, &str); 7] = [
+    ("blockdev", Some("driver"), "open a node of the block graph (driver=NAME,help lists options)"),
+    ("chardev", None, "make a character device"),
+    ("export", Some("type"), "serve a node"),
+    ("monitor", Some("chardev"), "serve QMP on a character device"),
+    ("nbd-server", None, "start an NBD server"),
+    ("object", Some("qom-type"), "make an object (help lists types)"),
+    ("trace", None, "trace events"),
+];
+
+pub fn command() -> Command {
+    let ordered = ORDERED.iter().map(|&(name, _, help)| {
+        let arg = Arg::new(name).long(name).value_name("OPTIONS").action(ArgAction::Append);
+        let arg = arg.allow_hyphen_values(true).help(help);
+        if name == "trace" { arg.short('T') } else { arg }
+    });
+    Command::new("daemon")
+        .about("Serve disks to virtual machines; the options are qemu-storage-daemon's")
+        .infer_long_args(true)
+        .disable_version_flag(true)
+        .args(ordered)
+        .arg(Arg::new("version").short('V').long("version").action(ArgAction::SetTrue))
+        .arg(
+            Arg::new("daemonize")
+                .long("daemonize")
+                .action(ArgAction::SetTrue)
+                .help("go to the background once everything is ready"),
+        )
+        .arg(
+            Arg::new("pidfile")
+                .long("pidfile")
+                .value_name("PATH")
+                .value_parser(clap::value_parser!(PathBuf))
+                .action(ArgAction::Append)
+                .help("write the process ID there once everything is ready"),
+        )
+}
+
+/// Runs the daemon until a signal ends it. `program` is the name in error lines.
+pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
+    let program = OsString::from(program);
+    let matches = match command().try_get_matches_from(std::iter::once(program).chain(arguments)) {
+        Ok(matches) => matches,
+        Err(error) if error.use_stderr() => return Err(usage_line(&error).into()),
+        Err(help) => {
+            let _ = help.print();
+            return Ok(());
+        }
+    };
+    if matches.get_flag("version") {
+        println!("qemu-storage-daemon version 7.2.0 (vublk {})", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    }
+    let signals = EndSignals::block();
+    let background = if matches.get_flag("daemonize") { Some(Background::enter()?) } else { None };
+    super::start_log(0);
+    let mut service = Service::new(drivers::registry())?;
+    for (option, implied_key, value) in in_order(&matches) {
+        let done = act(&mut service, option, implied_key, value)
+            .map_err(|error| error.at(format!("--{option} {value}")))?;
+        if done == Done::Help {
+            return Ok(());
+        }
+    }
+    let pid_file = matches.get_many::<PathBuf>("pidfile").and_then(|mut paths| paths.next_back());
+    let pid_file = pid_file.map(|path| PidFile::create(path)).transpose()?;
+    background.map(Background::ready).transpose()?;
+    // Nobody may be listening for it.
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    signals.wait();
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    drop(service);
+    drop(pid_file);
+    Ok(())
+}
+
+#[derive(PartialEq, Eq)]
+enum Done {
+    Acted,
+    /// A help text was printed: the program ends with success.
+    Help,
+}
+
+fn act(
+    service: &mut Service,
+    option: &str,
+    implied_key: Option<&str>,
+    value: &str,
+) -> Result<Done, Error> {
+    if matches!(option, "chardev" | "monitor" | "nbd-server" | "trace") {
+        return Err(Error::new("this option is not available"));
+    }
+    let parsed = keyval::parse_argument(value, implied_key)?;
+    let options = parsed.options;
+    if parsed.help {
+        let Some(text) = help(option, options.get(implied_key.unwrap_or_default())) else {
+            return Err(Error::new("Help is not available for this option"));
+        };
+        print!("{text}");
+        return Ok(Done::Help);
+    }
+    match option {
+        "blockdev" => service.blockdev_add(options).map(drop),
+        "object" => service.object_add(options),
+        _ => service.export_add(options),
+    }?;
+    Ok(Done::Acted)
+}
+
+/// The text for `help`: about one driver or type, or the list of all.
+fn help(option: &str, about: Option<&crate::options::Value>) -> Option<String> {
+    let name = about.and_then(|value| value.as_str());
+    match (option, name) {
+        ("blockdev", None) => {
+            let names = drivers::registry().iter().map(|entry| format!("  {}\n", entry.name));
+            Some(format!("Supported block drivers:\n{}", names.collect::<String>()))
+        }
+        ("blockdev", Some(name)) => drivers::registry().get(name).map(driver_help),
+        ("object", None) => Some("List of user creatable objects:\n  iothread\n".into()),
+        ("object", Some("iothread")) => Some(
+            "iothread options:\n  aio-max-batch=<int>\n  poll-grow=<int>\n  poll-max-ns=<int>\n  \
+             poll-shrink=<int>\n  thread-pool-max=<int>\n  thread-pool-min=<int>\n"
+                .into(),
+        ),
+        ("export", None) => Some("Supported export types:\n  vhost-user-blk\n".into()),
+        _ => None,
+    }
+}
+
+/// A driver's own options, in the form of `--object TYPE,help`.
+fn driver_help(entry: &DriverEntry) -> String {
+    let lines = entry.options.iter().map(|option| {
+        let head = format!("{}=<{}>", option.name, option.value);
+        format!("  {head:<28} - {}\n", option.help)
+    });
+    format!("{} options:\n{}", entry.name, lines.collect::<String>())
+}
+
+/// The ordered options as they were given.
+fn in_order(matches: &ArgMatches) -> Vec<(&'static str, Option<&'static str>, &str)> {
+    let mut all = Vec::new();
+    for (name, implied_key, _) in ORDERED {
+        let places = matches.indices_of(name).into_iter().flatten();
+        let values = matches.get_many::<String>(name).into_iter().flatten();
+        all.extend(places.zip(values).map(|(place, value)| (place, name, implied_key, value)));
+    }
+    all.sort_by_key(|&(place, ..)| place);
+    all.into_iter().map(|(_, name, key, value)| (name, key, &**value)).collect()
+}
+
+/// A wrong command line in the words of getopt and of qemu-storage-daemon.
+fn usage_line(error: &clap::Error) -> String {
+    let argument = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => text.clone(),
+        _ => String::new(),
+    };
+    let given = argument(ContextKind::InvalidArg);
+    let name = given.split([' ', '=']).next().unwrap_or_default();
+    match error.kind() {
+        ErrorKind::UnknownArgument if given.starts_with('-') => {
+            format!("unrecognized option '{given}'")
+        }
+        ErrorKind::UnknownArgument => format!("{given}: Unexpected argument"),
+        ErrorKind::InvalidValue => format!("option '{name}' requires an argument"),
+        ErrorKind::TooManyValues => format!("option '{name}' doesn't allow an argument"),
+        _ => error.to_string().lines().next().unwrap_or_default().replace("error: ", ""),
+    }
+}

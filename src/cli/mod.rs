@@ -1,0 +1,115 @@
+//! The command lines.
+//!
+//! `vublk COMMAND …`, or one of QEMU's programs by the name under which it was called.
+
+mod daemon;
+mod generate;
+mod process;
+mod serve;
+
+use crate::block::Error;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// A userspace storage backend for virtual machines.
+#[derive(Parser)]
+#[command(name = "vublk", version, about, disable_help_subcommand = true)]
+struct Vublk {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve disks to virtual machines
+    Serve(serve::Serve),
+    /// Run as a storage daemon, with qemu-storage-daemon's command line
+    #[command(disable_help_flag = true)]
+    Daemon {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        arguments: Vec<OsString>,
+    },
+    /// Write the man pages and shell completions that this program's command line defines
+    #[command(hide = true)]
+    Generate(generate::Generate),
+}
+
+/// What a command came to.
+type Outcome = Result<(), Failure>;
+
+/// An error line, printed after the program's name, and advice, printed on a line of its own.
+struct Failure {
+    line: String,
+    hint: Option<String>,
+}
+
+impl From<String> for Failure {
+    fn from(line: String) -> Failure {
+        Failure { line, hint: None }
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(line: &str) -> Failure {
+        Failure::from(line.to_owned())
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure { line: error.to_string(), hint: error.hint().map(str::to_owned) }
+    }
+}
+
+/// Runs the command that the arguments name. The whole program.
+pub fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let called = arguments.next().unwrap_or_else(|| "vublk".into());
+    let called = Path::new(&called).file_name().unwrap_or("vublk".as_ref());
+    if called == "qemu-storage-daemon" {
+        return report(
+            "qemu-storage-daemon",
+            daemon::run("qemu-storage-daemon", arguments.collect()),
+        );
+    }
+    let command = match Vublk::try_parse() {
+        Ok(Vublk { command }) => command,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    let outcome = match command {
+        Command::Serve(serve) => serve.run(),
+        Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
+        Command::Generate(generate) => generate.run(Vublk::command()),
+    };
+    report("vublk", outcome)
+}
+
+fn report(program: &str, outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { line, hint }) => {
+            eprintln!("{program}: {line}");
+            if let Some(hint) = hint {
+                eprintln!("{hint}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs to standard error: warnings, and with `verbosity` more. RUST_LOG has the last word.
+fn start_log(verbosity: u8) {
+    let level = match verbosity {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let environment = env_logger::Env::default().default_filter_or(level);
+    env_logger::Builder::from_env(environment).format_target(false).init();
+}

@@ -1,0 +1,127 @@
+//! What a daemon does to its own process: signals, the pid file, going to the background.
+
+use crate::io::Errno;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// The signals that end the program, kept from doing so until they are waited for.
+pub struct EndSignals(libc::sigset_t);
+
+impl EndSignals {
+    /// Blocks SIGINT, SIGHUP and SIGTERM for this thread and all that it starts. To be called before
+    /// there is another thread. SIGPIPE is ignored, as Rust programs do.
+    pub fn block() -> EndSignals {
+        // SAFETY: the set is initialised before it is used, and the signals exist.
+        unsafe {
+            let mut set = std::mem::zeroed::<libc::sigset_t>();
+            libc::sigemptyset(&mut set);
+            for signal in [libc::SIGINT, libc::SIGHUP, libc::SIGTERM] {
+                libc::sigaddset(&mut set, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+            EndSignals(set)
+        }
+    }
+
+    /// Sleeps until one of them comes.
+    pub fn wait(&self) {
+        let mut signal = 0;
+        // SAFETY: the set is initialised, and the number is written to a local.
+        while unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {}
+    }
+}
+
+/// A pid file: locked as long as the program runs, removed at its end.
+pub struct PidFile {
+    path: PathBuf,
+    _locked: File,
+}
+
+impl PidFile {
+    /// Creates, locks and writes it. The messages are qemu-storage-daemon's.
+    pub fn create(path: &Path) -> Result<PidFile, String> {
+        let failed = |what: String| format!("cannot create PID file: {what}");
+        let shown = path.display();
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| failed(format!("Could not create '{shown}': {}", Errno::from(e))))?;
+        // SAFETY: the structure is plain data, and the descriptor is open.
+        let locked = unsafe {
+            let mut lock = std::mem::zeroed::<libc::flock>();
+            lock.l_type = libc::F_WRLCK as libc::c_short;
+            lock.l_whence = libc::SEEK_SET as libc::c_short;
+            libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &lock)
+        };
+        if locked != 0 {
+            let errno = Errno::last();
+            return Err(failed(format!("Cannot lock pid file: {errno}")));
+        }
+        file.set_len(0)
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .map_err(|e| failed(format!("Failed to write pid file: {}", Errno::from(e))))?;
+        // Its place must still be known after a change of directory.
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        Ok(PidFile { path, _locked: file })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// The background process's promise to tell its parent that it is ready.
+pub struct Background(OwnedFd);
+
+impl Background {
+    /// Forks. The parent waits until the child is ready and exits: with success, or, if the child
+    /// ended before, with failure; so this returns in the child alone. To be called before there is
+    /// another thread.
+    pub fn enter() -> Result<Background, String> {
+        let mut ends = [0; 2];
+        // SAFETY: the array has room for two descriptors.
+        if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
+            return Err(format!("cannot daemonize: {}", Errno::last()));
+        }
+        // SAFETY: pipe2 has just made both.
+        let [receiver, sender] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        // SAFETY: there is one thread, so the child may do anything.
+        match unsafe { libc::fork() } {
+            -1 => Err(format!("cannot daemonize: {}", Errno::last())),
+            0 => {
+                // SAFETY: takes no arguments; a fresh child leads no group, so it cannot fail.
+                unsafe { libc::setsid() };
+                Ok(Background(sender))
+            }
+            _ => {
+                drop(sender);
+                let ready = File::from(receiver).read_exact(&mut [0]).is_ok();
+                // The child has the error line, if there is one.
+                std::process::exit(i32::from(!ready));
+            }
+        }
+    }
+
+    /// Lets the terminal and the directory go, and the parent exit.
+    pub fn ready(self) -> Result<(), String> {
+        let failed = |e: std::io::Error| format!("cannot daemonize: {e}");
+        std::env::set_current_dir("/").map_err(failed)?;
+        let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
+        for fd in 0..=2 {
+            // SAFETY: both descriptors are open, and the standard ones are nobody's property.
+            if unsafe { libc::dup2(null.as_raw_fd(), fd) } < 0 {
+                return Err(failed(std::io::Error::last_os_error()));
+            }
+        }
+        File::from(self.0).write_all(&[1]).map_err(failed)
+    }
+}

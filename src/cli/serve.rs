@@ -1,0 +1,244 @@
+//! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
+
+use super::process::EndSignals;
+use crate::block::Error;
+use crate::drivers;
+use crate::export::vhost_user_blk::{Address, DiskOptions};
+use crate::io::WorkerOptions;
+use crate::options::{Map, Size, Value, size};
+use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Serve disks to virtual machines over vhost-user-blk
+#[derive(clap::Args)]
+pub struct Serve {
+    /// The images or block devices to serve
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
+    /// The socket that a virtual machine connects to; one for each IMAGE, in their order
+    #[arg(short, long = "socket", required = true, value_name = "PATH")]
+    sockets: Vec<PathBuf>,
+    /// The images' format
+    #[arg(short, long)]
+    format: Option<String>,
+    /// Serve read-only
+    #[arg(short, long)]
+    read_only: bool,
+    /// Virtqueues to offer to each virtual machine
+    #[arg(long, default_value_t = MAX_QUEUES, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES as i64))]
+    num_queues: u16,
+    /// Threads that serve all queues of all disks [default: processors, at most 4]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+    /// How the host's page cache and flushes are used
+    #[arg(long, value_enum, default_value_t = Cache::None)]
+    cache: Cache,
+    /// Whether discards give space back to the file system
+    #[arg(long, value_enum, default_value_t = Discard::Unmap)]
+    discard: Discard,
+    /// Bytes in the guest's smallest addressable block
+    #[arg(long, default_value = "512", value_parser = parse_size)]
+    logical_block_size: Size,
+    /// Serial number that the guest sees, up to 20 bytes [default: vublk0, vublk1, …]
+    #[arg(long)]
+    serial: Option<String>,
+    /// Longest time that an idle worker spins before it sleeps, in microseconds
+    #[arg(long, default_value_t = 32)]
+    poll_max_us: u64,
+    /// Processors to pin the workers to, such as 2,3 or 2-5
+    #[arg(long, value_parser = parse_cpus)]
+    worker_cpus: Option<Cpus>,
+    /// Permissions of the sockets, in octal
+    #[arg(long, value_parser = parse_mode)]
+    socket_mode: Option<u32>,
+    /// Owner of the sockets: USER[:GROUP], as numbers
+    #[arg(long, value_parser = parse_owner)]
+    socket_owner: Option<(u32, u32)>,
+    /// Say more; twice for even more
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Cache {
+    /// Around the page cache; a guest's flush reaches the disk
+    None,
+    /// Through the page cache; a guest's flush reaches the disk
+    Writeback,
+    /// Through the page cache; every write reaches the disk before it completes
+    Writethrough,
+    /// Around the page cache; every write reaches the disk before it completes
+    Directsync,
+    /// Through the page cache; flushes are ignored, a crash of the host loses data
+    Unsafe,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Discard {
+    Ignore,
+    Unmap,
+}
+
+#[derive(Clone)]
+struct Cpus(Vec<usize>);
+
+impl Serve {
+    pub fn run(self) -> super::Outcome {
+        if self.images.len() != self.sockets.len() {
+            let (images, sockets) = (self.images.len(), self.sockets.len());
+            return Err(format!("{images} images but {sockets} sockets: give one for each").into());
+        }
+        if self.serial.as_ref().is_some_and(|serial| serial.len() > 20) {
+            return Err("--serial: at most 20 bytes".into());
+        }
+        let signals = EndSignals::block();
+        super::start_log(self.verbose);
+        let mut service = Service::new(drivers::registry())?;
+        let workers = self.start_workers(&mut service)?;
+        for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
+            self.serve_one(&mut service, &workers, index, image, socket)?;
+        }
+        for socket in &self.sockets {
+            print!("{}", attach_lines(socket));
+        }
+        // Nobody may be listening for it.
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+        signals.wait();
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        drop(service);
+        Ok(())
+    }
+
+    /// Starts the workers, and gives their names.
+    fn start_workers(&self, service: &mut Service) -> Result<Vec<String>, Error> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let pinned = self.worker_cpus.as_ref().map(|cpus| &*cpus.0);
+        let default = pinned.map_or(processors.min(4), <[usize]>::len);
+        let count = self.workers.map_or(default, usize::from);
+        let mut names = Vec::new();
+        for index in 0..count {
+            let name = format!("worker{index}");
+            let options = WorkerOptions {
+                poll_max: Duration::from_micros(self.poll_max_us),
+                cpu: pinned.map(|cpus| cpus[index % cpus.len()]),
+            };
+            service.add_iothread(&name, options)?;
+            names.push(name);
+        }
+        Ok(names)
+    }
+
+    fn serve_one(
+        &self,
+        service: &mut Service,
+        workers: &[String],
+        index: usize,
+        image: &Path,
+        socket: &Path,
+    ) -> super::Outcome {
+        let shown = image.display();
+        let options = self.node_options(&format!("disk{index}"), image)?;
+        let node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
+        let id = format!("export{index}");
+        let block = self.logical_block_size.0;
+        let disk = DiskOptions {
+            writable: !self.read_only,
+            write_through: matches!(self.cache, Cache::Writethrough | Cache::Directsync),
+            logical_block_size: check_block_size(&id, block)?,
+            num_queues: self.num_queues,
+            serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
+        };
+        let address = Address::Path {
+            path: socket.to_owned(),
+            mode: self.socket_mode,
+            owner: self.socket_owner,
+        };
+        let workers = workers.iter().map(|name| service.iothread(name));
+        let workers = workers.collect::<Result<_, _>>()?;
+        let new = NewExport { id, node, disk, address, workers };
+        Ok(service.export(new).map_err(|e| e.at(&shown))?)
+    }
+
+    /// The graph for one image: its format over the protocol that its file wants.
+    fn node_options(&self, name: &str, image: &Path) -> Result<Map, String> {
+        use std::os::unix::fs::FileTypeExt;
+        let shown = image.display();
+        let Some(format) = &self.format else {
+            return Err(format!(
+                "{shown}: the format is not known: name it, for example with -f raw"
+            ));
+        };
+        let filename = image.to_str().ok_or_else(|| format!("{shown}: not a UTF-8 name"))?;
+        let device =
+            std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());
+        let mut cache = Map::new();
+        let direct = matches!(self.cache, Cache::None | Cache::Directsync);
+        cache.insert("direct", Value::Bool(direct));
+        cache.insert("no-flush", Value::Bool(self.cache == Cache::Unsafe));
+        let discard = if self.discard == Discard::Unmap { "unmap" } else { "ignore" };
+        let mut file = Map::new();
+        file.insert("driver", if device { "host_device" } else { "file" });
+        file.insert("filename", filename);
+        file.insert("aio", "io_uring");
+        let mut node = Map::new();
+        node.insert("driver", &**format);
+        node.insert("node-name", name);
+        for map in [&mut file, &mut node] {
+            map.insert("cache", cache.clone());
+            map.insert("discard", discard);
+            map.insert("read-only", Value::Bool(self.read_only));
+        }
+        node.insert("file", Value::Map(file));
+        Ok(node)
+    }
+}
+
+/// The lines that attach the disk to a virtual machine.
+fn attach_lines(socket: &Path) -> String {
+    let path = socket.canonicalize().unwrap_or_else(|_| socket.to_owned());
+    let path = path.display();
+    format!(
+        "{path}: ready\n  \
+         QEMU:             -object memory-backend-memfd,id=mem,size=RAM,share=on \
+         -machine memory-backend=mem -chardev socket,id=vublk,path={path},reconnect=1 \
+         -device vhost-user-blk-pci,chardev=vublk,num-queues=VCPUS\n  \
+         Cloud Hypervisor: --memory size=RAM,shared=on \
+         --disk vhost_user=true,socket={path},num_queues=VCPUS\n"
+    )
+}
+
+fn parse_size(text: &str) -> Result<Size, String> {
+    size::parse(text).map(Size).map_err(|_| format!("'{text}' is not a size"))
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(format!("'{text}' is not an octal mode such as 660")),
+    }
+}
+
+/// `USER[:GROUP]`; the group is the user's number if it is not given.
+fn parse_owner(text: &str) -> Result<(u32, u32), String> {
+    let (user, group) = text.split_once(':').unwrap_or((text, text));
+    let number = |part: &str| part.parse().map_err(|_| format!("'{part}' is not a numeric ID"));
+    Ok((number(user)?, number(group)?))
+}
+
+fn parse_cpus(text: &str) -> Result<Cpus, String> {
+    let number = |part: &str| {
+        part.parse::<usize>()
+            .ok()
+            .filter(|&n| n < 1024)
+            .ok_or_else(|| format!("'{part}': no processor"))
+    };
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        match part.split_once('-') {
+            Some((first, last)) => cpus.extend(number(first)?..=number(last)?),
+            None => cpus.push(number(part)?),
+        }
+    }
+    if cpus.is_empty() { Err("no processors".into()) } else { Ok(Cpus(cpus)) }
+}

@@ -1,0 +1,315 @@
+//! What one process serves: its block graph, its workers, its exports. The command lines and the
+//! monitor all act through this, so that a thing is done, refused and worded in one way.
+
+use crate::block::graph::{Attachment, Graph};
+use crate::block::{Abilities, Error, Node, Perm, Perms, Registry};
+use crate::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions, listening_fd};
+use crate::io::{Worker, WorkerOptions};
+use crate::options::{self, Map};
+use serde::Deserialize;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The serial number of disks that are given none.
+const SERIAL: &str = "vhost_user_blk";
+
+/// Queues at most that an export may have; the front ends' limits lie below.
+pub const MAX_QUEUES: u16 = 64;
+
+/// A running service. Dropping it ends the exports, then closes the graph.
+pub struct Service {
+    graph: Graph,
+    /// Opens, closes and changes the graph; serves no guest.
+    control: Worker,
+    /// By id, in the order in which they came.
+    iothreads: Vec<(String, Arc<Worker>)>,
+    /// For exports that name no iothread; made when the first one does.
+    main: Option<Arc<Worker>>,
+    /// Newest last.
+    exports: Vec<Served>,
+}
+
+struct Served {
+    id: String,
+    export: Export,
+    attachment: Attachment,
+}
+
+/// `--object iothread,…`
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct IothreadObject {
+    id: String,
+    poll_max_ns: Option<u64>,
+    // Accepted, because scripts give them; our own rules for spinning and batching hold.
+    #[serde(rename = "poll-grow")]
+    _poll_grow: Option<u64>,
+    #[serde(rename = "poll-shrink")]
+    _poll_shrink: Option<u64>,
+    #[serde(rename = "aio-max-batch")]
+    _aio_max_batch: Option<u64>,
+    #[serde(rename = "thread-pool-min")]
+    _thread_pool_min: Option<u64>,
+    #[serde(rename = "thread-pool-max")]
+    _thread_pool_max: Option<u64>,
+}
+
+/// `--export type=vhost-user-blk,…`
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct VhostUserBlkExport {
+    id: String,
+    node_name: String,
+    #[serde(default)]
+    writable: bool,
+    #[serde(default)]
+    writethrough: bool,
+    #[serde(default)]
+    iothread: Option<Iothreads>,
+    #[serde(rename = "fixed-iothread", default)]
+    _fixed_iothread: bool,
+    addr: options::Value,
+    num_queues: Option<u16>,
+    logical_block_size: Option<options::Size>,
+}
+
+/// One name, or a list of them.
+type Iothreads = options::Value;
+
+/// A disk to serve, whoever asks for it.
+pub struct NewExport {
+    pub id: String,
+    pub node: Arc<Node>,
+    pub disk: DiskOptions,
+    pub address: Address,
+    pub workers: Vec<Arc<Worker>>,
+}
+
+impl Service {
+    pub fn new(registry: &'static Registry) -> Result<Service, Error> {
+        let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+        let control = start_worker("control", options)?;
+        let graph = Graph::new(registry);
+        Ok(Service { graph, control, iothreads: Vec::new(), main: None, exports: Vec::new() })
+    }
+
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// `--blockdev`: opens a named node.
+    pub fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
+        self.graph.open_on(&self.control, options)
+    }
+
+    /// `--object`: adds an object of the type that `qom-type` names.
+    pub fn object_add(&mut self, mut options: Map) -> Result<(), Error> {
+        let qom_type = options.take_required_str("qom-type")?;
+        match &*qom_type {
+            "iothread" => {
+                let object: IothreadObject = options::from_map(options)?;
+                let mut worker = WorkerOptions::default();
+                if let Some(ns) = object.poll_max_ns {
+                    worker.poll_max = Duration::from_nanos(ns);
+                }
+                self.add_iothread(&object.id, worker)
+            }
+            other if OBJECT_TYPES.contains(&other) => {
+                Err(Error::new(format!("objects of type '{other}' are not available")))
+            }
+            other => {
+                Err(Error::new(format!("Parameter 'qom-type' does not accept value '{other}'")))
+            }
+        }
+    }
+
+    /// Adds a worker that exports can name.
+    pub fn add_iothread(&mut self, id: &str, options: WorkerOptions) -> Result<(), Error> {
+        if self.iothreads.iter().any(|(name, _)| name == id) {
+            return Err(Error::new(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            )));
+        }
+        let worker = start_worker(id, options)?;
+        self.iothreads.push((id.to_owned(), Arc::new(worker)));
+        Ok(())
+    }
+
+    pub fn iothread(&self, id: &str) -> Result<Arc<Worker>, Error> {
+        let found = self.iothreads.iter().find(|(name, _)| name == id);
+        found
+            .map(|(_, worker)| worker.clone())
+            .ok_or_else(|| Error::new(format!("iothread \"{id}\" not found")))
+    }
+
+    /// `--export`: serves a node.
+    pub fn export_add(&mut self, mut options: Map) -> Result<(), Error> {
+        let export_type = options.take_required_str("type")?;
+        match &*export_type {
+            "vhost-user-blk" => {}
+            "nbd" | "fuse" | "vduse-blk" => {
+                return Err(Error::new(format!(
+                    "exports of type '{export_type}' are not available"
+                )));
+            }
+            other => {
+                return Err(Error::new(format!(
+                    "Parameter 'type' does not accept value '{other}'"
+                )));
+            }
+        }
+        let options: VhostUserBlkExport = options::from_map(options)?;
+        let address = parse_address(options.addr)?;
+        let id = options.id;
+        if self.exports.iter().any(|served| served.id == id) {
+            return Err(Error::new(format!("Block export id '{id}' is already in use")));
+        }
+        let node = self.graph.find(&options.node_name).map_err(|_| {
+            let name = &options.node_name;
+            Error::new(format!("Cannot find device='' nor node-name='{name}'"))
+        })?;
+        let workers = match options.iothread {
+            None => vec![self.main_worker()?],
+            Some(options::Value::List(names)) if !names.is_empty() => {
+                let find = |name: &options::Value| self.iothread(name.as_str().unwrap_or_default());
+                names.iter().map(find).collect::<Result<_, _>>()?
+            }
+            Some(name) => vec![self.iothread(name.as_str().unwrap_or_default())?],
+        };
+        let block = options.logical_block_size.map_or(512, |size| size.0);
+        let disk = DiskOptions {
+            writable: options.writable,
+            write_through: options.writethrough,
+            logical_block_size: check_block_size(&id, block)?,
+            num_queues: options.num_queues.unwrap_or(1),
+            serial: SERIAL.into(),
+        };
+        self.export(NewExport { id, node, disk, address, workers })
+    }
+
+    /// Serves a node.
+    pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
+        let NewExport { id, node, disk, address, workers } = new;
+        if disk.num_queues == 0 {
+            return Err(Error::new("num-queues must be greater than 0"));
+        }
+        if disk.num_queues > MAX_QUEUES {
+            return Err(Error::new(format!("num-queues must be at most {MAX_QUEUES}")));
+        }
+        if disk.writable && node.traits().abilities.contains(Abilities::READ_ONLY) {
+            return Err(Error::new("Cannot export read-only node as writable"));
+        }
+        let mut held = Perm::CONSISTENT_READ;
+        if disk.writable {
+            held |= Perm::WRITE;
+        }
+        let perms = Perms { held, shared: Perm::all() };
+        let first_worker = self.exports.len();
+        let options = ExportOptions { name: id.clone(), disk, workers, first_worker };
+        // The front end is let in last: by then all permissions are held.
+        let export = Export::new(node.clone(), address, options)?;
+        let user = Some(export.user());
+        let attachment = self.graph.attach(&node, &format!("export '{id}'"), perms, user)?;
+        let export = export.start()?;
+        self.exports.push(Served { id, export, attachment });
+        Ok(())
+    }
+
+    fn main_worker(&mut self) -> Result<Arc<Worker>, Error> {
+        if let Some(main) = &self.main {
+            return Ok(main.clone());
+        }
+        let main = Arc::new(start_worker("main", WorkerOptions::default())?);
+        self.main = Some(main.clone());
+        Ok(main)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // In this order: no more requests, then no more users, then no more nodes.
+        for Served { export, attachment, .. } in self.exports.drain(..).rev() {
+            drop(export);
+            drop(attachment);
+        }
+        let graph = self.graph.clone();
+        self.control.block_on(move || async move { graph.close().await });
+    }
+}
+
+/// What qemu-storage-daemon 7.2 knows, so that a type that we lack is told from one that nobody has.
+const OBJECT_TYPES: [&str; 14] = [
+    "authz-list",
+    "authz-list-file",
+    "authz-simple",
+    "iothread",
+    "main-loop",
+    "pr-manager-helper",
+    "secret",
+    "secret_keyring",
+    "thread-context",
+    "throttle-group",
+    "tls-cipher-suites",
+    "tls-creds-anon",
+    "tls-creds-psk",
+    "tls-creds-x509",
+];
+
+fn start_worker(name: &str, options: WorkerOptions) -> Result<Worker, Error> {
+    Worker::start(name, options).map_err(|error| {
+        let what = format!("cannot start worker '{name}'");
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::ENOSYS) => {
+                Error::os(format!("{what}: io_uring is not allowed or not there"), error)
+            }
+            Some(_) => Error::os(what, error),
+            None => Error::new(format!("{what}: {error}")),
+        }
+    })
+}
+
+/// A block size as the guest can be told: a power of two from 512 bytes to 2 MiB.
+pub fn check_block_size(id: &str, size: u64) -> Result<u32, Error> {
+    let property = format!("Property {id}.logical-block-size doesn't take value");
+    if !(512..=2 << 20).contains(&size) {
+        return Err(Error::new(format!("{property} {size} (minimum: 512, maximum: 2097152)")));
+    }
+    if !size.is_power_of_two() {
+        return Err(Error::new(format!("{property} '{size}', it's not a power of 2")));
+    }
+    Ok(size as u32)
+}
+
+/// A `SocketAddress` that can be listened on here.
+fn parse_address(addr: options::Value) -> Result<Address, Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Unix {
+        path: std::path::PathBuf,
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Fd {
+        str: String,
+    }
+    let at = |error: options::Error| Error::from(error.under("addr"));
+    let options::Value::Map(mut map) = addr else {
+        return Err(Error::new("Invalid parameter type for 'addr', expected: object"));
+    };
+    match &*map.take_required_str("type").map_err(at)? {
+        "unix" => {
+            let Unix { path } = options::from_map(map).map_err(at)?;
+            Ok(Address::Path { path, mode: None, owner: None })
+        }
+        "fd" => {
+            let Fd { str } = options::from_map(map).map_err(at)?;
+            let fd = str.parse().map_err(|_| {
+                Error::new(format!("File descriptor '{str}' is not a number of an open one"))
+            })?;
+            // SAFETY: whoever started the program says that this descriptor is ours to take.
+            Ok(Address::Listening(unsafe { listening_fd(fd) }?))
+        }
+        "inet" | "vsock" => Err(Error::new("vhost-user needs a UNIX domain socket")),
+        other => Err(Error::new(format!("Parameter 'addr.type' does not accept value '{other}'"))),
+    }
+}
