@@ -1,6 +1,8 @@
 //! Protocols: what reaches the bytes themselves. One module and one entry in the list each.
 
+pub mod file;
+
 use crate::block::DriverEntry;
 
 /// All protocols.
-pub static LIST: &[&DriverEntry] = &[];
+pub static LIST: &[&DriverEntry] = &[&file::FILE, &file::HOST_DEVICE];

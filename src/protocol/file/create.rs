@@ -1,0 +1,169 @@
+//! Making files: length, preallocation, and hints to the file system.
+//!
+//! Another process that uses the file is noticed before anything in it is changed. When making fails
+//! half-way the file is left empty.
+
+use super::lock::ImageLocks;
+use super::options::Locking;
+use super::sys;
+use crate::block::{Error, Locks, Perm, Perms};
+use crate::io::Errno;
+use crate::options::Size;
+use serde::Deserialize;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::Arc;
+
+/// What XFS is asked to allocate at a time, in bytes, if nothing else is said: fewer extents.
+const EXTENT_SIZE: u64 = 1 << 20;
+/// Bytes written at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Options of a new file.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub struct CreateOptions {
+    /// Bytes.
+    pub size: Size,
+    #[serde(default)]
+    pub preallocation: Preallocation,
+    /// No copy-on-write, on btrfs; without effect elsewhere.
+    #[serde(default)]
+    pub nocow: bool,
+    /// Bytes; zero for none. A hint: ignored by file systems that don't know it.
+    pub extent_size_hint: Option<Size>,
+}
+
+/// Whether new bytes of a file have their place on the disk at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preallocation {
+    #[default]
+    Off,
+    /// Known to formats only, and refused here.
+    Metadata,
+    /// Allocated, not written.
+    Falloc,
+    /// Written.
+    Full,
+}
+
+impl Preallocation {
+    fn name(self) -> &'static str {
+        match self {
+            Preallocation::Off => "off",
+            Preallocation::Metadata => "metadata",
+            Preallocation::Falloc => "falloc",
+            Preallocation::Full => "full",
+        }
+    }
+}
+
+/// Makes a regular file, or empties an existing one. Blocks.
+pub fn create_file(filename: &str, options: &CreateOptions) -> Result<(), Error> {
+    let hint = options.extent_size_hint.map_or(EXTENT_SIZE, |size| size.0);
+    let hint = u32::try_from(hint).map_err(|_| Error::new("Extent size hint is too large"))?;
+    refuse_metadata(options.preallocation)?;
+    let could_not = || format!("Could not create '{filename}'");
+    // Emptied only after the locks were had.
+    let mut open = OpenOptions::new();
+    open.read(true).write(true).create(true).truncate(false).mode(0o644);
+    let file = Arc::new(open.open(filename).map_err(|e| Error::os(could_not(), e))?);
+    let _locks = exclusive(&file, filename)?;
+    file.set_len(0).map_err(|e| Error::os(could_not(), e))?;
+    if options.nocow
+        && let Err(errno) = sys::set_no_cow(&file)
+    {
+        log::debug!("'{filename}': nocow: {errno}");
+    }
+    if hint > 0
+        && let Err(errno) = sys::set_extent_size(&file, hint)
+        && !errno.is_unsupported()
+    {
+        log::warn!("'{filename}': extent_size_hint={hint}: {errno}");
+    }
+    grow(&file, 0, options.size.0, options.preallocation)
+}
+
+/// Makes an existing device ready to hold a new disk of at most its own size. Blocks.
+pub fn create_device(filename: &str, options: &CreateOptions) -> Result<(), Error> {
+    if options.preallocation != Preallocation::Off {
+        let name = options.preallocation.name();
+        return Err(Error::new(format!("Unsupported preallocation mode '{name}' for devices")));
+    }
+    let could_not = |e: Errno| Error::os(format!("Could not open '{filename}'"), e);
+    let file = OpenOptions::new().read(true).write(true).open(filename);
+    let file = Arc::new(file.map_err(|e| could_not(e.into()))?);
+    let _locks = exclusive(&file, filename)?;
+    let len = sys::seek(&file, 0, sys::Seek::End).map_err(could_not)?;
+    if options.size.0 > len {
+        return Err(Error::new("Cannot grow device files"));
+    }
+    // What was there before must not be taken for an image of some format.
+    file.write_all_at(&[0; 512][..len.min(512) as usize], 0)
+        .and_then(|()| file.sync_data())
+        .map_err(|e| Error::os("Failed to clear the new image's first sector", e))
+}
+
+/// Makes a regular file longer, from `old` to `new` bytes; what is new reads as zeroes. On failure
+/// the file has its old length again. Blocks.
+pub fn grow(file: &File, old: u64, new: u64, preallocation: Preallocation) -> Result<(), Error> {
+    refuse_metadata(preallocation)?;
+    if new == old {
+        return Ok(());
+    }
+    let result = match preallocation {
+        Preallocation::Falloc => sys::allocate(file, 0, old, new - old)
+            .map_err(|e| Error::os("Could not preallocate data for the new file", e))
+            .and_then(|()| first_block(file, old, new)),
+        Preallocation::Full => write_zeroes(file, old, new)
+            .map_err(|e| Error::os("Could not write zeros for preallocation", e)),
+        Preallocation::Off | Preallocation::Metadata => file
+            .set_len(new)
+            .map_err(|e| Error::os("Failed to resize the file", e))
+            .and_then(|()| first_block(file, old, new)),
+    };
+    if result.is_err()
+        && let Err(error) = file.set_len(old)
+    {
+        log::warn!("restoring the old length of a file: {error}");
+    }
+    result
+}
+
+fn refuse_metadata(preallocation: Preallocation) -> Result<(), Error> {
+    if preallocation == Preallocation::Metadata {
+        return Err(Error::new("Unsupported preallocation mode: metadata"));
+    }
+    Ok(())
+}
+
+/// Gives a new file its first block: the alignment of direct I/O can be probed there, while a hole
+/// takes reads of any alignment on some file systems.
+fn first_block(file: &File, old: u64, new: u64) -> Result<(), Error> {
+    if old != 0 {
+        return Ok(());
+    }
+    file.write_all_at(&[0; 4096][..new.min(4096) as usize], 0)
+        .map_err(|e| Error::os("Failed to resize the file", e))
+}
+
+fn write_zeroes(file: &File, old: u64, new: u64) -> std::io::Result<()> {
+    file.set_len(new)?;
+    let zeroes = vec![0; CHUNK];
+    let mut at = old;
+    while at < new {
+        let n = (new - at).min(CHUNK as u64);
+        file.write_all_at(&zeroes[..n as usize], at)?;
+        at += n;
+    }
+    file.sync_all()
+}
+
+/// The locks of one who writes and resizes, and lets nobody else resize.
+fn exclusive(file: &Arc<File>, filename: &str) -> Result<ImageLocks, Error> {
+    let locks = ImageLocks::new(file.clone(), filename, Locking::Auto, false)?;
+    let perms = Perms { held: Perm::WRITE | Perm::RESIZE, shared: Perm::all() - Perm::RESIZE };
+    locks.prepare(Perms::NONE, perms)?;
+    Ok(locks)
+}

@@ -1,0 +1,92 @@
+//! The entries of `file` and `host_device` in the list of drivers.
+
+use super::create::{self, CreateOptions};
+use super::{FileDriver, FileOptions, Flavour};
+use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
+use crate::block::registry::OptionHelp;
+use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Opening};
+use crate::io;
+use crate::options::{self, Map};
+
+pub static FILE: DriverEntry = DriverEntry {
+    name: Flavour::File.name(),
+    kind: Kind::Protocol,
+    open: |opening, map| Box::pin(open(Flavour::File, opening, map)),
+    options: OPTIONS,
+    prefixes: &["file"],
+    create: Some(&CreateEntry {
+        options: &[
+            CreateOption {
+                name: "extent_size_hint",
+                value: ValueType::Size,
+                help: "Extent size hint for the image file, 0 to disable",
+                default: None,
+            },
+            CreateOption {
+                name: "nocow",
+                value: ValueType::Bool,
+                help: "Turn off copy-on-write (valid only on btrfs)",
+                default: None,
+            },
+            CreateOption {
+                name: "preallocation",
+                value: ValueType::Str,
+                help: "Preallocation mode (allowed values: off, falloc, full)",
+                default: None,
+            },
+            SIZE,
+        ],
+        create: |creation, map| create_with(create::create_file, creation, map),
+    }),
+    probe: None,
+};
+
+pub static HOST_DEVICE: DriverEntry = DriverEntry {
+    name: Flavour::HostDevice.name(),
+    kind: Kind::Protocol,
+    open: |opening, map| Box::pin(open(Flavour::HostDevice, opening, map)),
+    options: OPTIONS,
+    prefixes: &["host_device"],
+    create: Some(&CreateEntry {
+        options: &[SIZE],
+        create: |creation, map| create_with(create::create_device, creation, map),
+    }),
+    probe: None,
+};
+
+const SIZE: CreateOption =
+    CreateOption { name: "size", value: ValueType::Size, help: "Virtual disk size", default: None };
+
+const OPTIONS: &[OptionHelp] = &[
+    OptionHelp { name: "aio", value: "threads|native|io_uring", help: "all mean io_uring here" },
+    OptionHelp { name: "aio-max-batch", value: "int", help: "taken without effect" },
+    OptionHelp { name: "drop-cache", value: "on|off", help: "taken without effect" },
+    OptionHelp { name: "filename", value: "str", help: "the file or device" },
+    OptionHelp {
+        name: "locking",
+        value: "on|off|auto",
+        help: "lock the image against other processes",
+    },
+];
+
+async fn open(flavour: Flavour, opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
+    let options: FileOptions = opening.parse(map)?;
+    let (node, auto_read_only) = (opening.options(), opening.auto_read_only());
+    let driver =
+        io::offload(move || FileDriver::open(flavour, &options, &node, auto_read_only)).await?;
+    Ok(Box::new(driver))
+}
+
+type Create = fn(&str, &CreateOptions) -> Result<(), Error>;
+
+fn create_with(
+    create: Create,
+    creation: &Creation,
+    map: Map,
+) -> LocalFuture<'_, Result<(), Error>> {
+    Box::pin(async move {
+        let options: CreateOptions = options::from_map(map)?;
+        let filename = creation.filename.clone();
+        io::offload(move || create(&filename, &options)).await
+    })
+}

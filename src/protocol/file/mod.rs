@@ -1,0 +1,312 @@
+//! The drivers `file` and `host_device`: a regular file or a device of the host, over the worker's
+//! ring.
+//!
+//! | file | it holds |
+//! |---|---|
+//! | `options`, `open` | what may be asked for, and what is taken for which driver |
+//! | `limits` | alignment of direct I/O, abilities |
+//! | `flush` | which flushes share an fsync; a failed one is never forgiven |
+//! | `zero`, `status` | holes: made and found |
+//! | `lock` | QEMU's lock bytes |
+//! | `create` | new files |
+//! | `entry` | the two entries in the list of drivers |
+//! | `sys` | system calls, and all unsafe code but that of the fast road |
+//!
+//! The driver keeps the file's length itself: it changes by [`Image::resize`] and by writes to the
+//! last, incomplete sector, never because somebody else makes the file longer.
+
+pub mod create;
+mod entry;
+mod flush;
+mod limits;
+mod lock;
+mod open;
+mod options;
+mod status;
+mod sys;
+mod zero;
+
+pub use entry::{FILE, HOST_DEVICE};
+pub use open::Flavour;
+pub use options::{Aio, FileOptions, Locking};
+
+use crate::block::node::SECTOR;
+use crate::block::{
+    Access, Driver, Error, Extent, Image, Leaf, LocalFuture, Locks, Mapping, NodeOptions, Place,
+    Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+};
+use crate::io::{
+    self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
+};
+use create::Preallocation;
+use flush::Flushes;
+use lock::ImageLocks;
+use open::Kind;
+use status::Found;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use zero::Missing;
+
+/// An open file or device.
+pub struct FileDriver {
+    flavour: Flavour,
+    kind: Kind,
+    filename: String,
+    /// Shared with work that blocks, which may outlive the request that wanted it.
+    file: Arc<File>,
+    /// Of `file`.
+    fd: RawFd,
+    traits: Traits,
+    /// Bytes.
+    len: AtomicU64,
+    /// `cache.no-flush`: nothing needs to be durable.
+    no_flush: bool,
+    flushes: Flushes,
+    missing: Missing,
+    /// The file system does not tell where holes are.
+    no_holes: AtomicBool,
+    locks: ImageLocks,
+}
+
+impl FileDriver {
+    /// Opens a file or device. Blocks.
+    ///
+    /// Unless the node is read-only the file is opened for writing; with `auto_read_only`, and where
+    /// that is not allowed, for reading, which [`Driver::traits`] then tells.
+    pub fn open(
+        flavour: Flavour,
+        options: &FileOptions,
+        node: &NodeOptions,
+        auto_read_only: bool,
+    ) -> Result<FileDriver, Error> {
+        let opened = open::open(flavour, options, node, auto_read_only)?;
+        let traits = limits::traits(&opened, &options.filename, node)?;
+        let file = Arc::new(opened.file);
+        let locks =
+            ImageLocks::new(file.clone(), &options.filename, options.locking, node.force_share)?;
+        Ok(FileDriver {
+            flavour,
+            kind: opened.kind,
+            filename: options.filename.clone(),
+            fd: file.as_raw_fd(),
+            file,
+            traits,
+            len: AtomicU64::new(opened.len),
+            no_flush: node.no_flush,
+            flushes: Flushes::default(),
+            missing: Missing::default(),
+            no_holes: AtomicBool::new(opened.kind != Kind::Regular),
+            locks,
+        })
+    }
+
+    /// As given when it was opened.
+    pub fn filename(&self) -> &str {
+        &self.filename
+    }
+
+    /// How many fsyncs have reached the file.
+    pub fn flushes(&self) -> u64 {
+        self.flushes.count()
+    }
+
+    fn length(&self) -> u64 {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Books that bytes up to `end` have been written or zeroed.
+    ///
+    /// Only the incomplete last sector lies past the length. A direct write to it ends on a larger
+    /// block, and what it added to the file beyond the sector is cut off again: the disk does not
+    /// grow by being written. The node runs no other write to that block meanwhile.
+    async fn grown(&self, end: u64) -> IoResult {
+        let len = self.length();
+        if end <= len || self.kind != Kind::Regular {
+            return Ok(());
+        }
+        let most = len.next_multiple_of(SECTOR);
+        self.len.fetch_max(end.min(most), Ordering::Relaxed);
+        if end > most {
+            let file = self.file.clone();
+            io::offload(move || file.set_len(most)).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_durable(&self, at: u64, from: &IoVec<'_>) -> IoResult {
+        let Err(errno) = io::write(self.fd, at, from, Durable::Yes).await else { return Ok(()) };
+        // The failure was of the write, which is this request's alone, or of making it durable,
+        // which has also used up the kernel's report of other writes that did not land: a later
+        // fsync would succeed. If the write by itself works, it was the latter.
+        if io::write(self.fd, at, from, Durable::No).await.is_ok() {
+            log::error!("'{}': a durable write failed: {errno}", self.filename);
+            self.flushes.poison(errno);
+        }
+        Err(errno)
+    }
+
+    async fn resize_to(&self, len: u64, shrink: bool) -> Result<(), Error> {
+        if self.kind != Kind::Regular {
+            return self.resize_device(len).await;
+        }
+        let old = self.length();
+        if len < old && !shrink {
+            return Err(Error::new(format!(
+                "'{}': {len} bytes are less than its {old}, and shrinking was not asked for",
+                self.filename
+            )));
+        }
+        let file = self.file.clone();
+        if len < old {
+            io::offload(move || file.set_len(len))
+                .await
+                .map_err(|e| Error::os("Failed to resize the file", e))?;
+        } else {
+            io::offload(move || create::grow(&file, old, len, Preallocation::Off)).await?;
+        }
+        self.len.store(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// A device has the length it has; asking for it makes a change that happened outside known.
+    async fn resize_device(&self, len: u64) -> Result<(), Error> {
+        let file = self.file.clone();
+        let found = io::offload(move || sys::seek(&file, 0, sys::Seek::End))
+            .await
+            .map_err(|e| Error::os(format!("Could not tell the size of '{}'", self.filename), e))?;
+        self.len.store(found, Ordering::Relaxed);
+        if len > found {
+            return Err(Error::new("Cannot grow device files"));
+        }
+        if len < found {
+            return Err(Error::new("Cannot resize device files"));
+        }
+        Ok(())
+    }
+
+    async fn look(&self, at: u64, len: u64, precision: Precision) -> Extent {
+        let place = Some(Place { child: None, offset: at });
+        let data = Extent { len, status: Status::DATA | Status::ALLOCATED, place };
+        if precision == Precision::Allocation || self.no_holes.load(Ordering::Relaxed) {
+            return data;
+        }
+        let file = self.file.clone();
+        match io::offload(move || status::look(&file, at, len)).await {
+            Found::Data(len) => Extent { len, ..data },
+            Found::Hole(len) => Extent { len, status: Status::ZERO | Status::ALLOCATED, place },
+            Found::Unknown => {
+                self.no_holes.store(true, Ordering::Relaxed);
+                data
+            }
+        }
+    }
+}
+
+impl Driver for FileDriver {
+    fn name(&self) -> &'static str {
+        self.flavour.name()
+    }
+
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    fn len(&self) -> u64 {
+        self.length()
+    }
+
+    fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {
+        let slow = match access {
+            Access::Read => false,
+            // The length changes.
+            Access::Write => at + want > self.length(),
+            // Its failure must be looked at here: see `write_durable`.
+            Access::DurableWrite => !self.no_flush || at + want > self.length(),
+        };
+        if slow {
+            return Mapping::slow(want);
+        }
+        Mapping { len: want, target: Target::Data { leaf: self, offset: at } }
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(io::read(self.fd, at, into))
+    }
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            if flags.contains(WriteFlags::FUA) && !self.no_flush {
+                self.write_durable(at, from).await?;
+            } else {
+                io::write(self.fd, at, from, Durable::No).await?;
+            }
+            self.grown(at + from.len()).await
+        })
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.zero_range(at, len, flags))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.discard_range(at, len))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.flushes.flush(io::fsync(self.fd)))
+    }
+
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(async move { Ok(self.look(at, len, precision).await) })
+    }
+
+    fn locks(&self) -> Option<&dyn Locks> {
+        Some(&self.locks)
+    }
+
+    fn leaf(&self) -> Option<&dyn Leaf> {
+        Some(self)
+    }
+
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+}
+
+impl Leaf for FileDriver {
+    unsafe fn start(&self, io: &Io, transfer: Transfer<'_>, token: Token) -> Started {
+        let segments = Segments::new(transfer.segments);
+        let kind = match transfer.access {
+            Access::Read => io::OpKind::Read(segments),
+            Access::DurableWrite if !self.no_flush => io::OpKind::Write(segments, Durable::Yes),
+            Access::Write | Access::DurableWrite => io::OpKind::Write(segments, Durable::No),
+        };
+        let (offset, len) = (transfer.offset, u64::from(transfer.len));
+        // SAFETY: the caller keeps the segments mapped and their list in place until the
+        // completion.
+        unsafe { io.start(Op { fd: self.fd, kind, offset, len }, token) }
+    }
+}
+
+impl Image for FileDriver {
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.resize_to(len, shrink))
+    }
+
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        Box::pin(async move {
+            let file = self.file.clone();
+            let metadata = io::offload(move || file.metadata().map_err(Errno::from)).await?;
+            // Always in units of 512 bytes, whatever the file system's blocks are.
+            Ok(metadata.blocks() * 512)
+        })
+    }
+}
