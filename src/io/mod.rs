@@ -2,6 +2,7 @@
 //!
 //! * [`worker`]: a thread, its ring, its turn, and the handle that others hold.
 //! * [`ring`]: io_uring behind a small trait.
+//! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`op`]: operations on descriptors, and whom to tell of their end.
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks.
 //! * [`epoch`]: who is on the fast road, known without locks.
@@ -16,6 +17,7 @@ pub mod iovec;
 pub mod offload;
 pub mod op;
 pub mod ring;
+pub mod sim;
 pub mod sync;
 pub mod task;
 pub mod timer;

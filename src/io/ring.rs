@@ -82,6 +82,11 @@ pub trait Ring {
 
     /// Nanoseconds since some point in the past, on the ring's own clock.
     fn now(&self) -> u64;
+
+    /// Whether this is a simulation, with files that only it knows ([`super::sim`]).
+    fn is_simulated(&self) -> bool {
+        false
+    }
 }
 
 /// Entries that may be queued between two `enter`s. Small enough to stay in the first-level cache.

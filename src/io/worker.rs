@@ -207,6 +207,11 @@ impl Io {
         self.ring.borrow().now()
     }
 
+    /// Whether simulated files can be operated on ([`super::sim`]).
+    pub fn is_simulated(&self) -> bool {
+        self.ring.borrow().is_simulated()
+    }
+
     /// Starts an operation; `token`'s source hears of its end.
     ///
     /// # Safety

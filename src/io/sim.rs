@@ -1,0 +1,486 @@
+//! A simulated ring: seeded, with a clock of its own, for tests that want every order of events.
+//!
+//! An operation takes effect when it completes, after a seeded delay on the virtual clock, so two
+//! operations in flight happen in either order; transfers may come out short or be interrupted. The
+//! same seed over the same files gives the same run. Real descriptors are executed with ordinary
+//! system calls; descriptors of [`register`]ed [`SimFile`]s by them.
+//!
+//! Polls are of real descriptors, because wake-ups from other threads are real: they are looked at
+//! in each turn, and waited for only when nothing is due on the virtual clock.
+
+use super::errno::Errno;
+use super::iovec::IoVec;
+use super::op::{Durable, Segments};
+use super::ring::{Completion, Kind, Ring, Submission, Wait};
+use super::sync::Mutex;
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// The first descriptor of a simulated file; real ones stay far below.
+const FIRST_SIM_FD: RawFd = 1 << 30;
+/// How long the real world may keep a simulated worker waiting before that counts as a deadlock.
+const STALL: Duration = Duration::from_secs(20);
+/// Blocks that a short transfer on a descriptor opened with O_DIRECT still respects, in bytes.
+const DIRECT_BLOCK: u64 = 4096;
+
+/// What a simulated file is asked to do.
+pub enum SimOp<'a> {
+    Read {
+        offset: u64,
+        into: IoVec<'a>,
+    },
+    Write {
+        offset: u64,
+        from: IoVec<'a>,
+        durable: Durable,
+    },
+    Sync,
+    /// As fallocate, with its modes.
+    Allocate {
+        mode: i32,
+        offset: u64,
+        len: u64,
+    },
+}
+
+/// What a simulated file answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executed {
+    /// Done: bytes, for transfers.
+    Now(Result<u64, Errno>),
+    /// Ask again when this time has passed.
+    After(Duration),
+    /// Ask again after anything else has happened.
+    Hung,
+}
+
+/// A file that exists only in memory.
+pub trait SimFile: Send + Sync {
+    /// Performs `op` as a whole or in part. `ticket` is zero when an operation is first asked for;
+    /// what the file leaves there comes back when it is asked again.
+    fn execute(&self, op: &SimOp<'_>, ticket: &mut u64) -> Executed;
+
+    /// What a short transfer is a multiple of, in bytes.
+    fn block(&self) -> u64;
+}
+
+static NEXT_FD: AtomicI32 = AtomicI32::new(FIRST_SIM_FD);
+static FILES: Mutex<BTreeMap<RawFd, Weak<dyn SimFile>>> = Mutex::new(BTreeMap::new());
+
+/// A simulated file's descriptor, valid on every simulated ring of the process until it is dropped.
+pub struct SimFd(RawFd);
+
+/// Gives `file` a descriptor.
+pub fn register(file: Weak<dyn SimFile>) -> SimFd {
+    let fd = NEXT_FD.fetch_add(1, Ordering::Relaxed);
+    FILES.lock().insert(fd, file);
+    SimFd(fd)
+}
+
+impl AsRawFd for SimFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl Drop for SimFd {
+    fn drop(&mut self) {
+        FILES.lock().remove(&self.0);
+    }
+}
+
+fn registered(fd: RawFd) -> Option<Arc<dyn SimFile>> {
+    FILES.lock().get(&fd).and_then(Weak::upgrade)
+}
+
+/// How disorderly a simulated ring is.
+#[derive(Clone, Copy, Debug)]
+pub struct Disorder {
+    pub seed: u64,
+    /// The longest that an operation takes, on the virtual clock.
+    pub max_delay: Duration,
+    /// How often a transfer comes out short, from 0 to 1.
+    pub short: f64,
+    /// How often an operation has to be asked for again (EINTR, EAGAIN), from 0 to below 1.
+    pub interrupted: f64,
+}
+
+impl Disorder {
+    /// Everything that can happen, happens often.
+    pub fn wild(seed: u64) -> Disorder {
+        let max_delay = Duration::from_micros(500);
+        Disorder { seed, max_delay, short: 0.2, interrupted: 0.1 }
+    }
+}
+
+/// See the module's text.
+pub struct SimRing {
+    disorder: Disorder,
+    rng: fastrand::Rng,
+    /// Nanoseconds.
+    clock: u64,
+    queued: Vec<Submission>,
+    /// What has started, by when it is due, equal times in a seeded order.
+    due: BTreeMap<(u64, u64), Begun>,
+    hung: Vec<Begun>,
+    ready: VecDeque<Completion>,
+    epoll: Epoll,
+    polls: Vec<Option<Poll>>,
+}
+
+struct Begun {
+    submission: Submission,
+    ticket: u64,
+}
+
+/// A poll that goes on. The ring holds the file, as the real one does.
+struct Poll {
+    user_data: u64,
+    file: OwnedFd,
+}
+
+impl SimRing {
+    pub fn new(disorder: Disorder) -> std::io::Result<SimRing> {
+        Ok(SimRing {
+            disorder,
+            rng: fastrand::Rng::with_seed(disorder.seed),
+            clock: 0,
+            queued: Vec::new(),
+            due: BTreeMap::new(),
+            hung: Vec::new(),
+            ready: VecDeque::new(),
+            epoll: Epoll::new()?,
+            polls: Vec::new(),
+        })
+    }
+
+    fn schedule(&mut self, delay: u64, begun: Begun) {
+        let order = self.rng.u64(..);
+        self.due.insert((self.clock.saturating_add(delay), order), begun);
+    }
+
+    fn start_queued(&mut self) {
+        for submission in std::mem::take(&mut self.queued) {
+            match submission.kind {
+                Kind::PollMany => self.start_poll(submission),
+                Kind::PollEnd(user_data) => self.end_poll(submission, user_data),
+                _ => {
+                    let longest = self.disorder.max_delay.as_nanos() as u64;
+                    let delay = self.rng.u64(0..=longest);
+                    self.schedule(delay, Begun { submission, ticket: 0 });
+                }
+            }
+        }
+    }
+
+    fn start_poll(&mut self, submission: Submission) {
+        // SAFETY: the descriptor is only borrowed for the call; if it is not open the call fails.
+        let file = unsafe { BorrowedFd::borrow_raw(submission.fd) }.try_clone_to_owned();
+        let slot = self.polls.len() as u64;
+        let added = file.and_then(|file| {
+            // Edge-triggered: a descriptor that nobody reads is told of once per write.
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, slot);
+            self.epoll.ctl(ControlOperation::Add, file.as_raw_fd(), event)?;
+            Ok(file)
+        });
+        match added {
+            Ok(file) => self.polls.push(Some(Poll { user_data: submission.user_data, file })),
+            Err(error) => self.complete(submission.user_data, -Errno::from(error).0),
+        }
+    }
+
+    fn end_poll(&mut self, submission: Submission, user_data: u64) {
+        let found = self
+            .polls
+            .iter_mut()
+            .find(|poll| poll.as_ref().is_some_and(|poll| poll.user_data == user_data));
+        let result = match found.and_then(Option::take) {
+            Some(poll) => {
+                let event = EpollEvent::default();
+                let _ = self.epoll.ctl(ControlOperation::Delete, poll.file.as_raw_fd(), event);
+                self.complete(poll.user_data, -libc::ECANCELED);
+                0
+            }
+            None => -libc::ENOENT,
+        };
+        self.complete(submission.user_data, result);
+    }
+
+    fn complete(&mut self, user_data: u64, result: i32) {
+        self.ready.push_back(Completion { user_data, result, more: false });
+    }
+
+    /// Looks at what is polled, for at most `ms` milliseconds of real time.
+    fn poll(&mut self, ms: i32) {
+        let mut events = [EpollEvent::default(); 16];
+        // Interrupted: as if nothing had come.
+        let count = self.epoll.wait(ms, &mut events).unwrap_or(0);
+        for event in &events[..count] {
+            if let Some(Some(poll)) = self.polls.get(event.data() as usize) {
+                let result = libc::POLLIN as i32;
+                self.ready.push_back(Completion { user_data: poll.user_data, result, more: true });
+            }
+        }
+    }
+
+    /// Performs what is due up to `until`, the clock moving along.
+    fn run_due(&mut self, until: u64) {
+        while let Some(entry) = self.due.first_entry() {
+            let at = entry.key().0;
+            if at > until {
+                break;
+            }
+            let begun = entry.remove();
+            self.clock = self.clock.max(at);
+            self.perform(begun);
+        }
+    }
+
+    fn perform(&mut self, mut begun: Begun) {
+        let Submission { user_data, fd, .. } = begun.submission;
+        if begun.ticket == 0 && self.rng.f64() < self.disorder.interrupted {
+            let errno = if self.rng.bool() { libc::EINTR } else { libc::EAGAIN };
+            return self.complete(user_data, -errno);
+        }
+        let file = if fd >= FIRST_SIM_FD { registered(fd) } else { None };
+        let block = match &file {
+            Some(file) => file.block(),
+            None if is_direct(fd) => DIRECT_BLOCK,
+            None => 1,
+        };
+        let op = self.sim_op(begun.submission.kind, block);
+        let executed = match &file {
+            Some(file) => file.execute(&op, &mut begun.ticket),
+            None => Executed::Now(execute_real(fd, &op)),
+        };
+        match executed {
+            Executed::Now(Ok(bytes)) => self.complete(user_data, bytes as i32),
+            Executed::Now(Err(errno)) => self.complete(user_data, -errno.0),
+            Executed::After(time) => self.schedule(time.as_nanos() as u64, begun),
+            Executed::Hung => self.hung.push(begun),
+        }
+    }
+
+    fn sim_op<'a>(&mut self, kind: Kind, block: u64) -> SimOp<'a> {
+        match kind {
+            Kind::Read { segments, offset } => {
+                SimOp::Read { offset, into: self.part(segments, block) }
+            }
+            Kind::Write { segments, offset, durable } => {
+                SimOp::Write { offset, from: self.part(segments, block), durable }
+            }
+            Kind::Fallocate { mode, offset, len } => SimOp::Allocate { mode, offset, len },
+            Kind::Fsync | Kind::PollMany | Kind::PollEnd(_) => SimOp::Sync,
+        }
+    }
+
+    /// The segments, or so much of them as this transfer is going to move.
+    fn part<'a>(&mut self, segments: Segments, block: u64) -> IoVec<'a> {
+        // SAFETY: whoever pushed the entry keeps the list, and the memory that it names, in place
+        // until the completion, which has not been given out yet.
+        let whole = unsafe { IoVec::from_raw(segments.as_slice()) };
+        let blocks = whole.len() / block;
+        if blocks < 2 || self.rng.f64() >= self.disorder.short {
+            return whole;
+        }
+        whole.slice(0, self.rng.u64(1..blocks) * block)
+    }
+
+    fn retry_hung(&mut self) {
+        for begun in std::mem::take(&mut self.hung) {
+            self.perform(begun);
+        }
+    }
+
+    fn wait(&mut self, wait: Wait) {
+        let deadline = match wait {
+            Wait::No => return,
+            Wait::For(time) => self.clock.saturating_add(time.as_nanos() as u64),
+            Wait::Forever => u64::MAX,
+        };
+        let began = Instant::now();
+        while self.ready.is_empty() {
+            let next = self.due.keys().next().map(|key| key.0);
+            match next {
+                Some(at) if at <= deadline => self.run_due(at),
+                _ if wait == Wait::Forever => {
+                    self.poll(10);
+                    self.retry_hung();
+                    assert!(
+                        began.elapsed() < STALL,
+                        "a simulated worker sleeps, nothing is due and nobody wakes it \
+                         ({} operations hang)",
+                        self.hung.len()
+                    );
+                }
+                _ => {
+                    self.clock = deadline;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Ring for SimRing {
+    unsafe fn push(&mut self, entry: Submission) {
+        self.queued.push(entry);
+    }
+
+    fn must_enter(&self) -> bool {
+        !self.queued.is_empty()
+    }
+
+    fn has_completions(&mut self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    fn enter(&mut self, wait: Wait) {
+        self.start_queued();
+        // Time passes while a worker works, too.
+        let now = self.clock + self.rng.u64(0..2_000);
+        self.run_due(now);
+        self.clock = now;
+        self.retry_hung();
+        self.poll(0);
+        self.wait(wait);
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        let room = (out.capacity() - out.len()).min(self.ready.len());
+        out.extend(self.ready.drain(..room));
+    }
+
+    fn now(&self) -> u64 {
+        self.clock
+    }
+
+    fn is_simulated(&self) -> bool {
+        true
+    }
+}
+
+fn is_direct(fd: RawFd) -> bool {
+    // SAFETY: F_GETFL touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_DIRECT != 0
+}
+
+/// Performs `op` on a real descriptor, at once.
+fn execute_real(fd: RawFd, op: &SimOp<'_>) -> Result<u64, Errno> {
+    let result = match op {
+        SimOp::Read { offset, into } => {
+            let list = into.as_raw();
+            // SAFETY: the list's memory is mapped, as `part` says.
+            unsafe { libc::preadv(fd, list.as_ptr(), list.len() as i32, *offset as i64) }
+        }
+        SimOp::Write { offset, from, durable } => {
+            let list = from.as_raw();
+            let flags = if *durable == Durable::Yes { libc::RWF_DSYNC } else { 0 };
+            // SAFETY: as above.
+            unsafe { libc::pwritev2(fd, list.as_ptr(), list.len() as i32, *offset as i64, flags) }
+        }
+        // SAFETY: names no memory.
+        SimOp::Sync => unsafe { libc::fdatasync(fd) as isize },
+        SimOp::Allocate { mode, offset, len } => {
+            // SAFETY: names no memory.
+            unsafe { libc::fallocate(fd, *mode, *offset as i64, *len as i64) as isize }
+        }
+    };
+    if result < 0 { Err(Errno::last()) } else { Ok(result as u64) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{self, run_on};
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    fn ring(disorder: Disorder) -> Box<SimRing> {
+        Box::new(SimRing::new(disorder).unwrap())
+    }
+
+    #[test]
+    fn operations_in_flight_complete_in_an_order_that_the_seed_decides() {
+        let order = |seed| {
+            let disorder = Disorder { short: 0.0, interrupted: 0.0, ..Disorder::wild(seed) };
+            run_on(ring(disorder), async {
+                let (file, done) = (tempfile::tempfile().unwrap(), Rc::default());
+                let file = Rc::new(file);
+                for n in 0..8u8 {
+                    let (file, done): (_, Rc<RefCell<Vec<u8>>>) = (file.clone(), Rc::clone(&done));
+                    io::current().spawn(async move {
+                        let from = [n; 4];
+                        let from = IoVec::from_ref(&from);
+                        io::write(file.as_raw_fd(), 0, &from, Durable::No).await.unwrap();
+                        done.borrow_mut().push(n);
+                    });
+                }
+                while done.borrow().len() < 8 {
+                    io::sleep(Duration::from_micros(50)).await;
+                }
+                let mut last = [0; 4];
+                io::read(file.as_raw_fd(), 0, &IoVec::from_mut(&mut last)).await.unwrap();
+                assert_eq!(last, [*done.borrow().last().unwrap(); 4], "effects come in that order");
+                done.take()
+            })
+        };
+        assert_eq!(order(1), order(1));
+        assert!((2..10).any(|seed| order(seed) != order(1)));
+    }
+
+    #[test]
+    fn short_and_interrupted_transfers_come_out_whole() {
+        let disorder = Disorder { short: 0.9, interrupted: 0.3, ..Disorder::wild(7) };
+        run_on(ring(disorder), async {
+            let file = tempfile::tempfile().unwrap();
+            let from: Vec<u8> = (0..10_000).map(|n| n as u8).collect();
+            let mut into = vec![9; 12_000];
+            io::write(file.as_raw_fd(), 3, &IoVec::from_ref(&from), Durable::No).await.unwrap();
+            let (a, b) = into.split_at_mut(777);
+            let list = IoVec::concat(&[&IoVec::from_mut(a), &IoVec::from_mut(b)]);
+            io::read(file.as_raw_fd(), 3, &list).await.unwrap();
+            assert_eq!(into[..10_000], from);
+            assert!(into[10_000..].iter().all(|&b| b == 0), "past the end are zeroes");
+        });
+    }
+
+    #[test]
+    fn the_virtual_clock_jumps_and_threads_wake_the_worker() {
+        let began = Instant::now();
+        run_on(ring(Disorder::wild(3)), async {
+            io::sleep(Duration::from_secs(100_000)).await;
+            assert_eq!(io::offload(|| 7).await, 7);
+            assert!(io::current().now() >= 100_000_000_000_000);
+        });
+        assert!(began.elapsed() < Duration::from_secs(50_000));
+    }
+
+    #[test]
+    fn operations_that_are_dropped_together_are_waited_for() {
+        run_on(ring(Disorder::wild(5)), async {
+            let file = tempfile::tempfile().unwrap();
+            let mut bytes = [[0u8; 64]; 8];
+            let mut pending: Vec<_> = bytes
+                .iter_mut()
+                .map(|bytes| {
+                    let (fd, list) = (file.as_raw_fd(), IoVec::from_mut(bytes));
+                    Box::pin(async move { io::read(fd, 0, &list).await })
+                })
+                .collect();
+            std::future::poll_fn(|cx| {
+                for future in &mut pending {
+                    let _ = future.as_mut().poll(cx);
+                }
+                std::task::Poll::Ready(())
+            })
+            .await;
+            drop(pending);
+        });
+    }
+}
