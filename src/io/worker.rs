@@ -439,12 +439,9 @@ impl Drop for Operation {
         let Some(slot) = self.slot else { return };
         let finished =
             || matches!(self.io.ops.borrow().slots[slot as usize].owner, Owner::Finished(_));
-        while !finished() {
-            let mut completions = Vec::with_capacity(BATCH);
-            let mut ring = self.io.ring.borrow_mut();
-            ring.enter(Wait::Forever);
-            ring.reap(&mut completions);
-            drop(ring);
+        // Another operation that was dropped may have reaped this one's completion.
+        let mut completions = self.io.stash.take();
+        loop {
             for completion in completions {
                 if completion.user_data == tag::pack(tag::OP, 0, slot) {
                     self.io.finish(slot, completion.result);
@@ -452,6 +449,13 @@ impl Drop for Operation {
                     self.io.stash.borrow_mut().push(completion);
                 }
             }
+            if finished() {
+                break;
+            }
+            completions = Vec::with_capacity(BATCH);
+            let mut ring = self.io.ring.borrow_mut();
+            ring.enter(Wait::Forever);
+            ring.reap(&mut completions);
         }
         self.io.ops.borrow_mut().remove(slot);
     }
