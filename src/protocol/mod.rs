@@ -1,8 +1,10 @@
 //! Protocols: what reaches the bytes themselves. One module and one entry in the list each.
 
 pub mod file;
+pub mod null;
 
 use crate::block::DriverEntry;
 
 /// All protocols.
-pub static LIST: &[&DriverEntry] = &[&file::FILE, &file::HOST_DEVICE];
+pub static LIST: &[&DriverEntry] =
+    &[&file::FILE, &file::HOST_DEVICE, &null::CO, &null::AIO];
