@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod null;
+pub mod sim;
 
 use crate::block::DriverEntry;
 

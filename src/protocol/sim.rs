@@ -1,0 +1,558 @@
+//! A simulated disk for tests: memory with any traits, seeded faults, and a log of what was written,
+//! from which every state that a crash may leave can be made.
+//!
+//! The rule it guards: it is as strict as the contract in [`crate::block::driver`] allows it to be. A
+//! request that the contract forbids is a panic, and what a request may leave undefined is garbage.
+//! On a simulated ring ([`crate::io::sim`]) it goes through the ring, so that its operations are
+//! reordered; on a real one it answers at once.
+
+mod fault;
+mod log;
+
+pub use fault::{Effect, Fault, Kinds};
+pub use log::{Change, Crash, WriteLog};
+
+use crate::block::{
+    Abilities, Access, Driver, Error, Extent, Image, Leaf, LocalFuture, Mapping, Place, Precision,
+    SECTOR, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+};
+use crate::io::sim::{Executed, SimFd, SimFile, SimOp, register};
+use crate::io::sync::Mutex;
+use crate::io::{self, Durable, Errno, InFlight, IoResult, IoVec, Op, OpKind, Segments, Started};
+use fault::Faults;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// What a discarded range holds that does not read as zeroes.
+const GARBAGE: u8 = 0xdb;
+
+/// What a disk is like.
+#[derive(Clone, Debug)]
+pub struct SimOptions {
+    /// Bytes.
+    pub len: u64,
+    /// The most that it can be resized to, in bytes; at least `len`.
+    pub max_len: u64,
+    pub traits: Traits,
+    /// Whether it has a fast road.
+    pub fast: bool,
+    /// Whether it keeps a write log.
+    pub log: bool,
+    /// Of the faults that strike by chance.
+    pub seed: u64,
+}
+
+impl SimOptions {
+    /// A disk that can do everything, without a log.
+    pub fn new(len: u64) -> SimOptions {
+        let abilities = Abilities::ZERO
+            | Abilities::ZERO_UNMAP
+            | Abilities::DISCARD
+            | Abilities::DISCARD_ZEROES
+            | Abilities::FUA;
+        let traits = Traits { abilities, ..Traits::default() };
+        SimOptions { len, max_len: len, traits, fast: true, log: false, seed: 0 }
+    }
+}
+
+/// A test's handle on a disk; the disk is as long-lived as its handles and drivers.
+#[derive(Clone)]
+pub struct SimDisk(Arc<Disk>);
+
+struct Disk {
+    options: SimOptions,
+    len: AtomicU64,
+    /// What each sector is, for the fast road.
+    sectors: Box<[AtomicU8]>,
+    state: Mutex<State>,
+    /// Some fault makes operations wait.
+    waits: AtomicBool,
+    /// How often the hanging operations were released.
+    releases: AtomicU64,
+}
+
+struct State {
+    bytes: Vec<u8>,
+    faults: Faults,
+    rng: fastrand::Rng,
+    log: WriteLog,
+}
+
+/// What a sector is.
+mod sector {
+    pub const HOLE: u8 = 0;
+    pub const DATA: u8 = 1;
+    pub const ZERO: u8 = 2;
+}
+
+impl SimDisk {
+    /// A disk of zeroes.
+    pub fn new(options: SimOptions) -> SimDisk {
+        Self::holding(options, &[])
+    }
+
+    /// A disk that begins with `bytes`.
+    pub fn holding(options: SimOptions, bytes: &[u8]) -> SimDisk {
+        let unit = SECTOR.max(options.traits.request_align as u64);
+        let capacity = options.len.max(options.max_len).next_multiple_of(unit) as usize;
+        let mut image = vec![0; capacity];
+        image[..bytes.len()].copy_from_slice(bytes);
+        let sectors = image.chunks(SECTOR as usize).map(|bytes| match bytes {
+            _ if bytes.iter().all(|&b| b == 0) => AtomicU8::new(sector::HOLE),
+            _ => AtomicU8::new(sector::DATA),
+        });
+        let base = if options.log { image.clone() } else { Vec::new() };
+        SimDisk(Arc::new(Disk {
+            len: AtomicU64::new(options.len),
+            sectors: sectors.collect(),
+            state: Mutex::new(State {
+                bytes: image,
+                faults: Faults::default(),
+                rng: fastrand::Rng::with_seed(options.seed),
+                log: WriteLog { base, changes: Vec::new() },
+            }),
+            waits: AtomicBool::new(false),
+            releases: AtomicU64::new(0),
+            options,
+        }))
+    }
+
+    /// A driver on this disk. Two on one disk are two openings of it.
+    pub fn driver(&self) -> Box<dyn Driver> {
+        let file: Arc<dyn SimFile> = self.0.clone();
+        Box::new(Sim { disk: self.0.clone(), fd: register(Arc::downgrade(&file)) })
+    }
+
+    /// Adds a rule, behind those that there are.
+    pub fn inject(&self, fault: Fault) {
+        self.0.waits.fetch_or(fault.waits(), Ordering::SeqCst);
+        self.0.state.lock().faults.add(fault);
+    }
+
+    /// Forgets all faults, and releases what hangs.
+    pub fn heal(&self) {
+        self.0.state.lock().faults.clear();
+        self.0.waits.store(false, Ordering::SeqCst);
+        self.release();
+    }
+
+    /// Lets what hangs now go on.
+    pub fn release(&self) {
+        self.0.releases.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// All bytes as they are now.
+    pub fn bytes(&self) -> Vec<u8> {
+        let len = self.0.len.load(Ordering::SeqCst) as usize;
+        self.0.state.lock().bytes[..len].to_vec()
+    }
+
+    /// What was written, so far.
+    pub fn log(&self) -> WriteLog {
+        self.0.state.lock().log.clone()
+    }
+}
+
+/// What becomes of an operation, faults considered.
+enum Verdict {
+    Go,
+    Wait(Executed),
+    /// Only so many bytes of it; then perhaps an error.
+    Partly(u64, Option<Errno>),
+}
+
+/// A ticket of an operation that no fault strikes any more; greater ones are of hanging operations.
+const PASSED: u64 = 1;
+
+impl Disk {
+    fn verdict(
+        &self,
+        state: &mut State,
+        kind: Kinds,
+        range: Range<u64>,
+        ticket: &mut u64,
+    ) -> Verdict {
+        if *ticket > PASSED {
+            if self.releases.load(Ordering::SeqCst) < *ticket - PASSED {
+                return Verdict::Wait(Executed::Hung);
+            }
+            *ticket = PASSED;
+        }
+        if *ticket == PASSED {
+            return Verdict::Go;
+        }
+        *ticket = PASSED;
+        let len = range.end - range.start;
+        let State { faults, rng, .. } = state;
+        let Some(effect) = faults.strike(rng, kind, range) else { return Verdict::Go };
+        let part = rng.u64(0..=len / self.block()) * self.block();
+        match effect {
+            Effect::Fail(errno) => Verdict::Partly(0, Some(errno)),
+            Effect::Tear(errno) => Verdict::Partly(part, Some(errno)),
+            Effect::Shorten => Verdict::Partly(part.clamp(self.block().min(len), len), None),
+            Effect::Delay(time) => Verdict::Wait(Executed::After(time)),
+            Effect::Hang => {
+                *ticket = PASSED + 1 + self.releases.load(Ordering::SeqCst);
+                Verdict::Wait(Executed::Hung)
+            }
+        }
+    }
+
+    /// Marks the sectors that lie wholly in the range (`partly`: or that it touches).
+    fn mark(&self, range: &Range<u64>, what: u8, partly: bool) {
+        let (first, last) = if partly {
+            (range.start / SECTOR, range.end.div_ceil(SECTOR))
+        } else {
+            (range.start.div_ceil(SECTOR), range.end / SECTOR)
+        };
+        for n in first..last {
+            self.sectors[n as usize].store(what, Ordering::SeqCst);
+        }
+    }
+
+    fn zero(&self, state: &mut State, range: Range<u64>, unmap: bool) {
+        state.bytes[range.start as usize..range.end as usize].fill(0);
+        self.mark(&range, if unmap { sector::HOLE } else { sector::ZERO }, false);
+        self.log(state, || Change::Zero {
+            offset: range.start,
+            len: range.end - range.start,
+            unmap,
+        });
+    }
+
+    fn discard(&self, state: &mut State, range: Range<u64>) {
+        let zeroes = self.options.traits.abilities.contains(Abilities::DISCARD_ZEROES);
+        let bytes = &mut state.bytes[range.start as usize..range.end as usize];
+        bytes.fill(if zeroes { 0 } else { GARBAGE });
+        match zeroes {
+            true => self.mark(&range, sector::HOLE, false),
+            false => self.mark(&range, sector::DATA, true),
+        }
+        self.log(state, || Change::Discard { offset: range.start, len: range.end - range.start });
+    }
+
+    fn log(&self, state: &mut State, change: impl FnOnce() -> Change) {
+        if self.options.log {
+            state.log.changes.push(change());
+        }
+    }
+
+    /// A write, in part beyond the end, brings the end up to the sector that users saw already.
+    fn extend(&self, end: u64) {
+        let len = self.len.load(Ordering::SeqCst);
+        let end = end.min(len.next_multiple_of(SECTOR));
+        self.len.fetch_max(end, Ordering::SeqCst);
+    }
+
+    /// What the sectors from `at` on are, and how far that goes, at most `want`.
+    fn run(&self, at: u64, want: u64) -> (u8, u64) {
+        let what = |n: u64| self.sectors[n as usize].load(Ordering::SeqCst);
+        let first = what(at / SECTOR);
+        let mut end = (at / SECTOR + 1) * SECTOR;
+        while end < at + want && what(end / SECTOR) == first {
+            end += SECTOR;
+        }
+        (first, want.min(end - at))
+    }
+}
+
+impl SimFile for Disk {
+    fn execute(&self, op: &SimOp<'_>, ticket: &mut u64) -> Executed {
+        let (kind, start, len) = match op {
+            SimOp::Read { offset, into } => (Kinds::READ, *offset, into.len()),
+            SimOp::Write { offset, from, .. } => (Kinds::WRITE, *offset, from.len()),
+            SimOp::Sync => (Kinds::FLUSH, 0, 0),
+            SimOp::Allocate { mode, offset, len } => match *mode {
+                DISCARD => (Kinds::DISCARD, *offset, *len),
+                _ => (Kinds::ZERO, *offset, *len),
+            },
+        };
+        let state = &mut *self.state.lock();
+        let (len, error) = match self.verdict(state, kind, start..start + len, ticket) {
+            Verdict::Go => (len, None),
+            Verdict::Partly(part, error) => (part, error),
+            Verdict::Wait(executed) => return executed,
+        };
+        let range = start..start + len;
+        let place = range.start as usize..range.end as usize;
+        match op {
+            SimOp::Read { into, .. } => into.slice(0, len).copy_from(&state.bytes[place]),
+            SimOp::Write { from, durable, .. } if len > 0 => {
+                from.slice(0, len).copy_to(&mut state.bytes[place.clone()]);
+                self.mark(&range, sector::DATA, true);
+                self.extend(range.end);
+                let durable = *durable == Durable::Yes && error.is_none();
+                if self.options.log {
+                    let data = state.bytes[place].to_vec();
+                    self.log(state, || Change::Write { offset: start, data, durable });
+                }
+            }
+            SimOp::Allocate { mode: DISCARD, .. } if len > 0 => self.discard(state, range),
+            SimOp::Allocate { mode, .. } if len > 0 => {
+                self.extend(range.end);
+                self.zero(state, range, *mode == ZERO_UNMAP);
+            }
+            _ => {}
+        }
+        Executed::Now(error.map_or(Ok(len), Err))
+    }
+
+    fn block(&self) -> u64 {
+        self.options.traits.request_align.max(self.options.traits.buffer_align) as u64
+    }
+}
+
+/// How the driver's requests look as fallocate modes on the ring.
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+const ZERO_UNMAP: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+/// With FALLOC_FL_NO_HIDE_STALE, which libc does not name: what is read afterwards is not defined.
+const DISCARD: i32 = ZERO_UNMAP | 4;
+
+/// The driver: one opening of a disk.
+struct Sim {
+    disk: Arc<Disk>,
+    fd: SimFd,
+}
+
+impl Sim {
+    fn traits(&self) -> &Traits {
+        &self.disk.options.traits
+    }
+
+    /// Holds a transfer to the contract.
+    fn check_transfer(&self, at: u64, segments: &[libc::iovec]) {
+        let traits = self.traits();
+        let len: u64 = segments.iter().map(|s| s.iov_len as u64).sum();
+        let unit = SECTOR.max(traits.request_align as u64);
+        let end = self.len().next_multiple_of(unit);
+        assert!(len > 0 && at + len <= end, "sim: {at}+{len} is outside the disk ({end})");
+        let align = traits.request_align as u64;
+        assert!((at | len).is_multiple_of(align), "sim: {at}+{len} is not aligned to {align}");
+        assert!(len <= traits.max_transfer as u64, "sim: {len} bytes in one transfer");
+        assert!(segments.len() <= traits.max_segments as usize, "sim: {} segments", segments.len());
+        let lengths = traits.buffer_align.min(traits.request_align) as usize;
+        for segment in segments {
+            let base = segment.iov_base as usize;
+            assert!(base.is_multiple_of(traits.buffer_align as usize), "sim: memory at {base:#x}");
+            let len = segment.iov_len;
+            assert!(len.is_multiple_of(lengths), "sim: a segment of {len} bytes");
+        }
+    }
+
+    /// Holds a zero or discard request to the contract.
+    fn check_range(&self, at: u64, len: u64, align: u32, most: u64, needs: Abilities) {
+        let end = self.len().next_multiple_of(SECTOR);
+        assert!(len > 0 && at + len <= end, "sim: {at}+{len} is outside the disk ({end})");
+        assert!(
+            (at | len).is_multiple_of(align as u64),
+            "sim: {at}+{len} is not aligned to {align}"
+        );
+        assert!(len <= most, "sim: {len} bytes at once");
+        assert!(self.traits().abilities.contains(needs), "sim: it cannot {needs:?}");
+    }
+
+    /// An operation on a real ring: performed here, faults waited for.
+    async fn perform(&self, op: &SimOp<'_>) -> IoResult<u64> {
+        let mut ticket = 0;
+        loop {
+            match self.disk.execute(op, &mut ticket) {
+                Executed::Now(result) => return result,
+                Executed::After(time) => io::sleep(time).await,
+                Executed::Hung => io::sleep(Duration::from_micros(100)).await,
+            }
+        }
+    }
+
+    async fn allocate(&self, mode: i32, at: u64, len: u64) -> IoResult {
+        if io::current().is_simulated() {
+            return io::fallocate(self.fd.as_raw_fd(), mode, at, len).await;
+        }
+        self.perform(&SimOp::Allocate { mode, offset: at, len }).await.map(drop)
+    }
+}
+
+impl Driver for Sim {
+    fn name(&self) -> &'static str {
+        "sim"
+    }
+
+    fn traits(&self) -> Traits {
+        self.disk.options.traits
+    }
+
+    fn len(&self) -> u64 {
+        self.disk.len.load(Ordering::SeqCst)
+    }
+
+    fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {
+        let slow = !self.disk.options.fast
+            || access == Access::DurableWrite && !self.traits().abilities.contains(Abilities::FUA)
+            // On a real ring only the slow road can wait.
+            || self.disk.waits.load(Ordering::SeqCst) && !io::current().is_simulated();
+        if slow {
+            return Mapping::slow(want);
+        }
+        let data = Target::Data { leaf: self, offset: at };
+        match access {
+            Access::Read => match self.disk.run(at, want) {
+                (sector::DATA, len) => Mapping { len, target: data },
+                (_, len) => Mapping { len, target: Target::Zero },
+            },
+            _ => Mapping { len: want, target: data },
+        }
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        self.check_transfer(at, into.as_raw());
+        Box::pin(async move {
+            if io::current().is_simulated() {
+                return io::read(self.fd.as_raw_fd(), at, into).await;
+            }
+            let mut done = 0;
+            while done < into.len() {
+                let into = into.slice(done, into.len() - done);
+                done += self.perform(&SimOp::Read { offset: at + done, into }).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        self.check_transfer(at, from.as_raw());
+        let fua = flags.contains(WriteFlags::FUA);
+        assert!(!fua || self.traits().abilities.contains(Abilities::FUA), "sim: it cannot FUA");
+        Box::pin(async move {
+            let durable = if fua { Durable::Yes } else { Durable::No };
+            if io::current().is_simulated() {
+                return io::write(self.fd.as_raw_fd(), at, from, durable).await;
+            }
+            let mut done = 0;
+            while done < from.len() {
+                let from = from.slice(done, from.len() - done);
+                let op = SimOp::Write { offset: at + done, from, durable };
+                done += self.perform(&op).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        let traits = self.traits();
+        self.check_range(at, len, traits.zero_align, traits.max_zero, Abilities::ZERO);
+        let unmap =
+            flags.contains(ZeroFlags::UNMAP) && traits.abilities.contains(Abilities::ZERO_UNMAP);
+        Box::pin(self.allocate(if unmap { ZERO_UNMAP } else { ZERO }, at, len))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        let traits = self.traits();
+        self.check_range(at, len, traits.discard_align, traits.max_discard, Abilities::DISCARD);
+        Box::pin(self.allocate(DISCARD, at, len))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        let covers = self.disk.state.lock().log.changes.len();
+        Box::pin(async move {
+            if io::current().is_simulated() {
+                io::fsync(self.fd.as_raw_fd()).await?;
+            } else {
+                self.perform(&SimOp::Sync).await?;
+            }
+            let mut state = self.disk.state.lock();
+            self.disk.log(&mut state, || Change::Flush { covers });
+            Ok(())
+        })
+    }
+
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        let place = Some(Place { child: None, offset: at });
+        let (status, len) = match (precision, self.disk.run(at, len)) {
+            (Precision::Allocation, _) => (Status::DATA, len),
+            (Precision::Zeroes, (sector::DATA, len)) => (Status::DATA, len),
+            (Precision::Zeroes, (_, len)) => (Status::ZERO, len),
+        };
+        let extent = Extent { len, status: status | Status::ALLOCATED, place };
+        Box::pin(std::future::ready(Ok(extent)))
+    }
+
+    fn leaf(&self) -> Option<&dyn Leaf> {
+        Some(self)
+    }
+
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+}
+
+impl Leaf for Sim {
+    unsafe fn start(&self, io: &io::Io, transfer: Transfer<'_>, token: io::Token) -> Started {
+        let Transfer { access, offset, len, segments } = transfer;
+        self.check_transfer(offset, segments);
+        let durable = if access == Access::DurableWrite { Durable::Yes } else { Durable::No };
+        if io.is_simulated() {
+            let list = Segments::new(segments);
+            let kind = match access {
+                Access::Read => OpKind::Read(list),
+                _ => OpKind::Write(list, durable),
+            };
+            let op = Op { fd: self.fd.as_raw_fd(), kind, offset, len: len as u64 };
+            // SAFETY: the caller's promise.
+            return unsafe { io.start(op, token) };
+        }
+        // SAFETY: as above.
+        let list = unsafe { IoVec::from_raw(segments) };
+        let mut done = 0;
+        while done < list.len() {
+            let (offset, rest) = (offset + done, list.slice(done, list.len() - done));
+            let op = match access {
+                Access::Read => SimOp::Read { offset, into: rest },
+                _ => SimOp::Write { offset, from: rest, durable },
+            };
+            let result = match self.disk.execute(&op, &mut 0) {
+                Executed::Now(result) => result,
+                // What waits is sent to the slow road by `map`; a fault that came since passes.
+                _ => match self.disk.execute(&op, &mut PASSED.clone()) {
+                    Executed::Now(result) => result,
+                    _ => Err(Errno::EIO),
+                },
+            };
+            match result {
+                Ok(bytes) => done += bytes,
+                Err(errno) => return Started::Done(Err(errno)),
+            }
+        }
+        Started::Done(Ok(()))
+    }
+}
+
+impl Image for Sim {
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
+        let old = self.len();
+        let result = if len > self.disk.options.max_len {
+            Err(Error::os(format!("cannot grow to {len} bytes"), Errno::ENOSPC))
+        } else if len < old && !shrink {
+            Err(Error::new(format!("shrinking from {old} to {len} bytes was not allowed")))
+        } else {
+            let mut state = self.disk.state.lock();
+            let capacity = state.bytes.len() as u64;
+            self.disk.zero(&mut state, len.min(old)..capacity, true);
+            self.disk.len.store(len, Ordering::SeqCst);
+            Ok(())
+        };
+        Box::pin(std::future::ready(result))
+    }
+
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        let used = |s: &&AtomicU8| s.load(Ordering::SeqCst) != sector::HOLE;
+        let sectors = self.disk.sectors.iter().filter(used).count() as u64;
+        Box::pin(std::future::ready(Ok(sectors * SECTOR)))
+    }
+}

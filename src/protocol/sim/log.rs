@@ -1,0 +1,212 @@
+//! What reached a simulated disk, in order, and what a crash may leave of it.
+//!
+//! The rule: a change is durable when it was asked to be, or when a flush that began after it has
+//! completed. Of the others, a crash keeps any subset, and of each write any 512-byte sectors.
+
+use crate::block::SECTOR;
+use fastrand::Rng;
+
+/// One change, or a completed flush. Offsets and lengths in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    Write {
+        offset: u64,
+        data: Vec<u8>,
+        /// It was durable when it completed.
+        durable: bool,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    },
+    Discard {
+        offset: u64,
+        len: u64,
+    },
+    /// A flush has completed: the first `covers` entries of the log are durable.
+    Flush {
+        covers: usize,
+    },
+}
+
+impl Change {
+    /// The bytes touched: offset and length.
+    fn range(&self) -> (u64, u64) {
+        match self {
+            Change::Write { offset, data, .. } => (*offset, data.len() as u64),
+            Change::Zero { offset, len, .. } | Change::Discard { offset, len } => (*offset, *len),
+            Change::Flush { .. } => (0, 0),
+        }
+    }
+
+    fn apply(&self, image: &mut [u8], kept: impl Fn(u64) -> bool) {
+        let (offset, len) = self.range();
+        let mut at = offset;
+        while at < offset + len {
+            let end = (at / SECTOR * SECTOR + SECTOR).min(offset + len);
+            if kept(at / SECTOR) {
+                let target = &mut image[at as usize..end as usize];
+                match self {
+                    Change::Write { data, .. } => target
+                        .copy_from_slice(&data[(at - offset) as usize..(end - offset) as usize]),
+                    _ => target.fill(0),
+                }
+            }
+            at = end;
+        }
+    }
+}
+
+/// The changes since the disk held `base`.
+#[derive(Clone, Debug, Default)]
+pub struct WriteLog {
+    pub(super) base: Vec<u8>,
+    pub(super) changes: Vec<Change>,
+}
+
+/// One way in which a crash can turn out.
+#[derive(Clone, Debug)]
+pub struct Crash {
+    /// How many entries of the log had happened.
+    pub prefix: usize,
+    /// What was kept of the entries that were not durable, by index.
+    kept: Vec<(usize, Kept)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kept {
+    Whole,
+    /// The sectors that this seed chooses.
+    Torn(u64),
+}
+
+impl WriteLog {
+    /// Everything that happened, oldest first.
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+
+    /// The crashes after every prefix of the log, at most `most` (and at least two) of each: nothing
+    /// volatile kept, everything kept, then every subset, or as many of them at random as are
+    /// wanted, some of them torn.
+    pub fn crashes(&self, seed: u64, most: usize) -> impl Iterator<Item = Crash> + '_ {
+        let mut rng = Rng::with_seed(seed);
+        (0..=self.changes.len()).flat_map(move |prefix| self.crashes_at(prefix, &mut rng, most))
+    }
+
+    fn crashes_at(&self, prefix: usize, rng: &mut Rng, most: usize) -> Vec<Crash> {
+        let volatile = self.volatile(prefix);
+        let whole = |keep: &dyn Fn(usize) -> bool| {
+            let kept = volatile.iter().enumerate().filter(|&(n, _)| keep(n));
+            Crash { prefix, kept: kept.map(|(_, &index)| (index, Kept::Whole)).collect() }
+        };
+        let mut crashes = vec![whole(&|_| false)];
+        if volatile.is_empty() {
+            return crashes;
+        }
+        crashes.push(whole(&|_| true));
+        let subsets = 1usize.checked_shl(volatile.len() as u32).unwrap_or(usize::MAX);
+        if subsets <= most / 2 {
+            crashes.extend((1..subsets - 1).map(|set| whole(&|n| set >> n & 1 == 1)));
+        }
+        while crashes.len() < most {
+            let mut kept = Vec::new();
+            for &index in &volatile {
+                match rng.u8(0..3) {
+                    0 => {}
+                    1 => kept.push((index, Kept::Whole)),
+                    _ => kept.push((index, Kept::Torn(rng.u64(..)))),
+                }
+            }
+            crashes.push(Crash { prefix, kept });
+        }
+        crashes
+    }
+
+    /// The entries among the first `prefix` that a crash may lose.
+    fn volatile(&self, prefix: usize) -> Vec<usize> {
+        let happened = &self.changes[..prefix];
+        let covered = happened.iter().map(|change| match change {
+            Change::Flush { covers } => *covers,
+            _ => 0,
+        });
+        let covered = covered.max().unwrap_or(0);
+        (covered..prefix)
+            .filter(|&n| match &happened[n] {
+                Change::Write { durable, .. } => !durable,
+                Change::Flush { .. } => false,
+                _ => true,
+            })
+            .collect()
+    }
+
+    /// The bytes that are found after `crash`.
+    pub fn image(&self, crash: &Crash) -> Vec<u8> {
+        let mut image = self.base.clone();
+        let volatile = self.volatile(crash.prefix);
+        for (index, change) in self.changes[..crash.prefix].iter().enumerate() {
+            if volatile.binary_search(&index).is_err() {
+                change.apply(&mut image, |_| true);
+                continue;
+            }
+            match crash.kept.iter().find(|(kept, _)| *kept == index) {
+                Some((_, Kept::Whole)) => change.apply(&mut image, |_| true),
+                Some((_, Kept::Torn(seed))) => change
+                    .apply(&mut image, |sector| Rng::with_seed(seed.wrapping_add(sector)).bool()),
+                None => {}
+            }
+        }
+        image
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn write(offset: u64, byte: u8, len: usize) -> Change {
+        Change::Write { offset, data: vec![byte; len], durable: false }
+    }
+
+    #[test]
+    fn a_crash_keeps_what_was_flushed_and_any_part_of_the_rest() {
+        let log = WriteLog {
+            base: vec![0; 1024],
+            changes: vec![
+                write(0, 1, 1024),
+                write(0, 2, 512),
+                // It began before the second write, so it covers only the first.
+                Change::Flush { covers: 1 },
+                Change::Zero { offset: 512, len: 512, unmap: false },
+            ],
+        };
+        let mut found = BTreeSet::new();
+        for crash in log.crashes(1, 64) {
+            let image = log.image(&crash);
+            found.insert((crash.prefix, image[0], image[512]));
+        }
+        let all: BTreeSet<_> = [
+            // Before anything; any sector of the first write; it and any part of the second.
+            vec![(0, 0, 0)],
+            vec![(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1)],
+            vec![(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1), (2, 2, 0), (2, 2, 1)],
+            // The first is durable.
+            vec![(3, 1, 1), (3, 2, 1)],
+            vec![(4, 1, 1), (4, 2, 1), (4, 1, 0), (4, 2, 0)],
+        ]
+        .concat()
+        .into_iter()
+        .collect();
+        assert_eq!(found, all);
+    }
+
+    #[test]
+    fn durable_writes_need_no_flush() {
+        let durable = Change::Write { offset: 0, data: vec![1; 512], durable: true };
+        let log = WriteLog { base: vec![0; 512], changes: vec![durable] };
+        let images: Vec<_> = log.crashes(1, 8).map(|crash| log.image(&crash)[0]).collect();
+        assert_eq!(images, [0, 1], "once before and once after");
+    }
+}
