@@ -1,16 +1,10 @@
-//! Making new images: the options that a format and the protocol under it take together, and the
-//! order in which the two are asked.
+//! Making new images: the options that a format and the protocol under it take together, what was
+//! given of them, and the order in which the two are asked.
 
-use super::registry::Registry;
+use super::registry::{DriverEntry, Registry};
 use super::{Error, LocalFuture};
-use crate::options::Map;
-
-/// An image that is being made.
-pub struct Creation {
-    pub registry: &'static Registry,
-    /// As the user gave it.
-    pub filename: String,
-}
+use crate::options::{self, Map, Value};
+use std::fmt::Write;
 
 /// How a driver makes a new image.
 pub struct CreateEntry {
@@ -19,8 +13,10 @@ pub struct CreateEntry {
     pub create: CreateFn,
 }
 
-/// Makes an image. The options are those of the entry that were given or have a default, checked
-/// and in their types ([`Value`](crate::options::Value): `Bool`, `Int`, `Str`).
+/// Makes an image. A protocol finds all that was given for it in the map: its own options by the
+/// names in [`CreateEntry::options`], in their types ([`Value::Bool`], [`Value::Int`],
+/// [`Value::Str`]), and `filename`. A format finds its own, and its protocol's, which it hands on
+/// ([`Creation::create_file`]).
 pub type CreateFn = for<'a> fn(&'a Creation, Map) -> LocalFuture<'a, Result<(), Error>>;
 
 /// One option of `create -o`.
@@ -42,4 +38,249 @@ pub enum ValueType {
     /// Bytes, with the usual suffixes.
     Size,
     Number,
+}
+
+/// An image that is being made.
+pub struct Creation {
+    registry: &'static Registry,
+    format: &'static DriverEntry,
+    protocol: &'static DriverEntry,
+    filename: String,
+    /// What the name stands for, for the protocol.
+    file: Map,
+    /// What was given, and defaults, in the order of the options.
+    options: Map,
+}
+
+/// The options of a format together with those of the protocol below it, in the order in which they
+/// are shown. A name that both have means the format's.
+pub fn create_options(
+    format: &'static DriverEntry,
+    protocol: Option<&'static DriverEntry>,
+) -> Result<Vec<CreateOption>, Error> {
+    let refused = |kind, entry: &DriverEntry| {
+        let name = entry.name;
+        Error::new(format!("{kind} driver '{name}' does not support image creation"))
+    };
+    let own = format.create.ok_or_else(|| refused("Format", format))?.options;
+    let below = match protocol {
+        Some(entry) => entry.create.ok_or_else(|| refused("Protocol", entry))?.options,
+        None => &[],
+    };
+    let mut all = own.to_vec();
+    all.extend(below.iter().filter(|option| own.iter().all(|o| o.name != option.name)));
+    Ok(all)
+}
+
+impl Creation {
+    /// Checks what was asked for: the name of a format; a file's name and what it stands for
+    /// ([`options::filename`]); the options of `-o`, as text; and the size, if it was given by
+    /// itself.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn new(
+        registry: &'static Registry,
+        format: &str,
+        (filename, mut file): (&str, Map),
+        mut given: Map,
+        size: Option<u64>,
+    ) -> Result<Creation, Error> {
+        let unknown = |what, name| Error::new(format!("Unknown {what} '{name}'"));
+        let format = registry.get(format).ok_or_else(|| unknown("file format", format))?;
+        let driver = file.take_required_str("driver")?;
+        let protocol = registry.get(&driver).ok_or_else(|| unknown("protocol", &driver))?;
+        let known = create_options(format, Some(protocol))?;
+        if let Some(size) = size
+            && given.insert("size", Value::Text(size.to_string())).is_some()
+        {
+            return Err(Error::new("The image size must be specified only once"));
+        }
+        let mut options = Map::new();
+        for option in &known {
+            if let Some(default) = option.default
+                && !given.contains(option.name)
+            {
+                given.insert(option.name, Value::Text(default.to_owned()));
+            }
+            if let Some(value) = option.take(&mut given)? {
+                options.insert(option.name, value);
+            }
+        }
+        given.finish_known()?;
+        if known.iter().any(|option| option.name == "size") && !options.contains("size") {
+            return Err(Error::new("Image creation needs a size parameter"));
+        }
+        Ok(Creation { registry, format, protocol, filename: filename.to_owned(), file, options })
+    }
+
+    pub fn registry(&self) -> &'static Registry {
+        self.registry
+    }
+
+    /// As the user gave it.
+    pub fn filename(&self) -> &str {
+        &self.filename
+    }
+
+    /// The line that tells what is being made, as qemu-img prints it.
+    pub fn describe(&self) -> String {
+        let mut line = format!("Formatting '{}', fmt={}", self.filename, self.format.name);
+        for (name, value) in self.options.iter() {
+            let text = match value.clone().into_text() {
+                Value::Text(text) => text,
+                _ => continue,
+            };
+            // A string is a `Vec` of bytes: writing to it cannot fail.
+            let _ = write!(line, " {name}={text}");
+        }
+        line
+    }
+
+    /// Makes the image. Runs on a worker.
+    pub async fn run(&self) -> Result<(), Error> {
+        match self.format.create {
+            Some(entry) => (entry.create)(self, self.options.clone()).await,
+            None => Err(Error::new("no format that makes images")),
+        }
+    }
+
+    /// For a format: makes the file below it, with those of `options` that the protocol knows.
+    pub async fn create_file(&self, options: Map) -> Result<(), Error> {
+        let Some(entry) = self.protocol.create else {
+            return Err(Error::new("no protocol that makes files"));
+        };
+        let mut file = self.file.clone();
+        for option in entry.options {
+            if let Some(value) = options.get(option.name) {
+                file.insert(option.name, value.clone());
+            }
+        }
+        (entry.create)(self, file).await
+    }
+}
+
+impl CreateOption {
+    /// Takes the option out of what was given, in its type.
+    fn take(&self, given: &mut Map) -> Result<Option<Value>, options::Error> {
+        let number = |n: u64| Value::Int(n.into());
+        Ok(match self.value {
+            ValueType::Str => given.take_str(self.name)?.map(Value::Str),
+            ValueType::Bool => given.take_opt_bool(self.name)?.map(Value::Bool),
+            ValueType::Size => given.take_size(self.name)?.map(number),
+            ValueType::Number => given.take_number(self.name)?.map(number),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::Kind;
+    use super::*;
+    use crate::io::{Worker, WorkerOptions};
+    use crate::options::{json, qemuopts};
+
+    const fn option(name: &'static str, value: ValueType) -> CreateOption {
+        CreateOption { name, value, help: "", default: None }
+    }
+
+    const fn entry(name: &'static str, create: Option<&'static CreateEntry>) -> DriverEntry {
+        let open: super::super::registry::OpenFn =
+            |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
+        let kind = Kind::Format;
+        DriverEntry { name, kind, open, options: &[], prefixes: &[], create, probe: None }
+    }
+
+    static FMT: DriverEntry = entry(
+        "fmt",
+        Some(&CreateEntry {
+            options: &[
+                option("size", ValueType::Size),
+                CreateOption { default: Some("64k"), ..option("cluster", ValueType::Size) },
+            ],
+            create: |creation, options| Box::pin(creation.create_file(options)),
+        }),
+    );
+    static STORE: DriverEntry = entry(
+        "store",
+        Some(&CreateEntry {
+            options: &[
+                option("fast", ValueType::Bool),
+                option("mode", ValueType::Str),
+                option("size", ValueType::Size),
+            ],
+            // Tells what it was given.
+            create: |_, options| {
+                let text = json::to_text(&options.into());
+                Box::pin(std::future::ready(Err(Error::new(text))))
+            },
+        }),
+    );
+    static FIXED: DriverEntry = entry("fixed", None);
+
+    fn creation(
+        format: &str,
+        driver: &str,
+        options: &str,
+        size: Option<u64>,
+    ) -> Result<Creation, Error> {
+        let registry = Box::leak(Box::new(Registry::new(&[&[&FMT, &STORE, &FIXED]])));
+        let file = Map::from_iter([("driver", driver), ("filename", "x")]);
+        let given = qemuopts::parse(options, None).unwrap().options;
+        Creation::new(registry, format, ("x", file), given, size)
+    }
+
+    #[test]
+    fn the_line_shows_what_was_given_and_defaults_in_the_order_of_the_options() {
+        let line = |options, size| creation("fmt", "store", options, size).map(|c| c.describe());
+        assert_eq!(
+            line("", Some(1024)).unwrap(),
+            "Formatting 'x', fmt=fmt size=1024 cluster=65536"
+        );
+        assert_eq!(
+            line("mode=a b,fast=on,cluster=4k,size=1k", None).unwrap(),
+            "Formatting 'x', fmt=fmt size=1024 cluster=4096 fast=on mode=a b"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_made_is_refused_in_qemus_words() {
+        for (format, driver, options, size, wanted) in [
+            ("nope", "store", "", Some(1), "Unknown file format 'nope'"),
+            ("fmt", "nope", "", Some(1), "Unknown protocol 'nope'"),
+            (
+                "fixed",
+                "store",
+                "",
+                Some(1),
+                "Format driver 'fixed' does not support image creation",
+            ),
+            (
+                "fmt",
+                "fixed",
+                "",
+                Some(1),
+                "Protocol driver 'fixed' does not support image creation",
+            ),
+            ("fmt", "store", "foo=1", Some(1), "Invalid parameter 'foo'"),
+            ("fmt", "store", "fast=1", Some(1), "Parameter 'fast' expects 'on' or 'off'"),
+            ("fmt", "store", "", None, "Image creation needs a size parameter"),
+            ("fmt", "store", "size=1", Some(1), "The image size must be specified only once"),
+        ] {
+            let error = creation(format, driver, options, size).err().unwrap();
+            assert_eq!(error.to_string(), wanted, "{format} {driver} {options}");
+        }
+    }
+
+    #[test]
+    fn the_protocol_gets_its_own_options_and_the_name() {
+        let worker = Worker::start("create", WorkerOptions::default()).unwrap();
+        let told = worker.block_on(|| async {
+            creation("fmt", "store", "fast=off,cluster=4k", Some(512)).unwrap().run().await
+        });
+        assert_eq!(
+            told.unwrap_err().to_string(),
+            r#"{"filename": "x", "fast": false, "size": 512}"#
+        );
+    }
 }

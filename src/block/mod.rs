@@ -23,6 +23,7 @@ pub mod perm;
 pub mod registry;
 
 pub use child::Child;
+pub use create::{CreateEntry, CreateOption, Creation, ValueType, create_options};
 pub use driver::{
     Abilities, Access, Driver, Extent, Image, Leaf, LocalFuture, Locks, Mapping, Place, Precision,
     Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
