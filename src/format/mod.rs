@@ -2,5 +2,7 @@
 
 use crate::block::DriverEntry;
 
+pub mod raw;
+
 /// All formats.
-pub static LIST: &[&DriverEntry] = &[];
+pub static LIST: &[&DriverEntry] = &[&raw::ENTRY];
