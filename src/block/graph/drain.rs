@@ -80,7 +80,11 @@ impl Graph {
             plan.turn_edge(from, index, to);
             plan.apply_keeping_locks()?;
         }
+        let len = parent.len();
         let old = child.replace(node.clone());
+        if parent.len() != len {
+            drained.users.iter().for_each(|user| user.resized());
+        }
         epoch::synchronize(&members).await;
         drop(old);
         release_locks(&mut self.0.state.lock());

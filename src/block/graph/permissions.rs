@@ -134,7 +134,10 @@ impl<'a> Plan<'a> {
         let perms = self.uses(node).iter().fold(Perms::NONE, |all, one| all.and(one.perms));
         let driver_node = self.state.entry(node).node.clone();
         for (child, id) in self.children(node).to_vec().into_iter().enumerate() {
-            let needed = driver_node.driver().child_perms(child, perms);
+            let mut needed = driver_node.driver().child_perms(child, perms);
+            if driver_node.options().force_share {
+                needed.shared = Perms::NONE.shared;
+            }
             let edge = self.uses_mut(id).iter_mut().find(
                 |one| matches!(one.by, By::Node { id, child: at } if (id, at) == (node, child)),
             );
