@@ -17,12 +17,6 @@ pub static FILE: DriverEntry = DriverEntry {
     create: Some(&CreateEntry {
         options: &[
             CreateOption {
-                name: "extent_size_hint",
-                value: ValueType::Size,
-                help: "Extent size hint for the image file, 0 to disable",
-                default: None,
-            },
-            CreateOption {
                 name: "nocow",
                 value: ValueType::Bool,
                 help: "Turn off copy-on-write (valid only on btrfs)",
@@ -32,6 +26,12 @@ pub static FILE: DriverEntry = DriverEntry {
                 name: "preallocation",
                 value: ValueType::Str,
                 help: "Preallocation mode (allowed values: off, falloc, full)",
+                default: None,
+            },
+            CreateOption {
+                name: "extent_size_hint",
+                value: ValueType::Size,
+                help: "Extent size hint for the image file, 0 to disable",
                 default: None,
             },
             SIZE,
@@ -81,12 +81,12 @@ type Create = fn(&str, &CreateOptions) -> Result<(), Error>;
 
 fn create_with(
     create: Create,
-    creation: &Creation,
-    map: Map,
+    _creation: &Creation,
+    mut map: Map,
 ) -> LocalFuture<'_, Result<(), Error>> {
     Box::pin(async move {
+        let filename = map.take_required_str("filename")?;
         let options: CreateOptions = options::from_map(map)?;
-        let filename = creation.filename.clone();
         io::offload(move || create(&filename, &options)).await
     })
 }
