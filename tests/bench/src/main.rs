@@ -1,1 +1,213 @@
-fn main() {}
+//! Measures vublk beside qemu-storage-daemon, a stock vhost-user-backend server and fio, in turns in
+//! one run, and prints medians, ratios and whether the project's targets are met.
+
+mod fio;
+mod groups;
+mod load;
+mod machine;
+mod null_backend;
+mod results;
+mod servers;
+mod targets;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use groups::{Idle, Plan};
+use servers::{Kind, Programs};
+use targets::Verdict;
+
+#[derive(Parser)]
+#[command(about, version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Role>,
+    /// Groups to run [default: all]
+    #[arg(long, value_delimiter = ',')]
+    groups: Vec<Group>,
+    /// Servers to run [default: all]
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<Kind>,
+    /// Seconds of measurement per load and turn
+    #[arg(long, default_value_t = 0.7)]
+    seconds: f64,
+    /// Turns of each server on each load
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// One short round of fewer loads: does it run, not what is the figure
+    #[arg(long)]
+    quick: bool,
+    /// Leave VIRTIO_RING_F_EVENT_IDX out
+    #[arg(long)]
+    no_event_idx: bool,
+    /// Let the CPUs halt while the load waits (a virtual machine's wake-up is then measured, too)
+    #[arg(long)]
+    let_halt: bool,
+    /// Directory for the O_DIRECT file
+    #[arg(long, default_value = "target/bench")]
+    dir: PathBuf,
+    #[arg(long, default_value = "target/release/vublk")]
+    vublk: PathBuf,
+    #[arg(long, default_value = "qemu-storage-daemon")]
+    qsd: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// Serve a null disk with the stock vhost-user-backend crate
+    NullServer { socket: PathBuf },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// Null disk
+    Null,
+    /// Raw file on tmpfs, and fio
+    Tmpfs,
+    /// Raw file with O_DIRECT
+    Direct,
+    /// Two queues on two workers
+    Queues,
+    /// A hundred idle disks
+    Idle,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Some(Role::NullServer { socket }) => null_backend::serve(socket),
+        None => bench(cli).map_err(|e| e.to_string()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("vublk-bench: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(cli: Cli) -> vublk_testkit::Result<()> {
+    let chosen = |group| cli.groups.is_empty() || cli.groups.contains(&group);
+    let plan = Plan {
+        programs: Programs { vublk: cli.vublk, qsd: cli.qsd },
+        only: match cli.only.is_empty() {
+            true => Kind::value_variants().to_vec(),
+            false => cli.only.clone(),
+        },
+        seconds: if cli.quick { 0.2 } else { cli.seconds },
+        rounds: if cli.quick { 1 } else { cli.rounds },
+        quick: cli.quick,
+        event_idx: !cli.no_event_idx,
+        awake: !cli.let_halt,
+    };
+    introduce(&plan);
+    let mut verdicts = Vec::new();
+    if chosen(Group::Null) {
+        headline("Null disk (null-co)");
+        let results = groups::null(&plan)?;
+        println!("{}", results.table());
+        verdicts.extend(targets::null(&results));
+    }
+    if chosen(Group::Tmpfs) {
+        headline("Raw file on tmpfs, io_uring");
+        let results = groups::tmpfs(&plan)?;
+        println!("{}", results.table());
+        verdicts.extend(targets::tmpfs(&results));
+    }
+    if chosen(Group::Direct) {
+        headline(&format!("Raw file in {}, cache.direct=on, io_uring", cli.dir.display()));
+        println!("{}", groups::direct(&plan, &cli.dir)?.table());
+    }
+    if chosen(Group::Queues) {
+        headline("Null disk, each queue's load and worker together on one CPU");
+        let results = groups::queues(&plan)?;
+        println!("{}", results.table());
+        verdicts.extend(targets::queues(&results));
+    }
+    if chosen(Group::Idle) {
+        headline("Idle disks, connected, in one process");
+        verdicts.extend(report_idle(&groups::idle(&plan)?));
+    }
+    conclude(&verdicts);
+    Ok(())
+}
+
+fn headline(text: &str) {
+    eprintln!("{text}");
+    println!("\n## {text}\n");
+}
+
+fn introduce(plan: &Plan) {
+    println!("# vublk-bench, {}\n", machine::date());
+    println!("- {}", machine::describe());
+    println!("- load average before: {}", machine::load_average());
+    for kind in &plan.only {
+        match kind {
+            Kind::Vublk => println!("- {}", machine::version(&plan.programs.vublk)),
+            Kind::Qsd => println!("- {}", machine::version(&plan.programs.qsd)),
+            Kind::Stock => println!("- stock backend: a null disk on the vhost-user-backend crate"),
+        }
+    }
+    println!("- {}", machine::version("fio".as_ref()));
+    if let Ok(ns) = load::own_cost_ns() {
+        println!(
+            "- the load costs at most {ns:.1} ns per request on its own CPU (depth 32, a device that only echoes)"
+        );
+    }
+    println!(
+        "- medians of {} turns of {} s; the server on CPU {}, the load on CPU {}; event index {}",
+        plan.rounds,
+        plan.seconds,
+        groups::SERVER_CPU,
+        groups::LOAD_CPU,
+        if plan.event_idx { "on" } else { "off" }
+    );
+    println!(
+        "- the load sleeps for a call unless \"polled\" is said; meanwhile idle-class spinners keep the CPUs from halting: {}",
+        if plan.awake { "yes" } else { "no" }
+    );
+    println!(
+        "- \"fio io_uring\": fio does the same I/O on the file itself; CPU with the kernel's worker threads, which fio's report leaves out"
+    );
+}
+
+/// Prints the idle table; returns its targets.
+fn report_idle(all: &[Idle]) -> Vec<Verdict> {
+    println!("| server | disks | seconds | CPU ms | resident MiB without guest memory |");
+    println!("|---|--:|--:|--:|--:|");
+    let mut verdicts = Vec::new();
+    for idle in all {
+        println!(
+            "| {} | {} | {} | {:.3} | {:.1} |",
+            idle.kind, idle.disks, idle.seconds, idle.cpu_ms, idle.resident_mib
+        );
+        if idle.kind == Kind::Vublk {
+            verdicts.push(Verdict {
+                what: format!("{} idle disks: CPU ms", idle.disks),
+                value: idle.cpu_ms,
+                limit: 0.0,
+                at_least: false,
+            });
+            verdicts.push(Verdict {
+                what: format!("{} idle disks: resident MiB", idle.disks),
+                value: idle.resident_mib,
+                limit: 100.0,
+                at_least: false,
+            });
+        }
+    }
+    println!();
+    verdicts
+}
+
+fn conclude(verdicts: &[Verdict]) {
+    println!("\n## Targets\n");
+    for verdict in verdicts {
+        println!("{}", verdict.line());
+    }
+    let met = verdicts.iter().filter(|v| v.met()).count();
+    println!("\n{met} of {} met", verdicts.len());
+}

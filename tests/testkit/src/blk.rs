@@ -127,12 +127,7 @@ impl Queue {
             .take()
             .ok_or_else(|| Error::BadUsed(format!("head {} is not a request", used.head)))?;
         let (data, status) = pending.laid.outcome()?;
-        Ok(Some(Completion {
-            token: pending.token,
-            status,
-            used_len: used.len,
-            data,
-        }))
+        Ok(Some(Completion { token: pending.token, status, used_len: used.len, data }))
     }
 
     /// Waits for the next finished request.
@@ -142,8 +137,7 @@ impl Queue {
             if let Some(completion) = self.reap()? {
                 return Ok(completion);
             }
-            self.ring
-                .wait(end.saturating_duration_since(Instant::now()))?;
+            self.ring.wait(end.saturating_duration_since(Instant::now()))?;
         }
     }
 
@@ -197,21 +191,14 @@ impl Queue {
     }
 
     pub fn discard(&mut self, sector: u64, sectors: u32, flags: u32) -> Result<()> {
-        let range = Range {
-            sector,
-            sectors,
-            flags,
-        };
+        let range = Range { sector, sectors, flags };
         self.run_ok(&Request::Discard(vec![range])).map(drop)
     }
 
     /// Zeroes a range; `unmap` lets the device deallocate it.
     pub fn write_zeroes(&mut self, sector: u64, sectors: u32, unmap: bool) -> Result<()> {
-        let range = Range {
-            sector,
-            sectors,
-            flags: if unmap { spec::WRITE_ZEROES_UNMAP } else { 0 },
-        };
+        let range =
+            Range { sector, sectors, flags: if unmap { spec::WRITE_ZEROES_UNMAP } else { 0 } };
         self.run_ok(&Request::WriteZeroes(vec![range])).map(drop)
     }
 
@@ -265,8 +252,7 @@ impl Disk {
     fn start(&mut self) -> Result<()> {
         let count = self.options.regions.unwrap_or(self.memory.regions().len());
         self.connection.set_features()?;
-        self.connection
-            .share_memory(&self.memory, count, self.options.memory_messages)?;
+        self.connection.share_memory(&self.memory, count, self.options.memory_messages)?;
         for index in 0..self.queues.len() {
             let base = self.queues[index].ring.resume_base();
             self.start_queue(index, base)?;
@@ -298,9 +284,7 @@ impl Disk {
         for index in 0..self.queues.len() {
             self.connection.enable_queue(index, false)?;
         }
-        (0..self.queues.len())
-            .map(|index| self.connection.stop_queue(index))
-            .collect()
+        (0..self.queues.len()).map(|index| self.connection.stop_queue(index)).collect()
     }
 
     /// Connects anew (the old connection ends first) with the same memory and rings; each queue goes

@@ -139,9 +139,7 @@ impl Connection {
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
         let vhost = &mut self.vhost;
-        self.watchdog
-            .bound(|| call(vhost))
-            .map_err(|e| Error::Message(what, e))
+        self.watchdog.bound(|| call(vhost)).map_err(|e| Error::Message(what, e))
     }
 
     /// A message that has no answer of its own: asks for an acknowledgement where that is negotiated.
@@ -289,9 +287,7 @@ impl Connection {
 
     /// SET_CONFIG of `bytes` at `offset`, by the guest's hand (flags: writable).
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
-        self.acked("SET_CONFIG", |v| {
-            v.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
-        })
+        self.acked("SET_CONFIG", |v| v.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes))
     }
 
     /// Sets the write cache mode as a guest does: true is write-back.

@@ -67,12 +67,7 @@ impl Region {
             return Err(Error::last_os("mmap of a memory region"));
         }
         let host = NonNull::new(host.cast()).expect("the kernel maps nothing at 0");
-        Ok(Region {
-            guest_addr,
-            size,
-            host,
-            file,
-        })
+        Ok(Region { guest_addr, size, host, file })
     }
 
     /// Guest-physical address of the first byte.
@@ -264,11 +259,7 @@ impl Memory {
     }
 
     fn buffer(self: &Arc<Self>, addr: u64, len: u64) -> Buffer {
-        Buffer {
-            memory: self.clone(),
-            addr,
-            len,
-        }
+        Buffer { memory: self.clone(), addr, len }
     }
 
     fn release(&self, addr: u64, len: u64) {
@@ -368,10 +359,8 @@ mod tests {
         let memory = Memory::new(&MemoryLayout::single(1 << 16)).unwrap();
         let buffers: Vec<_> = (0..16).map(|_| memory.alloc(4096, 4096).unwrap()).collect();
         assert!(memory.alloc(1, 1).is_err(), "all is taken");
-        let (even, odd): (Vec<_>, Vec<_>) = buffers
-            .into_iter()
-            .enumerate()
-            .partition(|(i, _)| i % 2 == 0);
+        let (even, odd): (Vec<_>, Vec<_>) =
+            buffers.into_iter().enumerate().partition(|(i, _)| i % 2 == 0);
         drop(even);
         drop(odd);
         memory.alloc(1 << 16, 4096).unwrap();

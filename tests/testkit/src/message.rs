@@ -51,19 +51,14 @@ pub fn send(
         .send_with_fds(&[&bytes[..]], fds)
         .map_err(|e| Error::Io("sendmsg".into(), e.into()))?;
     if sent != bytes.len() {
-        return Err(Error::Peer(format!(
-            "took {sent} of {} bytes of a message",
-            bytes.len()
-        )));
+        return Err(Error::Peer(format!("took {sent} of {} bytes of a message", bytes.len())));
     }
     Ok(())
 }
 
 /// Receives one answer; `Ok(None)` when the server closed the connection instead.
 pub fn receive(stream: &UnixStream, limit: Duration) -> Result<Option<Answer>> {
-    stream
-        .set_read_timeout(Some(limit))
-        .map_err(Error::io("socket timeout"))?;
+    stream.set_read_timeout(Some(limit)).map_err(Error::io("socket timeout"))?;
     let mut header = [0u8; 12];
     if !read_or_end(stream, &mut header, limit)? {
         return Ok(None);
@@ -73,11 +68,7 @@ pub fn receive(stream: &UnixStream, limit: Duration) -> Result<Option<Answer>> {
     if !read_or_end(stream, &mut payload, limit)? {
         return Err(Error::Peer("closed in the middle of an answer".into()));
     }
-    Ok(Some(Answer {
-        request: word(0),
-        flags: word(1),
-        payload,
-    }))
+    Ok(Some(Answer { request: word(0), flags: word(1), payload }))
 }
 
 /// Fills `out`; false when the connection ended first.

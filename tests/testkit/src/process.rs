@@ -51,9 +51,7 @@ impl Server {
     pub fn spawn(mut command: Command) -> Result<Server> {
         let name = command.get_program().to_string_lossy().into_owned();
         command.stdin(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .map_err(Error::io(format!("start of {name}")))?;
+        let mut child = command.spawn().map_err(Error::io(format!("start of {name}")))?;
         let stderr = Arc::new(Mutex::new(Vec::new()));
         if let Some(mut pipe) = child.stderr.take() {
             let kept = stderr.clone();
@@ -65,11 +63,7 @@ impl Server {
                 }
             });
         }
-        Ok(Server {
-            child,
-            name,
-            stderr,
-        })
+        Ok(Server { child, name, stderr })
     }
 
     pub fn pid(&self) -> u32 {
@@ -124,9 +118,7 @@ impl Server {
 
     /// The exit status, if it has ended.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
-        self.child
-            .try_wait()
-            .map_err(Error::io(format!("wait for {}", self.name)))
+        self.child.try_wait().map_err(Error::io(format!("wait for {}", self.name)))
     }
 
     /// Waits for the program to end by itself.
@@ -167,10 +159,7 @@ impl Server {
             let e = std::io::Error::from_raw_os_error(error);
             return Err(Error::Io(format!("CPU clock of {}", self.name), e));
         }
-        let mut time = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: a clock id from the kernel and a valid place for the answer.
         if unsafe { libc::clock_gettime(clock, &mut time) } != 0 {
             return Err(Error::last_os(format!("CPU time of {}", self.name)));
@@ -186,21 +175,16 @@ impl Server {
         for entry in fs::read_dir(&tasks).map_err(Error::io("list of threads"))? {
             let path = entry.map_err(Error::io("list of threads"))?.path();
             // A thread may end while we look: it is then none of the living.
-            let (Ok(stat), Ok(name)) = (
-                fs::read_to_string(path.join("schedstat")),
-                fs::read_to_string(path.join("comm")),
-            ) else {
+            let (Ok(stat), Ok(name)) =
+                (fs::read_to_string(path.join("schedstat")), fs::read_to_string(path.join("comm")))
+            else {
                 continue;
             };
             let number = |s: Option<&str>| s.and_then(|s| s.parse::<u64>().ok());
             let cpu = number(stat.split_whitespace().next());
             let tid = number(path.file_name().and_then(OsStr::to_str));
             if let (Some(cpu_ns), Some(tid)) = (cpu, tid) {
-                threads.push(ThreadTime {
-                    tid: tid as i32,
-                    name: name.trim().to_owned(),
-                    cpu_ns,
-                });
+                threads.push(ThreadTime { tid: tid as i32, name: name.trim().to_owned(), cpu_ns });
             }
         }
         Ok(threads)

@@ -61,12 +61,9 @@ impl Request {
             Request::GetId => (request_type::GET_ID, 0, Vec::new()),
             Request::Discard(ranges) => (request_type::DISCARD, 0, encode(ranges)),
             Request::WriteZeroes(ranges) => (request_type::WRITE_ZEROES, 0, encode(ranges)),
-            Request::Raw {
-                request_type,
-                sector,
-                data,
-                ..
-            } => (*request_type, *sector, data.clone()),
+            Request::Raw { request_type, sector, data, .. } => {
+                (*request_type, *sector, data.clone())
+            }
         };
         let mut out = Vec::with_capacity(spec::HEADER_SIZE + data.len());
         out.extend_from_slice(&kind.to_le_bytes());
@@ -122,9 +119,7 @@ impl Cut {
         let mut sizes: Vec<usize> = match self {
             Cut::Natural => vec![take(border)],
             Cut::Joined => vec![take(len)],
-            Cut::Each(n) => (0..len.div_ceil((*n).max(1)))
-                .map(|_| take((*n).max(1)))
-                .collect(),
+            Cut::Each(n) => (0..len.div_ceil((*n).max(1))).map(|_| take((*n).max(1))).collect(),
             Cut::Sizes(sizes) => sizes.iter().map(|&n| take(n)).collect(),
         };
         sizes.push(left);
@@ -167,10 +162,7 @@ impl Default for Shape {
 impl Shape {
     /// Natural cuts in an indirect table.
     pub fn indirect() -> Self {
-        Shape {
-            indirect: true,
-            ..Shape::default()
-        }
+        Shape { indirect: true, ..Shape::default() }
     }
 }
 
@@ -239,9 +231,8 @@ impl Laid {
         for (buffer, _) in self.pieces.iter().filter(|(_, writes)| *writes) {
             bytes.extend(buffer.to_vec());
         }
-        let status = bytes
-            .pop()
-            .ok_or_else(|| Error::Peer("a request without a status byte".into()))?;
+        let status =
+            bytes.pop().ok_or_else(|| Error::Peer("a request without a status byte".into()))?;
         Ok((bytes, status))
     }
 }
@@ -273,11 +264,7 @@ mod tests {
         let request = Request::Out { sector: 9, data };
         for readable in [Cut::Natural, Cut::Joined, Cut::Each(100)] {
             for placement in [Placement::Packed, Placement::Spread, Placement::Straddling] {
-                let shape = Shape {
-                    readable: readable.clone(),
-                    placement,
-                    ..Shape::default()
-                };
+                let shape = Shape { readable: readable.clone(), placement, ..Shape::default() };
                 let laid = Laid::new(&memory, &request, &shape).unwrap();
                 let mut seen = Vec::new();
                 for segment in laid.segments().iter().filter(|s| !s.device_writes) {

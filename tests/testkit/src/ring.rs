@@ -72,16 +72,12 @@ impl RingLayout {
 
     /// Writes the available entry that index `index` falls on (modulo the size).
     pub fn set_avail_entry(&self, memory: &Memory, index: u16, head: u16) {
-        memory
-            .atomic_u16(self.avail_entry(index))
-            .store(head.to_le(), Ordering::Relaxed);
+        memory.atomic_u16(self.avail_entry(index)).store(head.to_le(), Ordering::Relaxed);
     }
 
     /// Publishes the available index.
     pub fn set_avail_idx(&self, memory: &Memory, index: u16) {
-        memory
-            .atomic_u16(self.avail + 2)
-            .store(index.to_le(), Ordering::Release);
+        memory.atomic_u16(self.avail + 2).store(index.to_le(), Ordering::Release);
     }
 
     pub fn avail_idx(&self, memory: &Memory) -> u16 {
@@ -90,25 +86,17 @@ impl RingLayout {
 
     /// Writes the available ring's flags ([`spec::AVAIL_NO_INTERRUPT`]).
     pub fn set_avail_flags(&self, memory: &Memory, flags: u16) {
-        memory
-            .atomic_u16(self.avail)
-            .store(flags.to_le(), Ordering::Relaxed);
+        memory.atomic_u16(self.avail).store(flags.to_le(), Ordering::Relaxed);
     }
 
     /// Writes `used_event`: the device calls when it passes this used index.
     pub fn set_used_event(&self, memory: &Memory, index: u16) {
-        memory
-            .atomic_u16(self.used_event())
-            .store(index.to_le(), Ordering::Relaxed);
+        memory.atomic_u16(self.used_event()).store(index.to_le(), Ordering::Relaxed);
     }
 
     /// Reads `avail_event`: the device wants a kick when the driver passes this available index.
     pub fn avail_event_value(&self, memory: &Memory) -> u16 {
-        u16::from_le(
-            memory
-                .atomic_u16(self.avail_event())
-                .load(Ordering::Relaxed),
-        )
+        u16::from_le(memory.atomic_u16(self.avail_event()).load(Ordering::Relaxed))
     }
 
     pub fn used_flags(&self, memory: &Memory) -> u16 {
@@ -163,11 +151,8 @@ impl DriverRing {
     /// Allocates a zeroed ring of `size` entries (a power of two) in `memory`.
     pub fn new(memory: &Arc<Memory>, size: u16, event_idx: bool) -> Result<DriverRing> {
         let [desc, avail, used] = RingLayout::sizes(size);
-        let tables = [
-            memory.alloc(desc, 4096)?,
-            memory.alloc(avail, 4096)?,
-            memory.alloc(used, 4096)?,
-        ];
+        let tables =
+            [memory.alloc(desc, 4096)?, memory.alloc(avail, 4096)?, memory.alloc(used, 4096)?];
         for table in &tables {
             table.write(&vec![0; table.len() as usize]);
         }
@@ -245,10 +230,7 @@ impl DriverRing {
         let head = descriptors[0];
         let table = if indirect {
             let numbers: Vec<u16> = (0..segments.len() as u16).collect();
-            let table = match self
-                .memory
-                .alloc(spec::DESC_SIZE * segments.len() as u64, 16)
-            {
+            let table = match self.memory.alloc(spec::DESC_SIZE * segments.len() as u64, 16) {
                 Ok(table) => table,
                 Err(e) => {
                     self.free.extend(descriptors);
@@ -262,17 +244,13 @@ impl DriverRing {
                 flags: desc_flag::INDIRECT,
                 next: 0,
             };
-            self.layout
-                .write_desc(&self.memory, self.layout.desc, head, pointer);
+            self.layout.write_desc(&self.memory, self.layout.desc, head, pointer);
             Some(table)
         } else {
             self.write_chain(self.layout.desc, &descriptors, segments);
             None
         };
-        self.chains[usize::from(head)] = Some(Chain {
-            descriptors,
-            _indirect: table,
-        });
+        self.chains[usize::from(head)] = Some(Chain { descriptors, _indirect: table });
         self.add_head(head);
         Ok(head)
     }
@@ -290,14 +268,9 @@ impl DriverRing {
             if segment.device_writes {
                 flags |= desc_flag::WRITE;
             }
-            let desc = Desc {
-                addr: segment.addr,
-                len: segment.len,
-                flags,
-                next: next.unwrap_or(0),
-            };
-            self.layout
-                .write_desc(&self.memory, table, numbers[i], desc);
+            let desc =
+                Desc { addr: segment.addr, len: segment.len, flags, next: next.unwrap_or(0) };
+            self.layout.write_desc(&self.memory, table, numbers[i], desc);
         }
     }
 
@@ -337,10 +310,7 @@ impl DriverRing {
         }
         let ahead = idx.wrapping_sub(self.used);
         if ahead > self.layout.size {
-            return Err(Error::BadUsed(format!(
-                "index {idx} is {ahead} ahead of {}",
-                self.used
-            )));
+            return Err(Error::BadUsed(format!("index {idx} is {ahead} ahead of {}", self.used)));
         }
         let (id, len) = self.layout.used_entry(&self.memory, self.used);
         let chain = u16::try_from(id)
@@ -349,10 +319,7 @@ impl DriverRing {
             .ok_or_else(|| Error::BadUsed(format!("id {id} is not in flight")))?;
         self.free.extend(chain.descriptors.iter().rev());
         self.used = self.used.wrapping_add(1);
-        Ok(Some(Used {
-            head: id as u16,
-            len,
-        }))
+        Ok(Some(Used { head: id as u16, len }))
     }
 
     /// Waits until the device has finished something, by call (not by looking again and again).
@@ -375,11 +342,7 @@ impl DriverRing {
 
     /// Waits for a call and consumes it. False when none came in time.
     pub fn wait_call(&self, limit: Duration) -> Result<bool> {
-        let mut poll = libc::pollfd {
-            fd: self.call.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd: self.call.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let millis = limit.as_millis().clamp(0, 3_600_000) as i32;
         // SAFETY: one valid pollfd, for the duration of the call.
         let n = unsafe { libc::poll(&mut poll, 1, millis) };

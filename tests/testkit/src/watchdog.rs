@@ -39,11 +39,7 @@ impl Watchdog {
         let shared = Arc::new(Shared::default());
         let watched = shared.clone();
         let thread = std::thread::spawn(move || watch(&watched, &stream));
-        Watchdog {
-            shared,
-            limit,
-            thread: Some(thread),
-        }
+        Watchdog { shared, limit, thread: Some(thread) }
     }
 
     /// Runs `call`; the socket is shut if it takes longer than the limit, which ends it.
@@ -83,10 +79,6 @@ fn watch(shared: &Shared, stream: &UnixStream) {
             Some(deadline) => deadline - now,
             None => Duration::from_secs(3600),
         };
-        state = shared
-            .changed
-            .wait_timeout(state, rest)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
+        state = shared.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
     }
 }

@@ -28,14 +28,7 @@ impl Served {
         let export = format!(
             "type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={socket},{export}"
         );
-        let args = [
-            "--blockdev",
-            &blockdev,
-            "--export",
-            &export,
-            "--pidfile",
-            &at("pid"),
-        ];
+        let args = ["--blockdev", &blockdev, "--export", &export, "--pidfile", &at("pid")];
         let program = PathBuf::from("/usr/bin/qemu-storage-daemon");
         let mut server = Server::start(&program, &args).unwrap();
         server.wait_pidfile(&dir.path().join("pid"), LIMIT).unwrap();
@@ -101,12 +94,7 @@ fn identity_and_refusals_come_back_as_statuses() {
     assert_eq!(disk.get_id().unwrap(), "vhost_user_blk");
     let past_the_end = disk.read(SIZE / 512, &mut [0; 512]);
     assert!(matches!(past_the_end, Err(Error::Status(status::IOERR))));
-    let unknown = Request::Raw {
-        request_type: 77,
-        sector: 0,
-        data: vec![],
-        writable: 0,
-    };
+    let unknown = Request::Raw { request_type: 77, sector: 0, data: vec![], writable: 0 };
     assert_eq!(disk.run(&unknown).unwrap().status, status::UNSUPP);
 }
 
@@ -212,10 +200,7 @@ fn memory_can_be_announced_region_by_region_and_added_while_running() {
         memory_messages: MemoryMessages::Slots,
         ..Options::default()
     });
-    assert_ne!(
-        disk.connection().protocol() & protocol::CONFIGURE_MEM_SLOTS,
-        0
-    );
+    assert_ne!(disk.connection().protocol() & protocol::CONFIGURE_MEM_SLOTS, 0);
     let data = pattern(4096, 3);
     disk.write(0, &data).unwrap();
     let memory = disk.memory().clone();
@@ -238,10 +223,7 @@ fn a_null_disk_of_the_size_asked_for_answers() {
 
 #[test]
 fn a_read_only_disk_says_so_and_refuses_writes() {
-    let served = Served::new(
-        "driver=file,node-name=n0,filename=FILE,read-only=on",
-        "writable=off",
-    );
+    let served = Served::new("driver=file,node-name=n0,filename=FILE,read-only=on", "writable=off");
     let mut disk = served.open(&Options::default());
     assert!(disk.has(feature::RO));
     let refused = disk.write(0, &[1; 512]);

@@ -51,11 +51,7 @@ impl Device {
                 (table, index) = (addr, 0);
                 continue;
             }
-            segments.push(Segment {
-                addr,
-                len,
-                device_writes: flags & desc_flag::WRITE != 0,
-            });
+            segments.push(Segment { addr, len, device_writes: flags & desc_flag::WRITE != 0 });
             if flags & desc_flag::NEXT == 0 {
                 return segments;
             }
@@ -78,9 +74,7 @@ impl Device {
         self.memory.write(at, &u32::from(head).to_le_bytes());
         self.memory.write(at + 4, &len.to_le_bytes());
         self.used = self.used.wrapping_add(1);
-        self.memory
-            .atomic_u16(self.ring.used + 2)
-            .store(self.used, Ordering::Release);
+        self.memory.atomic_u16(self.ring.used + 2).store(self.used, Ordering::Release);
     }
 
     /// Does one IN or OUT and says how many bytes it wrote.
@@ -92,11 +86,7 @@ impl Device {
             self.memory.read(s.addr, &mut bytes);
             readable.extend(bytes);
         }
-        let writable: u32 = chain
-            .iter()
-            .filter(|s| s.device_writes)
-            .map(|s| s.len)
-            .sum();
+        let writable: u32 = chain.iter().filter(|s| s.device_writes).map(|s| s.len).sum();
         let kind = u32::from_le_bytes(readable[0..4].try_into().unwrap());
         let at = 512 * u64::from_le_bytes(readable[8..16].try_into().unwrap()) as usize;
         let mut answer = Vec::new();
@@ -138,9 +128,7 @@ fn ring(layout: MemoryLayout, size: u16, event_idx: bool) -> (DriverRing, Device
 }
 
 fn seed() -> u64 {
-    let seed = std::env::var("VUBLK_SEED")
-        .ok()
-        .and_then(|s| s.parse().ok());
+    let seed = std::env::var("VUBLK_SEED").ok().and_then(|s| s.parse().ok());
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     println!("VUBLK_SEED={seed}");
     seed
@@ -218,10 +206,7 @@ fn any_shape_of_request_in_any_order_carries_its_bytes_over_many_turns_of_the_ri
 }
 
 fn one_read(driver: &mut DriverRing) -> Laid {
-    let request = Request::In {
-        sector: 0,
-        len: 512,
-    };
+    let request = Request::In { sector: 0, len: 512 };
     let laid = Laid::new(driver.memory(), &request, &Shape::default()).unwrap();
     driver.add(&laid.segments(), false).unwrap();
     laid
@@ -248,10 +233,7 @@ fn with_event_index_a_kick_is_sent_only_when_the_index_asked_for_is_passed() {
     device.run(false);
     let layout = driver.layout();
     let event = layout.used + 4 + 8 * u64::from(layout.size);
-    driver
-        .memory()
-        .atomic_u16(event)
-        .store(2, Ordering::Relaxed);
+    driver.memory().atomic_u16(event).store(2, Ordering::Relaxed);
     let _second = one_read(&mut driver);
     assert!(!driver.publish().unwrap(), "it asked for the third");
     let _third = one_read(&mut driver);
@@ -286,10 +268,7 @@ fn a_used_entry_that_was_never_in_flight_is_refused() {
 fn a_full_ring_refuses_and_a_finished_chain_makes_room() {
     let (mut driver, mut device) = ring(MemoryLayout::single(1 << 20), 16, true);
     let mut laid: Vec<Laid> = (0..5).map(|_| one_read(&mut driver)).collect();
-    let request = Request::In {
-        sector: 0,
-        len: 512,
-    };
+    let request = Request::In { sector: 0, len: 512 };
     let more = Laid::new(driver.memory(), &request, &Shape::default()).unwrap();
     let refused = driver.add(&more.segments(), false);
     assert!(matches!(refused, Err(Error::RingFull(3, 1))));

@@ -1,0 +1,169 @@
+//! The servers under comparison, and how each is told to serve the same disk.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use vublk_testkit::{Result, Server};
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// Who serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Kind {
+    /// vublk.
+    Vublk,
+    /// qemu-storage-daemon.
+    Qsd,
+    /// A null disk on the stock vhost-user-backend crate.
+    Stock,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Kind::Vublk => "vublk",
+            Kind::Qsd => "qemu-storage-daemon",
+            Kind::Stock => "stock backend",
+        })
+    }
+}
+
+/// What is served.
+#[derive(Debug, Clone)]
+pub enum Content {
+    Null,
+    File { path: PathBuf, direct: bool },
+}
+
+/// How it is served.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub content: Content,
+    /// Disks in the one process.
+    pub disks: usize,
+    pub queues: usize,
+    /// Threads that serve; each disk's queues are dealt to all of them.
+    pub workers: usize,
+}
+
+impl Setup {
+    pub fn one(content: Content) -> Setup {
+        Setup { content, disks: 1, queues: 1, workers: 1 }
+    }
+}
+
+/// Where the programs are.
+pub struct Programs {
+    pub vublk: PathBuf,
+    pub qsd: PathBuf,
+}
+
+/// A server that runs, and the directory with its sockets.
+pub struct Running {
+    pub server: Server,
+    dir: tempfile::TempDir,
+}
+
+impl Running {
+    /// The socket of disk `i`.
+    pub fn socket(&self, i: usize) -> PathBuf {
+        socket(self.dir.path(), i)
+    }
+}
+
+fn socket(dir: &Path, i: usize) -> PathBuf {
+    dir.join(format!("disk{i}"))
+}
+
+/// Starts a server and waits until it is ready. Every thread it has is pinned to `cpu`, if given.
+pub fn start(
+    programs: &Programs,
+    kind: Kind,
+    setup: &Setup,
+    cpu: Option<usize>,
+) -> Result<Running> {
+    let dir = tempfile::tempdir()
+        .map_err(|e| vublk_testkit::Error::Io("directory for sockets".into(), e))?;
+    let server = match kind {
+        Kind::Stock => start_stock(dir.path(), cpu)?,
+        Kind::Vublk => {
+            let mut args = vec!["daemon".to_owned()];
+            args.extend(daemon_args(dir.path(), setup));
+            start_daemon(&programs.vublk, &args, dir.path(), cpu)?
+        }
+        Kind::Qsd => {
+            let args = daemon_args(dir.path(), setup);
+            start_daemon(&programs.qsd, &args, dir.path(), cpu)?
+        }
+    };
+    Ok(Running { server, dir })
+}
+
+fn start_stock(dir: &Path, cpu: Option<usize>) -> Result<Server> {
+    let program = std::env::current_exe()
+        .map_err(|e| vublk_testkit::Error::Io("path of this program".into(), e))?;
+    let path = socket(dir, 0);
+    let args = ["null-server".as_ref(), path.as_os_str()];
+    let mut server = Server::start(&program, &args)?;
+    // No probe by connecting: each connection makes it start a new set of threads.
+    server.wait_until("its socket", START_LIMIT, || path.exists())?;
+    if let Some(cpu) = cpu {
+        server.pin(cpu)?;
+    }
+    Ok(server)
+}
+
+fn start_daemon(program: &Path, args: &[String], dir: &Path, cpu: Option<usize>) -> Result<Server> {
+    let mut server = Server::start(program, args)?;
+    server.wait_pidfile(&dir.join("pid"), START_LIMIT)?;
+    if let Some(cpu) = cpu {
+        server.pin(cpu)?;
+    }
+    Ok(server)
+}
+
+/// The options of qemu-storage-daemon, which `vublk daemon` takes, too.
+fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
+    let mut args = Vec::new();
+    let mut option = |name: &str, value: String| {
+        args.push(format!("--{name}"));
+        args.push(value);
+    };
+    for w in 0..setup.workers {
+        option("object", format!("iothread,id=io{w}"));
+    }
+    let threads = match setup.workers {
+        1 => "iothread=io0".to_owned(),
+        n => (0..n).map(|w| format!("iothread.{w}=io{w}")).collect::<Vec<_>>().join(","),
+    };
+    for i in 0..setup.disks {
+        match &setup.content {
+            Content::Null => {
+                let size = 1u64 << 30;
+                option("blockdev", format!("driver=null-co,node-name=n{i},size={size}"));
+            }
+            Content::File { path, direct } => {
+                let direct = if *direct { "on" } else { "off" };
+                // The servers take turns on one file, so none may lock it.
+                let file = format!(
+                    "driver=file,node-name=f{i},filename={},aio=io_uring,cache.direct={direct},locking=off",
+                    path.display()
+                );
+                option("blockdev", file);
+                option("blockdev", format!("driver=raw,node-name=n{i},file=f{i}"));
+            }
+        }
+        let path = socket(dir, i);
+        option(
+            "export",
+            format!(
+                "type=vhost-user-blk,id=e{i},node-name=n{i},addr.type=unix,addr.path={},writable=on,num-queues={},{threads}",
+                path.display(),
+                setup.queues
+            ),
+        );
+    }
+    option("pidfile", dir.join("pid").display().to_string());
+    args
+}
