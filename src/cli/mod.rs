@@ -2,6 +2,7 @@
 //!
 //! `vublk COMMAND …`, or one of QEMU's programs by the name under which it was called.
 
+mod create;
 mod daemon;
 mod generate;
 mod process;
@@ -31,6 +32,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         arguments: Vec<OsString>,
     },
+    /// Make a new disk image
+    Create(create::Create),
     /// Write the man pages and shell completions that this program's command line defines
     #[command(hide = true)]
     Generate(generate::Generate),
@@ -84,6 +87,7 @@ pub fn main() -> ExitCode {
     let outcome = match command {
         Command::Serve(serve) => serve.run(),
         Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
+        Command::Create(create) => create.run(),
         Command::Generate(generate) => generate.run(Vublk::command()),
     };
     report("vublk", outcome)
