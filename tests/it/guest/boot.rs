@@ -1,0 +1,224 @@
+//! A Linux guest under QEMU: boots with disks attached, runs a shell script, and talks over its
+//! console. Guards that a guest never outlives its test and that no wait is without end.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::server::tied_to_this_thread;
+
+/// How long a guest may live, from its start to its power-off: tens of times what it takes on an
+/// idle machine.
+const LIFETIME: Duration = Duration::from_secs(180);
+
+/// Guests run one at a time: each has several emulated processors and half a gigabyte of memory.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A guest to boot. Disks appear in it as /dev/vda, /dev/vdb and so on, in the order they were
+/// added.
+#[derive(Default)]
+pub struct Guest {
+    boot_options: Vec<String>,
+    qemu_options: Vec<String>,
+    disks: usize,
+}
+
+impl Guest {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives the guest `cpus` processors (two without this). Its kernel uses no more queues of a
+    /// disk than it has processors.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.boot_options.extend(["--cpus".into(), cpus.to_string()]);
+        self
+    }
+
+    /// Puts fio into the guest, which then takes a second longer to boot.
+    pub fn with_fio(mut self) -> Self {
+        self.boot_options.push("--fio".into());
+        self
+    }
+
+    /// Attaches the vhost-user-blk server listening at `socket`, with QEMU's own choice of queues:
+    /// one per processor.
+    pub fn disk(self, socket: &Path) -> Self {
+        self.attach(socket, "")
+    }
+
+    /// Attaches the vhost-user-blk server listening at `socket`, with `queues` queues.
+    pub fn disk_with_queues(self, socket: &Path, queues: u32) -> Self {
+        self.attach(socket, &format!(",num-queues={queues}"))
+    }
+
+    fn attach(mut self, socket: &Path, properties: &str) -> Self {
+        let chardev = format!("disk{}", self.disks);
+        self.disks += 1;
+        self.qemu_options.extend([
+            "-chardev".into(),
+            format!("socket,id={chardev},path={}", socket.display()),
+            "-device".into(),
+            format!("vhost-user-blk-pci,chardev={chardev}{properties}"),
+        ]);
+        self
+    }
+
+    /// Boots the guest, which then runs `script` under `sh`.
+    pub fn boot(self, script: &str) -> RunningGuest {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        build_guest();
+        let dir = tempfile::tempdir().unwrap();
+        let script_path = dir.path().join("script");
+        fs::write(&script_path, script).unwrap();
+        let mut qemu = tied_to_this_thread(guest_dir().join("boot.sh"))
+            .args(self.boot_options)
+            .arg(script_path)
+            .args(self.qemu_options)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        let (sender, lines) = channel();
+        forward_lines(qemu.stdout.take().unwrap(), sender.clone());
+        forward_lines(qemu.stderr.take().unwrap(), sender);
+        RunningGuest { qemu, lines, console: Console::default(), started, _dir: dir, _turn: turn }
+    }
+
+    /// Boots the guest, runs `script` to its end, and fails the test unless its exit code is 0.
+    pub fn run(self, script: &str) -> Console {
+        self.boot(script).finish()
+    }
+}
+
+/// A booted guest. Ended with the value, by force if it still runs.
+pub struct RunningGuest {
+    qemu: Child,
+    lines: Receiver<String>,
+    console: Console,
+    started: Instant,
+    _dir: TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl RunningGuest {
+    /// Waits until the guest prints a line that begins with `word`; fails the test if it ends
+    /// without.
+    pub fn wait_for(&mut self, word: &str) {
+        while let Some(line) = self.next_line() {
+            if line.starts_with(word) {
+                return;
+            }
+        }
+        panic!("the guest ended without saying {word:?}; its console:\n{}", self.console.text());
+    }
+
+    /// Sends one line to the guest's standard input.
+    pub fn say(&mut self, line: &str) {
+        writeln!(self.qemu.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Waits for the power-off, and fails the test unless the script's exit code is 0.
+    pub fn finish(mut self) -> Console {
+        while self.next_line().is_some() {}
+        let status = self.qemu.wait().unwrap();
+        let console = std::mem::take(&mut self.console);
+        assert!(
+            status.success() && console.values("GUEST-EXIT").eq(["0"]),
+            "the guest's script failed (QEMU: {status}); its console:\n{}",
+            console.text()
+        );
+        console
+    }
+
+    /// The next line of the console; `None` once QEMU has closed it.
+    fn next_line(&mut self) -> Option<String> {
+        let left = LIFETIME.saturating_sub(self.started.elapsed());
+        match self.lines.recv_timeout(left) {
+            Ok(line) => {
+                self.console.lines.push((self.started.elapsed(), line.clone()));
+                Some(line)
+            }
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => {
+                panic!(
+                    "the guest still ran after {LIFETIME:?}; its console:\n{}",
+                    self.console.text()
+                )
+            }
+        }
+    }
+}
+
+impl Drop for RunningGuest {
+    fn drop(&mut self) {
+        // Both fail only when QEMU has already been waited for.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// What a guest printed, each line with the time since QEMU's start.
+#[derive(Default)]
+pub struct Console {
+    lines: Vec<(Duration, String)>,
+}
+
+impl Console {
+    /// The rest of every line that begins with `word` and a space, in order.
+    pub fn values(&self, word: &str) -> impl Iterator<Item = &str> {
+        self.lines.iter().filter_map(move |(_, line)| line.strip_prefix(word)?.strip_prefix(' '))
+    }
+
+    /// The rest of the only line that begins with `word` and a space.
+    pub fn value(&self, word: &str) -> &str {
+        let mut values = self.values(word);
+        match (values.next(), values.next()) {
+            (Some(value), None) => value,
+            _ => panic!("the guest did not print one line {word:?}; its console:\n{}", self.text()),
+        }
+    }
+
+    /// The whole console, for messages.
+    pub fn text(&self) -> String {
+        self.lines
+            .iter()
+            .map(|(time, line)| format!("{:8.2} {line}\n", time.as_secs_f64()))
+            .collect()
+    }
+}
+
+fn forward_lines(from: impl Read + Send + 'static, to: Sender<String>) {
+    std::thread::spawn(move || {
+        for line in BufReader::new(from).split(b'\n') {
+            let Ok(line) = line else { break };
+            // The receiver is gone once the test has ended; there is nobody left to tell.
+            if to.send(String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned()).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+fn guest_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest")
+}
+
+/// Builds the kernel and the initramfs if they are not there (the script has a lock against other
+/// processes).
+fn build_guest() {
+    static BUILT: Once = Once::new();
+    BUILT.call_once(|| {
+        let status =
+            Command::new(guest_dir().join("build.sh")).stdin(Stdio::null()).status().unwrap();
+        assert!(status.success(), "tests/guest/build.sh failed: {status}");
+    });
+}

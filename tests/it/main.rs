@@ -1,0 +1,4 @@
+//! The integration tests: one binary, one module per subject, all driving the built `vublk` from
+//! outside.
+
+mod guest;
