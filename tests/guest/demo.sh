@@ -5,18 +5,21 @@ set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
 here=$(cd "$(dirname "$0")" && pwd)
-vublk=${CARGO_TARGET_DIR:-$here/../../target}/release/vublk
+target=${CARGO_TARGET_DIR:-$here/../../target}
+vublk=$target/release/vublk
 size_mib=1024
 boot_limit_s=180
 
+# The disk lies beside what cargo builds: the system's temporary folder may know no O_DIRECT.
 dir=$(mktemp -d)
-disk=$dir/disk.img
+disk_dir=$(mktemp -d "$target/demo.XXXXXX")
+disk=$disk_dir/disk.img
 socket=$dir/disk.sock
 daemon=
 
 clean_up() {
     [ -z "$daemon" ] || kill -9 "$daemon" 2>/dev/null || true
-    rm -rf "$dir"
+    rm -rf "$dir" "$disk_dir"
 }
 trap clean_up EXIT
 
