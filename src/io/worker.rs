@@ -954,13 +954,20 @@ impl Local {
 
 /// Runs `future` to its end on this thread, as a worker of its own whose ring is `ring`: how tests
 /// run the block layer over a simulated ring.
-pub fn run_on<T>(ring: Box<dyn Ring>, future: impl Future<Output = T> + 'static) -> T
+pub fn run_on<T: 'static>(ring: Box<dyn Ring>, future: impl Future<Output = T> + 'static) -> T {
+    run_local(ring, |_| future)
+}
+
+/// As [`run_on`], for futures whose making wants the worker, to attach sources to it.
+pub fn run_local<T, F>(ring: Box<dyn Ring>, make: impl FnOnce(&mut Local) -> F) -> T
 where
     T: 'static,
+    F: Future<Output = T> + 'static,
 {
     let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
     let shared = Shared::new("simulated", options).expect("an eventfd");
     let mut local = Local::new(ring, shared);
+    let future = make(&mut local);
     let result = Rc::new(RefCell::new(None));
     let theirs = result.clone();
     local.io.spawn(async move {

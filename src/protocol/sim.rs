@@ -13,13 +13,15 @@ pub use fault::{Effect, Fault, Kinds};
 pub use log::{Change, Crash, WriteLog};
 
 use crate::block::{
-    Abilities, Access, Driver, Error, Extent, Image, Leaf, LocalFuture, Mapping, Place, Precision,
-    SECTOR, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Driver, DriverEntry, Error, Extent, Image, Kind, Leaf, LocalFuture, Mapping,
+    OptionHelp, Place, Precision, SECTOR, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::sim::{Executed, SimFd, SimFile, SimOp, register};
 use crate::io::sync::Mutex;
 use crate::io::{self, Durable, Errno, InFlight, IoResult, IoVec, Op, OpKind, Segments, Started};
 use fault::Faults;
+use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -28,6 +30,31 @@ use std::time::Duration;
 
 /// What a discarded range holds that does not read as zeroes.
 const GARBAGE: u8 = 0xdb;
+
+/// The driver `sim`, for the registries of tests: opens a disk that was [`SimDisk::publish`]ed.
+pub static ENTRY: DriverEntry = DriverEntry {
+    name: "sim",
+    kind: Kind::Protocol,
+    open: |opening, options| {
+        let disk = opening.parse(options).and_then(|NameOnly { disk }| {
+            let found = PUBLISHED.lock().get(&disk).cloned();
+            found.ok_or_else(|| Error::new(format!("no simulated disk is called '{disk}'")))
+        });
+        Box::pin(std::future::ready(disk.map(|disk| disk.driver())))
+    },
+    options: &[OptionHelp { name: "disk", value: "str", help: "a published disk" }],
+    prefixes: &[],
+    create: None,
+    probe: None,
+};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NameOnly {
+    disk: String,
+}
+
+static PUBLISHED: Mutex<BTreeMap<String, SimDisk>> = Mutex::new(BTreeMap::new());
 
 /// What a disk is like.
 #[derive(Clone, Debug)]
@@ -124,6 +151,11 @@ impl SimDisk {
     pub fn driver(&self) -> Box<dyn Driver> {
         let file: Arc<dyn SimFile> = self.0.clone();
         Box::new(Sim { disk: self.0.clone(), fd: register(Arc::downgrade(&file)) })
+    }
+
+    /// Gives the disk a name by which [`ENTRY`] opens it.
+    pub fn publish(&self, name: &str) {
+        PUBLISHED.lock().insert(name.to_owned(), self.clone());
     }
 
     /// Adds a rule, behind those that there are.
