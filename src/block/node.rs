@@ -119,7 +119,10 @@ impl Node {
     // ---- The fast road
 
     /// Where the bytes from `at` on live, without I/O, locks or allocation. A write that must wait
-    /// for another, or has to be aligned, is answered with `Slow`.
+    /// for another, has to be aligned, or is not permitted, is answered with `Slow`.
+    ///
+    /// The caller has checked that the range lies inside the disk ([`Node::len`]), because asking
+    /// all nodes on the way for their length would cost more than the rest.
     pub fn map<'a>(
         &'a self,
         inflight: &'a InFlight,
@@ -128,7 +131,9 @@ impl Node {
         access: Access,
     ) -> Mapping<'a> {
         if access != Access::Read
-            && (self.overlap.has_barrier() || self.options.detect_zeroes != DetectZeroes::Off)
+            && (self.overlap.has_barrier()
+                || self.options.detect_zeroes != DetectZeroes::Off
+                || self.check_writable().is_err())
         {
             return Mapping::slow(want);
         }
