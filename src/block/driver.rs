@@ -35,7 +35,8 @@ pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 pub struct Traits {
     /// Of offset and length of every read and write. At most 2 MiB.
     pub request_align: u32,
-    /// Of each memory segment's address and length.
+    /// Of each memory segment's address; its length is a multiple of this or of `request_align`,
+    /// whichever is less.
     pub buffer_align: u32,
     /// Most bytes in one read or write.
     pub max_transfer: u32,

@@ -344,6 +344,18 @@ impl Node {
         Ok(())
     }
 
+    /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk.
+    async fn read_block(&self, at: u64, into: &mut [u8]) -> IoResult {
+        let into = IoVec::from_mut(into);
+        if into.is_aligned(self.traits.buffer_align) {
+            return self.read_pieces(at, &into).await;
+        }
+        let mut bounce = self.bounce(into.len())?;
+        self.read_pieces(at, &bounce.io_vec()).await?;
+        into.copy_from(&bounce);
+        Ok(())
+    }
+
     async fn write_pieces(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
         let mut done = 0;
         while done < from.len() {
@@ -388,12 +400,11 @@ impl Node {
             let n = (end - pos).min(BOUNCE_LIMIT.max(align));
             let mut bounce = self.bounce(n)?;
             if pos < at {
-                self.read_pieces(pos, &IoVec::from_mut(&mut bounce[..align as usize])).await?;
+                self.read_block(pos, &mut bounce[..align as usize]).await?;
             }
             let tail = (n - align) as usize;
             if pos + n > at + from.len() && (tail > 0 || pos >= at) {
-                let last = &mut bounce[tail..][..align as usize];
-                self.read_pieces(pos + tail as u64, &IoVec::from_mut(last)).await?;
+                self.read_block(pos + tail as u64, &mut bounce[tail..][..align as usize]).await?;
             }
             let skip = at.saturating_sub(pos);
             let done = (pos + skip) - at;
