@@ -1,0 +1,175 @@
+//! Disks for the tests: graphs opened from option strings, over simulated rings or real workers.
+//!
+//! `sim` opens a published simulated disk, and `suspend` is a filter whose every operation is
+//! suspended once before and once after it reaches the node below.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::Poll;
+use vublk::block::registry::{DriverEntry, Kind};
+use vublk::block::*;
+use vublk::io::sim::{Disorder, SimRing};
+use vublk::io::{InFlight, IoResult, IoVec, Local, run_local};
+use vublk::options::{NodeRef, keyval};
+use vublk::protocol::sim::{self, SimDisk, SimOptions};
+
+pub static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
+    Registry::new(&[vublk::format::LIST, vublk::protocol::LIST, &[&sim::ENTRY, &SUSPEND]])
+});
+
+/// The seed of a random test: from `VUBLK_SEED`, or a new one. It is printed, and shown when the
+/// test fails.
+pub fn seed() -> u64 {
+    let given = std::env::var("VUBLK_SEED").ok().map(|text| text.parse().expect("a number"));
+    let seed = given.unwrap_or_else(|| fastrand::u64(..));
+    println!("VUBLK_SEED={seed}");
+    seed
+}
+
+/// A name that no other disk of this process has.
+pub fn unique() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("disk{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A new simulated disk, and the options that open it.
+pub fn sim_disk(options: SimOptions) -> (SimDisk, String) {
+    let (disk, name) = (SimDisk::new(options), unique());
+    disk.publish(&name);
+    (disk, format!("driver=sim,disk={name}"))
+}
+
+/// Runs a test on a simulated ring.
+pub fn simulated<T, F>(disorder: Disorder, make: impl FnOnce(&mut Local) -> F) -> T
+where
+    T: 'static,
+    F: Future<Output = T> + 'static,
+{
+    let ring = SimRing::new(disorder).expect("a simulated ring");
+    run_local(Box::new(ring), make)
+}
+
+/// An open disk with all permissions.
+pub struct Opened {
+    pub graph: Graph,
+    pub node: Arc<Node>,
+    _attachment: Attachment,
+}
+
+/// Opens what `options` describe and takes `held` on it.
+pub async fn open_holding(options: &str, held: Perm) -> Result<Opened, Error> {
+    let graph = Graph::new(&REGISTRY);
+    let options = format!("{options},node-name=top");
+    let map = keyval::parse(&options, None).expect("well-formed options").options;
+    let node = graph.open(map).await?;
+    let attachment = graph.attach(&node, "a test", Perms { held, shared: Perm::all() }, None)?;
+    Ok(Opened { graph, node, _attachment: attachment })
+}
+
+pub async fn open(options: &str) -> Opened {
+    let opened = open_holding(options, Perm::CONSISTENT_READ | Perm::WRITE).await;
+    opened.unwrap_or_else(|error| panic!("{options}: {error}"))
+}
+
+/// Lets everything else that is ready run first.
+pub async fn suspend_once() {
+    let suspended = Cell::new(false);
+    std::future::poll_fn(|cx| {
+        if suspended.replace(true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
+}
+
+static SUSPEND: DriverEntry = DriverEntry {
+    name: "suspend",
+    kind: Kind::Filter,
+    open: |opening, mut options| {
+        Box::pin(async move {
+            let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
+            let child = opening.child("file", file, Inherit::Storage, Perms::NONE).await?;
+            Ok(Box::new(Suspend([child])) as Box<dyn Driver>)
+        })
+    },
+    options: &[],
+    prefixes: &[],
+    create: None,
+    probe: None,
+};
+
+struct Suspend([Child; 1]);
+
+impl Suspend {
+    async fn around<T>(&self, what: impl AsyncFnOnce(&Node) -> T) -> T {
+        suspend_once().await;
+        let result = what(&self.0[0].node()).await;
+        suspend_once().await;
+        result
+    }
+}
+
+impl Driver for Suspend {
+    fn name(&self) -> &'static str {
+        "suspend"
+    }
+
+    fn traits(&self) -> Traits {
+        self.0[0].node().traits()
+    }
+
+    fn len(&self) -> u64 {
+        self.0[0].node().driver().len()
+    }
+
+    fn children(&self) -> &[Child] {
+        &self.0
+    }
+
+    fn map<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+        access: Access,
+    ) -> Mapping<'a> {
+        self.0[0].fast(inflight).map(inflight, at, want, access)
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.around(async move |node: &Node| node.read(at, into).await))
+    }
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.around(async move |node: &Node| node.write(at, from, flags).await))
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.around(async move |node: &Node| node.zero(at, len, flags).await))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.around(async move |node: &Node| node.discard(at, len).await))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.around(async move |node: &Node| node.flush().await))
+    }
+
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(self.around(async move |node: &Node| node.status(at, len, precision).await))
+    }
+
+    fn child_perms(&self, _: usize, own: Perms) -> Perms {
+        Perms::filter(own)
+    }
+}
