@@ -1,8 +1,8 @@
 //! Raw: the bytes of the file as they are, or a window of them (`offset`, `size`).
 //!
-//! It has no metadata, so it asks of its file what its own users ask of it, no more: several users
-//! on one raw node are legal if they allow each other, and so is the raw node beside users of its
-//! file. A window does not let its file shrink or grow under it.
+//! Several users on one raw node are legal if they allow each other. Below it, nobody else may write
+//! or resize: a second guest on the same file, through another node or another process, destroys its
+//! file system. (qemu-storage-daemon allows it; its guests' devices, like us, do not.)
 
 use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
 use crate::block::registry::{DriverEntry, Kind, OptionHelp};
@@ -211,11 +211,8 @@ impl Driver for Raw {
     }
 
     fn child_perms(&self, _child: usize, own: Perms) -> Perms {
-        let mut perms = Perms::filter(own);
-        if self.offset != 0 || self.size.is_some() {
-            perms.shared -= Perm::RESIZE;
-        }
-        perms
+        // No metadata of its own, so no more is held than the users hold.
+        Perms { held: own.held, shared: own.shared - (Perm::WRITE | Perm::RESIZE) }
     }
 
     fn image(&self) -> Option<&dyn Image> {
