@@ -1,7 +1,8 @@
-//! The integration tests: one binary, one module per subject, all driving the built `vublk` from
+//! The integration tests: one binary, one module per subject, most driving the built `vublk` from
 //! outside.
 
 mod disks;
 mod fast_road;
+mod file;
 mod guest;
 mod node;
