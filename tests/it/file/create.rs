@@ -4,7 +4,7 @@ use super::*;
 use std::os::unix::fs::MetadataExt;
 use vublk::block::create::Creation;
 use vublk::options::Size;
-use vublk::options::qemuopts;
+use vublk::options::{Map, qemuopts};
 use vublk::protocol::file::create::{CreateOptions, Preallocation, create_device, create_file};
 
 fn sized(size: u64) -> CreateOptions {
@@ -45,11 +45,13 @@ fn the_registry_makes_files_from_the_options_of_the_command_line() {
     let dir = on_disk();
     let filename = dir.path().join("a.img").to_str().unwrap().to_owned();
     let registry = vublk::drivers::registry();
-    let entry = registry.get("file").unwrap().create.unwrap();
     let text = "size=1M,preallocation=falloc,nocow=on,extent_size_hint=64k";
-    let map = qemuopts::parse(text, None).unwrap().options;
-    let creation = Creation { registry, filename: filename.clone() };
-    Bench::new().run(move || async move { (entry.create)(&creation, map).await }).unwrap();
+    let given = qemuopts::parse(text, None).unwrap().options;
+    let mut file = Map::new();
+    file.insert("driver", "file");
+    file.insert("filename", &*filename);
+    let creation = Creation::new(registry, "raw", (&filename, file), given, None).unwrap();
+    Bench::new().run(move || async move { creation.run().await }).unwrap();
     let metadata = std::fs::metadata(&filename).unwrap();
     assert_eq!(metadata.len(), 1 << 20);
     assert!(metadata.blocks() * 512 >= 1 << 20);
