@@ -83,8 +83,6 @@ pub struct NewExport {
     pub disk: DiskOptions,
     pub address: Address,
     pub workers: Vec<Arc<Worker>>,
-    /// What others may do to the node meanwhile, in this process and (by image locks) outside.
-    pub shared: Perm,
 }
 
 impl Service {
@@ -186,14 +184,12 @@ impl Service {
             num_queues: options.num_queues.unwrap_or(1),
             serial: SERIAL.into(),
         };
-        // As qemu-storage-daemon's exports: what may share the node is the user's to decide.
-        let shared = Perm::all();
-        self.export(NewExport { id, node, disk, address, workers, shared })
+        self.export(NewExport { id, node, disk, address, workers })
     }
 
     /// Serves a node.
     pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
-        let NewExport { id, node, disk, address, workers, shared } = new;
+        let NewExport { id, node, disk, address, workers } = new;
         if disk.num_queues == 0 {
             return Err(Error::new("num-queues must be greater than 0"));
         }
@@ -207,7 +203,7 @@ impl Service {
         if disk.writable {
             held |= Perm::WRITE;
         }
-        let perms = Perms { held, shared };
+        let perms = Perms { held, shared: Perm::all() };
         let first_worker = self.exports.len();
         let options = ExportOptions { name: id.clone(), disk, workers, first_worker };
         // The front end is let in last: by then all permissions are held.

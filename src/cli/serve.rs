@@ -1,7 +1,7 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
 use super::process::EndSignals;
-use crate::block::{Error, Perm};
+use crate::block::Error;
 use crate::drivers;
 use crate::export::vhost_user_blk::{Address, DiskOptions};
 use crate::io::WorkerOptions;
@@ -156,9 +156,7 @@ impl Serve {
         };
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;
-        // A guest's disk changes under nobody else's hand, whether the guest itself writes or not.
-        let shared = Perm::all() - (Perm::WRITE | Perm::RESIZE);
-        let new = NewExport { id, node, disk, address, workers, shared };
+        let new = NewExport { id, node, disk, address, workers };
         Ok(service.export(new).map_err(|e| e.at(&shown))?)
     }
 
