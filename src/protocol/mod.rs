@@ -7,5 +7,4 @@ pub mod sim;
 use crate::block::DriverEntry;
 
 /// All protocols.
-pub static LIST: &[&DriverEntry] =
-    &[&file::FILE, &file::HOST_DEVICE, &null::CO, &null::AIO];
+pub static LIST: &[&DriverEntry] = &[&file::FILE, &file::HOST_DEVICE, &null::CO, &null::AIO];

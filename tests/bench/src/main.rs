@@ -109,13 +109,13 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         headline("Null disk (null-co)");
         let results = groups::null(&plan)?;
         println!("{}", results.table());
-        verdicts.extend(targets::null(&results));
+        verdicts.extend(under("null", targets::null(&results)));
     }
     if chosen(Group::Tmpfs) {
         headline("Raw file on tmpfs, io_uring");
         let results = groups::tmpfs(&plan)?;
         println!("{}", results.table());
-        verdicts.extend(targets::tmpfs(&results));
+        verdicts.extend(under("tmpfs", targets::tmpfs(&results)));
     }
     if chosen(Group::Direct) {
         headline(&format!("Raw file in {}, cache.direct=on, io_uring", cli.dir.display()));
@@ -125,7 +125,7 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         headline("Null disk, each queue's load and worker together on one CPU");
         let results = groups::queues(&plan)?;
         println!("{}", results.table());
-        verdicts.extend(targets::queues(&results));
+        verdicts.extend(under("null, one CPU", targets::queues(&results)));
     }
     if chosen(Group::Idle) {
         headline("Idle disks, connected, in one process");
@@ -133,6 +133,14 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
     }
     conclude(&verdicts);
     Ok(())
+}
+
+/// Says what disk the verdicts are on.
+fn under(disk: &str, mut verdicts: Vec<Verdict>) -> Vec<Verdict> {
+    for verdict in &mut verdicts {
+        verdict.what = format!("{disk}: {}", verdict.what);
+    }
+    verdicts
 }
 
 fn headline(text: &str) {

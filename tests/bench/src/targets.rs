@@ -82,9 +82,13 @@ pub fn tmpfs(results: &Results) -> Vec<Verdict> {
     results.cells().iter().flat_map(each).flatten().collect()
 }
 
-/// Two queues on two workers against one on one: nothing is shared on the road.
+/// Load and worker on one CPU, where no wake-up crosses CPUs: a fifth of the CPU per request, and
+/// two queues on two workers cost what one on one does, since nothing is shared on the road.
 pub fn queues(results: &Results) -> Vec<Verdict> {
     let mut out = Vec::new();
+    for one in results.cells().iter().filter(|c| c.queues == 1) {
+        out.extend(compare(results, one, (QSD, CPU), "CPU ÷ qsd", 0.2, false));
+    }
     for two in results.cells().iter().filter(|c| c.queues == 2) {
         let one = Cell { queues: 1, ..*two };
         let (Some(a), Some(b)) = (results.median(two, US, CPU), results.median(&one, US, CPU))
