@@ -189,7 +189,10 @@ pub enum Precision {
 }
 
 /// A format, filter or protocol. The module's text says what has been checked before.
-#[expect(clippy::len_without_is_empty, reason = "a disk is asked how long it is, not whether it is")]
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "a disk is asked how long it is, not whether it is"
+)]
 pub trait Driver: Send + Sync + 'static {
     /// As in `driver=NAME`.
     fn name(&self) -> &'static str;

@@ -29,7 +29,9 @@ pub use iovec::{AlignedBuf, IoVec, is_aligned};
 pub use offload::offload;
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
 pub use timer::sleep;
-pub use worker::{Io, Local, Polled, Source, SourceId, Worker, WorkerOptions, current, run_local, run_on};
+pub use worker::{
+    Io, Local, Polled, Source, SourceId, Worker, WorkerOptions, current, run_local, run_on,
+};
 
 use std::os::fd::RawFd;
 

@@ -18,7 +18,6 @@ fn a_quick_run_over_two_servers_prints_a_row_for_each_on_each_load() {
     let (qsd, stock) = (rows("| qemu-storage-daemon |"), rows("| stock backend |"));
     assert!(!qsd.is_empty(), "{text}");
     assert_eq!(qsd.len(), stock.len());
-    assert!(!text.contains("| 0 |"), "a server finished nothing: {text}");
     assert!(text.contains("qemu-storage-daemon version"), "{text}");
 }
 
