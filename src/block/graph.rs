@@ -258,14 +258,16 @@ impl Graph {
         let children = children.collect::<Result<Vec<_>, _>>()?;
         let (uses, perms) = (Vec::new(), Perms::NONE);
         let entry = Entry { node, monitor: false, uses, children, perms, locked: perms };
-        // Openings and nodes are numbered alike, so the node gets its opening's number.
-        state.nodes.insert(opening, entry);
+        // A number of its own, because children that were opened with it are older.
+        state.next_id += 1;
+        let id = state.next_id;
+        state.nodes.insert(id, entry);
         let mut plan = Plan::new(&mut state);
         plan.remove(by_opening(opening));
-        plan.add_edges(opening);
+        plan.add_edges(id);
         let result = plan.apply();
         if result.is_err() {
-            state.nodes.remove(&opening);
+            state.nodes.remove(&id);
         }
         result
     }

@@ -71,8 +71,7 @@ impl Graph {
         check_traits(&child.node(), node)?;
         // Whoever may have fast requests through the parent has them through the new node from
         // now on.
-        let members = parent.members();
-        members.iter().for_each(|member| node.add_member(member));
+        parent.members().iter().for_each(|member| node.add_member(member));
         {
             let mut state = self.0.state.lock();
             let (from, to) = (state.id(parent)?, state.id(node)?);
@@ -85,6 +84,9 @@ impl Graph {
         if parent.len() != len {
             drained.users.iter().for_each(|user| user.resized());
         }
+        // Again, for those who came to the parent and found the old node below it.
+        let members = parent.members();
+        members.iter().for_each(|member| node.add_member(member));
         epoch::synchronize(&members).await;
         drop(old);
         release_locks(&mut self.0.state.lock());

@@ -1,1 +1,767 @@
+//! The graph over drivers that do nothing but tell what was asked of them.
 
+use super::*;
+use crate::block::registry::{DriverEntry, Kind, OpenFn};
+use crate::block::*;
+use crate::io::epoch::Announcer;
+use crate::io::{InFlight, IoResult, IoVec, WorkerOptions};
+use crate::options::{NodeRef, json, keyval};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+// ---- Drivers
+
+/// What is known of a store, also after it is gone.
+#[derive(Default)]
+struct StoreState {
+    closed: AtomicBool,
+    /// Locks are refused from here on.
+    refuse: AtomicBool,
+    len: AtomicU64,
+    locked: Mutex<Option<Perms>>,
+    /// Rollbacks seen.
+    rollbacks: AtomicUsize,
+}
+
+static STORES: LazyLock<Mutex<HashMap<String, Arc<StoreState>>>> = LazyLock::new(Mutex::default);
+
+/// A store by its tag; each test has tags of its own.
+fn store(tag: &str) -> Arc<StoreState> {
+    STORES.lock().entry(tag.to_owned()).or_default().clone()
+}
+
+impl StoreState {
+    fn locked(&self) -> Perms {
+        self.locked.lock().unwrap_or(Perms::NONE)
+    }
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct StoreOptions {
+    tag: String,
+    align: Option<u32>,
+    #[serde(default)]
+    broken: bool,
+    #[serde(default)]
+    write_protected: bool,
+    id: Option<u64>,
+}
+
+/// The bottom: `id` shows in where it maps to.
+struct Store {
+    state: Arc<StoreState>,
+    id: u64,
+    traits: Traits,
+}
+
+const ID_SHIFT: u32 = 32;
+
+async fn open_store(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
+    let options: StoreOptions = opening.parse(map)?;
+    if options.broken {
+        return Err(Error::new("broken"));
+    }
+    let state = store(&options.tag);
+    state.len.store(1 << 20, Ordering::SeqCst);
+    let mut traits = Traits { request_align: options.align.unwrap_or(1), ..Traits::default() };
+    if options.write_protected {
+        traits.abilities |= Abilities::READ_ONLY;
+    }
+    Ok(Box::new(Store { state, id: options.id.unwrap_or(0), traits }))
+}
+
+impl Driver for Store {
+    fn name(&self) -> &'static str {
+        "store"
+    }
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+    fn len(&self) -> u64 {
+        self.state.len.load(Ordering::SeqCst)
+    }
+    fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, _: Access) -> Mapping<'a> {
+        Mapping {
+            len: want,
+            target: Target::Data { leaf: self, offset: (self.id << ID_SHIFT) + at },
+        }
+    }
+    fn read<'a>(&'a self, _: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        into.zero();
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn write<'a>(&'a self, _: u64, _: &'a IoVec<'a>, _: WriteFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn status(&self, _: u64, len: u64, _: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(std::future::ready(Ok(Extent { len, status: Status::DATA, place: None })))
+    }
+    fn locks(&self) -> Option<&dyn Locks> {
+        Some(self)
+    }
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+    fn close(&self) -> LocalFuture<'_, IoResult> {
+        assert!(!self.state.closed.swap(true, Ordering::SeqCst), "closed once");
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+impl Leaf for Store {
+    unsafe fn start(
+        &self,
+        _: &crate::io::Io,
+        _: Transfer<'_>,
+        _: crate::io::Token,
+    ) -> crate::io::Started {
+        crate::io::Started::Done(Ok(()))
+    }
+}
+
+impl Locks for Store {
+    fn prepare(&self, old: Perms, new: Perms) -> Result<(), Error> {
+        assert_eq!(old, self.state.locked(), "prepared from where the locks stand");
+        if self.state.refuse.load(Ordering::SeqCst) {
+            return Err(Error::new("Failed to get \"write\" lock"));
+        }
+        *self.state.locked.lock() = Some(old.and(new));
+        Ok(())
+    }
+    fn commit(&self, old: Perms, new: Perms) {
+        assert_eq!(self.state.locked(), old.and(new), "prepared before");
+        *self.state.locked.lock() = Some(new);
+    }
+    fn rollback(&self, old: Perms, _: Perms) {
+        self.state.rollbacks.fetch_add(1, Ordering::SeqCst);
+        *self.state.locked.lock() = Some(old);
+    }
+}
+
+impl Image for Store {
+    fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
+        self.state.len.store(len, Ordering::SeqCst);
+        Box::pin(std::future::ready(Ok(())))
+    }
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        Box::pin(std::future::ready(Ok(0)))
+    }
+}
+
+/// A layer that passes everything to its first child.
+struct Layer {
+    name: &'static str,
+    children: Vec<Child>,
+    perms: fn(Perms) -> Perms,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct LayerOptions {
+    file: NodeRef,
+    data: Option<NodeRef>,
+    #[serde(default)]
+    broken: bool,
+}
+
+async fn open_layer(
+    opening: &mut Opening,
+    map: Map,
+    name: &'static str,
+    perms: fn(Perms) -> Perms,
+) -> Result<Box<dyn Driver>, Error> {
+    let options: LayerOptions = opening.parse(map)?;
+    let during = perms(Perms::NONE);
+    let mut children = vec![opening.child("file", options.file, Inherit::Storage, during).await?];
+    if let Some(data) = options.data {
+        children.push(opening.child("data", data, Inherit::Storage, during).await?);
+    }
+    if options.broken {
+        return Err(Error::new("broken"));
+    }
+    Ok(Box::new(Layer { name, children, perms }))
+}
+
+impl Driver for Layer {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn traits(&self) -> Traits {
+        self.children[0].node().traits()
+    }
+    fn len(&self) -> u64 {
+        self.children[0].node().len()
+    }
+    fn children(&self) -> &[Child] {
+        &self.children
+    }
+    fn map<'a>(&'a self, io: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {
+        self.children[0].fast(io).map(io, at, want, access)
+    }
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move { self.children[0].node().read(at, into).await })
+    }
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        f: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move { self.children[0].node().write(at, from, f).await })
+    }
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move { self.children[0].node().flush().await })
+    }
+    fn status(&self, at: u64, len: u64, p: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(async move { self.children[0].node().status(at, len, p).await })
+    }
+    fn child_perms(&self, _: usize, own: Perms) -> Perms {
+        (self.perms)(own)
+    }
+}
+
+/// What a format holds from the beginning: it may write at any time.
+fn strict(own: Perms) -> Perms {
+    Perms::format(Perms { held: own.held | Perm::WRITE, ..own })
+}
+
+const fn entry(name: &'static str, open: OpenFn) -> DriverEntry {
+    let kind = Kind::Format;
+    DriverEntry { name, kind, open, options: &[], prefixes: &[], create: None, probe: None }
+}
+
+static STORE: DriverEntry = entry("store", |o, map| Box::pin(open_store(o, map)));
+static PASS: DriverEntry = entry("pass", |o, map| Box::pin(open_layer(o, map, "pass", |own| own)));
+static STRICT: DriverEntry =
+    entry("strict", |o, map| Box::pin(open_layer(o, map, "strict", strict)));
+
+// ---- The bench
+
+struct Bench {
+    graph: Graph,
+    worker: Worker,
+}
+
+const READ: Perm = Perm::CONSISTENT_READ;
+const SHARE_ALL: Perm = Perm::all();
+
+fn reads() -> Perms {
+    Perms { held: READ, shared: SHARE_ALL }
+}
+
+fn writes() -> Perms {
+    Perms { held: READ | Perm::WRITE, shared: SHARE_ALL }
+}
+
+impl Bench {
+    fn new() -> Bench {
+        static REGISTRY: LazyLock<Registry> =
+            LazyLock::new(|| Registry::new(&[&[&STORE, &PASS, &STRICT]]));
+        let worker = Worker::start("graph", WorkerOptions::default()).unwrap();
+        Bench { graph: Graph::new(&REGISTRY), worker }
+    }
+
+    fn open(&self, options: &str) -> Result<Arc<Node>, String> {
+        let options = match json::parse(options) {
+            Ok(crate::options::Value::Map(map)) => map,
+            _ => keyval::parse(options, None).map_err(|e| e.to_string())?.options,
+        };
+        self.graph.open_on(&self.worker, options).map_err(|e| e.to_string())
+    }
+
+    fn delete(&self, name: &str) -> Result<(), String> {
+        let (graph, name) = (self.graph.clone(), name.to_owned());
+        let result = self.worker.block_on(move || async move { graph.delete(&name).await });
+        result.map_err(|e| e.to_string())
+    }
+
+    fn attach(&self, name: &str, perms: Perms) -> Result<Attachment, String> {
+        let node = self.graph.find(name).unwrap();
+        self.graph.attach(&node, "an unnamed block device", perms, None).map_err(|e| e.to_string())
+    }
+
+    fn replace(&self, parent: &str, role: &'static str, node: &str) -> Result<(), String> {
+        let graph = self.graph.clone();
+        let parent = graph.find(parent).unwrap();
+        let node = graph.find(node).unwrap();
+        let result =
+            self.worker.block_on(move || async move { graph.replace(&parent, role, &node).await });
+        result.map_err(|e| e.to_string())
+    }
+
+    fn resize(&self, name: &str, len: u64) -> Result<(), String> {
+        let (graph, node) = (self.graph.clone(), self.graph.find(name).unwrap());
+        let result = self.worker.block_on(move || async move { graph.resize(&node, len).await });
+        result.map_err(|e| e.to_string())
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.graph.query().into_iter().map(|info| info.name).collect()
+    }
+}
+
+/// A user that notes what it is told.
+#[derive(Default)]
+struct Export {
+    paused: AtomicUsize,
+    pauses: AtomicUsize,
+    resizes: AtomicUsize,
+}
+
+impl User for Export {
+    fn quiesce(&self) -> LocalFuture<'_, ()> {
+        self.paused.fetch_add(1, Ordering::SeqCst);
+        self.pauses.fetch_add(1, Ordering::SeqCst);
+        Box::pin(crate::io::sleep(std::time::Duration::from_micros(10)))
+    }
+    fn resume(&self) {
+        self.paused.fetch_sub(1, Ordering::SeqCst);
+    }
+    fn resized(&self) {
+        assert_eq!(self.paused.load(Ordering::SeqCst), 1, "told while paused");
+        self.resizes.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+// ---- Opening
+
+#[test]
+fn wrong_options_are_refused_in_qemus_words_and_leave_nothing() {
+    let bench = Bench::new();
+    for (options, wanted) in [
+        ("driver=store,tag=w", "'node-name' must be specified for the root node"),
+        ("node-name=a", "Parameter 'driver' is missing"),
+        ("driver=nope,node-name=a", "Parameter 'driver' does not accept value 'nope'"),
+        ("driver=store,tag=w,node-name=9a", "Invalid node-name: '9a'"),
+        ("driver=store,tag=w,node-name=", "Invalid node-name: ''"),
+        ("driver=store,tag=w,node-name=#block1", "Invalid node-name: '#block1'"),
+        ("driver=store,tag=w,node-name=a2345678901234567890123456789012", "Node name too long"),
+        ("driver=store,tag=w,node-name=a,more=1", "Parameter 'more' is unexpected"),
+        ("driver=store,node-name=a", "Parameter 'tag' is missing"),
+        (
+            "driver=store,tag=w,node-name=a,discard=x",
+            "Parameter 'discard' does not accept value 'x'",
+        ),
+        (
+            "driver=store,tag=w,node-name=a,cache.direct=x",
+            "Parameter 'cache.direct' expects 'on' or 'off'",
+        ),
+        ("driver=store,tag=w,node-name=a,cache.x=on", "Parameter 'cache.x' is unexpected"),
+        (
+            "driver=store,tag=w,node-name=a,force-share=on",
+            "force-share=on can only be used with read-only images",
+        ),
+        (
+            "driver=store,tag=w,node-name=a,detect-zeroes=unmap",
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+        ),
+        ("driver=pass,node-name=a", "Parameter 'file' is missing"),
+        ("driver=pass,node-name=a,file=b", "Cannot find device='b' nor node-name='b'"),
+        ("driver=pass,node-name=a,file=", "Cannot find device='' nor node-name=''"),
+        ("driver=pass,node-name=a,file.tag=w", "Parameter 'file.driver' is missing"),
+        (
+            "driver=pass,node-name=a,file.driver=store,file.tag=w,file.x=1",
+            "Parameter 'file.x' is unexpected",
+        ),
+        (
+            "driver=pass,node-name=a,file.driver=pass,file.file.driver=store,file.file.cache.direct=1",
+            "Parameter 'file.file.cache.direct' expects 'on' or 'off'",
+        ),
+        (
+            "driver=pass,node-name=a,file.driver=store,file.tag=w,file.node-name=a",
+            "Duplicate nodes with node-name='a'",
+        ),
+        ("driver=pass,node-name=a,file.driver=store,file.tag=w1,broken=on", "broken"),
+        ("driver=pass,node-name=a,file.driver=store,file.tag=w,file.broken=on", "broken"),
+    ] {
+        assert_eq!(bench.open(options).err().as_deref(), Some(wanted), "{options}");
+        assert!(bench.names().is_empty(), "{options}");
+    }
+    assert!(store("w1").is_closed(), "what had been opened was closed");
+    assert_eq!(store("w1").locked(), Perms::NONE);
+}
+
+#[test]
+fn a_name_is_given_once() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=once,node-name=a").unwrap();
+    let error = bench.open("driver=store,tag=once,node-name=a").err().unwrap();
+    assert_eq!(error, "Duplicate nodes with node-name='a'");
+    assert_eq!(bench.names(), ["a"]);
+}
+
+#[test]
+fn unnamed_children_get_a_name_and_go_with_their_parent() {
+    let bench = Bench::new();
+    bench.open("driver=pass,node-name=a,file.driver=store,file.tag=unnamed").unwrap();
+    let names = bench.names();
+    assert_eq!(names.len(), 2);
+    let hidden = &names[1];
+    assert!(hidden.starts_with("#block"), "{hidden}");
+    assert_eq!(
+        bench.delete(hidden).unwrap_err(),
+        format!("Node {hidden} is not owned by the monitor")
+    );
+    assert_eq!(bench.graph.query()[0].children, [("file", hidden.clone())]);
+    bench.delete("a").unwrap();
+    assert!(bench.names().is_empty());
+    assert!(store("unnamed").is_closed());
+}
+
+#[test]
+fn nodes_in_use_are_not_deleted() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=use,node-name=f").unwrap();
+    bench.open("driver=pass,node-name=r,file=f").unwrap();
+    assert_eq!(bench.delete("x").unwrap_err(), "Failed to find node with node-name='x'");
+    assert_eq!(bench.delete("f").unwrap_err(), "Block device f is in use");
+    let export = bench.attach("r", reads()).unwrap();
+    assert_eq!(bench.delete("r").unwrap_err(), "Node r is in use");
+    drop(export);
+    bench.delete("r").unwrap();
+    assert_eq!(bench.names(), ["f"]);
+    assert!(!store("use").is_closed());
+    bench.delete("f").unwrap();
+    assert!(store("use").is_closed());
+}
+
+#[test]
+fn a_child_that_others_use_outlives_its_parent() {
+    let bench = Bench::new();
+    bench
+        .open("driver=pass,node-name=a,file.driver=store,file.tag=outlive,file.node-name=f")
+        .unwrap();
+    bench.open("driver=pass,node-name=b,file=f").unwrap();
+    bench.delete("a").unwrap();
+    assert_eq!(bench.names(), ["b", "f"]);
+    bench.delete("b").unwrap();
+    assert!(bench.names().is_empty() && store("outlive").is_closed());
+}
+
+#[test]
+fn inline_children_take_over_caching_and_access() {
+    let bench = Bench::new();
+    let top = "driver=pass,node-name=a,file.driver=pass,file.node-name=b,file.file.driver=store,\
+               file.file.tag=inherit,file.file.node-name=c";
+    let options = format!(
+        "{top},cache.direct=on,cache.no-flush=on,read-only=on,force-share=on,\
+         file.file.cache.no-flush=off"
+    );
+    bench.open(&options).unwrap();
+    let [c, b, a] = ["c", "b", "a"].map(|name| bench.graph.find(name).unwrap().options());
+    assert!(a.direct && a.no_flush && a.read_only && a.force_share && !a.discard);
+    assert!(b.direct && b.no_flush && b.read_only && b.force_share && b.discard);
+    assert!(c.direct && !c.no_flush && c.read_only && c.force_share && c.discard);
+}
+
+#[test]
+fn what_cannot_be_written_is_read_only_where_that_was_allowed() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=wp,node-name=a,write-protected=on,auto-read-only=on").unwrap();
+    bench.open("driver=store,tag=wp2,node-name=b,write-protected=on").unwrap();
+    assert!(bench.graph.find("a").unwrap().options().read_only);
+    assert!(!bench.graph.find("b").unwrap().options().read_only);
+    for name in ["a", "b"] {
+        assert_eq!(bench.attach(name, writes()).err().unwrap(), "Block node is read-only");
+        bench.attach(name, reads()).unwrap();
+    }
+}
+
+#[test]
+fn a_graph_has_a_depth_limit() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=deep,node-name=n1").unwrap();
+    for n in 2..=crate::block::open::DEPTH_LIMIT {
+        bench.open(&format!("driver=pass,node-name=n{n},file=n{}", n - 1)).unwrap();
+    }
+    let limit = crate::block::open::DEPTH_LIMIT;
+    let error = bench.open(&format!("driver=pass,node-name=top,file=n{limit}")).err().unwrap();
+    assert_eq!(error, format!("'top' is more than {limit} nodes deep"));
+    assert_eq!(bench.names().len(), limit);
+}
+
+// ---- Permissions
+
+#[test]
+fn permissions_reach_the_locks_and_leave_with_their_holder() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=reach,node-name=f").unwrap();
+    bench.open("driver=pass,node-name=r,file=f").unwrap();
+    let locked = || store("reach").locked();
+    assert_eq!(locked(), Perms::NONE);
+    let first = bench.attach("r", writes()).unwrap();
+    assert_eq!(locked(), writes());
+    let second = bench.attach("f", writes()).unwrap();
+    assert_eq!(locked(), writes());
+    drop(first);
+    assert_eq!(locked(), writes());
+    assert_eq!(bench.graph.find("r").unwrap().held(), Perm::empty());
+    second.change(reads()).unwrap();
+    assert_eq!(locked(), reads());
+    drop(second);
+    assert_eq!(locked(), Perms::NONE);
+    assert_eq!(bench.graph.find("f").unwrap().held(), Perm::empty());
+}
+
+#[test]
+fn conflicts_name_both_sides_and_change_nothing() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=conflict,node-name=f").unwrap();
+    bench.open("driver=pass,node-name=r,file=f").unwrap();
+    let writer = bench.attach("r", writes()).unwrap();
+    assert_eq!(
+        bench.open("driver=strict,node-name=q,file=f").err().unwrap(),
+        "Permission conflict on node 'f': permissions 'write' are both required by node 'r' (uses \
+         node 'f' as 'file' child) and unshared by node 'q' (uses node 'f' as 'file' child)."
+    );
+    assert_eq!(bench.names(), ["r", "f"]);
+    assert_eq!(store("conflict").locked(), writes());
+    drop(writer);
+    bench.open("driver=strict,node-name=q,file=f").unwrap();
+    let locked = store("conflict").locked();
+    assert!(locked.held.contains(Perm::WRITE) && !locked.shared.contains(Perm::WRITE));
+    assert_eq!(
+        bench.attach("f", writes()).err().unwrap(),
+        "Permission conflict on node 'f': permissions 'write' are both required by an unnamed \
+         block device (uses node 'f' as 'root' child) and unshared by node 'q' (uses node 'f' as \
+         'file' child)."
+    );
+    assert_eq!(
+        bench.open("driver=strict,node-name=q2,file=f").err().unwrap(),
+        "Permission conflict on node 'f': permissions 'write, resize' are both required by node \
+         'q' (uses node 'f' as 'file' child) and unshared by node 'q2' (uses node 'f' as 'file' \
+         child)."
+    );
+    assert_eq!(store("conflict").locked(), locked);
+    let two = [bench.attach("q", writes()), bench.attach("q", writes())];
+    assert!(two.iter().all(Result::is_ok), "two users that share are legal");
+}
+
+#[test]
+fn a_lock_that_is_refused_rolls_back_those_already_taken() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=rb1,node-name=f").unwrap();
+    bench.open("driver=store,tag=rb2,node-name=g").unwrap();
+    bench.open("driver=pass,node-name=r,file=f,data=g").unwrap();
+    for (refusing, other) in [("rb1", "rb2"), ("rb2", "rb1")] {
+        store(refusing).refuse.store(true, Ordering::SeqCst);
+        let error = bench.attach("r", writes()).err().unwrap();
+        assert_eq!(error, "Failed to get \"write\" lock");
+        store(refusing).refuse.store(false, Ordering::SeqCst);
+        assert_eq!(store(other).locked(), Perms::NONE);
+        assert_eq!(store(refusing).locked(), Perms::NONE);
+        for name in ["r", "f", "g"] {
+            assert_eq!(bench.graph.find(name).unwrap().held(), Perm::empty(), "{name}");
+        }
+    }
+    let rolled_back = ["rb1", "rb2"].map(|tag| store(tag).rollbacks.load(Ordering::SeqCst));
+    assert_eq!(rolled_back.iter().sum::<usize>(), 1, "the second lock failed in one of the orders");
+    bench.attach("r", writes()).unwrap();
+}
+
+#[test]
+fn a_node_that_is_reached_twice_is_judged_by_where_it_ends_up() {
+    // Both edges of r change in one transaction; between the two there would be a conflict.
+    let bench = Bench::new();
+    bench.open("driver=store,tag=twice,node-name=f").unwrap();
+    bench.open("driver=pass,node-name=a,file=f").unwrap();
+    bench.open("driver=pass,node-name=r,file=a,data=f").unwrap();
+    let alone = Perms { held: READ, shared: READ };
+    let user = bench.attach("r", alone).unwrap();
+    let wide = Perms { held: READ | Perm::WRITE, shared: SHARE_ALL };
+    user.change(wide).unwrap();
+    assert_eq!(store("twice").locked(), wide);
+}
+
+#[test]
+fn locks_that_will_not_go_do_not_keep_a_user_from_going() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=stuck,node-name=f").unwrap();
+    let user = bench.attach("f", writes()).unwrap();
+    store("stuck").refuse.store(true, Ordering::SeqCst);
+    drop(user);
+    assert_eq!(bench.graph.find("f").unwrap().held(), Perm::empty());
+    assert_eq!(store("stuck").locked(), writes());
+    store("stuck").refuse.store(false, Ordering::SeqCst);
+    drop(bench.attach("f", reads()).unwrap());
+    assert_eq!(store("stuck").locked(), Perms::NONE);
+}
+
+#[test]
+fn force_share_lets_others_write() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=force,node-name=f").unwrap();
+    let _writer = bench.attach("f", writes()).unwrap();
+    assert!(bench.open("driver=pass,node-name=a,file=f,read-only=on").is_ok());
+    let alone = Perms { held: READ, shared: READ };
+    assert!(bench.attach("a", alone).is_err());
+    bench.open("driver=pass,node-name=b,file=f,read-only=on,force-share=on").unwrap();
+    bench.attach("b", alone).unwrap();
+}
+
+// ---- Changes under users
+
+#[test]
+fn an_edge_is_turned_with_users_paused_and_permissions_moved() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=turn1,node-name=f").unwrap();
+    bench.open("driver=store,tag=turn2,node-name=g").unwrap();
+    bench.open("driver=store,tag=turn3,node-name=h,align=4096").unwrap();
+    bench.open("driver=pass,node-name=r,file=f").unwrap();
+    bench.open("driver=pass,node-name=s,file=r").unwrap();
+    let export = Arc::new(Export::default());
+    let top = bench.graph.find("s").unwrap();
+    let user: Arc<dyn User> = export.clone();
+    let _hold = bench.graph.attach(&top, "export", writes(), Some(user)).unwrap();
+
+    bench.replace("r", "file", "g").unwrap();
+    assert_eq!(export.pauses.load(Ordering::SeqCst), 1);
+    assert_eq!(export.paused.load(Ordering::SeqCst), 0);
+    assert_eq!((store("turn1").locked(), store("turn2").locked()), (Perms::NONE, writes()));
+    bench.delete("f").unwrap();
+    assert_eq!(bench.delete("g").unwrap_err(), "Block device g is in use");
+
+    assert_eq!(bench.replace("r", "file", "s").unwrap_err(), "Making 'r' stand on itself");
+    assert_eq!(
+        bench.replace("r", "backing", "g").unwrap_err(),
+        "Node 'r' does not have a 'backing' child"
+    );
+    assert!(bench.replace("r", "file", "h").unwrap_err().contains("aligned to 4096"));
+    assert_eq!(export.paused.load(Ordering::SeqCst), 0);
+    assert_eq!((store("turn2").locked(), store("turn3").locked()), (writes(), Perms::NONE));
+}
+
+#[test]
+fn fast_requests_keep_the_node_that_they_were_mapped_to() {
+    const ROUNDS: u64 = 200;
+    let bench = Bench::new();
+    bench.open("driver=store,tag=load0,id=0,node-name=n0").unwrap();
+    let top = bench.open("driver=pass,node-name=r,file=n0").unwrap();
+    bench.delete("n0").unwrap_err();
+    let stop = AtomicBool::new(false);
+    let requests = AtomicU64::new(0);
+    let broken = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let announcer = Announcer::default();
+                top.add_member(announcer.member());
+                let mut pending = std::collections::VecDeque::new();
+                while !stop.load(Ordering::SeqCst) {
+                    let turn = announcer.enter();
+                    let mapping = top.map(turn.in_flight(), 0, 512, Access::Read);
+                    let Target::Data { offset, .. } = mapping.target else { panic!("not fast") };
+                    pending.push_back((offset >> ID_SHIFT, turn.begin()));
+                    drop(turn);
+                    if pending.len() > 3 {
+                        let (id, generation) = pending.pop_front().unwrap();
+                        if store(&format!("load{id}")).is_closed() {
+                            broken.store(true, Ordering::SeqCst);
+                        }
+                        announcer.end(generation);
+                        announcer.settle();
+                        requests.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+                pending.drain(..).for_each(|(_, generation)| announcer.end(generation));
+                announcer.settle();
+            });
+        }
+        for id in 1..=ROUNDS {
+            bench.open(&format!("driver=store,tag=load{id},id={id},node-name=n{id}")).unwrap();
+            bench.replace("r", "file", &format!("n{id}")).unwrap();
+            bench.delete(&format!("n{}", id - 1)).unwrap();
+            assert!(store(&format!("load{}", id - 1)).is_closed());
+            let seen = requests.load(Ordering::SeqCst);
+            while requests.load(Ordering::SeqCst) == seen {
+                std::thread::yield_now();
+            }
+            if broken.load(Ordering::SeqCst) {
+                break;
+            }
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    assert!(!broken.load(Ordering::SeqCst), "a node was closed under a request");
+    assert_eq!(bench.names(), [format!("n{ROUNDS}"), "r".into()]);
+}
+
+#[test]
+fn resizing_asks_for_permission_and_tells_users() {
+    let bench = Bench::new();
+    bench.open("driver=store,tag=size,node-name=f").unwrap();
+    let top = bench.open("driver=pass,node-name=r,file=f").unwrap();
+    let export = Arc::new(Export::default());
+    let user: Arc<dyn User> = export.clone();
+    let hold = bench.graph.attach(&top, "export 'e0'", writes(), Some(user)).unwrap();
+    bench.resize("f", 2 << 20).unwrap();
+    assert_eq!(top.len(), 2 << 20);
+    assert_eq!(export.resizes.load(Ordering::SeqCst), 1);
+    assert_eq!(export.paused.load(Ordering::SeqCst), 0);
+    assert_eq!(store("size").locked(), writes());
+
+    hold.change(Perms { shared: SHARE_ALL - Perm::RESIZE, ..writes() }).unwrap();
+    assert_eq!(
+        bench.resize("r", 1 << 20).unwrap_err(),
+        "Image format driver does not support resize"
+    );
+    assert_eq!(
+        bench.resize("f", 1 << 20).unwrap_err(),
+        "Permission conflict on node 'f': permissions 'resize' are both required by an unnamed \
+         block device (uses node 'f' as 'root' child) and unshared by node 'r' (uses node 'f' as \
+         'file' child)."
+    );
+    assert_eq!(export.resizes.load(Ordering::SeqCst), 1);
+
+    bench.open("driver=store,tag=size2,node-name=ro,read-only=on").unwrap();
+    assert_eq!(bench.resize("ro", 1 << 20).unwrap_err(), "Image is read-only");
+}
+
+#[test]
+fn changes_take_turns() {
+    let bench = Bench::new();
+    let (graph, names) = (bench.graph.clone(), Arc::new(Mutex::new(Vec::new())));
+    bench.open("driver=store,tag=turns,node-name=f").unwrap();
+    let told = names.clone();
+    bench.worker.block_on(move || async move {
+        let node = graph.find("f").unwrap();
+        let drained = graph.drain(&node).await.unwrap();
+        let (theirs, note) = (graph.clone(), told.clone());
+        crate::io::current().spawn(async move {
+            theirs.delete("f").await.unwrap();
+            note.lock().push("deleted");
+        });
+        crate::io::sleep(std::time::Duration::from_millis(1)).await;
+        assert!(graph.find("f").is_ok(), "nobody changes a drained graph");
+        told.lock().push("resumed");
+        drop(drained);
+    });
+    while names.lock().len() < 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!(*names.lock(), ["resumed", "deleted"]);
+}
+
+#[test]
+fn closing_the_graph_leaves_what_users_hold() {
+    let bench = Bench::new();
+    bench.open("driver=pass,node-name=a,file.driver=store,file.tag=close1").unwrap();
+    bench.open("driver=store,tag=close2,node-name=b").unwrap();
+    let user = bench.attach("b", reads()).unwrap();
+    let close = |graph: Graph| bench.worker.block_on(move || async move { graph.close().await });
+    close(bench.graph.clone());
+    assert_eq!(bench.names(), ["b"]);
+    assert!(store("close1").is_closed() && !store("close2").is_closed());
+    drop(user);
+    close(bench.graph.clone());
+    assert!(bench.names().is_empty() && store("close2").is_closed());
+}
