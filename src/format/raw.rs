@@ -252,3 +252,219 @@ async fn create(creation: &Creation, mut options: Map) -> Result<(), Error> {
     }
     creation.create_file(options).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{AlignedBuf, Errno, Worker, WorkerOptions};
+    use crate::options::keyval;
+    use crate::protocol;
+    use std::path::PathBuf;
+    use std::sync::{Arc, LazyLock};
+
+    /// A file whose bytes tell where they are, and a graph to open it in.
+    struct Bench {
+        graph: Graph,
+        worker: Worker,
+        path: PathBuf,
+        _dir: tempfile::TempDir,
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|at| (at / 7 + at / 512) as u8 | 1).collect()
+    }
+
+    impl Bench {
+        fn new(len: usize) -> Bench {
+            static REGISTRY: LazyLock<Registry> =
+                LazyLock::new(|| Registry::new(&[&[&ENTRY], protocol::LIST]));
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("disk");
+            std::fs::write(&path, pattern(len)).unwrap();
+            let worker = Worker::start("raw", WorkerOptions::default()).unwrap();
+            Bench { graph: Graph::new(&REGISTRY), worker, path, _dir: dir }
+        }
+
+        fn open(&self, name: &str, options: &str) -> Result<Arc<Node>, String> {
+            let options = keyval::parse(options, Some("driver")).unwrap().options;
+            let mut options = Map::from_iter(options);
+            options.insert("node-name", name);
+            self.graph.open_on(&self.worker, options).map_err(|e| e.to_string())
+        }
+
+        /// A file node `f`, and `r` over it.
+        fn raw(&self, options: &str) -> Result<Arc<Node>, String> {
+            if self.graph.find("f").is_err() {
+                self.open("f", &format!("file,filename={}", self.path.display()))?;
+            }
+            self.open("r", &format!("raw,file=f{options}"))
+        }
+
+        fn attach(&self, node: &Arc<Node>) -> Attachment {
+            let held = Perm::CONSISTENT_READ | Perm::WRITE;
+            self.graph.attach(node, "test", Perms { held, shared: Perm::all() }, None).unwrap()
+        }
+
+        fn read(&self, node: &Arc<Node>, at: u64, len: usize) -> Result<Vec<u8>, Errno> {
+            let node = node.clone();
+            self.worker.block_on(move || async move {
+                let mut buf = AlignedBuf::new(len, 1).unwrap();
+                buf.fill(0xee);
+                node.read(at, &buf.io_vec()).await?;
+                Ok(buf.to_vec())
+            })
+        }
+
+        fn write(&self, node: &Arc<Node>, at: u64, len: usize, byte: u8) -> Result<(), Errno> {
+            let node = node.clone();
+            self.worker.block_on(move || async move {
+                let bytes = vec![byte; len];
+                node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+            })
+        }
+
+        fn resize(&self, node: &Arc<Node>, len: u64) -> Result<(), String> {
+            let (graph, node) = (self.graph.clone(), node.clone());
+            let result =
+                self.worker.block_on(move || async move { graph.resize(&node, len).await });
+            result.map_err(|e| e.to_string())
+        }
+    }
+
+    #[test]
+    fn a_window_is_all_that_is_read_and_written() {
+        for (offset, size) in [(0, 8192), (512, 4096), (100, 1024), (4096, 512)] {
+            let bench = Bench::new(16384);
+            let node = bench.raw(&format!(",offset={offset},size={size}")).unwrap();
+            let _hold = bench.attach(&node);
+            assert_eq!(node.len(), size as u64);
+            let mut wanted = pattern(16384);
+            assert_eq!(bench.read(&node, 0, size).unwrap(), wanted[offset..][..size]);
+            assert_eq!(bench.read(&node, 3, 500).unwrap(), wanted[offset + 3..][..500]);
+            bench.write(&node, 0, 7, 0xaa).unwrap();
+            bench.write(&node, size as u64 - 9, 9, 0xbb).unwrap();
+            assert_eq!(bench.write(&node, size as u64 - 9, 10, 0), Err(Errno::EIO));
+            wanted[offset..][..7].fill(0xaa);
+            wanted[offset + size - 9..][..9].fill(0xbb);
+            assert!(std::fs::read(&bench.path).unwrap() == wanted, "offset {offset}, size {size}");
+        }
+    }
+
+    #[test]
+    fn wrong_windows_are_refused_in_qemus_words() {
+        let bench = Bench::new(10240);
+        for (options, wanted) in [
+            (",size=1000", "Specified size is not multiple of 512"),
+            (
+                ",size=10240,offset=512",
+                "The sum of offset (512) and size (10240) has to be smaller or equal to the  actual \
+                 size of the containing file (10240)",
+            ),
+            (
+                ",size=20001",
+                "The sum of offset (0) and size (20001) has to be smaller or equal to the  actual \
+                 size of the containing file (10240)",
+            ),
+            (
+                ",offset=10241,size=1",
+                "Offset (10241) cannot be greater than size of the containing file (10240)",
+            ),
+            (",size=-1", "Parameter 'size' expects a non-negative number below 2^64"),
+            (",size=1M", "Parameter 'size' expects integer"),
+            (",bogus=1", "Parameter 'bogus' is unexpected"),
+        ] {
+            assert_eq!(bench.raw(options).err().as_deref(), Some(wanted), "{options}");
+        }
+        assert_eq!(bench.raw(",offset=10240").unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_disk_is_whole_sectors() {
+        let bench = Bench::new(1000);
+        let node = bench.raw("").unwrap();
+        assert_eq!(node.len(), 1024);
+        let mut wanted = pattern(1000);
+        wanted.resize(1024, 0);
+        assert_eq!(bench.read(&node, 0, 1024).unwrap(), wanted);
+
+        let bench = Bench::new(10240);
+        assert_eq!(bench.raw(",offset=1").unwrap().len(), 10240 - 512);
+    }
+
+    #[test]
+    fn a_window_does_not_let_its_file_change_length() {
+        let bench = Bench::new(10240);
+        let node = bench.raw(",size=512").unwrap();
+        let file = bench.graph.find("f").unwrap();
+        let error = bench.resize(&file, 512).unwrap_err();
+        assert!(error.contains("permissions 'resize' are both required"), "{error}");
+        assert_eq!(bench.resize(&node, 1024).unwrap_err(), "Cannot resize fixed-size raw disks");
+
+        let bench = Bench::new(10240);
+        let node = bench.raw("").unwrap();
+        let _hold = bench.attach(&node);
+        bench.resize(&node, 20480).unwrap();
+        assert_eq!(node.len(), 20480);
+        assert_eq!(std::fs::metadata(&bench.path).unwrap().len(), 20480);
+    }
+
+    #[test]
+    fn a_length_set_behind_an_offset_is_the_disks_own() {
+        let bench = Bench::new(10240);
+        let node = bench.raw(",offset=1024").unwrap();
+        bench.resize(&node, 4096).unwrap();
+        assert_eq!(node.len(), 4096);
+        assert_eq!(std::fs::metadata(&bench.path).unwrap().len(), 5120);
+        let error = bench.resize(&node, i64::MAX as u64 - 1000).unwrap_err();
+        assert_eq!(error, "Disk size too large for the chosen offset");
+    }
+
+    #[test]
+    fn users_of_the_disk_and_of_its_file_get_along() {
+        let bench = Bench::new(10240);
+        let node = bench.raw("").unwrap();
+        let file = bench.graph.find("f").unwrap();
+        let _holds = [bench.attach(&node), bench.attach(&node), bench.attach(&file)];
+        assert_eq!(file.held(), Perm::CONSISTENT_READ | Perm::WRITE);
+    }
+
+    #[test]
+    fn where_bytes_are_is_told_in_the_files_terms() {
+        let bench = Bench::new(10240);
+        let node = bench.raw(",offset=1024,size=2048").unwrap();
+        let extent = bench.worker.block_on(move || async move {
+            node.status(512, 1024, Precision::Zeroes).await.unwrap()
+        });
+        assert_eq!(extent.len, 1024);
+        assert_eq!(extent.place, Some(Place { child: Some(0), offset: 1536 }));
+        assert_eq!(extent.status, Status::DATA | Status::ALLOCATED);
+    }
+
+    #[test]
+    fn an_offset_that_breaks_the_alignment_leaves_it_to_the_file() {
+        let file = Traits { request_align: 512, buffer_align: 512, ..Traits::default() };
+        let file = Traits { zero_align: 4096, discard_align: 65536, ..file };
+        assert_eq!(traits(file, 65536), file);
+        let wanted = Traits { discard_align: 512, ..file };
+        assert_eq!(traits(file, 4096), wanted);
+        let wanted = Traits { zero_align: 512, ..wanted };
+        assert_eq!(traits(file, 512), wanted);
+        let wanted = Traits { request_align: 1, buffer_align: 1, ..wanted };
+        let wanted = Traits { zero_align: 1, discard_align: 1, ..wanted };
+        assert_eq!(traits(file, 100), wanted);
+    }
+
+    #[test]
+    fn a_new_image_is_whole_sectors_and_said_as_qemu_says_it() {
+        let bench = Bench::new(0);
+        let name = bench.path.display().to_string();
+        let file = Map::from_iter([("driver", "file"), ("filename", &name)]);
+        let given = crate::options::qemuopts::parse("preallocation=off", None).unwrap().options;
+        let registry = bench.graph.registry();
+        let creation = Creation::new(registry, "raw", (&name, file), given, Some(1000)).unwrap();
+        let line = format!("Formatting '{name}', fmt=raw size=1000 preallocation=off");
+        assert_eq!(creation.describe(), line);
+        bench.worker.block_on(move || async move { creation.run().await }).unwrap();
+        assert_eq!(std::fs::metadata(&bench.path).unwrap().len(), 1024);
+    }
+}
