@@ -420,12 +420,49 @@ mod tests {
     }
 
     #[test]
-    fn users_of_the_disk_and_of_its_file_get_along() {
+    fn users_of_the_disk_get_along_and_others_only_read_its_file() {
         let bench = Bench::new(10240);
         let node = bench.raw("").unwrap();
         let file = bench.graph.find("f").unwrap();
-        let _holds = [bench.attach(&node), bench.attach(&node), bench.attach(&file)];
+        let _holds = [bench.attach(&node), bench.attach(&node)];
         assert_eq!(file.held(), Perm::CONSISTENT_READ | Perm::WRITE);
+        let take = |held| {
+            let perms = Perms { held, shared: Perm::all() };
+            bench.graph.attach(&file, "test", perms, None).map(drop)
+        };
+        take(Perm::CONSISTENT_READ).unwrap();
+        let error = take(Perm::WRITE).unwrap_err().to_string();
+        assert!(error.contains("'write' are both required by test"), "{error}");
+    }
+
+    /// The bytes of the file that are locked, as the kernel lists them.
+    fn locked_bytes(path: &std::path::Path) -> Vec<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let inode = format!(":{}", std::fs::metadata(path).unwrap().ino());
+        let list = std::fs::read_to_string("/proc/locks").unwrap();
+        let lines = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let ours = lines.filter(|fields| fields.iter().any(|field| field.ends_with(&inode)));
+        let mut bytes: Vec<u64> = ours
+            .flat_map(|fields| {
+                let [.., first, last] = fields[..] else { panic!("{fields:?}") };
+                first.parse().unwrap()..=last.parse().unwrap()
+            })
+            .collect();
+        bytes.sort();
+        bytes
+    }
+
+    #[test]
+    fn the_locks_say_what_is_done_and_that_nobody_else_may_write() {
+        // 100 + i for what is held (0 reads, 1 writes), 200 + i for what nobody else may do
+        // (1 write, 3 resize).
+        let bench = Bench::new(10240);
+        let node = bench.raw("").unwrap();
+        assert_eq!(locked_bytes(&bench.path), [201, 203]);
+        let holds = [bench.attach(&node), bench.attach(&node)];
+        assert_eq!(locked_bytes(&bench.path), [100, 101, 201, 203]);
+        drop(holds);
+        assert_eq!(locked_bytes(&bench.path), [201, 203]);
     }
 
     #[test]
