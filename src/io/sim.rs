@@ -26,6 +26,8 @@ const FIRST_SIM_FD: RawFd = 1 << 30;
 const STALL: Duration = Duration::from_secs(20);
 /// Blocks that a short transfer on a descriptor opened with O_DIRECT still respects, in bytes.
 const DIRECT_BLOCK: u64 = 4096;
+/// The same for other files: sectors are what guests expect to be whole.
+const BLOCK: u64 = 512;
 
 /// What a simulated file is asked to do.
 pub enum SimOp<'a> {
@@ -250,7 +252,7 @@ impl SimRing {
         let block = match &file {
             Some(file) => file.block(),
             None if is_direct(fd) => DIRECT_BLOCK,
-            None => 1,
+            None => BLOCK,
         };
         let op = self.sim_op(begun.submission.kind, block);
         let executed = match &file {

@@ -173,3 +173,10 @@ impl Driver for Suspend {
         Perms::filter(own)
     }
 }
+
+/// A file of zeroes that lies where direct I/O works, beside the build.
+pub fn file_on_disk(len: u64) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a file");
+    file.as_file().set_len(len).expect("room");
+    file
+}

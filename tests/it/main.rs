@@ -5,4 +5,5 @@ mod disks;
 mod fast_road;
 mod file;
 mod guest;
+mod model;
 mod node;
