@@ -53,7 +53,7 @@ where
 
 /// An open disk with all permissions.
 pub struct Opened {
-    pub graph: Graph,
+    _graph: Graph,
     pub node: Arc<Node>,
     _attachment: Attachment,
 }
@@ -65,7 +65,7 @@ pub async fn open_holding(options: &str, held: Perm) -> Result<Opened, Error> {
     let map = keyval::parse(&options, None).expect("well-formed options").options;
     let node = graph.open(map).await?;
     let attachment = graph.attach(&node, "a test", Perms { held, shared: Perm::all() }, None)?;
-    Ok(Opened { graph, node, _attachment: attachment })
+    Ok(Opened { _graph: graph, node, _attachment: attachment })
 }
 
 pub async fn open(options: &str) -> Opened {

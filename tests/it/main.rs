@@ -1,6 +1,8 @@
 //! The integration tests: one binary, one module per subject, most driving the built `vublk` from
 //! outside.
 
+mod conformance;
+mod crash;
 mod disks;
 mod fast_road;
 mod file;

@@ -1,0 +1,358 @@
+//! One suite for every driver, in every configuration that can be built here.
+//!
+//! Requests of all alignments against the bytes that they should leave; `status`, the fast road and
+//! `read` say the same of every byte; what is outside the disk or not permitted is refused.
+
+use crate::disks::{REGISTRY, file_on_disk, open, open_holding, sim_disk, simulated};
+use crate::fast_road::FastRoad;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+use vublk::block::*;
+use vublk::io::sim::Disorder;
+use vublk::io::{AlignedBuf, Errno, IoVec, Local, Worker, WorkerOptions};
+use vublk::protocol::sim::{SimDisk, SimOptions};
+
+const LEN: u64 = 48 << 10;
+
+/// A way to open a disk of [`LEN`] zero bytes.
+struct Case {
+    options: String,
+    /// Whether writes are kept.
+    keeps: bool,
+    /// What the disk lives in.
+    _hold: Hold,
+}
+
+enum Hold {
+    Nothing,
+    Sim { _disk: SimDisk },
+    File { _file: tempfile::NamedTempFile },
+}
+
+fn case(options: String, hold: Hold) -> Case {
+    Case { options, keeps: true, _hold: hold }
+}
+
+/// Everything that stands at the bottom of a graph.
+fn bottoms(len: u64) -> Vec<Case> {
+    let mut cases = vec![];
+    for (request_align, buffer_align, rest_align) in
+        [(1, 1, 1), (512, 4, 512), (512, 512, 4096), (4096, 512, 4096), (4096, 4096, 8192)]
+    {
+        for (fast, able) in [(true, true), (true, false), (false, true)] {
+            let mut options = SimOptions { fast, ..SimOptions::new(len) };
+            let traits = &mut options.traits;
+            (traits.request_align, traits.buffer_align) = (request_align, buffer_align);
+            (traits.zero_align, traits.discard_align) = (rest_align, rest_align);
+            (traits.max_transfer, traits.max_segments) = (16384, 3);
+            (traits.max_zero, traits.max_discard) = (8192, 16384);
+            if !able {
+                traits.abilities = Abilities::empty();
+            }
+            let (disk, options) = sim_disk(options);
+            cases.push(case(options, Hold::Sim { _disk: disk }));
+        }
+    }
+    for direct in ["off", "on"] {
+        let file = file_on_disk(len);
+        let path = file.path().display();
+        let options = format!("driver=file,filename={path},cache.direct={direct}");
+        cases.push(case(options, Hold::File { _file: file }));
+    }
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() {
+        let file = tempfile::NamedTempFile::new_in(memory).unwrap();
+        file.as_file().set_len(len).unwrap();
+        let options = format!("driver=file,filename={}", file.path().display());
+        cases.push(case(options, Hold::File { _file: file }));
+    }
+    for name in ["null-co", "null-aio"] {
+        for latency in [0, 1000] {
+            let options = format!("driver={name},size={len},read-zeroes=on,latency-ns={latency}");
+            cases.push(Case { options, keeps: false, _hold: Hold::Nothing });
+        }
+    }
+    cases
+}
+
+/// Every bottom, and every driver that stands on one over it.
+fn cases() -> Vec<Case> {
+    let over = |upper: &str, lower: Case| {
+        let lower_options = lower.options.split(',').map(|option| format!("file.{option}"));
+        let options = [upper.to_owned()].into_iter().chain(lower_options).collect::<Vec<_>>();
+        Case { options: options.join(","), ..lower }
+    };
+    let mut cases = bottoms(LEN);
+    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=raw", lower)));
+    for offset in [512, 4096, 12288] {
+        let window = format!("driver=raw,offset={offset},size={LEN}");
+        cases.extend(bottoms(LEN + 20480).into_iter().map(|lower| over(&window, lower)));
+    }
+    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=suspend", lower)));
+    for case in &mut cases {
+        case.options += ",discard=unmap";
+    }
+    cases
+}
+
+#[test]
+fn every_driver_that_can_be_opened_here_is_in_the_suite() {
+    // A host device needs a block device: its own tests make loop devices.
+    let elsewhere = ["host_device"];
+    let options: Vec<_> = cases().into_iter().map(|case| case.options).collect();
+    let tested: BTreeSet<_> = options
+        .iter()
+        .flat_map(|options| options.split(','))
+        .filter_map(|option| option.rsplit_once("driver=").map(|(_, name)| name))
+        .collect();
+    for entry in REGISTRY.iter().filter(|entry| !elsewhere.contains(&entry.name)) {
+        assert!(tested.contains(entry.name), "the driver '{}' has no case", entry.name);
+    }
+}
+
+#[test]
+fn all_drivers_keep_the_contract_on_a_simulated_ring() {
+    for case in cases() {
+        println!("{}", case.options);
+        let (options, keeps) = (case.options.clone(), case.keeps);
+        simulated(Disorder::wild(1), |local| suite(local, options, keeps));
+    }
+}
+
+#[test]
+fn all_drivers_keep_the_contract_on_a_real_worker() {
+    let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+    let worker = Worker::start("conformance", options).unwrap();
+    for case in cases() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let (options, keeps) = (case.options.clone(), case.keeps);
+        worker.send(move |local| {
+            let suite = suite(local, options, keeps);
+            local.io().spawn(async move {
+                suite.await;
+                let _ = sender.send(());
+            });
+        });
+        let done = receiver.recv_timeout(Duration::from_secs(60));
+        done.unwrap_or_else(|_| panic!("{}: see the worker's message", case.options));
+    }
+}
+
+fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output = ()> + use<> {
+    let road = FastRoad::attach(local);
+    async move {
+        let opened = open(&options).await;
+        road.serve(&opened.node);
+        let expected = vec![0; LEN as usize];
+        let mut disk = Disk { node: opened.node.clone(), road, expected, keeps, options };
+        disk.check_traits();
+        disk.agree().await;
+        disk.write_everywhere().await;
+        disk.zero_and_discard().await;
+        disk.refuse_what_is_outside().await;
+        disk.node.flush().await.unwrap();
+        disk.road.close();
+        let options = disk.options;
+        drop(opened);
+        refuse_writes_without_permission(&options).await;
+    }
+}
+
+struct Disk {
+    node: std::sync::Arc<Node>,
+    road: FastRoad,
+    expected: Vec<u8>,
+    keeps: bool,
+    options: String,
+}
+
+const SHAPES: [(u64, u64); 14] = [
+    (0, 512),
+    (512, 1024),
+    (0, 4096),
+    (4096, 8192),
+    (8192, 40960),
+    (1, 1),
+    (511, 2),
+    (4095, 4098),
+    (12288, 512),
+    (12800, 3584),
+    (20480, 20479),
+    (30000, 1),
+    (LEN - 4096, 4096),
+    (LEN - 1, 1),
+];
+
+impl Disk {
+    fn check_traits(&self) {
+        let traits = self.node.traits();
+        let Traits { request_align, buffer_align, zero_align, discard_align, .. } = traits;
+        for align in [request_align, buffer_align, zero_align, discard_align] {
+            assert!(align.is_power_of_two(), "{}: {traits:?}", self.options);
+        }
+        assert!(request_align <= 2 << 20 && zero_align >= request_align);
+        assert!(discard_align >= request_align);
+        assert!(traits.max_transfer > 0 && traits.max_transfer.is_multiple_of(request_align));
+        assert!(traits.max_segments > 0);
+        assert!(traits.max_zero >= zero_align as u64);
+        assert!(traits.max_discard >= discard_align as u64);
+        assert_eq!(self.node.len(), LEN, "{}", self.options);
+    }
+
+    fn expect(&mut self, at: u64, bytes: &[u8]) {
+        if self.keeps {
+            self.expected[at as usize..][..bytes.len()].copy_from_slice(bytes);
+        }
+    }
+
+    async fn read(&self, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0xaa; len as usize];
+        self.node.read(at, &IoVec::from_mut(&mut bytes)).await.unwrap();
+        bytes
+    }
+
+    /// `read`, `status` and the fast road tell of the bytes that are expected, and of no others.
+    async fn agree(&self) {
+        let read = self.read(0, LEN).await;
+        if let Some(at) = (0..LEN as usize).find(|&at| read[at] != self.expected[at]) {
+            let (found, wanted) = (read[at], self.expected[at]);
+            panic!("{}: byte {at} is {found}, not {wanted}", self.options);
+        }
+        for precision in [Precision::Zeroes, Precision::Allocation] {
+            for (from, step) in [(0, LEN), (0, 512), (1, 4097)] {
+                self.agree_on_status(from, step, precision).await;
+            }
+        }
+        for block in [512, 4096, 16384] {
+            for at in (0..LEN).step_by(block as usize) {
+                let mut buf = AlignedBuf::new(block as usize, 4096).unwrap();
+                buf.fill(0x55);
+                let (buf, result) = self.road.transfer(Access::Read, at, buf).await;
+                if let Some(result) = result {
+                    assert_eq!(result, Ok(()), "{}", self.options);
+                    let wanted = &self.expected[at as usize..(at + block) as usize];
+                    assert!(buf[..] == *wanted, "{}: fast read at {at}", self.options);
+                }
+            }
+        }
+    }
+
+    async fn agree_on_status(&self, from: u64, step: u64, precision: Precision) {
+        let mut at = from;
+        while at < LEN {
+            let want = step.min(LEN - at);
+            let extent = self.node.status(at, want, precision).await.unwrap();
+            assert!((1..=want).contains(&extent.len), "{}: {extent:?}", self.options);
+            assert!(extent.status.intersects(Status::DATA | Status::ZERO), "{extent:?}");
+            if extent.status.contains(Status::ZERO) {
+                let said = &self.expected[at as usize..(at + extent.len) as usize];
+                assert!(said.iter().all(|&b| b == 0), "{}: {at} {extent:?}", self.options);
+            }
+            at += extent.len;
+        }
+    }
+
+    async fn write_everywhere(&mut self) {
+        for (n, (at, len)) in SHAPES.into_iter().enumerate() {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 3 + i / 200 + n as u64) as u8 | 1).collect();
+            let mut segments = bytes.clone();
+            let parts: Vec<_> = segments.chunks_mut(1000).map(IoVec::from_mut).collect();
+            let list = IoVec::concat(&parts.iter().collect::<Vec<_>>());
+            let flags = if n % 3 == 0 { WriteFlags::FUA } else { WriteFlags::empty() };
+            self.node.write(at, &list, flags).await.unwrap();
+            self.expect(at, &bytes);
+            self.agree_near(at, len).await;
+        }
+        self.agree().await;
+        for (n, (at, len)) in SHAPES.into_iter().enumerate() {
+            for access in [Access::Write, Access::DurableWrite] {
+                let mut buf = AlignedBuf::new(len as usize, 4096).unwrap();
+                buf.fill(0x80 | n as u8 | (access == Access::Write) as u8);
+                let (buf, result) = self.road.transfer(access, at, buf).await;
+                if let Some(result) = result {
+                    assert_eq!(result, Ok(()), "{}", self.options);
+                    self.expect(at, &buf);
+                }
+            }
+            self.agree_near(at, len).await;
+        }
+        self.agree().await;
+    }
+
+    async fn zero_and_discard(&mut self) {
+        for (n, (at, len)) in SHAPES.into_iter().enumerate().rev() {
+            let flags = match n % 3 {
+                0 => ZeroFlags::empty(),
+                1 => ZeroFlags::UNMAP,
+                _ => ZeroFlags::UNMAP | ZeroFlags::FUA,
+            };
+            self.node.zero(at, len, flags).await.unwrap();
+            self.expect(at, &vec![0; len as usize]);
+            self.agree_near(at, len).await;
+            let quick = self.node.zero(at, len, ZeroFlags::NO_FALLBACK).await;
+            assert!(matches!(quick, Ok(()) | Err(Errno::ENOTSUP)), "{}: {quick:?}", self.options);
+        }
+        self.agree().await;
+
+        let ones = vec![1; LEN as usize];
+        self.node.write(0, &IoVec::from_ref(&ones), WriteFlags::empty()).await.unwrap();
+        self.expect(0, &ones);
+        for (at, len) in SHAPES {
+            self.node.discard(at, len).await.unwrap();
+            // What was asked for may be gone; nothing else is.
+            let found = self.read(at, len).await;
+            if self.node.traits().abilities.contains(Abilities::DISCARD_ZEROES) {
+                assert!(found.iter().all(|&b| b <= 1), "{}: {at}+{len}", self.options);
+            }
+            self.expect(at, &found);
+            self.agree_near(at, len).await;
+        }
+        self.agree().await;
+    }
+
+    /// The bytes of a range and around it are as expected.
+    async fn agree_near(&self, at: u64, len: u64) {
+        let (start, end) = (at.saturating_sub(4100), (at + len + 4100).min(LEN));
+        let read = self.read(start, end - start).await;
+        let wanted = &self.expected[start as usize..end as usize];
+        assert!(read == wanted, "{}: around {at}+{len}", self.options);
+    }
+
+    async fn refuse_what_is_outside(&self) {
+        let mut bytes = [0; 4096];
+        for at in [LEN - 4095, LEN, LEN + 4096, u64::MAX - 4095, u64::MAX] {
+            let list = IoVec::from_mut(&mut bytes);
+            let results = [
+                self.node.read(at, &list).await,
+                self.node.write(at, &list, WriteFlags::empty()).await,
+                self.node.zero(at, 4096, ZeroFlags::empty()).await,
+                self.node.discard(at, 4096).await,
+                self.node.status(at, 4096, Precision::Zeroes).await.map(drop),
+            ];
+            assert_eq!(results, [Err(Errno::EIO); 5], "{}: at {at}", self.options);
+        }
+        self.agree().await;
+    }
+}
+
+async fn refuse_writes_without_permission(options: &str) {
+    let opened = open_holding(options, Perm::CONSISTENT_READ).await.unwrap();
+    let mut bytes = [0; 4096];
+    let list = IoVec::from_mut(&mut bytes);
+    opened.node.read(0, &list).await.unwrap();
+    let results = [
+        opened.node.write(0, &list, WriteFlags::empty()).await,
+        opened.node.zero(0, 4096, ZeroFlags::empty()).await,
+        opened.node.discard(0, 4096).await,
+    ];
+    assert_eq!(results, [Err(Errno::EPERM); 3], "{options}");
+    drop(opened);
+
+    let read_only = format!("{options},read-only=on");
+    assert!(open_holding(&read_only, Perm::WRITE).await.is_err(), "{read_only}");
+    let opened = open_holding(&read_only, Perm::CONSISTENT_READ).await.unwrap();
+    opened.node.read(0, &list).await.unwrap();
+    opened.node.flush().await.unwrap();
+    assert!(opened.node.traits().abilities.contains(Abilities::READ_ONLY));
+}
