@@ -3,7 +3,7 @@
 //! * [`worker`]: a thread, its ring, its turn, and the handle that others hold.
 //! * [`ring`]: io_uring behind a small trait.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
-//! * [`op`]: operations on descriptors, and whom to tell of their end.
+//! * [`op`]: operations on descriptors; `slots`: those in flight, and whom to tell of their end.
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share.
@@ -18,6 +18,7 @@ pub mod offload;
 pub mod op;
 pub mod ring;
 pub mod sim;
+mod slots;
 pub mod sync;
 pub mod task;
 pub mod timer;

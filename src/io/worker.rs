@@ -5,22 +5,20 @@
 //! When there is nothing to do it spins for a while that follows how soon work came lately, bounded
 //! by `poll-max-ns`, then asks all sources for kicks and sleeps in the ring. Idle costs nothing.
 
-use super::op::{Op, OpKind, Segments, Started, Token};
 use super::ring::{Completion, Kind, Ring, Submission, Uring, Wait};
+use super::slots::{Ops, Owner};
 use super::sync::Mutex;
 use super::task::RunQueue;
 use super::timer::Timers;
-use super::{Errno, IoResult, iovec};
+use super::{Errno, IoResult};
 use async_task::Runnable;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::os::fd::{AsRawFd, RawFd};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
-use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
@@ -77,14 +75,14 @@ impl Default for WorkerOptions {
 }
 
 /// Completions taken from the ring at a time.
-const BATCH: usize = 256;
+pub(super) const BATCH: usize = 256;
 /// Operations that the slab has room for without growing.
 const OPERATIONS: usize = 1024;
 /// Turns without work after which one source among busy ones goes back to kicks.
 const LAZY_TURNS: u32 = 256;
 
 /// What user data means: the kind in the low byte, 24 bits of its own, and a number.
-mod tag {
+pub(super) mod tag {
     pub const OP: u8 = 1;
     pub const KICK: u8 = 2;
     pub const WAKE: u8 = 3;
@@ -152,47 +150,23 @@ impl Shared {
 
 /// A worker's ring and everything that starts operations on it. Reached by [`current`] from tasks.
 pub struct Io {
-    ring: RefCell<Box<dyn Ring>>,
-    ops: RefCell<Ops>,
+    pub(super) ring: RefCell<Box<dyn Ring>>,
+    pub(super) ops: RefCell<Ops>,
     /// Sources that asked to be polled.
     ready: RefCell<Vec<SourceId>>,
     /// Completions reaped by somebody who waited for one of his own.
-    stash: RefCell<Vec<Completion>>,
+    pub(super) stash: RefCell<Vec<Completion>>,
     pub(super) run_queue: RunQueue,
     pub(super) tasks: Cell<usize>,
     pub(super) timers: Timers,
     pub(super) shared: Arc<Shared>,
 }
 
-struct Ops {
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-}
-
-struct Slot {
-    op: Op,
-    /// Bytes transferred so far.
-    done: u64,
-    /// The list of what a short transfer left.
-    tail: Option<Box<[libc::iovec]>>,
-    owner: Owner,
-}
-
-enum Owner {
-    Nobody,
-    Source(Token),
-    Future(Option<Waker>),
-    Finished(IoResult),
-}
-
 impl Io {
     fn new(ring: Box<dyn Ring>, shared: Arc<Shared>) -> Io {
         Io {
             ring: RefCell::new(ring),
-            ops: RefCell::new(Ops {
-                slots: Vec::with_capacity(OPERATIONS),
-                free: Vec::with_capacity(OPERATIONS),
-            }),
+            ops: RefCell::new(Ops::with_capacity(OPERATIONS)),
             ready: RefCell::new(Vec::with_capacity(64)),
             stash: RefCell::default(),
             run_queue: RunQueue::default(),
@@ -212,252 +186,9 @@ impl Io {
         self.ring.borrow().is_simulated()
     }
 
-    /// Starts an operation; `token`'s source hears of its end.
-    ///
-    /// # Safety
-    /// For reads and writes: the segments stay mapped, and their list in place, until then.
-    pub unsafe fn start(&self, op: Op, token: Token) -> Started {
-        let slot = self.ops.borrow_mut().insert(op, Owner::Source(token));
-        // SAFETY: the caller's promise.
-        unsafe { self.push(slot, op) };
-        Started::Pending
-    }
-
     /// Asks that `source` be polled in this turn or the next.
     pub fn wake_source(&self, source: SourceId) {
         self.ready.borrow_mut().push(source);
-    }
-
-    /// # Safety
-    /// As for [`Io::start`].
-    unsafe fn push(&self, slot: u32, op: Op) {
-        let Op { fd, offset, len, .. } = op;
-        let kind = match op.kind {
-            OpKind::Read(segments) => Kind::Read { segments, offset },
-            OpKind::Write(segments, durable) => Kind::Write { segments, offset, durable },
-            OpKind::Fsync => Kind::Fsync,
-            OpKind::Fallocate(mode) => Kind::Fallocate { mode, offset, len },
-        };
-        let user_data = tag::pack(tag::OP, 0, slot);
-        // SAFETY: the caller's promise.
-        unsafe { self.ring.borrow_mut().push(Submission { user_data, fd, kind }) };
-    }
-
-    /// Books a completion of slot `index`. Its owner and result, once the operation is over.
-    fn finish(&self, index: u32, result: i32) -> Option<(Owner, IoResult)> {
-        let mut ops = self.ops.borrow_mut();
-        let slot = &mut ops.slots[index as usize];
-        let result = match slot.outcome(result) {
-            Outcome::Over(result) => result,
-            Outcome::Continue(op) => {
-                drop(ops);
-                // SAFETY: what the starter promised lasts until the completion, and the list of the
-                // remaining segments lies in the slot until then.
-                unsafe { self.push(index, op) };
-                return None;
-            }
-        };
-        match &mut slot.owner {
-            Owner::Future(waker) => {
-                let waker = waker.take();
-                slot.owner = Owner::Finished(result);
-                drop(ops);
-                if let Some(waker) = waker {
-                    waker.wake();
-                }
-                None
-            }
-            owner => {
-                let owner = std::mem::replace(owner, Owner::Nobody);
-                ops.remove(index);
-                Some((owner, result))
-            }
-        }
-    }
-
-    /// Runs an operation for a task.
-    ///
-    /// # Safety
-    /// For reads and writes: the segments stay mapped, and their list in place, until the future is
-    /// done or dropped. The future must not be forgotten.
-    pub(super) unsafe fn run(self: &Rc<Io>, op: Op) -> Operation {
-        let slot = self.ops.borrow_mut().insert(op, Owner::Future(None));
-        // SAFETY: the caller's promise.
-        unsafe { self.push(slot, op) };
-        Operation { io: self.clone(), slot: Some(slot) }
-    }
-}
-
-impl Ops {
-    fn insert(&mut self, op: Op, owner: Owner) -> u32 {
-        let slot = Slot { op, done: 0, tail: None, owner };
-        match self.free.pop() {
-            Some(index) => {
-                self.slots[index as usize] = slot;
-                index
-            }
-            None => {
-                self.slots.push(slot);
-                self.slots.len() as u32 - 1
-            }
-        }
-    }
-
-    fn remove(&mut self, index: u32) {
-        let slot = &mut self.slots[index as usize];
-        slot.tail = None;
-        slot.owner = Owner::Nobody;
-        self.free.push(index);
-    }
-}
-
-enum Outcome {
-    Over(IoResult),
-    Continue(Op),
-}
-
-impl Slot {
-    /// What a completion with `result` means for the operation as a whole.
-    fn outcome(&mut self, result: i32) -> Outcome {
-        let (segments, write) = match self.op.kind {
-            OpKind::Read(segments) => (segments, None),
-            OpKind::Write(segments, durable) => (segments, Some(durable)),
-            OpKind::Fsync | OpKind::Fallocate(_) => {
-                return match result {
-                    r if r == -libc::EINTR || r == -libc::EAGAIN => Outcome::Continue(self.op),
-                    r if r < 0 => Outcome::Over(Err(Errno(-r))),
-                    _ => Outcome::Over(Ok(())),
-                };
-            }
-        };
-        if result == -libc::EINTR || result == -libc::EAGAIN {
-            return Outcome::Continue(self.rest(segments));
-        }
-        if result < 0 {
-            // The tail of a direct read that ends in the middle of the file's last sector cannot
-            // be asked for again: it is not aligned.
-            if -result == libc::EINVAL && self.done > 0 && write.is_none() && self.is_at_end() {
-                self.zero_rest(segments);
-                return Outcome::Over(Ok(()));
-            }
-            return Outcome::Over(Err(Errno(-result)));
-        }
-        self.done += result as u64;
-        if self.done >= self.op.len {
-            return Outcome::Over(Ok(()));
-        }
-        match (result, write) {
-            (0, None) => {
-                self.zero_rest(segments);
-                Outcome::Over(Ok(()))
-            }
-            // A write that moves nothing and reports nothing would be asked for forever.
-            (0, Some(_)) => Outcome::Over(Err(Errno::ENOSPC)),
-            _ => Outcome::Continue(self.rest(segments)),
-        }
-    }
-
-    /// The operation on what is not transferred yet.
-    fn rest(&mut self, segments: Segments) -> Op {
-        let mut op = self.op;
-        op.offset += self.done;
-        op.len -= self.done;
-        if self.done > 0 {
-            self.tail = Some(self.left(segments));
-            let list = self.tail.as_deref().map_or(segments, Segments::new);
-            op.kind = match op.kind {
-                OpKind::Read(_) => OpKind::Read(list),
-                OpKind::Write(_, durable) => OpKind::Write(list, durable),
-                other => other,
-            };
-        }
-        op
-    }
-
-    fn left(&self, segments: Segments) -> Box<[libc::iovec]> {
-        let mut skip = self.done as usize;
-        // SAFETY: the operation is in flight, so the list is in place.
-        let list = unsafe { segments.as_slice() };
-        let mut left = Vec::with_capacity(list.len());
-        for segment in list {
-            let n = skip.min(segment.iov_len);
-            skip -= n;
-            if n < segment.iov_len {
-                let base = segment.iov_base.cast::<u8>().wrapping_add(n);
-                left.push(iovec::iovec(base, segment.iov_len - n));
-            }
-        }
-        left.into_boxed_slice()
-    }
-
-    fn zero_rest(&self, segments: Segments) {
-        let left = self.left(segments);
-        // SAFETY: the starter keeps the memory mapped until the completion is told.
-        unsafe { iovec::zero(&left) };
-    }
-
-    /// Whether the file ends where the transfer stopped. Asked only after a short direct read.
-    fn is_at_end(&self) -> bool {
-        // SAFETY: fstat writes the whole structure or fails.
-        let (result, stat) = unsafe {
-            let mut stat = std::mem::zeroed::<libc::stat64>();
-            (libc::fstat64(self.op.fd, &mut stat), stat)
-        };
-        result == 0 && stat.st_size as u64 <= self.op.offset + self.done
-    }
-}
-
-/// An operation in flight for a task. Dropping it waits until the kernel has let go of the memory.
-pub(super) struct Operation {
-    io: Rc<Io>,
-    slot: Option<u32>,
-}
-
-impl Future for Operation {
-    type Output = IoResult;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult> {
-        let slot = self.slot.expect("polled after it was done");
-        let mut ops = self.io.ops.borrow_mut();
-        match &mut ops.slots[slot as usize].owner {
-            Owner::Finished(result) => {
-                let result = *result;
-                ops.remove(slot);
-                drop(ops);
-                self.slot = None;
-                Poll::Ready(result)
-            }
-            owner => {
-                *owner = Owner::Future(Some(cx.waker().clone()));
-                Poll::Pending
-            }
-        }
-    }
-}
-
-impl Drop for Operation {
-    fn drop(&mut self) {
-        let Some(slot) = self.slot else { return };
-        let finished =
-            || matches!(self.io.ops.borrow().slots[slot as usize].owner, Owner::Finished(_));
-        // Another operation that was dropped may have reaped this one's completion.
-        let mut completions = self.io.stash.take();
-        loop {
-            for completion in completions {
-                if completion.user_data == tag::pack(tag::OP, 0, slot) {
-                    self.io.finish(slot, completion.result);
-                } else {
-                    self.io.stash.borrow_mut().push(completion);
-                }
-            }
-            if finished() {
-                break;
-            }
-            completions = Vec::with_capacity(BATCH);
-            let mut ring = self.io.ring.borrow_mut();
-            ring.enter(Wait::Forever);
-            ring.reap(&mut completions);
-        }
-        self.io.ops.borrow_mut().remove(slot);
     }
 }
 
