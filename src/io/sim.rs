@@ -485,4 +485,35 @@ mod tests {
             drop(pending);
         });
     }
+
+    /// A source that is polled all the time and never has anything.
+    struct Idle;
+
+    impl io::Source for Idle {
+        fn poll(&mut self, _: &Rc<io::Io>, _: io::SourceId) -> io::Polled {
+            io::Polled::Idle
+        }
+        fn has_work(&self) -> bool {
+            false
+        }
+        fn complete(&mut self, _: &Rc<io::Io>, _: u32, _: io::IoResult) {}
+        fn publish(&mut self) {}
+        fn arm(&mut self) -> bool {
+            true
+        }
+        fn disarm(&mut self) {}
+    }
+
+    #[test]
+    fn a_source_without_kicks_does_not_make_timers_late() {
+        let late = io::run_local(ring(Disorder::wild(1)), |local| {
+            local.attach(Box::new(Idle), None);
+            async {
+                let before = io::current().now();
+                io::sleep(Duration::from_micros(50)).await;
+                io::current().now() - before
+            }
+        });
+        assert!((50_000..100_000).contains(&late), "it slept for {late} ns");
+    }
 }

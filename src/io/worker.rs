@@ -81,6 +81,9 @@ const OPERATIONS: usize = 1024;
 /// Turns without work after which one source among busy ones goes back to kicks.
 const LAZY_TURNS: u32 = 256;
 
+/// How often an idle worker looks at sources that give no kicks.
+const LOOK_NS: u64 = 200_000;
+
 /// What user data means: the kind in the low byte, 24 bits of its own, and a number.
 pub(super) mod tag {
     pub const OP: u8 = 1;
@@ -497,14 +500,13 @@ impl Local {
         shared.asleep.store(true, Ordering::SeqCst);
         if !shared.mail.load(Ordering::SeqCst) && self.io.run_queue.is_empty() {
             let mut ring = self.io.ring.borrow_mut();
-            let mut wait = match self.io.timers.next() {
-                Some(at) => Wait::For(Duration::from_nanos(at.saturating_sub(ring.now()))),
+            let timer = self.io.timers.next().map(|at| at.saturating_sub(ring.now()));
+            // A front end that gives no kick descriptor wants its queue to be looked at.
+            let look = (!self.active.is_empty()).then_some(LOOK_NS);
+            let wait = match timer.into_iter().chain(look).min() {
+                Some(ns) => Wait::For(Duration::from_nanos(ns)),
                 None => Wait::Forever,
             };
-            if !self.active.is_empty() {
-                // A front end that gives no kick descriptor wants its queue to be looked at.
-                wait = Wait::For(Duration::from_micros(200));
-            }
             ring.enter(wait);
         }
         shared.asleep.store(false, Ordering::Relaxed);
