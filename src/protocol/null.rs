@@ -10,7 +10,7 @@ use crate::block::{
     Opening, OptionHelp, Place, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, InFlight, IoResult, IoVec, Started};
-use crate::options::{Map, Size};
+use crate::options::Map;
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ pub static AIO: DriverEntry = entry("null-aio", &["null-aio"], |opening, options
 
 const fn entry(name: &'static str, prefixes: &'static [&'static str], open: OpenFn) -> DriverEntry {
     let options = &[
-        OptionHelp { name: "size", value: "size", help: "length of the disk (1 GiB)" },
+        OptionHelp { name: "size", value: "int", help: "length of the disk (1 GiB)" },
         OptionHelp { name: "latency-ns", value: "int", help: "how long each request takes (0)" },
         OptionHelp { name: "read-zeroes", value: "on|off", help: "reads zero the memory (off)" },
     ];
@@ -35,15 +35,19 @@ async fn open(
     opening: &mut Opening,
     options: Map,
 ) -> Result<Box<dyn Driver>, Error> {
-    Ok(Box::new(Null::new(name, opening.parse(options)?)))
+    let options: NullOptions = opening.parse(options)?;
+    if options.size < 0 {
+        return Err(Error::new("Parameter 'size' expects a non-negative number below 2^63"));
+    }
+    Ok(Box::new(Null::new(name, options)))
 }
 
 /// The driver's own options.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct NullOptions {
-    /// The disk's length in bytes.
-    pub size: Size,
+    /// The disk's length in bytes. Not negative.
+    pub size: i64,
     /// How long each request takes, in nanoseconds.
     pub latency_ns: u64,
     /// Whether reads zero the memory.
@@ -52,7 +56,7 @@ pub struct NullOptions {
 
 impl Default for NullOptions {
     fn default() -> NullOptions {
-        NullOptions { size: Size(1 << 30), latency_ns: 0, read_zeroes: false }
+        NullOptions { size: 1 << 30, latency_ns: 0, read_zeroes: false }
     }
 }
 
@@ -93,7 +97,7 @@ impl Driver for Null {
     }
 
     fn len(&self) -> u64 {
-        self.options.size.0
+        self.options.size as u64
     }
 
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {
@@ -164,7 +168,7 @@ mod tests {
         let null = parsed("");
         assert_eq!(null.len(), 1 << 30);
         assert_eq!((null.options.latency_ns, null.options.read_zeroes), (0, false));
-        assert_eq!(parsed("size=64k").len(), 65536);
+        assert_eq!(parsed("size=65536").len(), 65536);
     }
 
     #[test]

@@ -1,0 +1,234 @@
+//! The source tree's own rules: which folder may use which, how long a file may be, what it opens
+//! with, where unsafe code may be and that it says why it is sound.
+
+use std::path::{Path, PathBuf};
+
+/// What the modules of the library may use of each other. `lib.rs` and `main.rs` join everything.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("io", &["io"]),
+    ("options", &["options"]),
+    ("block", &["block", "io", "options"]),
+    ("format", &["format", "block", "io", "options"]),
+    ("filter", &["filter", "block", "io", "options"]),
+    ("protocol", &["protocol", "block", "io", "options"]),
+    ("drivers", &["format", "filter", "protocol", "block", "options"]),
+    ("export", &["export", "block", "io", "options"]),
+    ("monitor", &["monitor", "service", "export", "drivers", "block", "io", "options"]),
+    ("service", &["service", "export", "drivers", "block", "io", "options"]),
+    ("cli", &["cli", "monitor", "service", "export", "drivers", "block", "io", "options"]),
+];
+
+/// Where unsafe code may be, and why it has to be there.
+const UNSAFE: &[(&str, &str)] = &[
+    ("src/io/", "the kernel's interfaces and memory shared with the guest"),
+    ("src/block/child.rs", "the edge that the fast road reads without a lock"),
+    ("src/block/driver.rs", "the promise that `Leaf::start` asks for"),
+    ("src/protocol/null.rs", "implements `Leaf::start`"),
+    ("src/protocol/sim.rs", "implements `Leaf::start`"),
+    ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
+    ("src/export/vhost_user_blk/", "guest memory and its rings"),
+    ("src/cli/", "what a process does once: signals, forking"),
+    ("src/service.rs", "what a process does once: signals, forking"),
+    ("tests/", "fixtures that do what exports do"),
+];
+
+const MOST_LINES: usize = 800;
+
+struct Source {
+    /// From the root of the tree.
+    path: String,
+    text: String,
+}
+
+impl Source {
+    /// The lines without their comments and texts, and whether each is of a test.
+    fn code(&self) -> Vec<(usize, String, bool)> {
+        let all_tests = self.path.starts_with("tests/") || self.path.ends_with("tests.rs");
+        let mut in_tests = false;
+        let mut lines = Vec::new();
+        for (n, line) in self.text.lines().enumerate() {
+            // House style: the tests of a file are its end.
+            in_tests |= line.trim() == "#[cfg(test)]";
+            lines.push((n + 1, strip(line), all_tests || in_tests));
+        }
+        lines
+    }
+
+    /// The library's module that the file is part of.
+    fn module(&self) -> Option<&str> {
+        let inside = self.path.strip_prefix("src/")?;
+        let name = inside.split('/').next()?;
+        let name = name.strip_suffix(".rs").unwrap_or(name);
+        (!matches!(name, "lib" | "main")).then_some(name)
+    }
+}
+
+/// A line of code without what is in quotes or behind `//`.
+fn strip(line: &str) -> String {
+    let mut out = String::new();
+    let mut chars = line.chars().peekable();
+    let mut quoted = false;
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' if quoted => drop(chars.next()),
+            // The quotation mark as a character.
+            '\'' if !quoted && chars.peek() == Some(&'"') => drop(chars.next()),
+            '"' => quoted = !quoted,
+            '/' if !quoted && chars.peek() == Some(&'/') => break,
+            _ if quoted => {}
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
+}
+
+fn sources() -> Vec<Source> {
+    let root = root();
+    let mut found = Vec::new();
+    let mut folders: Vec<_> = ["src", "tests", "vfio"].map(|name| root.join(name)).into();
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        for entry in entries {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() && name != "target" && !name.starts_with('.') {
+                folders.push(path);
+            } else if name.ends_with(".rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let path = path.strip_prefix(&root).unwrap().to_string_lossy().into_owned();
+                found.push(Source { path, text });
+            }
+        }
+    }
+    assert!(found.len() > 30, "only {} files were found", found.len());
+    found
+}
+
+/// Fails with all complaints at once.
+fn report(complaints: Vec<String>) {
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+#[test]
+fn modules_use_only_what_lies_below_them() {
+    let modules: Vec<_> = ARROWS.iter().map(|(name, _)| *name).collect();
+    let mut complaints = Vec::new();
+    for source in sources() {
+        let Some(module) = source.module() else { continue };
+        let Some((_, allowed)) = ARROWS.iter().find(|(name, _)| *name == module) else {
+            complaints.push(format!("{}: the module has no place in ARROWS", source.path));
+            continue;
+        };
+        for (line, code, test) in source.code() {
+            for used in uses(&code, &modules) {
+                // Tests may run what is below over simulated disks of the protocol layer.
+                let for_tests = test && matches!(module, "format" | "filter" | "export");
+                if !allowed.contains(&used) && !for_tests {
+                    complaints.push(format!("{}:{line}: {module} uses {used}", source.path));
+                }
+            }
+        }
+    }
+    report(complaints);
+}
+
+/// The modules that a line names after `crate::`, in braces too.
+fn uses<'a>(code: &str, modules: &[&'a str]) -> Vec<&'a str> {
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + "crate::".len()..];
+        let names = match rest.strip_prefix('{') {
+            Some(list) => list.split('}').next().unwrap_or(list),
+            None => rest.split([';', ' ', ',', '(', ')', '<', '>']).next().unwrap_or(rest),
+        };
+        for part in names.split(',') {
+            let first = part.trim().split("::").next().unwrap_or_default();
+            found.extend(modules.iter().find(|module| **module == first));
+        }
+    }
+    found
+}
+
+#[test]
+fn every_file_says_what_it_holds_and_is_not_too_long() {
+    let mut complaints = Vec::new();
+    for Source { path, text } in sources() {
+        let lines = text.lines().count();
+        if lines > MOST_LINES {
+            complaints.push(format!("{path}: {lines} lines, more than {MOST_LINES}"));
+        }
+        if !text.starts_with("//! ") && !text.starts_with("#![") {
+            complaints.push(format!("{path}: does not open with `//!`"));
+        }
+    }
+    report(complaints);
+}
+
+#[test]
+fn nothing_unwraps_outside_tests() {
+    let mut complaints = Vec::new();
+    for source in sources() {
+        for (line, code, test) in source.code() {
+            if !test && code.contains(".unwrap()") {
+                complaints.push(format!("{}:{line}: {}", source.path, code.trim()));
+            }
+        }
+    }
+    report(complaints);
+}
+
+#[test]
+fn unsafe_code_lies_in_listed_files_and_says_why_it_is_sound() {
+    let mut complaints = Vec::new();
+    for source in sources() {
+        let lines: Vec<_> = source.text.lines().collect();
+        for (number, code, _) in source.code() {
+            let words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+            if !words.into_iter().any(|word| word == "unsafe") {
+                continue;
+            }
+            let place = format!("{}:{number}", source.path);
+            if !UNSAFE.iter().any(|(prefix, _)| source.path.starts_with(prefix)) {
+                complaints.push(format!("{place}: unsafe code outside the files listed"));
+            }
+            // A declaration says what its caller must promise; a block or an impl why it holds.
+            if code.contains("unsafe fn") {
+                continue;
+            }
+            let before = &lines[number.saturating_sub(8)..number];
+            if !before.iter().any(|line| line.contains("// SAFETY:")) {
+                complaints.push(format!("{place}: no `// SAFETY:` above"));
+            }
+        }
+    }
+    report(complaints);
+}
+
+#[test]
+fn nothing_names_a_place_on_somebodys_machine() {
+    // In two parts each, so that this file does not name them itself.
+    let homes = [["/ho", "me/"], ["/ro", "ot/"], ["/Us", "ers/"]].map(|parts| parts.concat());
+    let mut complaints = Vec::new();
+    for Source { path, text } in sources() {
+        for (n, line) in text.lines().enumerate() {
+            if homes.iter().any(|home| line.contains(home.as_str())) {
+                complaints.push(format!("{path}:{}: {}", n + 1, line.trim()));
+            }
+        }
+    }
+    report(complaints);
+}
+
+#[test]
+fn the_rules_find_what_breaks_them() {
+    let modules = ["io", "format"];
+    assert_eq!(uses("use crate::format::raw;", &modules), ["format"]);
+    assert_eq!(uses("use crate::{io::Errno, format};", &modules), ["io", "format"]);
+    assert_eq!(uses("let a = crate::io::sleep(b);", &modules), ["io"]);
+    assert_eq!(strip(r#"a("un\"safe // b") // c"#), "a() ");
+    assert_eq!(strip("a('\"') // c"), "a() ".replace("()", "(')"));
+}
