@@ -146,7 +146,8 @@ impl Source for Load {
             let turn = self.announcer.enter();
             while let Some(tag) = self.free.pop() {
                 polled = Polled::Busy;
-                let access = if self.begun % 2 == 0 { Access::Read } else { Access::Write };
+                let access =
+                    if self.begun.is_multiple_of(2) { Access::Read } else { Access::Write };
                 let at = self.begun * 7 % self.blocks * BLOCK as u64;
                 self.begun += 1;
                 let slot = &mut self.slots[tag as usize];

@@ -60,12 +60,9 @@ impl FastRoad {
         buf: AlignedBuf,
     ) -> (AlignedBuf, Option<IoResult>) {
         let end: Rc<RefCell<End>> = Rc::default();
-        let mut inbox = self.0.borrow_mut();
-        inbox.new.push_back(Request { access, at, buf, end: end.clone() });
-        if let Some(me) = inbox.me {
-            vublk::io::current().wake_source(me);
-        }
-        drop(inbox);
+        self.0.borrow_mut().new.push_back(Request { access, at, buf, end: end.clone() });
+        let me = self.0.borrow().me.expect("it was attached");
+        vublk::io::current().wake_source(me);
         std::future::poll_fn(|cx| {
             let mut end = end.borrow_mut();
             match end.done.take() {

@@ -283,8 +283,7 @@ fn requests_outside_the_disk_or_without_permission_are_refused() {
 fn an_odd_length_ends_in_zeroes_until_they_are_written() {
     simulated(Disorder::wild(1), |_| async {
         for request_align in [1, 512, 4096] {
-            let mut traits = Traits::default();
-            traits.request_align = request_align;
+            let traits = Traits { request_align, ..Traits::default() };
             let (_, options) = sim_disk(SimOptions { traits, ..SimOptions::new(8192 + 1000) });
             let opened = open(&options).await;
             let len = opened.node.len();
