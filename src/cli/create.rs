@@ -1,15 +1,12 @@
 //! `vublk create`: qemu-img's create.
 
-use crate::block::create::{Creation, ValueType, create_options};
+use crate::block::SECTOR;
+use crate::block::create::{ValueType, create_options};
 use crate::drivers;
 use crate::io::{Worker, WorkerOptions};
-use crate::options::{Map, filename, qemuopts, size};
+use crate::options::{Map, qemuopts, size};
 use std::io::Write;
-use std::os::unix::fs::FileTypeExt;
 use std::time::Duration;
-
-/// The block layer's sector: sizes are rounded up to it.
-const SECTOR: u64 = 512;
 
 /// Make a new disk image
 #[derive(clap::Args)]
@@ -33,7 +30,6 @@ pub struct Create {
 
 impl Create {
     pub fn run(self) -> super::Outcome {
-        let registry = drivers::registry();
         let mut given = Map::new();
         for text in &self.options {
             if matches!(&**text, "help" | "?") {
@@ -47,12 +43,7 @@ impl Create {
         };
         let size = self.size.as_deref().map(parse_size).transpose()?;
         let at = |e: crate::block::Error| e.at(filename);
-        let file = filename::parse(filename, device_driver, |prefix| {
-            registry.by_prefix(prefix).map(|entry| entry.name)
-        });
-        let file = file.map_err(|e| at(e.into()))?;
-        let creation =
-            Creation::new(registry, &self.format, (filename, file), given, size).map_err(at)?;
+        let creation = drivers::creation(&self.format, filename, given, size).map_err(at)?;
         if !self.quiet {
             // The line ends when the image is there, as scripts know it from qemu-img.
             print!("{}", creation.describe());
@@ -88,18 +79,12 @@ impl Create {
     }
 }
 
-/// A size as it is given by itself: rounded up to whole sectors.
+/// A size as it is given by itself. The format rounds it up to whole sectors.
 fn parse_size(text: &str) -> Result<u64, String> {
     match size::parse(text) {
-        Ok(bytes) if bytes <= i64::MAX as u64 - SECTOR => Ok(bytes.next_multiple_of(SECTOR)),
+        Ok(bytes) if bytes <= i64::MAX as u64 - SECTOR => Ok(bytes),
         _ => Err("Invalid image size specified. You may use k, M, G, T, P or E suffixes for \
                   kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
             .into()),
     }
-}
-
-/// The driver for a name that is a device's.
-fn device_driver(name: &str) -> Option<&'static str> {
-    let found = std::fs::metadata(name).ok()?.file_type();
-    found.is_block_device().then_some("host_device")
 }

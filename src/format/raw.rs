@@ -212,7 +212,13 @@ impl Driver for Raw {
 
     fn child_perms(&self, _child: usize, own: Perms) -> Perms {
         // No metadata of its own, so no more is held than the users hold.
-        Perms { held: own.held, shared: own.shared - (Perm::WRITE | Perm::RESIZE) }
+        let mut perms = own;
+        if !own.held.is_empty() {
+            perms.shared -= Perm::WRITE | Perm::RESIZE;
+        } else if self.offset != 0 || self.size.is_some() {
+            perms.shared -= Perm::RESIZE;
+        }
+        perms
     }
 
     fn image(&self) -> Option<&dyn Image> {
@@ -458,11 +464,11 @@ mod tests {
         // (1 write, 3 resize).
         let bench = Bench::new(10240);
         let node = bench.raw("").unwrap();
-        assert_eq!(locked_bytes(&bench.path), [201, 203]);
+        assert_eq!(locked_bytes(&bench.path), []);
         let holds = [bench.attach(&node), bench.attach(&node)];
         assert_eq!(locked_bytes(&bench.path), [100, 101, 201, 203]);
         drop(holds);
-        assert_eq!(locked_bytes(&bench.path), [201, 203]);
+        assert_eq!(locked_bytes(&bench.path), []);
     }
 
     #[test]

@@ -50,6 +50,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use zero::Missing;
 
+/// The longest transfer, in bytes, that a worker does itself on a file in memory. It is a copy, and
+/// the ring would hand it to a kernel thread, because tmpfs knows no other way of not waiting: the
+/// hand-over costs more than the copy. Longer ones go there, so that they do not keep the worker
+/// from its other queues.
+const COPY_LIMIT: u32 = 64 << 10;
+
 /// An open file or device.
 pub struct FileDriver {
     flavour: Flavour,
@@ -64,6 +70,7 @@ pub struct FileDriver {
     len: AtomicU64,
     /// `cache.no-flush`: nothing needs to be durable.
     no_flush: bool,
+    in_memory: bool,
     flushes: Flushes,
     missing: Missing,
     /// The file system does not tell where holes are.
@@ -92,14 +99,15 @@ impl FileDriver {
             kind: opened.kind,
             filename: options.filename.clone(),
             fd: file.as_raw_fd(),
-            file,
             traits,
             len: AtomicU64::new(opened.len),
             no_flush: node.no_flush,
+            in_memory: opened.kind == Kind::Regular && sys::is_in_memory(&file),
             flushes: Flushes::default(),
             missing: Missing::default(),
             no_holes: AtomicBool::new(opened.kind != Kind::Regular),
             locks,
+            file,
         })
     }
 
@@ -283,6 +291,16 @@ impl Driver for FileDriver {
 
 impl Leaf for FileDriver {
     unsafe fn start(&self, io: &Io, transfer: Transfer<'_>, token: Token) -> Started {
+        if self.in_memory && transfer.len <= COPY_LIMIT {
+            let write = transfer.access != Access::Read;
+            // SAFETY: the caller keeps the segments mapped.
+            let moved =
+                unsafe { sys::transfer(self.fd, transfer.offset, transfer.segments, write) };
+            if moved == transfer.len as usize {
+                return Started::Done(Ok(()));
+            }
+            // Short or failed: once more, whole, by the way that knows what to make of it.
+        }
         let segments = Segments::new(transfer.segments);
         let kind = match transfer.access {
             Access::Read => io::OpKind::Read(segments),

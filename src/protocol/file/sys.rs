@@ -13,6 +13,8 @@ const BLKROGET: libc::Ioctl = libc::_IO(0x12, 94);
 const BLKDISCARD: libc::Ioctl = libc::_IO(0x12, 119);
 const BLKZEROOUT: libc::Ioctl = libc::_IO(0x12, 127);
 
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
+
 const FS_NOCOW_FL: libc::c_int = 0x0080_0000;
 const FS_XFLAG_EXTSIZE: u32 = 0x0000_0800;
 
@@ -136,6 +138,45 @@ pub fn set_extent_size(file: &File, bytes: u32) -> IoResult {
     attributes.extent_size = bytes;
     // SAFETY: the request reads one such structure.
     done(unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSSETXATTR, &attributes) })
+}
+
+/// Whether the file's bytes are kept in memory, so that a transfer is a copy and never waits for a
+/// device.
+pub fn is_in_memory(file: &File) -> bool {
+    let mut found = MaybeUninit::<libc::statfs64>::uninit();
+    // SAFETY: the call fills the structure whenever it succeeds, and it is read only then.
+    let magic = unsafe {
+        if libc::fstatfs64(file.as_raw_fd(), found.as_mut_ptr()) != 0 {
+            return false;
+        }
+        found.assume_init().f_type
+    };
+    magic == libc::TMPFS_MAGIC || magic == RAMFS_MAGIC
+}
+
+/// preadv or pwritev, once. The count of bytes moved; a failure is a count of zero.
+///
+/// # Safety
+/// The segments must be mapped, for a read writable.
+pub unsafe fn transfer(
+    fd: libc::c_int,
+    offset: u64,
+    segments: &[libc::iovec],
+    write: bool,
+) -> usize {
+    let (Ok(offset), Ok(count)) = (signed(offset), libc::c_int::try_from(segments.len())) else {
+        return 0;
+    };
+    // SAFETY: the caller's promise, and the list is as long as is said.
+    let moved = unsafe {
+        match (segments, write) {
+            ([one], false) => libc::pread64(fd, one.iov_base, one.iov_len, offset),
+            ([one], true) => libc::pwrite64(fd, one.iov_base, one.iov_len, offset),
+            (many, false) => libc::preadv64(fd, many.as_ptr(), count, offset),
+            (many, true) => libc::pwritev64(fd, many.as_ptr(), count, offset),
+        }
+    };
+    usize::try_from(moved).unwrap_or(0)
 }
 
 /// fallocate with `mode`.
