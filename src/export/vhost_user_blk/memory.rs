@@ -37,6 +37,14 @@ impl Region {
             return Err(format!("{}: empty, or ends beyond the address space", describe()));
         }
         let len = usize::try_from(memory_size).map_err(|e| format!("{}: {e}", describe()))?;
+        // Touching a page that the file does not hold would end the process (SIGBUS). What is no
+        // regular file, such as a device of persistent memory, has no length to be held against.
+        let found = file.metadata().map_err(|e| format!("{}: {e}", describe()))?;
+        let end = mmap_offset.checked_add(memory_size);
+        if found.is_file() && end.is_none_or(|end| end > found.len()) {
+            let holds = found.len();
+            return Err(format!("{}: its file ends at {holds:#x} bytes", describe()));
+        }
         let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), len)
             .map_err(|e| format!("{}: {e}", describe()))?;
         Ok(Region { guest: guest_phys_addr, user: user_addr, len: memory_size, mapping })
