@@ -66,7 +66,7 @@ struct Slot {
     kind: Option<Kind>,
     /// The chain's memory; for transfers, `data` of it is the data.
     segments: Vec<libc::iovec>,
-    data: (u16, u16),
+    data: (u32, u32),
     /// Bytes of data.
     len: u32,
     offset: u64,
@@ -263,7 +263,7 @@ impl Queue {
         let skip = if access == Access::Read { 0 } else { HEADER_LEN };
         let len = all - skip;
         let range = trim(segments, skip, len);
-        slot.data = ((from + range.start) as u16, (from + range.end) as u16);
+        slot.data = ((from + range.start) as u32, (from + range.end) as u32);
         let allowed = access == Access::Read || self.disk.options.writable;
         let offset = match self.disk.transfer_range(sector, len as u64) {
             Some(offset) if allowed && len <= u32::MAX as usize => offset,
