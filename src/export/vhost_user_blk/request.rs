@@ -91,13 +91,15 @@ impl Header {
 }
 
 impl Disk {
-    /// Checks a transfer's range and gives its offset in bytes.
+    /// Checks a transfer's range and gives its offset in bytes. It begins at a block and is made of
+    /// whole sectors; its end may lie inside a block, as qemu-storage-daemon allows: the block size
+    /// is advice to the guest, not the unit of the protocol (section 5.2.4).
     pub fn transfer_range(&self, sector: u64, len: u64) -> Option<u64> {
         let mask = self.options.logical_block_size as u64 - 1;
         let offset = sector.checked_mul(SECTOR)?;
         let end = offset.checked_add(len)?;
         let inside = end <= self.capacity.load(Ordering::Relaxed) * SECTOR;
-        (inside && (offset | len) & mask == 0).then_some(offset)
+        (inside && offset & mask == 0 && len.is_multiple_of(SECTOR)).then_some(offset)
     }
 
     /// Does a request on the slow road. `out` is what follows the header, `into` what comes before
@@ -167,14 +169,15 @@ impl Disk {
         let flags = u32::from_le_bytes([e, f, g, h]);
         let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         let unknown = flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-        if unknown || unmap && kind == Kind::Discard {
-            return Status::Unsupported;
-        }
         if count > config::MAX_DISCARD_SECTORS {
             return Status::IoError;
         }
         let len = count as u64 * SECTOR;
         let Some(at) = self.transfer_range(sector, len) else { return Status::IoError };
+        // After the range, as qemu-storage-daemon does: guests see one order of checks.
+        if unknown || unmap && kind == Kind::Discard {
+            return Status::Unsupported;
+        }
         let result = match kind {
             Kind::Discard => self.node.discard(at, len).await,
             _ => {
