@@ -12,7 +12,7 @@ use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
 use crate::io::{SourceId, Worker};
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -419,7 +419,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let call = file.map(Arc::new);
         self.ring(index as u32)?.call = call.clone();
-        self.tell(index as u32, move |queue| queue.set_call(call));
+        let theirs = call.clone();
+        self.tell(index as u32, move |queue| queue.set_call(theirs));
+        // What was completed before had nobody to tell, or told a descriptor that nobody reads any
+        // more. One word too many does no harm.
+        if let Some(call) = call {
+            let _ = (&*call).write(&1u64.to_ne_bytes());
+        }
         Ok(())
     }
 
