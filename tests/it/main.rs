@@ -9,3 +9,4 @@ mod file;
 mod guest;
 mod model;
 mod node;
+mod vhost_user;

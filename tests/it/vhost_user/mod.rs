@@ -1,0 +1,23 @@
+//! The vhost-user-blk export against the testkit's front end: no virtual machine, every message and
+//! every byte of the rings under the test's control.
+
+mod config;
+mod daemon;
+mod differential;
+mod hostile;
+mod layouts;
+mod lifecycle;
+mod memory;
+mod messages;
+mod negotiation;
+mod queues;
+mod requests;
+mod write_cache;
+
+pub use crate::disks::seed;
+pub use daemon::{Daemon, SIZE};
+
+/// Bytes that tell which of 256 kinds they are and where in the buffer they stood.
+pub fn pattern(len: usize, salt: u8) -> Vec<u8> {
+    (0..len).map(|i| (i / 512) as u8 ^ (i as u8).rotate_left(3) ^ salt).collect()
+}
