@@ -2,7 +2,7 @@
 //!
 //! A turn takes what the guest made available, maps each read and write through the graph, starts it
 //! on the leaf it ends at, and leaves everything else to tasks. Results are written to the used ring
-//! as they come and published once a turn, with at most one notification.
+//! as they come and published once a batch, with at most one notification.
 //!
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
@@ -22,8 +22,13 @@ use std::sync::{Arc, mpsc};
 /// Chains taken from one queue in a turn, so that the other queues of the worker have theirs.
 const SHARE: u16 = 256;
 
-/// Chains whose headers are fetched before the first of them is looked at.
-const AHEAD: usize = 16;
+/// Chains that are taken together: their headers are fetched before the first of them is looked at,
+/// and what of them is done at once is published together.
+const BATCH: u16 = 16;
+
+/// Chains in the first batch of a turn. A guest that has just kicked goes to sleep next; the first
+/// results are quick enough to keep it awake, and waking it costs more than many requests.
+const FIRST_BATCH: u16 = 4;
 
 /// Segments that an idle slot may keep room for.
 const KEEP_SEGMENTS: usize = 256;
@@ -167,33 +172,48 @@ impl Queue {
 
     /// Takes and starts up to `count` chains.
     ///
-    /// In two steps, a few chains at a time: the guest has just written the headers on another
+    /// In two steps, a batch at a time: the guest has just written the headers on another
     /// processor, and the second step finds them on their way instead of waiting for each.
     fn take(&mut self, io: &Rc<Io>, me: SourceId, mut count: u16) -> Result<(), Broken> {
         // One announcement covers the batch. The record is counted apart from self, so that the
         // requests may change self meanwhile.
         let announcer = self.announcer.clone();
         let turn = announcer.enter();
-        let mut broken = Ok(());
-        while count > 0 && broken.is_ok() {
-            let mut heads = [(0, 0); AHEAD];
-            let mut taken = 0;
-            while taken < AHEAD.min(count as usize) {
+        let mut batch = FIRST_BATCH;
+        loop {
+            let mut chains = [(0, 0); BATCH as usize];
+            let (mut taken, mut broken) = (0, None);
+            for chain in &mut chains[..batch.min(count) as usize] {
                 match self.gather() {
-                    Ok(chain) => heads[taken] = chain,
+                    Ok(gathered) => *chain = gathered,
                     Err(why) => {
-                        broken = Err(why);
+                        broken = Some(why);
                         break;
                     }
                 }
                 taken += 1;
             }
-            for &(head, readable) in &heads[..taken] {
+            for &(head, readable) in &chains[..taken as usize] {
                 self.start(io, me, &turn, head, readable as usize);
             }
-            count -= taken as u16;
+            count -= taken;
+            match broken {
+                Some(why) => return Err(why),
+                None if count == 0 => return Ok(()),
+                None => self.show_used(),
+            }
+            batch = BATCH;
         }
-        broken
+    }
+
+    /// Makes what is done visible to the guest, and tells it if it wants to be told.
+    fn show_used(&mut self) {
+        if self.ring.publish()
+            && let Some(call) = &self.call
+        {
+            // An eventfd: full means that the guest has a notification waiting already.
+            let _ = (&**call).write(&1u64.to_ne_bytes());
+        }
     }
 
     /// Takes the next chain: its head, and how many of its segments the device reads.
@@ -502,12 +522,7 @@ impl Source for Queue {
 
     fn publish(&mut self) {
         self.announcer.settle();
-        if self.ring.publish()
-            && let Some(call) = &self.call
-        {
-            // An eventfd: full means that the guest has a notification waiting already.
-            let _ = (&**call).write(&1u64.to_ne_bytes());
-        }
+        self.show_used();
     }
 
     fn arm(&mut self) -> bool {
