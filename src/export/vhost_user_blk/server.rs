@@ -214,6 +214,8 @@ impl Shared {
         };
         lock(&session).stop_all();
         self.current.lock().front_end = None;
+        // Memory and descriptors are given back before the log says that the front end has gone.
+        drop((handler, session));
         match end {
             Some(error) if !self.stopping.load(Ordering::SeqCst) => {
                 log::warn!("{}: connection ended: {error}", self.name)
