@@ -10,7 +10,9 @@ pub struct Generate {
 }
 
 impl Generate {
-    pub fn run(self, mut command: clap::Command) -> super::Outcome {
+    pub fn run(self, command: clap::Command) -> super::Outcome {
+        // Its options are parsed apart from ours, but are to be found with them.
+        let mut command = command.mut_subcommand("daemon", |_| super::daemon::command());
         let failed = |error: std::io::Error| format!("{}: {error}", self.folder.display());
         std::fs::create_dir_all(&self.folder).map_err(failed)?;
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {

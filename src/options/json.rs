@@ -334,8 +334,9 @@ fn push(out: &mut String, text: std::fmt::Arguments<'_>) {
     out.write_fmt(text).expect("writing to a String cannot fail");
 }
 
+#[cfg(test)]
 impl From<serde_json::Value> for Value {
-    /// For trees that were read elsewhere; the text readers above check more.
+    /// To compare with a reader that is not ours.
     fn from(value: serde_json::Value) -> Self {
         match value {
             serde_json::Value::Null => Value::Null,
