@@ -559,15 +559,16 @@ impl Spin {
     const FIRST_NS: u64 = 4_000;
     const STREAK: u32 = 3;
 
-    /// `gap` is how long there was nothing to do.
+    /// `gap` is how long there was nothing to do. Gaps longer than half of `max` are left to sleep:
+    /// going to sleep and waking up costs less than spinning through them.
     fn learn(&mut self, gap: u64, max: u64) {
-        if gap > max {
+        if gap > max / 2 {
             *self = Spin::default();
             return;
         }
         self.streak = self.streak.saturating_add(1);
         if self.streak >= Self::STREAK && gap > self.limit_ns {
-            self.limit_ns = (self.limit_ns * 2).max(Self::FIRST_NS).max(gap).min(max);
+            self.limit_ns = (self.limit_ns * 2).max(Self::FIRST_NS).max(gap).min(max / 2);
         }
     }
 }
@@ -748,9 +749,9 @@ mod tests {
         }
         spin.learn(5_000, 32_000);
         assert_eq!(spin.limit_ns, 5_000);
-        spin.learn(30_000, 32_000);
-        assert_eq!(spin.limit_ns, 30_000);
-        spin.learn(33_000, 32_000);
+        spin.learn(15_000, 32_000);
+        assert_eq!(spin.limit_ns, 15_000);
+        spin.learn(17_000, 32_000);
         assert_eq!(spin.limit_ns, 0);
     }
 }
