@@ -189,6 +189,14 @@ impl Io {
         self.ring.borrow().is_simulated()
     }
 
+    /// Starts what is queued now, rather than at the end of the turn.
+    pub fn submit(&self) {
+        let mut ring = self.ring.borrow_mut();
+        if ring.must_enter() {
+            ring.enter(Wait::No);
+        }
+    }
+
     /// Asks that `source` be polled in this turn or the next.
     pub fn wake_source(&self, source: SourceId) {
         self.ready.borrow_mut().push(source);

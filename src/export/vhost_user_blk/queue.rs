@@ -23,7 +23,8 @@ use std::sync::{Arc, mpsc};
 const SHARE: u16 = 256;
 
 /// Chains that are taken together: their headers are fetched before the first of them is looked at,
-/// and what of them is done at once is published together.
+/// what of them is done at once is published together, and what is not is submitted together.
+/// Larger batches would keep the storage waiting for its first request.
 const BATCH: u16 = 16;
 
 /// Chains in the first batch of a turn. A guest that has just kicked goes to sleep next; the first
@@ -200,7 +201,10 @@ impl Queue {
             match broken {
                 Some(why) => return Err(why),
                 None if count == 0 => return Ok(()),
-                None => self.show_used(),
+                None => {
+                    self.show_used();
+                    io.submit();
+                }
             }
             batch = BATCH;
         }
