@@ -25,6 +25,9 @@ const ORDERED: [(&str, Option<&str>, &str); 7] = [
     ("trace", None, "trace events"),
 ];
 
+/// What is no option. It is refused when its turn comes, like a wrong value.
+const STRAY: &str = "stray";
+
 pub fn command() -> Command {
     let ordered = ORDERED.iter().map(|&(name, _, help)| {
         let arg = Arg::new(name).long(name).value_name("OPTIONS").action(ArgAction::Append);
@@ -36,6 +39,7 @@ pub fn command() -> Command {
         .infer_long_args(true)
         .disable_version_flag(true)
         .args(ordered)
+        .arg(Arg::new(STRAY).hide(true).action(ArgAction::Append))
         .arg(Arg::new("version").short('V').long("version").action(ArgAction::SetTrue))
         .arg(
             Arg::new("daemonize")
@@ -73,6 +77,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     super::start_log(0);
     let mut service = Service::new(drivers::registry())?;
     for (option, implied_key, value) in in_order(&matches) {
+        if option == STRAY {
+            return Err(format!("{value}: Unexpected argument").into());
+        }
         let done = act(&mut service, option, implied_key, value)
             .map_err(|error| error.at(format!("--{option} {value}")))?;
         if done == Done::Help {
@@ -156,7 +163,8 @@ fn driver_help(entry: &DriverEntry) -> String {
 /// The ordered options as they were given.
 fn in_order(matches: &ArgMatches) -> Vec<(&'static str, Option<&'static str>, &str)> {
     let mut all = Vec::new();
-    for (name, implied_key, _) in ORDERED {
+    let named = ORDERED.iter().map(|&(name, implied_key, _)| (name, implied_key));
+    for (name, implied_key) in named.chain([(STRAY, None)]) {
         let places = matches.indices_of(name).into_iter().flatten();
         let values = matches.get_many::<String>(name).into_iter().flatten();
         all.extend(places.zip(values).map(|(place, value)| (place, name, implied_key, value)));
@@ -174,10 +182,12 @@ fn usage_line(error: &clap::Error) -> String {
     let given = argument(ContextKind::InvalidArg);
     let name = given.split([' ', '=']).next().unwrap_or_default();
     match error.kind() {
+        ErrorKind::UnknownArgument if given.starts_with('-') && !given.starts_with("--") => {
+            format!("invalid option -- '{}'", given.chars().nth(1).unwrap_or('-'))
+        }
         ErrorKind::UnknownArgument if given.starts_with('-') => {
             format!("unrecognized option '{given}'")
         }
-        ErrorKind::UnknownArgument => format!("{given}: Unexpected argument"),
         ErrorKind::InvalidValue => format!("option '{name}' requires an argument"),
         ErrorKind::TooManyValues => format!("option '{name}' doesn't allow an argument"),
         _ => error.to_string().lines().next().unwrap_or_default().replace("error: ", ""),
