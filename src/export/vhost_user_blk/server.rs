@@ -75,6 +75,8 @@ impl Export {
         let (listener, own_file) = match address {
             Address::Path { path, mode, owner } => {
                 let (listener, id) = listen(&path, mode, owner)?;
+                // It must still be found after the process has gone to another directory.
+                let path = std::path::absolute(&path).unwrap_or(path);
                 (listener, Some((path, id.0, id.1)))
             }
             Address::Listening(fd) => (UnixListener::from(fd), None),
