@@ -125,6 +125,11 @@ impl Service {
 
     /// Adds a worker that exports can name.
     pub fn add_iothread(&mut self, id: &str, options: WorkerOptions) -> Result<(), Error> {
+        if !options::is_identifier(id) {
+            return Err(Error::new("Parameter 'id' expects an identifier").with_hint(
+                "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
+            ));
+        }
         if self.iothreads.iter().any(|(name, _)| name == id) {
             return Err(Error::new(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
@@ -161,6 +166,9 @@ impl Service {
         let options: VhostUserBlkExport = options::from_map(options)?;
         let address = parse_address(options.addr)?;
         let id = options.id;
+        if !options::is_identifier(&id) {
+            return Err(Error::new("Invalid block export id"));
+        }
         if self.exports.iter().any(|served| served.id == id) {
             return Err(Error::new(format!("Block export id '{id}' is already in use")));
         }
@@ -176,7 +184,11 @@ impl Service {
             }
             Some(name) => vec![self.iothread(name.as_str().unwrap_or_default())?],
         };
-        let block = options.logical_block_size.map_or(512, |size| size.0);
+        let block = match options.logical_block_size {
+            // Zero is how scripts say that they have no wish.
+            None | Some(options::Size(0)) => 512,
+            Some(size) => size.0,
+        };
         let disk = DiskOptions {
             writable: options.writable,
             write_through: options.writethrough,
@@ -303,13 +315,14 @@ fn parse_address(addr: options::Value) -> Result<Address, Error> {
         }
         "fd" => {
             let Fd { str } = options::from_map(map).map_err(at)?;
-            let fd = str.parse().map_err(|_| {
-                Error::new(format!("File descriptor '{str}' is not a number of an open one"))
-            })?;
+            let fd =
+                str.parse().map_err(|_| Error::new(format!("Unable to parse FD number {str}")))?;
             // SAFETY: whoever started the program says that this descriptor is ours to take.
             Ok(Address::Listening(unsafe { listening_fd(fd) }?))
         }
-        "inet" | "vsock" => Err(Error::new("vhost-user needs a UNIX domain socket")),
-        other => Err(Error::new(format!("Parameter 'addr.type' does not accept value '{other}'"))),
+        "inet" | "vsock" => {
+            Err(Error::new("Only socket address types 'unix' and 'fd' are supported"))
+        }
+        other => Err(Error::new(format!("Parameter 'type' does not accept value '{other}'"))),
     }
 }

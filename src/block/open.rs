@@ -180,10 +180,7 @@ impl Graph {
     }
 
     fn check_name(&self, name: String) -> Result<String, Error> {
-        let mut bytes = name.bytes();
-        let well_formed = bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
-            && bytes.all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
-        if !well_formed {
+        if !options::is_identifier(&name) {
             return Err(Error::new(format!("Invalid node-name: '{}'", name.escape_debug())));
         }
         if name.len() > NAME_LIMIT {

@@ -11,6 +11,7 @@
 //! | `size` | `1.5G` to bytes and back to `1.5 GiB`, and the [`Size`] field type |
 //! | `node_ref` | the field types for "a node's name, or a node defined in place" |
 //! | `de` | a serde `Deserializer` over the tree: one `#[derive(Deserialize)]` struct per driver |
+//! | `identifier` | what a name may be made of |
 //! | `any` | a value read through serde as it stands |
 //! | `error` | the one error type, worded as QEMU words it |
 //!
@@ -22,6 +23,7 @@ mod any;
 pub mod de;
 pub mod error;
 pub mod filename;
+mod identifier;
 pub mod json;
 pub mod keyval;
 pub mod node_ref;
@@ -31,6 +33,7 @@ pub mod tree;
 
 pub use de::{from_map, from_value};
 pub use error::Error;
+pub use identifier::is_identifier;
 pub use node_ref::{NodeRef, NodeRefOrNull};
 pub use size::Size;
 pub use tree::{Map, Value};

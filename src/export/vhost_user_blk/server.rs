@@ -275,6 +275,9 @@ fn wait_readable(fds: [RawFd; 2]) -> bool {
     }
 }
 
+/// Bytes of the name of a socket, its end included (`sockaddr_un`).
+const MAX_PATH: usize = 108;
+
 /// Makes a listening socket at `path`, in the place of one that nobody listens on any more. Gives
 /// its file's device and inode too.
 fn listen(
@@ -283,13 +286,12 @@ fn listen(
     owner: Option<(u32, u32)>,
 ) -> Result<(UnixListener, (u64, u64)), Error> {
     let at = |what: &str, error: std::io::Error| {
-        let text = match error.raw_os_error() {
-            Some(_) => Errno::from(error).to_string(),
-            // Not from the kernel: a path that is too long, with a text of its own.
-            None => error.to_string(),
-        };
-        Error::new(format!("Failed to {what} socket to '{}': {text}", path.display()))
+        Error::os(format!("Failed to {what} socket to {}", path.display()), Errno::from(error))
     };
+    if path.as_os_str().len() >= MAX_PATH {
+        let error = Error::new(format!("UNIX socket path '{}' is too long", path.display()));
+        return Err(error.with_hint(format!("Path must be less than {MAX_PATH} bytes")));
+    }
     if let Ok(found) = std::fs::symlink_metadata(path) {
         use std::os::unix::fs::FileTypeExt;
         if !found.file_type().is_socket() {
@@ -348,10 +350,10 @@ pub unsafe fn listening_fd(fd: RawFd) -> Result<OwnedFd, Error> {
         )
     };
     if result != 0 {
-        return Err(Error::os(format!("file descriptor {fd}"), Errno::last()));
+        return Err(Error::new(format!("File descriptor '{fd}' is not a socket")));
     }
     if listening == 0 {
-        return Err(Error::new(format!("file descriptor {fd} is not a listening socket")));
+        return Err(Error::new(format!("File descriptor '{fd}' is not a listening socket")));
     }
     // SAFETY: the caller's promise.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
