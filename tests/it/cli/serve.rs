@@ -1,0 +1,233 @@
+//! `vublk serve`: what it prints, what it makes of its sockets, and what it refuses.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use vublk_testkit::spec::feature;
+use vublk_testkit::{Disk, Error, Options, Server};
+
+use super::{VUBLK, directory, run, stderr};
+use crate::vhost_user::LIMIT;
+
+/// `vublk serve` in `dir`, ready: it has told so through the socket that systemd would give it.
+fn serve(dir: &Path, arguments: &[&str]) -> Server {
+    let notify = dir.join(format!("notify{}", arguments.len()));
+    let _ = std::fs::remove_file(&notify);
+    let socket = UnixDatagram::bind(&notify).unwrap();
+    socket.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut command = Command::new(VUBLK);
+    command.arg("serve").args(arguments).current_dir(dir);
+    command.env("NOTIFY_SOCKET", &notify).stdout(Stdio::null());
+    let mut server = Server::spawn(command).unwrap();
+    let mut text = [0; 256];
+    let n = loop {
+        socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+        match socket.recv(&mut text) {
+            Ok(n) => break n,
+            Err(_) => assert!(server.try_wait().unwrap().is_none(), "ended: {}", server.stderr()),
+        }
+    };
+    assert!(String::from_utf8_lossy(&text[..n]).lines().any(|line| line == "READY=1"));
+    server
+}
+
+fn open(dir: &Path, socket: &str) -> Disk {
+    Disk::open(&dir.join(socket), &Options::default()).unwrap()
+}
+
+fn end(mut server: Server) {
+    server.signal(libc::SIGTERM).unwrap();
+    let status = server.wait_exit(LIMIT).unwrap();
+    assert!(status.success(), "{status}: {}", server.stderr());
+}
+
+/// Exit code 1 and one line that holds `words`.
+fn assert_refused(dir: &Path, arguments: &[&str], words: &str) {
+    let output = run(dir, &[VUBLK, "serve"], arguments);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+    assert!(said.contains(words), "{arguments:?}: {said}");
+}
+
+#[test]
+fn the_lines_that_attach_each_disk_are_printed() {
+    let dir = directory();
+    std::fs::copy(dir.path().join("disk.img"), dir.path().join("b.img")).unwrap();
+    let mut command = Command::new(VUBLK);
+    command.current_dir(dir.path()).stdout(std::fs::File::create(dir.path().join("out")).unwrap());
+    command.args(["serve", "-f", "raw", "disk.img", "b.img", "--socket", "a.sock", "-s", "b.sock"]);
+    let mut server = Server::spawn(command).unwrap();
+    let printed = || std::fs::read_to_string(dir.path().join("out")).unwrap();
+    server.wait_until("its lines", LIMIT, || printed().lines().count() >= 6).unwrap();
+    let here = dir.path().canonicalize().unwrap();
+    for name in ["a.sock", "b.sock"] {
+        let path = here.join(name).display().to_string();
+        let text = printed();
+        assert!(text.contains(&format!("{path}: ready\n")), "{text}");
+        for words in ["-chardev socket,id=vublk,path=", "--disk vhost_user=true,socket="] {
+            assert!(text.contains(&format!("{words}{path}")), "{text}");
+        }
+        open(dir.path(), name).write(8, &[7; 512]).unwrap();
+    }
+    end(server);
+    for image in ["disk.img", "b.img"] {
+        let bytes = std::fs::read(dir.path().join(image)).unwrap();
+        assert_eq!(bytes[4096..4608], [7; 512]);
+    }
+}
+
+#[test]
+fn a_disk_is_offered_with_the_defaults_of_an_expert() {
+    let dir = directory();
+    let server = serve(dir.path(), &["-f", "raw", "disk.img", "--socket", "a.sock"]);
+    let mut disk = open(dir.path(), "a.sock");
+    assert_eq!(disk.connection().max_queues(), 64, "QEMU refuses fewer than its device asks for");
+    assert_eq!(disk.config().wce, 1);
+    assert!(disk.has(feature::DISCARD | feature::WRITE_ZEROES | feature::FLUSH | feature::MQ));
+    assert_eq!(disk.get_id().unwrap(), "vublk0");
+    drop(disk);
+    end(server);
+}
+
+#[test]
+fn each_option_shows_in_the_disk() {
+    let dir = directory();
+    let arguments = [
+        "-f",
+        "raw",
+        "disk.img",
+        "-s",
+        "a.sock",
+        "--read-only",
+        "--num-queues",
+        "3",
+        "--serial",
+        "01234567890123456789",
+        "--logical-block-size",
+        "4k",
+        "--cache",
+        "writeback",
+        "--workers",
+        "2",
+        "--worker-cpus",
+        "0",
+        "--poll-max-us",
+        "0",
+        "--socket-mode",
+        "620",
+        "-v",
+    ];
+    let server = serve(dir.path(), &arguments);
+    let mode = std::fs::metadata(dir.path().join("a.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o620);
+    let mut disk = open(dir.path(), "a.sock");
+    assert!(disk.has(feature::RO));
+    assert_eq!((disk.connection().max_queues(), disk.config().blk_size), (3, 4096));
+    assert_eq!(disk.get_id().unwrap(), "01234567890123456789");
+    assert!(matches!(disk.write(0, &[0; 4096]), Err(Error::Status(1))));
+    let workers = server.threads().unwrap();
+    let mut pinned = workers.iter().filter(|t| t.name.starts_with("worker")).map(|t| {
+        let status = format!("/proc/{}/task/{}/status", server.pid(), t.tid);
+        let status = std::fs::read_to_string(status).unwrap();
+        status.lines().any(|line| line.starts_with("Cpus_allowed_list:") && line.ends_with("\t0"))
+    });
+    assert_eq!((pinned.next(), pinned.next(), pinned.next()), (Some(true), Some(true), None));
+    drop(disk);
+    end(server);
+}
+
+#[test]
+fn cache_and_discard_modes_decide_what_is_offered() {
+    for (option, value, wce, discard) in [
+        ("--cache", "none", 1, true),
+        ("--cache", "unsafe", 1, true),
+        ("--cache", "writethrough", 0, true),
+        ("--cache", "directsync", 0, true),
+        ("--discard", "ignore", 1, false),
+    ] {
+        let dir = directory();
+        let server = serve(dir.path(), &["-f", "raw", "disk.img", "-s", "a.sock", option, value]);
+        let mut disk = open(dir.path(), "a.sock");
+        assert_eq!(disk.config().wce, wce, "{option} {value}");
+        assert_eq!(disk.has(feature::DISCARD), discard, "{option} {value}");
+        disk.write(0, &[5; 4096]).unwrap();
+        disk.flush().unwrap();
+        let mut back = [0; 4096];
+        disk.read(0, &mut back).unwrap();
+        assert_eq!(back, [5; 4096]);
+        drop(disk);
+        end(server);
+    }
+}
+
+#[test]
+fn command_lines_that_are_wrong_are_refused_with_a_reason() {
+    let dir = directory();
+    let here = dir.path();
+    let long = "x".repeat(120);
+    std::fs::write(here.join("file"), "mine").unwrap();
+    let good = ["-f", "raw", "disk.img", "--socket", "a.sock"];
+    let with = |more: &[&'static str]| [&good[..], more].concat();
+    assert_refused(here, &["disk.img", "--socket", "a.sock"], "-f raw");
+    assert_refused(
+        here,
+        &["-f", "raw", "disk.img", "disk.img", "-s", "a"],
+        "2 images but 1 sockets",
+    );
+    assert_refused(
+        here,
+        &["-f", "raw", "disk.img", "-s", "a", "-s", "b"],
+        "1 images but 2 sockets",
+    );
+    assert_refused(here, &["-f", "raw", "disk.img"], "--socket");
+    assert_refused(here, &["-f", "raw", "nothere", "-s", "a"], "nothere");
+    assert_refused(here, &["-f", "bogus", "disk.img", "-s", "a"], "bogus");
+    assert_refused(here, &["-f", "raw", "disk.img", "-s", &long], "is too long");
+    assert_refused(here, &["-f", "raw", "disk.img", "-s", "nodir/a"], "No such file");
+    assert_refused(here, &["-f", "raw", "disk.img", "-s", "file"], "is not a socket");
+    assert_refused(here, &with(&["--serial", "012345678901234567890"]), "at most 20 bytes");
+    assert_refused(here, &with(&["--logical-block-size", "1000"]), "power of 2");
+    assert_refused(here, &with(&["--num-queues", "0"]), "num-queues");
+    assert_refused(here, &with(&["--num-queues", "65"]), "num-queues");
+    assert_refused(here, &with(&["--worker-cpus", "x"]), "no processor");
+    assert_refused(here, &with(&["--socket-mode", "999"]), "octal");
+    assert_refused(here, &with(&["--socket-owner", "nobody"]), "numeric");
+    assert_refused(here, &with(&["--cache", "sometimes"]), "sometimes");
+    assert_eq!(std::fs::read_to_string(here.join("file")).unwrap(), "mine");
+    let left: Vec<_> = std::fs::read_dir(here)
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_socket())
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_socket_that_nobody_listens_on_is_replaced_and_a_live_one_is_not() {
+    let dir = directory();
+    let path = dir.path().join("a.sock");
+    // Closed, but its file stays.
+    drop(UnixListener::bind(&path).unwrap());
+    let arguments = ["-f", "raw", "disk.img", "--socket", "a.sock"];
+    let server = serve(dir.path(), &arguments);
+    open(dir.path(), "a.sock").read(0, &mut [0; 512]).unwrap();
+    let other = ["-f", "raw", "--read-only", "disk.img", "--socket", "a.sock"];
+    std::fs::copy(dir.path().join("disk.img"), dir.path().join("b.img")).unwrap();
+    let other = other.map(|word| if word == "disk.img" { "b.img" } else { word });
+    assert_refused(dir.path(), &other, "another process listens");
+    open(dir.path(), "a.sock").read(0, &mut [0; 512]).unwrap();
+    end(server);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_socket_file_that_somebody_put_in_the_place_of_ours_stays() {
+    let dir = directory();
+    let path = dir.path().join("a.sock");
+    let server = serve(dir.path(), &["-f", "raw", "disk.img", "--socket", "a.sock"]);
+    std::fs::remove_file(&path).unwrap();
+    let _theirs = UnixListener::bind(&path).unwrap();
+    end(server);
+    assert!(path.exists(), "only our own socket is removed");
+}
