@@ -11,3 +11,4 @@ mod guest;
 mod model;
 mod node;
 mod vhost_user;
+mod vhost_user_review;

@@ -182,7 +182,7 @@ impl Queue {
         let turn = announcer.enter();
         let mut batch = FIRST_BATCH;
         loop {
-            let mut chains = [(0, 0); BATCH as usize];
+            let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
             for chain in &mut chains[..batch.min(count) as usize] {
                 match self.gather() {
@@ -221,7 +221,7 @@ impl Queue {
     }
 
     /// Takes the next chain: its head, and how many of its segments the device reads.
-    fn gather(&mut self) -> Result<(u16, u16), Broken> {
+    fn gather(&mut self) -> Result<(u16, u32), Broken> {
         let head = self.ring.pop()?;
         let slot = &mut self.slots[head as usize];
         if slot.busy {
@@ -243,7 +243,8 @@ impl Queue {
         slot.busy = true;
         self.in_flight += 1;
         self.counts.requests += 1;
-        Ok((head, readable as u16))
+        // At most 1024 descriptors, each in at most 509 regions.
+        Ok((head, readable as u32))
     }
 
     /// Starts what the chain's header asks for.

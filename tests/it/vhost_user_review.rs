@@ -1,0 +1,69 @@
+//! Rings and messages at the edges of what the vhost-user-blk export counts, keeps and promises.
+
+use std::time::{Duration, Instant};
+
+use crate::vhost_user::Daemon;
+use vublk_testkit::frontend::MemoryMessages;
+use vublk_testkit::ring::Desc;
+use vublk_testkit::spec;
+use vublk_testkit::spec::desc_flag::{INDIRECT, NEXT, WRITE};
+use vublk_testkit::{Disk, MemoryLayout, Options};
+
+/// No step of a test takes this long unless it hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
+    Desc { addr, len, flags, next }
+}
+
+/// Makes head 0 available, which points to an indirect table at `table`, and waits until it is used.
+fn run_table(daemon: &Daemon, disk: &mut Disk, table: u64, list: &[Desc]) {
+    let memory = disk.memory().clone();
+    let ring = disk.queue(0).ring();
+    let layout = ring.layout();
+    for (index, desc) in list.iter().enumerate() {
+        layout.write_desc(&memory, table, index as u16, *desc);
+    }
+    let pointer = desc(table, list.len() as u32 * 16, INDIRECT, 0);
+    layout.write_desc(&memory, layout.desc, 0, pointer);
+    let before = layout.used_idx(&memory);
+    ring.add_head(0);
+    ring.publish().unwrap();
+    let end = Instant::now() + LIMIT;
+    while layout.used_idx(&memory) == before {
+        assert!(Instant::now() < end, "no answer:\n{}", daemon.server.stderr());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_header_in_two_pieces_before_65535_of_data_is_understood() {
+    // Descriptors that lie in up to 100 regions each: 65537 pieces that the device reads.
+    const REGIONS: u64 = 100;
+    const BASE: u64 = 1 << 20;
+    const HEADER: u64 = BASE / 2;
+    const STATUS: u64 = HEADER + 4096;
+    const TABLE: u64 = STATUS + 4096;
+    let mut regions = vec![(0, BASE as usize)];
+    regions.extend((0..REGIONS).map(|i| (BASE + (i << 12), 4096)));
+    let mut daemon = Daemon::null("size=4294967296", "");
+    let mut disk = daemon.open(&Options {
+        queue_size: 16,
+        layout: MemoryLayout(regions),
+        memory_messages: MemoryMessages::Slots,
+        ..Options::default()
+    });
+    let memory = disk.memory().clone();
+    let mut list = vec![desc(HEADER, 8, NEXT, 1), desc(HEADER + 8, 8, NEXT, 2)];
+    list.extend((0..655).map(|i| desc(BASE, 100 * 4096, NEXT, i + 3)));
+    list.push(desc(BASE, 35 * 4096, NEXT, 658));
+    list.push(desc(STATUS, 1, WRITE, 0));
+    memory.write(HEADER, &[&1u32.to_le_bytes()[..], &[0; 12]].concat());
+    memory.write(STATUS, &[spec::status::UNTOUCHED]);
+    run_table(&daemon, &mut disk, TABLE, &list);
+    let mut status = [0];
+    memory.read(STATUS, &mut status);
+    assert_eq!(status, [spec::status::OK]);
+    drop(disk);
+    daemon.assert_serves(0);
+}
