@@ -127,11 +127,15 @@ impl SplitRing {
             return Err(format!("a ring of {size} entries (a power of two up to 1024 is wanted)"));
         }
         let part = |what: &str, user: u64, len: u64, align: u64| {
-            if user & (align - 1) != 0 {
+            let host = memory
+                .host_of_user(user, len)
+                .ok_or_else(|| format!("{what} ring at {user:#x} is not in the guest's memory"))?;
+            // Where a region begins in the front end's space is its own affair, so that ours may be
+            // misaligned although its is not. Both must be right.
+            if (user | host as u64) & (align - 1) != 0 {
                 return Err(format!("{what} ring at {user:#x} is not aligned to {align}"));
             }
-            let host = memory.host_of_user(user, len);
-            host.ok_or_else(|| format!("{what} ring at {user:#x} is not in the guest's memory"))
+            Ok(host)
         };
         let entries = size as u64;
         let descriptors = part("descriptor", at.descriptors, entries * 16, 16)?;
@@ -158,8 +162,8 @@ impl SplitRing {
     }
 
     fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
-        // SAFETY: `new` checked that both rings lie in mapped memory, `index` is inside the ring at
-        // every call, the addresses are even, and the mapping lives as long as self.
+        // SAFETY: `new` checked that both rings lie in mapped memory at even host addresses, `index`
+        // is inside the ring at every call, and the mapping lives as long as self.
         unsafe { AtomicU16::from_ptr(base.add(index)) }
     }
 
@@ -307,6 +311,50 @@ impl SplitRing {
     pub fn no_kick(&mut self) {
         if !self.event_index {
             self.atomic(self.used, 0).store(USED_NO_NOTIFY, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::Region;
+    use super::*;
+    use std::os::fd::{FromRawFd, OwnedFd};
+    use vhost::vhost_user::message::VhostUserMemoryRegion;
+
+    const LEN: u64 = 1 << 20;
+
+    /// Memory of one region, which the front end says it has mapped at `user`.
+    fn memory(user: u64) -> Arc<Memory> {
+        // SAFETY: the name is a C string, and the descriptor is nobody else's.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"ring".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0);
+            std::fs::File::from(OwnedFd::from_raw_fd(fd))
+        };
+        file.set_len(LEN).unwrap();
+        let region = VhostUserMemoryRegion {
+            guest_phys_addr: 0,
+            memory_size: LEN,
+            user_addr: user,
+            mmap_offset: 0,
+        };
+        Arc::new(Memory::new(vec![Arc::new(Region::map(&region, file).unwrap())]).unwrap())
+    }
+
+    #[test]
+    fn a_ring_that_is_aligned_for_the_front_end_only_is_refused() {
+        let at = |base: u64| Addresses {
+            descriptors: base,
+            available: base + 0x4000,
+            used: base + 0x8000,
+        };
+        let even = SplitRing::new(&memory(0x10000), 128, at(0x11000), 0, true);
+        assert!(even.is_ok());
+        // The front end's addresses are aligned, but where its region begins is not.
+        for odd in [1, 2, 4, 8] {
+            let ring = SplitRing::new(&memory(0x10000 + odd), 128, at(0x11000), 0, true);
+            assert!(ring.err().unwrap().contains("not aligned"), "{odd}");
         }
     }
 }
