@@ -37,6 +37,8 @@ pub struct Disk {
     /// Writes must be durable before they complete: the guest switched the write cache off, or
     /// knows of none.
     pub write_through: AtomicBool,
+    /// What the guest has made of its write cache, whoever connects for it.
+    pub write_cache: AtomicBool,
     pub counters: Counters,
 }
 

@@ -86,6 +86,7 @@ impl Export {
             node,
             capacity,
             write_through: AtomicBool::new(options.disk.write_through),
+            write_cache: AtomicBool::new(true),
             options: options.disk,
             counters: Counters::default(),
         });

@@ -37,7 +37,8 @@ pub struct Session {
     workers: Vec<Arc<Worker>>,
     /// The worker of the first queue; the others follow in turn.
     first_worker: usize,
-    features: u64,
+    /// What the front end has acknowledged; `None` until it says.
+    features: Option<u64>,
     /// Rings that start meanwhile take nothing either.
     paused: u32,
     memory: Arc<Memory>,
@@ -92,17 +93,17 @@ impl Session {
     ) -> Session {
         let rings = std::iter::repeat_with(RingState::new);
         let rings = rings.take(disk.options.num_queues as usize).collect();
-        let mut session = Session {
+        let session = Session {
             name,
             disk,
             workers,
             first_worker,
-            features: 0,
+            features: None,
             paused: 0,
             memory: Arc::default(),
             rings,
         };
-        session.reset_write_cache();
+        session.apply_write_cache();
         session
     }
 
@@ -115,20 +116,30 @@ impl Session {
     }
 
     fn has(&self, bit: u32) -> bool {
-        self.features & 1 << bit != 0
+        self.features.is_some_and(|features| features & 1 << bit != 0)
     }
 
-    /// The write cache is on until the guest says otherwise; a guest that does not know how to
-    /// flush gets none.
-    fn reset_write_cache(&mut self) {
-        let knows = self.features == 0 || self.has(VIRTIO_BLK_F_FLUSH);
-        let through = self.disk.options.write_through || !knows;
-        self.disk.write_through.store(through, Ordering::Relaxed);
+    /// Whether writes must be durable before they complete: because the export says so, because the
+    /// guest cannot flush, or because it has switched the write cache off. That choice outlives the
+    /// connection: front ends do not repeat it when a stopped machine goes on or when they
+    /// reconnect, and a guest that relies on it sends no flushes.
+    fn apply_write_cache(&self) {
+        let flushes = self.features.is_none() || self.has(VIRTIO_BLK_F_FLUSH);
+        let off = !self.disk.write_cache.load(Ordering::Relaxed);
+        let through = self.disk.options.write_through || !flushes || off;
+        self.disk.write_through.store(through, Ordering::SeqCst);
+    }
+
+    /// Back to what a guest finds that has said nothing.
+    fn reset(&mut self) {
+        self.features = None;
+        self.disk.write_cache.store(true, Ordering::Relaxed);
+        self.apply_write_cache();
     }
 
     /// Starts a ring if all that it needs has been said.
     fn start_ring(&mut self, index: usize) -> Result<()> {
-        let protocol = self.features & F_PROTOCOL_FEATURES != 0;
+        let protocol = self.features.unwrap_or(0) & F_PROTOCOL_FEATURES != 0;
         let ring = &self.rings[index];
         // Without the protocol features a ring is enabled from the start.
         let enabled = ring.enabled || !protocol;
@@ -263,8 +274,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn reset_owner(&mut self) -> Result<()> {
         self.stop_all();
-        self.features = 0;
-        self.reset_write_cache();
+        self.reset();
         Ok(())
     }
 
@@ -273,8 +283,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         for ring in &mut self.rings {
             *ring = RingState::new();
         }
-        self.features = 0;
-        self.reset_write_cache();
+        self.reset();
         Ok(())
     }
 
@@ -287,11 +296,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if unknown != 0 {
             return refuse(format!("virtio features {unknown:#x} were not offered"));
         }
-        self.features = features;
-        // Sent again while rings run (for migration), it must not undo what the guest has set.
-        if self.rings.iter().all(|ring| ring.running.is_none()) {
-            self.reset_write_cache();
-        }
+        self.features = Some(features);
+        self.apply_write_cache();
         Ok(())
     }
 
@@ -466,12 +472,16 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
         let &[wce] = buf else { return refuse(format!("{} bytes of configuration", buf.len())) };
-        if offset != WCE_OFFSET || wce > 1 || !self.has(VIRTIO_BLK_F_CONFIG_WCE) {
+        // A driver may write before it is ready, and so before we know what it has negotiated.
+        let features =
+            self.features.unwrap_or_else(|| config::features(&self.disk.node, &self.disk.options));
+        let switches = features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
+        if offset != WCE_OFFSET || wce > 1 || !switches {
             return refuse(format!("configuration byte {offset} set to {wce}"));
         }
-        let through = wce == 0;
-        self.disk.write_through.store(through, Ordering::SeqCst);
-        if through && self.disk.options.writable {
+        self.disk.write_cache.store(wce == 1, Ordering::Relaxed);
+        self.apply_write_cache();
+        if wce == 0 {
             // Writes that began under the old rule end before the flush that covers them.
             self.pause();
             let node = self.disk.node.clone();

@@ -91,7 +91,7 @@ fn a_read_past_the_end_of_the_configuration_is_answered_with_no_bytes() {
 }
 
 #[test]
-fn the_write_cache_byte_can_be_written_and_is_back_for_the_next_front_end() {
+fn the_write_cache_byte_can_be_written_and_stays_as_the_guest_left_it() {
     let daemon = Daemon::file("");
     let mut connection = connect(&daemon);
     for on in [false, false, true, false] {
@@ -103,7 +103,7 @@ fn the_write_cache_byte_can_be_written_and_is_back_for_the_next_front_end() {
     assert_eq!(connection.config().unwrap().wce, 1);
     connection.set_write_cache(false).unwrap();
     drop(connection);
-    assert_eq!(connect(&daemon).config().unwrap().wce, 1);
+    assert_eq!(connect(&daemon).config().unwrap().wce, 0);
 }
 
 #[test]
