@@ -393,8 +393,7 @@ impl Node {
     async fn write_modified(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
         let align = self.traits.request_align as u64;
         let (start, end) = (round_down(at, align), (at + from.len()).next_multiple_of(align));
-        let members = self.members();
-        let _listed = self.overlap.serialise(start..end, &members).await;
+        let _listed = self.overlap.serialise(start..end, || self.members()).await;
         let mut pos = start;
         while pos < end {
             let n = (end - pos).min(BOUNCE_LIMIT.max(align));

@@ -55,12 +55,17 @@ impl Overlap {
         listed
     }
 
-    /// Lists a serialising write and waits until nothing older that overlaps is in flight,
-    /// `members` being those who may have fast writes on this node.
-    pub async fn serialise(&self, range: Range<u64>, members: &[Arc<epoch::Member>]) -> Listed<'_> {
+    /// Lists a serialising write and waits until nothing older that overlaps is in flight.
+    /// `members` gives those who may have fast writes on this node. It is asked once the barrier is
+    /// up: who joins later sees the barrier, and who joined before is waited for.
+    pub async fn serialise(
+        &self,
+        range: Range<u64>,
+        members: impl FnOnce() -> Vec<Arc<epoch::Member>>,
+    ) -> Listed<'_> {
         self.barriers.fetch_add(1, Ordering::SeqCst);
         let listed = self.list(range, true);
-        epoch::synchronize(members).await;
+        epoch::synchronize(&members()).await;
         listed.wait_for_older().await;
         listed
     }
@@ -110,5 +115,28 @@ impl Drop for Listed<'_> {
             self.overlap.barriers.fetch_sub(1, Ordering::SeqCst);
         }
         waiters.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::Context;
+
+    #[test]
+    fn who_joins_while_a_barrier_goes_up_is_waited_for_or_sees_it() {
+        let overlap = Overlap::default();
+        let joined = epoch::Announcer::default();
+        let turn = joined.enter();
+        let mut serialising = pin!(overlap.serialise(0..512, || {
+            assert!(overlap.has_barrier(), "a member that joins now would go past it");
+            vec![joined.member().clone()]
+        }));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(serialising.as_mut().poll(&mut cx).is_pending());
+        drop(turn);
+        assert!(serialising.as_mut().poll(&mut cx).is_ready());
     }
 }
