@@ -7,7 +7,7 @@
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share.
-//! * [`sync`]: the one mutex, which counts.
+//! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
 //!
 //! The engine knows nothing of disks, graphs or transports.
 
@@ -22,6 +22,7 @@ mod slots;
 pub mod sync;
 pub mod task;
 pub mod timer;
+mod unwind;
 pub mod worker;
 
 pub use epoch::InFlight;

@@ -2,6 +2,7 @@
 //! never stops a worker.
 
 use super::sync::Mutex;
+use super::unwind::AbortOnPanic;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
@@ -99,7 +100,9 @@ impl Pool {
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 drop(state);
+                let guard = AbortOnPanic;
                 job();
+                drop(guard);
                 state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 continue;
             }

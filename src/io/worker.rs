@@ -10,6 +10,7 @@ use super::slots::{Ops, Owner};
 use super::sync::Mutex;
 use super::task::RunQueue;
 use super::timer::Timers;
+use super::unwind::AbortOnPanic;
 use super::{Errno, IoResult};
 use async_task::Runnable;
 use std::any::Any;
@@ -604,6 +605,7 @@ impl Worker {
                 Ok(ring) => {
                     let _ = sender.send(Ok(()));
                     let mut local = Local::new(Box::new(ring), theirs);
+                    let _guard = AbortOnPanic;
                     while local.round() {}
                     CURRENT.set(None);
                 }
