@@ -736,7 +736,10 @@ where
 
 /// Pins the calling thread to a processor, if that is possible.
 fn pin(cpu: usize) {
-    // SAFETY: the set is initialised, and CPU_SET ignores numbers beyond its size.
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return log::warn!("cannot pin a worker to processor {cpu}: there is no such number");
+    }
+    // SAFETY: the set is initialised and has room for the number.
     unsafe {
         let mut set = std::mem::zeroed::<libc::cpu_set_t>();
         libc::CPU_SET(cpu, &mut set);
@@ -749,6 +752,14 @@ fn pin(cpu: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_worker_starts_on_a_processor_that_cannot_be() {
+        for cpu in [1023, 1024, usize::MAX] {
+            let options = WorkerOptions { cpu: Some(cpu), ..WorkerOptions::default() };
+            Worker::start("nowhere", options).unwrap().call(|_| ());
+        }
+    }
 
     #[test]
     fn spinning_begins_with_a_streak_of_short_gaps_and_ends_with_a_long_one() {
