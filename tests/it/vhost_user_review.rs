@@ -196,3 +196,53 @@ fn a_hundred_connected_disks_that_are_idle_use_no_processor() {
         assert!(Instant::now() < end, "not idle: {differ:?}");
     }
 }
+
+/// The most memory that the daemon has had, guests' included, in bytes.
+fn most_resident(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.server.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn a_guest_with_as_many_pieces_in_flight_as_there_can_be_does_not_fill_our_memory() {
+    // 16 queues of 1024 requests of 1024 pieces: more than 16 million pieces, of 16 bytes each in
+    // the lists that the kernel takes, and twice that on the slow road.
+    const QUEUES: usize = 16;
+    const SIZE: u16 = 1024;
+    let daemon = Daemon::null("size=1073741824,latency-ns=20000000", "num-queues=16");
+    let mut disk =
+        daemon.open(&Options { num_queues: QUEUES, queue_size: SIZE, ..Options::default() });
+    let memory = disk.memory().clone();
+    let buffer = memory.alloc(64 << 10, 4096).unwrap();
+    let (header, data, status, table) =
+        (buffer.addr(), buffer.addr() + 4096, buffer.addr() + 8192, buffer.addr() + 12288);
+    memory.write(header, &[0; 16]);
+    let mut list = vec![desc(header, 16, NEXT, 1)];
+    list.extend((2..SIZE).map(|next| desc(data, 512, NEXT | WRITE, next)));
+    list.push(desc(status, 1, WRITE, 0));
+    let before = most_resident(&daemon);
+    for queue in &mut disk.queues {
+        let ring = queue.ring();
+        let layout = ring.layout();
+        for (index, desc) in (0..).zip(&list) {
+            layout.write_desc(&memory, table, index, *desc);
+        }
+        for head in 0..SIZE {
+            let pointer = desc(table, list.len() as u32 * 16, INDIRECT, 0);
+            layout.write_desc(&memory, layout.desc, head, pointer);
+            ring.add_head(head);
+        }
+        ring.publish().unwrap();
+    }
+    let end = Instant::now() + LIMIT;
+    for queue in &mut disk.queues {
+        let layout = queue.ring().layout();
+        while layout.used_idx(&memory) != SIZE {
+            assert!(Instant::now() < end, "no answer:\n{}", daemon.server.stderr());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    let grown = most_resident(&daemon) - before;
+    assert!(grown < 160 << 20, "{} MiB", grown >> 20);
+}

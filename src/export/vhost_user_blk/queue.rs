@@ -34,6 +34,10 @@ const FIRST_BATCH: u16 = 4;
 /// Segments that an idle slot may keep room for.
 const KEEP_SEGMENTS: usize = 256;
 
+/// Segments in flight, all requests of a queue together, beyond which no more are taken: their lists
+/// are our memory, and how many there are is the guest's to say. The last chain may go beyond.
+const HELD_SEGMENTS: usize = 1 << 15;
+
 /// A queue at work. Owned by its worker.
 pub struct Queue {
     name: String,
@@ -44,6 +48,8 @@ pub struct Queue {
     /// By head: a chain in flight is known by its first descriptor.
     slots: Vec<Slot>,
     in_flight: usize,
+    /// Segments of the requests in flight.
+    held: usize,
     /// What tasks of the slow road have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
@@ -117,6 +123,7 @@ impl Queue {
             announcer,
             slots: std::iter::repeat_with(Slot::default).take(start.size as usize).collect(),
             in_flight: 0,
+            held: 0,
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
             err: start.err,
@@ -159,7 +166,12 @@ impl Queue {
     }
 
     fn may_take(&self) -> bool {
-        !self.broken && self.paused == 0 && self.stop.is_none()
+        !self.broken && self.paused == 0 && self.stop.is_none() && self.has_room()
+    }
+
+    /// Whether another request's segments may be held; if not, the end of one makes room.
+    fn has_room(&self) -> bool {
+        self.held < HELD_SEGMENTS
     }
 
     /// The guest broke the rules: this queue takes no more, what is in flight completes.
@@ -185,6 +197,9 @@ impl Queue {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
             for chain in &mut chains[..batch.min(count) as usize] {
+                if !self.has_room() {
+                    break;
+                }
                 match self.gather() {
                     Ok(gathered) => *chain = gathered,
                     Err(why) => {
@@ -200,7 +215,7 @@ impl Queue {
             count -= taken;
             match broken {
                 Some(why) => return Err(why),
-                None if count == 0 => return Ok(()),
+                None if count == 0 || !self.has_room() => return Ok(()),
                 None => {
                     self.show_used();
                     io.submit();
@@ -242,6 +257,7 @@ impl Queue {
         prefetch(out[0].iov_base.cast());
         slot.busy = true;
         self.in_flight += 1;
+        self.held += slot.segments.len();
         self.counts.requests += 1;
         // At most 1024 descriptors, each in at most 509 regions.
         Ok((head, readable as u32))
@@ -384,6 +400,7 @@ impl Queue {
         }
         slot.busy = false;
         slot.fast = false;
+        self.held -= slot.segments.len();
         if slot.segments.capacity() > KEEP_SEGMENTS {
             slot.segments = Vec::new();
         }
