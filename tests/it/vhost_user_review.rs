@@ -1,8 +1,17 @@
 //! Rings and messages at the edges of what the vhost-user-blk export counts, keeps and promises.
 
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::vhost_user::Daemon;
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vublk::export::vhost_user_blk::memory::{Memory, Region};
+use vublk::export::vhost_user_blk::queue::{Queue, QueueStart};
+use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
+use vublk::export::vhost_user_blk::{DiskOptions, request};
+use vublk::io;
 use vublk_testkit::frontend::MemoryMessages;
 use vublk_testkit::ring::Desc;
 use vublk_testkit::spec;
@@ -245,4 +254,93 @@ fn a_guest_with_as_many_pieces_in_flight_as_there_can_be_does_not_fill_our_memor
     }
     let grown = most_resident(&daemon) - before;
     assert!(grown < 160 << 20, "{} MiB", grown >> 20);
+}
+
+/// A queue that tells, when it ends, what its stopper has heard by then.
+struct Watched {
+    queue: Queue,
+    stopper: mpsc::Receiver<u16>,
+    told: mpsc::Sender<[Result<u16, mpsc::TryRecvError>; 2]>,
+}
+
+impl io::Source for Watched {
+    fn poll(&mut self, io: &Rc<io::Io>, me: io::SourceId) -> io::Polled {
+        let polled = self.queue.poll(io, me);
+        if polled == io::Polled::Ended {
+            let _ = self.told.send([self.stopper.try_recv(), self.stopper.try_recv()]);
+        }
+        polled
+    }
+    fn has_work(&self) -> bool {
+        self.queue.has_work()
+    }
+    fn complete(&mut self, io: &Rc<io::Io>, tag: u32, result: io::IoResult) {
+        self.queue.complete(io, tag, result);
+    }
+    fn publish(&mut self) {
+        self.queue.publish();
+    }
+    fn arm(&mut self) -> bool {
+        self.queue.arm()
+    }
+    fn disarm(&mut self) {
+        self.queue.disarm();
+    }
+}
+
+#[test]
+fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
+    // Else its worker may be the last to hold the guest's memory, and unmap it: that takes long, and
+    // the other disks of the worker would wait.
+    let worker = io::Worker::start("worker", io::WorkerOptions::default()).unwrap();
+    let opened = worker.block_on(|| async { crate::disks::open("driver=null-co").await.node });
+    let guest = vublk_testkit::Memory::new(&MemoryLayout::single(1 << 20)).unwrap();
+    // SAFETY: the region keeps its descriptor open through the call.
+    let file = unsafe { BorrowedFd::borrow_raw(guest.regions()[0].fd()) }.try_clone_to_owned();
+    let shared = VhostUserMemoryRegion {
+        guest_phys_addr: 0,
+        memory_size: 1 << 20,
+        user_addr: 0,
+        mmap_offset: 0,
+    };
+    let region = Region::map(&shared, file.unwrap().into()).unwrap();
+    let memory = Arc::new(Memory::new(vec![Arc::new(region)]).unwrap());
+    let at = Addresses { descriptors: 0, available: 4096, used: 8192 };
+    let options = DiskOptions {
+        writable: false,
+        write_through: false,
+        logical_block_size: 512,
+        num_queues: 1,
+        serial: String::new(),
+    };
+    let disk = request::Disk {
+        capacity: (opened.len() / 512).into(),
+        node: opened,
+        options,
+        write_through: false.into(),
+        write_cache: true.into(),
+        counters: request::Counters::default(),
+    };
+    let start = QueueStart {
+        name: "queue 0".into(),
+        disk: Arc::new(disk),
+        ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),
+        memory: memory.clone(),
+        size: 16,
+        call: None,
+        err: None,
+        paused: 0,
+    };
+    let (told, hears) = mpsc::channel();
+    worker.send(move |local| {
+        let (sender, stopper) = mpsc::channel();
+        let mut queue = Queue::new(start);
+        queue.stop(sender);
+        local.attach(Box::new(Watched { queue, stopper, told }), None);
+    });
+    let empty = Err(mpsc::TryRecvError::Empty);
+    assert_eq!(hears.recv_timeout(LIMIT).unwrap(), [Ok(0), empty], "it still holds the memory");
+    // The end of the channel is the end of the queue.
+    assert!(hears.recv_timeout(LIMIT).is_err());
+    assert_eq!(Arc::strong_count(&memory), 1);
 }

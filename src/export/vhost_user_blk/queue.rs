@@ -59,6 +59,7 @@ pub struct Queue {
     paused: u32,
     /// Who wants to know when nothing is in flight any more.
     drained: Vec<Box<dyn FnOnce() + Send>>,
+    /// Declared, and so dropped, after all that holds the memory.
     stop: Option<mpsc::Sender<u16>>,
     counts: Counts,
 }
@@ -136,7 +137,7 @@ impl Queue {
     }
 
     /// Takes nothing more; once nothing is in flight, ends, and tells `stopped` where the available
-    /// ring is to be continued.
+    /// ring is to be continued. The channel ends when the queue is gone.
     pub fn stop(&mut self, stopped: mpsc::Sender<u16>) {
         self.stop = Some(stopped);
     }
@@ -520,8 +521,9 @@ impl Source for Queue {
         if (self.stop.is_some() || !self.drained.is_empty()) && self.when_empty() {
             self.publish();
             self.add_up();
-            if let Some(stopped) = self.stop.take() {
-                // Whoever asked may have given up waiting.
+            if let Some(stopped) = &self.stop {
+                // Whoever asked may have given up waiting. The sender stays: its end tells that the
+                // queue has let go of the memory.
                 let _ = stopped.send(self.ring.next_available());
             }
             return Polled::Ended;

@@ -204,6 +204,9 @@ impl Session {
                     Err(mpsc::RecvTimeoutError::Disconnected) => break self.rings[index].base,
                 }
             };
+            // Until the queue is gone: the last to hold a guest's memory unmaps it, which takes long
+            // and must not be the worker, whose other disks would wait.
+            while receiver.recv().is_ok() {}
         }
     }
 
