@@ -48,6 +48,12 @@ pub trait Source: Any {
 
     /// Says that kicks are not needed for now.
     fn disarm(&mut self);
+
+    /// Whether `poll` finds nothing until a message or a completion has come, so that a source
+    /// without kicks need not be looked at.
+    fn rests(&self) -> bool {
+        false
+    }
 }
 
 /// What [`Source::poll`] found.
@@ -491,7 +497,7 @@ impl Local {
                 self.active.swap_remove(at);
                 continue;
             };
-            if entry.watch.is_none() {
+            if entry.watch.is_none() && !entry.source.rests() {
                 at += 1;
                 continue;
             }

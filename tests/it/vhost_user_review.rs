@@ -13,13 +13,14 @@ use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
 use vublk::export::vhost_user_blk::{DiskOptions, request};
 use vublk::io;
 use vublk_testkit::frontend::MemoryMessages;
+use vublk_testkit::message;
 use vublk_testkit::ring::Desc;
 use vublk_testkit::spec;
 use vublk_testkit::spec::desc_flag::{INDIRECT, NEXT, WRITE};
 use vublk_testkit::{Connection, Disk, MemoryLayout, Options};
 
 /// No step of a test takes this long unless it hangs.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(30);
 
 fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
     Desc { addr, len, flags, next }
@@ -192,18 +193,39 @@ fn a_hundred_connected_disks_that_are_idle_use_no_processor() {
             _ => {}
         }
     }
-    // What is at work settles; then nobody runs. A thread of the pool may end meanwhile.
+    assert_falls_idle(&daemon);
+}
+
+/// What is at work settles; then nobody runs. A thread of the pool may end meanwhile.
+fn assert_falls_idle(daemon: &Daemon) {
     let end = Instant::now() + LIMIT;
     loop {
-        let before = turns_on_a_processor(&daemon);
+        let before = turns_on_a_processor(daemon);
         std::thread::sleep(Duration::from_secs(2));
-        let after = turns_on_a_processor(&daemon);
+        let after = turns_on_a_processor(daemon);
         if before == after {
             return;
         }
         let differ: Vec<_> = before.iter().zip(&after).filter(|(a, b)| a != b).collect();
         assert!(Instant::now() < end, "not idle: {differ:?}");
     }
+}
+
+#[test]
+fn a_polled_queue_that_was_broken_is_looked_at_no_more() {
+    let mut daemon = Daemon::null("", "");
+    let mut disk = daemon.open(&Options::default());
+    // SET_VRING_KICK without a descriptor: the ring is to be polled.
+    let flags = message::VERSION | message::NEED_REPLY;
+    let stream = disk.connection().stream();
+    message::send(stream, 12, flags, None, &0x100u64.to_le_bytes(), &[]).unwrap();
+    assert_eq!(message::receive(stream, LIMIT).unwrap().unwrap().value(), Some(0));
+    disk.read(0, &mut [0; 512]).unwrap();
+    let memory = disk.memory().clone();
+    let ring = disk.queue(0).ring();
+    ring.layout().set_avail_idx(&memory, ring.next_avail().wrapping_add(1000));
+    daemon.wait_log("out of range", 1);
+    assert_falls_idle(&daemon);
 }
 
 /// The most memory that the daemon has had, guests' included, in bytes.

@@ -557,4 +557,8 @@ impl Source for Queue {
     fn disarm(&mut self) {
         self.ring.no_kick();
     }
+
+    fn rests(&self) -> bool {
+        !self.may_take()
+    }
 }
