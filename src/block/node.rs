@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 /// QEMU's sector: lengths are rounded up to it, whatever the image's is.
 pub const SECTOR: u64 = 512;
 
-/// The most memory that one request may take for a bounce buffer, in bytes; longer requests go in
-/// pieces.
+/// The most memory that one request may take for a bounce buffer, in bytes, unless one block is more;
+/// longer requests go in pieces.
 const BOUNCE_LIMIT: u64 = 1 << 20;
 
 /// Common options of every node, whatever its driver.
@@ -179,7 +179,7 @@ impl Node {
         let mut done = 0;
         while done < into.len() {
             let start = round_down(at + done, align);
-            let end = (at + into.len()).next_multiple_of(align).min(start + BOUNCE_LIMIT);
+            let end = (at + into.len()).next_multiple_of(align).min(start + self.bounce_limit());
             let mut bounce = self.bounce(end - start)?;
             self.read_pieces(start, &bounce.io_vec()).await?;
             let skip = at + done - start;
@@ -308,6 +308,11 @@ impl Node {
         }
     }
 
+    /// The longest bounce buffer, in bytes: a whole number of blocks.
+    fn bounce_limit(&self) -> u64 {
+        BOUNCE_LIMIT.max(self.traits.request_align as u64)
+    }
+
     fn bounce(&self, len: u64) -> IoResult<AlignedBuf> {
         let align = self.traits.buffer_align.max(self.traits.request_align) as usize;
         AlignedBuf::new(len as usize, align).ok_or(Errno::ENOMEM)
@@ -379,7 +384,7 @@ impl Node {
         }
         let mut done = 0;
         while done < from.len() {
-            let n = (from.len() - done).min(BOUNCE_LIMIT);
+            let n = (from.len() - done).min(self.bounce_limit());
             let mut bounce = self.bounce(n)?;
             from.slice(done, n).copy_to(&mut bounce);
             self.write_pieces(at + done, &bounce.io_vec(), flags).await?;
@@ -396,7 +401,7 @@ impl Node {
         let _listed = self.overlap.serialise(start..end, || self.members()).await;
         let mut pos = start;
         while pos < end {
-            let n = (end - pos).min(BOUNCE_LIMIT.max(align));
+            let n = (end - pos).min(self.bounce_limit());
             let mut bounce = self.bounce(n)?;
             if pos < at {
                 self.read_block(pos, &mut bounce[..align as usize]).await?;

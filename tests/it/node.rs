@@ -334,3 +334,31 @@ fn a_request_that_hangs_holds_up_only_those_that_must_wait_for_it() {
         assert_eq!((disk.bytes()[0], disk.bytes()[512]), (1, 2));
     });
 }
+
+#[test]
+fn blocks_larger_than_a_bounce_buffer_are_read_and_written_whole() {
+    const BLOCK: u32 = 2 << 20;
+    simulated(Disorder::wild(1), |_| async {
+        let mut options = SimOptions { log: true, ..SimOptions::new(4 * u64::from(BLOCK)) };
+        options.traits.request_align = BLOCK;
+        options.traits.buffer_align = 4096;
+        options.traits.zero_align = BLOCK;
+        options.traits.discard_align = BLOCK;
+        let (disk, options) = sim_disk(options);
+        let opened = open(&options).await;
+        let mut expected = vec![0; 4 * BLOCK as usize];
+        for (at, len) in [(0, BLOCK), (BLOCK, 2 * BLOCK), (1000, 512), (BLOCK - 512, BLOCK + 1024)]
+        {
+            let (at, len) = (at as usize, len as usize);
+            // At an odd address, so that whole blocks bounce, too.
+            let bytes = pattern(len + 1, at);
+            expected[at..at + len].copy_from_slice(&bytes[1..]);
+            let list = IoVec::from_ref(&bytes[1..]);
+            opened.node.write(at as u64, &list, WriteFlags::empty()).await.unwrap();
+            let mut read = vec![0; len + 1];
+            opened.node.read(at as u64, &IoVec::from_mut(&mut read[1..])).await.unwrap();
+            assert!(read[1..] == bytes[1..], "{len} bytes at {at}");
+        }
+        assert!(disk.bytes() == expected);
+    });
+}
