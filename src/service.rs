@@ -4,11 +4,11 @@
 use crate::block::graph::{Attachment, Graph};
 use crate::block::{Abilities, Error, Node, Perm, Perms, Registry};
 use crate::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions, listening_fd};
-use crate::io::{Worker, WorkerOptions};
+use crate::io::{Errno, Worker, WorkerOptions};
 use crate::options::{self, Map};
 use serde::Deserialize;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The serial number of disks that are given none.
 const SERIAL: &str = "vhost_user_blk";
@@ -99,7 +99,7 @@ impl Service {
 
     /// `--blockdev`: opens a named node.
     pub fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
-        self.graph.open_on(&self.control, options)
+        patiently(|| self.graph.open_on(&self.control, options.clone()))
     }
 
     /// `--object`: adds an object of the type that `qom-type` names.
@@ -221,7 +221,8 @@ impl Service {
         // The front end is let in last: by then all permissions are held.
         let export = Export::new(node.clone(), address, options)?;
         let user = Some(export.user());
-        let attachment = self.graph.attach(&node, &format!("export '{id}'"), perms, user)?;
+        let what = format!("export '{id}'");
+        let attachment = patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
         let export = export.start()?;
         self.exports.push(Served { id, export, attachment });
         Ok(())
@@ -246,6 +247,23 @@ impl Drop for Service {
         }
         let graph = self.graph.clone();
         self.control.block_on(move || async move { graph.close().await });
+    }
+}
+
+/// How long an image may be locked by others before it is refused: the kernel ends the I/O of a
+/// process that was killed, and gives up its locks, a little later than the process is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Tries again while the image is locked. The last refusal is the answer.
+fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    let end = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match attempt() {
+            Err(error) if error.errno() == Some(Errno(libc::EAGAIN)) && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
     }
 }
 

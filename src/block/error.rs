@@ -23,6 +23,11 @@ impl Error {
         Error { text: format!("{what}: {errno}"), errno: Some(errno), hint: None }
     }
 
+    /// The same error with the errno that tells programs of what kind it is.
+    pub fn with_errno(self, errno: Errno) -> Error {
+        Error { errno: Some(errno), ..self }
+    }
+
     /// The same error, seen from further out: `at: text`.
     pub fn at(self, at: impl fmt::Display) -> Error {
         Error { text: format!("{at}: {}", self.text), ..self }

@@ -79,6 +79,12 @@ impl ImageLocks {
         })
     }
 
+    /// Whether no other file description can have the locks that this one has.
+    pub fn are_exclusive(&self) -> bool {
+        let taken = *self.taken.lock();
+        self.enabled && taken.held.intersects(taken.not_shared)
+    }
+
     fn bytes(&self, perms: Perms) -> Bytes {
         let shared = if self.force_share { Perm::all() } else { perms.shared };
         Bytes { held: perms.held, not_shared: Perm::all() - shared }
@@ -121,7 +127,7 @@ impl ImageLocks {
                 let name = perm.names().next().unwrap_or("unknown");
                 let text = format!("Failed to get {shared}\"{name}\" lock");
                 let hint = format!("Is another process using the image [{}]?", self.filename);
-                return Err(Error::new(text).with_hint(hint));
+                return Err(Error::new(text).with_errno(Errno(libc::EAGAIN)).with_hint(hint));
             }
         }
         Ok(())
