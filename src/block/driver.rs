@@ -264,6 +264,14 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// Whether a process that opens the same storage with the same permissions after this one was
+    /// killed knows that all of this one's I/O has ended: what the kernel or a server were still
+    /// doing for it when it died could otherwise undo what comes later.
+    fn is_fenced(&self) -> bool {
+        let children = self.children();
+        !children.is_empty() && children.iter().all(|child| child.node().driver().is_fenced())
+    }
+
     /// Where I/O can be started without suspending, if this driver is the bottom of the graph.
     fn leaf(&self) -> Option<&dyn Leaf> {
         None

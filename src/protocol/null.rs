@@ -141,6 +141,11 @@ impl Driver for Null {
         Box::pin(std::future::ready(Ok(extent)))
     }
 
+    /// Nothing is stored anywhere, and what is in flight ends with the process.
+    fn is_fenced(&self) -> bool {
+        true
+    }
+
     fn leaf(&self) -> Option<&dyn Leaf> {
         Some(self)
     }

@@ -347,6 +347,7 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
         name: "queue 0".into(),
         disk: Arc::new(disk),
         ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),
+        inflight: None,
         memory: memory.clone(),
         size: 16,
         call: None,

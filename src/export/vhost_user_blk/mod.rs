@@ -3,10 +3,12 @@
 //! * [`server`]: the socket; one front end at a time.
 //! * [`session`]: the messages of one connection.
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
+//! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`config`]: what the guest is told of the disk.
 
 pub mod config;
+pub mod inflight;
 pub mod memory;
 pub mod queue;
 pub mod request;

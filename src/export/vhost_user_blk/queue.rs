@@ -6,6 +6,7 @@
 //!
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
+use super::inflight::Tracker;
 use super::memory::Memory;
 use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
 use super::ring::{Broken, SplitRing};
@@ -44,6 +45,8 @@ pub struct Queue {
     disk: Arc<Disk>,
     memory: Arc<Memory>,
     ring: SplitRing,
+    /// `None`: the front end does not want requests in flight to be tracked.
+    inflight: Option<Tracker>,
     announcer: Rc<Announcer>,
     /// By head: a chain in flight is known by its first descriptor.
     slots: Vec<Slot>,
@@ -100,6 +103,7 @@ pub struct QueueStart {
     pub disk: Arc<Disk>,
     pub memory: Arc<Memory>,
     pub ring: SplitRing,
+    pub inflight: Option<Tracker>,
     pub size: u16,
     pub call: Option<Arc<File>>,
     pub err: Option<Arc<File>>,
@@ -121,6 +125,7 @@ impl Queue {
             disk: start.disk,
             memory: start.memory,
             ring: start.ring,
+            inflight: start.inflight,
             announcer,
             slots: std::iter::repeat_with(Slot::default).take(start.size as usize).collect(),
             in_flight: 0,
@@ -173,6 +178,17 @@ impl Queue {
     /// Whether another request's segments may be held; if not, the end of one makes room.
     fn has_room(&self) -> bool {
         self.held < HELD_SEGMENTS
+    }
+
+    /// How many chains of a daemon that has died are to be taken again now. They belong to the ring's
+    /// past: a queue that is asked to stop takes them still.
+    fn to_replay(&self) -> u16 {
+        match &self.inflight {
+            Some(tracker) if !self.broken && self.paused == 0 && self.has_room() => {
+                tracker.to_replay()
+            }
+            _ => 0,
+        }
     }
 
     /// The guest broke the rules: this queue takes no more, what is in flight completes.
@@ -228,9 +244,11 @@ impl Queue {
 
     /// Makes what is done visible to the guest, and tells it if it wants to be told.
     fn show_used(&mut self) {
-        if self.ring.publish()
-            && let Some(call) = &self.call
-        {
+        let tell = self.ring.publish();
+        if let Some(tracker) = &mut self.inflight {
+            tracker.settle(self.ring.published());
+        }
+        if tell && let Some(call) = &self.call {
             // An eventfd: full means that the guest has a notification waiting already.
             let _ = (&**call).write(&1u64.to_ne_bytes());
         }
@@ -238,7 +256,11 @@ impl Queue {
 
     /// Takes the next chain: its head, and how many of its segments the device reads.
     fn gather(&mut self) -> Result<(u16, u32), Broken> {
-        let head = self.ring.pop()?;
+        let again = self.inflight.as_mut().and_then(Tracker::replay);
+        let head = match again {
+            Some(head) => head,
+            None => self.ring.pop()?,
+        };
         let slot = &mut self.slots[head as usize];
         if slot.busy {
             return Err(Broken::Busy(head));
@@ -257,6 +279,11 @@ impl Queue {
         slot.status = std::ptr::NonNull::new(status);
         prefetch(out[0].iov_base.cast());
         slot.busy = true;
+        if let Some(tracker) = &mut self.inflight
+            && again.is_none()
+        {
+            tracker.mark(head);
+        }
         self.in_flight += 1;
         self.held += slot.segments.len();
         self.counts.requests += 1;
@@ -407,6 +434,9 @@ impl Queue {
         }
         self.in_flight -= 1;
         self.ring.push(head, written + 1);
+        if let Some(tracker) = &mut self.inflight {
+            tracker.link(head);
+        }
     }
 
     fn next_finished(&self) -> Option<Finished> {
@@ -415,7 +445,7 @@ impl Queue {
 
     /// What was waiting for the queue to be empty.
     fn when_empty(&mut self) -> bool {
-        if self.in_flight > 0 {
+        if self.in_flight > 0 || self.to_replay() > 0 {
             return false;
         }
         for drained in self.drained.drain(..) {
@@ -506,7 +536,13 @@ impl Source for Queue {
             self.finish(done.head, done.status, done.written);
             polled = Polled::Busy;
         }
-        if self.may_take() {
+        let again = self.to_replay();
+        if again > 0 {
+            polled = Polled::Busy;
+            if let Err(why) = self.take(io, me, again.min(SHARE)) {
+                self.fail(why);
+            }
+        } else if self.may_take() {
             match self.ring.available() {
                 Ok(0) => {}
                 Ok(count) => {
@@ -532,7 +568,7 @@ impl Source for Queue {
     }
 
     fn has_work(&self) -> bool {
-        self.ring.has_work() && self.may_take()
+        self.ring.has_work() && self.may_take() || self.to_replay() > 0
     }
 
     fn complete(&mut self, _io: &Rc<Io>, tag: u32, result: IoResult) {
@@ -551,7 +587,7 @@ impl Source for Queue {
 
     fn arm(&mut self) -> bool {
         // A queue that takes nothing wants no kicks either; whoever wakes it up polls it.
-        !self.may_take() || self.ring.want_kick()
+        self.to_replay() == 0 && (!self.may_take() || self.ring.want_kick())
     }
 
     fn disarm(&mut self) {
@@ -559,6 +595,6 @@ impl Source for Queue {
     }
 
     fn rests(&self) -> bool {
-        !self.may_take()
+        !self.may_take() && self.to_replay() == 0
     }
 }

@@ -161,6 +161,17 @@ impl SplitRing {
         self.next_available
     }
 
+    /// What the guest sees of the used ring ends here.
+    pub fn published(&self) -> u16 {
+        self.published
+    }
+
+    /// Goes on in the available ring behind so many chains that were taken and not handed back: the
+    /// guest has made available what it sees used, then these, and then what is to be taken next.
+    pub fn go_on_behind(&mut self, in_flight: u16) {
+        self.next_available = self.published.wrapping_add(in_flight);
+    }
+
     fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
         // SAFETY: `new` checked that both rings lie in mapped memory at even host addresses, `index`
         // is inside the ring at every call, and the mapping lives as long as self.

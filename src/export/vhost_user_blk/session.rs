@@ -6,6 +6,7 @@
 //! only then may the next session begin.
 
 use super::config::{self, CONFIG_SIZE, F_PROTOCOL_FEATURES, WCE_OFFSET};
+use super::inflight;
 use super::memory::{MAX_REGIONS, Memory, Region};
 use super::queue::{Queue, QueueStart};
 use super::request::Disk;
@@ -43,6 +44,8 @@ pub struct Session {
     paused: u32,
     memory: Arc<Memory>,
     rings: Vec<RingState>,
+    /// Where requests in flight are tracked, if the front end wants it.
+    inflight: Option<Arc<inflight::Region>>,
 }
 
 /// What the front end has said of a ring.
@@ -102,6 +105,7 @@ impl Session {
             paused: 0,
             memory: Arc::default(),
             rings,
+            inflight: None,
         };
         session.apply_write_cache();
         session
@@ -151,13 +155,28 @@ impl Session {
         }
         let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
         let event_index = self.has(VIRTIO_RING_F_EVENT_IDX);
-        let split = SplitRing::new(&self.memory, size, at, ring.base, event_index)
+        let mut split = SplitRing::new(&self.memory, size, at, ring.base, event_index)
             .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+        let inflight = match &self.inflight {
+            None => None,
+            Some(region) => {
+                let tracker = inflight::Tracker::recover(region, index, size, split.published())
+                    .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+                // The base that the front end knows may be that of a daemon which died.
+                let again = tracker.to_replay();
+                split.go_on_behind(again);
+                if again > 0 {
+                    log::info!("{}: queue {index}: {again} requests are begun again", self.name);
+                }
+                Some(tracker)
+            }
+        };
         let start = QueueStart {
             name: format!("{}: queue {index}", self.name),
             disk: self.disk.clone(),
             memory: self.memory.clone(),
             ring: split,
+            inflight,
             size,
             call: ring.call.clone(),
             err: ring.err.clone(),
@@ -172,6 +191,19 @@ impl Session {
         let source =
             self.workers[worker].call(move |local| local.attach(Box::new(Queue::new(start)), kick));
         self.rings[index].running = Some((worker, source));
+        Ok(())
+    }
+
+    /// Rings that start from now on track their requests there.
+    fn track_in(&mut self, region: inflight::Region) -> Result<()> {
+        if let Some(index) = self.rings.iter().position(|ring| ring.running.is_some()) {
+            return refuse(format!("inflight region: queue {index} is running"));
+        }
+        let (has, most) = (region.num_queues() as usize, self.rings.len());
+        if has > most {
+            return refuse(format!("inflight region for {has} queues: the disk has {most}"));
+        }
+        self.inflight = Some(Arc::new(region));
         Ok(())
     }
 
@@ -305,11 +337,16 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
+        let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        // What a killed daemon had given to the kernel goes on without it, and must have ended before
+        // it is done again.
+        features
+            .set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node.driver().is_fenced());
+        Ok(features)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
@@ -509,13 +546,18 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        refuse("inflight tracking was not offered")
+        let (region, told, file) =
+            inflight::Region::new(inflight.num_queues, inflight.queue_size).or_else(refuse)?;
+        // Used from now on, whether it is sent back or not: the next connection may send it.
+        self.track_in(region)?;
+        Ok((told, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        refuse("inflight tracking was not offered")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let region = inflight::Region::map(inflight, file).or_else(refuse)?;
+        self.track_in(region)
     }
 
     fn set_device_state_fd(

@@ -280,6 +280,11 @@ impl Driver for FileDriver {
         Some(&self.locks)
     }
 
+    /// Requests in flight hold the file's description open, and with it the locks.
+    fn is_fenced(&self) -> bool {
+        self.locks.are_exclusive()
+    }
+
     fn leaf(&self) -> Option<&dyn Leaf> {
         Some(self)
     }

@@ -1,0 +1,332 @@
+//! What is in flight, written down in memory that outlives the daemon (the vhost-user text, "Inflight
+//! I/O tracking", split virtqueues): a daemon that is started after one that was killed does again
+//! what was begun and not ended, that and nothing else.
+//!
+//! The front end keeps the memory between connections. For each queue it holds a header and an entry
+//! for each descriptor, and this is the order of the stores:
+//!
+//! * A chain is taken: its counter, then its flag. Only then its I/O may begin.
+//! * A batch of chains is handed back: each is linked to the one before it and becomes the head of
+//!   the list; the ring's used index; the flags are cleared; the header's used index.
+//! * A ring starts: if the two used indices differ, the daemon died inside a batch, whose length is
+//!   the difference: its flags are cleared, all of them again. What has its flag then is in flight.
+//!
+//! Stores are seen by the next daemon in the order of the program, as by a signal handler: the one
+//! thread that makes them is the one that dies. So only the compiler must be kept from moving them.
+//!
+//! Whatever is read from the memory may be anything: every index is checked where it is used.
+
+use crate::io::Errno;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{
+    AtomicU8, AtomicU16, AtomicU64, Ordering::Relaxed, Ordering::SeqCst, compiler_fence,
+};
+use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::{FileOffset, MmapRegion};
+
+use super::ring::MAX_SIZE;
+
+/// The only version there is. Zero: the memory was never used.
+const VERSION: u16 = 1;
+
+/// Of a queue's part, so that no two queues write to one cache line.
+const ALIGNMENT: usize = 64;
+
+/// `QueueRegionSplit`, up to its entries.
+#[repr(C)]
+struct Header {
+    /// None are defined.
+    features: AtomicU64,
+    version: AtomicU16,
+    /// Entries.
+    desc_num: AtomicU16,
+    /// The chain that was handed back last.
+    last_batch_head: AtomicU16,
+    /// The ring's used index when a batch was last handed back in full.
+    used_idx: AtomicU16,
+}
+
+/// `DescStateSplit`: of the chain that begins with the descriptor of this number.
+#[repr(C)]
+struct Entry {
+    /// 1 while the chain is in flight.
+    inflight: AtomicU8,
+    _padding: [AtomicU8; 5],
+    /// The chain that was handed back before this one.
+    next: AtomicU16,
+    /// Chains were taken in the order of these.
+    counter: AtomicU64,
+}
+
+/// Bytes of a queue's part.
+fn part_len(queue_size: u16) -> usize {
+    let len = size_of::<Header>() + queue_size as usize * size_of::<Entry>();
+    len.next_multiple_of(ALIGNMENT)
+}
+
+/// The shared memory, mapped: a part for each queue.
+pub struct Region {
+    mapping: MmapRegion,
+    num_queues: u16,
+    queue_size: u16,
+}
+
+impl Region {
+    /// New memory for so many queues of so many entries, and what the front end is told of it. Its
+    /// file can be neither shrunk nor grown.
+    pub fn new(
+        num_queues: u16,
+        queue_size: u16,
+    ) -> Result<(Region, VhostUserInflight, File), String> {
+        check(num_queues, queue_size)?;
+        let len = part_len(queue_size) * num_queues as usize;
+        let failed = |what: &str| format!("inflight region: {what}: {}", Errno::last());
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: the name is a C string; the call has no other precondition.
+        let fd = unsafe { libc::memfd_create(c"vublk-inflight".as_ptr(), flags) };
+        if fd < 0 {
+            return Err(failed("memfd_create"));
+        }
+        // SAFETY: the descriptor was just opened and belongs to nobody else.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(len as u64).map_err(|e| format!("inflight region: {len} bytes: {e}"))?;
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: an integer is all that the call takes.
+        if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(failed("F_ADD_SEALS"));
+        }
+        for queue in 0..num_queues {
+            let mut header = [0; 4];
+            header[..2].copy_from_slice(&VERSION.to_ne_bytes());
+            header[2..].copy_from_slice(&queue_size.to_ne_bytes());
+            let at = part_len(queue_size) * queue as usize + std::mem::offset_of!(Header, version);
+            file.write_all_at(&header, at as u64).map_err(|e| format!("inflight region: {e}"))?;
+        }
+        let told = VhostUserInflight::new(len as u64, 0, num_queues, queue_size);
+        let theirs = file.try_clone().map_err(|e| format!("inflight region: {e}"))?;
+        Ok((Region::map(&told, file)?, told, theirs))
+    }
+
+    /// Memory that the front end has kept. Refuses what cannot have come from [`Region::new`], and a
+    /// file that could be shrunk: touching what is no longer there would end the process (SIGBUS).
+    pub fn map(told: &VhostUserInflight, file: File) -> Result<Region, String> {
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *told;
+        check(num_queues, queue_size)?;
+        let wanted = part_len(queue_size) as u64 * num_queues as u64;
+        if mmap_size < wanted {
+            return Err(format!(
+                "inflight region of {mmap_size} bytes: {num_queues} queues of {queue_size} take {wanted}"
+            ));
+        }
+        // SAFETY: the call takes nothing.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+            return Err("inflight region: its file is not sealed against shrinking".into());
+        }
+        let holds = file.metadata().map_err(|e| format!("inflight region: {e}"))?.len();
+        if mmap_offset.checked_add(wanted).is_none_or(|end| end > holds) {
+            return Err(format!(
+                "inflight region of {wanted} bytes at {mmap_offset}: its file ends at {holds}"
+            ));
+        }
+        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), wanted as usize)
+            .map_err(|e| format!("inflight region at {mmap_offset}: {e}"))?;
+        let region = Region { mapping, num_queues, queue_size };
+        for queue in 0..num_queues {
+            let (version, entries) = (
+                region.header(queue).version.load(Relaxed),
+                region.header(queue).desc_num.load(Relaxed),
+            );
+            if version != 0 && (version, entries) != (VERSION, queue_size) {
+                return Err(format!(
+                    "inflight region: queue {queue} has version {version} and {entries} entries \
+                     (version {VERSION} and {queue_size} entries are wanted)"
+                ));
+            }
+        }
+        Ok(region)
+    }
+
+    pub fn num_queues(&self) -> u16 {
+        self.num_queues
+    }
+
+    /// A queue's part; `queue` is below the number of queues.
+    fn part(&self, queue: u16) -> *mut u8 {
+        assert!(queue < self.num_queues, "queue {queue} of {}", self.num_queues);
+        self.mapping.as_ptr().wrapping_add(part_len(self.queue_size) * queue as usize)
+    }
+
+    fn header(&self, queue: u16) -> &Header {
+        // SAFETY: the part lies in the mapping, which cannot lose pages, at a multiple of 64; all
+        // fields are atomic and have no invalid values.
+        unsafe { &*self.part(queue).cast::<Header>() }
+    }
+
+    fn entries(&self, queue: u16) -> &[Entry] {
+        let first = self.part(queue).wrapping_add(size_of::<Header>()).cast::<Entry>();
+        // SAFETY: as above; a part has room for that many entries after its header.
+        unsafe { std::slice::from_raw_parts(first, self.queue_size as usize) }
+    }
+}
+
+fn check(num_queues: u16, queue_size: u16) -> Result<(), String> {
+    if num_queues == 0 || queue_size == 0 || queue_size > MAX_SIZE {
+        return Err(format!(
+            "inflight region for {num_queues} queues of {queue_size} (1 to {MAX_SIZE} entries are wanted)"
+        ));
+    }
+    Ok(())
+}
+
+/// The one way in which anything is stored.
+macro_rules! store {
+    ($place:expr, $value:expr) => {
+        #[cfg(test)]
+        let alive = tests::is_alive();
+        #[cfg(not(test))]
+        let alive = true;
+        if alive {
+            $place.store($value, Relaxed);
+        }
+        // In the order of the program.
+        compiler_fence(SeqCst);
+    };
+}
+
+/// One queue's part of the memory, and what there is to do again. Owned by the queue.
+pub struct Tracker {
+    header: *const Header,
+    entries: *const [Entry],
+    /// Of the next chain that is taken.
+    counter: u64,
+    /// Linked, and not yet shown to the guest.
+    batch: Vec<u16>,
+    /// Chains of a daemon that has died, last first.
+    replay: Vec<u16>,
+    /// Keeps the mapping alive.
+    _region: Arc<Region>,
+}
+
+// SAFETY: the pointers lead into the mapping, which lives as long as self, to atomics.
+unsafe impl Send for Tracker {}
+
+impl Tracker {
+    /// Takes up the tracking of a queue whose ring has `ring_size` entries and shows `used_index` to
+    /// the guest. Fails where the memory contradicts itself or the ring.
+    pub fn recover(
+        region: &Arc<Region>,
+        queue: usize,
+        ring_size: u16,
+        used_index: u16,
+    ) -> Result<Tracker, String> {
+        let num_queues = region.num_queues;
+        let queue = u16::try_from(queue).ok().filter(|&queue| queue < num_queues);
+        let queue = queue.ok_or_else(|| format!("the inflight region has {num_queues} queues"))?;
+        let (header, entries) = (region.header(queue), region.entries(queue));
+        if ring_size as usize > entries.len() {
+            let entries = entries.len();
+            return Err(format!("the inflight region has {entries} entries, the ring {ring_size}"));
+        }
+        if header.version.load(Relaxed) == 0 {
+            store!(header.desc_num, region.queue_size);
+            store!(header.version, VERSION);
+        }
+        let left = || entries.iter().any(|entry| entry.inflight.load(Relaxed) != 0);
+        let recorded = header.used_idx.load(Relaxed);
+        let batch = used_index.wrapping_sub(recorded);
+        // A ring that was laid out anew begins at zero; then nothing can have been left.
+        if batch > ring_size && left() {
+            return Err(format!(
+                "the inflight region holds requests and ends at used index {recorded}, the ring at \
+                 {used_index}"
+            ));
+        }
+        if batch != 0 {
+            let mut head = header.last_batch_head.load(Relaxed);
+            for _ in 0..batch.min(ring_size) {
+                let Some(entry) = entries.get(head as usize) else {
+                    return Err(format!("the inflight region's last batch leads to entry {head}"));
+                };
+                store!(entry.inflight, 0);
+                head = entry.next.load(Relaxed);
+            }
+            store!(header.used_idx, used_index);
+        }
+        let in_flight = entries.iter().enumerate();
+        let in_flight = in_flight.filter(|(_, entry)| entry.inflight.load(Relaxed) != 0);
+        let mut replay: Vec<(u64, u16)> =
+            in_flight.map(|(head, entry)| (entry.counter.load(Relaxed), head as u16)).collect();
+        replay.sort_unstable_by(|a, b| b.cmp(a));
+        if let Some((_, head)) = replay.iter().find(|(_, head)| *head >= ring_size) {
+            return Err(format!(
+                "the inflight region has chain {head}, the ring {ring_size} entries"
+            ));
+        }
+        Ok(Tracker {
+            header,
+            entries,
+            counter: replay.first().map_or(0, |(counter, _)| counter.wrapping_add(1)),
+            batch: Vec::with_capacity(ring_size as usize),
+            replay: replay.into_iter().map(|(_, head)| head).collect(),
+            _region: region.clone(),
+        })
+    }
+
+    fn header(&self) -> &Header {
+        // SAFETY: the mapping lives as long as self.
+        unsafe { &*self.header }
+    }
+
+    /// `head` is below the ring's size.
+    fn entry(&self, head: u16) -> &Entry {
+        // SAFETY: as above.
+        let entries = unsafe { &*self.entries };
+        &entries[head as usize]
+    }
+
+    /// How many chains are still to be taken again.
+    pub fn to_replay(&self) -> u16 {
+        self.replay.len() as u16
+    }
+
+    /// The next chain to be taken again, in the order in which they were taken first. It is marked.
+    pub fn replay(&mut self) -> Option<u16> {
+        self.replay.pop()
+    }
+
+    /// A chain was taken from the available ring. Before its I/O begins.
+    pub fn mark(&mut self, head: u16) {
+        let entry = self.entry(head);
+        store!(entry.counter, self.counter);
+        store!(entry.inflight, 1);
+        self.counter = self.counter.wrapping_add(1);
+    }
+
+    /// A chain was put into the used ring. Before the guest sees it.
+    pub fn link(&mut self, head: u16) {
+        store!(self.entry(head).next, self.header().last_batch_head.load(Relaxed));
+        store!(self.header().last_batch_head, head);
+        self.batch.push(head);
+    }
+
+    /// All that was linked is shown to the guest, by this used index.
+    pub fn settle(&mut self, used_index: u16) {
+        if self.batch.is_empty() {
+            return;
+        }
+        // After the ring's index.
+        compiler_fence(SeqCst);
+        for &head in &self.batch {
+            store!(self.entry(head).inflight, 0);
+        }
+        store!(self.header().used_idx, used_index);
+        self.batch.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests;
