@@ -237,6 +237,49 @@ fn every_fsync_in_the_guest_reaches_the_file() {
     assert!(flushes >= 20, "20 fsyncs became {flushes} flushes");
 }
 
+#[test]
+fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_again() {
+    let seed = crate::disks::seed();
+    let mut random = fastrand::Rng::with_seed(seed);
+    let (_dir, [image]) = images(["disk"], 64);
+    let mut server = vublk_serve(&[&image], &["-v"]).start();
+    let mut guest = Guest::new().cpus(4).with_fio().reconnecting_disk(server.socket(0), 4).boot(
+        r#"
+        load() {
+            until [ -e /tmp/stop ]; do
+                fio --name=load --filename=/dev/vda --size=8m --offset_increment=8m --numjobs=4 --cpus_allowed=0-3 \
+                    --cpus_allowed_policy=split --rw=randwrite --bsrange=4k-128k --ioengine=libaio --iodepth=16 \
+                    --direct=1 --fsync=64 --verify=crc32c --verify_fatal=1 --randrepeat=0 --loops=4 || return 1
+                echo "round"
+            done
+        }
+        echo loading
+        load &
+        read -r go
+        touch /tmp/stop
+        wait $! || exit 1
+        dmesg | grep -E 'I/O error|is not a head'
+        true
+        "#,
+    );
+    guest.wait_for("loading");
+    // fio takes a moment to begin.
+    guest.wait_for("round");
+    for kill in 0..6 {
+        std::thread::sleep(std::time::Duration::from_millis(random.u64(50..900)));
+        server.kill_and_restart();
+        server.wait_for("front end connected", kill + 2);
+    }
+    guest.say("go");
+    let console = guest.finish();
+    let begun_again = server.log().matches("requests are begun again").count();
+    assert!(begun_again > 0, "nothing was in flight at any kill:\n{}", server.log());
+    for error in ["I/O error", "is not a head"] {
+        assert!(!console.text().contains(error), "{error}:\n{}", console.text());
+    }
+    server.stop();
+}
+
 /// What QEMU says when it wants to write and another holder does not share that.
 const WRITE_LOCK: &str = "Failed to get \"write\" lock";
 

@@ -50,20 +50,26 @@ impl Guest {
     /// Attaches the vhost-user-blk server listening at `socket`, with QEMU's own choice of queues:
     /// one per processor.
     pub fn disk(self, socket: &Path) -> Self {
-        self.attach(socket, "")
+        self.attach(socket, "", "")
     }
 
     /// Attaches the vhost-user-blk server listening at `socket`, with `queues` queues.
     pub fn disk_with_queues(self, socket: &Path, queues: u32) -> Self {
-        self.attach(socket, &format!(",num-queues={queues}"))
+        self.attach(socket, "", &format!(",num-queues={queues}"))
     }
 
-    fn attach(mut self, socket: &Path, properties: &str) -> Self {
+    /// The same with a front end that connects again, within about a second, when the server has
+    /// gone.
+    pub fn reconnecting_disk(self, socket: &Path, queues: u32) -> Self {
+        self.attach(socket, ",reconnect=1", &format!(",num-queues={queues}"))
+    }
+
+    fn attach(mut self, socket: &Path, connection: &str, properties: &str) -> Self {
         let chardev = format!("disk{}", self.disks);
         self.disks += 1;
         self.qemu_options.extend([
             "-chardev".into(),
-            format!("socket,id={chardev},path={}", socket.display()),
+            format!("socket,id={chardev},path={}{connection}", socket.display()),
             "-device".into(),
             format!("vhost-user-blk-pci,chardev={chardev}{properties}"),
         ]);

@@ -90,13 +90,14 @@ impl Serve {
             .stderr(log)
             .spawn()
             .unwrap_or_else(|error| panic!("{:?}: {error}", self.command.get_program()));
-        Server { process, sockets: self.sockets, dir: self.dir }
+        Server { process, command: self.command, sockets: self.sockets, dir: self.dir }
     }
 }
 
 /// A running server. Ended with the value, by force if it still runs.
 pub struct Server {
     process: Child,
+    command: Command,
     sockets: Vec<PathBuf>,
     dir: TempDir,
 }
@@ -117,6 +118,28 @@ impl Server {
         self.log()
     }
 
+    /// Kills the server and starts it again, as it was started first.
+    pub fn kill_and_restart(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        self.process = self.command.spawn().unwrap();
+    }
+
+    /// Waits until the server's output holds `text` so many times; fails the test if it ends
+    /// before.
+    pub fn wait_for(&mut self, text: &str, times: usize) {
+        let started = Instant::now();
+        while self.log().matches(text).count() < times {
+            let ended = self.process.try_wait().unwrap();
+            assert!(
+                ended.is_none() && started.elapsed() < PATIENCE,
+                "{text:?} is not there {times} times ({ended:?}):\n{}",
+                self.log()
+            );
+            sleep(Duration::from_millis(5));
+        }
+    }
+
     fn wait(&mut self) -> ExitStatus {
         let started = Instant::now();
         loop {
@@ -132,7 +155,7 @@ impl Server {
         }
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap()
     }
 }

@@ -15,6 +15,7 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// A running daemon. Its files lie in its own directory, which goes with it.
 pub struct Daemon {
     pub server: Server,
+    program: Vec<String>,
     dir: tempfile::TempDir,
 }
 
@@ -30,12 +31,16 @@ impl Daemon {
     /// The same with any program, in a directory that is prepared.
     pub fn start_in(dir: tempfile::TempDir, program: &[&str], arguments: &[&str]) -> Daemon {
         let here = dir.path().to_str().unwrap();
-        let mut command = Command::new(program[0]);
-        command.args(&program[1..]).args(arguments.iter().map(|a| a.replace("DIR", here)));
-        command.arg("--pidfile").arg(dir.path().join("pid")).env("RUST_LOG", "info");
-        let mut server = Server::spawn(command).unwrap();
-        server.wait_pidfile(&dir.path().join("pid"), LIMIT).unwrap();
-        Daemon { server, dir }
+        let mut program: Vec<String> = program.iter().map(|&word| word.to_owned()).collect();
+        program.extend(arguments.iter().map(|a| a.replace("DIR", here)));
+        let server = spawn(&program, &dir.path().join("pid"));
+        Daemon { server, program, dir }
+    }
+
+    /// Starts it again, as it was started first; it must have ended.
+    pub fn restart(&mut self) {
+        let _ = std::fs::remove_file(self.path("pid"));
+        self.server = spawn(&self.program, &self.path("pid"));
     }
 
     /// One export, `DIR/e0.sock`, of the node `d0`.
@@ -104,6 +109,15 @@ impl Daemon {
         assert!(status.success(), "{status}:\n{}", self.server.stderr());
         self.wait_log(": ended: requests=", 1)
     }
+}
+
+/// Starts a daemon, and returns once its pid file is there.
+fn spawn(program: &[String], pid_file: &Path) -> Server {
+    let mut command = Command::new(&program[0]);
+    command.args(&program[1..]).arg("--pidfile").arg(pid_file).env("RUST_LOG", "info");
+    let mut server = Server::spawn(command).unwrap();
+    server.wait_pidfile(pid_file, LIMIT).unwrap();
+    server
 }
 
 /// The fixed part of `--export` for a node: export `eN` on the socket `DIR/eN.sock`.

@@ -5,6 +5,7 @@ mod config;
 mod daemon;
 mod differential;
 mod hostile;
+mod inflight;
 mod layouts;
 mod lifecycle;
 mod memory;

@@ -77,6 +77,24 @@ fn only_the_protocol_features_that_are_implemented_are_offered() {
 }
 
 #[test]
+fn requests_in_flight_are_tracked_where_what_a_killed_daemon_left_in_the_kernel_is_known_to_end() {
+    let file = "file.driver=file,file.filename=DIR/disk.img";
+    for (blockdev, export, offered) in [
+        ("driver=null-co".into(), "", true),
+        (format!("driver=raw,{file}"), "writable=on", true),
+        // Two who read do not exclude each other.
+        (format!("driver=raw,{file}"), "", false),
+        (format!("driver=raw,{file},file.locking=off"), "writable=on", false),
+        // Nor do two who write to a bare file and let others do so.
+        ("driver=file,filename=DIR/disk.img".into(), "writable=on", false),
+    ] {
+        let daemon = Daemon::serve(&format!("{blockdev},node-name=d0"), export);
+        let protocol = greet(&daemon, 0).offered_protocol();
+        assert_eq!(protocol & protocol::INFLIGHT_SHMFD != 0, offered, "{blockdev} {export}");
+    }
+}
+
+#[test]
 fn a_front_end_that_takes_a_feature_that_was_not_offered_is_cut_off() {
     let mut daemon = Daemon::file("");
     let bits = [

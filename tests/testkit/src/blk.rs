@@ -3,9 +3,12 @@
 //! `disk.read(sector, &mut buf)` and its like use queue 0 and wait; [`Queue::submit`] and
 //! [`Queue::reap`] keep many requests in flight. Sectors are 512 bytes.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::VhostUserInflight;
 
 use crate::error::{Error, Result};
 use crate::frontend::{Connection, MemoryMessages, QueueSetup};
@@ -217,6 +220,8 @@ pub struct Disk {
     memory: Arc<Memory>,
     connection: Connection,
     config: BlkConfig,
+    /// Kept between connections where INFLIGHT_SHMFD is negotiated.
+    inflight: Option<(VhostUserInflight, File)>,
     /// The queues; a test may move them to threads, as long as the disk stays.
     pub queues: Vec<Queue>,
 }
@@ -242,6 +247,7 @@ impl Disk {
             memory,
             connection,
             config,
+            inflight: None,
             queues,
         };
         disk.start()?;
@@ -253,6 +259,15 @@ impl Disk {
         let count = self.options.regions.unwrap_or(self.memory.regions().len());
         self.connection.set_features()?;
         self.connection.share_memory(&self.memory, count, self.options.memory_messages)?;
+        if self.connection.protocol() & protocol::INFLIGHT_SHMFD != 0 {
+            if self.inflight.is_none() {
+                let (queues, size) = (self.options.num_queues as u16, self.options.queue_size);
+                self.inflight = Some(self.connection.get_inflight(queues, size)?);
+            }
+            if let Some((told, file)) = &self.inflight {
+                self.connection.set_inflight(told, file)?;
+            }
+        }
         for index in 0..self.queues.len() {
             let base = self.queues[index].ring.resume_base();
             self.start_queue(index, base)?;
@@ -299,6 +314,11 @@ impl Disk {
 
     pub fn connection(&mut self) -> &mut Connection {
         &mut self.connection
+    }
+
+    /// The memory in which the server tracks what is in flight, if it does.
+    pub fn inflight(&self) -> Option<&(VhostUserInflight, File)> {
+        self.inflight.as_ref()
     }
 
     pub fn memory(&self) -> &Arc<Memory> {

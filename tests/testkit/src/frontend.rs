@@ -3,14 +3,16 @@
 //! Every call waits for the server's acknowledgement where REPLY_ACK was negotiated, so that an error
 //! shows at the message that caused it, and no call waits longer than the connection's limit.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -293,6 +295,18 @@ impl Connection {
     /// Sets the write cache mode as a guest does: true is write-back.
     pub fn set_write_cache(&mut self, on: bool) -> Result<()> {
         self.set_config(spec::CONFIG_WCE_OFFSET, &[u8::from(on)])
+    }
+
+    /// GET_INFLIGHT_FD: memory in which the server tracks what is in flight.
+    pub fn get_inflight(&mut self, queues: u16, size: u16) -> Result<(VhostUserInflight, File)> {
+        let wanted = VhostUserInflight::new(0, 0, queues, size);
+        self.plain("GET_INFLIGHT_FD", |v| v.get_inflight_fd(&wanted))
+    }
+
+    /// SET_INFLIGHT_FD.
+    pub fn set_inflight(&mut self, told: &VhostUserInflight, file: &File) -> Result<()> {
+        let fd = file.as_raw_fd();
+        self.acked("SET_INFLIGHT_FD", |v| v.set_inflight_fd(told, fd))
     }
 
     /// RESET_DEVICE.
