@@ -1,6 +1,7 @@
 //! The engine: workers over io_uring, and what runs on them.
 //!
-//! * [`worker`]: a thread, its ring, its turn, and the handle that others hold.
+//! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
+//! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
 //! * [`ring`]: io_uring behind a small trait.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`op`]: operations on descriptors; `slots`: those in flight, and whom to tell of their end.
@@ -19,9 +20,12 @@ pub mod op;
 pub mod ring;
 pub mod sim;
 mod slots;
+pub mod source;
+mod spin;
 pub mod sync;
 pub mod task;
 pub mod timer;
+mod turn;
 mod unwind;
 pub mod worker;
 
@@ -30,10 +34,10 @@ pub use errno::{Errno, IoResult};
 pub use iovec::{AlignedBuf, IoVec, is_aligned};
 pub use offload::offload;
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
+pub use source::{Polled, Source, SourceId};
 pub use timer::sleep;
-pub use worker::{
-    Io, Local, Polled, Source, SourceId, Worker, WorkerOptions, current, run_local, run_on,
-};
+pub use turn::Local;
+pub use worker::{Io, Worker, WorkerOptions, current, run_local, run_on};
 
 use std::os::fd::RawFd;
 

@@ -6,7 +6,8 @@
 
 use super::op::{Op, OpKind, Segments, Started, Token};
 use super::ring::{Kind, Submission, Wait};
-use super::worker::{BATCH, Io, tag};
+use super::turn::{BATCH, tag};
+use super::worker::Io;
 use super::{Errno, IoResult, iovec};
 use std::future::Future;
 use std::pin::Pin;

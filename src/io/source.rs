@@ -1,0 +1,48 @@
+//! The contract between a worker and what brings requests to it.
+
+use super::IoResult;
+use super::worker::Io;
+use std::any::Any;
+use std::rc::Rc;
+
+/// A source's number on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceId(pub(super) u32);
+
+/// Something that brings requests to a worker: a virtqueue.
+pub trait Source: Any {
+    /// Takes what has arrived, up to a share that is fair to the other sources, and starts it.
+    fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled;
+
+    /// Whether `poll` would find something. Called while the worker spins.
+    fn has_work(&self) -> bool;
+
+    /// An operation started with this source's token is done.
+    fn complete(&mut self, io: &Rc<Io>, tag: u32, result: IoResult);
+
+    /// The end of a turn: makes results visible, and notifies at most once.
+    fn publish(&mut self);
+
+    /// Asks for kicks, because the worker is about to sleep. False if something has arrived
+    /// meanwhile: kicks are not to be relied upon then.
+    fn arm(&mut self) -> bool;
+
+    /// Says that kicks are not needed for now.
+    fn disarm(&mut self);
+
+    /// Whether `poll` finds nothing until a message or a completion has come, so that a source
+    /// without kicks need not be looked at.
+    fn rests(&self) -> bool {
+        false
+    }
+}
+
+/// What [`Source::poll`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polled {
+    Idle,
+    /// It took something.
+    Busy,
+    /// It has come to its end, with nothing in flight: the worker drops it.
+    Ended,
+}

@@ -1,0 +1,406 @@
+//! A worker's turn: what its thread does, over and over.
+//!
+//! Reap completions, let every active source take what has arrived and start it, run the tasks that
+//! were woken, let the sources publish their results, enter the ring once. When there is nothing to
+//! do it spins as long as [`Spin`] says, then asks all sources for kicks and sleeps in the ring. Idle
+//! costs nothing.
+
+use super::ring::{Completion, Kind, Ring, Submission, Wait};
+use super::slots::Owner;
+use super::spin::Spin;
+use super::worker::{self, Io, Message, Shared};
+use super::{Errno, Polled, Source, SourceId};
+use std::any::Any;
+use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Completions taken from the ring at a time.
+pub(super) const BATCH: usize = 256;
+/// Turns without work after which one source among busy ones goes back to kicks.
+const LAZY_TURNS: u32 = 256;
+
+/// How often an idle worker looks at sources that give no kicks.
+const LOOK_NS: u64 = 200_000;
+
+/// What user data means: the kind in the low byte, 24 bits of its own, and a number.
+pub(super) mod tag {
+    pub const OP: u8 = 1;
+    pub const KICK: u8 = 2;
+    pub const WAKE: u8 = 3;
+    pub const NONE: u8 = 4;
+
+    pub fn pack(kind: u8, extra: u32, number: u32) -> u64 {
+        kind as u64 | (extra as u64 & 0xff_ffff) << 8 | (number as u64) << 32
+    }
+    pub fn unpack(user_data: u64) -> (u8, u32, u32) {
+        (user_data as u8, (user_data >> 8) as u32 & 0xff_ffff, (user_data >> 32) as u32)
+    }
+}
+
+/// A worker as seen from its own thread: what a message from outside may use.
+pub struct Local {
+    io: Rc<Io>,
+    sources: Vec<Option<Entry>>,
+    free: Vec<u32>,
+    /// Sources that are polled each turn and need no kicks.
+    active: Vec<u32>,
+    completions: Vec<Completion>,
+    /// A number for each poll of a kick descriptor, so that a late completion of an old one is
+    /// known.
+    watches: u32,
+    spin: Spin,
+}
+
+struct Entry {
+    source: Box<dyn Source>,
+    /// The number of the poll of its kick descriptor; `None` without one.
+    watch: Option<(u32, RawFd)>,
+    active: bool,
+    idle_turns: u32,
+}
+
+impl Local {
+    pub(super) fn new(ring: Box<dyn Ring>, shared: Arc<Shared>) -> Local {
+        let io = Rc::new(Io::new(ring, shared));
+        worker::set_current(Some(io.clone()));
+        let local = Local {
+            io,
+            sources: Vec::new(),
+            free: Vec::new(),
+            active: Vec::new(),
+            completions: Vec::with_capacity(BATCH),
+            watches: 0,
+            spin: Spin::default(),
+        };
+        local.watch_mail();
+        local
+    }
+
+    pub fn io(&self) -> &Rc<Io> {
+        &self.io
+    }
+
+    /// Adds a source, polls it at once, and from then on whenever `kick` becomes readable. Without
+    /// a kick descriptor it is polled all the time.
+    pub fn attach(&mut self, source: Box<dyn Source>, kick: Option<RawFd>) -> SourceId {
+        let entry = Entry { source, watch: None, active: false, idle_turns: 0 };
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.sources[index as usize] = Some(entry);
+                index
+            }
+            None => {
+                self.sources.push(Some(entry));
+                self.sources.len() as u32 - 1
+            }
+        };
+        let id = SourceId(index);
+        self.watch(id, kick);
+        id
+    }
+
+    /// Gives a source another kick descriptor, or none. The ring holds the file, so the descriptor
+    /// may be closed as soon as another one has taken its place.
+    pub fn watch(&mut self, id: SourceId, kick: Option<RawFd>) {
+        self.unwatch(id.0);
+        self.watches = (self.watches + 1) & 0xff_ffff;
+        let number = self.watches;
+        if let Some(Some(entry)) = self.sources.get_mut(id.0 as usize) {
+            entry.watch = kick.map(|fd| (number, fd));
+            if let Some(fd) = kick {
+                self.poll_many(tag::pack(tag::KICK, number, id.0), fd);
+            }
+        }
+        self.activate(id.0);
+    }
+
+    /// The source, for messages that know its type.
+    pub fn source<T: Source>(&mut self, id: SourceId) -> Option<&mut T> {
+        let entry = self.sources.get_mut(id.0 as usize)?.as_mut()?;
+        self.io.wake_source(id);
+        (&mut *entry.source as &mut dyn Any).downcast_mut()
+    }
+
+    fn unwatch(&mut self, index: u32) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        if let Some((number, _)) = entry.watch.take() {
+            let user_data = tag::pack(tag::NONE, 0, 0);
+            let kind = Kind::PollEnd(tag::pack(tag::KICK, number, index));
+            // SAFETY: names no memory.
+            unsafe { self.io.ring.borrow_mut().push(Submission { user_data, fd: -1, kind }) };
+        }
+    }
+
+    fn poll_many(&self, user_data: u64, fd: RawFd) {
+        // SAFETY: names no memory.
+        unsafe {
+            self.io.ring.borrow_mut().push(Submission { user_data, fd, kind: Kind::PollMany })
+        };
+    }
+
+    fn activate(&mut self, index: u32) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        entry.idle_turns = 0;
+        if !entry.active {
+            entry.active = true;
+            entry.source.disarm();
+            self.active.push(index);
+        }
+    }
+
+    /// One turn. True if anything was done.
+    fn turn(&mut self) -> bool {
+        let mut busy = self.read_mail();
+        busy |= self.dispatch();
+        let io = self.io.clone();
+        let mut at = 0;
+        while at < self.active.len() {
+            let index = self.active[at];
+            let Some(Some(entry)) = self.sources.get_mut(index as usize) else {
+                self.active.swap_remove(at);
+                continue;
+            };
+            match entry.source.poll(&io, SourceId(index)) {
+                Polled::Busy => {
+                    busy = true;
+                    entry.idle_turns = 0;
+                }
+                Polled::Idle => entry.idle_turns += 1,
+                Polled::Ended => {
+                    entry.source.publish();
+                    self.unwatch(index);
+                    self.sources[index as usize] = None;
+                    self.free.push(index);
+                    self.active.swap_remove(at);
+                    busy = true;
+                    continue;
+                }
+            }
+            at += 1;
+        }
+        if !io.run_queue.is_empty() {
+            io.run_queue.run();
+            busy = true;
+        }
+        busy |= self.wake_ready();
+        for &index in &self.active {
+            if let Some(Some(entry)) = self.sources.get_mut(index as usize) {
+                entry.source.publish();
+            }
+        }
+        let mut ring = io.ring.borrow_mut();
+        if ring.must_enter() {
+            ring.enter(Wait::No);
+            busy = true;
+        }
+        drop(ring);
+        if busy && self.active.len() > 1 {
+            self.retire_lazy();
+        }
+        busy
+    }
+
+    fn wake_ready(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let Some(id) = self.io.ready.borrow_mut().pop() else { return any };
+            any = true;
+            self.activate(id.0);
+        }
+    }
+
+    fn read_mail(&mut self) -> bool {
+        if !self.io.shared.mail.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.io.shared.mail.store(false, Ordering::SeqCst);
+        let messages = std::mem::take(&mut *self.io.shared.inbox.lock());
+        for message in messages {
+            match message {
+                Message::Run(work) => work(self),
+                Message::Task(task) => self.io.run_queue.push(task),
+            }
+        }
+        self.wake_ready();
+        true
+    }
+
+    fn dispatch(&mut self) -> bool {
+        let io = self.io.clone();
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.append(&mut io.stash.borrow_mut());
+        io.ring.borrow_mut().reap(&mut completions);
+        let any = !completions.is_empty();
+        for completion in completions.drain(..) {
+            let (kind, extra, number) = tag::unpack(completion.user_data);
+            match kind {
+                tag::OP => {
+                    if let Some((Owner::Source(token), result)) =
+                        io.finish(number, completion.result)
+                        && let Some(Some(entry)) = self.sources.get_mut(token.source.0 as usize)
+                    {
+                        entry.source.complete(&io, token.tag, result);
+                        self.activate(token.source.0);
+                    }
+                }
+                tag::KICK => self.kicked(number, extra, completion),
+                tag::WAKE if !completion.more => self.watch_mail(),
+                _ => {}
+            }
+        }
+        self.completions = completions;
+        any
+    }
+
+    fn kicked(&mut self, index: u32, number: u32, completion: Completion) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        let Some((watch, fd)) = entry.watch else { return };
+        if watch != number {
+            return;
+        }
+        if !completion.more {
+            if completion.result < 0 {
+                let errno = Errno(-completion.result);
+                log::error!("{}: the kick descriptor of a queue: {errno}", self.io.shared.name);
+                entry.watch = None;
+            } else {
+                self.poll_many(completion.user_data, fd);
+            }
+        }
+        self.activate(index);
+    }
+
+    fn watch_mail(&self) {
+        self.poll_many(tag::pack(tag::WAKE, 0, 0), self.io.shared.wake.as_raw_fd());
+    }
+
+    /// Sends sources that have had nothing for long, while others kept the worker busy, back to
+    /// kicks.
+    fn retire_lazy(&mut self) {
+        let mut at = 0;
+        while at < self.active.len() {
+            match self.sources[self.active[at] as usize].as_mut() {
+                Some(entry) if entry.idle_turns > LAZY_TURNS && entry.watch.is_some() => {
+                    if entry.source.arm() {
+                        entry.active = false;
+                        self.active.swap_remove(at);
+                        continue;
+                    }
+                    entry.source.disarm();
+                    entry.idle_turns = 0;
+                }
+                _ => {}
+            }
+            at += 1;
+        }
+    }
+
+    /// Whether a spinning worker would find something to do.
+    fn has_work(&self) -> bool {
+        let shared = &self.io.shared;
+        if shared.mail.load(Ordering::Relaxed) {
+            return true;
+        }
+        let mut ring = self.io.ring.borrow_mut();
+        ring.must_enter()
+            || ring.has_completions()
+            || self.active.iter().any(|&index| {
+                self.sources[index as usize].as_ref().is_some_and(|e| e.source.has_work())
+            })
+    }
+
+    /// Spins while that is promising. True if there is something to do.
+    fn spin(&mut self, poll_max: u64) -> bool {
+        // What was learnt under a larger bound does not hold under this one.
+        let limit = self.spin.limit_ns.min(poll_max);
+        if limit == 0 || self.active.is_empty() && self.io.timers.next().is_none() {
+            return self.has_work();
+        }
+        let began = self.io.now();
+        loop {
+            for _ in 0..16 {
+                if self.has_work() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            let now = self.io.now();
+            if now - began >= limit || self.io.timers.next().is_some_and(|at| at <= now) {
+                return false;
+            }
+        }
+    }
+
+    /// Asks all sources for kicks. False if one of them has something now.
+    fn arm_all(&mut self) -> bool {
+        let mut at = 0;
+        while at < self.active.len() {
+            let index = self.active[at];
+            let Some(entry) = self.sources[index as usize].as_mut() else {
+                self.active.swap_remove(at);
+                continue;
+            };
+            if entry.watch.is_none() && !entry.source.rests() {
+                at += 1;
+                continue;
+            }
+            if !entry.source.arm() {
+                entry.source.disarm();
+                return false;
+            }
+            entry.active = false;
+            self.active.swap_remove(at);
+        }
+        true
+    }
+
+    fn sleep(&mut self) {
+        let shared = self.io.shared.clone();
+        shared.asleep.store(true, Ordering::SeqCst);
+        if !shared.mail.load(Ordering::SeqCst) && self.io.run_queue.is_empty() {
+            let mut ring = self.io.ring.borrow_mut();
+            let timer = self.io.timers.next().map(|at| at.saturating_sub(ring.now()));
+            // A front end that gives no kick descriptor wants its queue to be looked at.
+            let look = (!self.active.is_empty()).then_some(LOOK_NS);
+            let wait = match timer.into_iter().chain(look).min() {
+                Some(ns) => Wait::For(Duration::from_nanos(ns)),
+                None => Wait::Forever,
+            };
+            ring.enter(wait);
+        }
+        shared.asleep.store(false, Ordering::Relaxed);
+    }
+
+    fn may_stop(&self) -> bool {
+        self.io.shared.stopping.load(Ordering::Relaxed)
+            && self.io.tasks.get() == 0
+            && self.sources.iter().all(Option::is_none)
+            && !self.io.shared.mail.load(Ordering::SeqCst)
+    }
+
+    /// One round of work and, if there is none, of waiting. False when the worker may end.
+    pub(super) fn round(&mut self) -> bool {
+        if self.io.timers.next().is_some() {
+            let now = self.io.now();
+            self.io.timers.wake_due(now);
+        }
+        if self.turn() || !self.io.stash.borrow().is_empty() {
+            return true;
+        }
+        if self.may_stop() {
+            return false;
+        }
+        let poll_max = self.io.shared.poll_max_ns.load(Ordering::Relaxed);
+        let began = if poll_max > 0 { self.io.now() } else { 0 };
+        if !self.spin(poll_max) && self.arm_all() {
+            self.sleep();
+        }
+        if poll_max > 0 {
+            self.spin.learn(self.io.now() - began, poll_max);
+        }
+        true
+    }
+}
