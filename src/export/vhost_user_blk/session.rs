@@ -11,7 +11,7 @@ use super::memory::{MAX_REGIONS, Memory, Region};
 use super::queue::{Queue, QueueStart};
 use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
-use crate::io::{SourceId, Worker};
+use crate::io::{Errno, SourceId, Worker};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -85,6 +85,19 @@ impl RingState {
 
 fn refuse<T>(why: impl Into<String>) -> Result<T> {
     Err(Error::ReqHandlerError(io::Error::other(why.into())))
+}
+
+/// Makes sure that no write to a descriptor of the front end's waits: one that is full would hold
+/// up a worker, and with it the disks of others.
+fn for_words(file: File) -> Result<Arc<File>> {
+    let fd = file.as_raw_fd();
+    // SAFETY: names no memory, and the descriptor is open.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    // SAFETY: as above.
+    if flags < 0 || unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return refuse(format!("a descriptor that cannot be written to: {}", Errno::last()));
+    }
+    Ok(Arc::new(file))
 }
 
 impl Session {
@@ -463,7 +476,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let call = file.map(Arc::new);
+        let call = file.map(for_words).transpose()?;
         self.ring(index as u32)?.call = call.clone();
         let theirs = call.clone();
         self.tell(index as u32, move |queue| queue.set_call(theirs));
@@ -476,7 +489,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let err = file.map(Arc::new);
+        let err = file.map(for_words).transpose()?;
         self.ring(index as u32)?.err = err.clone();
         self.tell(index as u32, move |queue| queue.set_err(err));
         Ok(())
@@ -579,5 +592,22 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
         refuse("the dirty log was not offered")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{FromRawFd, IntoRawFd};
+
+    #[test]
+    fn a_full_descriptor_of_the_front_end_s_does_not_hold_up_who_writes_to_it() {
+        let full = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+        full.write(u64::MAX - 1).unwrap();
+        // SAFETY: the descriptor is taken from its only owner.
+        let file = unsafe { File::from_raw_fd(full.into_raw_fd()) };
+        let call = for_words(file).unwrap();
+        let error = (&*call).write(&1u64.to_ne_bytes()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 }
