@@ -1,14 +1,15 @@
 # The project's commands. Each prepares what it needs from Debian's packages (tests/setup.sh: as root or through sudo).
-# BENCH='…' hands options to the benchmark.
+# BENCH='…' hands options to the benchmark; FUZZ_SECONDS is how long each fuzz target runs.
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test bench install
+.PHONY: help setup demo test bench fuzz install
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
 	@echo 'make test   all tests, as CI runs them'
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
+	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
 
 setup:
@@ -26,6 +27,18 @@ test: setup
 bench: setup
 	$(CARGO) build --release --locked
 	$(CARGO) run --release --locked -p vublk-bench -- $(BENCH)
+
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= virtqueue vhost_user_messages options
+FUZZ_LIMITS = -timeout=20 -rss_limit_mb=2048 -max_len=4096
+
+# The sanitizers are an unstable part of the compiler: RUSTC_BOOTSTRAP lets a stable one have them.
+fuzz: setup
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
+	@for target in $(FUZZ_TARGETS); do \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz $$target -- \
+			-max_total_time=$(FUZZ_SECONDS) $(FUZZ_LIMITS) || exit 1; \
+	done
 
 PREFIX ?= /usr/local
 DESTDIR ?=

@@ -1,0 +1,5 @@
+//! The fuzzer's door to `virtqueue`: hostile rings against a real queue.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vublk_fuzz::virtqueue::run(data));

@@ -1,0 +1,9 @@
+//! The fuzz targets, as functions of bytes. libFuzzer calls them from `fuzz_targets`; the project's
+//! tests include these files and call them with seeded inputs (`tests/fuzz_smoke.rs`).
+
+mod disk;
+mod guest;
+mod input;
+pub mod options;
+pub mod vhost_user_messages;
+pub mod virtqueue;

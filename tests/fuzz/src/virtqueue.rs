@@ -1,0 +1,600 @@
+//! A hostile guest against the real queue, on a simulated worker over a simulated disk.
+//!
+//! The law: no panic; no byte outside the guest's memory; a queue that is told to stop does, after
+//! a bounded number of turns. A guest that keeps to the rules (`honest`) also gets every request
+//! back once, with a status of the specification, and its queue never breaks.
+
+use super::disk::{self, Under, Wanted};
+use super::guest::{GuestMemory, Place};
+use super::input::Input;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vublk::export::vhost_user_blk::queue::{Queue, QueueStart};
+use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
+use vublk::io::sim::{Disorder, SimRing};
+use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, run_local, sleep};
+
+/// What ring addresses are given in lies so far above guest addresses.
+const USER: u64 = 0x7f00_0000_0000;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+/// Chains that a queue may take in one turn (`SHARE` in the queue).
+const SHARE: usize = 256;
+/// Regions that one descriptor may go on over; a power of two.
+const MANY: usize = 128;
+/// Turns, of a simulated millisecond each, after which a queue counts as stuck.
+const PATIENCE: u32 = 20_000;
+
+/// Runs one guest.
+pub fn run(data: &[u8]) {
+    run_beside(data, None);
+}
+
+/// As [`run`], while another processor of the guest scribbles over the rings, from a seed. Such a
+/// run is not repeatable; the law is the same, but the guest is never honest.
+pub fn run_scribbled(data: &[u8], seed: u64) {
+    run_beside(data, Some(seed));
+}
+
+fn run_beside(data: &[u8], scribble: Option<u64>) {
+    let data = data.to_vec();
+    let ring = SimRing::new(Disorder::wild(data.len() as u64)).expect("a simulated ring");
+    run_local(Box::new(ring), move |local| {
+        let queue = Rc::new(Shared::default());
+        let kick = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        // The last bit of the input says whether the queue is kicked or looked at.
+        let kicked = data.last().is_some_and(|byte| byte & 1 != 0);
+        let fd = kicked.then(|| kick.as_raw_fd());
+        let me = local.attach(Box::new(Watched(queue.clone())), fd);
+        async move {
+            Guest::live(Input::new(&data), queue, me, kick, scribble).await;
+        }
+    });
+}
+
+/// The queue, which its worker polls and the guest's future pauses and stops.
+#[derive(Default)]
+struct Shared {
+    queue: RefCell<Option<Queue>>,
+    /// Polls since the queue was told to stop.
+    last_polls: Cell<u32>,
+    stopping: Cell<bool>,
+}
+
+/// Passes everything on, and looks what a turn did.
+struct Watched(Rc<Shared>);
+
+impl Source for Watched {
+    fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
+        let mut queue = self.0.queue.borrow_mut();
+        let Some(queue) = &mut *queue else { return Polled::Idle };
+        let before = queue.in_flight();
+        let polled = queue.poll(io, me);
+        let taken = queue.in_flight().saturating_sub(before);
+        assert!(taken <= SHARE, "{taken} chains in one turn");
+        if self.0.stopping.get() {
+            self.0.last_polls.set(self.0.last_polls.get() + 1);
+            assert!(self.0.last_polls.get() < 10 * PATIENCE, "a stopping queue is polled for ever");
+        }
+        if polled == Polled::Ended {
+            assert_eq!(queue.in_flight(), 0, "ended with requests in flight");
+        }
+        polled
+    }
+
+    fn has_work(&self) -> bool {
+        self.0.queue.borrow().as_ref().is_some_and(Queue::has_work)
+    }
+
+    fn complete(&mut self, io: &Rc<Io>, tag: u32, result: IoResult) {
+        if let Some(queue) = &mut *self.0.queue.borrow_mut() {
+            queue.complete(io, tag, result);
+        }
+    }
+
+    fn publish(&mut self) {
+        if let Some(queue) = &mut *self.0.queue.borrow_mut() {
+            queue.publish();
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        self.0.queue.borrow_mut().as_mut().is_none_or(Queue::arm)
+    }
+
+    fn disarm(&mut self) {
+        if let Some(queue) = &mut *self.0.queue.borrow_mut() {
+            queue.disarm();
+        }
+    }
+}
+
+/// The driver's side.
+struct Guest {
+    memory: Rc<GuestMemory>,
+    size: u16,
+    /// Guest addresses.
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    /// Has kept to the rules so far, and will.
+    honest: bool,
+    /// What it says in the available ring.
+    index: u16,
+    /// How far it has looked at the used ring.
+    seen: u16,
+    next_descriptor: u16,
+    /// Next free byte, for what the honest guest puts into memory.
+    free: u64,
+    /// Where the status of each chain in flight will be, by head.
+    flying: BTreeMap<u16, u64>,
+    /// A chain that nothing can be wrong with, on a disk without faults.
+    must_succeed: Option<u16>,
+    faulty: bool,
+    shared: Rc<Shared>,
+    me: SourceId,
+    kick: EventFd,
+    error: EventFd,
+}
+
+fn file(eventfd: &EventFd) -> Arc<File> {
+    let fd = eventfd.try_clone().expect("a descriptor").into_raw_fd();
+    // SAFETY: the clone is nobody else's.
+    Arc::new(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Regions of the guest: few or many, side by side or with gaps, not always aligned.
+fn places(input: &mut Input<'_>, honest: bool) -> Vec<Place> {
+    let many = input.one_in(8);
+    let count = if many { 130 } else { 1 + input.below(4) };
+    let gap = if input.one_in(2) { 0x10_0000 } else { 0 };
+    let skew = u64::from(input.one_in(8) && !honest);
+    let mut guest = input.pick(&[0, 0x1000, 0xffff_0000, 1 << 40]);
+    let mut places = Vec::new();
+    for i in 0..count {
+        let len = if i == 0 { 0x18e00 } else { input.pick(&[0x1800, 0xff0, 0x4e00, 0x200, 0x33]) };
+        places.push(Place { guest, user: USER + guest + skew, len });
+        guest += len + gap;
+    }
+    places
+}
+
+impl Guest {
+    async fn live(
+        mut input: Input<'_>,
+        shared: Rc<Shared>,
+        me: SourceId,
+        kick: EventFd,
+        scribble: Option<u64>,
+    ) {
+        let flags = input.u8();
+        let honest = flags & 3 == 0 && scribble.is_none();
+        let event_index = flags & 4 != 0;
+        let wanted = Wanted {
+            graph: [Under::Fast, Under::Slow, Under::Aligned, Under::Null]
+                [usize::from(flags >> 3 & 3)],
+            faulty: flags & 32 != 0,
+            writable: flags & 64 == 0 || honest,
+            write_through: flags & 128 != 0,
+            logical_block_size: input.pick(&[512, 512, 4096]),
+            num_queues: 1,
+        };
+        let opened = disk::open(wanted).await;
+        let memory = Rc::new(GuestMemory::new(places(&mut input, honest)));
+        let base = memory.places[0];
+
+        let size = 1u16 << input.pick(&[4u16, 0, 1, 2, 3, 5, 7, 10]);
+        let start = if input.one_in(4) { input.u16() } else { 0 };
+        let entries = u64::from(size);
+        let descriptors = base.guest;
+        let available = descriptors + entries * 16;
+        let used = (available + 6 + entries * 2).next_multiple_of(4);
+        let mut at = Addresses {
+            descriptors: descriptors + USER,
+            available: available + USER,
+            used: used + USER,
+        };
+        if !honest && input.one_in(16) {
+            let anywhere = |input: &mut Input<'_>| base.user.wrapping_add(input.edgy());
+            at = Addresses {
+                descriptors: anywhere(&mut input),
+                available: anywhere(&mut input),
+                used: anywhere(&mut input),
+            };
+        }
+        if base.user != USER + base.guest {
+            // Right in the front end's addresses, but not aligned in ours.
+            for part in [&mut at.descriptors, &mut at.available, &mut at.used] {
+                *part += 16;
+            }
+        }
+        // Not from the start: the guest's two indexes begin where an earlier session left them.
+        memory.put(available + 2, &start.to_le_bytes());
+        memory.put(used + 2, &start.to_le_bytes());
+        let Ok(ring) = SplitRing::new(&memory.memory, size, at, start, event_index) else { return };
+        let [call, error] = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        *shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
+            name: "fuzz".to_owned(),
+            disk: opened.disk.clone(),
+            memory: memory.memory.clone(),
+            ring,
+            inflight: None,
+            size,
+            call: Some(file(&call)),
+            err: Some(file(&error)),
+            paused: 0,
+        }));
+        let mut guest = Guest {
+            free: used + 6 + entries * 8,
+            memory,
+            size,
+            descriptors,
+            available,
+            used,
+            honest,
+            index: start,
+            seen: start,
+            next_descriptor: 0,
+            flying: BTreeMap::new(),
+            must_succeed: None,
+            faulty: wanted.faulty,
+            shared,
+            me,
+            kick,
+            error,
+        };
+        let scribbler = scribble.map(|seed| Scribbler::start(&guest, seed));
+        guest.act(&mut input).await;
+        guest.end().await;
+        drop(scribbler);
+        guest.memory.check();
+        // The queue's memory goes before the disk's worker does.
+        guest.shared.queue.borrow_mut().take();
+    }
+
+    async fn act(&mut self, input: &mut Input<'_>) {
+        let mut paused = 0;
+        for _ in 0..64 {
+            if input.is_empty() {
+                break;
+            }
+            match input.u8() % 16 {
+                0..=5 => self.request(input).await,
+                6 | 7 => self.wait().await,
+                8 if paused < 3 => {
+                    paused += 1;
+                    self.with_queue(|queue| queue.pause(Box::new(|| {})));
+                }
+                9 if paused > 0 => {
+                    paused -= 1;
+                    self.with_queue(Queue::resume);
+                }
+                // Words that the guest may say at any time: whether and when it wants to be told.
+                10 => self.memory.put(self.available, &input.u16().to_le_bytes()),
+                11 => {
+                    let event = self.available + 4 + 2 * u64::from(self.size);
+                    self.memory.put(event, &input.u16().to_le_bytes());
+                }
+                _ if self.honest => self.tell(),
+                12 => self.descriptor(input),
+                13 => {
+                    let entry = u64::from(input.u16() % self.size);
+                    let head = input.below(u64::from(self.size) * 2) as u16;
+                    self.memory.put(self.available + 4 + entry * 2, &head.to_le_bytes());
+                }
+                14 => {
+                    let by = if input.one_in(8) { input.u16() } else { input.below(9) as u16 };
+                    self.index = self.index.wrapping_add(by);
+                    self.tell();
+                }
+                _ => {
+                    let (addr, len) = (self.address(input), usize::from(input.u8()) % 64);
+                    self.memory.put(addr, input.bytes(len));
+                }
+            }
+        }
+        for _ in 0..paused {
+            self.with_queue(Queue::resume);
+        }
+    }
+
+    fn with_queue(&self, work: impl FnOnce(&mut Queue)) {
+        if let Some(queue) = &mut *self.shared.queue.borrow_mut() {
+            work(queue);
+        }
+        current().wake_source(self.me);
+    }
+
+    /// Any address: likelier those where something is, or ends.
+    fn address(&self, input: &mut Input<'_>) -> u64 {
+        let place = input.pick(&self.memory.places);
+        match input.u8() % 8 {
+            0 => input.edgy(),
+            1 => place.guest.wrapping_add(input.edgy()),
+            2 => place.guest + place.len.saturating_sub(u64::from(input.u8())),
+            3 => self.descriptors + input.below(u64::from(self.size) * 26 + 12),
+            _ => place.guest + input.below(place.len),
+        }
+    }
+
+    /// A descriptor as it comes, anywhere in the ring's table or where an indirect one might be.
+    fn descriptor(&mut self, input: &mut Input<'_>) {
+        let index = u64::from(input.u16() % self.size);
+        let at = if input.one_in(4) { self.address(input) } else { self.descriptors + index * 16 };
+        let addr = self.address(input);
+        let len = if input.one_in(2) { input.edgy() as u32 } else { input.below(64) as u32 * 16 };
+        let flags = if input.one_in(8) { input.u16() } else { input.u16() % 8 };
+        let next = input.below(u64::from(self.size) + 2) as u16;
+        self.memory.put(at, &encode(addr, len, flags, next));
+    }
+
+    /// Room of the honest guest's, if there is some left.
+    fn room(&mut self, len: u64) -> Option<u64> {
+        let base = self.memory.places[0];
+        let at = self.free;
+        self.free += len;
+        (self.free <= base.guest + base.len).then_some(at)
+    }
+
+    /// A request that keeps to the rules as far as its shape goes.
+    async fn request(&mut self, input: &mut Input<'_>) {
+        let room_left = self.memory.places[0].guest + self.memory.places[0].len - self.free;
+        if room_left < 0x4000 || self.next_descriptor + 9 > self.size {
+            // All of the table and of the memory is used anew once nothing is in flight.
+            self.settle().await;
+            self.next_descriptor = 0;
+            self.free = self.used + 6 + u64::from(self.size) * 8;
+        }
+        if self.memory.places.len() > MANY + 1 && input.one_in(4) {
+            return self.flush_of_many_segments();
+        }
+        let kind = input.pick(&[0u32, 1, 0, 1, 4, 8, 11, 13, 2, 0x8000_0000]);
+        let sectors = disk::LEN / 512;
+        let sector = match input.u8() % 8 {
+            0 => input.edgy(),
+            1 => sectors.wrapping_sub(input.below(4)),
+            _ => input.below(sectors),
+        };
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let reads = matches!(kind, 0 | 8);
+        let mut chain: Vec<(u64, u32, u16)> = Vec::new();
+        let cut = if input.one_in(4) { input.below(17) as u32 } else { 16 };
+        let Some(at) = self.room(16) else { return };
+        self.memory.put(at, &header);
+        chain.push((at, cut, 0));
+        chain.push((at + u64::from(cut), 16 - cut, 0));
+        for _ in 0..input.below(4) {
+            let len = input.pick(&[512u32, 4096, 16, 20, 0, 1, 511, 1024]);
+            let data = match self.room(u64::from(len)) {
+                Some(at) => at,
+                None => return,
+            };
+            if matches!(kind, 11 | 13) {
+                let mut segment = [0; 16];
+                segment[..8].copy_from_slice(&sector.to_le_bytes());
+                segment[8..12].copy_from_slice(&(input.edgy() as u32).to_le_bytes());
+                segment[12..].copy_from_slice(&u32::from(input.u8() % 3).to_le_bytes());
+                self.memory.put(data, &segment[..len.min(16) as usize]);
+            }
+            chain.push((data, len, if reads { WRITE } else { 0 }));
+        }
+        let Some(status) = self.room(1) else { return };
+        self.memory.put(status, &[0xff]);
+        chain.push((status, 1, WRITE));
+        if !self.honest && input.one_in(4) {
+            // All of it somewhere else.
+            let (place, addr) = (input.below(chain.len() as u64) as usize, self.address(input));
+            chain[place].0 = addr;
+            chain[place].1 = if input.one_in(2) { input.edgy() as u32 } else { chain[place].1 };
+        }
+        let indirect = self.size < 9 || input.one_in(2);
+        if let Some(head) = self.lay(&chain, indirect) {
+            self.offer(head, status);
+        }
+        if !input.one_in(3) {
+            self.tell();
+        }
+    }
+
+    /// A flush whose readable part falls into exactly 2^16 segments, because each descriptor goes on
+    /// over many regions. What follows the header of a flush means nothing.
+    fn flush_of_many_segments(&mut self) {
+        let places = &self.memory.places[1..=MANY];
+        let lens = |count: usize| places[..count].iter().map(|place| place.len).sum::<u64>();
+        let adjacent = places[0].guest + lens(MANY - 1) == places[MANY - 1].guest;
+        let (all, less) = (lens(MANY) as u32, lens(MANY - 1) as u32);
+        let data = places[0].guest;
+        let (Some(header), Some(status)) = (self.room(16), self.room(1)) else { return };
+        if !adjacent {
+            return;
+        }
+        let mut bytes = [0; 16];
+        bytes[0] = 4;
+        self.memory.put(header, &bytes);
+        self.memory.put(status, &[0xff]);
+        let mut chain = vec![(data, all, 0); 0x1_0000 / MANY - 1];
+        chain.splice(0..0, [(header, 16, 0), (data, less, 0)]);
+        chain.push((status, 1, WRITE));
+        if let Some(head) = self.lay(&chain, true) {
+            self.offer(head, status);
+            self.must_succeed = Some(head);
+        }
+        self.tell();
+    }
+
+    /// Puts a chain into the available ring; `tell` shows it.
+    fn offer(&mut self, head: u16, status: u64) {
+        self.flying.insert(head, status);
+        let entry = self.available + 4 + u64::from(self.index & (self.size - 1)) * 2;
+        self.memory.put(entry, &head.to_le_bytes());
+        self.index = self.index.wrapping_add(1);
+    }
+
+    /// Writes a chain's descriptors and gives its head.
+    fn lay(&mut self, chain: &[(u64, u32, u16)], indirect: bool) -> Option<u16> {
+        let head = self.next_descriptor;
+        let (table, first) = if indirect {
+            if self.flying.len() >= usize::from(self.size) || head >= self.size {
+                return None;
+            }
+            self.next_descriptor += 1;
+            let table = self.room(16 * chain.len() as u64)?;
+            let len = 16 * chain.len() as u32;
+            let at = self.descriptors + u64::from(head) * 16;
+            self.memory.put(at, &encode(table, len, INDIRECT, 0));
+            (table, 0)
+        } else {
+            self.next_descriptor += chain.len() as u16;
+            (self.descriptors, head)
+        };
+        for (i, &(addr, len, flags)) in chain.iter().enumerate() {
+            let last = i + 1 == chain.len();
+            let index = first + i as u16;
+            let (flags, next) = if last { (flags, 0) } else { (flags | NEXT, index + 1) };
+            self.memory.put(table + u64::from(index) * 16, &encode(addr, len, flags, next));
+        }
+        Some(head)
+    }
+
+    /// Makes available what was laid out.
+    fn tell(&self) {
+        self.memory.put(self.available + 2, &self.index.to_le_bytes());
+        let _ = self.kick.write(1);
+    }
+
+    fn is_broken(&self) -> bool {
+        self.error.read().is_ok()
+    }
+
+    async fn wait(&mut self) {
+        self.tell();
+        sleep(Duration::from_micros(200)).await;
+        self.reap();
+    }
+
+    /// Waits until everything that was made available has come back; of the honest, that is a law.
+    async fn settle(&mut self) {
+        self.tell();
+        if !self.honest {
+            sleep(Duration::from_millis(1)).await;
+            self.flying.clear();
+            return;
+        }
+        let paused_for_ever = 2_000;
+        // Pauses that go on hold the queue; they are undone for the time of waiting.
+        for _ in 0..3 {
+            self.with_queue(Queue::resume);
+        }
+        for _ in 0..paused_for_ever {
+            self.reap();
+            if self.flying.is_empty() {
+                return;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        panic!("chains {:?} were never answered", self.flying.keys());
+    }
+
+    /// Looks at what has come back.
+    fn reap(&mut self) {
+        if !self.honest {
+            return;
+        }
+        assert!(!self.is_broken(), "a guest that keeps to the rules has broken its queue");
+        let index = u16::from_le_bytes(self.memory.get(self.used + 2));
+        while self.seen != index {
+            let entry = u64::from(self.seen & (self.size - 1));
+            let element: [u8; 8] = self.memory.get(self.used + 4 + entry * 8);
+            let (id, len) = element.split_at(4);
+            let id = u32::from_le_bytes(id.try_into().expect("4 bytes"));
+            let len = u32::from_le_bytes(len.try_into().expect("4 bytes"));
+            let status = u16::try_from(id).ok().and_then(|head| self.flying.remove(&head));
+            let Some(status) = status else { panic!("{id} came back and was not in flight") };
+            let [status] = self.memory.get(status);
+            assert!(status <= 2, "chain {id} came back with status {status}");
+            if self.must_succeed.take_if(|head| u32::from(*head) == id).is_some() {
+                assert!(status == 0 || self.faulty, "the flush came back with status {status}");
+            }
+            assert!((1..=0x4000).contains(&len), "chain {id} came back with {len} bytes written");
+            self.seen = self.seen.wrapping_add(1);
+        }
+    }
+
+    /// Stops the queue, which must come to its end.
+    async fn end(&mut self) {
+        if self.honest {
+            self.settle().await;
+        }
+        let (sender, stopped) = mpsc::channel();
+        self.with_queue(|queue| queue.stop(sender));
+        self.shared.stopping.set(true);
+        for _ in 0..PATIENCE {
+            if let Ok(next) = stopped.try_recv() {
+                assert!(
+                    !self.honest || next == self.index,
+                    "stopped at {next}, not {}",
+                    self.index
+                );
+                return;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        let in_flight = self.shared.queue.borrow().as_ref().map_or(0, Queue::in_flight);
+        panic!("the queue does not stop; {in_flight} requests are in flight");
+    }
+}
+
+fn encode(addr: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&addr.to_le_bytes());
+    bytes[8..12].copy_from_slice(&len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    bytes
+}
+
+/// Another processor of the guest, which changes descriptors and headers while they are read.
+struct Scribbler {
+    end: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Scribbler {
+    fn start(guest: &Guest, seed: u64) -> Scribbler {
+        let end = Arc::new(AtomicBool::new(false));
+        let (theirs, memory) = (end.clone(), guest.memory.memory.clone());
+        let (from, len) = (guest.descriptors, u64::from(guest.size) * 18 + 0x800);
+        let thread = std::thread::spawn(move || {
+            let mut state = seed | 1;
+            while !theirs.load(Ordering::Relaxed) {
+                // xorshift
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                let Some(host) = memory.host(from + (state >> 8) % len, 1) else { continue };
+                // SAFETY: a byte of the guest's memory, which `memory` keeps mapped.
+                unsafe { host.write_volatile(state as u8 & 0x13) };
+            }
+        });
+        Scribbler { end, thread: Some(thread) }
+    }
+}
+
+impl Drop for Scribbler {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The fuzz targets' laws on stable Rust, in seconds: each target on seeded inputs. `make fuzz` runs
+//! the same functions under libFuzzer for as long as one likes.
+//!
+//! A process of its own: what a connection leaves open is counted.
+
+#[path = "fuzz/src/lib.rs"]
+mod targets;
+
+use fastrand::Rng;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::Duration;
+
+/// One target at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Gives `target` so many inputs, made by `make`. `VUBLK_SEED` repeats the input that failed.
+fn with_seeds(rounds: u64, make: impl Fn(&mut Rng) -> Vec<u8>, target: impl Fn(&[u8], u64)) {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let given = std::env::var("VUBLK_SEED").ok().map(|s| s.parse().expect("VUBLK_SEED: a number"));
+    let first = given.unwrap_or_else(|| fastrand::u64(..));
+    println!("VUBLK_SEED={first}");
+    let rounds = if given.is_some() { 1 } else { rounds };
+    for seed in (0..rounds).map(|i| first.wrapping_add(i)) {
+        let input = make(&mut Rng::with_seed(seed));
+        let _end = Deadline::new(seed);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| target(&input, seed))) {
+            eprintln!("failed with VUBLK_SEED={seed}");
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// How long one input may take before it counts as a hang: thousands of times what it needs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Ends the process if it is not dropped in time: what hangs in the kernel cannot be unwound.
+struct Deadline {
+    _sender: mpsc::Sender<()>,
+}
+
+impl Deadline {
+    fn new(seed: u64) -> Deadline {
+        let (sender, receiver) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            if receiver.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("still at it after {LIMIT:?} with VUBLK_SEED={seed}");
+                std::process::abort();
+            }
+        });
+        Deadline { _sender: sender }
+    }
+}
+
+/// Bytes that are likelier small, as decisions want them.
+fn bytes(rng: &mut Rng) -> Vec<u8> {
+    let len = rng.usize(..600);
+    (0..len).map(|_| if rng.u8(..4) == 0 { rng.u8(..) } else { rng.u8(..32) }).collect()
+}
+
+/// `bytes` whose guest keeps to the rules.
+fn honest(rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = bytes(rng);
+    bytes.insert(0, rng.u8(..) & !3);
+    bytes
+}
+
+#[test]
+fn a_hostile_guest_gets_its_queue_stopped_and_nothing_else() {
+    with_seeds(1500, bytes, |input, _| targets::virtqueue::run(input));
+}
+
+#[test]
+fn an_honest_guest_gets_every_request_back_with_a_status() {
+    with_seeds(1000, honest, |input, _| targets::virtqueue::run(input));
+}
+
+#[test]
+fn a_chain_of_65536_readable_segments_is_read_as_the_flush_that_it_is() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // Honest, a plain disk, 130 regions side by side, a ring of 16, and the request.
+    let decisions = [&[0, 0, 7, 0, 0, 0][..], &[0; 129], &[0, 0, 0, 3]].concat();
+    targets::virtqueue::run(&decisions);
+}
+
+#[test]
+fn rings_that_change_while_they_are_read_harm_their_queue_alone() {
+    with_seeds(200, bytes, targets::virtqueue::run_scribbled);
+}
+
+#[test]
+fn a_hostile_front_end_ends_its_connection_and_leaves_nothing_behind() {
+    with_seeds(1500, bytes, |input, _| targets::vhost_user_messages::run(input));
+}
+
+#[test]
+fn hostile_text_is_refused_on_one_line() {
+    let pieces = "driver file a on . .. , ,, = : | 0 1 18446744073709551616 1.5 1e9 0x10 K E { } [ ] \
+                  \" ' \\u0000 \\ud800 json: nbd: help null true é \0 \u{7f}";
+    let pieces: Vec<_> = pieces.split(' ').chain([" ", "\n", "\t"]).collect();
+    let text = |rng: &mut Rng| {
+        let mut input = vec![rng.u8(..)];
+        for _ in 0..rng.usize(..16) {
+            input.extend(pieces[rng.usize(..pieces.len())].bytes());
+        }
+        input
+    };
+    with_seeds(20_000, text, |input, _| targets::options::run(input));
+    with_seeds(5_000, bytes, |input, _| targets::options::run(input));
+}
