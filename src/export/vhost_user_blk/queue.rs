@@ -28,6 +28,13 @@ const SHARE: u16 = 256;
 /// Larger batches would keep the storage waiting for its first request.
 const BATCH: u16 = 16;
 
+/// A call that takes longer than this, in nanoseconds, costs more than it may save.
+const DEAR_CALL_NS: u64 = 3_000;
+/// One dear call weighs as much as so many cheap ones, and so many turns without.
+const DEAR_WEIGHT: u32 = 32;
+/// Above this weight there are no early calls.
+const DEAR_LIMIT: u32 = 128;
+
 /// Chains in the first batch of a turn. A guest that has just kicked goes to sleep next; the first
 /// results are quick enough to keep it awake, and waking it costs more than many requests.
 const FIRST_BATCH: u16 = 4;
@@ -56,6 +63,8 @@ pub struct Queue {
     /// What tasks of the slow road have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
+    /// How dear early calls were lately.
+    dear_calls: u32,
     err: Option<Arc<File>>,
     broken: bool,
     /// Nothing is taken while this is not zero.
@@ -132,6 +141,7 @@ impl Queue {
             held: 0,
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
+            dear_calls: 0,
             err: start.err,
             broken: false,
             paused: start.paused,
@@ -210,6 +220,9 @@ impl Queue {
         let announcer = self.announcer.clone();
         let turn = announcer.enter();
         let mut batch = FIRST_BATCH;
+        if self.dear_calls > DEAR_LIMIT {
+            self.dear_calls -= 1;
+        }
         loop {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
@@ -235,6 +248,7 @@ impl Queue {
                 None if count == 0 || !self.has_room() => return Ok(()),
                 None => {
                     self.show_used();
+                    self.call_early(io);
                     io.submit();
                 }
             }
@@ -242,15 +256,37 @@ impl Queue {
         }
     }
 
-    /// Makes what is done visible to the guest, and tells it if it wants to be told.
+    /// Makes what is done visible to the guest.
     fn show_used(&mut self) {
-        let tell = self.ring.publish();
+        self.ring.publish();
         if let Some(tracker) = &mut self.inflight {
             tracker.settle(self.ring.published());
         }
-        if tell && let Some(call) = &self.call {
+    }
+
+    /// Tells the guest of what it can see, if it wants to be told. True if it did.
+    fn call(&mut self) -> bool {
+        let must = self.ring.must_call();
+        if must && let Some(call) = &self.call {
             // An eventfd: full means that the guest has a notification waiting already.
             let _ = (&**call).write(&1u64.to_ne_bytes());
+        }
+        must
+    }
+
+    /// As `call`, in the middle of a turn: where that is cheap. A call that takes long wakes a guest
+    /// that shares our processor, or one that is dear to wake; then once a turn is enough.
+    fn call_early(&mut self, io: &Io) {
+        if self.dear_calls > DEAR_LIMIT {
+            return;
+        }
+        let began = io.now();
+        if self.call() {
+            let dear = io.now() - began > DEAR_CALL_NS;
+            self.dear_calls = match dear {
+                true => self.dear_calls + DEAR_WEIGHT,
+                false => self.dear_calls.saturating_sub(1),
+            };
         }
     }
 
@@ -583,6 +619,7 @@ impl Source for Queue {
     fn publish(&mut self) {
         self.announcer.settle();
         self.show_used();
+        self.call();
     }
 
     fn arm(&mut self) -> bool {

@@ -109,6 +109,8 @@ pub struct SplitRing {
     /// The next entry of the used ring to fill; the guest sees `published`.
     next_used: u16,
     published: u16,
+    /// Up to here the guest was told, or asked whether it wants to be.
+    called: u16,
     /// Keeps the mappings alive that the pointers lead to.
     _memory: Arc<Memory>,
 }
@@ -150,10 +152,12 @@ impl SplitRing {
             next_available: base,
             next_used: 0,
             published: 0,
+            called: 0,
             _memory: memory.clone(),
         };
         ring.next_used = ring.used_index().load(Ordering::Acquire);
         ring.published = ring.next_used;
+        ring.called = ring.next_used;
         Ok(ring)
     }
 
@@ -286,14 +290,21 @@ impl SplitRing {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Makes all that was pushed visible. True if the guest wants to be told.
-    pub fn publish(&mut self) -> bool {
-        let (old, new) = (self.published, self.next_used);
+    /// Makes all that was pushed visible.
+    pub fn publish(&mut self) {
+        if self.published != self.next_used {
+            self.used_index().store(self.next_used, Ordering::Release);
+            self.published = self.next_used;
+        }
+    }
+
+    /// Whether the guest wants to be told of what was published since this was asked last.
+    pub fn must_call(&mut self) -> bool {
+        let (old, new) = (self.called, self.published);
         if old == new {
             return false;
         }
-        self.used_index().store(new, Ordering::Release);
-        self.published = new;
+        self.called = new;
         // The index must be visible before we look whether the guest wants to know (section
         // 2.7.7.2): it looks in the other order.
         fence(Ordering::SeqCst);
