@@ -17,7 +17,7 @@ use vublk::io::{
 };
 use vublk::options::keyval;
 use vublk_testkit::ring::{Desc, RingLayout};
-use vublk_testkit::spec::{desc_flag, status};
+use vublk_testkit::spec::{desc_flag, protocol, status};
 use vublk_testkit::{Disk, Memory, Options};
 
 thread_local! {
@@ -264,8 +264,11 @@ struct Guest {
 
 impl Guest {
     fn new(path: &std::path::Path, chains: Chains) -> Guest {
-        let options = Options { queue_size: DEPTH as u16 * CHAIN, ..Options::default() };
+        // What is in flight is tracked, too.
+        let protocol = protocol::DEFAULT | protocol::INFLIGHT_SHMFD;
+        let options = Options { queue_size: DEPTH as u16 * CHAIN, protocol, ..Options::default() };
         let mut disk = Disk::open(path, &options).unwrap();
+        assert!(disk.inflight().is_some());
         let memory = disk.memory().clone();
         let layout = disk.queue(0).ring().layout();
         let (mut statuses, mut buffers) = (Vec::new(), Vec::new());
