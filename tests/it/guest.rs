@@ -265,15 +265,19 @@ fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_agai
     guest.wait_for("loading");
     // fio takes a moment to begin.
     guest.wait_for("round");
-    for kill in 0..6 {
+    let begun_again = |server: &server::Server| server.log().contains("requests are begun again");
+    for kill in 0..30 {
+        // Now and then nothing is in flight.
+        if kill >= 6 && begun_again(&server) {
+            break;
+        }
         std::thread::sleep(std::time::Duration::from_millis(random.u64(50..900)));
         server.kill_and_restart();
         server.wait_for("front end connected", kill + 2);
     }
     guest.say("go");
     let console = guest.finish();
-    let begun_again = server.log().matches("requests are begun again").count();
-    assert!(begun_again > 0, "nothing was in flight at any kill:\n{}", server.log());
+    assert!(begun_again(&server), "nothing was in flight at any kill:\n{}", server.log());
     for error in ["I/O error", "is not a head"] {
         assert!(!console.text().contains(error), "{error}:\n{}", console.text());
     }
