@@ -308,6 +308,43 @@ fn write_value(out: &mut String, value: &Value) {
     }
 }
 
+/// The value as JSON on several lines, four spaces to a level.
+pub fn to_pretty_text(value: &Value) -> String {
+    let mut out = String::new();
+    write_pretty(&mut out, value, 0);
+    out
+}
+
+fn write_pretty(out: &mut String, value: &Value, depth: usize) {
+    let line = |out: &mut String, i: usize, depth: usize| {
+        out.push_str(if i == 0 { "\n" } else { ",\n" });
+        (0..depth).for_each(|_| out.push_str("    "));
+    };
+    match value {
+        Value::List(l) if !l.is_empty() => {
+            out.push('[');
+            for (i, v) in l.iter().enumerate() {
+                line(out, i, depth + 1);
+                write_pretty(out, v, depth + 1);
+            }
+            line(out, 0, depth);
+            out.push(']');
+        }
+        Value::Map(m) if !m.is_empty() => {
+            out.push('{');
+            for (i, (k, v)) in m.iter().enumerate() {
+                line(out, i, depth + 1);
+                write_string(out, k);
+                out.push_str(": ");
+                write_pretty(out, v, depth + 1);
+            }
+            line(out, 0, depth);
+            out.push('}');
+        }
+        plain => write_value(out, plain),
+    }
+}
+
 fn write_string(out: &mut String, s: &str) {
     out.push('"');
     for c in s.chars() {
@@ -380,6 +417,25 @@ mod tests {
         ] {
             assert_eq!(to_text(&parse(given).unwrap()), wanted, "{given}");
         }
+    }
+
+    #[test]
+    fn pretty_text_is_indented_and_means_the_same() {
+        let value = parse(r#"{"a":[1,{"b":[]}],"c":{}}"#).unwrap();
+        let text = to_pretty_text(&value);
+        let lines = [
+            "{",
+            "    \"a\": [",
+            "        1,",
+            "        {",
+            "            \"b\": []",
+            "        }",
+            "    ],",
+            "    \"c\": {}",
+            "}",
+        ];
+        assert_eq!(text, lines.join("\n"));
+        assert_eq!(parse(&text).unwrap(), value);
     }
 
     #[test]
