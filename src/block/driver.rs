@@ -282,6 +282,14 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// The file that the disk is in, as it was named: a protocol's own, or that of the only child.
+    fn filename(&self) -> Option<String> {
+        match self.children() {
+            [child] => child.node().driver().filename(),
+            _ => None,
+        }
+    }
+
     /// Brings everything to a rest before the driver is dropped: metadata written, hints given. No
     /// request is in flight and none will come.
     fn close(&self) -> LocalFuture<'_, IoResult> {
@@ -327,10 +335,11 @@ pub trait Locks: Send + Sync {
     fn rollback(&self, old: super::Perms, new: super::Perms);
 }
 
-/// Operations on the disk as a whole. All are called with no other request in flight on the node.
+/// Operations on the disk as a whole.
 pub trait Image: Send + Sync {
     /// Sets the length, in bytes. New bytes read as zeroes. Shrinking is refused unless `shrink`.
+    /// Called with no other request in flight on the node.
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), super::Error>>;
-    /// Bytes that the disk occupies on its storage, where that can be told.
+    /// Bytes that the disk occupies on its storage, where that can be told. Called at any time.
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>>;
 }

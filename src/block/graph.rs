@@ -93,6 +93,8 @@ pub struct NodeInfo {
     pub options: NodeOptions,
     /// Bytes.
     pub len: u64,
+    /// As listings show it; none where there is no file.
+    pub filename: Option<String>,
     /// Role and name of what it stands on.
     pub children: Vec<(&'static str, String)>,
 }
@@ -331,7 +333,7 @@ impl State {
 }
 
 impl NodeInfo {
-    fn of(node: &Node) -> NodeInfo {
+    pub fn of(node: &Node) -> NodeInfo {
         let children = node.driver().children().iter();
         NodeInfo {
             name: node.name().to_owned(),
@@ -339,6 +341,7 @@ impl NodeInfo {
             read_only: node.options().read_only,
             options: node.options(),
             len: node.len(),
+            filename: node.driver().filename(),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
         }
     }

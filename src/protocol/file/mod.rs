@@ -226,6 +226,10 @@ impl Driver for FileDriver {
         self.length()
     }
 
+    fn filename(&self) -> Option<String> {
+        Some(self.filename.clone())
+    }
+
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {
         let slow = match access {
             Access::Read => false,
