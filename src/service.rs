@@ -1,13 +1,19 @@
 //! What one process serves: its block graph, its workers, its exports. The command lines and the
 //! monitor all act through this, so that a thing is done, refused and worded in one way.
 
+mod live;
+
+pub use live::ExportInfo;
+
 use crate::block::graph::{Attachment, Graph};
 use crate::block::{Abilities, Error, Node, Perm, Perms, Registry};
 use crate::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions, listening_fd};
 use crate::io::{Errno, Worker, WorkerOptions};
 use crate::options::{self, Map};
+use live::Ended;
 use serde::Deserialize;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// The serial number of disks that are given none.
@@ -27,12 +33,34 @@ pub struct Service {
     main: Option<Arc<Worker>>,
     /// Newest last.
     exports: Vec<Served>,
+    /// Those of them that have ended and were not asked for yet.
+    ended: Arc<Ended>,
 }
 
 struct Served {
     id: String,
-    export: Export,
-    attachment: Attachment,
+    node_name: String,
+    state: State,
+}
+
+enum State {
+    Serving(Box<Export>, Attachment),
+    /// Told to end; the thread waits for it.
+    Ending(JoinHandle<()>),
+}
+
+impl State {
+    /// Ends the export, or waits until it has.
+    fn end(self) {
+        match self {
+            // In this order: no more requests, then no more user.
+            State::Serving(export, attachment) => {
+                drop(export);
+                drop(attachment);
+            }
+            State::Ending(thread) => drop(thread.join()),
+        }
+    }
 }
 
 /// `--object iothread,…`
@@ -90,7 +118,9 @@ impl Service {
         let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
         let control = start_worker("control", options)?;
         let graph = Graph::new(registry);
-        Ok(Service { graph, control, iothreads: Vec::new(), main: None, exports: Vec::new() })
+        let ended = Ended::new()?;
+        let (iothreads, exports) = (Vec::new(), Vec::new());
+        Ok(Service { graph, control, iothreads, main: None, exports, ended })
     }
 
     pub fn graph(&self) -> &Graph {
@@ -224,7 +254,8 @@ impl Service {
         let what = format!("export '{id}'");
         let attachment = patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
         let export = export.start()?;
-        self.exports.push(Served { id, export, attachment });
+        let state = State::Serving(Box::new(export), attachment);
+        self.exports.push(Served { id, node_name: node.name().to_owned(), state });
         Ok(())
     }
 
@@ -241,10 +272,7 @@ impl Service {
 impl Drop for Service {
     fn drop(&mut self) {
         // In this order: no more requests, then no more users, then no more nodes.
-        for Served { export, attachment, .. } in self.exports.drain(..).rev() {
-            drop(export);
-            drop(attachment);
-        }
+        self.end_exports();
         let graph = self.graph.clone();
         self.control.block_on(move || async move { graph.close().await });
     }

@@ -1,0 +1,155 @@
+//! What can be asked of a running service: listings, and taking things away again.
+//!
+//! The rule held here: nothing waits for a guest without limit. An export ends on a thread of its
+//! own, and [`Service::take_ended`] tells when it has.
+
+use super::{Served, Service, State};
+use crate::block::graph::NodeInfo;
+use crate::block::{Error, Node};
+use crate::io::sync::Mutex;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long the end of an export is waited for. Where nothing is in flight it takes less, and then
+/// the node is free when the call returns, as scripts for qemu-storage-daemon expect.
+const END_WAIT: Duration = Duration::from_millis(500);
+
+/// What is told of an export in listings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    pub id: String,
+    pub node_name: String,
+    /// It is told to end and has not yet.
+    pub shutting_down: bool,
+}
+
+/// The exports that have ended by themselves, and how that is noticed.
+pub(super) struct Ended {
+    ids: Mutex<Vec<String>>,
+    notice: EventFd,
+}
+
+impl Ended {
+    pub(super) fn new() -> Result<Arc<Ended>, Error> {
+        let notice = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let notice = notice.map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(Ended { ids: Mutex::default(), notice }))
+    }
+}
+
+impl Service {
+    /// All exports, newest first.
+    pub fn exports(&self) -> Vec<ExportInfo> {
+        let info = |served: &Served| ExportInfo {
+            id: served.id.clone(),
+            node_name: served.node_name.clone(),
+            shutting_down: matches!(served.state, State::Ending(_)),
+        };
+        self.exports.iter().rev().map(info).collect()
+    }
+
+    /// Ends an export: its front end is cut off, what is in flight is waited for on another thread,
+    /// and then [`Service::take_ended`] gives its name.
+    ///
+    /// # Errors
+    /// There is none of this name, or it is ending already.
+    pub fn export_del(&mut self, id: &str) -> Result<(), Error> {
+        let shown = id.escape_debug();
+        let served = self.exports.iter_mut().find(|served| served.id == id);
+        let served = served.ok_or_else(|| Error::new(format!("Export '{shown}' is not found")))?;
+        if matches!(served.state, State::Ending(_)) {
+            return Err(Error::new(format!("Export '{shown}' is already shutting down")));
+        }
+        // The thread is there before the export is given up, for it may not come to be.
+        let (give, take) = mpsc::channel();
+        let (tell, told) = mpsc::channel::<()>();
+        let (name, ended) = (id.to_owned(), self.ended.clone());
+        let thread = std::thread::Builder::new().name("export end".into()).spawn(move || {
+            let Ok((export, attachment)) = take.recv() else { return };
+            drop::<crate::export::vhost_user_blk::Export>(export);
+            drop::<crate::block::Attachment>(attachment);
+            ended.ids.lock().push(name);
+            let _ = ended.notice.write(1);
+            let _ = tell.send(());
+        });
+        let thread = thread.map_err(|e| Error::os("cannot start a thread", e))?;
+        if let State::Serving(export, attachment) =
+            std::mem::replace(&mut served.state, State::Ending(thread))
+        {
+            let _ = give.send((*export, attachment));
+        }
+        let _ = told.recv_timeout(END_WAIT);
+        Ok(())
+    }
+
+    /// Readable while [`Service::take_ended`] has something to give.
+    pub fn ended_notice(&self) -> RawFd {
+        self.ended.notice.as_raw_fd()
+    }
+
+    /// The names of the exports that have ended since this was last asked.
+    pub fn take_ended(&mut self) -> Vec<String> {
+        let _ = self.ended.notice.read();
+        let ids = std::mem::take(&mut *self.ended.ids.lock());
+        self.exports.retain(|served| {
+            !(matches!(served.state, State::Ending(_)) && ids.contains(&served.id))
+        });
+        ids
+    }
+
+    /// Ends all exports, waits for it, and gives their names.
+    pub fn end_exports(&mut self) -> Vec<String> {
+        self.ended.ids.lock().clear();
+        let end = |Served { id, state, .. }: Served| {
+            state.end();
+            id
+        };
+        self.exports.drain(..).rev().map(end).collect()
+    }
+
+    /// Deletes a node that was opened by name.
+    ///
+    /// # Errors
+    /// [`Graph::delete`](crate::block::Graph::delete).
+    pub fn blockdev_del(&self, name: &str) -> Result<(), Error> {
+        let (graph, name) = (self.graph.clone(), name.to_owned());
+        self.control.block_on(move || async move { graph.delete(&name).await })
+    }
+
+    /// Sets the length of a node, in bytes; its exports see it.
+    pub fn resize(&self, node: &Arc<Node>, len: u64) -> Result<(), Error> {
+        let (graph, node) = (self.graph.clone(), node.clone());
+        self.control.block_on(move || async move { graph.resize(&node, len).await })
+    }
+
+    /// Deletes an object that nothing uses.
+    pub fn object_del(&mut self, id: &str) -> Result<(), Error> {
+        let shown = id.escape_debug();
+        let found = self.iothreads.iter().position(|(name, _)| name == id);
+        let index = found.ok_or_else(|| Error::new(format!("object '{shown}' not found")))?;
+        // Everything that runs on a worker holds a reference to it.
+        if Arc::strong_count(&self.iothreads[index].1) > 1 {
+            return Err(Error::new(format!("object '{shown}' is in use, can not be deleted")));
+        }
+        self.iothreads.remove(index);
+        Ok(())
+    }
+
+    /// What there is to tell of all nodes, newest first, and the bytes that each occupies.
+    pub fn query_nodes(&self) -> Vec<(NodeInfo, Option<u64>)> {
+        let graph = self.graph.clone();
+        self.control.block_on(move || async move {
+            let mut all = Vec::new();
+            for node in graph.nodes() {
+                let allocated = match node.driver().image() {
+                    Some(image) => image.allocated().await.ok(),
+                    None => None,
+                };
+                all.push((NodeInfo::of(&node), allocated));
+            }
+            all
+        })
+    }
+}
