@@ -10,11 +10,11 @@
 //! * [`block`]: the contract between disks' users and their implementations.
 //! * [`format`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`export`]: transports: vhost-user-blk.
-//! * [`service`]: what one process serves; [`cli`]: the command lines that say so.
+//! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → service → export → block → io`, `format, protocol → block, io`. A test reads the
-//! `use` lines and holds this.
+//! Arrows go one way: `cli → monitor → service → export → block → io`, `format, protocol → block,
+//! io`. A test reads the `use` lines and holds this.
 
 pub mod block;
 pub mod cli;
@@ -22,6 +22,7 @@ pub mod drivers;
 pub mod export;
 pub mod format;
 pub mod io;
+pub mod monitor;
 pub mod options;
 pub mod protocol;
 pub mod service;

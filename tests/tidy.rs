@@ -28,6 +28,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/protocol/sim.rs", "implements `Leaf::start`"),
     ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
     ("src/export/vhost_user_blk/", "guest memory and its rings"),
+    ("src/monitor/poll.rs", "poll(2), accept4(2), and descriptors from the command line"),
     ("src/cli/", "what a process does once: signals, forking"),
     ("src/service.rs", "what a process does once: signals, forking"),
     ("tests/", "fixtures that do what exports do"),

@@ -6,11 +6,13 @@
 use super::process::{Background, EndSignals, PidFile};
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
+use crate::monitor::Control;
 use crate::options::keyval;
 use crate::service::Service;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::ffi::OsString;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 
 /// The options that are processed in their order: name, the key that a first bare word stands for,
@@ -75,12 +77,15 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     let signals = EndSignals::block();
     let background = if matches.get_flag("daemonize") { Some(Background::enter()?) } else { None };
     super::start_log(0);
+    // After the fork: a signalfd tells of the process that made it.
+    let stop = signals.descriptor()?;
     let mut service = Service::new(drivers::registry())?;
+    let mut control = Control::default();
     for (option, implied_key, value) in in_order(&matches) {
         if option == STRAY {
             return Err(format!("{value}: Unexpected argument").into());
         }
-        let done = act(&mut service, option, implied_key, value)
+        let done = act(&mut service, &mut control, stop.as_raw_fd(), option, implied_key, value)
             .map_err(|error| error.at(format!("--{option} {value}")))?;
         if done == Done::Help {
             return Ok(());
@@ -91,8 +96,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     background.map(Background::ready).transpose()?;
     // Nobody may be listening for it.
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-    signals.wait();
+    control.serve(&mut service, stop.as_raw_fd());
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    control.finish(&mut service);
     drop(service);
     drop(pid_file);
     Ok(())
@@ -107,12 +113,18 @@ enum Done {
 
 fn act(
     service: &mut Service,
+    control: &mut Control,
+    stop: RawFd,
     option: &str,
     implied_key: Option<&str>,
     value: &str,
 ) -> Result<Done, Error> {
-    if matches!(option, "chardev" | "monitor" | "nbd-server" | "trace") {
+    if matches!(option, "nbd-server" | "trace") {
         return Err(Error::new("this option is not available"));
+    }
+    if option == "chardev" && !matches!(value, "help" | "?") {
+        control.add_chardev(value, stop)?;
+        return Ok(Done::Acted);
     }
     let parsed = keyval::parse_argument(value, implied_key)?;
     let options = parsed.options;
@@ -126,6 +138,7 @@ fn act(
     match option {
         "blockdev" => service.blockdev_add(options).map(drop),
         "object" => service.object_add(options),
+        "monitor" => control.add_monitor(options),
         _ => service.export_add(options),
     }?;
     Ok(Done::Acted)
@@ -146,6 +159,7 @@ fn help(option: &str, about: Option<&crate::options::Value>) -> Option<String> {
              poll-shrink=<int>\n  thread-pool-max=<int>\n  thread-pool-min=<int>\n"
                 .into(),
         ),
+        ("chardev", None) => Some("Available chardev backend types: \n  socket\n".into()),
         ("export", None) => Some("Supported export types:\n  vhost-user-blk\n".into()),
         _ => None,
     }

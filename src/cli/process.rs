@@ -26,6 +26,17 @@ impl EndSignals {
         }
     }
 
+    /// A descriptor that is readable while one of them waits to be taken (signalfd).
+    pub fn descriptor(&self) -> Result<OwnedFd, String> {
+        // SAFETY: the set is initialised.
+        let fd = unsafe { libc::signalfd(-1, &self.0, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(format!("signalfd: {}", Errno::last()));
+        }
+        // SAFETY: signalfd has just made it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
     /// Sleeps until one of them comes.
     pub fn wait(&self) {
         let mut signal = 0;

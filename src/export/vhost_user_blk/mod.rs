@@ -17,4 +17,4 @@ pub mod server;
 pub mod session;
 
 pub use config::DiskOptions;
-pub use server::{Address, Export, ExportOptions, listening_fd};
+pub use server::{Address, Export, ExportOptions, listen, listening_fd};

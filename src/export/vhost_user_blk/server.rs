@@ -281,7 +281,7 @@ const MAX_PATH: usize = 108;
 
 /// Makes a listening socket at `path`, in the place of one that nobody listens on any more. Gives
 /// its file's device and inode too.
-fn listen(
+pub fn listen(
     path: &Path,
     mode: Option<u32>,
     owner: Option<(u32, u32)>,

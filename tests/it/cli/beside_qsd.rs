@@ -145,8 +145,8 @@ fn wrong_command_lines_are_refused_in_the_same_words() {
 #[test]
 fn what_is_not_available_says_so_and_exits_with_one() {
     for (line, words) in [
-        (["--monitor", "chardev=zz"], "this option is not available"),
-        (["--chardev", "null,id=a"], "this option is not available"),
+        (["--trace", "enable=*"], "this option is not available"),
+        (["--chardev", "null,id=a"], "character devices of type 'null' are not available"),
         (["--nbd-server", "addr.type=unix,addr.path=x"], "this option is not available"),
         (["--object", "secret,id=a,data=x"], "objects of type 'secret' are not available"),
         (["--blockdev", "driver=null-co,node-name=a,size=-1"], "Parameter 'size' expects"),

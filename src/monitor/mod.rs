@@ -1,0 +1,23 @@
+//! QMP: the monitors that a daemon is asked and changed through while it runs.
+//!
+//! | file | it holds |
+//! |---|---|
+//! | `chardev` | `--chardev`, `--monitor`: the sockets |
+//! | `control` | the loop that serves them |
+//! | `session` | one client: negotiation, requests, replies, events |
+//! | `framing` | where one JSON value ends and the next begins |
+//! | `commands` | what each command does |
+//!
+//! The rule held here: one thread, which no guest's requests go through, serves all monitors; what a
+//! client can make it keep is bounded, and a client that does not read holds up nobody else.
+
+mod chardev;
+mod commands;
+mod control;
+mod framing;
+mod poll;
+mod session;
+
+pub use chardev::Chardev;
+pub use control::Control;
+pub use framing::Framing;

@@ -1,0 +1,223 @@
+//! One client of a monitor: greeting, negotiation, requests and replies. No I/O is done here.
+//!
+//! The rule held here: every request gets exactly one reply, in order, with its `id`. Follows QEMU's
+//! QMP specification (docs/interop/qmp-spec). The capability `oob` is not offered.
+
+use super::commands::{self, CommandError};
+use super::framing::Framing;
+use crate::options::{self, Map, Value, json};
+use crate::service::Service;
+use serde::Deserialize;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Bytes of replies that wait for the client before its next request is looked at.
+const OUTPUT_PAUSE: usize = 256 << 10;
+
+/// Bytes that wait for the client at most; events beyond it end the connection.
+const OUTPUT_LIMIT: usize = 2 << 20;
+
+/// The state of one connection.
+pub struct Session {
+    framing: Framing,
+    negotiated: bool,
+    pretty: bool,
+    output: Vec<u8>,
+    overrun: bool,
+}
+
+/// What a request asks of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Handled,
+    /// The process is to end.
+    Quit,
+}
+
+/// The answer to a request, to be given with [`Session::reply`] after the events that the request
+/// has caused.
+pub struct Reply(Value);
+
+impl Session {
+    /// A connection that has just begun: its output is the greeting.
+    pub fn new(pretty: bool) -> Session {
+        let mut session = Session {
+            framing: Framing::default(),
+            negotiated: false,
+            pretty,
+            output: Vec::new(),
+            overrun: false,
+        };
+        let greeting = commands::object([
+            ("version", commands::version()),
+            ("capabilities", Value::List(Vec::new())),
+        ]);
+        session.say(&commands::object([("QMP", greeting)]));
+        session
+    }
+
+    /// Takes what the client has sent.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.framing.push(bytes);
+    }
+
+    /// What waits to be sent; [`Session::sent`] takes it away.
+    pub fn output(&self) -> &[u8] {
+        &self.output
+    }
+
+    pub fn sent(&mut self, bytes: usize) {
+        self.output.drain(..bytes);
+    }
+
+    /// Whether more may be read from the client now.
+    pub fn wants_input(&self) -> bool {
+        !self.framing.has_input() && self.output.len() < OUTPUT_PAUSE
+    }
+
+    /// Whether [`Session::step`] may have something to do.
+    pub fn has_work(&self) -> bool {
+        self.framing.has_input() && self.output.len() < OUTPUT_PAUSE
+    }
+
+    /// Whether input that has come is still to be looked at.
+    pub fn has_input(&self) -> bool {
+        self.framing.has_input()
+    }
+
+    /// Whether more has piled up than a client may leave unread.
+    pub fn is_overrun(&self) -> bool {
+        self.overrun
+    }
+
+    /// Handles one request, if there is a whole one, and room for its reply.
+    pub fn step(&mut self, service: &mut Service) -> Option<(Reply, Step)> {
+        if self.output.len() >= OUTPUT_PAUSE {
+            return None;
+        }
+        let value = self.framing.next_value()?;
+        let (id, result, step) = match value {
+            Err(text) => (None, Err(CommandError::new(text)), Step::Handled),
+            Ok(Value::Map(mut request)) => {
+                let id = request.take("id");
+                let (result, step) = match self.dispatch(request, service) {
+                    Ok((value, step)) => (Ok(value), step),
+                    Err(error) => (Err(error), Step::Handled),
+                };
+                (id, result, step)
+            }
+            Ok(_) => {
+                let error = CommandError::new("QMP input must be a JSON object");
+                (None, Err(error), Step::Handled)
+            }
+        };
+        let mut reply = Map::new();
+        match (result, id) {
+            (Ok(value), id) => {
+                reply.insert("return", value);
+                id.map(|id| reply.insert("id", id));
+            }
+            (Err(error), id) => {
+                id.map(|id| reply.insert("id", id));
+                reply.insert("error", error.into_value());
+            }
+        }
+        Some((Reply(Value::Map(reply)), step))
+    }
+
+    pub fn reply(&mut self, Reply(value): Reply) {
+        self.say(&value);
+    }
+
+    /// Tells of something that nobody asked for, once the client has negotiated.
+    pub fn event(&mut self, name: &str, data: Value) {
+        if !self.negotiated || self.overrun {
+            return;
+        }
+        if self.output.len() > OUTPUT_LIMIT {
+            self.overrun = true;
+            return;
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let timestamp = commands::object([
+            ("seconds", Value::from(now.as_secs())),
+            ("microseconds", Value::from(u64::from(now.subsec_micros()))),
+        ]);
+        self.say(&commands::object([
+            ("timestamp", timestamp),
+            ("event", Value::from(name)),
+            ("data", data),
+        ]));
+    }
+
+    fn dispatch(
+        &mut self,
+        mut request: Map,
+        service: &mut Service,
+    ) -> Result<(Value, Step), CommandError> {
+        let command = match request.take("execute") {
+            Some(Value::Str(command)) => Some(command),
+            Some(_) => {
+                return Err(CommandError::new("QMP input member 'execute' must be a string"));
+            }
+            None => None,
+        };
+        let arguments = match request.take("arguments") {
+            None => Map::new(),
+            Some(Value::Map(map)) => map,
+            Some(_) => {
+                return Err(CommandError::new("QMP input member 'arguments' must be an object"));
+            }
+        };
+        if let Some((key, _)) = request.iter().next() {
+            let key = key.escape_debug();
+            return Err(CommandError::new(format!("QMP input member '{key}' is unexpected")));
+        }
+        let command =
+            command.ok_or_else(|| CommandError::new("QMP input lacks member 'execute'"))?;
+        match (&*command, self.negotiated) {
+            ("qmp_capabilities", false) => {
+                negotiate(arguments)?;
+                self.negotiated = true;
+                Ok((Value::Map(Map::new()), Step::Handled))
+            }
+            ("qmp_capabilities", true) => Err(CommandError::not_found(
+                "Capabilities negotiation is already complete, command ignored",
+            )),
+            (_, false) => Err(CommandError::not_found(
+                "Expecting capabilities negotiation with 'qmp_capabilities'",
+            )),
+            ("quit", true) => {
+                arguments.finish()?;
+                Ok((Value::Map(Map::new()), Step::Quit))
+            }
+            (command, true) => {
+                commands::run(command, arguments, service).map(|value| (value, Step::Handled))
+            }
+        }
+    }
+
+    fn say(&mut self, value: &Value) {
+        let text = if self.pretty { json::to_pretty_text(value) } else { json::to_text(value) };
+        self.output.extend_from_slice(text.as_bytes());
+        self.output.extend_from_slice(b"\r\n");
+    }
+}
+
+/// `qmp_capabilities`: nothing is offered, so nothing can be enabled.
+fn negotiate(arguments: Map) -> Result<(), CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        #[serde(default)]
+        enable: Vec<String>,
+    }
+    let Arguments { enable } = options::from_map(arguments)?;
+    match enable.first() {
+        None => Ok(()),
+        Some(name) if name == "oob" => Err(CommandError::new("Capability 'oob' is not available")),
+        Some(name) => {
+            let name = name.escape_debug();
+            Err(CommandError::new(format!("Parameter 'enable' does not accept value '{name}'")))
+        }
+    }
+}
