@@ -3,6 +3,7 @@
 //! `vublk COMMAND …`, or one of QEMU's programs by the name under which it was called.
 
 mod create;
+mod ctl;
 mod daemon;
 mod generate;
 mod process;
@@ -32,6 +33,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
         arguments: Vec<OsString>,
     },
+    /// Ask or change a running daemon through its monitor
+    Ctl(ctl::Ctl),
     /// Make a new disk image
     Create(create::Create),
     /// Write the man pages and shell completions that this program's command line defines
@@ -87,6 +90,7 @@ pub fn main() -> ExitCode {
     let outcome = match command {
         Command::Serve(serve) => serve.run(),
         Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
+        Command::Ctl(ctl) => ctl.run(),
         Command::Create(create) => create.run(),
         Command::Generate(generate) => generate.run(Vublk::command()),
     };
