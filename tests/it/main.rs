@@ -9,6 +9,7 @@ mod fast_road;
 mod file;
 mod guest;
 mod model;
+mod monitor;
 mod node;
 mod vhost_user;
 mod vhost_user_review;

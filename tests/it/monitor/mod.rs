@@ -1,0 +1,22 @@
+//! QMP: `vublk daemon`'s monitor, by itself and beside qemu-storage-daemon's.
+
+mod beside_qsd;
+mod client;
+mod clients;
+mod ctl;
+mod live;
+
+use crate::vhost_user::Daemon;
+pub use client::Client;
+
+pub const MONITOR: [&str; 4] = [
+    "--chardev",
+    "socket,id=m,path=DIR/m.sock,server=on,wait=off",
+    "--monitor",
+    "chardev=m,mode=control",
+];
+
+/// A daemon with a monitor at `DIR/m.sock`, and more arguments.
+pub fn daemon(more: &[&str]) -> Daemon {
+    Daemon::start(&[&MONITOR, more].concat())
+}
