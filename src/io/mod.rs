@@ -37,7 +37,7 @@ pub use op::{Durable, Op, OpKind, Segments, Started, Token};
 pub use source::{Polled, Source, SourceId};
 pub use timer::sleep;
 pub use turn::Local;
-pub use worker::{Io, Worker, WorkerOptions, current, run_local, run_on};
+pub use worker::{Io, Worker, WorkerOptions, current, run_local, run_on, thread_cpu_ns};
 
 use std::os::fd::RawFd;
 

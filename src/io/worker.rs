@@ -277,6 +277,14 @@ where
     value.expect("the loop ends with a result")
 }
 
+/// The processor time that the calling thread has used, in nanoseconds.
+pub fn thread_cpu_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one timespec. The clock always exists, so it cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// Pins the calling thread to a processor, if that is possible.
 fn pin(cpu: usize) {
     if cpu >= libc::CPU_SETSIZE as usize {

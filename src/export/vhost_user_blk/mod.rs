@@ -5,8 +5,10 @@
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
+//! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk.
 
+pub mod calls;
 pub mod config;
 pub mod inflight;
 pub mod memory;

@@ -6,13 +6,16 @@
 //!
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
+use super::calls::CallPolicy;
 use super::inflight::Tracker;
 use super::memory::Memory;
 use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
 use super::ring::{Broken, SplitRing};
 use crate::block::{Access, Target, Transfer};
 use crate::io::epoch::{Announcer, Generation, Turn};
-use crate::io::{Io, IoResult, IoVec, Polled, Source, SourceId, Started, Token, iovec};
+use crate::io::{
+    Io, IoResult, IoVec, Polled, Source, SourceId, Started, Token, iovec, thread_cpu_ns,
+};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write;
@@ -27,13 +30,6 @@ const SHARE: u16 = 256;
 /// what of them is done at once is published together, and what is not is submitted together.
 /// Larger batches would keep the storage waiting for its first request.
 const BATCH: u16 = 16;
-
-/// A call that takes longer than this, in nanoseconds, costs more than it may save.
-const DEAR_CALL_NS: u64 = 3_000;
-/// One dear call weighs as much as so many cheap ones, and so many turns without.
-const DEAR_WEIGHT: u32 = 32;
-/// Above this weight there are no early calls.
-const DEAR_LIMIT: u32 = 128;
 
 /// Chains in the first batch of a turn. A guest that has just kicked goes to sleep next; the first
 /// results are quick enough to keep it awake, and waking it costs more than many requests.
@@ -63,8 +59,7 @@ pub struct Queue {
     /// What tasks of the slow road have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
-    /// How dear early calls were lately.
-    dear_calls: u32,
+    calls: CallPolicy,
     err: Option<Arc<File>>,
     broken: bool,
     /// Nothing is taken while this is not zero.
@@ -141,7 +136,7 @@ impl Queue {
             held: 0,
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
-            dear_calls: 0,
+            calls: CallPolicy::default(),
             err: start.err,
             broken: false,
             paused: start.paused,
@@ -220,9 +215,7 @@ impl Queue {
         let announcer = self.announcer.clone();
         let turn = announcer.enter();
         let mut batch = FIRST_BATCH;
-        if self.dear_calls > DEAR_LIMIT {
-            self.dear_calls -= 1;
-        }
+        self.calls.taken(count as u32, thread_cpu_ns);
         loop {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
@@ -248,7 +241,9 @@ impl Queue {
                 None if count == 0 || !self.has_room() => return Ok(()),
                 None => {
                     self.show_used();
-                    self.call_early(io);
+                    if self.calls.is_early() {
+                        self.call();
+                    }
                     io.submit();
                 }
             }
@@ -264,29 +259,13 @@ impl Queue {
         }
     }
 
-    /// Tells the guest of what it can see, if it wants to be told. True if it did.
-    fn call(&mut self) -> bool {
-        let must = self.ring.must_call();
-        if must && let Some(call) = &self.call {
+    /// Tells the guest of what it can see, if it wants to be told.
+    fn call(&mut self) {
+        if self.ring.must_call()
+            && let Some(call) = &self.call
+        {
             // An eventfd: full means that the guest has a notification waiting already.
             let _ = (&**call).write(&1u64.to_ne_bytes());
-        }
-        must
-    }
-
-    /// As `call`, in the middle of a turn: where that is cheap. A call that takes long wakes a guest
-    /// that shares our processor, or one that is dear to wake; then once a turn is enough.
-    fn call_early(&mut self, io: &Io) {
-        if self.dear_calls > DEAR_LIMIT {
-            return;
-        }
-        let began = io.now();
-        if self.call() {
-            let dear = io.now() - began > DEAR_CALL_NS;
-            self.dear_calls = match dear {
-                true => self.dear_calls + DEAR_WEIGHT,
-                false => self.dear_calls.saturating_sub(1),
-            };
         }
     }
 
