@@ -27,11 +27,7 @@ const BARRIER: u32 = 1 << 31;
 const THEIRS: &str = "qemu-storage-daemon";
 
 /// Both daemons with the same arguments and images of the same bytes.
-fn both(image: &[u8], blockdev: &str, export: &str) -> Option<[Daemon; 2]> {
-    if std::process::Command::new(THEIRS).arg("--version").output().is_err() {
-        eprintln!("skipped: {THEIRS} is not installed");
-        return None;
-    }
+fn both(image: &[u8], blockdev: &str, export: &str) -> [Daemon; 2] {
     let export = format!("{},{export}", export_of("d0", 0));
     let arguments = ["--blockdev", blockdev, "--export", export.trim_end_matches(',')];
     let start = |program: &[&str]| {
@@ -40,7 +36,7 @@ fn both(image: &[u8], blockdev: &str, export: &str) -> Option<[Daemon; 2]> {
         std::fs::write(dir.path().join("disk.img"), image).unwrap();
         Daemon::start_in(dir, program, &arguments)
     };
-    Some([start(&[env!("CARGO_BIN_EXE_vublk"), "daemon"]), start(&[THEIRS])])
+    [start(&[env!("CARGO_BIN_EXE_vublk"), "daemon"]), start(&[THEIRS])]
 }
 
 fn options() -> Options {
@@ -151,7 +147,7 @@ fn every_edge_of_every_request_ends_as_it_does_there() {
         ),
         ("driver=file,node-name=d0,filename=DIR/disk.img,read-only=on", "writable=off", "ro"),
     ] {
-        let Some(daemons) = both(&image, blockdev, export) else { return };
+        let daemons = both(&image, blockdev, export);
         let script: Vec<_> =
             edges(2048).into_iter().map(|request| (request, Shape::default())).collect();
         println!("{export} {features}");
@@ -164,7 +160,7 @@ fn random_scripts_leave_the_same_image_and_the_same_answers() {
     let mut random = fastrand::Rng::with_seed(seed());
     let image: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(1 << 20).collect();
     let blockdev = "driver=file,node-name=d0,filename=DIR/disk.img,discard=unmap";
-    let Some(daemons) = both(&image, blockdev, "writable=on") else { return };
+    let daemons = both(&image, blockdev, "writable=on");
     let script: Vec<_> = (0..600)
         .map(|_| {
             let sectors = random.u64(1..64);
@@ -210,7 +206,7 @@ fn the_offered_features_and_the_configuration_differ_only_where_they_should() {
         ("driver=file,node-name=d0,filename=DIR/disk.img", "writable=on,logical-block-size=4096"),
         ("driver=file,node-name=d0,filename=DIR/disk.img,read-only=on", ""),
     ] {
-        let Some(daemons) = both(&image, blockdev, export) else { return };
+        let daemons = both(&image, blockdev, export);
         let mut disks: Vec<Disk> = daemons.iter().map(|daemon| daemon.open(&options())).collect();
         let [ours, theirs] = [0, 1].map(|i| disks[i].connection().offered());
         let on_purpose = feature::DISCARD | feature::WRITE_ZEROES | feature::CONFIG_WCE;
