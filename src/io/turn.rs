@@ -313,9 +313,8 @@ impl Local {
     }
 
     /// Spins while that is promising. True if there is something to do.
-    fn spin(&mut self, poll_max: u64) -> bool {
-        // What was learnt under a larger bound does not hold under this one.
-        let limit = self.spin.limit_ns.min(poll_max);
+    fn spin(&mut self) -> bool {
+        let limit = self.spin.limit_ns;
         if limit == 0 || self.active.is_empty() && self.io.timers.next().is_none() {
             return self.has_work();
         }
@@ -393,9 +392,9 @@ impl Local {
         if self.may_stop() {
             return false;
         }
-        let poll_max = self.io.shared.poll_max_ns.load(Ordering::Relaxed);
+        let poll_max = self.io.shared.poll_max_ns;
         let began = if poll_max > 0 { self.io.now() } else { 0 };
-        if !self.spin(poll_max) && self.arm_all() {
+        if !self.spin() && self.arm_all() {
             self.sleep();
         }
         if poll_max > 0 {

@@ -12,7 +12,7 @@ use async_task::Runnable;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -45,7 +45,7 @@ pub(super) struct Shared {
     pub(super) asleep: AtomicBool,
     pub(super) wake: EventFd,
     pub(super) stopping: AtomicBool,
-    pub(super) poll_max_ns: AtomicU64,
+    pub(super) poll_max_ns: u64,
 }
 
 pub(super) enum Message {
@@ -183,11 +183,6 @@ impl Worker {
         &self.shared.name
     }
 
-    /// Changes how long the worker spins when idle.
-    pub fn set_poll_max(&self, poll_max: Duration) {
-        self.shared.poll_max_ns.store(poll_max.as_nanos() as u64, Ordering::Relaxed);
-    }
-
     /// Runs `work` on the worker, between two turns.
     pub fn send(&self, work: impl FnOnce(&mut Local) + Send + 'static) {
         self.shared.send(Message::Run(Box::new(work)));
@@ -243,7 +238,7 @@ impl Shared {
             asleep: AtomicBool::new(false),
             wake: EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?,
             stopping: AtomicBool::new(false),
-            poll_max_ns: AtomicU64::new(options.poll_max.as_nanos() as u64),
+            poll_max_ns: options.poll_max.as_nanos() as u64,
         }))
     }
 }

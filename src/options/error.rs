@@ -86,11 +86,6 @@ impl Error {
     pub fn is_missing(&self) -> bool {
         self.kind == Kind::Missing
     }
-
-    /// True when the parameter is not one the driver knows.
-    pub fn is_unexpected(&self) -> bool {
-        matches!(self.kind, Kind::Unexpected | Kind::SubkeysUnexpected)
-    }
 }
 
 impl fmt::Display for Error {

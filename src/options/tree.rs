@@ -47,14 +47,6 @@ impl Value {
         }
     }
 
-    /// The object, if it is one.
-    pub fn as_map(&self) -> Option<&Map> {
-        match self {
-            Value::Map(m) => Some(m),
-            _ => None,
-        }
-    }
-
     /// True if the value, or the first plain value inside it, came as text. One tree has one
     /// source, so this tells text's lists and objects (`a.0=`, `a.b=`) from JSON's.
     pub(super) fn is_from_text(&self) -> bool {

@@ -171,7 +171,7 @@ impl Queue {
         self.paused = self.paused.saturating_sub(1);
     }
 
-    /// For the log of a queue that does not come to an end.
+    /// Requests taken and not handed back.
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }

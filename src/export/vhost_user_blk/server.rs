@@ -130,10 +130,6 @@ impl Export {
     pub fn node(&self) -> &Arc<Node> {
         &self.shared.disk.node
     }
-
-    pub fn disk_options(&self) -> &DiskOptions {
-        &self.shared.disk.options
-    }
 }
 
 impl Drop for Export {
