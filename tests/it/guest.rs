@@ -2,7 +2,7 @@
 //! real block layer show is tested here; the protocol's corners have tests of their own. A boot
 //! takes seconds, so one boot carries several checks.
 
-mod boot;
+pub mod boot;
 mod server;
 
 use std::fs::{self, File};

@@ -6,12 +6,13 @@
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`calls`]: when the guest is told in the middle of a turn.
-//! * [`config`]: what the guest is told of the disk.
+//! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
 
 pub mod calls;
 pub mod config;
 pub mod inflight;
 pub mod memory;
+pub mod notices;
 pub mod queue;
 pub mod request;
 pub mod ring;

@@ -4,6 +4,7 @@
 //! a second front end waits in the socket's queue meanwhile. The thread never touches guest I/O.
 
 use super::config::DiskOptions;
+use super::notices::{Channel, Notices};
 use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
@@ -58,6 +59,7 @@ struct Shared {
     first_worker: usize,
     stopping: AtomicBool,
     stop: EventFd,
+    notices: Notices,
     current: Mutex<Current>,
 }
 
@@ -91,6 +93,7 @@ impl Export {
             counters: Counters::default(),
         });
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
+        let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
         let shared = Arc::new_cyclic(|me| Shared {
             me: me.clone(),
             name: options.name,
@@ -99,6 +102,7 @@ impl Export {
             first_worker: options.first_worker,
             stopping: AtomicBool::new(false),
             stop,
+            notices,
             current: Mutex::default(),
         });
         Ok(Export { shared, listener: Some(listener), thread: None, own_file })
@@ -200,12 +204,14 @@ impl Shared {
         current.front_end = Some((clone, session.clone()));
         drop(current);
         let mut handler = BackendReqHandler::from_stream(stream, session.clone());
+        let mut channel = Channel::new(&self.name, &self.notices);
         let end = loop {
             if self.stopping.load(Ordering::SeqCst) {
                 break None;
             }
+            channel.wait(handler.as_raw_fd());
             match handler.handle_request() {
-                Ok(()) => {}
+                Ok(()) => channel.accept(),
                 Err(VhostError::Disconnected) => break None,
                 Err(VhostError::SocketRetry(_)) => {}
                 Err(error) => break Some(error),
@@ -214,7 +220,7 @@ impl Shared {
         lock(&session).stop_all();
         self.current.lock().front_end = None;
         // Memory and descriptors are given back before the log says that the front end has gone.
-        drop((handler, session));
+        drop((channel, handler, session));
         match end {
             Some(error) if !self.stopping.load(Ordering::SeqCst) => {
                 log::warn!("{}: connection ended: {error}", self.name)
@@ -250,6 +256,7 @@ impl User for Shared {
     fn resized(&self) {
         let sectors = self.disk.node.len() / SECTOR;
         self.disk.capacity.store(sectors, Ordering::SeqCst);
+        self.notices.config_changed();
     }
 }
 

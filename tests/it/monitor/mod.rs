@@ -5,6 +5,7 @@ mod client;
 mod clients;
 mod ctl;
 mod live;
+mod resize;
 
 use crate::vhost_user::Daemon;
 pub use client::Client;

@@ -23,6 +23,7 @@ const ALWAYS: u64 = feature::SEG_MAX
 const PROTOCOL: u64 = protocol::MQ
     | protocol::CONFIG
     | protocol::REPLY_ACK
+    | protocol::BACKEND_REQ
     | protocol::RESET_DEVICE
     | protocol::CONFIGURE_MEM_SLOTS;
 

@@ -58,6 +58,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         // What a killed daemon had given to the kernel goes on without it, and must have ended before
@@ -252,7 +253,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(())
     }
 
-    fn set_backend_req_fd(&mut self, _backend: Backend) {}
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        // `notices` has a descriptor of its own, and sends what the crate cannot.
+    }
 
     fn set_gpu_socket(&mut self, _backend: GpuBackend) -> Result<()> {
         refuse("a disk has no display")

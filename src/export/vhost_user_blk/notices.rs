@@ -1,0 +1,157 @@
+//! What the device tells the front end unasked: that the configuration space has changed (the
+//! vhost-user text, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG), so that a resize reaches a running guest.
+//!
+//! The front end gives a socket for it. The `vhost` crate takes that and can send other messages
+//! only, so each message is looked at before the crate reads it, and the socket is kept in a
+//! descriptor of our own.
+//!
+//! The rule held here: a notice never waits for the front end. It goes out in a quiet moment, because
+//! front ends such as QEMU 7.2 answer a notice by asking for the configuration even while they wait
+//! for the answer to another question.
+
+use crate::io::Errno;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Milliseconds without a message after which the front end is taken to wait for no answer.
+const QUIET: libc::c_int = 20;
+
+/// Bytes of a message's header: request, flags, and length of what follows.
+const HEADER_LEN: usize = 12;
+
+/// VHOST_USER_SET_BACKEND_REQ_FD.
+const SET_BACKEND_REQ_FD: u32 = 21;
+
+/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, protocol version 1, no answer wanted, nothing follows.
+const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+
+/// What the front ends of an export are still to be told. Outlives connections: who connects next is
+/// told what the one before it was not.
+pub struct Notices {
+    config_changed: AtomicBool,
+    wake: EventFd,
+}
+
+impl Notices {
+    pub fn new() -> std::io::Result<Notices> {
+        let wake = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
+        Ok(Notices { config_changed: AtomicBool::new(false), wake })
+    }
+
+    /// The configuration space reads differently from now on. Never waits.
+    pub fn config_changed(&self) {
+        self.config_changed.store(true, Ordering::SeqCst);
+        let _ = self.wake.write(1);
+    }
+}
+
+/// The way to one front end. Of its connection's thread.
+pub struct Channel<'a> {
+    /// For the log.
+    name: &'a str,
+    notices: &'a Notices,
+    socket: Option<OwnedFd>,
+    /// What comes with the message that is next.
+    offered: Option<OwnedFd>,
+}
+
+impl<'a> Channel<'a> {
+    pub fn new(name: &'a str, notices: &'a Notices) -> Channel<'a> {
+        Channel { name, notices, socket: None, offered: None }
+    }
+
+    /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
+    /// told. What it has sent is left to be read.
+    pub fn wait(&mut self, stream: RawFd) {
+        loop {
+            let due = self.socket.is_some() && self.notices.config_changed.load(Ordering::SeqCst);
+            let mut polled = [stream, self.notices.wake.as_raw_fd()].map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
+            let (count, timeout) = (polled.len() as libc::nfds_t, if due { QUIET } else { -1 });
+            // SAFETY: the array lives through the call, and its length is given.
+            let ready = unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) };
+            if ready < 0 && Errno::last().0 != libc::EINTR || polled[0].revents != 0 {
+                break;
+            }
+            if polled[1].revents != 0 {
+                let _ = self.notices.wake.read();
+            } else if ready == 0 && due {
+                self.tell();
+            }
+        }
+        self.offered = offered_socket(stream);
+    }
+
+    /// The message that came last was right: what came with it is used from now on.
+    pub fn accept(&mut self) {
+        if let Some(socket) = self.offered.take() {
+            self.socket = Some(socket);
+        }
+    }
+
+    fn tell(&mut self) {
+        let Some(socket) = &self.socket else { return };
+        self.notices.config_changed.store(false, Ordering::SeqCst);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the message is a local of the length given.
+        let sent = unsafe {
+            libc::send(socket.as_raw_fd(), CONFIG_CHANGE.as_ptr().cast(), HEADER_LEN, flags)
+        };
+        if sent == HEADER_LEN as isize {
+            return;
+        }
+        let errno = if sent < 0 { Errno::last() } else { Errno(libc::EMSGSIZE) };
+        log::warn!("{}: the front end was not told of the disk's new size: {errno}", self.name);
+        // What has taken a part of a message, or takes none, is of no more use.
+        if errno.0 != libc::EAGAIN {
+            self.socket = None;
+        }
+    }
+}
+
+/// Looks at the message that is next without taking it, and gives the socket that comes with it if
+/// it is the one that brings a socket. The kernel gives a descriptor of its own with each look.
+fn offered_socket(stream: RawFd) -> Option<OwnedFd> {
+    let mut header = [0u32; HEADER_LEN / 4];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: at most `HEADER_LEN` bytes are written to the array, which has as many. Descriptors
+    // are not asked for, so none is made.
+    let seen = unsafe { libc::recv(stream, header.as_mut_ptr().cast(), HEADER_LEN, flags) };
+    if seen != HEADER_LEN as isize || header[0] != SET_BACKEND_REQ_FD {
+        return None;
+    }
+    // Aligned as control messages are.
+    let mut control = [0u64; 4];
+    let mut part = libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: HEADER_LEN };
+    // SAFETY: all zeroes are a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    // Room for one descriptor: the kernel closes what has none.
+    // SAFETY: computes a number.
+    message.msg_controllen = unsafe { libc::CMSG_SPACE(size_of::<RawFd>() as u32) } as usize;
+    // SAFETY: the parts of the message are locals with the lengths given.
+    let seen = unsafe { libc::recvmsg(stream, &mut message, flags | libc::MSG_CMSG_CLOEXEC) };
+    if seen < 0 {
+        return None;
+    }
+    // SAFETY: the kernel has filled in the message.
+    let first = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    if first.is_null() {
+        return None;
+    }
+    // SAFETY: not null, so it lies in `control`, which has room for it and for one descriptor.
+    unsafe {
+        let wanted = libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
+        let rights = (*first).cmsg_level == libc::SOL_SOCKET
+            && (*first).cmsg_type == libc::SCM_RIGHTS
+            && (*first).cmsg_len as usize == wanted;
+        let fd = libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned();
+        rights.then(|| OwnedFd::from_raw_fd(fd))
+    }
+}
