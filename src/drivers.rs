@@ -1,10 +1,8 @@
-//! The drivers of this program: the lists of formats and protocols, joined, and what a file's name
-//! means to them.
+//! The drivers of this program: the lists of formats and protocols, joined.
 
 use crate::block::{Creation, Error, Registry};
-use crate::options::{Map, filename};
+use crate::options::Map;
 use crate::{format, protocol};
-use std::os::unix::fs::FileTypeExt;
 use std::sync::LazyLock;
 
 /// All drivers that there are.
@@ -12,17 +10,6 @@ pub fn registry() -> &'static Registry {
     static REGISTRY: LazyLock<Registry> =
         LazyLock::new(|| Registry::new(&[format::LIST, protocol::LIST]));
     &REGISTRY
-}
-
-/// The options of the protocol node that a file's name stands for: a plain file, a device, or what
-/// its prefix or `json:` says.
-pub fn file_options(name: &str) -> Result<Map, Error> {
-    let device = |name: &str| {
-        let kind = std::fs::metadata(name).ok()?.file_type();
-        (kind.is_block_device() || kind.is_char_device()).then_some("host_device")
-    };
-    let protocol = |prefix: &str| registry().by_prefix(prefix).map(|entry| entry.name);
-    Ok(filename::parse(name, device, protocol)?)
 }
 
 /// A new image of `format` (`-f`) at `name`, with the options of `-o` as text and the size, if it
@@ -33,5 +20,5 @@ pub fn creation(
     options: Map,
     size: Option<u64>,
 ) -> Result<Creation, Error> {
-    Creation::new(registry(), format, (name, file_options(name)?), options, size)
+    Creation::new(registry(), format, (name, registry().file_options(name)?), options, size)
 }

@@ -6,7 +6,7 @@ mod live;
 pub use live::ExportInfo;
 
 use crate::block::graph::{Attachment, Graph};
-use crate::block::{Abilities, Error, Node, Perm, Perms, Registry};
+use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry};
 use crate::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions, listening_fd};
 use crate::io::{Errno, Worker, WorkerOptions};
 use crate::options::{self, Map};
@@ -114,10 +114,11 @@ pub struct NewExport {
 }
 
 impl Service {
-    pub fn new(registry: &'static Registry) -> Result<Service, Error> {
+    /// A service without anything. `policy` says what may be opened.
+    pub fn new(registry: &'static Registry, policy: OpenPolicy) -> Result<Service, Error> {
         let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
         let control = start_worker("control", options)?;
-        let graph = Graph::new(registry);
+        let graph = Graph::with_policy(registry, policy);
         let ended = Ended::new()?;
         let (iothreads, exports) = (Vec::new(), Vec::new());
         Ok(Service { graph, control, iothreads, main: None, exports, ended })

@@ -188,7 +188,16 @@ mod tests {
         let open: super::super::registry::OpenFn =
             |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
         let kind = Kind::Format;
-        DriverEntry { name, kind, open, options: &[], prefixes: &[], create, probe: None }
+        DriverEntry {
+            name,
+            kind,
+            open,
+            options: &[],
+            prefixes: &[],
+            create,
+            probe: None,
+            is_device: None,
+        }
     }
 
     static FMT: DriverEntry = entry(

@@ -14,6 +14,7 @@ mod tests;
 pub use drain::{Drained, User};
 
 use super::open::duplicate;
+use super::policy::OpenPolicy;
 use super::registry::Registry;
 use super::{Abilities, Error, Node, NodeOptions, Perms};
 use crate::io::sync::Mutex;
@@ -30,6 +31,7 @@ pub struct Graph(Arc<Inner>);
 
 struct Inner {
     registry: &'static Registry,
+    policy: OpenPolicy,
     /// Changes are made by whose turn it is.
     turns: Turns,
     state: Mutex<State>,
@@ -101,7 +103,16 @@ pub struct NodeInfo {
 
 impl Graph {
     pub fn new(registry: &'static Registry) -> Graph {
-        Graph(Arc::new(Inner { registry, turns: Turns::default(), state: Mutex::default() }))
+        Graph::with_policy(registry, OpenPolicy::default())
+    }
+
+    pub fn with_policy(registry: &'static Registry, policy: OpenPolicy) -> Graph {
+        let (turns, state) = (Turns::default(), Mutex::default());
+        Graph(Arc::new(Inner { registry, policy, turns, state }))
+    }
+
+    pub fn policy(&self) -> &OpenPolicy {
+        &self.0.policy
     }
 
     pub fn registry(&self) -> &'static Registry {

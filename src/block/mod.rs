@@ -7,6 +7,7 @@
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
+//! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
 //! * [`error`]: one line for whoever opened the disk.
 //!
 //! Nothing here names a format, a protocol or a transport.
@@ -20,6 +21,8 @@ pub mod node;
 pub mod open;
 pub mod overlap;
 pub mod perm;
+pub mod policy;
+pub mod probe;
 pub mod registry;
 
 pub use child::Child;
@@ -31,6 +34,7 @@ pub use driver::{
 pub use error::Error;
 pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
-pub use open::{Inherit, Opening};
+pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};
+pub use policy::{FollowBacking, OpenPolicy, Whitelist};
 pub use registry::{DriverEntry, Kind, OptionHelp, Registry};

@@ -4,10 +4,15 @@
 //! The rule held here: user input is checked before anything is opened, unknown options are
 //! refused, and a tree of nodes comes up whole or not at all.
 
+mod backing;
+
+pub use backing::RecordedBacking;
+
 use super::graph::{By, Graph};
 use super::registry::DriverEntry;
 use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Perms};
 use crate::options::{self, Map, NodeRef};
+use backing::Chain;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Error as _};
 use std::sync::Arc;
@@ -29,6 +34,8 @@ pub struct Opening {
     options: NodeOptions,
     auto_read_only: bool,
     depth: usize,
+    /// The images above this one that led here by recorded names.
+    chain: Option<Arc<Chain>>,
 }
 
 /// What an inline child is to its parent: decides what it takes over where its own options are
@@ -50,6 +57,7 @@ pub(super) struct Inherited {
     discard: bool,
     direct: bool,
     no_flush: bool,
+    chain: Option<Arc<Chain>>,
 }
 
 impl Opening {
@@ -115,6 +123,7 @@ impl Opening {
             discard: !backing,
             direct: self.options.direct,
             no_flush: self.options.no_flush,
+            chain: self.chain.clone(),
         }
     }
 }
@@ -144,7 +153,9 @@ impl Graph {
             if inherited.is_none() && common.node_name.is_none() {
                 return Err(Error::new("'node-name' must be specified for the root node"));
             }
+            let chain = inherited.as_ref().and_then(|parent| parent.chain.clone());
             let (node_options, auto_read_only) = common.resolve(inherited)?;
+            self.policy().check_driver(entry.name, node_options.read_only)?;
             let name = match common.node_name {
                 Some(name) => self.check_name(name)?,
                 None => self.make_name(),
@@ -157,6 +168,7 @@ impl Graph {
                 options: node_options,
                 auto_read_only,
                 depth,
+                chain,
             };
             let driver = (entry.open)(&mut opening, options).await?;
             let mut node_options = opening.options;
@@ -195,6 +207,14 @@ impl Graph {
 
 pub(super) fn duplicate(name: &str) -> Error {
     Error::new(format!("Duplicate nodes with node-name='{name}'"))
+}
+
+/// The path of the file that an image is in, so that other names can be relative to it.
+fn path_of(file: &Child) -> Option<String> {
+    let path = file.node().driver().filename()?;
+    // A path with a colon must not be taken for a protocol's name.
+    let looks_so = options::filename::split_protocol(&path).is_some();
+    Some(if looks_so { format!("./{path}") } else { path })
 }
 
 fn no_reference(name: &str) -> Error {
@@ -272,6 +292,7 @@ impl Common {
             discard: false,
             direct: false,
             no_flush: false,
+            chain: None,
         });
         let options = NodeOptions {
             read_only: self.read_only.unwrap_or(base.read_only),

@@ -61,4 +61,14 @@ impl Perms {
         let shared = (own.shared | Perm::WRITE_UNCHANGED) - (Perm::WRITE | Perm::RESIZE);
         Perms { held, shared }
     }
+
+    /// What an image asks of its backing file: to read it, while others write to it only if the
+    /// image's own users can bear a disk that changes.
+    pub fn backing(own: Perms) -> Perms {
+        let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+        if own.shared.contains(Perm::WRITE) {
+            shared |= Perm::WRITE | Perm::RESIZE;
+        }
+        Perms { held: own.held & Perm::CONSISTENT_READ, shared }
+    }
 }

@@ -5,7 +5,7 @@
 
 use super::create::CreateEntry;
 use super::{Driver, Error, LocalFuture, Opening};
-use crate::options::Map;
+use crate::options::{Map, filename};
 
 /// What a driver stands for in the graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,9 @@ pub struct DriverEntry {
     /// How a new image is made, if that is possible.
     pub create: Option<&'static CreateEntry>,
     pub probe: Option<ProbeFn>,
+    /// For protocols that reach devices: whether the file of this name is one of theirs, whatever
+    /// its name looks like.
+    pub is_device: Option<fn(&str) -> bool>,
 }
 
 /// One of a driver's options, as `--blockdev driver=NAME,help` shows it.
@@ -88,6 +91,15 @@ impl Registry {
         self.iter().find(|entry| entry.prefixes.contains(&prefix))
     }
 
+    /// The options of the protocol node that a file's name stands for: a device, what its prefix or
+    /// `json:` says, or a plain file.
+    pub fn file_options(&self, name: &str) -> Result<Map, Error> {
+        let is = |entry: &&DriverEntry| entry.is_device.is_some_and(|is| is(name));
+        let device = |_: &str| self.iter().find(is).map(|entry| entry.name);
+        let protocol = |prefix: &str| self.by_prefix(prefix).map(|entry| entry.name);
+        Ok(filename::parse(name, device, protocol)?)
+    }
+
     /// The format that is surest of a file's first bytes, with its score.
     pub fn probe(&self, head: &[u8], filename: &str) -> Option<(&'static DriverEntry, u32)> {
         let head = &head[..head.len().min(PROBE_LEN)];
@@ -112,7 +124,16 @@ mod tests {
         probe: Option<ProbeFn>,
     ) -> DriverEntry {
         let open: OpenFn = |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
-        DriverEntry { name, kind: Kind::Format, open, options: &[], prefixes, create: None, probe }
+        DriverEntry {
+            name,
+            kind: Kind::Format,
+            open,
+            options: &[],
+            prefixes,
+            create: None,
+            probe,
+            is_device: None,
+        }
     }
 
     #[test]

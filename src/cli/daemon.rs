@@ -3,6 +3,7 @@
 //! The options are gone through twice, as its manual says: first those about the process itself,
 //! then all others strictly in the order in which they were given.
 
+use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, PidFile};
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
@@ -10,7 +11,7 @@ use crate::monitor::Control;
 use crate::options::keyval;
 use crate::service::Service;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Arg, ArgAction, ArgMatches, Command};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -36,7 +37,7 @@ pub fn command() -> Command {
         let arg = arg.allow_hyphen_values(true).help(help);
         if name == "trace" { arg.short('T') } else { arg }
     });
-    Command::new("daemon")
+    let command = Command::new("daemon")
         .about("Serve disks to virtual machines; the options are qemu-storage-daemon's")
         .infer_long_args(true)
         .disable_version_flag(true)
@@ -56,7 +57,8 @@ pub fn command() -> Command {
                 .value_parser(clap::value_parser!(PathBuf))
                 .action(ArgAction::Append)
                 .help("write the process ID there once everything is ready"),
-        )
+        );
+    PolicyArgs::augment_args(command)
 }
 
 /// Runs the daemon until a signal ends it. `program` is the name in error lines.
@@ -79,7 +81,8 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     super::start_log(0);
     // After the fork: a signalfd tells of the process that made it.
     let stop = signals.descriptor()?;
-    let mut service = Service::new(drivers::registry())?;
+    let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
+    let mut service = Service::new(drivers::registry(), policy.policy())?;
     let mut control = Control::default();
     for (option, implied_key, value) in in_order(&matches) {
         if option == STRAY {
@@ -202,7 +205,9 @@ fn usage_line(error: &clap::Error) -> String {
         ErrorKind::UnknownArgument if given.starts_with('-') => {
             format!("unrecognized option '{given}'")
         }
-        ErrorKind::InvalidValue => format!("option '{name}' requires an argument"),
+        ErrorKind::InvalidValue if argument(ContextKind::InvalidValue).is_empty() => {
+            format!("option '{name}' requires an argument")
+        }
         ErrorKind::TooManyValues => format!("option '{name}' doesn't allow an argument"),
         _ => error.to_string().lines().next().unwrap_or_default().replace("error: ", ""),
     }

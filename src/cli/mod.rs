@@ -6,6 +6,7 @@ mod create;
 mod ctl;
 mod daemon;
 mod generate;
+mod policy;
 mod process;
 mod serve;
 

@@ -1,5 +1,6 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
+use super::policy::PolicyArgs;
 use super::process::EndSignals;
 use crate::block::Error;
 use crate::drivers;
@@ -55,6 +56,8 @@ pub struct Serve {
     /// Owner of the sockets: USER[:GROUP], as numbers
     #[arg(long, value_parser = parse_owner)]
     socket_owner: Option<(u32, u32)>,
+    #[command(flatten)]
+    policy: PolicyArgs,
     /// Say more; twice for even more
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -94,7 +97,7 @@ impl Serve {
         }
         let signals = EndSignals::block();
         super::start_log(self.verbose);
-        let mut service = Service::new(drivers::registry())?;
+        let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
         let workers = self.start_workers(&mut service)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
             self.serve_one(&mut service, &workers, index, image, socket)?;

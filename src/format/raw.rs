@@ -32,6 +32,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     }),
     // Anything is raw, if it is nothing else.
     probe: Some(|_, _| 1),
+    is_device: None,
 };
 
 #[derive(Deserialize)]

@@ -27,7 +27,16 @@ const fn entry(name: &'static str, prefixes: &'static [&'static str], open: Open
         OptionHelp { name: "latency-ns", value: "int", help: "how long each request takes (0)" },
         OptionHelp { name: "read-zeroes", value: "on|off", help: "reads zero the memory (off)" },
     ];
-    DriverEntry { name, kind: Kind::Protocol, open, options, prefixes, create: None, probe: None }
+    DriverEntry {
+        name,
+        kind: Kind::Protocol,
+        open,
+        options,
+        prefixes,
+        create: None,
+        probe: None,
+        is_device: None,
+    }
 }
 
 async fn open(

@@ -46,6 +46,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     prefixes: &[],
     create: None,
     probe: None,
+    is_device: None,
 };
 
 #[derive(Deserialize)]

@@ -100,6 +100,7 @@ static SUSPEND: DriverEntry = DriverEntry {
     prefixes: &[],
     create: None,
     probe: None,
+    is_device: None,
 };
 
 struct Suspend([Child; 1]);

@@ -1,6 +1,7 @@
 //! The integration tests: one binary, one module per subject, most driving the built `vublk` from
 //! outside.
 
+mod backing;
 mod cli;
 mod conformance;
 mod crash;

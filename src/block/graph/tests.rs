@@ -236,7 +236,16 @@ fn strict(own: Perms) -> Perms {
 
 const fn entry(name: &'static str, open: OpenFn) -> DriverEntry {
     let kind = Kind::Format;
-    DriverEntry { name, kind, open, options: &[], prefixes: &[], create: None, probe: None }
+    DriverEntry {
+        name,
+        kind,
+        open,
+        options: &[],
+        prefixes: &[],
+        create: None,
+        probe: None,
+        is_device: None,
+    }
 }
 
 static STORE: DriverEntry = entry("store", |o, map| Box::pin(open_store(o, map)));

@@ -7,6 +7,7 @@ use crate::block::registry::OptionHelp;
 use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Opening};
 use crate::io;
 use crate::options::{self, Map};
+use std::os::unix::fs::FileTypeExt;
 
 pub static FILE: DriverEntry = DriverEntry {
     name: Flavour::File.name(),
@@ -39,6 +40,7 @@ pub static FILE: DriverEntry = DriverEntry {
         create: |creation, map| create_with(create::create_file, creation, map),
     }),
     probe: None,
+    is_device: None,
 };
 
 pub static HOST_DEVICE: DriverEntry = DriverEntry {
@@ -52,6 +54,7 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
         create: |creation, map| create_with(create::create_device, creation, map),
     }),
     probe: None,
+    is_device: Some(is_device),
 };
 
 const SIZE: CreateOption =
@@ -68,6 +71,13 @@ const OPTIONS: &[OptionHelp] = &[
         help: "lock the image against other processes",
     },
 ];
+
+/// Whether a name is that of a block or character device.
+fn is_device(name: &str) -> bool {
+    std::fs::metadata(name).is_ok_and(|found| {
+        found.file_type().is_block_device() || found.file_type().is_char_device()
+    })
+}
 
 async fn open(flavour: Flavour, opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: FileOptions = opening.parse(map)?;

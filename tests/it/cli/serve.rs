@@ -195,6 +195,13 @@ fn command_lines_that_are_wrong_are_refused_with_a_reason() {
     assert_refused(here, &with(&["--socket-mode", "999"]), "octal");
     assert_refused(here, &with(&["--socket-owner", "nobody"]), "numeric");
     assert_refused(here, &with(&["--cache", "sometimes"]), "sometimes");
+    assert_refused(here, &with(&["--backing-files", "all"]), "all");
+    assert_refused(here, &with(&["--rw-whitelist", "file"]), "Driver 'raw' is not whitelisted");
+    assert_refused(
+        here,
+        &with(&["--rw-whitelist", "file", "--ro-whitelist", "qcow2,raw"]),
+        "Driver 'raw' can only be used for read-only devices",
+    );
     assert_eq!(std::fs::read_to_string(here.join("file")).unwrap(), "mine");
     let left: Vec<_> = std::fs::read_dir(here)
         .unwrap()

@@ -1,0 +1,30 @@
+//! What a file holds, by its first bytes. Only for those who ask for it: see
+//! [`OpenPolicy`](super::OpenPolicy).
+
+use super::registry::{DriverEntry, PROBE_LEN, Registry};
+use super::{Error, Node};
+use crate::io::IoVec;
+
+/// The format of what is in `node`, a protocol's; `filename` is how it is called. What no format
+/// knows is `raw`.
+///
+/// # Errors
+/// It cannot be read.
+pub async fn probe(
+    registry: &'static Registry,
+    node: &Node,
+    filename: &str,
+) -> Result<&'static DriverEntry, Error> {
+    let len = (PROBE_LEN as u64).min(node.len());
+    let mut head = [0; PROBE_LEN];
+    let head = &mut head[..len as usize];
+    if len > 0 {
+        node.read(0, &IoVec::from_mut(head))
+            .await
+            .map_err(|e| Error::os("Could not read image for determining its format", e))?;
+    }
+    let found = registry.probe(head, filename).map(|(entry, _)| entry);
+    found
+        .or_else(|| registry.get("raw"))
+        .ok_or_else(|| Error::new("Could not determine image format: No compatible driver found"))
+}
