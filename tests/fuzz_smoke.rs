@@ -108,3 +108,8 @@ fn hostile_text_is_refused_on_one_line() {
     with_seeds(20_000, text, |input, _| targets::options::run(input));
     with_seeds(5_000, bytes, |input, _| targets::options::run(input));
 }
+
+#[test]
+fn a_hostile_qcow2_header_is_refused_or_kept() {
+    with_seeds(20_000, bytes, |input, _| targets::qcow2_header::run(input));
+}

@@ -5,5 +5,6 @@ mod disk;
 mod guest;
 mod input;
 pub mod options;
+pub mod qcow2_header;
 pub mod vhost_user_messages;
 pub mod virtqueue;

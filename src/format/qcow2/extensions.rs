@@ -1,0 +1,256 @@
+//! Header extensions: what follows the header's fields, up to the backing file's name.
+//!
+//! The rule kept here: what we do not know comes out as it went in.
+
+use super::header::{CRYPT_LUKS, Incompatible};
+use super::layout::{self, Geometry};
+use crate::block::Error;
+
+const END: u32 = 0;
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+const FEATURE_NAMES: u32 = 0x6803_f857;
+const BITMAPS: u32 = 0x2385_2875;
+const ENCRYPTION: u32 = 0x0537_be77;
+const DATA_FILE: u32 = 0x4441_5441;
+
+/// Longest name of a backing file's format, in bytes.
+const FORMAT_NAME_LIMIT: usize = 15;
+/// Of an entry in the feature name table: type, bit, name.
+const FEATURE_LEN: usize = 48;
+
+/// One header extension.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Extension {
+    /// The format of the backing file.
+    BackingFormat(Vec<u8>),
+    /// The name of the external data file.
+    DataFile(Vec<u8>),
+    /// Where a LUKS header is.
+    Encryption(EncryptionPointer),
+    /// The feature name table, whole.
+    FeatureNames(Vec<u8>),
+    Bitmaps(BitmapsPointer),
+    Unknown {
+        kind: u32,
+        data: Vec<u8>,
+    },
+}
+
+/// Where an encryption header is, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncryptionPointer {
+    pub offset: u64,
+    pub len: u64,
+}
+
+/// Where the bitmap directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BitmapsPointer {
+    pub nb_bitmaps: u32,
+    reserved: u32,
+    /// Bytes.
+    pub directory_size: u64,
+    pub directory_offset: u64,
+}
+
+impl BitmapsPointer {
+    pub fn new(nb_bitmaps: u32, directory_size: u64, directory_offset: u64) -> BitmapsPointer {
+        BitmapsPointer { nb_bitmaps, reserved: 0, directory_size, directory_offset }
+    }
+}
+
+/// Reads the extensions in `area`: up to the one that says it is the last, or as many as there are.
+///
+/// # Errors
+/// In QEMU's words, when one does not fit into the area or has the wrong length.
+pub fn parse(mut area: &[u8]) -> Result<Vec<Extension>, Error> {
+    let mut found = Vec::new();
+    while let Some((&kind, rest)) = area.split_first_chunk() {
+        let kind = u32::from_be_bytes(kind);
+        let Some((&len, rest)) = rest.split_first_chunk() else { break };
+        if kind == END {
+            break;
+        }
+        let too_large = || Error::new("Header extension too large");
+        let len = u32::from_be_bytes(len) as usize;
+        let data = rest.get(..len).ok_or_else(too_large)?;
+        found.push(Extension::parse(kind, data)?);
+        // The last one's padding may be cut off.
+        area = rest.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    Ok(found)
+}
+
+/// The extensions in the order that QEMU writes them, and the end mark.
+pub fn encode(extensions: &[Extension]) -> Vec<u8> {
+    let mut sorted: Vec<_> = extensions.iter().collect();
+    sorted.sort_by_key(|extension| extension.rank());
+    let mut out = Vec::new();
+    for extension in sorted {
+        let (kind, data) = extension.encode();
+        out.extend(kind.to_be_bytes());
+        out.extend((data.len() as u32).to_be_bytes());
+        out.extend(data);
+        out.resize(out.len().next_multiple_of(8), 0);
+    }
+    out.extend([0; 8]);
+    out
+}
+
+impl Extension {
+    fn parse(kind: u32, data: &[u8]) -> Result<Extension, Error> {
+        let number = |at: usize| data[at..].first_chunk().map_or(0, |n| u64::from_be_bytes(*n));
+        Ok(match kind {
+            BACKING_FORMAT if data.len() > FORMAT_NAME_LIMIT => {
+                return Err(Error::new(format!(
+                    "ERROR: ext_backing_format: len={} too large (>={})",
+                    data.len(),
+                    FORMAT_NAME_LIMIT + 1
+                )));
+            }
+            BACKING_FORMAT => Extension::BackingFormat(data.to_vec()),
+            FEATURE_NAMES => Extension::FeatureNames(data.to_vec()),
+            DATA_FILE => Extension::DataFile(data.to_vec()),
+            ENCRYPTION if data.len() != 16 => {
+                return Err(Error::new(format!(
+                    "CRYPTO header extension size {} differs from the expected 16",
+                    data.len()
+                )));
+            }
+            ENCRYPTION => {
+                Extension::Encryption(EncryptionPointer { offset: number(0), len: number(8) })
+            }
+            BITMAPS if data.len() != 24 => {
+                return Err(Error::new("bitmaps_ext: Invalid extension length"));
+            }
+            BITMAPS => Extension::Bitmaps(BitmapsPointer {
+                nb_bitmaps: (number(0) >> 32) as u32,
+                reserved: number(0) as u32,
+                directory_size: number(8),
+                directory_offset: number(16),
+            }),
+            _ => Extension::Unknown { kind, data: data.to_vec() },
+        })
+    }
+
+    fn encode(&self) -> (u32, Vec<u8>) {
+        match self {
+            Extension::BackingFormat(name) => (BACKING_FORMAT, name.clone()),
+            Extension::DataFile(name) => (DATA_FILE, name.clone()),
+            Extension::Encryption(EncryptionPointer { offset, len }) => {
+                (ENCRYPTION, [offset.to_be_bytes(), len.to_be_bytes()].concat())
+            }
+            Extension::FeatureNames(table) => (FEATURE_NAMES, table.clone()),
+            Extension::Bitmaps(at) => {
+                let first = (at.nb_bitmaps as u64) << 32 | at.reserved as u64;
+                let numbers = [first, at.directory_size, at.directory_offset];
+                (BITMAPS, numbers.map(u64::to_be_bytes).concat())
+            }
+            Extension::Unknown { kind, data } => (*kind, data.clone()),
+        }
+    }
+
+    fn rank(&self) -> u32 {
+        match self {
+            Extension::BackingFormat(_) => 0,
+            Extension::DataFile(_) => 1,
+            Extension::Encryption(_) => 2,
+            Extension::FeatureNames(_) => 3,
+            Extension::Bitmaps(_) => 4,
+            Extension::Unknown { .. } => 5,
+        }
+    }
+
+    /// What an extension says must fit the image.
+    pub(super) fn check(&self, geometry: &Geometry, crypt_method: u32) -> Result<(), Error> {
+        match self {
+            Extension::Bitmaps(pointer) => pointer.check(geometry),
+            Extension::Encryption(_) if crypt_method != CRYPT_LUKS => {
+                Err(Error::new("CRYPTO header extension only expected with LUKS encryption method"))
+            }
+            Extension::Encryption(at) if !geometry.is_cluster_start(at.offset) => {
+                Err(Error::new(format!(
+                    "Encryption header offset '{}' is not a multiple of cluster size '{}'",
+                    at.offset,
+                    geometry.cluster_size()
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl BitmapsPointer {
+    fn check(&self, geometry: &Geometry) -> Result<(), Error> {
+        let refused = |text: String| Err(Error::new(text));
+        if self.reserved != 0 {
+            return refused("bitmaps_ext: Reserved field is not zero".into());
+        }
+        let (n, most) = (self.nb_bitmaps, layout::MAX_BITMAPS);
+        if n > most {
+            return refused(format!(
+                "bitmaps_ext: Image has {n} bitmaps, exceeding the QEMU supported maximum of {most}"
+            ));
+        }
+        if n == 0 {
+            return refused("found bitmaps extension with zero bitmaps".into());
+        }
+        if !geometry.is_cluster_start(self.directory_offset) {
+            return refused("bitmaps_ext: invalid bitmap directory offset".into());
+        }
+        let (size, most) = (self.directory_size, layout::MAX_BITMAP_DIRECTORY_BYTES);
+        if size > most {
+            return refused(format!(
+                "bitmaps_ext: bitmap directory size ({size}) exceeds the maximum supported size \
+                 ({most})"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The names of the bits in `mask`, of the incompatible features, as the image's own table has
+/// them; what it does not name, as one number.
+pub fn incompatible_feature_names(extensions: &[Extension], mut mask: u64) -> String {
+    let table = extensions.iter().find_map(|extension| match extension {
+        Extension::FeatureNames(table) => Some(&table[..]),
+        _ => None,
+    });
+    let mut names = Vec::new();
+    for entry in table.unwrap_or_default().chunks_exact(FEATURE_LEN) {
+        let bit = 1u64.checked_shl(entry[1].into()).unwrap_or(0);
+        if entry[0] != 0 || mask & bit == 0 {
+            continue;
+        }
+        mask &= !bit;
+        let name = entry[2..].split(|&byte| byte == 0).next().unwrap_or_default();
+        names.push(String::from_utf8_lossy(name).escape_debug().to_string());
+    }
+    if mask != 0 {
+        names.push(format!("Unknown incompatible feature: {mask:x}"));
+    }
+    names.join(", ")
+}
+
+/// The feature name table as QEMU 7.2 writes it.
+pub fn feature_names() -> Extension {
+    let bit = |mask: Incompatible| mask.bits().trailing_zeros() as u8;
+    let features = [
+        (0, bit(Incompatible::DIRTY), "dirty bit"),
+        (0, bit(Incompatible::CORRUPT), "corrupt bit"),
+        (0, bit(Incompatible::DATA_FILE), "external data file"),
+        (0, bit(Incompatible::COMPRESSION), "compression type"),
+        (0, bit(Incompatible::EXTENDED_L2), "extended L2 entries"),
+        (1, 0, "lazy refcounts"),
+        (2, 0, "bitmaps"),
+        (2, 1, "raw external data"),
+    ];
+    let mut table = Vec::with_capacity(features.len() * FEATURE_LEN);
+    for (kind, bit, name) in features {
+        let end = table.len() + FEATURE_LEN;
+        table.extend([kind, bit]);
+        table.extend(name.as_bytes());
+        table.resize(end, 0);
+    }
+    Extension::FeatureNames(table)
+}

@@ -1,0 +1,5 @@
+//! The fuzzer's door to `qcow2_header`: hostile first clusters and table entries.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vublk_fuzz::qcow2_header::run(data));
