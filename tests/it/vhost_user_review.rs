@@ -335,17 +335,9 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
         num_queues: 1,
         serial: String::new(),
     };
-    let disk = request::Disk {
-        capacity: (opened.len() / 512).into(),
-        node: opened,
-        options,
-        write_through: false.into(),
-        write_cache: true.into(),
-        counters: request::Counters::default(),
-    };
     let start = QueueStart {
         name: "queue 0".into(),
-        disk: Arc::new(disk),
+        disk: Arc::new(request::Disk::new(opened, options)),
         ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),
         inflight: None,
         memory: memory.clone(),

@@ -14,6 +14,9 @@
 //! Stores are seen by the next daemon in the order of the program, as by a signal handler: the one
 //! thread that makes them is the one that dies. So only the compiler must be kept from moving them.
 //!
+//! Behind the queues lies a trailer of our own, which the specification leaves room for: the size of
+//! the memory is ours to say. Memory of another back end has none, and is taken as it is.
+//!
 //! Whatever is read from the memory may be anything: every index is checked where it is used.
 
 use crate::io::Errno;
@@ -28,6 +31,21 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::ring::MAX_SIZE;
+
+/// The one way in which anything is stored.
+macro_rules! store {
+    ($place:expr, $value:expr) => {
+        #[cfg(test)]
+        let alive = tests::is_alive();
+        #[cfg(not(test))]
+        let alive = true;
+        if alive {
+            $place.store($value, Relaxed);
+        }
+        // In the order of the program.
+        compiler_fence(SeqCst);
+    };
+}
 
 /// The only version there is. Zero: the memory was never used.
 const VERSION: u16 = 1;
@@ -61,6 +79,17 @@ struct Entry {
     counter: AtomicU64,
 }
 
+/// What lies behind the queues' parts.
+#[repr(C)]
+struct Trailer {
+    magic: AtomicU64,
+    /// Anything but 0: the guest has switched its write cache off.
+    write_cache_off: AtomicU8,
+    _padding: [AtomicU8; 55],
+}
+
+const MAGIC: u64 = u64::from_ne_bytes(*b"vublk\0\x01\0");
+
 /// Bytes of a queue's part.
 fn part_len(queue_size: u16) -> usize {
     let len = size_of::<Header>() + queue_size as usize * size_of::<Entry>();
@@ -72,6 +101,8 @@ pub struct Region {
     mapping: MmapRegion,
     num_queues: u16,
     queue_size: u16,
+    /// Where the trailer begins, if there is one.
+    trailer: Option<usize>,
 }
 
 impl Region {
@@ -82,7 +113,8 @@ impl Region {
         queue_size: u16,
     ) -> Result<(Region, VhostUserInflight, File), String> {
         check(num_queues, queue_size)?;
-        let len = part_len(queue_size) * num_queues as usize;
+        let parts = part_len(queue_size) * num_queues as usize;
+        let len = parts + size_of::<Trailer>();
         let failed = |what: &str| format!("inflight region: {what}: {}", Errno::last());
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
         // SAFETY: the name is a C string; the call has no other precondition.
@@ -105,6 +137,8 @@ impl Region {
             let at = part_len(queue_size) * queue as usize + std::mem::offset_of!(Header, version);
             file.write_all_at(&header, at as u64).map_err(|e| format!("inflight region: {e}"))?;
         }
+        file.write_all_at(&MAGIC.to_ne_bytes(), parts as u64)
+            .map_err(|e| format!("inflight region: {e}"))?;
         let told = VhostUserInflight::new(len as u64, 0, num_queues, queue_size);
         let theirs = file.try_clone().map_err(|e| format!("inflight region: {e}"))?;
         Ok((Region::map(&told, file)?, told, theirs))
@@ -132,9 +166,16 @@ impl Region {
                 "inflight region of {wanted} bytes at {mmap_offset}: its file ends at {holds}"
             ));
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), wanted as usize)
+        let more = wanted + size_of::<Trailer>() as u64;
+        let has_more = mmap_size >= more && mmap_offset.saturating_add(more) <= holds;
+        let len = if has_more { more } else { wanted };
+        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), len as usize)
             .map_err(|e| format!("inflight region at {mmap_offset}: {e}"))?;
-        let region = Region { mapping, num_queues, queue_size };
+        let trailer = has_more.then_some(wanted as usize);
+        let mut region = Region { mapping, num_queues, queue_size, trailer };
+        if region.trailer().is_some_and(|trailer| trailer.magic.load(Relaxed) != MAGIC) {
+            region.trailer = None;
+        }
         for queue in 0..num_queues {
             let (version, entries) = (
                 region.header(queue).version.load(Relaxed),
@@ -152,6 +193,25 @@ impl Region {
 
     pub fn num_queues(&self) -> u16 {
         self.num_queues
+    }
+
+    /// Whether the guest's write cache was on, if the memory knows.
+    pub fn write_cache(&self) -> Option<bool> {
+        self.trailer().map(|trailer| trailer.write_cache_off.load(Relaxed) == 0)
+    }
+
+    /// Keeps it for the next daemon, if the memory has room for it.
+    pub fn set_write_cache(&self, on: bool) {
+        if let Some(trailer) = self.trailer() {
+            store!(trailer.write_cache_off, u8::from(!on));
+        }
+    }
+
+    fn trailer(&self) -> Option<&Trailer> {
+        let at = self.mapping.as_ptr().wrapping_add(self.trailer?);
+        // SAFETY: the mapping holds it, at a multiple of 64, and cannot lose pages; all fields are
+        // atomic and have no invalid values.
+        Some(unsafe { &*at.cast::<Trailer>() })
     }
 
     /// A queue's part; `queue` is below the number of queues.
@@ -180,21 +240,6 @@ fn check(num_queues: u16, queue_size: u16) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// The one way in which anything is stored.
-macro_rules! store {
-    ($place:expr, $value:expr) => {
-        #[cfg(test)]
-        let alive = tests::is_alive();
-        #[cfg(not(test))]
-        let alive = true;
-        if alive {
-            $place.store($value, Relaxed);
-        }
-        // In the order of the program.
-        compiler_fence(SeqCst);
-    };
 }
 
 /// One queue's part of the memory, and what there is to do again. Owned by the queue.

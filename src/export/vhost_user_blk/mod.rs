@@ -7,6 +7,7 @@
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
+//! * [`write_cache`]: what the guest has made of its write cache.
 
 pub mod calls;
 pub mod config;
@@ -18,6 +19,7 @@ pub mod request;
 pub mod ring;
 pub mod server;
 pub mod session;
+pub mod write_cache;
 
 pub use config::DiskOptions;
 pub use server::{Address, Export, ExportOptions, listen, listening_fd};

@@ -2,6 +2,7 @@
 //! for all that the fast one leaves.
 
 use super::config::{self, DiskOptions};
+use super::write_cache::WriteCache;
 use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::iovec::iovec;
 use crate::io::{Errno, IoResult, IoVec};
@@ -37,8 +38,7 @@ pub struct Disk {
     /// Writes must be durable before they complete: the guest switched the write cache off, or
     /// knows of none.
     pub write_through: AtomicBool,
-    /// What the guest has made of its write cache, whoever connects for it.
-    pub write_cache: AtomicBool,
+    pub write_cache: WriteCache,
     pub counters: Counters,
 }
 
@@ -93,6 +93,18 @@ impl Header {
 }
 
 impl Disk {
+    /// The disk that an export of `node` is.
+    pub fn new(node: Arc<Node>, options: DiskOptions) -> Disk {
+        Disk {
+            capacity: AtomicU64::new(node.len() / SECTOR),
+            write_through: AtomicBool::new(options.write_through),
+            write_cache: WriteCache::default(),
+            counters: Counters::default(),
+            node,
+            options,
+        }
+    }
+
     /// Checks a transfer's range and gives its offset in bytes. It begins at a block and is made of
     /// whole sectors; its end may lie inside a block, as qemu-storage-daemon allows: the block size
     /// is advice to the guest, not the unit of the protocol (section 5.2.4).

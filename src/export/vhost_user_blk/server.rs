@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -83,15 +83,7 @@ impl Export {
             }
             Address::Listening(fd) => (UnixListener::from(fd), None),
         };
-        let capacity = AtomicU64::new(node.len() / SECTOR);
-        let disk = Arc::new(Disk {
-            node,
-            capacity,
-            write_through: AtomicBool::new(options.disk.write_through),
-            write_cache: AtomicBool::new(true),
-            options: options.disk,
-            counters: Counters::default(),
-        });
+        let disk = Arc::new(Disk::new(node, options.disk));
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
         let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
         let shared = Arc::new_cyclic(|me| Shared {

@@ -137,16 +137,20 @@ impl Session {
     /// reconnect, and a guest that relies on it sends no flushes.
     fn apply_write_cache(&self) {
         let flushes = self.features.is_none() || self.has(VIRTIO_BLK_F_FLUSH);
-        let off = !self.disk.write_cache.load(Ordering::Relaxed);
+        let off = !self.disk.write_cache.is_on();
         let through = self.disk.options.write_through || !flushes || off;
         self.disk.write_through.store(through, Ordering::SeqCst);
+    }
+
+    fn set_write_cache(&self, on: bool) {
+        self.disk.write_cache.set(on, self.inflight.as_deref());
+        self.apply_write_cache();
     }
 
     /// Back to what a guest finds that has said nothing.
     fn reset(&mut self) {
         self.features = None;
-        self.disk.write_cache.store(true, Ordering::Relaxed);
-        self.apply_write_cache();
+        self.set_write_cache(true);
     }
 
     /// Starts a ring if all that it needs has been said.
@@ -211,6 +215,8 @@ impl Session {
         if has > most {
             return refuse(format!("inflight region for {has} queues: the disk has {most}"));
         }
+        self.disk.write_cache.meet(&region);
+        self.apply_write_cache();
         self.inflight = Some(Arc::new(region));
         Ok(())
     }

@@ -2,12 +2,12 @@
 //! the block contract forbids, under raw or bare, and null.
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
-use vublk::block::{Attachment, Graph, Perm, Perms, Registry, SECTOR};
+use vublk::block::{Attachment, Graph, Perm, Perms, Registry};
 use vublk::export::vhost_user_blk::DiskOptions;
-use vublk::export::vhost_user_blk::request::{Counters, Disk};
+use vublk::export::vhost_user_blk::request::Disk;
 use vublk::io::Errno;
 use vublk::options::keyval;
 use vublk::protocol::sim::{self, Effect, Fault, Kinds, SimDisk, SimOptions};
@@ -119,13 +119,6 @@ pub async fn open(wanted: Wanted) -> Opened {
         num_queues: wanted.num_queues,
         serial: "fuzz".to_owned(),
     };
-    let disk = Arc::new(Disk {
-        capacity: AtomicU64::new(node.len() / SECTOR),
-        node,
-        options,
-        write_through: AtomicBool::new(wanted.write_through),
-        write_cache: AtomicBool::new(true),
-        counters: Counters::default(),
-    });
+    let disk = Arc::new(Disk::new(node, options));
     Opened { disk, _attachment: attachment, _graph: graph }
 }

@@ -12,6 +12,7 @@ use vublk_testkit::spec::{protocol, status};
 use vublk_testkit::{Disk, Options};
 
 use super::daemon::{LIMIT, export_of, new_image};
+use super::write_cache::assert_durable;
 use super::{Daemon, SIZE, seed};
 
 const ENTRIES: u16 = 64;
@@ -227,7 +228,8 @@ fn flags(told: &VhostUserInflight, file: &File) -> usize {
     let (queues, entries) = (usize::from(told.num_queues), usize::from(told.queue_size));
     let mut bytes = vec![0; told.mmap_size as usize];
     file.read_exact_at(&mut bytes, told.mmap_offset).unwrap();
-    let parts = bytes.chunks(bytes.len() / queues);
+    // What follows the queues' parts is the server's own.
+    let parts = bytes.chunks((16 + 16 * entries).next_multiple_of(64)).take(queues);
     parts.map(|part| (0..entries).filter(|n| part[16 + 16 * n] != 0).count()).sum()
 }
 
@@ -290,6 +292,59 @@ fn a_lock_that_is_given_up_a_moment_later_is_waited_for() {
     daemon.restart();
     holder.join().unwrap();
     daemon.assert_serves(0);
+}
+
+#[test]
+fn a_guest_that_has_switched_its_write_cache_off_has_it_off_after_a_kill() {
+    let mut daemon = raw_disk();
+    let mut disk = daemon.open(&options(1));
+    for off in [true, false, true] {
+        disk.connection().set_write_cache(!off).unwrap();
+        kill(&mut daemon);
+        daemon.restart();
+        disk.reconnect().unwrap();
+        assert_eq!(disk.connection().config().unwrap().wce, u8::from(!off));
+    }
+    assert_durable(&daemon, &mut disk);
+    // What the guest says to the daemon that lives counts more than what the memory holds.
+    disk.stop().unwrap();
+    disk.connection().set_write_cache(true).unwrap();
+    let (told, file) = disk.inflight().unwrap();
+    let trailer = told.mmap_offset + told.mmap_size - 64;
+    file.write_all_at(&[1], trailer + 8).unwrap();
+    disk.reconnect().unwrap();
+    assert_eq!(disk.connection().config().unwrap().wce, 1);
+    let mut off = [9];
+    file_of(&disk).read_exact_at(&mut off, trailer + 8).unwrap();
+    assert_eq!(off, [0]);
+}
+
+fn file_of(disk: &Disk) -> &File {
+    disk.inflight().map(|(_, file)| file).expect("it is offered")
+}
+
+#[test]
+fn memory_of_another_back_end_ends_with_its_queues_and_knows_of_no_write_cache() {
+    let mut daemon = raw_disk();
+    let mut disk = daemon.open(&options(1));
+    disk.connection().set_write_cache(false).unwrap();
+    let (told, file) = disk.inflight().unwrap();
+    let (told, file) = (*told, file.try_clone().unwrap());
+    let queues = told.mmap_size - 64;
+    for (size, magic, wce) in
+        [(told.mmap_size, true, 0), (queues, true, 1), (told.mmap_size, false, 1)]
+    {
+        if !magic {
+            file.write_all_at(b"somebody", queues).unwrap();
+        }
+        kill(&mut daemon);
+        daemon.restart();
+        let mut other = daemon.open(&options(1));
+        other.stop().unwrap();
+        let told = VhostUserInflight::new(size, told.mmap_offset, told.num_queues, ENTRIES);
+        other.connection().set_inflight(&told, &file).unwrap();
+        assert_eq!(other.connection().config().unwrap().wce, wce, "{size} {magic}");
+    }
 }
 
 #[test]

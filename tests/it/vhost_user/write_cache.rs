@@ -34,7 +34,7 @@ fn dirty_pages(daemon: &Daemon) -> Option<u64> {
 }
 
 /// Every kind of write, each durable once it is acknowledged.
-fn assert_durable(daemon: &Daemon, disk: &mut Disk) {
+pub fn assert_durable(daemon: &Daemon, disk: &mut Disk) {
     for turn in 0..24u8 {
         let sector = 64 * u64::from(turn);
         match turn % 3 {

@@ -153,7 +153,10 @@ fn a_daemon_that_dies_at_any_store_leaves_what_was_in_flight_and_nothing_else() 
 fn the_layout_is_the_specifications() {
     assert_eq!((size_of::<Header>(), size_of::<Entry>()), (16, 16));
     let (region, told, file) = Region::new(2, 4).unwrap();
-    assert_eq!({ told.mmap_size }, 2 * 128);
+    assert_eq!({ told.mmap_size }, 2 * 128 + 64);
+    let mut trailer = [9; 64];
+    file.read_exact_at(&mut trailer, 256).unwrap();
+    assert_eq!((&trailer[..8], trailer[8..] == [0; 56]), (&b"vublk\0\x01\0"[..], true));
     assert_eq!(size_of_val(&told), 24);
     let mut bytes = [0; 256];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -189,7 +192,7 @@ fn refused(told: VhostUserInflight, file: &File) -> String {
 #[test]
 fn a_region_that_cannot_be_ours_is_refused() {
     let (_, told, file) = Region::new(2, 16).unwrap();
-    let len = told.mmap_size;
+    let len = told.mmap_size - size_of::<Trailer>() as u64;
     assert!(Region::map(&told, file.try_clone().unwrap()).is_ok());
     let with =
         |size, offset, queues, entries| VhostUserInflight::new(size, offset, queues, entries);
@@ -220,6 +223,25 @@ fn a_region_that_cannot_be_ours_is_refused() {
     let mut header = [0; 4];
     file.read_exact_at(&mut header, len / 2 + 8).unwrap();
     assert_eq!(header, [1, 0, 16, 0]);
+}
+
+#[test]
+fn a_trailer_counts_only_if_it_is_ours_and_is_there() {
+    let (region, told, file) = Region::new(2, 16).unwrap();
+    region.set_write_cache(false);
+    let parts = told.mmap_size - size_of::<Trailer>() as u64;
+    let found = |size| {
+        let told = VhostUserInflight::new(size, 0, 2, 16);
+        Region::map(&told, file.try_clone().unwrap()).unwrap().write_cache()
+    };
+    assert_eq!(found(told.mmap_size), Some(false));
+    assert_eq!(found(u64::MAX), Some(false));
+    assert_eq!(found(told.mmap_size - 1), None);
+    assert_eq!(found(parts), None);
+    file.write_all_at(&[0xff], parts + 8).unwrap();
+    assert_eq!(found(told.mmap_size), Some(false), "what is not zero is off");
+    file.write_all_at(b"V", parts).unwrap();
+    assert_eq!(found(told.mmap_size), None);
 }
 
 #[test]

@@ -238,8 +238,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if offset != WCE_OFFSET || wce > 1 || !switches {
             return refuse(format!("configuration byte {offset} set to {wce}"));
         }
-        self.disk.write_cache.store(wce == 1, Ordering::Relaxed);
-        self.apply_write_cache();
+        self.set_write_cache(wce == 1);
         if wce == 0 {
             // Writes that began under the old rule end before the flush that covers them.
             self.pause();
@@ -271,6 +270,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<(VhostUserInflight, File)> {
         let (region, told, file) =
             inflight::Region::new(inflight.num_queues, inflight.queue_size).or_else(refuse)?;
+        region.set_write_cache(self.disk.write_cache.is_on());
         // Used from now on, whether it is sent back or not: the next connection may send it.
         self.track_in(region)?;
         Ok((told, file))

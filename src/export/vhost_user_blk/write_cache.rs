@@ -1,0 +1,46 @@
+//! What the guest has made of its write cache, and who is believed of it.
+//!
+//! A guest says it once, when its driver starts; front ends do not repeat it. So the choice outlives
+//! the connection, and, in the memory in which requests in flight are tracked, the daemon.
+
+use super::inflight::Region;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The write cache of a disk, whoever connects for it. Changed on control threads alone.
+#[derive(Debug)]
+pub struct WriteCache {
+    on: AtomicBool,
+    /// This process has heard it, so that it knows better than any memory that comes later.
+    heard: AtomicBool,
+}
+
+impl Default for WriteCache {
+    fn default() -> WriteCache {
+        WriteCache { on: AtomicBool::new(true), heard: AtomicBool::new(false) }
+    }
+}
+
+impl WriteCache {
+    pub fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// The guest has said so, or was reset.
+    pub fn set(&self, on: bool, region: Option<&Region>) {
+        self.on.store(on, Ordering::Relaxed);
+        self.heard.store(true, Ordering::Relaxed);
+        if let Some(region) = region {
+            region.set_write_cache(on);
+        }
+    }
+
+    /// Memory has come. It may be of a daemon that has died, to whom the guest has said it.
+    pub fn meet(&self, region: &Region) {
+        match region.write_cache() {
+            Some(on) if !self.heard.load(Ordering::Relaxed) => {
+                self.on.store(on, Ordering::Relaxed);
+            }
+            _ => region.set_write_cache(self.is_on()),
+        }
+    }
+}
