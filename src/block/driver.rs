@@ -20,7 +20,7 @@
 //! later read of any worker. [`Driver::flush`] makes durable every write completed, on any worker,
 //! before the flush was called; it waits for no others.
 
-use super::Child;
+use super::{Child, Image};
 use crate::io::{Errno, InFlight, IoResult, IoVec, Started};
 use std::future::Future;
 use std::pin::Pin;
@@ -333,13 +333,4 @@ pub trait Locks: Send + Sync {
     fn commit(&self, old: super::Perms, new: super::Perms);
     /// Undoes `prepare`. Cannot fail.
     fn rollback(&self, old: super::Perms, new: super::Perms);
-}
-
-/// Operations on the disk as a whole.
-pub trait Image: Send + Sync {
-    /// Sets the length, in bytes. New bytes read as zeroes. Shrinking is refused unless `shrink`.
-    /// Called with no other request in flight on the node.
-    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), super::Error>>;
-    /// Bytes that the disk occupies on its storage, where that can be told. Called at any time.
-    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>>;
 }

@@ -2,7 +2,7 @@
 //! implement them (formats, filters, protocols).
 //!
 //! * [`node`]: what users hold. Checks, aligns, splits, orders.
-//! * [`driver`]: what formats and protocols implement, and what they can rely on.
+//! * [`driver`], [`image`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
@@ -17,6 +17,7 @@ pub mod create;
 pub mod driver;
 pub mod error;
 pub mod graph;
+pub mod image;
 pub mod node;
 pub mod open;
 pub mod overlap;
@@ -28,11 +29,12 @@ pub mod registry;
 pub use child::Child;
 pub use create::{CreateEntry, CreateOption, Creation, ValueType, create_options};
 pub use driver::{
-    Abilities, Access, Driver, Extent, Image, Leaf, LocalFuture, Locks, Mapping, Place, Precision,
-    Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Driver, Extent, Leaf, LocalFuture, Locks, Mapping, Place, Precision, Status,
+    Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 pub use error::Error;
 pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
+pub use image::{CheckReport, Fix, Image, ImageInfo};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
 pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};

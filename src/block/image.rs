@@ -1,0 +1,86 @@
+//! Operations on a disk as a whole: its length, what it occupies, its health, what it says of
+//! itself.
+
+use super::{Error, LocalFuture};
+use crate::io::{Errno, IoResult};
+use crate::options::Value;
+
+/// Operations on the disk as a whole. What a driver does not have, it refuses.
+pub trait Image: Send + Sync {
+    /// Sets the length, in bytes. New bytes read as zeroes. Shrinking is refused unless `shrink`.
+    /// Called with no other request in flight on the node.
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>>;
+
+    /// Bytes that the disk occupies on its storage, where that can be told. Called at any time.
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>>;
+
+    /// Checks the image's metadata and repairs of it what `fix` names, telling `say` one line at a
+    /// time what is found and done. Called with no other request in flight on the node; to repair,
+    /// the node must be writable.
+    ///
+    /// # Errors
+    /// When the image cannot be read so far that counting makes sense, or a repair fails; ENOTSUP
+    /// where there is nothing to check.
+    fn check<'a>(
+        &'a self,
+        fix: Fix,
+        say: &'a mut dyn FnMut(&str),
+    ) -> LocalFuture<'a, Result<CheckReport, Error>> {
+        let _ = (fix, say);
+        Box::pin(std::future::ready(Err(Error::new("This image format does not support checks")
+            .with_errno(Errno(libc::ENOTSUP)))))
+    }
+
+    /// What the image says of itself. Called at any time.
+    fn info(&self) -> ImageInfo {
+        ImageInfo::default()
+    }
+}
+
+/// What a check may repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Fix {
+    #[default]
+    Nothing,
+    /// Clusters that are counted but not used. Fails where that cannot be done safely.
+    Leaks,
+    /// Everything that can be.
+    All,
+}
+
+/// What a check found and repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CheckReport {
+    /// Mistakes that can lose data, and were not repaired.
+    pub corruptions: u64,
+    /// Clusters that nothing uses and nobody else can, and that were not given back.
+    pub leaks: u64,
+    /// What could not be checked.
+    pub check_errors: u64,
+    pub corruptions_fixed: u64,
+    pub leaks_fixed: u64,
+    /// Where the last cluster in use ends, in bytes; 0 if that was not found out.
+    pub image_end_offset: u64,
+    /// Clusters of the disk, and how many of them are stored, apart from their predecessors, or
+    /// compressed.
+    pub total_clusters: u64,
+    pub allocated_clusters: u64,
+    pub fragmented_clusters: u64,
+    pub compressed_clusters: u64,
+}
+
+/// What an image says of itself, as ImageInfo of QMP has it.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct ImageInfo {
+    /// Bytes.
+    pub cluster_size: Option<u64>,
+    /// The image was not closed cleanly.
+    pub is_dirty: bool,
+    pub is_encrypted: bool,
+    /// As it is stored in the image.
+    pub backing_filename: Option<String>,
+    pub backing_format: Option<String>,
+    /// ImageInfoSpecific of QMP: `type`, and `data` with keys in the order in which people read
+    /// them.
+    pub specific: Option<Value>,
+}
