@@ -11,10 +11,11 @@ use vublk::export::vhost_user_blk::memory::{Memory, Region};
 const PAGE: u64 = 4096;
 const CANARY: u8 = 0xc5;
 
-/// A file in memory of so many bytes.
+/// A file in memory of so many bytes, which may be sealed.
 pub fn memory_file(len: u64) -> File {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a string with its end; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags) };
     assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
     // SAFETY: the descriptor is new and nobody else's.
     let file = unsafe { File::from_raw_fd(fd) };

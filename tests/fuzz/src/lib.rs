@@ -3,8 +3,10 @@
 
 mod disk;
 mod guest;
+mod inflight;
 mod input;
 pub mod options;
 pub mod qcow2_header;
+mod scribbler;
 pub mod vhost_user_messages;
 pub mod virtqueue;

@@ -25,6 +25,8 @@ const MESSAGES: usize = 40;
 const QUEUES: u16 = 3;
 /// Bytes of the front end's memory.
 const MEMORY: u64 = 64 << 10;
+/// Bytes that the specification's layout takes for a queue of 16 entries, in whole lines of 64.
+const KEPT: u64 = 320;
 const USER: u64 = 0x7f00_0000_0000;
 
 /// Codes of the vhost-user specification's front-end messages.
@@ -193,12 +195,15 @@ impl FrontEnd<'_> {
 
     /// What every front end begins with, up to a ring that runs.
     fn set_up(&mut self, socket: &UnixStream) -> usize {
+        let tracked = if self.input.one_in(2) { Some(self.kept()) } else { None };
         let event = || OwnedFd::from(file(EventFd::new(EFD_NONBLOCK).expect("an eventfd")));
         let memory = || OwnedFd::from(self.memory.try_clone().expect("a descriptor"));
         let words = |list: &[u64]| list.iter().flat_map(|word| word.to_le_bytes()).collect();
         let pair = |a: u32, b: u32| [a.to_le_bytes(), b.to_le_bytes()].concat();
         let ring = [pair(0, 0), words(&[USER, USER + 0x1800, USER + 0x1000, 0])].concat();
         let table = [pair(1, 0), words(&[0, MEMORY, USER, 0])].concat();
+        let kept = [words(&[KEPT * 3, 0]), pair(3 | 16 << 16, 0)].concat();
+        let tracks = tracked.map(|file| (code::SET_INFLIGHT_FD, kept, vec![file.into()]));
         let messages: [(u32, Vec<u8>, Vec<OwnedFd>); 12] = [
             (code::SET_OWNER, vec![], vec![]),
             (code::GET_FEATURES, vec![], vec![]),
@@ -223,12 +228,14 @@ impl FrontEnd<'_> {
             (code::SET_VRING_KICK, words(&[0]), vec![event()]),
             (code::SET_VRING_ENABLE, pair(0, 1), vec![]),
         ];
-        let keep = usize::from(self.input.u8()) % (messages.len() * 4);
-        let count = if keep < messages.len() { keep } else { messages.len() };
-        for (code, body, files) in &messages[..count] {
+        let count = usize::from(self.input.u8()) % (messages.len() * 4);
+        let count = count.min(messages.len());
+        // After the memory's table.
+        let (before, after) = messages[..count].split_at(count.min(6));
+        for (code, body, files) in before.iter().chain(&tracks).chain(after) {
             send(socket, *code, 1, body.len() as u32, body, files);
         }
-        count
+        count + tracks.iter().len()
     }
 
     fn user(&mut self) -> u64 {
@@ -329,12 +336,36 @@ impl FrontEnd<'_> {
         (0..count).map(|_| self.file(code)).collect()
     }
 
+    /// Memory as the daemon hands it out to track requests in, with anything in it: for up to four
+    /// queues of 16 entries.
+    fn kept(&mut self) -> File {
+        let kept = memory_file(MEMORY);
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        // SAFETY: integers are all that the call takes.
+        let sealed = unsafe { libc::fcntl(kept.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+        assert_eq!(sealed, 0, "{}", std::io::Error::last_os_error());
+        for queue in 0..4 {
+            let [last, used] = [(); 2].map(|()| self.input.u8() % 17);
+            let header = [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 16, 0, last, 0, used % 3, 0];
+            kept.write_all_at(&header, queue * KEPT).expect("room in memory");
+            for _ in 0..self.input.below(4) {
+                let (entry, mark) = (self.input.below(17), self.input.u8() % 3);
+                let [next, counter] = [(); 2].map(|()| self.input.u8() % 17);
+                let entry_bytes = [mark, 0, 0, 0, 0, 0, next, 0, counter];
+                kept.write_all_at(&entry_bytes, queue * KEPT + 16 + entry * 16)
+                    .expect("room in memory");
+            }
+        }
+        kept
+    }
+
     fn file(&mut self, code: u32) -> OwnedFd {
         let strange = self.input.one_in(8);
         let eventful =
             matches!(code, code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR);
         match (strange, eventful) {
             (false, true) => file(EventFd::new(EFD_NONBLOCK).expect("an eventfd")).into(),
+            (false, false) if code == code::SET_INFLIGHT_FD => self.kept().into(),
             (false, false) => self.memory.try_clone().expect("a descriptor").into(),
             _ => match self.input.u8() % 6 {
                 0 => {

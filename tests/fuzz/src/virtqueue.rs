@@ -6,13 +6,14 @@
 
 use super::disk::{self, Under, Wanted};
 use super::guest::{GuestMemory, Place};
+use super::inflight::Kept;
 use super::input::Input;
+use super::scribbler::Scribbler;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -136,6 +137,8 @@ struct Guest {
     free: u64,
     /// Where the status of each chain in flight will be, by head.
     flying: BTreeMap<u16, u64>,
+    /// Heads, in the order in which they were made available.
+    offered: Vec<u16>,
     /// A chain that nothing can be wrong with, on a disk without faults.
     must_succeed: Option<u16>,
     faulty: bool,
@@ -219,19 +222,8 @@ impl Guest {
         // Not from the start: the guest's two indexes begin where an earlier session left them.
         memory.put(available + 2, &start.to_le_bytes());
         memory.put(used + 2, &start.to_le_bytes());
-        let Ok(ring) = SplitRing::new(&memory.memory, size, at, start, event_index) else { return };
         let [call, error] = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
-        *shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
-            name: "fuzz".to_owned(),
-            disk: opened.disk.clone(),
-            memory: memory.memory.clone(),
-            ring,
-            inflight: None,
-            size,
-            call: Some(file(&call)),
-            err: Some(file(&error)),
-            paused: 0,
-        }));
+        let (called, failed) = (file(&call), file(&error));
         let mut guest = Guest {
             free: used + 6 + entries * 8,
             memory,
@@ -244,6 +236,7 @@ impl Guest {
             seen: start,
             next_descriptor: 0,
             flying: BTreeMap::new(),
+            offered: Vec::new(),
             must_succeed: None,
             faulty: wanted.faulty,
             shared,
@@ -251,13 +244,96 @@ impl Guest {
             kick,
             error,
         };
-        let scribbler = scribble.map(|seed| Scribbler::start(&guest, seed));
+        let mut kept =
+            if input.one_in(2) { Some(guest.have_a_past(&mut input).await) } else { None };
+        // Where the front end says that the ring goes on; with a past, it may be wrong.
+        let base = if kept.is_some() { input.u16() } else { start };
+        let ring = SplitRing::new(&guest.memory.memory, size, at, base, event_index);
+        let Ok(mut ring) = ring else { return };
+        let inflight = match &mut kept {
+            None => None,
+            Some(kept) => {
+                let Some(tracker) = kept.take_up(ring.published()) else { return };
+                ring.go_on_behind(tracker.to_replay());
+                Some(tracker)
+            }
+        };
+        *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
+            name: "fuzz".to_owned(),
+            disk: opened.disk.clone(),
+            memory: guest.memory.memory.clone(),
+            ring,
+            inflight,
+            size,
+            call: Some(called),
+            err: Some(failed),
+            paused: 0,
+        }));
+        current().wake_source(me);
+        if let Some(kept) = &kept
+            && !honest
+            && at.used == USER + used
+        {
+            guest.see_what_is_begun_again(kept).await;
+        }
+        let ring_and_headers = u64::from(guest.size) * 18 + 0x800;
+        let scribbler = scribble
+            .map(|seed| Scribbler::start(&guest.memory, guest.descriptors, ring_and_headers, seed));
         guest.act(&mut input).await;
         guest.end().await;
         drop(scribbler);
         guest.memory.check();
+        if let Some(kept) = &kept {
+            let used_index = honest.then(|| u16::from_le_bytes(guest.memory.get(guest.used + 2)));
+            kept.check_end(guest.is_broken(), used_index);
+        }
         // The queue's memory goes before the disk's worker does.
         guest.shared.queue.borrow_mut().take();
+    }
+
+    /// Has made requests available to a daemon that died over them: what is kept of them, and what
+    /// it had shown in the used ring.
+    async fn have_a_past(&mut self, input: &mut Input<'_>) -> Kept {
+        for _ in 0..input.below(9) {
+            if self.table_is_full() {
+                break;
+            }
+            self.request(input).await;
+        }
+        self.tell();
+        let mut kept = Kept::new(input, self.size, self.honest);
+        let handed_back = kept.live_and_die(input, &self.offered, self.seen);
+        for (n, head) in (0..).zip(&handed_back.heads) {
+            let entry = u64::from(self.seen.wrapping_add(n) & (self.size - 1));
+            let element = [u32::from(*head), 1].map(u32::to_le_bytes).concat();
+            self.memory.put(self.used + 4 + entry * 8, &element);
+            self.memory.put(self.flying[head], &[0]);
+        }
+        let index = self.seen.wrapping_add(handed_back.shown);
+        self.memory.put(self.used + 2, &index.to_le_bytes());
+        if !self.honest {
+            kept.scramble(input);
+        }
+        kept
+    }
+
+    /// Makes nothing available beyond what the queue begins again, and looks what comes back: each
+    /// of those at most once.
+    async fn see_what_is_begun_again(&mut self, kept: &Kept) {
+        let used_index = || u16::from_le_bytes(self.memory.get(self.used + 2));
+        let (from, mut again) = (kept.used_index, kept.again.clone());
+        self.index = from.wrapping_add(again.len() as u16);
+        self.tell();
+        current().wake_source(self.me);
+        sleep(Duration::from_millis(20)).await;
+        let count = used_index().wrapping_sub(from);
+        assert!(usize::from(count) <= again.len(), "{count} came back of {}", again.len());
+        for n in 0..count {
+            let entry = u64::from(from.wrapping_add(n) & (self.size - 1));
+            let id = u32::from_le_bytes(self.memory.get(self.used + 4 + entry * 8));
+            let place = again.iter().position(|head| u32::from(*head) == id);
+            again.remove(place.unwrap_or_else(|| panic!("{id} came back and was not to")));
+        }
     }
 
     async fn act(&mut self, input: &mut Input<'_>) {
@@ -344,10 +420,17 @@ impl Guest {
         (self.free <= base.guest + base.len).then_some(at)
     }
 
+    /// Whether what was used of the table and of the memory must come back before the next request.
+    fn table_is_full(&self) -> bool {
+        let base = self.memory.places[0];
+        // A small ring's chains are indirect.
+        let wanted = if self.size < 9 { 1 } else { 9 };
+        base.guest + base.len < self.free + 0x4000 || self.next_descriptor + wanted > self.size
+    }
+
     /// A request that keeps to the rules as far as its shape goes.
     async fn request(&mut self, input: &mut Input<'_>) {
-        let room_left = self.memory.places[0].guest + self.memory.places[0].len - self.free;
-        if room_left < 0x4000 || self.next_descriptor + 9 > self.size {
+        if self.table_is_full() {
             // All of the table and of the memory is used anew once nothing is in flight.
             self.settle().await;
             self.next_descriptor = 0;
@@ -435,6 +518,7 @@ impl Guest {
     /// Puts a chain into the available ring; `tell` shows it.
     fn offer(&mut self, head: u16, status: u64) {
         self.flying.insert(head, status);
+        self.offered.push(head);
         let entry = self.available + 4 + u64::from(self.index & (self.size - 1)) * 2;
         self.memory.put(entry, &head.to_le_bytes());
         self.index = self.index.wrapping_add(1);
@@ -561,40 +645,4 @@ fn encode(addr: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
     bytes[12..14].copy_from_slice(&flags.to_le_bytes());
     bytes[14..].copy_from_slice(&next.to_le_bytes());
     bytes
-}
-
-/// Another processor of the guest, which changes descriptors and headers while they are read.
-struct Scribbler {
-    end: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Scribbler {
-    fn start(guest: &Guest, seed: u64) -> Scribbler {
-        let end = Arc::new(AtomicBool::new(false));
-        let (theirs, memory) = (end.clone(), guest.memory.memory.clone());
-        let (from, len) = (guest.descriptors, u64::from(guest.size) * 18 + 0x800);
-        let thread = std::thread::spawn(move || {
-            let mut state = seed | 1;
-            while !theirs.load(Ordering::Relaxed) {
-                // xorshift
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                let Some(host) = memory.host(from + (state >> 8) % len, 1) else { continue };
-                // SAFETY: a byte of the guest's memory, which `memory` keeps mapped.
-                unsafe { host.write_volatile(state as u8 & 0x13) };
-            }
-        });
-        Scribbler { end, thread: Some(thread) }
-    }
-}
-
-impl Drop for Scribbler {
-    fn drop(&mut self) {
-        self.end.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
