@@ -3,11 +3,12 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test bench fuzz install
+.PHONY: help setup demo test test-without-io-uring bench fuzz install
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
 	@echo 'make test   all tests, as CI runs them'
+	@echo 'make test-without-io-uring  the tests of disks where threads do the I/O'
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
 	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
@@ -23,6 +24,15 @@ test: setup
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) test --workspace --locked
+	@$(MAKE) --no-print-directory test-without-io-uring THREADS_TESTS='vhost_user:: file:: monitor::resize'
+
+# What a command line prints is compared word by word, and has the warning then.
+THREADS_TESTS ?= --skip cli:: --skip monitor::ctl
+
+# The same tests of disks where the kernel refuses io_uring, and threads do the I/O.
+test-without-io-uring: setup
+	$(CARGO) build --locked -p vublk-testkit
+	target/debug/without-io-uring $(CARGO) test --locked -p vublk --test it -- $(THREADS_TESTS)
 
 bench: setup
 	$(CARGO) build --release --locked

@@ -315,16 +315,8 @@ const OBJECT_TYPES: [&str; 14] = [
 ];
 
 fn start_worker(name: &str, options: WorkerOptions) -> Result<Worker, Error> {
-    Worker::start(name, options).map_err(|error| {
-        let what = format!("cannot start worker '{name}'");
-        match error.raw_os_error() {
-            Some(libc::EPERM | libc::ENOSYS) => {
-                Error::os(format!("{what}: io_uring is not allowed or not there"), error)
-            }
-            Some(_) => Error::os(what, error),
-            None => Error::new(format!("{what}: {error}")),
-        }
-    })
+    Worker::start(name, options)
+        .map_err(|error| Error::os(format!("cannot start worker '{name}'"), error))
 }
 
 /// A block size as the guest can be told: a power of two from 512 bytes to 2 MiB.

@@ -1,11 +1,13 @@
-//! The engine: workers over io_uring, and what runs on them.
+//! The engine: workers over io_uring, or threads where there is none, and what runs on them.
 //!
 //! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
 //! * [`ring`]: io_uring behind a small trait.
+//! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`op`]: operations on descriptors; `slots`: those in flight, and whom to tell of their end.
-//! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks.
+//! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
+//!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share.
 //! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
@@ -17,6 +19,8 @@ pub mod errno;
 pub mod iovec;
 pub mod offload;
 pub mod op;
+mod polls;
+mod pool;
 pub mod ring;
 pub mod sim;
 mod slots;
@@ -24,6 +28,7 @@ pub mod source;
 mod spin;
 pub mod sync;
 pub mod task;
+pub mod threads;
 pub mod timer;
 mod turn;
 mod unwind;

@@ -11,14 +11,14 @@
 use super::errno::Errno;
 use super::iovec::IoVec;
 use super::op::{Durable, Segments};
+use super::polls::{Polls, calls};
 use super::ring::{Completion, Kind, Ring, Submission, Wait};
 use super::sync::Mutex;
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// The first descriptor of a simulated file; real ones stay far below.
 const FIRST_SIM_FD: RawFd = 1 << 30;
@@ -130,19 +130,12 @@ pub struct SimRing {
     due: BTreeMap<(u64, u64), Begun>,
     hung: Vec<Begun>,
     ready: VecDeque<Completion>,
-    epoll: Epoll,
-    polls: Vec<Option<Poll>>,
+    polls: Polls,
 }
 
 struct Begun {
     submission: Submission,
     ticket: u64,
-}
-
-/// A poll that goes on. The ring holds the file, as the real one does.
-struct Poll {
-    user_data: u64,
-    file: OwnedFd,
 }
 
 impl SimRing {
@@ -155,8 +148,7 @@ impl SimRing {
             due: BTreeMap::new(),
             hung: Vec::new(),
             ready: VecDeque::new(),
-            epoll: Epoll::new()?,
-            polls: Vec::new(),
+            polls: Polls::new()?,
         })
     }
 
@@ -168,7 +160,7 @@ impl SimRing {
     fn start_queued(&mut self) {
         for submission in std::mem::take(&mut self.queued) {
             match submission.kind {
-                Kind::PollMany => self.start_poll(submission),
+                Kind::PollMany => self.ready.extend(self.polls.start(submission).err()),
                 Kind::PollEnd(user_data) => self.end_poll(submission, user_data),
                 _ => {
                     let longest = self.disorder.max_delay.as_nanos() as u64;
@@ -179,54 +171,24 @@ impl SimRing {
         }
     }
 
-    fn start_poll(&mut self, submission: Submission) {
-        // SAFETY: the descriptor is only borrowed for the call; if it is not open the call fails.
-        let file = unsafe { BorrowedFd::borrow_raw(submission.fd) }.try_clone_to_owned();
-        let slot = self.polls.len() as u64;
-        let added = file.and_then(|file| {
-            // Edge-triggered: a descriptor that nobody reads is told of once per write.
-            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, slot);
-            self.epoll.ctl(ControlOperation::Add, file.as_raw_fd(), event)?;
-            Ok(file)
-        });
-        match added {
-            Ok(file) => self.polls.push(Some(Poll { user_data: submission.user_data, file })),
-            Err(error) => self.complete(submission.user_data, -Errno::from(error).0),
-        }
-    }
-
     fn end_poll(&mut self, submission: Submission, user_data: u64) {
-        let found = self
-            .polls
-            .iter_mut()
-            .find(|poll| poll.as_ref().is_some_and(|poll| poll.user_data == user_data));
-        let result = match found.and_then(Option::take) {
-            Some(poll) => {
-                let event = EpollEvent::default();
-                let _ = self.epoll.ctl(ControlOperation::Delete, poll.file.as_raw_fd(), event);
-                self.complete(poll.user_data, -libc::ECANCELED);
-                0
-            }
-            None => -libc::ENOENT,
-        };
-        self.complete(submission.user_data, result);
+        let ended = self.polls.end(user_data);
+        if ended {
+            self.complete(user_data, -libc::ECANCELED);
+        }
+        self.complete(submission.user_data, if ended { 0 } else { -libc::ENOENT });
     }
 
     fn complete(&mut self, user_data: u64, result: i32) {
         self.ready.push_back(Completion { user_data, result, more: false });
     }
 
-    /// Looks at what is polled, for at most `ms` milliseconds of real time.
-    fn poll(&mut self, ms: i32) {
-        let mut events = [EpollEvent::default(); 16];
-        // Interrupted: as if nothing had come.
-        let count = self.epoll.wait(ms, &mut events).unwrap_or(0);
-        for event in &events[..count] {
-            if let Some(Some(poll)) = self.polls.get(event.data() as usize) {
-                let result = libc::POLLIN as i32;
-                self.ready.push_back(Completion { user_data: poll.user_data, result, more: true });
-            }
+    /// Looks at what is polled, for at most so much of real time.
+    fn poll(&mut self, time: Duration) {
+        if !time.is_zero() {
+            self.polls.sleep(Some(time));
         }
+        self.polls.look(&mut self.ready);
     }
 
     /// Performs what is due up to `until`, the clock moving along.
@@ -310,7 +272,7 @@ impl SimRing {
             match next {
                 Some(at) if at <= deadline => self.run_due(at),
                 _ if wait == Wait::Forever => {
-                    self.poll(10);
+                    self.poll(Duration::from_millis(10));
                     self.retry_hung();
                     assert!(
                         began.elapsed() < STALL,
@@ -348,7 +310,7 @@ impl Ring for SimRing {
         self.run_due(now);
         self.clock = now;
         self.retry_hung();
-        self.poll(0);
+        self.poll(Duration::ZERO);
         self.wait(wait);
     }
 
@@ -374,26 +336,16 @@ fn is_direct(fd: RawFd) -> bool {
 
 /// Performs `op` on a real descriptor, at once.
 fn execute_real(fd: RawFd, op: &SimOp<'_>) -> Result<u64, Errno> {
-    let result = match op {
-        SimOp::Read { offset, into } => {
-            let list = into.as_raw();
-            // SAFETY: the list's memory is mapped, as `part` says.
-            unsafe { libc::preadv(fd, list.as_ptr(), list.len() as i32, *offset as i64) }
-        }
+    match op {
+        // SAFETY: the list's memory is mapped, as `part` says.
+        SimOp::Read { offset, into } => unsafe { calls::read(fd, into.as_raw(), *offset) },
         SimOp::Write { offset, from, durable } => {
-            let list = from.as_raw();
-            let flags = if *durable == Durable::Yes { libc::RWF_DSYNC } else { 0 };
             // SAFETY: as above.
-            unsafe { libc::pwritev2(fd, list.as_ptr(), list.len() as i32, *offset as i64, flags) }
+            unsafe { calls::write(fd, from.as_raw(), *offset, *durable) }
         }
-        // SAFETY: names no memory.
-        SimOp::Sync => unsafe { libc::fdatasync(fd) as isize },
-        SimOp::Allocate { mode, offset, len } => {
-            // SAFETY: names no memory.
-            unsafe { libc::fallocate(fd, *mode, *offset as i64, *len as i64) as isize }
-        }
-    };
-    if result < 0 { Err(Errno::last()) } else { Ok(result as u64) }
+        SimOp::Sync => calls::sync(fd),
+        SimOp::Allocate { mode, offset, len } => calls::allocate(fd, *mode, *offset, *len),
+    }
 }
 
 #[cfg(test)]
@@ -401,6 +353,7 @@ mod tests {
     use super::*;
     use crate::io::{self, run_on};
     use std::cell::RefCell;
+
     use std::rc::Rc;
 
     fn ring(disorder: Disorder) -> Box<SimRing> {

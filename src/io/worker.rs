@@ -5,6 +5,7 @@ use super::ring::{Completion, Ring, Uring, Wait};
 use super::slots::Ops;
 use super::sync::Mutex;
 use super::task::RunQueue;
+use super::threads::Threads;
 use super::timer::Timers;
 use super::unwind::AbortOnPanic;
 use super::{Errno, Local, SourceId};
@@ -162,10 +163,10 @@ impl Worker {
                 pin(cpu);
             }
             // The ring belongs to the thread that makes it.
-            match Uring::new() {
+            match make_ring() {
                 Ok(ring) => {
                     let _ = sender.send(Ok(()));
-                    let mut local = Local::new(Box::new(ring), theirs);
+                    let mut local = Local::new(ring, theirs);
                     let _guard = AbortOnPanic;
                     while local.round() {}
                     set_current(None);
@@ -214,6 +215,23 @@ impl Worker {
             });
         });
         receiver.recv().expect("the worker lives as long as its handle")
+    }
+}
+
+/// The kernel's ring, or where that is not to be had one of threads, with one warning.
+fn make_ring() -> std::io::Result<Box<dyn Ring>> {
+    static WARNED: std::sync::Once = std::sync::Once::new();
+    match Uring::new() {
+        Ok(ring) => Ok(Box::new(ring)),
+        Err(error) => {
+            WARNED.call_once(|| {
+                log::warn!(
+                    "io_uring cannot be used ({error}): threads do the I/O, which costs more \
+                     processor time"
+                );
+            });
+            Ok(Box::new(Threads::new()?))
+        }
     }
 }
 

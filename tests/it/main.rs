@@ -12,5 +12,6 @@ mod guest;
 mod model;
 mod monitor;
 mod node;
+mod threads;
 mod vhost_user;
 mod vhost_user_review;

@@ -154,6 +154,7 @@ fn a_running_guest_sees_its_disk_grow_and_shrink_and_uses_the_new_space() {
         sees 8192
         dd if=/dev/zero of=/dev/vda bs=512 seek=8191 count=1 oflag=direct 2>/dev/null || exit 1
         dd if=/dev/zero of=/dev/vda bs=512 seek=8192 count=1 oflag=direct 2>/dev/null && exit 1
+        echo edge
         read -r go
         sees 32768
         "#,
@@ -178,7 +179,7 @@ fn a_running_guest_sees_its_disk_grow_and_shrink_and_uses_the_new_space() {
     };
     ctl("node-name=d0,size=4M");
     guest.say("go");
-    guest.wait_for("size 8192");
+    guest.wait_for("edge");
     ctl("node-name=d0,size=16M");
     guest.say("go");
     let console = guest.finish();

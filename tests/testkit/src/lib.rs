@@ -10,6 +10,7 @@
 //! | [`request`] | block requests and the ways to cut them into descriptors |
 //! | [`blk`] | a disk: connection, queues, and requests that are sent, waited for and checked |
 //! | [`process`] | server processes: started, awaited, measured, ended |
+//! | [`seccomp`] | a host without io_uring |
 //!
 //! A test that wants a working disk starts with [`blk::Disk::open`]; one that wants to break the
 //! protocol starts with [`frontend::Connection`] and [`ring::DriverRing`]. Every wait has a bound.
@@ -22,6 +23,7 @@ pub mod message;
 pub mod process;
 pub mod request;
 pub mod ring;
+pub mod seccomp;
 pub mod spec;
 mod watchdog;
 
