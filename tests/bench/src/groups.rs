@@ -110,15 +110,14 @@ fn cells(direct_too: bool, sequential: bool, quick: bool) -> Vec<Cell> {
 /// Runs every cell on every server in turn, round after round, the order turning with the round.
 fn take_turns(
     plan: &Plan,
-    content: &Content,
+    setup: &Setup,
     kinds: &[Kind],
     cells: &[Cell],
     fio_on: Option<&Path>,
 ) -> Result<Results> {
     let mut running: Vec<(Kind, Running)> = Vec::new();
     for &kind in kinds {
-        let setup = Setup::one(content.clone());
-        let server = servers::start(&plan.programs, kind, &setup, Some(SERVER_CPU))?;
+        let server = servers::start(&plan.programs, kind, setup, Some(SERVER_CPU))?;
         running.push((kind, server));
     }
     let mut results = Results::default();
@@ -176,7 +175,7 @@ fn one_cell(plan: &Plan, cell: &Cell, server: &Running) -> Result<Measured> {
 pub fn null(plan: &Plan) -> Result<Results> {
     let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd, Kind::Stock]);
     let cells = cells(true, false, plan.quick);
-    take_turns(plan, &Content::Null, &kinds, &cells, None)
+    take_turns(plan, &Setup::one(Content::Null), &kinds, &cells, None)
 }
 
 /// A file full of data, removed when dropped.
@@ -209,7 +208,7 @@ pub fn tmpfs(plan: &Plan) -> Result<Results> {
     let content = Content::File { path: file.0.clone(), direct: false };
     let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd]);
     let cells = cells(false, true, plan.quick);
-    take_turns(plan, &content, &kinds, &cells, Some(&file.0))
+    take_turns(plan, &Setup::one(content), &kinds, &cells, Some(&file.0))
 }
 
 /// Group 3: a raw file in `dir` with O_DIRECT.
@@ -220,7 +219,18 @@ pub fn direct(plan: &Plan, dir: &Path) -> Result<Results> {
     let mut cells = cells(false, true, plan.quick);
     // The device's own time hides what polling would show.
     cells.retain(|c| c.depth == 1 || c.mode == Mode::Wait);
-    take_turns(plan, &content, &kinds, &cells, None)
+    take_turns(plan, &Setup::one(content), &kinds, &cells, None)
+}
+
+/// Group 6: the file of group 2 where the kernel refuses io_uring, and threads do the I/O.
+pub fn threads(plan: &Plan) -> Result<Results> {
+    let file = DataFile::new(Path::new("/dev/shm"))?;
+    let content = Content::File { path: file.0.clone(), direct: false };
+    let setup = Setup { io_uring: false, ..Setup::one(content) };
+    let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd]);
+    let mut cells = cells(false, true, plan.quick);
+    cells.retain(|c| c.mode == Mode::Wait);
+    take_turns(plan, &setup, &kinds, &cells, None)
 }
 
 /// Group 4: one queue on one worker, then two on two, each queue's load and worker on one CPU.
@@ -254,8 +264,7 @@ pub fn queues(plan: &Plan) -> Result<Results> {
 
 /// Queue `i` is driven and served on CPU `i`.
 fn paired(plan: &Plan, kind: Kind, cell: &Cell) -> Result<Measured> {
-    let setup =
-        Setup { content: Content::Null, disks: 1, queues: cell.queues, workers: cell.queues };
+    let setup = Setup { queues: cell.queues, workers: cell.queues, ..Setup::one(Content::Null) };
     let running = servers::start(&plan.programs, kind, &setup, None)?;
     let load = plan.load(cell, [0, 1]);
     let mut disk = load.open(&running.socket(0))?;

@@ -72,6 +72,8 @@ enum Group {
     Queues,
     /// A hundred idle disks
     Idle,
+    /// Raw file on tmpfs, without io_uring
+    Threads,
 }
 
 fn main() -> ExitCode {
@@ -130,6 +132,10 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
     if chosen(Group::Idle) {
         headline("Idle disks, connected, in one process");
         verdicts.extend(report_idle(&groups::idle(&plan)?));
+    }
+    if chosen(Group::Threads) {
+        headline("Raw file on tmpfs, io_uring refused by the kernel");
+        println!("{}", groups::threads(&plan)?.table());
     }
     conclude(&verdicts);
     Ok(())

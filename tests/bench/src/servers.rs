@@ -1,10 +1,12 @@
 //! The servers under comparison, and how each is told to serve the same disk.
 
 use std::fmt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use vublk_testkit::{Result, Server};
+use vublk_testkit::{Result, Server, seccomp};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 
@@ -45,11 +47,13 @@ pub struct Setup {
     pub queues: usize,
     /// Threads that serve; each disk's queues are dealt to all of them.
     pub workers: usize,
+    /// Whether the kernel lets them have an io_uring.
+    pub io_uring: bool,
 }
 
 impl Setup {
     pub fn one(content: Content) -> Setup {
-        Setup { content, disks: 1, queues: 1, workers: 1 }
+        Setup { content, disks: 1, queues: 1, workers: 1, io_uring: true }
     }
 }
 
@@ -90,11 +94,11 @@ pub fn start(
         Kind::Vublk => {
             let mut args = vec!["daemon".to_owned()];
             args.extend(daemon_args(dir.path(), setup));
-            start_daemon(&programs.vublk, &args, dir.path(), cpu)?
+            start_daemon(&programs.vublk, &args, setup, dir.path(), cpu)?
         }
         Kind::Qsd => {
             let args = daemon_args(dir.path(), setup);
-            start_daemon(&programs.qsd, &args, dir.path(), cpu)?
+            start_daemon(&programs.qsd, &args, setup, dir.path(), cpu)?
         }
     };
     Ok(Running { server, dir })
@@ -114,8 +118,20 @@ fn start_stock(dir: &Path, cpu: Option<usize>) -> Result<Server> {
     Ok(server)
 }
 
-fn start_daemon(program: &Path, args: &[String], dir: &Path, cpu: Option<usize>) -> Result<Server> {
-    let mut server = Server::start(program, args)?;
+fn start_daemon(
+    program: &Path,
+    args: &[String],
+    setup: &Setup,
+    dir: &Path,
+    cpu: Option<usize>,
+) -> Result<Server> {
+    let mut command = Command::new(program);
+    command.args(args);
+    if !setup.io_uring {
+        // SAFETY: makes two system calls and allocates nothing.
+        unsafe { command.pre_exec(seccomp::forbid_io_uring) };
+    }
+    let mut server = Server::spawn(command)?;
     server.wait_pidfile(&dir.join("pid"), START_LIMIT)?;
     if let Some(cpu) = cpu {
         server.pin(cpu)?;
@@ -144,10 +160,11 @@ fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
                 option("blockdev", format!("driver=null-co,node-name=n{i},size={size}"));
             }
             Content::File { path, direct } => {
+                let aio = if setup.io_uring { "io_uring" } else { "threads" };
                 let direct = if *direct { "on" } else { "off" };
                 // The servers take turns on one file, so none may lock it.
                 let file = format!(
-                    "driver=file,node-name=f{i},filename={},aio=io_uring,cache.direct={direct},locking=off",
+                    "driver=file,node-name=f{i},filename={},aio={aio},cache.direct={direct},locking=off",
                     path.display()
                 );
                 option("blockdev", file);
