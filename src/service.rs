@@ -1,6 +1,7 @@
 //! What one process serves: its block graph, its workers, its exports. The command lines and the
 //! monitor all act through this, so that a thing is done, refused and worded in one way.
 
+mod handover;
 mod live;
 
 pub use live::ExportInfo;
@@ -249,6 +250,9 @@ impl Service {
         let perms = Perms { held, shared: Perm::all() };
         let first_worker = self.exports.len();
         let options = ExportOptions { name: id.clone(), disk, workers, first_worker };
+        if let Address::Path { path, .. } = &address {
+            handover::wait_for_socket(path, LOCK_PATIENCE);
+        }
         // The front end is let in last: by then all permissions are held.
         let export = Export::new(node.clone(), address, options)?;
         let user = Some(export.user());

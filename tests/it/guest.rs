@@ -8,6 +8,7 @@ mod server;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use boot::Guest;
 use server::{outcome_of, output_of, qemu_storage_daemon, vublk_serve};
@@ -237,13 +238,15 @@ fn every_fsync_in_the_guest_reaches_the_file() {
     assert!(flushes >= 20, "20 fsyncs became {flushes} flushes");
 }
 
-#[test]
-fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_again() {
-    let seed = crate::disks::seed();
-    let mut random = fastrand::Rng::with_seed(seed);
+/// A guest writes to a disk over four queues and verifies what it wrote, again and again, while
+/// `disturb` ends its server in some way and starts it again. Calls it with the server and with how
+/// often it was called, until it says that it has been enough; then nothing may have gone wrong.
+fn under_load(disturb: impl Fn(&mut server::Server, usize, &mut fastrand::Rng) -> bool) {
+    let mut random = fastrand::Rng::with_seed(crate::disks::seed());
     let (_dir, [image]) = images(["disk"], 64);
     let mut server = vublk_serve(&[&image], &["-v"]).start();
-    let mut guest = Guest::new().cpus(4).with_fio().reconnecting_disk(server.socket(0), 4).boot(
+    let guest = Guest::new().cpus(4).with_fio().for_more(kills() as u32 * LONGEST_ABSENCE);
+    let mut guest = guest.reconnecting_disk(server.socket(0), 4).boot(
         r#"
         load() {
             until [ -e /tmp/stop ]; do
@@ -259,29 +262,67 @@ fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_agai
         touch /tmp/stop
         wait $! || exit 1
         dmesg | grep -E 'I/O error|is not a head'
-        true
+        echo "sum $(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum)"
         "#,
     );
     guest.wait_for("loading");
     // fio takes a moment to begin.
     guest.wait_for("round");
-    let begun_again = |server: &server::Server| server.log().contains("requests are begun again");
-    for kill in 0..30 {
-        // Now and then nothing is in flight.
-        if kill >= 6 && begun_again(&server) {
+    for times in 0.. {
+        std::thread::sleep(Duration::from_millis(random.u64(50..900)));
+        let enough = disturb(&mut server, times, &mut random);
+        server.wait_for("front end connected", times + 2);
+        if enough {
             break;
         }
-        std::thread::sleep(std::time::Duration::from_millis(random.u64(50..900)));
-        server.kill_and_restart();
-        server.wait_for("front end connected", kill + 2);
     }
     guest.say("go");
     let console = guest.finish();
-    assert!(begun_again(&server), "nothing was in flight at any kill:\n{}", server.log());
     for error in ["I/O error", "is not a head"] {
         assert!(!console.text().contains(error), "{error}:\n{}", console.text());
     }
     server.stop();
+    let on_host = output_of("sha256sum", [&image]);
+    assert_eq!(on_host.split(' ').next(), console.value("sum").split(' ').next());
+}
+
+/// How long a front end may be without its server, reckoned generously.
+const LONGEST_ABSENCE: Duration = Duration::from_secs(10);
+
+/// How often the server is killed; `VUBLK_KILLS` says it for a longer run.
+fn kills() -> usize {
+    std::env::var("VUBLK_KILLS").map_or(6, |kills| kills.parse().expect("VUBLK_KILLS: a number"))
+}
+
+#[test]
+fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_again() {
+    let wanted = kills();
+    under_load(|server, times, _| {
+        server.kill_and_restart();
+        // Now and then nothing is in flight.
+        let in_flight = server.log().matches("requests are begun again").count();
+        assert!(
+            times < wanted + 24,
+            "{in_flight} queues had requests in flight:\n{}",
+            server.log()
+        );
+        times + 1 >= wanted && in_flight > 0
+    });
+}
+
+#[test]
+fn a_guest_under_load_notices_nothing_when_its_daemon_is_replaced_by_another() {
+    under_load(|server, times, random| {
+        if times % 2 == 0 {
+            server.stop_and_restart();
+        } else {
+            // It waits for the image until the first has let it go.
+            server.start_next_and_stop(Duration::from_millis(random.u64(..500)));
+        }
+        let again = server.log().contains("requests are begun again");
+        assert!(!again, "something was left in flight:\n{}", server.log());
+        times + 1 == 6
+    });
 }
 
 /// What QEMU says when it wants to write and another holder does not share that.

@@ -27,6 +27,7 @@ pub struct Guest {
     boot_options: Vec<String>,
     qemu_options: Vec<String>,
     disks: usize,
+    more_time: Duration,
 }
 
 impl Guest {
@@ -44,6 +45,12 @@ impl Guest {
     /// Puts fio into the guest, which then takes a second longer to boot.
     pub fn with_fio(mut self) -> Self {
         self.boot_options.push("--fio".into());
+        self
+    }
+
+    /// Lets the guest live longer than others may.
+    pub fn for_more(mut self, time: Duration) -> Self {
+        self.more_time += time;
         self
     }
 
@@ -92,11 +99,20 @@ impl Guest {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        let end = Instant::now() + LIFETIME + self.more_time;
         let started = Instant::now();
         let (sender, lines) = channel();
         forward_lines(qemu.stdout.take().unwrap(), sender.clone());
         forward_lines(qemu.stderr.take().unwrap(), sender);
-        RunningGuest { qemu, lines, console: Console::default(), started, _dir: dir, _turn: turn }
+        RunningGuest {
+            qemu,
+            lines,
+            console: Console::default(),
+            started,
+            end,
+            _dir: dir,
+            _turn: turn,
+        }
     }
 
     /// Boots the guest, runs `script` to its end, and fails the test unless its exit code is 0.
@@ -111,6 +127,7 @@ pub struct RunningGuest {
     lines: Receiver<String>,
     console: Console,
     started: Instant,
+    end: Instant,
     _dir: TempDir,
     _turn: MutexGuard<'static, ()>,
 }
@@ -147,7 +164,7 @@ impl RunningGuest {
 
     /// The next line of the console; `None` once QEMU has closed it.
     fn next_line(&mut self) -> Option<String> {
-        let left = LIFETIME.saturating_sub(self.started.elapsed());
+        let left = self.end.saturating_duration_since(Instant::now());
         match self.lines.recv_timeout(left) {
             Ok(line) => {
                 self.console.lines.push((self.started.elapsed(), line.clone()));
@@ -156,7 +173,8 @@ impl RunningGuest {
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => {
                 panic!(
-                    "the guest still ran after {LIFETIME:?}; its console:\n{}",
+                    "the guest still ran after {:?}; its console:\n{}",
+                    self.started.elapsed(),
                     self.console.text()
                 )
             }

@@ -111,11 +111,29 @@ impl Server {
     /// Asks the server to end, and returns its output; fails the test unless it ends with exit code
     /// 0.
     pub fn stop(mut self) -> String {
+        self.end();
+        self.log()
+    }
+
+    fn end(&mut self) {
         // The shell's own kill: the program of that name is not on every machine.
         output_of("sh", ["-c", &format!("kill -TERM {}", self.process.id())]);
         let status = self.wait();
         assert!(status.success(), "the server ended with {status}:\n{}", self.log());
-        self.log()
+    }
+
+    /// Asks the server to end, and starts it again once it has.
+    pub fn stop_and_restart(&mut self) {
+        self.end();
+        self.process = self.command.spawn().unwrap();
+    }
+
+    /// Starts the next server while this one still serves, which is asked to end `later`.
+    pub fn start_next_and_stop(&mut self, later: Duration) {
+        let next = self.command.spawn().unwrap();
+        sleep(later);
+        self.end();
+        self.process = next;
     }
 
     /// Kills the server and starts it again, as it was started first.

@@ -1,0 +1,32 @@
+//! A daemon that is started while the one before it still ends: it waits for its socket, as it waits
+//! for the image.
+
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How often the file is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// How often it is asked whether somebody listens there. Each time whoever does sees a front end
+/// come and go, and has no more room for them than its backlog.
+const ASK: Duration = Duration::from_secs(1);
+
+/// Waits as long as somebody else listens on the socket, but no longer than `patience`: what is
+/// wrong with it, if anything, opening it will tell.
+pub(super) fn wait_for_socket(path: &Path, patience: Duration) {
+    let file = || std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let end = Instant::now() + patience;
+    while let Some(theirs) = file()
+        && UnixStream::connect(path).is_ok()
+    {
+        let ask = Instant::now() + ASK;
+        while file() == Some(theirs) && Instant::now() < ask {
+            if Instant::now() > end {
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+}
