@@ -1,14 +1,14 @@
-//! The drivers of this program: the lists of formats and protocols, joined.
+//! The drivers of this program: the lists of formats, filters and protocols, joined.
 
 use crate::block::{Creation, Error, Registry};
 use crate::options::Map;
-use crate::{format, protocol};
+use crate::{filter, format, protocol};
 use std::sync::LazyLock;
 
 /// All drivers that there are.
 pub fn registry() -> &'static Registry {
     static REGISTRY: LazyLock<Registry> =
-        LazyLock::new(|| Registry::new(&[format::LIST, protocol::LIST]));
+        LazyLock::new(|| Registry::new(&[format::LIST, filter::LIST, protocol::LIST]));
     &REGISTRY
 }
 

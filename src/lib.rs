@@ -8,18 +8,19 @@
 //!
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
-//! * [`format`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
+//! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`export`]: transports: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → monitor → service → export → block → io`, `format, protocol → block,
-//! io`. A test reads the `use` lines and holds this.
+//! Arrows go one way: `cli → monitor → service → export → block → io`, `format, filter, protocol →
+//! block, io`. A test reads the `use` lines and holds this.
 
 pub mod block;
 pub mod cli;
 pub mod drivers;
 pub mod export;
+pub mod filter;
 pub mod format;
 pub mod io;
 pub mod monitor;

@@ -30,7 +30,8 @@ pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// What a driver can do and what its requests must look like. Constant while the node is open.
 ///
-/// Alignments are powers of two, in bytes. Limits are in bytes, multiples of the alignment.
+/// Alignments are in bytes: those of transfers powers of two, those of zero and discard requests
+/// multiples of `request_align`. Limits are in bytes, multiples of the alignment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traits {
     /// Of offset and length of every read and write. At most 2 MiB.
@@ -274,6 +275,11 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Where I/O can be started without suspending, if this driver is the bottom of the graph.
     fn leaf(&self) -> Option<&dyn Leaf> {
+        None
+    }
+
+    /// What hears the events of the requests that pass ([`super::event`]).
+    fn debugger(&self) -> Option<&dyn super::Debugger> {
         None
     }
 

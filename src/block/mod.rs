@@ -8,6 +8,7 @@
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
+//! * [`event`]: what is about to happen, for debugging filters.
 //! * [`error`]: one line for whoever opened the disk.
 //!
 //! Nothing here names a format, a protocol or a transport.
@@ -16,6 +17,7 @@ pub mod child;
 pub mod create;
 pub mod driver;
 pub mod error;
+pub mod event;
 pub mod graph;
 pub mod image;
 pub mod node;
@@ -33,6 +35,7 @@ pub use driver::{
     Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 pub use error::Error;
+pub use event::{Debugger, Event};
 pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{CheckReport, Fix, Image, ImageInfo};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};

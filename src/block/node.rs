@@ -6,7 +6,7 @@
 
 use super::driver::*;
 use super::overlap::Overlap;
-use super::{Perm, Perms};
+use super::{Event, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
 use std::sync::Arc;
@@ -208,10 +208,12 @@ impl Node {
         let align = self.traits.request_align as u64;
         if (at | from.len()) & (align - 1) == 0 {
             let _listed = self.overlap.write(at..at + from.len()).await;
+            self.event(Event::Pwritev).await;
             self.write_aligned(at, from, pass).await?;
         } else {
             self.write_modified(at, from, pass).await?;
         }
+        self.event(Event::PwritevDone).await;
         if flags.contains(WriteFlags::FUA) && !native { self.flush().await } else { Ok(()) }
     }
 
@@ -225,7 +227,8 @@ impl Node {
         }
         let align = self.traits.zero_align as u64;
         let end = at + len;
-        let (middle, middle_end) = (at.next_multiple_of(align).min(end), round_down(end, align));
+        let (middle, middle_end) = (at.next_multiple_of(align).min(end), end - end % align);
+        self.event(Event::PwritevZero).await;
         if middle < middle_end && self.traits.abilities.contains(Abilities::ZERO) {
             self.zero_written(at, middle - at, flags).await?;
             let mut pos = middle;
@@ -246,6 +249,7 @@ impl Node {
         } else {
             self.zero_written(at, len, flags).await?;
         }
+        self.event(Event::PwritevDone).await;
         if flags.contains(ZeroFlags::FUA) { self.flush().await } else { Ok(()) }
     }
 
@@ -258,7 +262,7 @@ impl Node {
             return Ok(());
         }
         let align = self.traits.discard_align as u64;
-        let (mut pos, end) = (at.next_multiple_of(align), round_down(at + len, align));
+        let (mut pos, end) = (at.next_multiple_of(align), (at + len) - (at + len) % align);
         while pos < end {
             let n = (end - pos).min(self.traits.max_discard);
             let _listed = self.overlap.write(pos..pos + n).await;
@@ -276,6 +280,7 @@ impl Node {
         if self.options.no_flush || self.traits.abilities.contains(Abilities::READ_ONLY) {
             return Ok(());
         }
+        self.flush_events().await;
         self.driver.flush().await
     }
 
@@ -404,16 +409,21 @@ impl Node {
             let n = (end - pos).min(self.bounce_limit());
             let mut bounce = self.bounce(n)?;
             if pos < at {
+                self.event(Event::PwritevRmwHead).await;
                 self.read_block(pos, &mut bounce[..align as usize]).await?;
+                self.event(Event::PwritevRmwAfterHead).await;
             }
             let tail = (n - align) as usize;
             if pos + n > at + from.len() && (tail > 0 || pos >= at) {
+                self.event(Event::PwritevRmwTail).await;
                 self.read_block(pos + tail as u64, &mut bounce[tail..][..align as usize]).await?;
+                self.event(Event::PwritevRmwAfterTail).await;
             }
             let skip = at.saturating_sub(pos);
             let done = (pos + skip) - at;
             let take = (from.len() - done).min(n - skip);
             from.slice(done, take).copy_to(&mut bounce[skip as usize..][..take as usize]);
+            self.event(Event::Pwritev).await;
             self.write_pieces(pos, &bounce.io_vec(), flags).await?;
             pos += n;
         }

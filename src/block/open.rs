@@ -114,6 +114,11 @@ impl Opening {
         Ok(Child::new(role, node))
     }
 
+    /// The options of the protocol node that a file's name stands for.
+    pub fn file_options(&self, name: &str) -> Result<Map, Error> {
+        self.graph.registry().file_options(name)
+    }
+
     fn inherited(&self, inherit: Inherit) -> Inherited {
         let backing = inherit == Inherit::Backing;
         Inherited {

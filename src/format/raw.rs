@@ -159,6 +159,7 @@ impl Driver for Raw {
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
             let node = self.node();
+            node.event(Event::ReadAio).await;
             let len = self.clamp(&node, at, into.len());
             if len == into.len() {
                 return node.read(self.offset + at, into).await;
@@ -176,6 +177,7 @@ impl Driver for Raw {
     ) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
             let node = self.node();
+            node.event(Event::WriteAio).await;
             let len = self.clamp(&node, at, from.len());
             if len == from.len() {
                 return node.write(self.offset + at, from, flags).await;

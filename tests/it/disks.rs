@@ -16,7 +16,8 @@ use vublk::options::{NodeRef, keyval};
 use vublk::protocol::sim::{self, SimDisk, SimOptions};
 
 pub static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
-    Registry::new(&[vublk::format::LIST, vublk::protocol::LIST, &[&sim::ENTRY, &SUSPEND]])
+    let tests: &[&DriverEntry] = &[&sim::ENTRY, &SUSPEND];
+    Registry::new(&[vublk::format::LIST, vublk::filter::LIST, vublk::protocol::LIST, tests])
 });
 
 /// The seed of a random test: from `VUBLK_SEED`, or a new one. It is printed, and shown when the

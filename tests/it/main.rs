@@ -8,6 +8,7 @@ mod crash;
 mod disks;
 mod fast_road;
 mod file;
+mod filter;
 mod guest;
 mod model;
 mod monitor;

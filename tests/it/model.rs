@@ -302,7 +302,11 @@ fn sim_options() -> SimOptions {
 
 /// The options of `disk` below the drivers of `stack`, outermost first.
 fn within(stack: &[&str], disk: &str) -> String {
-    let below = |depth: usize, option: &str| format!("{}{option}", "file.".repeat(depth));
+    let role = |driver: &&str| if *driver == "blkdebug" { "image." } else { "file." };
+    let below = |depth: usize, option: &str| {
+        let path: String = stack[..depth].iter().map(role).collect();
+        format!("{path}{option}")
+    };
     let upper = stack.iter().enumerate().map(|(n, name)| below(n, &format!("driver={name}")));
     let disk = disk.split(',').map(|option| below(stack.len(), option));
     upper.chain(disk).chain(["discard=unmap".to_owned()]).collect::<Vec<_>>().join(",")
@@ -329,7 +333,8 @@ fn any_order_of_completions_agrees_with_the_model() {
 }
 
 /// Drivers over the disk, outermost first.
-const STACKS: &[&[&str]] = &[&[], &["raw"], &["suspend"], &["suspend", "raw"], &["raw", "suspend"]];
+const STACKS: &[&[&str]] =
+    &[&[], &["raw"], &["suspend"], &["suspend", "raw"], &["raw", "suspend"], &["raw", "blkdebug"]];
 
 #[test]
 fn failing_and_torn_requests_agree_with_the_model() {

@@ -53,6 +53,38 @@ fn wrong_command_lines_are_refused_in_the_same_words() {
         vec!["--blockdev", "driver=raw,node-name=d0,file=nope"],
         vec!["--blockdev", "driver=raw,node-name=d0"],
         vec!["--blockdev", "driver=file,node-name=d0,filename=/"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image=nope"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image.driver=null-co,bogus=1"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image.driver=null-co,filename=a"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image.driver=null-co,align=1000"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image.driver=null-co,align=4k"],
+        vec![
+            "--blockdev",
+            "driver=blkdebug,node-name=d0,image.driver=null-co,align=4096,max-transfer=1024",
+        ],
+        vec![
+            "--blockdev",
+            "driver=blkdebug,node-name=d0,image.driver=null-co,opt-write-zero=8192,max-write-zero=1",
+        ],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image.driver=null-co,config=nope"],
+        vec!["--blockdev", "driver=blkdebug,node-name=d0,image.driver=null-co,inject-error=x"],
+        vec![
+            "--blockdev",
+            "driver=blkdebug,node-name=d0,image.driver=null-co,inject-error.0.event=bogus",
+        ],
+        vec![
+            "--blockdev",
+            "driver=blkdebug,node-name=d0,image.driver=null-co,inject-error.0.iotype=read",
+        ],
+        vec![
+            "--blockdev",
+            "driver=blkdebug,node-name=d0,image.driver=null-co,set-state.0.event=none",
+        ],
+        vec![
+            "--blockdev",
+            "driver=blkdebug,node-name=d0,read-only=on,image.driver=null-co,take-child-perms.0=write",
+        ],
         vec!["--blockdev", "{"],
         vec!["--blockdev", "{\"driver\":\"null-co\"}"],
         vec!["--blockdev", "{\"driver\":\"null-co\",\"node-name\":1}"],

@@ -1,0 +1,369 @@
+//! blkdebug: makes chosen requests fail, or stop, or look as a stricter disk wants them: for tests.
+//!
+//! | file | it holds |
+//! |---|---|
+//! | `rules` | which request fails, by events and a state; breakpoints |
+//! | `config` | rules from a file |
+//!
+//! All requests take the slow road here. Both `blkdebug:CONFIG:IMAGE` (CONFIG may be empty) and
+//! options open it.
+
+mod config;
+mod rules;
+
+use super::{read_below, write_below};
+use crate::block::event::Hearing;
+use crate::block::*;
+use crate::io::{self, Errno, IoResult, IoVec};
+use crate::options::{self, Map, NodeRef, Value};
+use rules::{InjectError, IoType, Rules, SetState};
+use serde::Deserialize;
+use std::ops::Range;
+use std::task::Poll;
+
+pub static ENTRY: DriverEntry = DriverEntry {
+    name: "blkdebug",
+    kind: Kind::Filter,
+    open: |opening, options| Box::pin(open(opening, options)),
+    options: &[
+        OptionHelp { name: "image", value: "node", help: "The node whose requests shall fail" },
+        OptionHelp { name: "config", value: "str", help: "A file with rules" },
+        OptionHelp {
+            name: "inject-error.N.event",
+            value: "str",
+            help: "Rule: requests fail from this event on (none: from the beginning)",
+        },
+        OptionHelp { name: "inject-error.N.state", value: "int", help: "only in this state" },
+        OptionHelp {
+            name: "inject-error.N.iotype",
+            value: "read|write|write-zeroes|discard|flush|block-status",
+            help: "only this kind (all but block-status)",
+        },
+        OptionHelp { name: "inject-error.N.errno", value: "int", help: "with this error (EIO)" },
+        OptionHelp { name: "inject-error.N.sector", value: "int", help: "only where this is hit" },
+        OptionHelp { name: "inject-error.N.once", value: "on|off", help: "only the first (off)" },
+        OptionHelp {
+            name: "inject-error.N.immediately",
+            value: "on|off",
+            help: "without letting others run first (off)",
+        },
+        OptionHelp { name: "set-state.N.event", value: "str", help: "Rule: this event changes" },
+        OptionHelp { name: "set-state.N.state", value: "int", help: "this state (any)" },
+        OptionHelp {
+            name: "set-state.N.new_state",
+            value: "int",
+            help: "to this (it begins as 1)",
+        },
+        OptionHelp { name: "align", value: "int", help: "Request alignment, in bytes" },
+        OptionHelp { name: "max-transfer", value: "int", help: "Most bytes in one transfer" },
+        OptionHelp { name: "opt-write-zero", value: "int", help: "Alignment of zeroing" },
+        OptionHelp { name: "max-write-zero", value: "int", help: "Most bytes zeroed at once" },
+        OptionHelp { name: "opt-discard", value: "int", help: "Alignment of discards" },
+        OptionHelp { name: "max-discard", value: "int", help: "Most bytes discarded at once" },
+        OptionHelp {
+            name: "take-child-perms.N",
+            value: "consistent-read|write|write-unchanged|resize",
+            help: "Permissions to hold on the image besides",
+        },
+        OptionHelp {
+            name: "unshare-child-perms.N",
+            value: "consistent-read|write|write-unchanged|resize",
+            help: "Permissions on the image that others may not hold",
+        },
+    ],
+    prefixes: &["blkdebug"],
+    create: None,
+    probe: None,
+    is_device: None,
+};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Options {
+    image: NodeRef,
+    config: Option<String>,
+    #[serde(default)]
+    inject_error: Vec<InjectError>,
+    #[serde(default)]
+    set_state: Vec<SetState>,
+    align: Option<i64>,
+    max_transfer: Option<i64>,
+    opt_write_zero: Option<i64>,
+    max_write_zero: Option<i64>,
+    opt_discard: Option<i64>,
+    max_discard: Option<i64>,
+    #[serde(default)]
+    take_child_perms: Vec<PermName>,
+    #[serde(default)]
+    unshare_child_perms: Vec<PermName>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum PermName {
+    ConsistentRead,
+    Write,
+    WriteUnchanged,
+    Resize,
+}
+
+fn perms(names: &[PermName]) -> Perm {
+    let each = names.iter().map(|name| match name {
+        PermName::ConsistentRead => Perm::CONSISTENT_READ,
+        PermName::Write => Perm::WRITE,
+        PermName::WriteUnchanged => Perm::WRITE_UNCHANGED,
+        PermName::Resize => Perm::RESIZE,
+    });
+    each.collect()
+}
+
+struct Blkdebug {
+    image: [Child; 1],
+    traits: Traits,
+    rules: Rules,
+    taken: Perm,
+    unshared: Perm,
+    _hearing: Hearing,
+}
+
+async fn open(opening: &mut Opening, mut options: Map) -> Result<Box<dyn Driver>, Error> {
+    take_filename(opening, &mut options)?;
+    let options: Options = opening.parse(options)?;
+    let (mut errors, mut transitions) = (Vec::new(), Vec::new());
+    if let Some(filename) = options.config.filter(|name| !name.is_empty()) {
+        (errors, transitions) = io::offload(move || config::read(&filename)).await?;
+    }
+    errors.extend(options.inject_error);
+    transitions.extend(options.set_state);
+    let image = opening.child("image", options.image, Inherit::Storage, Perms::NONE).await?;
+    let limits = Limits {
+        align: Limit::new("align", options.align)?,
+        max_transfer: Limit::new("max-transfer", options.max_transfer)?,
+        opt_write_zero: Limit::new("opt-write-zero", options.opt_write_zero)?,
+        max_write_zero: Limit::new("max-write-zero", options.max_write_zero)?,
+        opt_discard: Limit::new("opt-discard", options.opt_discard)?,
+        max_discard: Limit::new("max-discard", options.max_discard)?,
+    };
+    let traits = limits.apply(image.node().traits())?;
+    Ok(Box::new(Blkdebug {
+        image: [image],
+        traits,
+        rules: Rules::new(errors, transitions),
+        taken: perms(&options.take_child_perms),
+        unshared: perms(&options.unshare_child_perms),
+        _hearing: Hearing::new(),
+    }))
+}
+
+/// Puts the options that a name `blkdebug:CONFIG:IMAGE` stands for in its place.
+fn take_filename(opening: &Opening, options: &mut Map) -> Result<(), Error> {
+    let name = options.get("filename").and_then(Value::as_str);
+    let Some(rest) = name.and_then(|name| name.strip_prefix("blkdebug:")) else {
+        return Ok(());
+    };
+    let parts = rest.split_once(':').map(|(config, image)| (config.to_owned(), image.to_owned()));
+    let Some((config, image)) = parts else {
+        return Err(Error::new("blkdebug requires both config file and image path"));
+    };
+    options.take("filename");
+    let image = opening.file_options(&image)?;
+    for (name, value) in [("config", config.into()), ("image", Value::Map(image))] {
+        if options.insert(name, value).is_some() {
+            return Err(opening.error(options::Error::message(format!(
+                "'{name}' is given by the file name already"
+            ))));
+        }
+    }
+    Ok(())
+}
+
+/// One of the options that change how requests have to look: its name and its value, 0 if not given.
+#[derive(Clone, Copy)]
+struct Limit(&'static str, u64);
+
+impl Limit {
+    fn new(name: &'static str, value: Option<i64>) -> Result<Limit, Error> {
+        let value = u64::try_from(value.unwrap_or(0)).map_err(|_| {
+            Error::new(format!("Parameter '{name}' expects a non-negative number below 2^64"))
+        })?;
+        Ok(Limit(name, value))
+    }
+
+    fn refused(self) -> Error {
+        Error::new(format!("Cannot meet constraints with {} {}", self.0, self.1))
+    }
+
+    /// The value if it is given; `otherwise` if not. It must be a multiple of `unit`, up to `most`.
+    fn or(self, otherwise: u64, unit: u64, most: u64) -> Result<u64, Error> {
+        match self.1 {
+            0 => Ok(otherwise),
+            value if value.is_multiple_of(unit) && value <= most => Ok(value),
+            _ => Err(self.refused()),
+        }
+    }
+}
+
+struct Limits {
+    align: Limit,
+    max_transfer: Limit,
+    opt_write_zero: Limit,
+    max_write_zero: Limit,
+    opt_discard: Limit,
+    max_discard: Limit,
+}
+
+impl Limits {
+    /// The most that QEMU takes for them.
+    const MOST: u64 = i32::MAX as u64;
+
+    fn apply(self, image: Traits) -> Result<Traits, Error> {
+        let align = self.align.or(image.request_align as u64, 1, 2 << 20)?;
+        if !align.is_power_of_two() {
+            return Err(self.align.refused());
+        }
+        let most = Traits::MAX_TRANSFER as u64;
+        // What the image does at once, in whole units.
+        let within = |limit: u64, unit: u64| (limit - limit % unit).max(unit);
+        let transfer = within(image.max_transfer as u64, align);
+        let max_transfer = self.max_transfer.or(transfer, align, Self::MOST)?.min(most);
+        let zero_align = (image.zero_align as u64).max(align);
+        let zero_align = self.opt_write_zero.or(zero_align, align, Self::MOST)?;
+        let max_zero = within(image.max_zero, zero_align);
+        let max_zero = self.max_write_zero.or(max_zero, zero_align, Self::MOST)?;
+        let discard_align = (image.discard_align as u64).max(align);
+        let discard_align = self.opt_discard.or(discard_align, align, Self::MOST)?;
+        let max_discard = within(image.max_discard, discard_align);
+        let max_discard = self.max_discard.or(max_discard, discard_align, Self::MOST)?;
+        Ok(Traits {
+            request_align: align as u32,
+            max_transfer: max_transfer as u32,
+            zero_align: zero_align as u32,
+            max_zero,
+            discard_align: discard_align as u32,
+            max_discard,
+            ..image
+        })
+    }
+}
+
+impl Blkdebug {
+    fn node(&self) -> std::sync::Arc<Node> {
+        self.image[0].node()
+    }
+
+    /// Fails if a rule says so.
+    async fn check(&self, kind: IoType, range: Option<Range<u64>>) -> IoResult {
+        let Some(strike) = self.rules.strike(kind, range) else { return Ok(()) };
+        let Some(errno) = strike.errno else { return Ok(()) };
+        if !strike.immediately {
+            let mut suspended = false;
+            std::future::poll_fn(|cx| {
+                if std::mem::replace(&mut suspended, true) {
+                    return Poll::Ready(());
+                }
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await;
+        }
+        Err(errno)
+    }
+}
+
+impl Driver for Blkdebug {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    fn len(&self) -> u64 {
+        self.node().driver().len()
+    }
+
+    fn children(&self) -> &[Child] {
+        &self.image
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            self.check(IoType::Read, Some(at..at + into.len())).await?;
+            read_below(&self.node(), at, into).await
+        })
+    }
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            self.check(IoType::Write, Some(at..at + from.len())).await?;
+            write_below(&self.node(), at, from, flags).await
+        })
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            self.check(IoType::WriteZeroes, Some(at..at + len)).await?;
+            self.node().zero(at, len, flags).await
+        })
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            self.check(IoType::Discard, Some(at..at + len)).await?;
+            self.node().discard(at, len).await
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move {
+            self.check(IoType::Flush, None).await?;
+            self.node().flush().await
+        })
+    }
+
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(async move {
+            self.check(IoType::BlockStatus, Some(at..at + len)).await?;
+            let extent = self.node().status(at, len, precision).await?;
+            Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
+        })
+    }
+
+    fn child_perms(&self, _child: usize, own: Perms) -> Perms {
+        let Perms { held, shared } = Perms::filter(own);
+        Perms { held: held | self.taken, shared: shared - self.unshared }
+    }
+
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        Some(&self.rules)
+    }
+
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+}
+
+impl Image for Blkdebug {
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let node = self.node();
+            let image = node.driver().image();
+            let image =
+                image.ok_or_else(|| Error::new("Image format driver does not support resize"))?;
+            image.resize(len, shrink).await
+        })
+    }
+
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        Box::pin(async move {
+            let node = self.node();
+            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
+        })
+    }
+}

@@ -1,0 +1,3 @@
+//! The filters, each over files beside the real programs and over simulated disks.
+
+mod blkdebug;
