@@ -6,4 +6,4 @@ pub mod qcow2;
 pub mod raw;
 
 /// All formats.
-pub static LIST: &[&DriverEntry] = &[&raw::ENTRY];
+pub static LIST: &[&DriverEntry] = &[&qcow2::ENTRY, &raw::ENTRY];

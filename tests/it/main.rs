@@ -13,6 +13,8 @@ mod guest;
 mod model;
 mod monitor;
 mod node;
+mod qcow2;
+
 mod threads;
 mod vhost_user;
 mod vhost_user_review;

@@ -1,8 +1,188 @@
-//! qcow2: the format of QEMU, versions 2 and 3, as `docs/interop/qcow2` specifies it.
+//! qcow2: versions 2 and 3, as QEMU's docs/interop/qcow2 describes them.
 //!
-//! * [`layout`]: sizes, indices, table entries, refcounts, limits.
-//! * [`header`], [`extensions`]: the first cluster.
+//! | file | it holds |
+//! |---|---|
+//! | `header`, `extensions` | the header, read and written |
+//! | `layout` | sizes, indices, table entries |
+//! | `options`, `open` | what can be asked for; opening |
+//! | `order` | the order in which things reach the disk, and who waits for whom |
+//! | `l1`, `l2_cache` | the tables in memory, read without a lock |
+//! | `lookup` | where a guest's bytes are |
+//! | `read`, `compressed`, `status` | reading, unpacking, block status |
+//! | `corrupt` | what is said of an image that makes no sense |
+//!
+//! Images are opened read-only.
 
+mod compressed;
+mod corrupt;
 pub mod extensions;
 pub mod header;
+pub mod l1;
+pub mod l2_cache;
 pub mod layout;
+mod lookup;
+mod open;
+mod options;
+pub mod order;
+mod read;
+mod status;
+
+use crate::block::registry::{DriverEntry, Kind};
+use crate::block::*;
+use crate::io::{Errno, InFlight, IoResult, IoVec};
+use header::{Compression, Header};
+use l1::L1Table;
+use l2_cache::L2Cache;
+use layout::Geometry;
+use lookup::Found;
+use order::Visits;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+pub static ENTRY: DriverEntry = DriverEntry {
+    name: "qcow2",
+    kind: Kind::Format,
+    open: |opening, options| Box::pin(open::open(opening, options)),
+    options: options::HELP,
+    prefixes: &[],
+    create: None,
+    probe: Some(|head, _| if Header::probe(head) { 100 } else { 0 }),
+    is_device: None,
+};
+
+/// An open image.
+pub struct Qcow2 {
+    /// The node's, for what is logged.
+    name: String,
+    geometry: Geometry,
+    compression: Compression,
+    /// Of the disk, in bytes.
+    size: AtomicU64,
+    /// `file`, then `backing` and `data-file` if there are such.
+    children: Vec<Child>,
+    backing: Option<usize>,
+    /// The child with the guest's data.
+    data: usize,
+    traits: Traits,
+    l1: L1Table,
+    l2: L2Cache,
+    /// Of what is in the L2 cache at once, in bytes.
+    slice_bytes: u64,
+    visits: Visits,
+    is_corrupt: AtomicBool,
+}
+
+impl Qcow2 {
+    fn backing(&self) -> Option<Arc<Node>> {
+        self.backing.map(|index| self.children[index].node())
+    }
+
+    /// Says once that the image is corrupt.
+    fn signal_corruption(&self, what: &str) {
+        if !self.is_corrupt.swap(true, Ordering::SeqCst) {
+            log::error!(
+                "{}: qcow2: Image is corrupt: {what}; further non-fatal corruption events will be \
+                 suppressed",
+                self.name
+            );
+        }
+    }
+
+    /// The fast road through the backing file.
+    fn map_backing<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+        access: Access,
+    ) -> Mapping<'a> {
+        let zero = |len| Mapping { len, target: Target::Zero };
+        let Some(index) = self.backing else { return zero(want) };
+        let backing = self.children[index].fast(inflight);
+        match backing.len().saturating_sub(at) {
+            0 => zero(want),
+            there => backing.map(inflight, at, want.min(there), access),
+        }
+    }
+}
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    fn len(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn children(&self) -> &[Child] {
+        &self.children
+    }
+
+    fn filename(&self) -> Option<String> {
+        self.file().driver().filename()
+    }
+
+    fn map<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+        access: Access,
+    ) -> Mapping<'a> {
+        let Some(Ok(piece)) = self.piece(at, want) else { return Mapping::slow(want) };
+        match (piece.found, access) {
+            (Found::Data { host, .. }, Access::Read) => {
+                let data = self.children[self.data].fast(inflight);
+                if host + piece.len > data.len() {
+                    return Mapping::slow(want);
+                }
+                data.map(inflight, host, piece.len, access)
+            }
+            (Found::Zero { .. }, Access::Read) => Mapping { len: piece.len, target: Target::Zero },
+            (Found::Unallocated, Access::Read) => self.map_backing(inflight, at, piece.len, access),
+            _ => Mapping::slow(want),
+        }
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.read_range(at, into))
+    }
+
+    fn write<'a>(&'a self, _: u64, _: &'a IoVec<'a>, _: WriteFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(std::future::ready(Err(Errno::EPERM)))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(self.status_of(at, len, precision))
+    }
+
+    fn child_perms(&self, child: usize, own: Perms) -> Perms {
+        if Some(child) == self.backing { Perms::backing(own) } else { Perms::format(own) }
+    }
+
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+}
+
+impl Image for Qcow2 {
+    fn resize(&self, _: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(std::future::ready(Err(Error::new("Image is read-only"))))
+    }
+
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        Box::pin(async move {
+            let file = self.file();
+            file.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
+        })
+    }
+}

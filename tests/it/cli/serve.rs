@@ -92,6 +92,30 @@ fn a_disk_is_offered_with_the_defaults_of_an_expert() {
 }
 
 #[test]
+fn a_qcow2_image_is_served_read_only_and_refused_for_writing() {
+    let dir = directory();
+    let image = |tool: &str, arguments: &[&str]| {
+        let mut command = Command::new(tool);
+        command.args(arguments).current_dir(dir.path()).stdout(Stdio::null());
+        assert!(command.status().unwrap().success());
+    };
+    image("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"]);
+    image("qemu-io", &["-c", "write -P 7 1M 64k", "a.qcow2"]);
+    let server = serve(dir.path(), &["-r", "-f", "qcow2", "a.qcow2", "--socket", "a.sock"]);
+    let mut disk = open(dir.path(), "a.sock");
+    for (sector, wanted) in [(2048, 7), (0, 0)] {
+        let mut found = [0xaa; 1024];
+        disk.read(sector, &mut found).unwrap();
+        assert_eq!(found, [wanted; 1024]);
+    }
+    assert!(disk.has(feature::RO));
+    drop(disk);
+    end(server);
+    let writable = ["-f", "qcow2", "a.qcow2", "--socket", "b.sock"];
+    assert_refused(dir.path(), &writable, "Writing to 'qcow2' images is not supported yet");
+}
+
+#[test]
 fn each_option_shows_in_the_disk() {
     let dir = directory();
     let arguments = [

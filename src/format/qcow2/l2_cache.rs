@@ -1,0 +1,377 @@
+//! The cache of L2 tables: slices of entries that are read without a lock.
+//!
+//! A slot holds one slice of an L2 table under a sequence count. A reader looks at the count, the
+//! tag and the entry, and at the count again; if it has moved, or is odd, nothing was read. Tag and
+//! entry are read in one window, so that a slot which is just being refilled never answers with
+//! another slice's entry. Readers write nothing; all changes are made under one mutex, and only
+//! memory is touched while it is held.
+//!
+//! A slot that is pinned keeps its slice: somebody is about to change it.
+
+use super::layout::L2Entry;
+use crate::io::IoResult;
+use crate::io::sync::Mutex;
+use std::future::{Future, poll_fn};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::task::{Poll, Waker};
+
+/// Slots that a slice may be in.
+const WAYS: usize = 8;
+const EMPTY: u64 = u64::MAX;
+/// How often a reader looks again before it takes the slow road.
+const RETRIES: usize = 4;
+
+/// A slice's number: the guest's clusters, divided by the entries of a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SliceNo(pub u64);
+
+pub struct L2Cache {
+    sets: u64,
+    /// Entries of a slice.
+    entries: usize,
+    /// Words of an entry: 1 or 2.
+    words: usize,
+    slots: Box<[Slot]>,
+    state: Mutex<State>,
+}
+
+struct Slot {
+    sequence: AtomicU32,
+    tag: AtomicU64,
+    /// Made when it is first used.
+    data: OnceLock<Box<[AtomicU64]>>,
+}
+
+#[derive(Default)]
+struct State {
+    slots: Vec<SlotState>,
+    /// Slices that are being read.
+    loading: Vec<SliceNo>,
+    waiting: Vec<Waker>,
+    clock: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct SlotState {
+    pins: u32,
+    /// When it was filled: the oldest goes first.
+    filled: u64,
+}
+
+/// A slice that stays in its slot until this is dropped.
+pub struct Pinned<'a> {
+    cache: &'a L2Cache,
+    slot: usize,
+}
+
+/// A slice that is being read, by whoever holds this.
+struct Loading<'a> {
+    cache: &'a L2Cache,
+    slice: SliceNo,
+    slot: usize,
+}
+
+enum Begun<'a> {
+    There(Pinned<'a>),
+    Load(Loading<'a>),
+}
+
+impl L2Cache {
+    /// A cache of about `bytes`, in slices of `slice_bytes`, entries of `words` words.
+    pub fn new(bytes: u64, slice_bytes: u64, words: usize) -> L2Cache {
+        let sets = (bytes / slice_bytes).div_ceil(WAYS as u64).max(1);
+        let count = sets as usize * WAYS;
+        let slots = (0..count).map(|_| Slot {
+            sequence: AtomicU32::new(0),
+            tag: AtomicU64::new(EMPTY),
+            data: OnceLock::new(),
+        });
+        let state = State { slots: vec![SlotState::default(); count], ..State::default() };
+        L2Cache {
+            sets,
+            entries: slice_bytes as usize / 8 / words,
+            words,
+            slots: slots.collect(),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Entries of a slice.
+    pub fn entries(&self) -> usize {
+        self.entries
+    }
+
+    fn set(&self, slice: SliceNo) -> std::ops::Range<usize> {
+        let first = (slice.0 % self.sets) as usize * WAYS;
+        first..first + WAYS
+    }
+
+    /// An entry, if its slice is there: no lock, no write.
+    pub fn get(&self, slice: SliceNo, index: usize) -> Option<L2Entry> {
+        for slot in &self.slots[self.set(slice)] {
+            for _ in 0..RETRIES {
+                if slot.tag.load(Ordering::Acquire) != slice.0 {
+                    break;
+                }
+                if let Some(words) = slot.read_of(slice, index * self.words, self.words) {
+                    return Some(words);
+                }
+            }
+        }
+        None
+    }
+
+    /// The slice, kept in its slot; read by `load` if it is not there. `load` gives as many words as
+    /// a slice has, in host order.
+    pub async fn pin(
+        &self,
+        slice: SliceNo,
+        load: impl Future<Output = IoResult<Vec<u64>>>,
+    ) -> IoResult<Pinned<'_>> {
+        let begun = poll_fn(|cx| {
+            let mut state = self.state.lock();
+            match self.begin(&mut state, slice) {
+                Some(begun) => Poll::Ready(begun),
+                None => {
+                    state.waiting.push(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await;
+        match begun {
+            Begun::There(pinned) => Ok(pinned),
+            Begun::Load(loading) => {
+                let words = load.await?;
+                Ok(loading.fill(&words))
+            }
+        }
+    }
+
+    fn begin(&self, state: &mut State, slice: SliceNo) -> Option<Begun<'_>> {
+        if state.loading.contains(&slice) {
+            return None;
+        }
+        let mut set = self.set(slice);
+        if let Some(slot) = set.clone().find(|&n| self.tag(n) == slice.0) {
+            state.slots[slot].pins += 1;
+            return Some(Begun::There(Pinned { cache: self, slot }));
+        }
+        let oldest = set.clone().filter(|&n| state.slots[n].pins == 0);
+        // None: all are pinned, which passes with the writes that pin them.
+        let slot = match set.find(|&n| self.tag(n) == EMPTY && state.slots[n].pins == 0) {
+            Some(empty) => empty,
+            None => oldest.min_by_key(|&n| state.slots[n].filled)?,
+        };
+        state.slots[slot].pins = 1;
+        state.loading.push(slice);
+        Some(Begun::Load(Loading { cache: self, slice, slot }))
+    }
+
+    /// Changes are made under the mutex, so that this is exact there.
+    fn tag(&self, slot: usize) -> u64 {
+        self.slots[slot].tag.load(Ordering::Relaxed)
+    }
+
+    /// Forgets the slices that nobody has pinned and that `which` chooses.
+    pub fn forget(&self, which: impl Fn(SliceNo) -> bool) {
+        let state = self.state.lock();
+        for (n, slot) in self.slots.iter().enumerate() {
+            let tag = self.tag(n);
+            if state.slots[n].pins == 0 && tag != EMPTY && which(SliceNo(tag)) {
+                slot.change(|_| slot.tag.store(EMPTY, Ordering::Relaxed));
+            }
+        }
+    }
+}
+
+impl Slot {
+    /// The entry at word `at`, if nothing has changed meanwhile and the slot holds `slice`.
+    fn read_of(&self, slice: SliceNo, at: usize, words: usize) -> Option<L2Entry> {
+        let before = self.sequence.load(Ordering::Acquire);
+        let same = self.tag.load(Ordering::Relaxed) == slice.0;
+        let data = self.data.get()?;
+        let word = data[at].load(Ordering::Relaxed);
+        let bitmap = if words == 2 { data[at + 1].load(Ordering::Relaxed) } else { 0 };
+        fence(Ordering::Acquire);
+        let still = before & 1 == 0 && self.sequence.load(Ordering::Relaxed) == before;
+        (same && still).then_some(L2Entry { word, bitmap })
+    }
+
+    /// As [`Slot::read_of`], where the slot is known to keep its slice.
+    fn read(&self, at: usize, words: usize) -> Option<L2Entry> {
+        self.read_of(SliceNo(self.tag.load(Ordering::Relaxed)), at, words)
+    }
+
+    /// Changes the slot while readers know not to trust it. Under the cache's mutex.
+    fn change(&self, change: impl FnOnce(&[AtomicU64])) {
+        let sequence = self.sequence.load(Ordering::Relaxed);
+        self.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        change(self.data.get().map_or(&[], |data| data));
+        self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
+    }
+}
+
+impl<'a> Loading<'a> {
+    fn fill(self, words: &[u64]) -> Pinned<'a> {
+        let (cache, slot) = (self.cache, self.slot);
+        let place = &cache.slots[slot];
+        let mut state = cache.state.lock();
+        state.clock += 1;
+        state.slots[slot].filled = state.clock;
+        state.slots[slot].pins += 1;
+        place
+            .data
+            .get_or_init(|| (0..cache.entries * cache.words).map(AtomicU64::new_zero).collect());
+        place.change(|data| {
+            for (place, &word) in data.iter().zip(words) {
+                place.store(word, Ordering::Relaxed);
+            }
+            place.tag.store(self.slice.0, Ordering::Relaxed);
+        });
+        drop(state);
+        Pinned { cache, slot }
+    }
+}
+
+trait NewZero {
+    fn new_zero(_: usize) -> Self;
+}
+
+impl NewZero for AtomicU64 {
+    fn new_zero(_: usize) -> AtomicU64 {
+        AtomicU64::new(0)
+    }
+}
+
+impl Drop for Loading<'_> {
+    /// Also when reading has failed or was given up: others try again.
+    fn drop(&mut self) {
+        let mut state = self.cache.state.lock();
+        state.slots[self.slot].pins -= 1;
+        state.loading.retain(|slice| *slice != self.slice);
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Pinned<'_> {
+    pub fn get(&self, index: usize) -> L2Entry {
+        loop {
+            // Changes take a few stores under a mutex, so this ends.
+            if let Some(words) =
+                self.cache.slots[self.slot].read(index * self.cache.words, self.cache.words)
+            {
+                return words;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// All words of the slice.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.cache.slots[self.slot].data.get().map_or(&[], |data| data)
+    }
+
+    /// Shows new entries to all readers.
+    pub fn publish(&self, entries: &[(usize, L2Entry)]) {
+        let _state = self.cache.state.lock();
+        self.cache.slots[self.slot].change(|data| {
+            for &(index, words) in entries {
+                let at = index * self.cache.words;
+                data[at].store(words.word, Ordering::Relaxed);
+                if self.cache.words == 2 {
+                    data[at + 1].store(words.bitmap, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        let mut state = self.cache.state.lock();
+        state.slots[self.slot].pins -= 1;
+        if state.slots[self.slot].pins > 0 {
+            return;
+        }
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::pin;
+    use std::task::Context;
+
+    fn pin_now<'a>(cache: &'a L2Cache, slice: u64, words: &[u64]) -> Option<Pinned<'a>> {
+        let load = std::future::ready(Ok(words.to_vec()));
+        let mut future = pin!(cache.pin(SliceNo(slice), load));
+        match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => Some(result.unwrap()),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn what_was_loaded_is_read_and_what_was_published_replaces_it() {
+        let cache = L2Cache::new(4096, 512, 2);
+        assert_eq!(cache.entries(), 32);
+        assert_eq!(cache.get(SliceNo(3), 1), None);
+        let words: Vec<u64> = (0..64).collect();
+        let pinned = pin_now(&cache, 3, &words).unwrap();
+        assert_eq!(cache.get(SliceNo(3), 1), Some(L2Entry { word: 2, bitmap: 3 }));
+        let new = L2Entry { word: 70, bitmap: 71 };
+        pinned.publish(&[(1, new)]);
+        assert_eq!(cache.get(SliceNo(3), 1), Some(new));
+        assert_eq!(pinned.get(31), L2Entry { word: 62, bitmap: 63 });
+    }
+
+    #[test]
+    fn pinned_slices_stay_and_the_oldest_of_the_others_goes() {
+        let cache = L2Cache::new(0, 512, 1);
+        let words = |n: u64| vec![n; 64];
+        let first = pin_now(&cache, 0, &words(0)).unwrap();
+        for n in 1..WAYS as u64 {
+            pin_now(&cache, n, &words(n)).unwrap();
+        }
+        pin_now(&cache, 100, &words(100)).unwrap();
+        assert_eq!(cache.get(SliceNo(0), 5).unwrap().word, 0);
+        assert_eq!(cache.get(SliceNo(1), 5), None, "the oldest that is not pinned");
+        assert_eq!(cache.get(SliceNo(100), 5).unwrap().word, 100);
+        drop(first);
+        let pins: Vec<_> =
+            (200..200 + WAYS as u64).map(|n| pin_now(&cache, n, &words(n)).unwrap()).collect();
+        assert!(pin_now(&cache, 300, &words(300)).is_none(), "all slots are pinned");
+        drop(pins);
+        assert!(pin_now(&cache, 300, &words(300)).is_some());
+    }
+
+    #[test]
+    fn a_slot_that_is_refilled_never_gives_a_strangers_entry() {
+        let cache = L2Cache::new(0, 512, 2);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..20_000u64 {
+                    let slice = round % 50;
+                    pin_now(&cache, slice, &vec![slice + 1; 64]);
+                }
+                stop.store(true, Ordering::SeqCst);
+            });
+            while !stop.load(Ordering::SeqCst) {
+                for slice in 0..50 {
+                    if let Some(words) = cache.get(SliceNo(slice), 7) {
+                        assert_eq!(words, L2Entry { word: slice + 1, bitmap: slice + 1 });
+                    }
+                }
+            }
+        });
+    }
+}

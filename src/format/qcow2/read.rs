@@ -1,0 +1,86 @@
+//! Reading: from the cluster, from the backing file, unpacked, or zeroes.
+
+use super::compressed;
+use super::layout::Compressed;
+use super::lookup::{Found, Piece};
+use super::{Qcow2, corrupt};
+use crate::block::Node;
+use crate::io::{self, AlignedBuf, Errno, IoResult, IoVec};
+
+impl Qcow2 {
+    pub(super) async fn read_range(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        let mut done = 0;
+        while done < into.len() {
+            let _visit = self.visits.enter();
+            let piece = self.lookup(at + done, into.len() - done).await?;
+            let part = into.slice(done, piece.len);
+            self.read_piece(at + done, piece, &part).await?;
+            done += piece.len;
+        }
+        Ok(())
+    }
+
+    /// Reads what a lookup has found, under the visit that it was made in.
+    pub(super) async fn read_piece(&self, at: u64, piece: Piece, into: &IoVec<'_>) -> IoResult {
+        match piece.found {
+            Found::Data { host, .. } => read_padded(&self.data(), host, into).await,
+            Found::Zero { .. } => {
+                into.zero();
+                Ok(())
+            }
+            Found::Unallocated => self.read_backing(at, into).await,
+            Found::Compressed(place) => self.read_compressed(at, place, into).await,
+        }
+    }
+
+    pub(super) async fn read_backing(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        match self.backing() {
+            Some(backing) => read_padded(&backing, at, into).await,
+            None => {
+                into.zero();
+                Ok(())
+            }
+        }
+    }
+
+    async fn read_compressed(&self, at: u64, place: Compressed, into: &IoVec<'_>) -> IoResult {
+        let cluster = self.unpack(at, place).await?;
+        into.copy_from(&cluster[self.geometry.offset_in_cluster(at) as usize..]);
+        Ok(())
+    }
+
+    /// The whole cluster that a compressed entry names.
+    pub(super) async fn unpack(&self, at: u64, place: Compressed) -> IoResult<Vec<u8>> {
+        let file = self.file();
+        if place.host >= file.len() || self.geometry.external_data {
+            return Err(corrupt::outside(self, "Compressed cluster", place.host));
+        }
+        let mut stored = AlignedBuf::new(place.len as usize, 4096).ok_or(Errno::ENOMEM)?;
+        read_padded(&file, place.host, &stored.io_vec()).await?;
+        let (kind, len) = (self.compression, self.geometry.cluster_size() as usize);
+        // It takes longer than a worker may be kept from its other queues.
+        let unpacked = io::offload(move || compressed::unpack(kind, &stored, len)).await;
+        unpacked.inspect_err(|_| {
+            // A guest can ask as often as it likes.
+            log::debug!(
+                "{}: the compressed cluster of guest offset {at:#x}, at {:#x}, cannot be unpacked",
+                self.name,
+                place.host
+            );
+        })
+    }
+}
+
+/// Reads from a node that may be shorter: what lies past its end is zeroes.
+pub async fn read_padded(node: &Node, at: u64, into: &IoVec<'_>) -> IoResult {
+    let there = into.len().min(node.len().saturating_sub(at));
+    if there == into.len() {
+        return node.read(at, into).await;
+    }
+    into.slice(there, into.len() - there).zero();
+    match there {
+        // Not even its beginning is inside.
+        0 => Ok(()),
+        _ => node.read(at, &into.slice(0, there)).await,
+    }
+}

@@ -1,0 +1,45 @@
+//! Block status: what a range is, by the same lookup that reading uses.
+
+use super::Qcow2;
+use super::lookup::Found;
+use crate::block::{Extent, Place, Precision, Status};
+use crate::io::IoResult;
+
+impl Qcow2 {
+    pub(super) async fn status_of(
+        &self,
+        at: u64,
+        len: u64,
+        precision: Precision,
+    ) -> IoResult<Extent> {
+        let _visit = self.visits.enter();
+        let piece = self.lookup(at, len).await?;
+        let place = |offset: u64| Some(Place { child: Some(self.data), offset });
+        let extent = |status, place| Ok(Extent { len: piece.len, status, place });
+        match piece.found {
+            Found::Data { host, .. } => extent(Status::DATA | Status::ALLOCATED, place(host)),
+            Found::Zero { host } => extent(Status::ZERO | Status::ALLOCATED, host.and_then(place)),
+            Found::Compressed(_) => {
+                extent(Status::DATA | Status::ALLOCATED | Status::COMPRESSED, None)
+            }
+            Found::Unallocated => self.status_of_backing(at, piece.len, precision).await,
+        }
+    }
+
+    async fn status_of_backing(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
+        let backing = self.backing();
+        let there = backing.as_ref().map_or(0, |backing| backing.len().saturating_sub(at));
+        match backing {
+            Some(backing) if there > 0 => {
+                let len = len.min(there);
+                let status = match precision {
+                    Precision::Allocation => Extent { len, status: Status::DATA, place: None },
+                    Precision::Zeroes => backing.status(at, len, precision).await?,
+                };
+                let kind = status.status & (Status::DATA | Status::ZERO);
+                Ok(Extent { len: status.len, status: kind, place: None })
+            }
+            _ => Ok(Extent { len, status: Status::ZERO, place: None }),
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Making images with QEMU's tools, and what these say of them.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+/// A folder of images, beside the build, where files may have holes.
+pub struct Images {
+    dir: tempfile::TempDir,
+}
+
+impl Images {
+    pub fn new() -> Images {
+        Images { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs one of QEMU's tools in the folder; its output.
+    pub fn run(&self, tool: &str, arguments: &[&str]) -> String {
+        let output = Command::new(tool).args(arguments).current_dir(&self.dir).output();
+        let output = output.unwrap_or_else(|error| panic!("{tool}: {error}"));
+        let (out, err) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{tool} {arguments:?}: {out}{err}");
+        out.into_owned()
+    }
+
+    pub fn create(&self, name: &str, size: u64, options: &str) {
+        let size = size.to_string();
+        let mut arguments = vec!["create", "-q", "-f", "qcow2"];
+        if !options.is_empty() {
+            arguments.extend(["-o", options]);
+        }
+        arguments.extend([name, &size]);
+        self.run("qemu-img", &arguments);
+    }
+
+    /// Commands for qemu-io. Compressed writes of clusters that are there already fail, which is
+    /// QEMU's way.
+    pub fn io(&self, name: &str, commands: &[String]) {
+        for some in commands.chunks(200) {
+            let mut tool = Command::new("qemu-io");
+            tool.args(["-d", "unmap", "-f", "qcow2"]).current_dir(&self.dir);
+            for command in some {
+                tool.args(["-c", command]);
+            }
+            let output = tool.arg(name).output().unwrap();
+            let text =
+                String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            for line in text.lines().filter(|line| line.contains("ailed") || line.contains("rror"))
+            {
+                assert_eq!(line, "write failed: Input/output error", "{name}");
+            }
+        }
+    }
+
+    /// Everything that a guest finds on the disk, as qemu-img sees it.
+    pub fn contents(&self, name: &str) -> Vec<u8> {
+        self.run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", name, "contents.raw"]);
+        std::fs::read(self.path("contents.raw")).unwrap()
+    }
+}
+
+/// Random changes of a disk of `size` bytes, as qemu-io takes them. `unit` is what they are multiples
+/// of; whole clusters are what compressed writes need.
+pub fn random_commands(
+    rng: &mut fastrand::Rng,
+    size: u64,
+    unit: u64,
+    cluster: u64,
+    compress: bool,
+) -> Vec<String> {
+    let count = 60;
+    (0..count)
+        .map(|n| {
+            // Compressed ones first: later they hardly find a cluster that is free.
+            let kind = if n < 8 { 9 } else { rng.u8(0..10) };
+            let align = if kind >= 8 && compress { cluster } else { unit };
+            let first = rng.u64(0..size / align);
+            let most = (size / align - first).min(if align == unit { 40 } else { 3 });
+            let (at, len) = (first * align, rng.u64(1..=most) * align);
+            match kind {
+                0..5 => format!("write -P {} {at} {len}", n % 250 + 1),
+                5 => format!("write -z {at} {len}"),
+                6 => format!("write -zu {at} {len}"),
+                7 => format!("discard {at} {len}"),
+                _ if compress => format!("write -c -P {} {at} {len}", n % 250 + 1),
+                _ => format!("write -P {} {at} {len}", n % 250 + 1),
+            }
+        })
+        .collect()
+}
