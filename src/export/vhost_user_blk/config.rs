@@ -9,6 +9,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// VHOST_F_LOG_ALL: what the device writes is marked in the dirty log. Of the transport: the front
+/// end switches it on and off while the guest runs.
+pub const F_LOG_ALL: u32 = 26;
+
 /// Segments of data in one request. With header and status this fills the 128 entries that front
 /// ends give a queue.
 pub const SEG_MAX: u32 = 126;
@@ -47,7 +51,8 @@ pub fn features(node: &Node, options: &DiskOptions) -> u64 {
         VIRTIO_RING_F_INDIRECT_DESC,
         VIRTIO_RING_F_EVENT_IDX,
     ];
-    let mut features = bits.iter().fold(F_PROTOCOL_FEATURES, |all, bit| all | 1 << bit);
+    let mut features =
+        bits.iter().fold(F_PROTOCOL_FEATURES | 1 << F_LOG_ALL, |all, bit| all | 1 << bit);
     if options.writable {
         features |= 1 << VIRTIO_BLK_F_WRITE_ZEROES;
         if !options.write_through {

@@ -61,6 +61,8 @@ impl Region {
 #[derive(Clone, Default)]
 pub struct Memory {
     spans: Vec<Span>,
+    /// The same by host address.
+    by_host: Vec<Span>,
     regions: Vec<Arc<Region>>,
 }
 
@@ -90,11 +92,13 @@ impl Memory {
                 return Err(format!("memory regions overlap at {:#x}", pair[1].guest));
             }
         }
-        let spans = regions
+        let spans: Vec<Span> = regions
             .iter()
             .map(|r| Span { guest: r.guest, end: r.guest + r.len, host: r.mapping.as_ptr() })
             .collect();
-        Ok(Memory { spans, regions })
+        let mut by_host = spans.clone();
+        by_host.sort_by_key(|s| s.host);
+        Ok(Memory { spans, by_host, regions })
     }
 
     pub fn regions(&self) -> &[Arc<Region>] {
@@ -106,6 +110,16 @@ impl Memory {
         let span = self.span(guest)?;
         let inside = guest - span.guest;
         (len <= span.end - guest).then(|| span.host.wrapping_add(inside as usize))
+    }
+
+    /// The guest address of a byte that is mapped at a host address: the way back of [`Memory::host`]
+    /// and [`Memory::append`].
+    pub fn guest(&self, host: *const u8) -> Option<u64> {
+        let host = host as u64;
+        let after = self.by_host.partition_point(|s| s.host as u64 <= host);
+        let span = self.by_host[..after].last()?;
+        let inside = host - span.host as u64;
+        (inside < span.end - span.guest).then(|| span.guest + inside)
     }
 
     /// Where `len` bytes at an address of the front end's are mapped, if they lie in one region.

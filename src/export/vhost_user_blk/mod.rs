@@ -4,6 +4,7 @@
 //! * [`session`]: the messages of one connection.
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
+//! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
@@ -11,6 +12,7 @@
 
 pub mod calls;
 pub mod config;
+pub mod dirty_log;
 pub mod inflight;
 pub mod memory;
 pub mod notices;

@@ -7,6 +7,7 @@
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
 use super::calls::CallPolicy;
+use super::dirty_log::DirtyLog;
 use super::inflight::Tracker;
 use super::memory::Memory;
 use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
@@ -50,6 +51,8 @@ pub struct Queue {
     ring: SplitRing,
     /// `None`: the front end does not want requests in flight to be tracked.
     inflight: Option<Tracker>,
+    /// While a migration wants to know what we write.
+    log: Option<Arc<DirtyLog>>,
     announcer: Rc<Announcer>,
     /// By head: a chain in flight is known by its first descriptor.
     slots: Vec<Slot>,
@@ -94,10 +97,32 @@ struct Slot {
     generation: Generation,
 }
 
+impl Slot {
+    /// Marks what the request has written to the guest's memory. How much of a failed read has
+    /// landed is not known.
+    #[cold]
+    fn mark(&self, log: &DirtyLog, memory: &Memory, status: std::ptr::NonNull<u8>, written: u32) {
+        let data = || &self.segments[self.data.0 as usize..self.data.1 as usize];
+        match self.kind {
+            Some(Kind::In) => log.mark_segments(memory, data(), u64::MAX),
+            Some(Kind::GetId) => log.mark_segments(memory, data(), written as u64),
+            _ => {}
+        }
+        log.mark_segments(memory, &[iovec::iovec(status.as_ptr(), 1)], 1);
+    }
+}
+
 struct Finished {
     head: u16,
     status: Status,
     written: u32,
+}
+
+/// What a queue writes is marked in a log, and in which of the guest's addresses its used ring.
+#[derive(Clone, Default)]
+pub struct QueueLog {
+    pub log: Option<Arc<DirtyLog>>,
+    pub used: Option<u64>,
 }
 
 /// What a queue is started with.
@@ -108,6 +133,7 @@ pub struct QueueStart {
     pub memory: Arc<Memory>,
     pub ring: SplitRing,
     pub inflight: Option<Tracker>,
+    pub log: QueueLog,
     pub size: u16,
     pub call: Option<Arc<File>>,
     pub err: Option<Arc<File>>,
@@ -124,12 +150,13 @@ impl Queue {
     pub fn new(start: QueueStart) -> Queue {
         let announcer = Rc::new(Announcer::default());
         start.disk.node.add_member(announcer.member());
-        Queue {
+        let mut queue = Queue {
             name: start.name,
             disk: start.disk,
             memory: start.memory,
             ring: start.ring,
             inflight: start.inflight,
+            log: None,
             announcer,
             slots: std::iter::repeat_with(Slot::default).take(start.size as usize).collect(),
             in_flight: 0,
@@ -143,7 +170,15 @@ impl Queue {
             drained: Vec::new(),
             stop: None,
             counts: Counts::default(),
-        }
+        };
+        queue.set_log(start.log);
+        queue
+    }
+
+    /// What is written from now on is marked, or no more; what is in flight is marked when it ends.
+    pub fn set_log(&mut self, QueueLog { log, used }: QueueLog) {
+        self.ring.set_log(log.clone().zip(used));
+        self.log = log;
     }
 
     /// Takes nothing more; once nothing is in flight, ends, and tells `stopped` where the available
@@ -390,7 +425,9 @@ impl Queue {
         sector: u64,
         readable: usize,
     ) {
-        let (out, into) = self.slots[head as usize].segments.split_at(readable);
+        let slot = &mut self.slots[head as usize];
+        slot.data = (readable as u32, slot.segments.len() as u32);
+        let (out, into) = slot.segments.split_at(readable);
         // SAFETY: the queue keeps `memory` mapped while the request is in flight.
         let (out, into) = unsafe { (IoVec::from_raw(out), IoVec::from_raw(into)) };
         let out = out.slice(HEADER_LEN as u64, out.len() - HEADER_LEN as u64);
@@ -440,6 +477,9 @@ impl Queue {
             // SAFETY: the byte lies in the guest's memory, which stays mapped as long as the
             // request is in flight.
             unsafe { at.write_volatile(status as u8) };
+            if let Some(log) = &self.log {
+                slot.mark(log, &self.memory, at, written);
+            }
         }
         slot.busy = false;
         slot.fast = false;

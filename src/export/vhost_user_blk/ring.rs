@@ -4,6 +4,7 @@
 //! only the copy is used; an index that cannot be right stops the queue. Used elements are written
 //! as they come, but the used index moves, and the guest is told, once a batch.
 
+use super::dirty_log::{DirtyLog, UsedLog};
 use super::memory::Memory;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
@@ -111,6 +112,8 @@ pub struct SplitRing {
     published: u16,
     /// Up to here the guest was told, or asked whether it wants to be.
     called: u16,
+    /// While a migration wants to know of our stores.
+    log: Option<UsedLog>,
     /// Keeps the mappings alive that the pointers lead to.
     _memory: Arc<Memory>,
 }
@@ -153,6 +156,7 @@ impl SplitRing {
             next_used: 0,
             published: 0,
             called: 0,
+            log: None,
             _memory: memory.clone(),
         };
         ring.next_used = ring.used_index().load(Ordering::Acquire);
@@ -168,6 +172,15 @@ impl SplitRing {
     /// What the guest sees of the used ring ends here.
     pub fn published(&self) -> u16 {
         self.published
+    }
+
+    /// Our stores to the used ring are marked at this guest address from now on, or no more. Those
+    /// of the past may not have been: all of it is marked at the beginning.
+    pub fn set_log(&mut self, log: Option<(Arc<DirtyLog>, u64)>) {
+        self.log = log.map(|(log, at)| UsedLog::new(log, at, self.size));
+        if let Some(log) = &self.log {
+            log.all();
+        }
     }
 
     /// Goes on in the available ring behind so many chains that were taken and not handed back: the
@@ -294,6 +307,9 @@ impl SplitRing {
     pub fn publish(&mut self) {
         if self.published != self.next_used {
             self.used_index().store(self.next_used, Ordering::Release);
+            if let Some(log) = &self.log {
+                log.published(self.published, self.next_used);
+            }
             self.published = self.next_used;
         }
     }
@@ -325,6 +341,9 @@ impl SplitRing {
         } else {
             self.atomic(self.used, 0).store(0, Ordering::Relaxed);
         }
+        if let Some(log) = &self.log {
+            if self.event_index { log.event() } else { log.flags() }
+        }
         fence(Ordering::SeqCst);
         !self.has_work()
     }
@@ -333,6 +352,9 @@ impl SplitRing {
     pub fn no_kick(&mut self) {
         if !self.event_index {
             self.atomic(self.used, 0).store(USED_NO_NOTIFY, Ordering::Relaxed);
+            if let Some(log) = &self.log {
+                log.flags();
+            }
         }
     }
 }

@@ -6,10 +6,11 @@
 
 mod messages;
 
-use super::config::F_PROTOCOL_FEATURES;
+use super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
+use super::dirty_log::DirtyLog;
 use super::inflight;
 use super::memory::{Memory, Region};
-use super::queue::{Queue, QueueStart};
+use super::queue::{Queue, QueueLog, QueueStart};
 use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
 use crate::io::{Errno, SourceId, Worker};
@@ -41,12 +42,16 @@ pub struct Session {
     rings: Vec<RingState>,
     /// Where requests in flight are tracked, if the front end wants it.
     inflight: Option<Arc<inflight::Region>>,
+    /// The front end's dirty log; in use while [`F_LOG_ALL`] is acknowledged.
+    log: Option<Arc<DirtyLog>>,
 }
 
 /// What the front end has said of a ring.
 struct RingState {
     size: u16,
     at: Option<Addresses>,
+    /// The guest address that its used ring is to be logged at.
+    log_used: Option<u64>,
     base: u16,
     kick: Kick,
     call: Option<Arc<File>>,
@@ -68,6 +73,7 @@ impl RingState {
         RingState {
             size: 0,
             at: None,
+            log_used: None,
             base: 0,
             kick: Kick::Unset,
             call: None,
@@ -114,6 +120,7 @@ impl Session {
             memory: Arc::default(),
             rings,
             inflight: None,
+            log: None,
         };
         session.apply_write_cache();
         session
@@ -189,6 +196,7 @@ impl Session {
             memory: self.memory.clone(),
             ring: split,
             inflight,
+            log: self.log_of(index),
             size,
             call: ring.call.clone(),
             err: ring.err.clone(),
@@ -204,6 +212,21 @@ impl Session {
             self.workers[worker].call(move |local| local.attach(Box::new(Queue::new(start)), kick));
         self.rings[index].running = Some((worker, source));
         Ok(())
+    }
+
+    /// What is to be marked of a ring's writes now.
+    fn log_of(&self, index: usize) -> QueueLog {
+        let log = self.log.clone().filter(|_| self.has(F_LOG_ALL));
+        QueueLog { log, used: self.rings[index].log_used }
+    }
+
+    /// Has rings that run mark what is to be marked now, and nothing else. Returns once all of them
+    /// do.
+    fn apply_log(&self, indices: impl Iterator<Item = usize>) {
+        for index in indices {
+            let log = self.log_of(index);
+            self.tell(index as u32, move |queue| queue.set_log(log));
+        }
     }
 
     /// Rings that start from now on track their requests there.

@@ -264,6 +264,7 @@ impl Guest {
             memory: guest.memory.memory.clone(),
             ring,
             inflight,
+            log: Default::default(),
             size,
             call: Some(called),
             err: Some(failed),

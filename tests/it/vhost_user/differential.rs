@@ -6,7 +6,6 @@
 //! * ours offers DISCARD only where discards reach the file, theirs always;
 //! * theirs offers DISCARD, WRITE_ZEROES and CONFIG_WCE on a read-only disk, ours none of them;
 //! * theirs offers SIZE_MAX with a `size_max` of 0, and NOTIFY_ON_EMPTY;
-//! * ours does not offer the dirty log;
 //! * GET_ID: ours fills up the 20 bytes with zeroes as the specification says, theirs leaves what
 //!   follows the text as it was; the used length of theirs counts all the room there was;
 //! * the used length of what failed: theirs counts the data too, which was not written.
@@ -210,7 +209,7 @@ fn the_offered_features_and_the_configuration_differ_only_where_they_should() {
         let mut disks: Vec<Disk> = daemons.iter().map(|daemon| daemon.open(&options())).collect();
         let [ours, theirs] = [0, 1].map(|i| disks[i].connection().offered());
         let on_purpose = feature::DISCARD | feature::WRITE_ZEROES | feature::CONFIG_WCE;
-        let transport = feature::LOG_ALL | NOTIFY_ON_EMPTY | feature::SIZE_MAX;
+        let transport = NOTIFY_ON_EMPTY | feature::SIZE_MAX;
         assert_eq!(ours & !theirs & !feature::CONFIG_WCE, 0, "{ours:#x} {theirs:#x} {export}");
         let missing = theirs & !ours & !transport;
         assert_eq!(missing & !on_purpose, 0, "{ours:#x} {theirs:#x} {export}");

@@ -4,6 +4,7 @@
 mod config;
 mod daemon;
 mod differential;
+mod dirty_log;
 mod hostile;
 mod inflight;
 mod layouts;

@@ -14,6 +14,7 @@ const ALWAYS: u64 = feature::SEG_MAX
     | feature::TOPOLOGY
     | feature::FLUSH
     | feature::MQ
+    | feature::LOG_ALL
     | feature::RING_INDIRECT
     | feature::EVENT_IDX
     | feature::PROTOCOL_FEATURES
@@ -22,6 +23,7 @@ const ALWAYS: u64 = feature::SEG_MAX
 /// Served, and offered by our side because all of it is implemented.
 const PROTOCOL: u64 = protocol::MQ
     | protocol::CONFIG
+    | protocol::LOG_SHMFD
     | protocol::REPLY_ACK
     | protocol::BACKEND_REQ
     | protocol::RESET_DEVICE
@@ -101,7 +103,6 @@ fn a_front_end_that_takes_a_feature_that_was_not_offered_is_cut_off() {
     let bits = [
         feature::SIZE_MAX,
         feature::RO,
-        feature::LOG_ALL,
         feature::ACCESS_PLATFORM,
         feature::RING_PACKED,
         1 << 63,
@@ -168,6 +169,7 @@ fn without_protocol_features_a_ring_is_enabled_from_its_start() {
         desc: layout.desc,
         avail: layout.avail,
         used: layout.used,
+        logged: false,
         kick: ring.kick_fd(),
         call: ring.call_fd(),
     };

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserInflight;
 
+use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
 use crate::frontend::{Connection, MemoryMessages, QueueSetup};
 use crate::memory::{Memory, MemoryLayout};
-use crate::request::{Laid, Range, Request, Shape};
+use crate::request::{Laid, Range, Request, Segment, Shape};
 use crate::ring::DriverRing;
 use crate::spec::{self, BlkConfig, feature, protocol, status};
 
@@ -114,6 +115,12 @@ impl Queue {
         let token = self.add(request, shape)?;
         self.publish()?;
         Ok(token)
+    }
+
+    /// The chain of a request in flight.
+    pub fn chain(&self, token: u64) -> Option<Vec<Segment>> {
+        let found = self.pending.iter().flatten().find(|pending| pending.token == token);
+        found.map(|pending| pending.laid.segments())
     }
 
     /// Requests in flight.
@@ -222,6 +229,8 @@ pub struct Disk {
     config: BlkConfig,
     /// Kept between connections where INFLIGHT_SHMFD is negotiated.
     inflight: Option<(VhostUserInflight, File)>,
+    /// Used rings are logged.
+    logged: bool,
     /// The queues; a test may move them to threads, as long as the disk stays.
     pub queues: Vec<Queue>,
 }
@@ -248,6 +257,7 @@ impl Disk {
             connection,
             config,
             inflight: None,
+            logged: false,
             queues,
         };
         disk.start()?;
@@ -280,18 +290,31 @@ impl Disk {
 
     /// Hands queue `index` to the device, which is to go on at available index `base`; not yet enabled.
     pub fn start_queue(&mut self, index: usize, base: u16) -> Result<()> {
-        let ring = &self.queues[index].ring;
-        let layout = ring.layout();
-        let setup = QueueSetup {
-            size: layout.size,
-            base,
-            desc: layout.desc,
-            avail: layout.avail,
-            used: layout.used,
-            kick: ring.kick_fd(),
-            call: ring.call_fd(),
-        };
+        let setup = setup(&self.queues[index].ring, base, self.logged);
         self.connection.start_queue(index, &self.memory, &setup)
+    }
+
+    /// Begins dirty logging while the queues run, in QEMU's order.
+    pub fn start_logging(&mut self, log: &DirtyLog) -> Result<()> {
+        self.connection.set_log_base(log)?;
+        self.switch_logging(true)
+    }
+
+    /// Ends it.
+    pub fn stop_logging(&mut self) -> Result<()> {
+        self.switch_logging(false)
+    }
+
+    fn switch_logging(&mut self, on: bool) -> Result<()> {
+        let others = self.connection.features() & !feature::LOG_ALL;
+        let features = if on { others | feature::LOG_ALL } else { others };
+        self.connection.set_exact_features(features)?;
+        self.logged = on;
+        for (index, queue) in self.queues.iter().enumerate() {
+            let setup = setup(&queue.ring, 0, on);
+            self.connection.set_ring_addresses(index, &self.memory, &setup)?;
+        }
+        Ok(())
     }
 
     /// Disables and stops every queue, as QEMU does on a guest's reset. Returns the bases.
@@ -367,6 +390,20 @@ impl Disk {
     /// Sends any request on queue 0 and waits: for tests that look at statuses.
     pub fn run(&mut self, request: &Request) -> Result<Completion> {
         self.queues[0].run(request)
+    }
+}
+
+fn setup(ring: &DriverRing, base: u16, logged: bool) -> QueueSetup<'_> {
+    let layout = ring.layout();
+    QueueSetup {
+        size: layout.size,
+        base,
+        desc: layout.desc,
+        avail: layout.avail,
+        used: layout.used,
+        logged,
+        kick: ring.kick_fd(),
+        call: ring.call_fd(),
     }
 }
 

@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Region};
 use crate::spec::{self, BlkConfig, feature, protocol};
@@ -40,6 +42,8 @@ pub struct QueueSetup<'a> {
     pub desc: u64,
     pub avail: u64,
     pub used: u64,
+    /// Its used ring is logged, at its own address.
+    pub logged: bool,
     pub kick: &'a EventFd,
     pub call: &'a EventFd,
 }
@@ -234,25 +238,46 @@ impl Connection {
         memory: &Memory,
         setup: &QueueSetup<'_>,
     ) -> Result<()> {
+        self.acked("SET_VRING_NUM", |v| v.set_vring_num(index, setup.size))?;
+        self.acked("SET_VRING_BASE", |v| v.set_vring_base(index, setup.base))?;
+        self.set_ring_addresses(index, memory, setup)?;
+        self.acked("SET_VRING_KICK", |v| v.set_vring_kick(index, setup.kick))?;
+        self.acked("SET_VRING_CALL", |v| v.set_vring_call(index, setup.call))
+    }
+
+    /// SET_VRING_ADDR. Also for a queue that runs, to begin or end the logging of its used ring.
+    pub fn set_ring_addresses(
+        &mut self,
+        index: usize,
+        memory: &Memory,
+        setup: &QueueSetup<'_>,
+    ) -> Result<()> {
         let user = |addr: u64| {
             memory
                 .user_addr(addr)
                 .ok_or_else(|| Error::Peer(format!("queue {index}: {addr:#x} is in no region")))
         };
+        let logged = VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits();
         let addresses = VringConfigData {
             queue_max_size: setup.size,
             queue_size: setup.size,
-            flags: 0,
+            flags: if setup.logged { logged } else { 0 },
             desc_table_addr: user(setup.desc)?,
             used_ring_addr: user(setup.used)?,
             avail_ring_addr: user(setup.avail)?,
-            log_addr: None,
+            log_addr: setup.logged.then_some(setup.used),
         };
-        self.acked("SET_VRING_NUM", |v| v.set_vring_num(index, setup.size))?;
-        self.acked("SET_VRING_BASE", |v| v.set_vring_base(index, setup.base))?;
-        self.acked("SET_VRING_ADDR", |v| v.set_vring_addr(index, &addresses))?;
-        self.acked("SET_VRING_KICK", |v| v.set_vring_kick(index, setup.kick))?;
-        self.acked("SET_VRING_CALL", |v| v.set_vring_call(index, setup.call))
+        self.acked("SET_VRING_ADDR", |v| v.set_vring_addr(index, &addresses))
+    }
+
+    /// SET_LOG_BASE, with all of `log`.
+    pub fn set_log_base(&mut self, log: &DirtyLog) -> Result<()> {
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: log.size(),
+            mmap_offset: 0,
+            mmap_handle: log.fd(),
+        };
+        self.plain("SET_LOG_BASE", |v| v.set_log_base(0, Some(region)))
     }
 
     /// SET_VRING_ENABLE. Does nothing without PROTOCOL_FEATURES: there a started queue is enabled.

@@ -9,6 +9,7 @@
 //! | [`ring`] | the driver side of a split virtqueue, with raw access for malformed chains |
 //! | [`request`] | block requests and the ways to cut them into descriptors |
 //! | [`blk`] | a disk: connection, queues, and requests that are sent, waited for and checked |
+//! | [`dirty_log`] | the log of pages that the device has written, for live migration |
 //! | [`process`] | server processes: started, awaited, measured, ended |
 //! | [`seccomp`] | a host without io_uring |
 //!
@@ -16,6 +17,7 @@
 //! protocol starts with [`frontend::Connection`] and [`ring::DriverRing`]. Every wait has a bound.
 
 pub mod blk;
+pub mod dirty_log;
 mod error;
 pub mod frontend;
 pub mod memory;
@@ -28,6 +30,7 @@ pub mod spec;
 mod watchdog;
 
 pub use blk::{Disk, Options, Queue};
+pub use dirty_log::DirtyLog;
 pub use error::{Error, Result};
 pub use frontend::Connection;
 pub use memory::{Memory, MemoryLayout};

@@ -1,6 +1,7 @@
 //! What each vhost-user message does (QEMU's vhost-user protocol text).
 
-use super::super::config::{self, CONFIG_SIZE, WCE_OFFSET};
+use super::super::config::{self, CONFIG_SIZE, F_LOG_ALL, WCE_OFFSET};
+use super::super::dirty_log::DirtyLog;
 use super::super::inflight;
 use super::super::memory::{MAX_REGIONS, Region};
 use super::super::ring::{Addresses, MAX_SIZE};
@@ -49,14 +50,19 @@ impl VhostUserBackendReqHandlerMut for Session {
         if unknown != 0 {
             return refuse(format!("virtio features {unknown:#x} were not offered"));
         }
+        let logged = self.has(F_LOG_ALL);
         self.features = Some(features);
         self.apply_write_cache();
+        if self.has(F_LOG_ALL) != logged {
+            self.apply_log(0..self.rings.len());
+        }
         Ok(())
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         let mut features = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
@@ -129,11 +135,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptors: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let ring = self.ring(index)?;
         let at = Addresses { descriptors, available, used };
@@ -141,6 +147,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             return refuse(format!("queue {index}: its addresses were changed while it runs"));
         }
         ring.at = Some(at);
+        let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if std::mem::replace(&mut ring.log_used, log) != log {
+            self.apply_log(std::iter::once(index as usize));
+        }
         Ok(())
     }
 
@@ -298,7 +308,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         refuse("shared memory was not offered")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        refuse("the dirty log was not offered")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(&self.name, log, file).or_else(refuse)?;
+        // The old one stays mapped until no queue marks in it any more.
+        let _old = self.log.replace(Arc::new(log));
+        if self.has(F_LOG_ALL) {
+            self.apply_log(0..self.rings.len());
+        }
+        Ok(())
     }
 }
