@@ -57,6 +57,10 @@ install:
 	$(CARGO) build --release --locked -p vublk
 	target/release/vublk generate target/generated
 	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/vublk
+	install -d $(DESTDIR)$(PREFIX)/libexec
+	ln -sf ../bin/vublk $(DESTDIR)$(PREFIX)/libexec/vhost-user-block
+	install -d $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
+	sed 's|/usr/libexec|$(PREFIX)/libexec|' dist/50-vublk.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-vublk.json
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/generated/*.1
 	install -D -m 644 target/generated/vublk.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/vublk
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/site-functions target/generated/_vublk

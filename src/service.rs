@@ -258,7 +258,8 @@ impl Service {
         let user = Some(export.user());
         let what = format!("export '{id}'");
         let attachment = patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
-        let export = export.start()?;
+        let (name, ended) = (id.clone(), self.ended.clone());
+        let export = export.start(move || ended.tell(name))?;
         let state = State::Serving(Box::new(export), attachment);
         self.exports.push(Served { id, node_name: node.name().to_owned(), state });
         Ok(())

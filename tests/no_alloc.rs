@@ -351,7 +351,7 @@ fn a_guest_costs_nothing(options: &str, chains: Chains) {
     let workers = vec![worker.clone()];
     let served = ExportOptions { name: "disk".into(), disk, workers, first_worker: 0 };
     let address = Address::Path { path: path.clone(), mode: None, owner: None };
-    let _export = Export::new(node, address, served).unwrap().start().unwrap();
+    let _export = Export::new(node, address, served).unwrap().start(|| ()).unwrap();
     let mut guest = Guest::new(&path, chains);
     guest.run(100);
     // What the question itself costs is in both.

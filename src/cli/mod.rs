@@ -9,6 +9,8 @@ mod generate;
 mod policy;
 mod process;
 mod serve;
+mod sockets;
+mod vhost_user_block;
 
 use crate::block::Error;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -80,6 +82,9 @@ pub fn main() -> ExitCode {
             "qemu-storage-daemon",
             daemon::run("qemu-storage-daemon", arguments.collect()),
         );
+    }
+    if called == "vhost-user-block" {
+        return report("vhost-user-block", vhost_user_block::run(arguments.collect()));
     }
     let command = match Vublk::try_parse() {
         Ok(Vublk { command }) => command,

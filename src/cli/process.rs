@@ -3,7 +3,7 @@
 use crate::io::Errno;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -36,12 +36,22 @@ impl EndSignals {
         // SAFETY: signalfd has just made it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
+}
 
-    /// Sleeps until one of them comes.
-    pub fn wait(&self) {
-        let mut signal = 0;
-        // SAFETY: the set is initialised, and the number is written to a local.
-        while unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {}
+/// Sleeps until one of two descriptors is readable. True if it is not the first, which is that of
+/// [`EndSignals`].
+pub fn wait_unless_ended(stop: &OwnedFd, other: RawFd) -> bool {
+    let polled = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut fds = [polled(stop.as_raw_fd()), polled(other)];
+    loop {
+        // SAFETY: the array lives through the call, and its length is given.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        if ready > 0 {
+            return fds[0].revents == 0;
+        }
+        if Errno::last().0 != libc::EINTR {
+            return false;
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
 use super::policy::PolicyArgs;
-use super::process::EndSignals;
+use super::process::{EndSignals, wait_unless_ended};
+use super::sockets::{Descriptors, SocketArg};
 use crate::block::Error;
 use crate::drivers;
 use crate::export::vhost_user_blk::{Address, DiskOptions};
@@ -17,9 +18,11 @@ pub struct Serve {
     /// The images or block devices to serve
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
-    /// The socket that a virtual machine connects to; one for each IMAGE, in their order
-    #[arg(short, long = "socket", required = true, value_name = "PATH")]
-    sockets: Vec<PathBuf>,
+    /// The socket that a virtual machine connects to; one for each IMAGE, in their order. Also:
+    /// fd:N, a descriptor left open; systemd[:NAME], of its socket activation; connect:PATH, a
+    /// socket that the virtual machine's side listens on
+    #[arg(short, long = "socket", required = true, value_name = "SOCKET")]
+    sockets: Vec<SocketArg>,
     /// The images' format
     #[arg(short, long)]
     format: Option<String>,
@@ -61,6 +64,9 @@ pub struct Serve {
     /// Say more; twice for even more
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
+    /// Whether to print nothing on standard output.
+    #[arg(skip)]
+    quiet: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -87,6 +93,18 @@ enum Discard {
 struct Cpus(Vec<usize>);
 
 impl Serve {
+    /// One raw image, with defaults for the rest; prints nothing.
+    pub fn raw(image: PathBuf, read_only: bool, socket: SocketArg) -> Serve {
+        #[derive(clap::Parser)]
+        struct Defaults {
+            #[command(flatten)]
+            serve: Serve,
+        }
+        let required = ["vublk", "-f", "raw", "image", "--socket", "socket"];
+        let Defaults { serve } = clap::Parser::parse_from(required);
+        Serve { images: vec![image], sockets: vec![socket], read_only, quiet: true, ..serve }
+    }
+
     pub fn run(self) -> super::Outcome {
         if self.images.len() != self.sockets.len() {
             let (images, sockets) = (self.images.len(), self.sockets.len());
@@ -96,18 +114,29 @@ impl Serve {
             return Err("--serial: at most 20 bytes".into());
         }
         let signals = EndSignals::block();
+        let stop = signals.descriptor()?;
+        let mut descriptors = Descriptors::new();
         super::start_log(self.verbose);
         let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
         let workers = self.start_workers(&mut service)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
-            self.serve_one(&mut service, &workers, index, image, socket)?;
+            let address = descriptors.address(socket, self.socket_mode, self.socket_owner)?;
+            self.serve_one(&mut service, &workers, index, image, address)?;
         }
         for socket in &self.sockets {
-            print!("{}", attach_lines(socket));
+            if let SocketArg::Path(path) = socket
+                && !self.quiet
+            {
+                print!("{}", attach_lines(path));
+            }
         }
         // Nobody may be listening for it.
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-        signals.wait();
+        // A connection that was passed to us is the only one of its disk.
+        let mut left = self.images.len();
+        while left > 0 && wait_unless_ended(&stop, service.ended_notice()) {
+            left -= service.take_ended().len();
+        }
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
         drop(service);
         Ok(())
@@ -138,7 +167,7 @@ impl Serve {
         workers: &[String],
         index: usize,
         image: &Path,
-        socket: &Path,
+        address: Address,
     ) -> super::Outcome {
         let shown = image.display();
         let options = self.node_options(&format!("disk{index}"), image)?;
@@ -151,11 +180,6 @@ impl Serve {
             logical_block_size: check_block_size(&id, block)?,
             num_queues: self.num_queues,
             serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
-        };
-        let address = Address::Path {
-            path: socket.to_owned(),
-            mode: self.socket_mode,
-            owner: self.socket_owner,
         };
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;

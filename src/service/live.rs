@@ -37,6 +37,11 @@ impl Ended {
         let notice = notice.map_err(|e| Error::os("eventfd", e))?;
         Ok(Arc::new(Ended { ids: Mutex::default(), notice }))
     }
+
+    pub(super) fn tell(&self, id: String) {
+        self.ids.lock().push(id);
+        let _ = self.notice.write(1);
+    }
 }
 
 impl Service {
@@ -70,8 +75,7 @@ impl Service {
             let Ok((export, attachment)) = take.recv() else { return };
             drop::<crate::export::vhost_user_blk::Export>(export);
             drop::<crate::block::Attachment>(attachment);
-            ended.ids.lock().push(name);
-            let _ = ended.notice.write(1);
+            ended.tell(name);
             let _ = tell.send(());
         });
         let thread = thread.map_err(|e| Error::os("cannot start a thread", e))?;
@@ -89,7 +93,8 @@ impl Service {
         self.ended.notice.as_raw_fd()
     }
 
-    /// The names of the exports that have ended since this was last asked.
+    /// The names of the exports that have ended since this was last asked. One whose front end was
+    /// the only one that it could have is among them, and is still there.
     pub fn take_ended(&mut self) -> Vec<String> {
         let _ = self.ended.notice.read();
         let ids = std::mem::take(&mut *self.ended.ids.lock());

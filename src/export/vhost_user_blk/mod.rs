@@ -1,6 +1,6 @@
 //! Disks for virtual machines over vhost-user-blk.
 //!
-//! * [`server`]: the socket; one front end at a time.
+//! * [`door`]: where front ends come from. [`server`]: one of them at a time.
 //! * [`session`]: the messages of one connection.
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
@@ -13,6 +13,7 @@
 pub mod calls;
 pub mod config;
 pub mod dirty_log;
+pub mod door;
 pub mod inflight;
 pub mod memory;
 pub mod notices;
@@ -24,4 +25,5 @@ pub mod session;
 pub mod write_cache;
 
 pub use config::DiskOptions;
-pub use server::{Address, Export, ExportOptions, listen, listening_fd};
+pub use door::{Address, Socket, listen, listening_fd, socket_fd};
+pub use server::{Export, ExportOptions};

@@ -4,33 +4,21 @@
 //! a second front end waits in the socket's queue meanwhile. The thread never touches guest I/O.
 
 use super::config::DiskOptions;
+use super::door::{Address, Door};
 use super::notices::{Channel, Notices};
 use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
 use crate::block::{Error, LocalFuture, Node, SECTOR};
 use crate::io::sync::Mutex;
-use crate::io::{Errno, Worker, offload};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use crate::io::{Worker, offload};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vmm_sys_util::eventfd::EventFd;
-
-/// Where front ends connect.
-pub enum Address {
-    Path {
-        path: PathBuf,
-        mode: Option<u32>,
-        owner: Option<(u32, u32)>,
-    },
-    /// A listening socket that somebody else made. Its file is theirs to remove.
-    Listening(OwnedFd),
-}
 
 /// What an export is made of.
 pub struct ExportOptions {
@@ -45,10 +33,8 @@ pub struct ExportOptions {
 /// A disk that front ends can connect to, until it is dropped.
 pub struct Export {
     shared: Arc<Shared>,
-    listener: Option<UnixListener>,
+    door: Option<Door>,
     thread: Option<JoinHandle<()>>,
-    /// The socket file that is ours to remove: its path, device and inode.
-    own_file: Option<(PathBuf, u64, u64)>,
 }
 
 struct Shared {
@@ -74,15 +60,7 @@ struct Current {
 impl Export {
     /// Opens the socket. Nobody is served before [`Export::start`].
     pub fn new(node: Arc<Node>, address: Address, options: ExportOptions) -> Result<Export, Error> {
-        let (listener, own_file) = match address {
-            Address::Path { path, mode, owner } => {
-                let (listener, id) = listen(&path, mode, owner)?;
-                // It must still be found after the process has gone to another directory.
-                let path = std::path::absolute(&path).unwrap_or(path);
-                (listener, Some((path, id.0, id.1)))
-            }
-            Address::Listening(fd) => (UnixListener::from(fd), None),
-        };
+        let door = Door::new(address)?;
         let disk = Arc::new(Disk::new(node, options.disk));
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
         let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
@@ -97,18 +75,18 @@ impl Export {
             notices,
             current: Mutex::default(),
         });
-        Ok(Export { shared, listener: Some(listener), thread: None, own_file })
+        Ok(Export { shared, door: Some(door), thread: None })
     }
 
     /// Serves front ends from now on. The caller holds the permissions on the node for as long as
-    /// the export lives.
-    pub fn start(mut self) -> Result<Export, Error> {
-        let Some(listener) = self.listener.take() else { return Ok(self) };
+    /// the export lives. `ended` is called when no other front end can come.
+    pub fn start(mut self, ended: impl FnOnce() + Send + 'static) -> Result<Export, Error> {
+        let Some(door) = self.door.take() else { return Ok(self) };
         let theirs = self.shared.clone();
         let thread = std::thread::Builder::new()
             .name("export".into())
             .stack_size(256 << 10)
-            .spawn(move || theirs.serve(&listener))
+            .spawn(move || theirs.serve(door, ended))
             .map_err(|e| Error::os("cannot start an export's thread", e))?;
         self.thread = Some(thread);
         Ok(self)
@@ -139,12 +117,6 @@ impl Drop for Export {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        if let Some((path, device, inode)) = &self.own_file
-            && let Ok(found) = std::fs::symlink_metadata(path)
-            && (found.dev(), found.ino()) == (*device, *inode)
-        {
-            let _ = std::fs::remove_file(path);
-        }
         let Counters { requests, slow, flushes, errors } = &self.shared.disk.counters;
         log::info!(
             "{}: ended: requests={} slow={} flushes={} errors={}",
@@ -158,22 +130,16 @@ impl Drop for Export {
 }
 
 impl Shared {
-    fn serve(&self, listener: &UnixListener) {
-        // Waiting and accepting are two steps, and the caller may have gone in between.
-        let _ = listener.set_nonblocking(true);
-        while wait_readable([listener.as_raw_fd(), self.stop.as_raw_fd()]) {
+    /// The door closes with the last front end.
+    fn serve(&self, mut door: Door, ended: impl FnOnce()) {
+        while let Some(stream) = door.next(&self.name, self.stop.as_raw_fd()) {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            match listener.accept() {
-                Ok((stream, _)) => self.serve_one(stream),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    log::error!("{}: accept: {error}", self.name);
-                    // Out of descriptors, most likely: do not spin on it.
-                    std::thread::sleep(std::time::Duration::from_millis(100));
-                }
-            }
+            self.serve_one(stream);
+        }
+        if !self.stopping.load(Ordering::SeqCst) {
+            ended();
         }
     }
 
@@ -254,103 +220,4 @@ impl User for Shared {
 
 fn lock(session: &std::sync::Mutex<Session>) -> std::sync::MutexGuard<'_, Session> {
     session.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Waits until one of the descriptors is readable.
-fn wait_readable(fds: [RawFd; 2]) -> bool {
-    let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-    loop {
-        // SAFETY: the array lives through the call, and its length is given.
-        let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
-        if n > 0 {
-            return true;
-        }
-        if Errno::last().0 != libc::EINTR {
-            return false;
-        }
-    }
-}
-
-/// Bytes of the name of a socket, its end included (`sockaddr_un`).
-const MAX_PATH: usize = 108;
-
-/// Makes a listening socket at `path`, in the place of one that nobody listens on any more. Gives
-/// its file's device and inode too.
-pub fn listen(
-    path: &Path,
-    mode: Option<u32>,
-    owner: Option<(u32, u32)>,
-) -> Result<(UnixListener, (u64, u64)), Error> {
-    let at = |what: &str, error: std::io::Error| {
-        Error::os(format!("Failed to {what} socket to {}", path.display()), Errno::from(error))
-    };
-    if path.as_os_str().len() >= MAX_PATH {
-        let error = Error::new(format!("UNIX socket path '{}' is too long", path.display()));
-        return Err(error.with_hint(format!("Path must be less than {MAX_PATH} bytes")));
-    }
-    if let Ok(found) = std::fs::symlink_metadata(path) {
-        use std::os::unix::fs::FileTypeExt;
-        if !found.file_type().is_socket() {
-            return Err(Error::new(format!(
-                "'{}' exists already and is not a socket",
-                path.display()
-            )));
-        }
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(|e| at("replace", e))?;
-            }
-            Ok(_) => {
-                return Err(Error::new(format!(
-                    "another process listens on the socket '{}'",
-                    path.display()
-                )));
-            }
-            Err(error) => return Err(at("bind", error)),
-        }
-    }
-    let listener = UnixListener::bind(path).map_err(|e| at("bind", e))?;
-    let set_up = || {
-        if let Some((user, group)) = owner {
-            std::os::unix::fs::chown(path, Some(user), Some(group))?;
-        }
-        if let Some(mode) = mode {
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-        }
-        std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
-    };
-    match set_up() {
-        Ok(id) => Ok((listener, id)),
-        Err(error) => {
-            let _ = std::fs::remove_file(path);
-            Err(at("set up", error))
-        }
-    }
-}
-
-/// Takes over a listening socket by its descriptor number, as `addr.type=fd` gives it.
-///
-/// # Safety
-/// The descriptor must be open and nobody else's.
-pub unsafe fn listening_fd(fd: RawFd) -> Result<OwnedFd, Error> {
-    let mut listening: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes to the integer.
-    let result = unsafe {
-        libc::getsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_ACCEPTCONN,
-            (&raw mut listening).cast(),
-            &mut len,
-        )
-    };
-    if result != 0 {
-        return Err(Error::new(format!("File descriptor '{fd}' is not a socket")));
-    }
-    if listening == 0 {
-        return Err(Error::new(format!("File descriptor '{fd}' is not a listening socket")));
-    }
-    // SAFETY: the caller's promise.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

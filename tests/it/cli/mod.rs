@@ -4,6 +4,7 @@
 mod beside_qsd;
 mod process;
 mod serve;
+mod sockets;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

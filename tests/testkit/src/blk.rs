@@ -4,6 +4,7 @@
 //! [`Queue::reap`] keep many requests in flight. Sectors are 512 bytes.
 
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -244,7 +245,23 @@ impl Disk {
 
     /// The same with memory that exists already.
     pub fn open_with_memory(path: &Path, options: &Options, memory: Arc<Memory>) -> Result<Disk> {
-        let (connection, config) = greet(path, options)?;
+        Disk::with(Connection::connect(path, options.limit)?, path, options, memory)
+    }
+
+    /// The same over a connection that is there already. It cannot be made again.
+    pub fn from_stream(stream: UnixStream, options: &Options) -> Result<Disk> {
+        let memory = Memory::new(&options.layout)?;
+        let connection = Connection::from_stream(stream, options.limit)?;
+        Disk::with(connection, Path::new(""), options, memory)
+    }
+
+    fn with(
+        mut connection: Connection,
+        path: &Path,
+        options: &Options,
+        memory: Arc<Memory>,
+    ) -> Result<Disk> {
+        let config = greet(&mut connection, options)?;
         memory.set_usable_regions(options.regions.unwrap_or(memory.regions().len()));
         let event_idx = connection.has(feature::EVENT_IDX);
         let queues = (0..options.num_queues)
@@ -329,7 +346,8 @@ impl Disk {
     /// on at its used index, so that what was not finished is done again.
     pub fn reconnect(&mut self) -> Result<()> {
         self.connection.hang_up();
-        let (connection, config) = greet(&self.path, &self.options)?;
+        let mut connection = Connection::connect(&self.path, self.options.limit)?;
+        let config = greet(&mut connection, &self.options)?;
         self.connection = connection;
         self.config = config;
         self.start()
@@ -408,8 +426,7 @@ fn setup(ring: &DriverRing, base: u16, logged: bool) -> QueueSetup<'_> {
 }
 
 /// From connect to the configuration: what QEMU does when the device is realized.
-fn greet(path: &Path, options: &Options) -> Result<(Connection, BlkConfig)> {
-    let mut connection = Connection::connect(path, options.limit)?;
+fn greet(connection: &mut Connection, options: &Options) -> Result<BlkConfig> {
     connection.negotiate(options.features, options.protocol)?;
     if connection.max_queues() < options.num_queues as u64 {
         return Err(Error::Peer(format!(
@@ -418,6 +435,5 @@ fn greet(path: &Path, options: &Options) -> Result<(Connection, BlkConfig)> {
             options.num_queues
         )));
     }
-    let config = connection.config()?;
-    Ok((connection, config))
+    connection.config()
 }

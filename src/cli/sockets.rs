@@ -1,0 +1,95 @@
+//! The sockets of a command line: where front ends connect, or where we do.
+
+use crate::block::Error;
+use crate::export::vhost_user_blk::{Address, Socket, socket_fd};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// One `--socket`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SocketArg {
+    /// A socket to be made.
+    Path(PathBuf),
+    /// `fd:N`: a descriptor that whoever started the program has left open.
+    Fd(RawFd),
+    /// `systemd` or `systemd:NAME`: a descriptor of systemd's socket activation, the next or by name.
+    Systemd(Option<String>),
+    /// `connect:PATH`: a socket that the front end listens on.
+    Connect(PathBuf),
+}
+
+impl FromStr for SocketArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<SocketArg, String> {
+        if text == "systemd" {
+            return Ok(SocketArg::Systemd(None));
+        }
+        Ok(match text.split_once(':') {
+            Some(("fd", number)) => match number.parse() {
+                Ok(fd) if fd >= 0 => SocketArg::Fd(fd),
+                _ => return Err(format!("'{number}' is not the number of a descriptor")),
+            },
+            Some(("systemd", name)) => SocketArg::Systemd(Some(name.to_owned())),
+            Some(("connect", path)) => SocketArg::Connect(path.into()),
+            _ => SocketArg::Path(text.into()),
+        })
+    }
+}
+
+/// The descriptors of systemd's socket activation (`sd_listen_fds(3)`) that are not taken yet, and
+/// those from `fd:N` that are.
+pub struct Descriptors {
+    activated: Vec<(RawFd, String)>,
+    taken: Vec<RawFd>,
+}
+
+impl Descriptors {
+    /// Asks the environment. To be called before there is another thread.
+    pub fn new() -> Descriptors {
+        let activated = sd_notify::listen_fds_with_names(false);
+        let activated = activated.map_or_else(|_| Vec::new(), Iterator::collect);
+        Descriptors { activated, taken: Vec::new() }
+    }
+
+    /// What an export is to be given for a socket.
+    ///
+    /// # Errors
+    /// There is no such descriptor, or it is no socket, or was named twice.
+    pub fn address(
+        &mut self,
+        socket: &SocketArg,
+        mode: Option<u32>,
+        owner: Option<(u32, u32)>,
+    ) -> Result<Address, Error> {
+        let fd = match socket {
+            SocketArg::Path(path) => return Ok(Address::Path { path: path.clone(), mode, owner }),
+            SocketArg::Connect(path) => return Ok(Address::Connect(path.clone())),
+            SocketArg::Fd(fd) => *fd,
+            SocketArg::Systemd(name) => self.activated(name.as_deref())?,
+        };
+        if self.taken.contains(&fd) {
+            return Err(Error::new(format!("File descriptor '{fd}' is used twice")));
+        }
+        // SAFETY: whoever started the program says that this descriptor is ours to take, and we do so
+        // once.
+        let socket = unsafe { socket_fd(fd) }?;
+        self.taken.push(fd);
+        Ok(match socket {
+            Socket::Listening(fd) => Address::Listening(fd),
+            Socket::Connected(fd) => Address::Connected(fd),
+        })
+    }
+
+    fn activated(&mut self, name: Option<&str>) -> Result<RawFd, Error> {
+        let found = self.activated.iter().position(|(_, n)| name.is_none_or(|name| name == n));
+        match (found, name) {
+            (Some(index), _) => Ok(self.activated.remove(index).0),
+            (None, None) => Err(Error::new("systemd has passed no other socket")),
+            (None, Some(name)) => {
+                Err(Error::new(format!("systemd has passed no socket of the name '{name}'")))
+            }
+        }
+    }
+}
