@@ -94,6 +94,14 @@ fn a_hostile_front_end_ends_its_connection_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_message_with_a_socket_too_many_leaves_no_descriptor_behind() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // SET_BACKEND_REQ_FD with a number, and two descriptors instead of one.
+    let decisions = [0, 1, 21, 0, 0, 0, 0, 0, 0, 0, 0, 0, 15, 2, 0, 0];
+    targets::vhost_user_messages::run(&decisions);
+}
+
+#[test]
 fn hostile_text_is_refused_on_one_line() {
     let pieces = "driver file a on . .. , ,, = : | 0 1 18446744073709551616 1.5 1e9 0x10 K E { } [ ] \
                   \" ' \\u0000 \\ud800 json: nbd: help null true é \0 \u{7f}";

@@ -132,9 +132,10 @@ fn offered_socket(stream: RawFd) -> Option<OwnedFd> {
     message.msg_iov = &mut part;
     message.msg_iovlen = 1;
     message.msg_control = control.as_mut_ptr().cast();
-    // Room for one descriptor: the kernel closes what has none.
+    // Room for one descriptor and no more (CMSG_SPACE would leave it for two): the kernel gives none
+    // that has no room.
     // SAFETY: computes a number.
-    message.msg_controllen = unsafe { libc::CMSG_SPACE(size_of::<RawFd>() as u32) } as usize;
+    message.msg_controllen = unsafe { libc::CMSG_LEN(size_of::<RawFd>() as u32) } as usize;
     // SAFETY: the parts of the message are locals with the lengths given.
     let seen = unsafe { libc::recvmsg(stream, &mut message, flags | libc::MSG_CMSG_CLOEXEC) };
     if seen < 0 {

@@ -32,7 +32,7 @@ pub struct Kept {
     expected: Option<Vec<u16>>,
     /// What is begun again, in this order.
     pub again: Vec<u16>,
-    /// Of the ring when it was taken up.
+    /// Of the ring when the earlier daemon died; then, when it was taken up.
     pub used_index: u16,
 }
 
@@ -113,6 +113,7 @@ impl Kept {
         let shown = &back.heads[..back.shown.into()];
         flying.retain(|head| !shown.contains(head));
         self.expected = (self.told.queue_size >= self.ring_size).then_some(flying);
+        self.used_index = used.wrapping_add(back.shown);
         back
     }
 
@@ -146,6 +147,10 @@ impl Kept {
     /// Takes it up for a ring that shows `used_index`. `None` if it is refused, which must be said on
     /// one line.
     pub fn take_up(&mut self, used_index: u16) -> Option<Tracker> {
+        if used_index != self.used_index {
+            // A hostile guest's ring is not where the earlier daemon saw it.
+            self.expected = None;
+        }
         let file = self.file.try_clone().expect("a descriptor");
         let taken = Region::map(&self.told, file).and_then(|region| {
             let region = Arc::new(region);
