@@ -127,6 +127,21 @@ pub unsafe fn zero(segments: &[libc::iovec]) {
     }
 }
 
+/// Reads the first and the last byte of a segment, for what that does where they are not there.
+///
+/// # Safety
+/// The segment must be mapped and readable.
+pub unsafe fn probe(segment: &libc::iovec) {
+    if segment.iov_len > 0 {
+        let first = segment.iov_base.cast::<u8>();
+        // SAFETY: the caller's promise.
+        unsafe {
+            first.read_volatile();
+            first.add(segment.iov_len - 1).read_volatile();
+        }
+    }
+}
+
 /// Whether every segment starts and ends on a multiple of `align` (a power of two, in bytes).
 pub fn is_aligned(segments: &[libc::iovec], align: u32) -> bool {
     let mask = align as usize - 1;

@@ -10,6 +10,7 @@
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share.
+//! * [`shared_mapping`]: memory that another process may take away again.
 //! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
 //!
 //! The engine knows nothing of disks, graphs or transports.
@@ -22,6 +23,7 @@ pub mod op;
 mod polls;
 mod pool;
 pub mod ring;
+pub mod shared_mapping;
 pub mod sim;
 mod slots;
 pub mod source;
@@ -39,6 +41,7 @@ pub use errno::{Errno, IoResult};
 pub use iovec::{AlignedBuf, IoVec, is_aligned};
 pub use offload::offload;
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
+pub use shared_mapping::SharedMapping;
 pub use source::{Polled, Source, SourceId};
 pub use timer::sleep;
 pub use turn::Local;

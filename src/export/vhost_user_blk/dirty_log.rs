@@ -17,12 +17,12 @@
 //! Nothing outside the bitmap is ever written. Pages for which it has no bit cost one line of log.
 
 use super::memory::Memory;
+use crate::io::SharedMapping;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use vhost::vhost_user::message::VhostUserLog;
-use vm_memory::{FileOffset, MmapRegion};
 
 /// Bytes of a page of the log, whatever the guest's or the host's pages are.
 pub const PAGE: u64 = 4096;
@@ -36,7 +36,7 @@ const USED_ENTRY: u64 = 8;
 pub struct DirtyLog {
     /// For the log of our own.
     name: String,
-    mapping: MmapRegion,
+    mapping: SharedMapping,
     /// Bits that it has.
     pages: u64,
     /// It was too small for something.
@@ -59,7 +59,7 @@ impl DirtyLog {
             return Err(format!("{}: its file ends at {holds}", describe()));
         }
         let len = usize::try_from(mmap_size).map_err(|e| format!("{}: {e}", describe()))?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), len)
+        let mapping = SharedMapping::map(&file, mmap_offset, len)
             .map_err(|e| format!("{}: {e}", describe()))?;
         let pages = mmap_size.saturating_mul(8);
         Ok(DirtyLog { name: name.to_owned(), mapping, pages, exceeded: AtomicBool::new(false) })

@@ -19,7 +19,7 @@
 //!
 //! Whatever is read from the memory may be anything: every index is checked where it is used.
 
-use crate::io::Errno;
+use crate::io::{Errno, SharedMapping};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
@@ -28,7 +28,6 @@ use std::sync::atomic::{
     AtomicU8, AtomicU16, AtomicU64, Ordering::Relaxed, Ordering::SeqCst, compiler_fence,
 };
 use vhost::vhost_user::message::VhostUserInflight;
-use vm_memory::{FileOffset, MmapRegion};
 
 use super::ring::MAX_SIZE;
 
@@ -98,7 +97,7 @@ fn part_len(queue_size: u16) -> usize {
 
 /// The shared memory, mapped: a part for each queue.
 pub struct Region {
-    mapping: MmapRegion,
+    mapping: SharedMapping,
     num_queues: u16,
     queue_size: u16,
     /// Where the trailer begins, if there is one.
@@ -169,7 +168,7 @@ impl Region {
         let more = wanted + size_of::<Trailer>() as u64;
         let has_more = mmap_size >= more && mmap_offset.saturating_add(more) <= holds;
         let len = if has_more { more } else { wanted };
-        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), len as usize)
+        let mapping = SharedMapping::map(&file, mmap_offset, len as usize)
             .map_err(|e| format!("inflight region at {mmap_offset}: {e}"))?;
         let trailer = has_more.then_some(wanted as usize);
         let mut region = Region { mapping, num_queues, queue_size, trailer };

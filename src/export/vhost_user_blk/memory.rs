@@ -3,11 +3,11 @@
 //! A region is mapped when it comes and unmapped when the last user of the table that holds it has
 //! gone, so a table must be kept as long as I/O into it is in flight.
 
+use crate::io::SharedMapping;
 use crate::io::iovec::iovec;
 use std::fs::File;
 use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{FileOffset, MmapRegion};
 
 /// Regions at most; what QEMU's back ends take too.
 pub const MAX_REGIONS: usize = 509;
@@ -20,7 +20,7 @@ pub struct Region {
     user: u64,
     /// Bytes.
     len: u64,
-    mapping: MmapRegion,
+    mapping: SharedMapping,
 }
 
 impl Region {
@@ -37,15 +37,15 @@ impl Region {
             return Err(format!("{}: empty, or ends beyond the address space", describe()));
         }
         let len = usize::try_from(memory_size).map_err(|e| format!("{}: {e}", describe()))?;
-        // Touching a page that the file does not hold would end the process (SIGBUS). What is no
-        // regular file, such as a device of persistent memory, has no length to be held against.
+        // What is no regular file, such as a device of persistent memory, has no length to be held
+        // against.
         let found = file.metadata().map_err(|e| format!("{}: {e}", describe()))?;
         let end = mmap_offset.checked_add(memory_size);
         if found.is_file() && end.is_none_or(|end| end > found.len()) {
             let holds = found.len();
             return Err(format!("{}: its file ends at {holds:#x} bytes", describe()));
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), len)
+        let mapping = SharedMapping::map(&file, mmap_offset, len)
             .map_err(|e| format!("{}: {e}", describe()))?;
         Ok(Region { guest: guest_phys_addr, user: user_addr, len: memory_size, mapping })
     }
@@ -103,6 +103,11 @@ impl Memory {
 
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
+    }
+
+    /// Whether the front end has taken some of it away.
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.mapping.is_lost())
     }
 
     /// Where `len` bytes at a guest address are mapped, if they lie in one region.

@@ -3,6 +3,7 @@
 //! * [`door`]: where front ends come from. [`server`]: one of them at a time.
 //! * [`session`]: the messages of one connection.
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
+//! * [`cut_off`]: what happens when a front end takes its memory away.
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
@@ -12,6 +13,7 @@
 
 pub mod calls;
 pub mod config;
+pub mod cut_off;
 pub mod dirty_log;
 pub mod door;
 pub mod inflight;

@@ -7,6 +7,7 @@
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
 use super::calls::CallPolicy;
+use super::cut_off::LossWatch;
 use super::dirty_log::DirtyLog;
 use super::inflight::Tracker;
 use super::memory::Memory;
@@ -48,6 +49,7 @@ pub struct Queue {
     name: String,
     disk: Arc<Disk>,
     memory: Arc<Memory>,
+    loss: LossWatch,
     ring: SplitRing,
     /// `None`: the front end does not want requests in flight to be tracked.
     inflight: Option<Tracker>,
@@ -154,6 +156,7 @@ impl Queue {
             name: start.name,
             disk: start.disk,
             memory: start.memory,
+            loss: LossWatch::default(),
             ring: start.ring,
             inflight: start.inflight,
             log: None,
@@ -185,6 +188,11 @@ impl Queue {
     /// ring is to be continued. The channel ends when the queue is gone.
     pub fn stop(&mut self, stopped: mpsc::Sender<u16>) {
         self.stop = Some(stopped);
+    }
+
+    /// Who is told when the front end takes its memory away.
+    pub fn watch_loss(&mut self, loss: LossWatch) {
+        self.loss = loss;
     }
 
     pub fn set_call(&mut self, call: Option<Arc<File>>) {
@@ -234,6 +242,10 @@ impl Queue {
     /// The guest broke the rules: this queue takes no more, what is in flight completes.
     fn fail(&mut self, why: Broken) {
         self.broken = true;
+        // What is no longer there was not written by the guest.
+        if self.loss.is_lost(&self.memory) {
+            return;
+        }
         log::warn!("{}: stopped: {why}", self.name);
         if let Some(err) = &self.err {
             let _ = (&**err).write(&1u64.to_ne_bytes());
@@ -286,11 +298,28 @@ impl Queue {
         }
     }
 
-    /// Makes what is done visible to the guest.
+    /// Makes what is done visible to the guest. Where its memory is lost nothing is: the requests
+    /// stay in flight, and may be done again when a front end comes back with all of it.
     fn show_used(&mut self) {
+        if self.loss.is_lost(&self.memory) {
+            self.broken = true;
+            return;
+        }
         self.ring.publish();
-        if let Some(tracker) = &mut self.inflight {
+        if let Some(tracker) = &mut self.inflight
+            && !self.loss.is_lost(&self.memory)
+        {
             tracker.settle(self.ring.published());
+        }
+    }
+
+    /// Touches what a request failed on, so that it shows if the memory is no longer there: the
+    /// kernel meets that without a signal.
+    #[cold]
+    fn probe(&self, head: u16) {
+        for segment in &self.slots[head as usize].segments {
+            // SAFETY: the segments are mapped guest memory.
+            unsafe { iovec::probe(segment) };
         }
     }
 
@@ -463,6 +492,8 @@ impl Queue {
         match result {
             Ok(()) => self.finish(head, Status::Ok, if read { slot.len } else { 0 }),
             Err(errno) => {
+                self.probe(head);
+                let slot = &self.slots[head as usize];
                 let what = if read { "read" } else { "write" };
                 let status = self.disk.failed(what, slot.offset, slot.len as u64, errno);
                 self.finish(head, status, 0);
@@ -588,6 +619,9 @@ impl Source for Queue {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let mut polled = Polled::Idle;
         while let Some(done) = self.next_finished() {
+            if done.status == Status::IoError {
+                self.probe(done.head);
+            }
             self.finish(done.head, done.status, done.written);
             polled = Polled::Busy;
         }

@@ -4,6 +4,7 @@
 //! a second front end waits in the socket's queue meanwhile. The thread never touches guest I/O.
 
 use super::config::DiskOptions;
+use super::cut_off::CutOff;
 use super::door::{Address, Door};
 use super::notices::{Channel, Notices};
 use super::request::{Counters, Disk};
@@ -153,9 +154,11 @@ impl Shared {
         );
         let session = Arc::new(std::sync::Mutex::new(session));
         let mut current = self.current.lock();
-        let Ok(clone) = stream.set_nonblocking(false).and_then(|()| stream.try_clone()) else {
-            return;
-        };
+        let copies = stream
+            .set_nonblocking(false)
+            .and_then(|()| Ok((stream.try_clone()?, stream.try_clone()?)));
+        let Ok((clone, for_queues)) = copies else { return };
+        lock(&session).set_cut_off(CutOff::new(self.name.clone(), for_queues));
         for _ in 0..current.paused {
             lock(&session).pause();
         }

@@ -7,6 +7,7 @@
 mod messages;
 
 use super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
+use super::cut_off::{CutOff, LossWatch};
 use super::dirty_log::DirtyLog;
 use super::inflight;
 use super::memory::{Memory, Region};
@@ -44,6 +45,8 @@ pub struct Session {
     inflight: Option<Arc<inflight::Region>>,
     /// The front end's dirty log; in use while [`F_LOG_ALL`] is acknowledged.
     log: Option<Arc<DirtyLog>>,
+    /// How its queues end the connection.
+    cut_off: Option<Arc<CutOff>>,
 }
 
 /// What the front end has said of a ring.
@@ -121,9 +124,15 @@ impl Session {
             rings,
             inflight: None,
             log: None,
+            cut_off: None,
         };
         session.apply_write_cache();
         session
+    }
+
+    /// Lets the queues end the connection.
+    pub fn set_cut_off(&mut self, cut_off: CutOff) {
+        self.cut_off = Some(Arc::new(cut_off));
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut RingState> {
@@ -207,9 +216,13 @@ impl Session {
             _ => None,
         };
         let worker = (self.first_worker + index) % self.workers.len();
+        let loss = LossWatch::new(self.cut_off.clone());
         // Every start scans the ring unprompted: a source is polled as it is attached.
-        let source =
-            self.workers[worker].call(move |local| local.attach(Box::new(Queue::new(start)), kick));
+        let source = self.workers[worker].call(move |local| {
+            let mut queue = Queue::new(start);
+            queue.watch_loss(loss);
+            local.attach(Box::new(queue), kick)
+        });
         self.rings[index].running = Some((worker, source));
         Ok(())
     }

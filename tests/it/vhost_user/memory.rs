@@ -1,6 +1,7 @@
 //! The guest's memory: announced in any way, changed while rings run, and refused where it is wrong.
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vhost::vhost_user::VhostUserFrontend;
 use vublk_testkit::frontend::MemoryMessages;
@@ -13,9 +14,9 @@ use super::daemon::LIMIT;
 use super::{Daemon, pattern};
 
 /// Writes and reads back through one queue until told to stop. Gives the number of rounds.
-fn load(queue: &mut Queue, number: usize, stop: &std::sync::atomic::AtomicBool) -> u64 {
+pub fn load(queue: &mut Queue, number: usize, stop: &AtomicBool) -> u64 {
     let mut round = 0u64;
-    while !stop.load(std::sync::atomic::Ordering::Relaxed) || round == 0 {
+    while !stop.load(Ordering::Relaxed) || round == 0 {
         let salt = (round as u8).wrapping_mul(7) ^ number as u8;
         let sector = number as u64 * 512;
         for i in 0..16 {
@@ -63,7 +64,7 @@ fn under_load(
     });
     let memory = disk.memory().clone();
     let mut queues = std::mem::take(&mut disk.queues);
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let loads: Vec<_> = queues
             .iter_mut()
@@ -78,7 +79,7 @@ fn under_load(
             // The queues' buffers stay in the first region: the others come and go.
             memory.set_usable_regions(1);
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
         for load in loads {
             assert!(load.join().unwrap() > 0);
         }

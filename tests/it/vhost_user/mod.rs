@@ -9,6 +9,7 @@ mod hostile;
 mod inflight;
 mod layouts;
 mod lifecycle;
+mod lost_memory;
 mod memory;
 mod messages;
 mod negotiation;
