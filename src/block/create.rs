@@ -1,9 +1,10 @@
 //! Making new images: the options that a format and the protocol under it take together, what was
 //! given of them, and the order in which the two are asked.
 
+use super::policy::{FollowBacking, OpenPolicy};
 use super::registry::{DriverEntry, Registry};
-use super::{Error, LocalFuture};
-use crate::options::{self, Map, Value};
+use super::{Attachment, Error, Graph, LocalFuture, Perm, Perms, probe};
+use crate::options::{self, Map, Value, filename};
 use std::fmt::Write;
 
 /// How a driver makes a new image.
@@ -48,8 +49,19 @@ pub struct Creation {
     filename: String,
     /// What the name stands for, for the protocol.
     file: Map,
-    /// What was given, and defaults, in the order of the options.
+    /// All that there are.
+    known: Vec<CreateOption>,
+    /// What was given, and defaults.
     options: Map,
+}
+
+/// What is done about the backing file of a new image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewBacking {
+    /// It is opened, and if no size was given, the new image has its size.
+    Opened,
+    /// It is recorded as it was given, whether it is there or not.
+    Unseen,
 }
 
 /// The options of a format together with those of the protocol below it, in the order in which they
@@ -108,10 +120,89 @@ impl Creation {
             }
         }
         given.finish_known()?;
-        if known.iter().any(|option| option.name == "size") && !options.contains("size") {
+        let filename = filename.to_owned();
+        let creation = Creation { registry, format, protocol, filename, file, known, options };
+        match creation.text("backing_file") {
+            // The backing file may tell the size.
+            Some(_) => Ok(creation),
+            None => creation.with_size(),
+        }
+    }
+
+    /// Looks at the backing file, if there is one, as far as `backing` says. Runs on a worker.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub async fn check_backing(mut self, backing: NewBacking) -> Result<Creation, Error> {
+        let Some(name) = self.text("backing_file").map(str::to_owned) else { return Ok(self) };
+        if name.is_empty() {
+            return Err(Error::new("Expected backing file name, got empty string"));
+        }
+        if name == self.filename {
+            return Err(Error::new(
+                "Error: Trying to create an image with the same filename as the backing file",
+            ));
+        }
+        let no_format = || Error::new("Backing file specified without backing format");
+        let format = self.text("backing_fmt").map(str::to_owned);
+        if backing == NewBacking::Opened {
+            let opened = self.backing_len(&name, format.as_deref()).await;
+            let (len, found) = opened.map_err(|e| e.with_hint("Could not open backing image."))?;
+            if format.is_none() {
+                return Err(no_format().with_hint(format!("Detected format of {found}.")));
+            }
+            if !self.options.contains("size") {
+                self.options.insert("size", Value::Int(len.into()));
+            }
+        } else if format.is_none() {
+            return Err(no_format());
+        }
+        self.with_size()
+    }
+
+    /// The length of the backing file's disk, in bytes, and its format.
+    async fn backing_len(
+        &self,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<(u64, &'static str), Error> {
+        let name = filename::resolve(&self.filename, name)?;
+        let policy = OpenPolicy { backing: FollowBacking::Probe, ..OpenPolicy::default() };
+        let graph = Graph::with_policy(self.registry, policy);
+        let file = self.registry.file_options(&name)?;
+        let format = match format {
+            Some(format) => self
+                .registry
+                .get(format)
+                .ok_or_else(|| Error::new(format!("Unknown driver '{}'", format.escape_debug())))?,
+            None => {
+                let node = graph.open(read_only(file.clone(), "probed")).await?;
+                probe::probe(self.registry, &node, &name).await?
+            }
+        };
+        let mut options = Map::new();
+        let describes_itself = file.get("driver").and_then(Value::as_str) == Some(format.name);
+        match describes_itself {
+            true => options = file,
+            false => {
+                options.insert("driver", format.name);
+                options.insert("file", Value::Map(file));
+            }
+        }
+        let len = graph.open(read_only(options, "backing")).await.map(|node| node.len());
+        graph.close().await;
+        Ok((len?, format.name))
+    }
+
+    fn text(&self, name: &str) -> Option<&str> {
+        self.options.get(name).and_then(Value::as_str)
+    }
+
+    fn with_size(self) -> Result<Creation, Error> {
+        if self.known.iter().any(|option| option.name == "size") && !self.options.contains("size") {
             return Err(Error::new("Image creation needs a size parameter"));
         }
-        Ok(Creation { registry, format, protocol, filename: filename.to_owned(), file, options })
+        Ok(self)
     }
 
     pub fn registry(&self) -> &'static Registry {
@@ -126,13 +217,14 @@ impl Creation {
     /// The line that tells what is being made, as qemu-img prints it.
     pub fn describe(&self) -> String {
         let mut line = format!("Formatting '{}', fmt={}", self.filename, self.format.name);
-        for (name, value) in self.options.iter() {
-            let text = match value.clone().into_text() {
-                Value::Text(text) => text,
-                _ => continue,
+        for option in &self.known {
+            let Some(Value::Text(text)) =
+                self.options.get(option.name).map(|v| v.clone().into_text())
+            else {
+                continue;
             };
-            // A string is a `Vec` of bytes: writing to it cannot fail.
-            let _ = write!(line, " {name}={text}");
+            // As it would be typed. A string is a `Vec` of bytes: writing to it cannot fail.
+            let _ = write!(line, " {}={}", option.name, text.replace(',', ",,"));
         }
         line
     }
@@ -158,6 +250,27 @@ impl Creation {
         }
         (entry.create)(self, file).await
     }
+
+    /// For a format: opens the file that [`Creation::create_file`] made, to be written and resized
+    /// by nobody else, in a graph of its own.
+    pub async fn open_file(&self) -> Result<(Graph, Attachment), Error> {
+        let graph = Graph::new(self.registry);
+        let mut file = self.file.clone();
+        file.insert("driver", self.protocol.name);
+        file.insert("node-name", "new-image");
+        let node = graph.open(file).await?;
+        let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
+        let perms = Perms { held, shared: Perm::CONSISTENT_READ };
+        let hold = graph.attach(&node, "create", perms, None)?;
+        Ok((graph, hold))
+    }
+}
+
+/// The options of a node that is only looked at.
+fn read_only(mut options: Map, name: &str) -> Map {
+    options.insert("node-name", name);
+    options.insert("read-only", true);
+    options
 }
 
 impl CreateOption {

@@ -14,7 +14,7 @@ mod model;
 mod monitor;
 mod node;
 mod qcow2;
-
+mod qcow2_format;
 mod threads;
 mod vhost_user;
 mod vhost_user_review;

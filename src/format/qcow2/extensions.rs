@@ -232,6 +232,9 @@ pub fn incompatible_feature_names(extensions: &[Extension], mut mask: u64) -> St
     names.join(", ")
 }
 
+/// QEMU writes the feature name table where clusters are larger than this.
+pub const FEATURE_NAMES_MIN_CLUSTER_BITS: u32 = 12;
+
 /// The feature name table as QEMU 7.2 writes it.
 pub fn feature_names() -> Extension {
     let bit = |mask: Incompatible| mask.bits().trailing_zeros() as u8;

@@ -9,18 +9,21 @@
 //! | `l1`, `l2_cache` | the tables in memory, read without a lock |
 //! | `lookup` | where a guest's bytes are |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
+//! | `create`, `new_image` | making images |
 //! | `corrupt` | what is said of an image that makes no sense |
 //!
 //! Images are opened read-only.
 
 mod compressed;
 mod corrupt;
+mod create;
 pub mod extensions;
 pub mod header;
 pub mod l1;
 pub mod l2_cache;
 pub mod layout;
 mod lookup;
+mod new_image;
 mod open;
 mod options;
 pub mod order;
@@ -45,7 +48,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     open: |opening, options| Box::pin(open::open(opening, options)),
     options: options::HELP,
     prefixes: &[],
-    create: None,
+    create: Some(&create::CREATE),
     probe: Some(|head, _| if Header::probe(head) { 100 } else { 0 }),
     is_device: None,
 };

@@ -1,0 +1,364 @@
+//! New images: qemu-img's options, their rules in QEMU's words, and the writing.
+//!
+//! The order: tables first, made durable, and the header last, so that what was not finished is no
+//! image.
+
+use super::extensions::{self, Extension};
+use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
+use super::layout;
+use super::new_image::NewImage;
+use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
+use crate::block::{Error, Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::io::{IoResult, IoVec};
+use crate::options::{Map, Value};
+
+pub(super) static CREATE: CreateEntry =
+    CreateEntry { options: OPTIONS, create: |creation, map| Box::pin(create(creation, map)) };
+
+const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {
+    CreateOption { name, value, help, default: None }
+}
+
+const OPTIONS: &[CreateOption] = &[
+    option(
+        "encryption",
+        ValueType::Bool,
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    ),
+    option("encrypt.format", ValueType::Str, "Encrypt the image, format choices: 'aes', 'luks'"),
+    option(
+        "encrypt.key-secret",
+        ValueType::Str,
+        "ID of secret providing qcow AES key or LUKS passphrase",
+    ),
+    option("encrypt.cipher-alg", ValueType::Str, "Name of encryption cipher algorithm"),
+    option("encrypt.cipher-mode", ValueType::Str, "Name of encryption cipher mode"),
+    option("encrypt.ivgen-alg", ValueType::Str, "Name of IV generator algorithm"),
+    option("encrypt.ivgen-hash-alg", ValueType::Str, "Name of IV generator hash algorithm"),
+    option("encrypt.hash-alg", ValueType::Str, "Name of encryption hash algorithm"),
+    option("encrypt.iter-time", ValueType::Number, "Time to spend in PBKDF in milliseconds"),
+    CreateOption {
+        default: Some("65536"),
+        ..option("cluster_size", ValueType::Size, "qcow2 cluster size")
+    },
+    CreateOption {
+        default: Some("off"),
+        ..option("extended_l2", ValueType::Bool, "Extended L2 tables")
+    },
+    option(
+        "preallocation",
+        ValueType::Str,
+        "Preallocation mode (allowed values: off, metadata, falloc, full)",
+    ),
+    CreateOption {
+        default: Some("zlib"),
+        ..option(
+            "compression_type",
+            ValueType::Str,
+            "Compression method used for image cluster compression",
+        )
+    },
+    option("size", ValueType::Size, "Virtual disk size"),
+    option("compat", ValueType::Str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    option("backing_file", ValueType::Str, "File name of a base image"),
+    option("backing_fmt", ValueType::Str, "Image format of the base image"),
+    option("data_file", ValueType::Str, "File name of an external data file"),
+    option(
+        "data_file_raw",
+        ValueType::Bool,
+        "The external data file must stay valid as a raw image",
+    ),
+    CreateOption {
+        default: Some("off"),
+        ..option("lazy_refcounts", ValueType::Bool, "Postpone refcount updates")
+    },
+    CreateOption {
+        default: Some("16"),
+        ..option("refcount_bits", ValueType::Number, "Width of a reference count entry in bits")
+    },
+];
+
+/// What was asked for, in types, and found to go together.
+struct Wanted {
+    size: u64,
+    version: u32,
+    cluster_bits: u32,
+    refcount_order: u32,
+    compression: Compression,
+    preallocation: Preallocation,
+    extended_l2: bool,
+    lazy_refcounts: bool,
+    backing_file: Option<String>,
+    backing_format: Option<String>,
+    data_file: Option<String>,
+    data_file_raw: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Preallocation {
+    Off,
+    Metadata,
+    Falloc,
+    Full,
+}
+
+impl Preallocation {
+    /// What the file that holds the data is asked for.
+    fn of_file(self) -> Option<&'static str> {
+        match self {
+            Preallocation::Off | Preallocation::Metadata => None,
+            Preallocation::Falloc => Some("falloc"),
+            Preallocation::Full => Some("full"),
+        }
+    }
+}
+
+fn refused<T>(text: impl Into<String>) -> Result<T, Error> {
+    Err(Error::new(text))
+}
+
+/// `value` is none of those that a parameter can have.
+fn not_accepted<T>(parameter: &str, value: &str) -> Result<T, Error> {
+    let value = value.escape_debug();
+    refused(format!("Parameter '{parameter}' does not accept value '{value}'"))
+}
+
+impl Wanted {
+    /// Reads the options, and checks them in QEMU's order.
+    fn take(creation: &Creation, options: &Map) -> Result<Wanted, Error> {
+        let text = |name: &str| options.get(name).and_then(Value::as_str);
+        let on = |name: &str| options.get(name) == Some(&Value::Bool(true));
+        let number = |name: &str| match options.get(name) {
+            Some(Value::Int(n)) => u64::try_from(*n).unwrap_or(0),
+            _ => 0,
+        };
+        if on("encryption") || options.iter().any(|(name, _)| name.starts_with("encrypt.")) {
+            return refused("Encryption of qcow2 images is not supported");
+        }
+        let version = match text("compat") {
+            Some("0.10" | "v2") => 2,
+            None | Some("1.1" | "v3") => 3,
+            Some(other) => return not_accepted("version", other),
+        };
+        let compression = match text("compression_type") {
+            None | Some("zlib") => Compression::Zlib,
+            Some("zstd") => Compression::Zstd,
+            Some(other) => return not_accepted("compression-type", other),
+        };
+        let preallocation = match text("preallocation") {
+            None | Some("off") => Preallocation::Off,
+            Some("metadata") => Preallocation::Metadata,
+            Some("falloc") => Preallocation::Falloc,
+            Some("full") => Preallocation::Full,
+            Some(other) => return not_accepted("preallocation", other),
+        };
+        let backing_format = text("backing_fmt").map(str::to_owned);
+        if let Some(format) = &backing_format
+            && creation.registry().get(format).is_none()
+        {
+            return not_accepted("backing-fmt", format);
+        }
+        let cluster_size = number("cluster_size");
+        let refcount_bits = number("refcount_bits");
+        let mut wanted = Wanted {
+            size: number("size"),
+            version,
+            cluster_bits: cluster_size.trailing_zeros(),
+            refcount_order: refcount_bits.trailing_zeros(),
+            compression,
+            preallocation,
+            extended_l2: on("extended_l2"),
+            lazy_refcounts: on("lazy_refcounts"),
+            backing_file: text("backing_file").map(str::to_owned),
+            backing_format,
+            data_file: text("data_file").map(str::to_owned),
+            data_file_raw: on("data_file_raw"),
+        };
+        wanted.check(cluster_size, refcount_bits)?;
+        if wanted.data_file_raw && wanted.preallocation == Preallocation::Off {
+            // Every byte of the data file is the disk's from the start.
+            wanted.preallocation = Preallocation::Metadata;
+        }
+        Ok(wanted)
+    }
+
+    fn check(&mut self, cluster_size: u64, refcount_bits: u64) -> Result<(), Error> {
+        const NEWER: &str = "compatibility level 1.1 and above (use version=v3 or greater)";
+        let cluster_bits = layout::MIN_CLUSTER_BITS..=layout::MAX_CLUSTER_BITS;
+        if !cluster_size.is_power_of_two() || !cluster_bits.contains(&self.cluster_bits) {
+            return refused("Cluster size must be a power of two between 512 and 2048k");
+        }
+        if self.extended_l2 {
+            if self.version < 3 {
+                return refused(format!("Extended L2 entries are only supported with {NEWER}"));
+            }
+            if self.cluster_bits < layout::MIN_EXTENDED_CLUSTER_BITS {
+                let least = 1 << layout::MIN_EXTENDED_CLUSTER_BITS;
+                return refused(format!(
+                    "Extended L2 entries are only supported with cluster sizes of at least \
+                     {least} bytes"
+                ));
+            }
+        }
+        if self.backing_file.is_some()
+            && self.preallocation != Preallocation::Off
+            && !self.extended_l2
+        {
+            return refused(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            );
+        }
+        if self.backing_format.is_some() && self.backing_file.is_none() {
+            return refused("Backing format cannot be used without backing file");
+        }
+        if self.lazy_refcounts && self.version < 3 {
+            return refused(format!("Lazy refcounts only supported with {NEWER}"));
+        }
+        if !refcount_bits.is_power_of_two() || self.refcount_order > layout::MAX_REFCOUNT_ORDER {
+            return refused("Refcount width must be a power of two and may not exceed 64 bits");
+        }
+        if self.refcount_order != 4 && self.version < 3 {
+            return refused(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+                 (use version=v3 or greater)",
+            );
+        }
+        if self.data_file_raw && self.data_file.is_none() {
+            return refused("data-file-raw requires data-file");
+        }
+        if self.data_file_raw && self.backing_file.is_some() {
+            return refused("Backing file and data-file-raw cannot be used at the same time");
+        }
+        if self.data_file.is_some() && self.version < 3 {
+            return refused(format!("External data files are only supported with {NEWER}"));
+        }
+        if self.compression != Compression::Zlib && self.version < 3 {
+            return refused(format!("Non-zlib compression type is only supported with {NEWER}"));
+        }
+        let sectors = self.size.checked_next_multiple_of(SECTOR);
+        match sectors.filter(|&size| i64::try_from(size).is_ok()) {
+            Some(size) => self.size = size,
+            None => return refused(TOO_LARGE),
+        }
+        Ok(())
+    }
+
+    /// The header without the places of the tables.
+    fn header(&self) -> Header {
+        let mut header = Header::new(self.cluster_bits, self.size);
+        header.version = self.version;
+        header.refcount_order = self.refcount_order;
+        header.compression = self.compression;
+        header.incompatible.set(Incompatible::DATA_FILE, self.data_file.is_some());
+        header.incompatible.set(Incompatible::EXTENDED_L2, self.extended_l2);
+        header.incompatible.set(Incompatible::COMPRESSION, self.compression != Compression::Zlib);
+        header.compatible.set(Compatible::LAZY_REFCOUNTS, self.lazy_refcounts);
+        header.autoclear.set(Autoclear::RAW_DATA_FILE, self.data_file_raw);
+        header.backing_file = self.backing_file.as_ref().map(|name| name.clone().into_bytes());
+        let format = self.backing_format.as_ref().map(|name| name.clone().into_bytes());
+        header.extensions.extend(format.map(Extension::BackingFormat));
+        let data_file = self.data_file.as_ref().map(|name| name.clone().into_bytes());
+        header.extensions.extend(data_file.map(Extension::DataFile));
+        // In a small cluster the names would leave no room for a backing file's.
+        if self.version >= 3 && self.cluster_bits > extensions::FEATURE_NAMES_MIN_CLUSTER_BITS {
+            header.extensions.push(extensions::feature_names());
+        }
+        header
+    }
+}
+
+const TOO_LARGE: &str = "The image size is too large for file format 'qcow2' (try using a larger \
+                         cluster size)";
+
+/// Makes an image. The file below is made with exactly the length that the tables need, and with
+/// the disk's clusters if these are to have their places.
+async fn create(creation: &Creation, mut options: Map) -> Result<(), Error> {
+    let wanted = Wanted::take(creation, &options)?;
+    let mut header = wanted.header();
+    let mapped = wanted.preallocation != Preallocation::Off;
+    let image = NewImage::new(header.geometry(), wanted.size, mapped);
+    let image = image.ok_or_else(|| Error::new(TOO_LARGE))?;
+    header.l1_size = image.l1_size as u32;
+    header.l1_table_offset = image.l1_table;
+    header.refcount_table_offset = image.refcount_table;
+    header.refcount_table_clusters = image.refcount_table_clusters as u32;
+    let first_cluster = header.encode().map_err(|error| match error.errno() {
+        Some(errno) => Error::os(could_not_assign(&wanted), errno),
+        None => error,
+    })?;
+
+    let in_file = match wanted.data_file {
+        Some(_) => None,
+        None => wanted.preallocation.of_file(),
+    };
+    options.insert("size", Value::Int(image.file_len().into()));
+    options.insert("preallocation", Value::Str(in_file.unwrap_or("off").to_owned()));
+    creation.create_file(options).await?;
+    if let Some(name) = &wanted.data_file {
+        create_data_file(creation, name, &wanted).await?;
+    }
+    let (graph, hold) = creation.open_file().await?;
+    let result = write(hold.node(), &header, &image, &first_cluster).await;
+    hold.detach().await;
+    graph.close().await;
+    result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))
+}
+
+/// What QEMU says first when a name does not fit into the header.
+fn could_not_assign(wanted: &Wanted) -> String {
+    let text = |name: &Option<String>| name.clone().unwrap_or_default();
+    let (file, format) = (text(&wanted.backing_file), text(&wanted.backing_format));
+    format!("Could not assign backing file '{file}' with format '{format}'")
+}
+
+/// The raw file of the disk's bytes, from whatever protocol its name says.
+async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<(), Error> {
+    let same = |a: &str| std::fs::canonicalize(a).ok();
+    if same(name).is_some() && same(name) == same(creation.filename()) {
+        return refused(format!("'{name}' cannot be the image and its data file"));
+    }
+    let mut file = creation.registry().file_options(name)?;
+    let driver = file.take_required_str("driver")?;
+    let entry = creation.registry().get(&driver).and_then(|entry| entry.create);
+    let entry = entry.ok_or_else(|| {
+        Error::new(format!("Protocol driver '{driver}' does not support image creation"))
+    })?;
+    file.insert("size", Value::Int(wanted.size.into()));
+    if let Some(mode) = wanted.preallocation.of_file()
+        && entry.options.iter().any(|option| option.name == "preallocation")
+    {
+        file.insert("preallocation", Value::Str(mode.to_owned()));
+    }
+    (entry.create)(creation, file).await
+}
+
+async fn write(file: &Node, header: &Header, image: &NewImage, first_cluster: &[u8]) -> IoResult {
+    let cluster_size = 1u64 << header.cluster_bits;
+    // A file that was there before, or a disk, may have anything where nothing is written.
+    let put = async |at: u64, len: u64, bytes: &[u8]| {
+        file.write(at, &IoVec::from_ref(bytes), WriteFlags::empty()).await?;
+        let written = bytes.len() as u64;
+        match written < len {
+            true => file.zero(at + written, len - written, ZeroFlags::empty()).await,
+            false => Ok(()),
+        }
+    };
+    file.zero(0, cluster_size, ZeroFlags::empty()).await?;
+    let table = image.refcount_table_bytes();
+    put(image.refcount_table, image.refcount_table_clusters * cluster_size, &table).await?;
+    for (index, &block) in image.blocks.iter().enumerate() {
+        put(block * cluster_size, cluster_size, &image.refcount_block(index)).await?;
+    }
+    for (index, &table) in image.l2_tables.iter().enumerate() {
+        put(table * cluster_size, cluster_size, &image.l2_bytes(index)).await?;
+    }
+    let l1_len = image.l1_size * 8;
+    if l1_len > 0 {
+        put(image.l1_table, l1_len, &image.l1_bytes()).await?;
+    }
+    file.flush().await?;
+    put(0, cluster_size, first_cluster).await?;
+    file.flush().await
+}

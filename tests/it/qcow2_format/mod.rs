@@ -1,0 +1,43 @@
+//! qcow2 images as files: what we make and repair beside what qemu-img makes and repairs.
+
+mod create;
+
+use crate::cli::{VUBLK, run, stderr};
+use std::path::Path;
+use std::process::Output;
+
+/// What a program printed, and how it ended.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    stdout: String,
+    stderr: String,
+    code: Option<i32>,
+}
+
+/// Runs `qemu-img` in a directory.
+fn theirs(dir: &Path, arguments: &[&str]) -> Told {
+    told(&run(dir, &["qemu-img"], arguments), "qemu-img")
+}
+
+/// Runs `vublk` with the same arguments.
+fn ours(dir: &Path, arguments: &[&str]) -> Told {
+    told(&run(dir, &[VUBLK], arguments), "vublk")
+}
+
+/// Without the program's name, and without the blank ends that hints have.
+fn told(output: &Output, name: &str) -> Told {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+    let stderr = stderr(output).replace(&format!("{name}: "), "");
+    Told {
+        stdout: text(&output.stdout),
+        stderr: text(stderr.as_bytes()),
+        code: output.status.code(),
+    }
+}
+
+/// Runs `qemu-img` to success, and gives what it printed.
+fn qemu_img(dir: &Path, arguments: &[&str]) -> String {
+    let told = theirs(dir, arguments);
+    assert_eq!(told.code, Some(0), "{arguments:?}: {told:?}");
+    told.stdout
+}
