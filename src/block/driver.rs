@@ -14,6 +14,9 @@
 //! * The caller's permission: a node without the write permission gets no writes.
 //! * A write, zero or discard never overlaps a read-modify-write of the same bytes.
 //!
+//! Past the end go only writes and zero requests marked `GROW`, to drivers with [`Abilities::GROW`],
+//! for users with the resize permission.
+//!
 //! # Ordering
 //!
 //! Requests in flight together have no order among themselves. A completed write is seen by every
@@ -70,6 +73,9 @@ bitflags::bitflags! {
         const DISCARD_ZEROES = 1 << 4;
         /// Nothing can be written.
         const READ_ONLY = 1 << 5;
+        /// Writing or zeroing past the end makes it longer ([`WriteFlags::GROW`]); what was skipped
+        /// reads as zeroes. Its [`Driver::map`] answers `Slow` for a write past the end.
+        const GROW = 1 << 6;
     }
 }
 
@@ -134,6 +140,8 @@ bitflags::bitflags! {
     pub struct WriteFlags: u32 {
         /// Durable at completion, the mapping of the bytes included.
         const FUA = 1;
+        /// The bytes reach past the end, which moves. Set by the node, whatever its callers say.
+        const GROW = 1 << 1;
     }
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -144,6 +152,8 @@ bitflags::bitflags! {
         const NO_FALLBACK = 1 << 1;
         /// Durable at completion.
         const FUA = 1 << 2;
+        /// As [`WriteFlags::GROW`].
+        const GROW = 1 << 3;
     }
 
     /// What is known of a range ([`Driver::status`]).
@@ -294,6 +304,13 @@ pub trait Driver: Send + Sync + 'static {
             [child] => child.node().driver().filename(),
             _ => None,
         }
+    }
+
+    /// Undoes what it did for those who wrote, as long as nobody does: asked for when the last user
+    /// who could write has left. None if there is nothing to undo. Until it is done,
+    /// [`Driver::child_perms`] may keep what it needs for it.
+    fn unwritten(&self) -> Option<LocalFuture<'_, IoResult>> {
+        None
     }
 
     /// Brings everything to a rest before the driver is dropped: metadata written, hints given. No

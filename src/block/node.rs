@@ -190,10 +190,13 @@ impl Node {
         Ok(())
     }
 
-    /// Writes. Any offset and length inside the disk, any memory.
+    /// Writes. Any offset and length inside the disk, any memory. With the resize permission, on a
+    /// disk that can ([`Abilities::GROW`]), also past the end, which moves, for direct I/O to the end
+    /// of the block.
     pub async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
         self.check_writable()?;
-        self.check_range(at, from.len())?;
+        let mut flags = flags;
+        flags.set(WriteFlags::GROW, self.grows(at, from.len())?);
         if from.is_empty() {
             return if flags.contains(WriteFlags::FUA) { self.flush().await } else { Ok(()) };
         }
@@ -217,10 +220,11 @@ impl Node {
         if flags.contains(WriteFlags::FUA) && !native { self.flush().await } else { Ok(()) }
     }
 
-    /// Makes a range read as zeroes, by the quickest way there is.
+    /// Makes a range read as zeroes, by the quickest way there is. Past the end as [`Node::write`].
     pub async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
         self.check_writable()?;
-        self.check_range(at, len)?;
+        let mut flags = flags;
+        flags.set(ZeroFlags::GROW, self.grows(at, len)?);
         let mut pass = flags - ZeroFlags::FUA;
         if !self.options.discard {
             pass -= ZeroFlags::UNMAP;
@@ -304,6 +308,22 @@ impl Node {
         }
     }
 
+    /// Whether a write to this range reaches past the end, with the blocks that it is rounded out to.
+    ///
+    /// # Errors
+    /// It must not.
+    fn grows(&self, at: u64, len: u64) -> IoResult<bool> {
+        let may =
+            self.traits.abilities.contains(Abilities::GROW) && self.held().contains(Perm::RESIZE);
+        if !may {
+            return self.check_range(at, len).map(|()| false);
+        }
+        let align = self.traits.request_align as u64;
+        let end = at.checked_add(len).and_then(|end| end.checked_next_multiple_of(align));
+        let end = end.filter(|&end| i64::try_from(end).is_ok()).ok_or(Errno::EIO)?;
+        Ok(len > 0 && end > self.driver.len())
+    }
+
     fn check_writable(&self) -> IoResult {
         let may = self.held().intersects(Perm::WRITE | Perm::WRITE_UNCHANGED);
         if may && !self.traits.abilities.contains(Abilities::READ_ONLY) {
@@ -354,8 +374,12 @@ impl Node {
         Ok(())
     }
 
-    /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk.
+    /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk, and
+    /// zeroed: past the end there is nothing to read.
     async fn read_block(&self, at: u64, into: &mut [u8]) -> IoResult {
+        if at >= self.len() {
+            return Ok(());
+        }
         let into = IoVec::from_mut(into);
         if into.is_aligned(self.traits.buffer_align) {
             return self.read_pieces(at, &into).await;
@@ -440,15 +464,17 @@ impl Node {
         }
         let mut zeroes = self.bounce(len.min(BOUNCE_LIMIT))?;
         let align = self.traits.request_align as u64;
+        let mut pass = WriteFlags::empty();
+        pass.set(WriteFlags::GROW, flags.contains(ZeroFlags::GROW));
         let mut done = 0;
         while done < len {
             let n = (len - done).min(zeroes.len() as u64);
             let part = IoVec::from_mut(&mut zeroes[..n as usize]);
             if ((at + done) | n) & (align - 1) == 0 {
                 let _listed = self.overlap.write(at + done..at + done + n).await;
-                self.write_aligned(at + done, &part, WriteFlags::empty()).await?;
+                self.write_aligned(at + done, &part, pass).await?;
             } else {
-                self.write_modified(at + done, &part, WriteFlags::empty()).await?;
+                self.write_modified(at + done, &part, pass).await?;
             }
             done += n;
         }

@@ -104,6 +104,8 @@ fn traits(file: Traits, offset: u64) -> Traits {
         buffer_align,
         zero_align: if keeps(file.zero_align) { file.zero_align } else { request_align },
         discard_align: if keeps(file.discard_align) { file.discard_align } else { request_align },
+        // A guest's disk has the length that it has.
+        abilities: file.abilities - Abilities::GROW,
         ..file
     }
 }

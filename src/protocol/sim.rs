@@ -80,7 +80,8 @@ impl SimOptions {
             | Abilities::ZERO_UNMAP
             | Abilities::DISCARD
             | Abilities::DISCARD_ZEROES
-            | Abilities::FUA;
+            | Abilities::FUA
+            | Abilities::GROW;
         let traits = Traits { abilities, ..Traits::default() };
         SimOptions { len, max_len: len, traits, fast: true, log: false, seed: 0 }
     }
@@ -375,6 +376,17 @@ impl Sim {
         }
     }
 
+    /// Makes the disk as long as a write that may do so wants it.
+    fn grow(&self, end: u64) -> IoResult {
+        assert!(self.traits().abilities.contains(Abilities::GROW), "sim: it cannot grow");
+        let unit = SECTOR.max(self.traits().request_align as u64);
+        if end > self.disk.options.max_len.next_multiple_of(unit) {
+            return Err(Errno::ENOSPC);
+        }
+        self.disk.len.fetch_max(end, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// Holds a zero or discard request to the contract.
     fn check_range(&self, at: u64, len: u64, align: u32, most: u64, needs: Abilities) {
         let end = self.len().next_multiple_of(SECTOR);
@@ -422,6 +434,8 @@ impl Driver for Sim {
 
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {
         let slow = !self.disk.options.fast
+            || access != Access::Read
+                && at + want > self.len().next_multiple_of(SECTOR.max(self.traits().request_align as u64))
             || access == Access::DurableWrite && !self.traits().abilities.contains(Abilities::FUA)
             // On a real ring only the slow road can wait.
             || self.disk.waits.load(Ordering::SeqCst) && !io::current().is_simulated();
@@ -459,6 +473,11 @@ impl Driver for Sim {
         from: &'a IoVec<'a>,
         flags: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
+        if flags.contains(WriteFlags::GROW)
+            && let Err(errno) = self.grow(at + from.len())
+        {
+            return Box::pin(std::future::ready(Err(errno)));
+        }
         self.check_transfer(at, from.as_raw());
         let fua = flags.contains(WriteFlags::FUA);
         assert!(!fua || self.traits().abilities.contains(Abilities::FUA), "sim: it cannot FUA");
@@ -479,6 +498,11 @@ impl Driver for Sim {
 
     fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
         let traits = self.traits();
+        if flags.contains(ZeroFlags::GROW)
+            && let Err(errno) = self.grow(at + len)
+        {
+            return Box::pin(std::future::ready(Err(errno)));
+        }
         self.check_range(at, len, traits.zero_align, traits.max_zero, Abilities::ZERO);
         let unmap =
             flags.contains(ZeroFlags::UNMAP) && traits.abilities.contains(Abilities::ZERO_UNMAP);

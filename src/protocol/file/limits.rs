@@ -35,7 +35,11 @@ pub fn traits(opened: &Opened, filename: &str, node: &NodeOptions) -> Result<Tra
     };
     traits.abilities = match opened.kind {
         Kind::Regular => {
-            Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD | Abilities::FUA
+            Abilities::ZERO
+                | Abilities::ZERO_UNMAP
+                | Abilities::DISCARD
+                | Abilities::FUA
+                | Abilities::GROW
         }
         Kind::BlockDevice => block_device(opened, &mut traits),
         Kind::CharacterDevice => Abilities::empty(),

@@ -12,8 +12,9 @@
 //! | `entry` | the two entries in the list of drivers |
 //! | `sys` | system calls, and all unsafe code but that of the fast road |
 //!
-//! The driver keeps the file's length itself: it changes by [`Image::resize`] and by writes to the
-//! last, incomplete sector, never because somebody else makes the file longer.
+//! The driver keeps the file's length itself: it changes by [`Image::resize`], by writes past the end
+//! of those who may, and by writes to the last, incomplete sector, never because somebody else makes
+//! the file longer.
 
 pub mod create;
 mod entry;
@@ -255,12 +256,17 @@ impl Driver for FileDriver {
         flags: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
+            let grow = flags.contains(WriteFlags::GROW);
+            if grow {
+                // Also if it fails: what it has left there must not look as if it were not there.
+                self.len.fetch_max(at + from.len(), Ordering::Relaxed);
+            }
             if flags.contains(WriteFlags::FUA) && !self.no_flush {
                 self.write_durable(at, from).await?;
             } else {
                 io::write(self.fd, at, from, Durable::No).await?;
             }
-            self.grown(at + from.len()).await
+            if grow { Ok(()) } else { self.grown(at + from.len()).await }
         })
     }
 

@@ -66,7 +66,10 @@ impl FileDriver {
     }
 
     async fn zero_file(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
-        if flags.contains(ZeroFlags::UNMAP) {
+        // A hole does not make the file longer, and setting the length would cut off what others
+        // write behind meanwhile.
+        let grow = flags.contains(ZeroFlags::GROW);
+        if flags.contains(ZeroFlags::UNMAP) && !grow {
             match self.fallocate(Way::Punch, PUNCH, at, len).await {
                 Err(Errno::ENOTSUP) => {}
                 result => return result,
@@ -75,6 +78,10 @@ impl FileDriver {
         match self.fallocate(Way::ZeroRange, libc::FALLOC_FL_ZERO_RANGE, at, len).await {
             Err(Errno::ENOTSUP) => self.punch_and_allocate(at, len).await?,
             result => result?,
+        }
+        if grow {
+            self.len.fetch_max(at + len, Ordering::Relaxed);
+            return Ok(());
         }
         self.grown(at + len).await
     }
