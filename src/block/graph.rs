@@ -16,7 +16,7 @@ pub use drain::{Drained, User};
 use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
-use super::{Abilities, Error, Node, NodeOptions, Perms};
+use super::{Abilities, Error, Node, NodeOptions, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
@@ -192,7 +192,10 @@ impl Graph {
     }
 
     /// Closes nodes that nobody uses, parents before what they stand on.
+    ///
+    /// Before that, drivers undo what they did for writers, where the last has left.
     async fn close_unused(&self) {
+        self.end_writing().await;
         loop {
             let unused = {
                 let state = self.0.state.lock();
@@ -212,6 +215,25 @@ impl Graph {
             drop(state);
             // Dropping it closes files, which needs no lock.
             drop(gone);
+        }
+    }
+
+    async fn end_writing(&self) {
+        const WRITES: Perm = Perm::WRITE.union(Perm::WRITE_UNCHANGED).union(Perm::RESIZE);
+        let unwritten: Vec<_> = {
+            let state = self.0.state.lock();
+            let all = state.nodes.iter().filter(|(_, entry)| !entry.perms.held.intersects(WRITES));
+            all.map(|(&id, entry)| (id, entry.node.clone())).collect()
+        };
+        for (id, node) in unwritten {
+            let Some(undo) = node.driver().unwritten() else { continue };
+            if let Err(errno) = undo.await {
+                log::error!("{}: after its last writer: {errno}", node.name());
+            }
+            let mut state = self.0.state.lock();
+            let mut plan = Plan::new(&mut state);
+            plan.settle_again(id);
+            plan.loosen();
         }
     }
 

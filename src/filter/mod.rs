@@ -5,9 +5,10 @@ use crate::block::{DriverEntry, Node, WriteFlags};
 use crate::io::{IoResult, IoVec};
 
 pub mod blkdebug;
+pub mod preallocate;
 
 /// All filters.
-pub static LIST: &[&DriverEntry] = &[&blkdebug::ENTRY];
+pub static LIST: &[&DriverEntry] = &[&blkdebug::ENTRY, &preallocate::ENTRY];
 
 /// Passes a read on. One that was rounded out to the alignment may end beyond the node's end; there
 /// are zeroes.
@@ -23,7 +24,7 @@ async fn read_below(node: &Node, at: u64, into: &IoVec<'_>) -> IoResult {
 /// Passes a write on, but for what was rounded out beyond the node's end.
 async fn write_below(node: &Node, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
     let len = from.len().min(node.len().saturating_sub(at));
-    if len == from.len() {
+    if len == from.len() || flags.contains(WriteFlags::GROW) {
         return node.write(at, from, flags).await;
     }
     node.write(at, &from.slice(0, len), flags).await

@@ -91,6 +91,8 @@ fn cases() -> Vec<Case> {
         cases.extend(bottoms(LEN + 20480).into_iter().map(|lower| over(&window, lower)));
     }
     cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=suspend", lower)));
+    let steps = "driver=preallocate,prealloc-align=4096,prealloc-size=4096";
+    cases.extend(bottoms(LEN).into_iter().map(|lower| over(steps, lower)));
     for limits in [
         "",
         ",align=4096",

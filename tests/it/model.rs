@@ -333,8 +333,15 @@ fn any_order_of_completions_agrees_with_the_model() {
 }
 
 /// Drivers over the disk, outermost first.
-const STACKS: &[&[&str]] =
-    &[&[], &["raw"], &["suspend"], &["suspend", "raw"], &["raw", "suspend"], &["raw", "blkdebug"]];
+const STACKS: &[&[&str]] = &[
+    &[],
+    &["raw"],
+    &["suspend"],
+    &["suspend", "raw"],
+    &["raw", "suspend"],
+    &["raw", "blkdebug"],
+    &["raw", "preallocate"],
+];
 
 #[test]
 fn failing_and_torn_requests_agree_with_the_model() {

@@ -63,6 +63,11 @@ impl<'a> Plan<'a> {
         self.uses_mut(parent);
     }
 
+    /// Asks a node anew what it needs of its children.
+    pub(super) fn settle_again(&mut self, node: u64) {
+        self.uses_mut(node);
+    }
+
     /// Changes what a user that is no node holds.
     pub(super) fn change_user(&mut self, user: u64, perms: Perms) {
         let is_it = |by: &By| matches!(by, By::User { id, .. } if *id == user);

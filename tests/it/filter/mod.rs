@@ -1,3 +1,4 @@
 //! The filters, each over files beside the real programs and over simulated disks.
 
 mod blkdebug;
+mod preallocate;
