@@ -11,10 +11,11 @@
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`export`]: transports: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
+//! * [`tools`]: what the image tools do, whoever calls them.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → monitor → service → export → block → io`, `format, filter, protocol →
-//! block, io`. A test reads the `use` lines and holds this.
+//! Arrows go one way: `cli → monitor → service → export → block → io`, `cli → tools → block`, `format,
+//! filter, protocol → block, io`. A test reads the `use` lines and holds this.
 
 pub mod block;
 pub mod cli;
@@ -27,3 +28,4 @@ pub mod monitor;
 pub mod options;
 pub mod protocol;
 pub mod service;
+pub mod tools;

@@ -15,7 +15,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("export", &["export", "block", "io", "options"]),
     ("monitor", &["monitor", "service", "export", "drivers", "block", "io", "options"]),
     ("service", &["service", "export", "drivers", "block", "io", "options"]),
-    ("cli", &["cli", "monitor", "service", "export", "drivers", "block", "io", "options"]),
+    ("tools", &["tools", "drivers", "block", "io", "options"]),
+    ("cli", &["cli", "tools", "monitor", "service", "export", "drivers", "block", "io", "options"]),
 ];
 
 /// Where unsafe code may be, and why it has to be there.

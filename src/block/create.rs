@@ -3,15 +3,33 @@
 
 use super::policy::{FollowBacking, OpenPolicy};
 use super::registry::{DriverEntry, Registry};
-use super::{Attachment, Error, Graph, LocalFuture, Perm, Perms, probe};
+use super::{Attachment, Error, Graph, LocalFuture, Node, Perm, Perms, probe};
 use crate::options::{self, Map, Value, filename};
 use std::fmt::Write;
+use std::sync::Arc;
 
 /// How a driver makes a new image.
 pub struct CreateEntry {
     /// In the order in which they are shown.
     pub options: &'static [CreateOption],
     pub create: CreateFn,
+    /// How long the file of a new image would be, for formats that can tell.
+    pub measure: Option<MeasureFn>,
+}
+
+/// Tells how long a new image's file would be, from what was given of the format's and the file's
+/// options, for an empty disk of so many bytes or for one with the contents of a node.
+pub type MeasureFn =
+    for<'a> fn(Map, u64, Option<&'a Arc<Node>>) -> LocalFuture<'a, Result<Measurement, Error>>;
+
+/// How long the file of a new image would be, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measurement {
+    pub required: u64,
+    /// When all of the disk has been written.
+    pub fully_allocated: u64,
+    /// What the source's persistent bitmaps take; none where they cannot be kept.
+    pub bitmaps: Option<u64>,
 }
 
 /// Makes an image. A protocol finds all that was given for it in the map: its own options by the
@@ -84,6 +102,26 @@ pub fn create_options(
     Ok(all)
 }
 
+/// What was given of the known options, each in its type, and the defaults of the others.
+///
+/// # Errors
+/// In QEMU's words: a wrong value, or an option that is none.
+pub fn take_options(known: &[CreateOption], mut given: Map) -> Result<Map, options::Error> {
+    let mut options = Map::new();
+    for option in known {
+        if let Some(default) = option.default
+            && !given.contains(option.name)
+        {
+            given.insert(option.name, Value::Text(default.to_owned()));
+        }
+        if let Some(value) = option.take(&mut given)? {
+            options.insert(option.name, value);
+        }
+    }
+    given.finish_known()?;
+    Ok(options)
+}
+
 impl Creation {
     /// Checks what was asked for: the name of a format; a file's name and what it stands for
     /// ([`options::filename`]); the options of `-o`, as text; and the size, if it was given by
@@ -108,18 +146,7 @@ impl Creation {
         {
             return Err(Error::new("The image size must be specified only once"));
         }
-        let mut options = Map::new();
-        for option in &known {
-            if let Some(default) = option.default
-                && !given.contains(option.name)
-            {
-                given.insert(option.name, Value::Text(default.to_owned()));
-            }
-            if let Some(value) = option.take(&mut given)? {
-                options.insert(option.name, value);
-            }
-        }
-        given.finish_known()?;
+        let options = take_options(&known, given)?;
         let filename = filename.to_owned();
         let creation = Creation { registry, format, protocol, filename, file, known, options };
         match creation.text("backing_file") {
@@ -321,6 +348,7 @@ mod tests {
                 CreateOption { default: Some("64k"), ..option("cluster", ValueType::Size) },
             ],
             create: |creation, options| Box::pin(creation.create_file(options)),
+            measure: None,
         }),
     );
     static STORE: DriverEntry = entry(
@@ -336,6 +364,7 @@ mod tests {
                 let text = json::to_text(&options.into());
                 Box::pin(std::future::ready(Err(Error::new(text))))
             },
+            measure: None,
         }),
     );
     static FIXED: DriverEntry = entry("fixed", None);

@@ -4,12 +4,24 @@
 use super::{Error, LocalFuture};
 use crate::io::{Errno, IoResult};
 use crate::options::Value;
+use serde::Deserialize;
 
 /// Operations on the disk as a whole. What a driver does not have, it refuses.
 pub trait Image: Send + Sync {
     /// Sets the length, in bytes. New bytes read as zeroes. Shrinking is refused unless `shrink`.
     /// Called with no other request in flight on the node.
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>>;
+
+    /// Makes the disk longer, its new space allocated as `preallocation` says. Otherwise as
+    /// [`Image::resize`].
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        if preallocation == Preallocation::Off {
+            return self.resize(len, false);
+        }
+        let name = preallocation.name();
+        let error = Error::new(format!("Unsupported preallocation mode: {name}"));
+        Box::pin(std::future::ready(Err(error)))
+    }
 
     /// Bytes that the disk occupies on its storage, where that can be told. Called at any time.
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>>;
@@ -34,6 +46,37 @@ pub trait Image: Send + Sync {
     /// What the image says of itself. Called at any time.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
+    }
+}
+
+/// Whether new space of a disk has its place at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preallocation {
+    #[default]
+    Off,
+    /// What a format needs to tell where it is: known to formats only.
+    Metadata,
+    /// Allocated, not written.
+    Falloc,
+    /// Written.
+    Full,
+}
+
+impl Preallocation {
+    /// Reads a mode's name.
+    pub fn parse(name: &str) -> Option<Preallocation> {
+        let all = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
+        all.into_iter().find(|mode| mode.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Preallocation::Off => "off",
+            Preallocation::Metadata => "metadata",
+            Preallocation::Falloc => "falloc",
+            Preallocation::Full => "full",
+        }
     }
 }
 

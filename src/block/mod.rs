@@ -29,7 +29,7 @@ pub mod probe;
 pub mod registry;
 
 pub use child::Child;
-pub use create::{CreateEntry, CreateOption, Creation, ValueType, create_options};
+pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use driver::{
     Abilities, Access, Driver, Extent, Leaf, LocalFuture, Locks, Mapping, Place, Precision, Status,
     Target, Traits, Transfer, WriteFlags, ZeroFlags,
@@ -37,7 +37,7 @@ pub use driver::{
 pub use error::Error;
 pub use event::{Debugger, Event};
 pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
-pub use image::{CheckReport, Fix, Image, ImageInfo};
+pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
 pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};

@@ -6,15 +6,19 @@ mod create;
 mod ctl;
 mod daemon;
 mod generate;
+mod getopt;
+mod img;
 mod policy;
 mod process;
 mod serve;
+mod signals;
 mod sockets;
 mod vhost_user_block;
 
 use crate::block::Error;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -86,7 +90,19 @@ pub fn main() -> ExitCode {
     if called == "vhost-user-block" {
         return report("vhost-user-block", vhost_user_block::run(arguments.collect()));
     }
-    let command = match Vublk::try_parse() {
+    let rest: Vec<OsString> = arguments.collect();
+    if called == "qemu-img" {
+        return img::qemu_img(rest);
+    }
+    if let [name, rest @ ..] = &*rest
+        && let Some(tool) = name.to_str().and_then(img::find)
+    {
+        let context = img::Context::new("vublk", std::io::stdout().is_terminal());
+        return img::run(&context, tool, rest.to_vec());
+    }
+    let parsed =
+        command_line().try_get_matches().and_then(|matches| Vublk::from_arg_matches(&matches));
+    let command = match parsed {
         Ok(Vublk { command }) => command,
         Err(error) => {
             let _ = error.print();
@@ -98,9 +114,14 @@ pub fn main() -> ExitCode {
         Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
         Command::Ctl(ctl) => ctl.run(),
         Command::Create(create) => create.run(),
-        Command::Generate(generate) => generate.run(Vublk::command()),
+        Command::Generate(generate) => generate.run(command_line()),
     };
     report("vublk", outcome)
+}
+
+/// The whole command line, as help texts, man pages and completions show it.
+fn command_line() -> clap::Command {
+    Vublk::command().subcommands(img::TOOLS.iter().map(|tool| tool.command()))
 }
 
 fn report(program: &str, outcome: Outcome) -> ExitCode {

@@ -29,6 +29,11 @@ pub static ENTRY: DriverEntry = DriverEntry {
             default: None,
         }],
         create: |creation, options| Box::pin(create(creation, options)),
+        measure: Some(|_, size, source| {
+            let bytes = source.map_or(size, |node| node.len()).next_multiple_of(SECTOR);
+            let measured = Measurement { required: bytes, fully_allocated: bytes, bitmaps: None };
+            Box::pin(std::future::ready(Ok(measured)))
+        }),
     }),
     // Anything is raw, if it is nothing else.
     probe: Some(|_, _| 1),
@@ -218,7 +223,7 @@ impl Driver for Raw {
     fn child_perms(&self, _child: usize, own: Perms) -> Perms {
         // No metadata of its own, so no more is held than the users hold.
         let mut perms = own;
-        if !own.held.is_empty() {
+        if own.held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE) {
             perms.shared -= Perm::WRITE | Perm::RESIZE;
         } else if self.offset != 0 || self.size.is_some() {
             perms.shared -= Perm::RESIZE;
@@ -244,6 +249,16 @@ impl Image for Raw {
             let image =
                 image.ok_or_else(|| Error::new("Image format driver does not support resize"))?;
             image.resize(len, shrink).await
+        })
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let node = self.node();
+            match (self.size, node.driver().image()) {
+                (None, Some(image)) => image.grow(self.offset + len, preallocation).await,
+                _ => self.resize(len, false).await,
+            }
         })
     }
 

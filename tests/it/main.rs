@@ -16,5 +16,6 @@ mod node;
 mod qcow2;
 mod qcow2_format;
 mod threads;
+mod tools;
 mod vhost_user;
 mod vhost_user_review;

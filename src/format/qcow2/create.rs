@@ -12,8 +12,11 @@ use crate::block::{Error, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{Map, Value};
 
-pub(super) static CREATE: CreateEntry =
-    CreateEntry { options: OPTIONS, create: |creation, map| Box::pin(create(creation, map)) };
+pub(super) static CREATE: CreateEntry = CreateEntry {
+    options: OPTIONS,
+    create: |creation, map| Box::pin(create(creation, map)),
+    measure: None,
+};
 
 const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {
     CreateOption { name, value, help, default: None }

@@ -6,7 +6,7 @@
 use super::lock::ImageLocks;
 use super::options::Locking;
 use super::sys;
-use crate::block::{Error, Locks, Perm, Perms};
+use crate::block::{Error, Locks, Perm, Perms, Preallocation};
 use crate::io::Errno;
 use crate::options::Size;
 use serde::Deserialize;
@@ -32,31 +32,6 @@ pub struct CreateOptions {
     pub nocow: bool,
     /// Bytes; zero for none. A hint: ignored by file systems that don't know it.
     pub extent_size_hint: Option<Size>,
-}
-
-/// Whether new bytes of a file have their place on the disk at once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Preallocation {
-    #[default]
-    Off,
-    /// Known to formats only, and refused here.
-    Metadata,
-    /// Allocated, not written.
-    Falloc,
-    /// Written.
-    Full,
-}
-
-impl Preallocation {
-    fn name(self) -> &'static str {
-        match self {
-            Preallocation::Off => "off",
-            Preallocation::Metadata => "metadata",
-            Preallocation::Falloc => "falloc",
-            Preallocation::Full => "full",
-        }
-    }
 }
 
 /// Makes a regular file, or empties an existing one. Blocks.
@@ -120,7 +95,7 @@ pub fn grow(file: &File, old: u64, new: u64, preallocation: Preallocation) -> Re
             .map_err(|e| Error::os("Could not write zeros for preallocation", e)),
         Preallocation::Off | Preallocation::Metadata => file
             .set_len(new)
-            .map_err(|e| Error::os("Failed to resize the file", e))
+            .map_err(|e| Error::os("Could not resize file", e))
             .and_then(|()| first_block(file, old, new)),
     };
     if result.is_err()
@@ -145,7 +120,7 @@ fn first_block(file: &File, old: u64, new: u64) -> Result<(), Error> {
         return Ok(());
     }
     file.write_all_at(&[0; 4096][..new.min(4096) as usize], 0)
-        .map_err(|e| Error::os("Failed to resize the file", e))
+        .map_err(|e| Error::os("Could not resize file", e))
 }
 
 fn write_zeroes(file: &File, old: u64, new: u64) -> std::io::Result<()> {

@@ -38,6 +38,7 @@ pub static FILE: DriverEntry = DriverEntry {
             SIZE,
         ],
         create: |creation, map| create_with(create::create_file, creation, map),
+        measure: None,
     }),
     probe: None,
     is_device: None,
@@ -52,6 +53,7 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
     create: Some(&CreateEntry {
         options: &[SIZE],
         create: |creation, map| create_with(create::create_device, creation, map),
+        measure: None,
     }),
     probe: None,
     is_device: Some(is_device),

@@ -34,12 +34,11 @@ pub use options::{Aio, FileOptions, Locking};
 use crate::block::node::SECTOR;
 use crate::block::{
     Access, Driver, Error, Extent, Image, Leaf, LocalFuture, Locks, Mapping, NodeOptions, Place,
-    Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Preallocation, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{
     self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
 };
-use create::Preallocation;
 use flush::Flushes;
 use lock::ImageLocks;
 use open::Kind;
@@ -157,7 +156,12 @@ impl FileDriver {
         Err(errno)
     }
 
-    async fn resize_to(&self, len: u64, shrink: bool) -> Result<(), Error> {
+    async fn resize_to(
+        &self,
+        len: u64,
+        shrink: bool,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
         if self.kind != Kind::Regular {
             return self.resize_device(len).await;
         }
@@ -172,9 +176,9 @@ impl FileDriver {
         if len < old {
             io::offload(move || file.set_len(len))
                 .await
-                .map_err(|e| Error::os("Failed to resize the file", e))?;
+                .map_err(|e| Error::os("Could not resize file", e))?;
         } else {
-            io::offload(move || create::grow(&file, old, len, Preallocation::Off)).await?;
+            io::offload(move || create::grow(&file, old, len, preallocation)).await?;
         }
         self.len.store(len, Ordering::Relaxed);
         Ok(())
@@ -331,7 +335,11 @@ impl Leaf for FileDriver {
 
 impl Image for FileDriver {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, shrink))
+        Box::pin(self.resize_to(len, shrink, Preallocation::Off))
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.resize_to(len, false, preallocation))
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {

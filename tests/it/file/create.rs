@@ -2,10 +2,11 @@
 
 use super::*;
 use std::os::unix::fs::MetadataExt;
+use vublk::block::Preallocation;
 use vublk::block::create::Creation;
 use vublk::options::Size;
 use vublk::options::{Map, qemuopts};
-use vublk::protocol::file::create::{CreateOptions, Preallocation, create_device, create_file};
+use vublk::protocol::file::create::{CreateOptions, create_device, create_file};
 
 fn sized(size: u64) -> CreateOptions {
     CreateOptions { size: Size(size), ..CreateOptions::default() }

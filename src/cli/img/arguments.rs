@@ -1,0 +1,140 @@
+//! Options that several subcommands share: how they are called, and what their values mean.
+
+use super::{Context, Failed, object};
+use crate::cli::getopt::{Line, Opt, long_switch, long_valued, switch, valued};
+use crate::options::{qemuopts, size};
+use crate::tools::{Cache, Opened, Wanted};
+
+pub const OBJECT: Opt =
+    long_valued("object", "OBJECT", "an object that the image needs, such as a secret");
+pub const IMAGE_OPTS: Opt =
+    long_switch("image-opts", "the image is named by a string of options (driver=raw,…)");
+pub const FORMAT: Opt = valued("f", "format", "FORMAT", "the image's format; guessed if not given");
+pub const PLAIN_FORMAT: Opt = valued("f", "", "FORMAT", "the image's format; guessed if not given");
+pub const FORCE_SHARE: Opt =
+    switch("U", "force-share", "open the image even while others write to it");
+pub const OUTPUT: Opt = long_valued("output", "FORMAT", "the form of the output: human or json");
+pub const QUIET: Opt = switch("q", "quiet", "say nothing but errors");
+pub const PROGRESS: Opt = switch("p", "", "show how far the work has come");
+pub const CACHE: Opt = valued("t", "", "CACHE", "cache mode for the image that is written");
+pub const SOURCE_CACHE: Opt = valued("T", "", "CACHE", "cache mode for images that are read");
+
+/// Reads a size, as an option's value: `what` is what it is the size of.
+pub fn number(text: &str, what: &str, min: u64, max: u64) -> Result<u64, Failed> {
+    match size::parse(text) {
+        Ok(value) if (min..=max).contains(&value) => Ok(value),
+        Err(size::BadSize::NotASize) => Err(Failed::from(format!(
+            "Invalid {what} specified. You may use k, M, G, T, P or E suffixes for\n\
+             kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ))),
+        _ => {
+            Err(Failed::from(format!("Invalid {what} specified. Must be between {min} and {max}.")))
+        }
+    }
+}
+
+/// Reads a size of any value.
+pub fn any_number(text: &str, what: &str) -> Result<u64, Failed> {
+    number(text, what, 0, i64::MAX as u64)
+}
+
+/// The cache mode that `key` gives; `what` is what the option is called.
+pub fn cache(line: &Line, key: &str, what: &str, default: Cache) -> Result<Cache, Failed> {
+    match line.get(key) {
+        None => Ok(default),
+        Some(text) => {
+            Cache::parse(text).ok_or_else(|| Failed::from(format!("Invalid {what} option: {text}")))
+        }
+    }
+}
+
+/// Whether a list of `-o` can be joined with others: it has no empty items at its ends.
+pub fn check_option_list(text: &str) -> Result<(), Failed> {
+    // A comma at the end may be half of one that is meant.
+    let commas = text.bytes().rev().take_while(|&byte| byte == b',').count();
+    if text.is_empty() || text.starts_with(',') && !text.starts_with(",,") || commas % 2 == 1 {
+        return Err(format!("Invalid option list: {text}").into());
+    }
+    Ok(())
+}
+
+/// Reads `-l`, the name of an internal snapshot: `snapshot.id=…,snapshot.name=…`, or a name or number
+/// alone.
+pub fn check_snapshot(text: &str) -> Result<(), Failed> {
+    if !text.starts_with("snapshot.") {
+        return Ok(());
+    }
+    let failed = |e: crate::options::Error| {
+        Failed::from(format!("{e}\nFailed in parsing snapshot param '{text}'"))
+    };
+    let mut options = qemuopts::parse(text, None).map_err(failed)?.options;
+    options.take_str("snapshot.id").map_err(failed)?;
+    options.take_str("snapshot.name").map_err(failed)?;
+    options.finish_known().map_err(failed)
+}
+
+/// Turns an image that was opened for reading to one of its internal snapshots.
+pub fn load_snapshot(image: &Opened) -> Result<(), Failed> {
+    Err(format!(
+        "Failed to load snapshot: Block format '{}' used by device '' does not support \
+         temporarily loading internal snapshots",
+        image.format()
+    )
+    .into())
+}
+
+/// Whether the output is to be JSON.
+pub fn json(line: &Line) -> Result<bool, Failed> {
+    match line.get("output") {
+        None | Some("human") => Ok(false),
+        Some("json") => Ok(true),
+        Some(_) => Err("--output must be used with human or json as argument.".into()),
+    }
+}
+
+/// Makes the objects of `--object`. Whether a list of them was all that was wanted.
+pub fn objects(line: &Line) -> Result<bool, Failed> {
+    for text in line.all("object") {
+        if object::add(text)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// What an image's name and the shared options say of it.
+///
+/// # Errors
+/// `-f` and `--image-opts` together, or options that `-U` contradicts.
+pub fn wanted<'a>(
+    line: &'a Line,
+    name: &'a str,
+    format_key: &str,
+    image_opts_key: &str,
+) -> Result<Wanted<'a>, Failed> {
+    let (format, image_opts) = (line.get(format_key), line.has(image_opts_key));
+    if image_opts && format.is_some() {
+        return Err("--image-opts and --format are mutually exclusive".into());
+    }
+    let force_share = line.has("force-share");
+    let unshared = |item: &str| matches!(item, "force-share=off" | "noforce-share");
+    if image_opts && force_share && name.split(',').any(unshared) {
+        return Err("--force-share/-U conflicts with image options".into());
+    }
+    Ok(Wanted { name, image_opts, format, force_share, ..Wanted::default() })
+}
+
+/// The one image that a subcommand is about.
+pub fn one_operand(line: &Line) -> Result<&str, Failed> {
+    match &*line.operands {
+        [name] => Ok(name),
+        _ => Err(Failed::usage("Expecting one image file name")),
+    }
+}
+
+impl Context {
+    /// Whether progress is shown.
+    pub(super) fn progress(&self, line: &Line) -> bool {
+        !line.has("quiet") && (line.has("p") || self.shows_progress)
+    }
+}

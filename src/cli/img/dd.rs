@@ -1,0 +1,127 @@
+//! `dd`: copies blocks of an image to a new one.
+
+use super::arguments::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT};
+use super::{Context, Ended, Failed, Tool};
+use crate::block::{WriteFlags, create_options};
+use crate::cli::getopt::{Line, valued};
+use crate::drivers;
+use crate::io::AlignedBuf;
+use crate::options::Map;
+use crate::tools::{Images, Opened, Wanted};
+
+pub static TOOL: Tool = Tool {
+    name: "dd",
+    about: "Copy blocks of an image to a new image",
+    options: &[
+        OBJECT,
+        IMAGE_OPTS,
+        FORCE_SHARE,
+        PLAIN_FORMAT,
+        valued("O", "", "FORMAT", "the new image's format (raw)"),
+    ],
+    operands: "[bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
+    takes_last: false,
+    run: |context, line| Box::pin(run(context, line)),
+};
+
+/// Bytes that are copied at once, unless a block is larger.
+const CHUNK: u64 = 1 << 20;
+
+/// What the operands say.
+struct Asked<'a> {
+    /// Bytes in a block.
+    block: u64,
+    count: Option<u64>,
+    skip: u64,
+    input: &'a str,
+    output: &'a str,
+}
+
+impl Asked<'_> {
+    fn parse(line: &Line) -> Result<Asked<'_>, Failed> {
+        let (mut block, mut count, mut skip) = (512, None, 0);
+        let (mut input, mut output) = (None, None);
+        for operand in &line.operands {
+            let unknown = |name: &str| Failed::from(format!("unrecognized operand {name}"));
+            let (name, value) = operand.split_once('=').ok_or_else(|| unknown(operand))?;
+            match name {
+                "bs" => block = arguments::number(value, "bs", 1, i32::MAX as u64)?,
+                "count" => count = Some(arguments::any_number(value, "count")?),
+                "skip" => skip = arguments::any_number(value, "skip")?,
+                "if" => input = Some(value),
+                "of" => output = Some(value),
+                other => return Err(unknown(other)),
+            }
+        }
+        let (Some(input), Some(output)) = (input, output) else {
+            return Err("Must specify both input and output files".into());
+        };
+        Ok(Asked { block, count, skip, input, output })
+    }
+}
+
+async fn run(context: &Context, line: Line) -> Ended {
+    let asked = Asked::parse(&line)?;
+    if arguments::objects(&line)? {
+        return Ok(0);
+    }
+    let images = context.images();
+    let wanted = arguments::wanted(&line, asked.input, "f", "image-opts")?;
+    let source = images.open(&wanted).await?;
+    let ended = copy_to_new(context, &images, &line, &asked, &source).await;
+    images.close(source).await?;
+    images.end().await;
+    ended
+}
+
+async fn copy_to_new(
+    context: &Context,
+    images: &Images,
+    line: &Line,
+    asked: &Asked<'_>,
+    source: &Opened,
+) -> Ended {
+    let registry = drivers::registry();
+    let format = line.get("O").unwrap_or("raw");
+    let driver = registry.get(format).ok_or("Unknown file format")?;
+    let mut file = registry.file_options(asked.output)?;
+    let protocol = file.take_required_str("driver").map_err(|e| e.to_string())?;
+    create_options(driver, registry.get(&protocol))?;
+    // Counted from the input's start, what is skipped included.
+    let most = asked.count.and_then(|count| count.checked_mul(asked.block));
+    let end = most.map_or(source.len(), |most| most.min(source.len()));
+    let start = asked.skip.checked_mul(asked.block).filter(|&start| start <= end);
+    let len = start.map_or(0, |start| end - start);
+    let at = |e: crate::block::Error| {
+        e.at(format!("{}: error while creating output image", asked.output))
+    };
+    let creation = drivers::creation(format, asked.output, Map::new(), Some(len));
+    creation.map_err(at)?.run().await.map_err(at)?;
+    let wanted =
+        Wanted { name: asked.output, format: Some(format), writable: true, ..Wanted::default() };
+    let target = images.open(&wanted).await?;
+    let Some(start) = start else {
+        context.error(&format!("{}: cannot skip to specified offset", asked.input));
+        return Ok(0);
+    };
+    let chunk = asked.block.max(CHUNK - CHUNK % asked.block.min(CHUNK));
+    let memory = chunk.min(len.max(1)) as usize;
+    let mut buffer = AlignedBuf::new(memory, 4096).ok_or("Out of memory")?;
+    let mut done = 0;
+    while done < len {
+        let n = (len - done).min(chunk);
+        let part = buffer.io_vec();
+        let part = part.slice(0, n);
+        source
+            .read(start + done, &part)
+            .await
+            .map_err(|errno| format!("error while reading from input image file: {errno}"))?;
+        target
+            .write(done, &part, WriteFlags::empty())
+            .await
+            .map_err(|errno| format!("error while writing to output image file: {errno}"))?;
+        done += n;
+    }
+    images.close(target).await?;
+    Ok(0)
+}

@@ -1,0 +1,212 @@
+//! `info`: what there is to tell of an image, and of those it stands on.
+
+use super::arguments::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
+use super::{Context, Ended, Failed, Tool, outln};
+use crate::block::ImageInfo;
+use crate::cli::getopt::{Line, long_switch};
+use crate::options::{Map, Value, filename, json, size};
+use crate::tools::{Images, Opened, Wanted};
+
+pub static TOOL: Tool = Tool {
+    name: "info",
+    about: "Tell about an image",
+    options: &[
+        OBJECT,
+        IMAGE_OPTS,
+        FORMAT,
+        OUTPUT,
+        long_switch("backing-chain", "tell about all images below it, too"),
+        FORCE_SHARE,
+    ],
+    operands: "FILE",
+    takes_last: false,
+    run: |context, line| Box::pin(run(context, line)),
+};
+
+async fn run(context: &Context, line: Line) -> Ended {
+    let json = arguments::json(&line)?;
+    let name = arguments::one_operand(&line)?;
+    if arguments::objects(&line)? {
+        return Ok(0);
+    }
+    let images = context.images();
+    let top = arguments::wanted(&line, name, "format", "image-opts")?;
+    let chain = line.has("backing-chain");
+    let all = collect(&images, top, chain).await;
+    images.end().await;
+    let all = all?;
+    if json {
+        let values = all.iter().map(|about| Value::Map(about.json()));
+        let value = match chain {
+            true => Value::List(values.collect()),
+            false => values.into_iter().next().unwrap_or(Value::Null),
+        };
+        outln!("{}", json::to_pretty_text(&value));
+    } else {
+        for (index, about) in all.iter().enumerate() {
+            if index > 0 {
+                outln!();
+            }
+            about.print();
+        }
+    }
+    Ok(0)
+}
+
+/// What is told of one image.
+struct About {
+    filename: String,
+    format: &'static str,
+    virtual_size: u64,
+    /// Bytes on the disk, if that is known.
+    actual_size: Option<u64>,
+    /// Where the backing file is, seen from here.
+    full_backing: Option<String>,
+    /// The driver tells of itself at all.
+    known: bool,
+    info: ImageInfo,
+}
+
+async fn collect(images: &Images, top: Wanted<'_>, chain: bool) -> Result<Vec<About>, Failed> {
+    let mut all: Vec<About> = Vec::new();
+    let mut seen = vec![top.name.to_owned()];
+    let mut next = Some((top.name.to_owned(), top.format.map(str::to_owned)));
+    while let Some((name, format)) = next.take() {
+        let wanted = Wanted {
+            name: &name,
+            // Only the first one is named by the user.
+            image_opts: top.image_opts && all.is_empty(),
+            format: format.as_deref(),
+            force_share: top.force_share,
+            no_backing: true,
+            ..Wanted::default()
+        };
+        let image = images.open(&wanted).await?;
+        let about = About::of(&image).await;
+        images.close(image).await?;
+        if let Some(backing) = about.full_backing.as_ref().filter(|_| chain) {
+            if seen.contains(backing) {
+                return Err(format!("Backing file '{backing}' creates an infinite loop.").into());
+            }
+            seen.push(backing.clone());
+            next = Some((backing.clone(), about.info.backing_format.clone()));
+        }
+        all.push(about);
+    }
+    Ok(all)
+}
+
+impl About {
+    async fn of(image: &Opened) -> About {
+        let driver = image.node().driver();
+        let (info, actual_size) = match driver.image() {
+            Some(told) => (told.info(), told.allocated().await.ok()),
+            None => (ImageInfo::default(), Some(0)),
+        };
+        let filename = image.filename();
+        let full_backing = info.backing_filename.as_ref().map(|backing| {
+            filename::resolve(&filename, backing).unwrap_or_else(|_| backing.clone())
+        });
+        let known = actual_size.is_some() && driver.image().is_some();
+        About {
+            filename,
+            format: image.format(),
+            virtual_size: image.len(),
+            actual_size,
+            full_backing,
+            known,
+            info,
+        }
+    }
+
+    fn print(&self) {
+        outln!("image: {}", self.filename);
+        outln!("file format: {}", self.format);
+        outln!("virtual size: {} ({} bytes)", size::human(self.virtual_size), self.virtual_size);
+        match self.actual_size {
+            Some(bytes) => outln!("disk size: {}", size::human(bytes)),
+            None => outln!("disk size: unavailable"),
+        }
+        let info = &self.info;
+        if info.is_encrypted {
+            outln!("encrypted: yes");
+        }
+        if let Some(bytes) = info.cluster_size {
+            outln!("cluster_size: {bytes}");
+        }
+        if info.is_dirty {
+            outln!("cleanly shut down: no");
+        }
+        if let Some(backing) = &info.backing_filename {
+            let full = self.full_backing.as_ref().filter(|full| *full != backing);
+            match full {
+                Some(full) => outln!("backing file: {backing} (actual path: {full})"),
+                None => outln!("backing file: {backing}"),
+            }
+            if let Some(format) = &info.backing_format {
+                outln!("backing file format: {format}");
+            }
+        }
+        if let Some(Value::Map(specific)) = &info.specific
+            && let Some(data) = specific.get("data")
+        {
+            outln!("Format specific information:");
+            print_value(data, 1);
+        }
+    }
+
+    /// As ImageInfo of QMP, its keys in qemu-img's order.
+    fn json(&self) -> Map {
+        let info = &self.info;
+        let mut map = Map::new();
+        let text = |text: &String| Value::Str(text.clone());
+        let mut add = |key: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                map.insert(key, value);
+            }
+        };
+        add("backing-filename-format", info.backing_format.as_ref().map(text));
+        add("virtual-size", Some(self.virtual_size.into()));
+        add("filename", Some(text(&self.filename)));
+        add("cluster-size", info.cluster_size.map(Value::from));
+        add("format", Some(self.format.into()));
+        add("actual-size", self.actual_size.map(Value::from));
+        add("encrypted", info.is_encrypted.then_some(Value::Bool(true)));
+        add("format-specific", info.specific.clone());
+        add("full-backing-filename", self.full_backing.as_ref().map(text));
+        add("backing-filename", info.backing_filename.as_ref().map(text));
+        add("dirty-flag", self.known.then_some(Value::Bool(info.is_dirty)));
+        map
+    }
+}
+
+/// Values on lines of their own, four blanks to a level, the names of keys as people read them.
+fn print_value(value: &Value, depth: usize) {
+    let indent = "    ".repeat(depth);
+    let line = |name: String, value: &Value| match value {
+        Value::Map(_) | Value::List(_) => {
+            outln!("{indent}{name}:");
+            print_value(value, depth + 1);
+        }
+        plain => outln!("{indent}{name}: {}", plain_text(plain)),
+    };
+    match value {
+        Value::Map(map) => {
+            map.iter().for_each(|(key, value)| line(key.replace('-', " "), value));
+        }
+        Value::List(list) => {
+            list.iter().enumerate().for_each(|(index, value)| line(format!("[{index}]"), value));
+        }
+        plain => outln!("{indent}{}", plain_text(plain)),
+    }
+}
+
+fn plain_text(value: &Value) -> String {
+    match value {
+        Value::Bool(value) => value.to_string(),
+        Value::Int(number) => number.to_string(),
+        Value::Num(number) => number.to_string(),
+        Value::Text(text) | Value::Str(text) => text.clone(),
+        _ => "null".into(),
+    }
+}

@@ -1,0 +1,216 @@
+//! The image tools: `vublk info`, `vublk convert`, …, and all of them under the name `qemu-img`.
+//!
+//! One file per subcommand, which parses and prints; the work is in [`crate::tools`]. Results, words
+//! of errors and exit codes are qemu-img's (7.2), so that scripts need not know which one they call.
+
+mod arguments;
+mod bench;
+mod check;
+mod compare;
+mod dd;
+mod info;
+mod map;
+mod measure;
+mod object;
+mod personality;
+mod resize;
+
+pub use personality::qemu_img;
+
+use super::getopt::{self, Line, Operands, Opt, Wrong};
+use crate::block::{Error, LocalFuture};
+use crate::drivers;
+use crate::io::{Worker, WorkerOptions};
+use crate::tools::{Images, output};
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// The subcommands, in the order of their names.
+pub const TOOLS: &[&Tool] = &[
+    &bench::TOOL,
+    &check::TOOL,
+    &compare::TOOL,
+    &dd::TOOL,
+    &info::TOOL,
+    &map::TOOL,
+    &measure::TOOL,
+    &resize::TOOL,
+];
+
+/// One subcommand.
+pub struct Tool {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub options: &'static [Opt],
+    pub operands: &'static str,
+    /// The last argument is an operand, whatever it looks like.
+    pub takes_last: bool,
+    pub run: for<'a> fn(&'a Context, Line) -> LocalFuture<'a, Ended>,
+}
+
+impl Tool {
+    /// The definition that man pages and completions are made from.
+    pub fn command(&self) -> clap::Command {
+        getopt::command(self.name, self.about, self.options, self.operands)
+    }
+}
+
+/// The exit code, or why there is no result.
+type Ended = Result<u8, Failed>;
+
+/// The end of a tool that could not do what was asked: error lines, each printed behind the
+/// program's name, a hint printed as it is, and the exit code.
+#[derive(Debug)]
+pub struct Failed {
+    lines: String,
+    hint: Option<String>,
+    code: u8,
+}
+
+impl Failed {
+    /// The same with another exit code.
+    fn code(self, code: u8) -> Failed {
+        Failed { code, ..self }
+    }
+
+    /// A wrong command line: the help is pointed to.
+    fn usage(line: impl Into<String>) -> Failed {
+        Failed { lines: line.into(), hint: Some(TRY_HELP.into()), code: 1 }
+    }
+}
+
+/// Stands for the line that points to the help, which names the program.
+const TRY_HELP: &str = "\0";
+
+impl From<String> for Failed {
+    fn from(lines: String) -> Failed {
+        Failed { lines, hint: None, code: 1 }
+    }
+}
+
+impl From<&str> for Failed {
+    fn from(lines: &str) -> Failed {
+        Failed::from(lines.to_owned())
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Failed {
+        Failed { lines: error.to_string(), hint: error.hint().map(str::to_owned), code: 1 }
+    }
+}
+
+/// In which program a tool runs.
+#[derive(Clone)]
+pub struct Context {
+    /// In front of error lines.
+    program: Arc<str>,
+    /// Long work shows how far it has come even if it was not asked to.
+    pub shows_progress: bool,
+}
+
+impl Context {
+    pub fn new(program: &str, shows_progress: bool) -> Context {
+        Context { program: program.into(), shows_progress }
+    }
+
+    /// Prints error lines.
+    fn error(&self, lines: &str) {
+        for line in lines.split('\n') {
+            eprintln!("{}: {line}", self.program);
+        }
+    }
+
+    fn warn(&self, text: &str) {
+        eprintln!("{}: warning: {text}", self.program);
+    }
+
+    fn fail(&self, failed: &Failed) {
+        self.error(&failed.lines);
+        match failed.hint.as_deref() {
+            Some(TRY_HELP) => eprintln!("Try '{} --help' for more information", self.program),
+            Some(hint) => eprintln!("{hint}"),
+            None => {}
+        }
+    }
+
+    /// The images that a tool opens.
+    fn images(&self) -> Images {
+        let program = self.program.clone();
+        Images::new(drivers::registry(), move |text| {
+            // What QEMU's block layer says itself stands without the program's name.
+            match text.starts_with("WARNING: ") {
+                true => eprintln!("{text}"),
+                false => eprintln!("{program}: warning: {text}"),
+            }
+        })
+    }
+}
+
+/// Writes to standard output.
+macro_rules! out {
+    ($($text:tt)*) => { $crate::tools::output::write(format_args!($($text)*)) };
+}
+/// Writes a line to standard output.
+macro_rules! outln {
+    () => { $crate::tools::output::write(format_args!("\n")) };
+    ($($text:tt)*) => {{
+        $crate::tools::output::write(format_args!($($text)*));
+        $crate::tools::output::write(format_args!("\n"));
+    }};
+}
+pub(super) use {out, outln};
+
+/// The subcommand of this name.
+pub fn find(name: &str) -> Option<&'static Tool> {
+    TOOLS.iter().copied().find(|tool| tool.name == name)
+}
+
+/// Runs a subcommand with the arguments behind its name. The rest of the program.
+pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> ExitCode {
+    super::signals::answer_usr1();
+    let ended = parse(tool, arguments).and_then(|line| {
+        if line.help {
+            personality::print_help(context, Some(tool));
+            return Ok(0);
+        }
+        let options = WorkerOptions::default();
+        let worker =
+            Worker::start(tool.name, options).map_err(|e| format!("cannot start a worker: {e}"))?;
+        let context = context.clone();
+        worker.block_on(move || async move { (tool.run)(&context, line).await })
+    });
+    let code = match ended {
+        Ok(code) => code,
+        Err(failed) => {
+            context.fail(&failed);
+            failed.code
+        }
+    };
+    output::flush();
+    ExitCode::from(code)
+}
+
+fn parse(tool: &Tool, arguments: Vec<OsString>) -> Result<Line, Failed> {
+    let text = |argument: OsString| {
+        argument.into_string().map_err(|a| format!("'{}': not a UTF-8 text", a.display()))
+    };
+    let mut arguments = arguments.into_iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let last = match tool.takes_last {
+        true if arguments.len() < 2 => return Err(Failed::usage("Not enough arguments")),
+        true => arguments.pop(),
+        false => None,
+    };
+    let line = getopt::parse(tool.name, tool.options, &arguments, Operands::Anywhere);
+    let mut line = line.map_err(wrong)?;
+    line.operands.extend(last);
+    Ok(line)
+}
+
+fn wrong(wrong: Wrong) -> Failed {
+    Failed::usage(match wrong {
+        Wrong::Unrecognized(option) => format!("unrecognized option '{option}'"),
+        Wrong::MissingValue(option) => format!("missing argument for option '{option}'"),
+    })
+}

@@ -1,0 +1,121 @@
+//! What is stored where: block status through a whole backing chain, and in runs as long as they are
+//! alike.
+
+use crate::block::{Node, Precision, SECTOR, Status};
+use crate::io::IoResult;
+use std::sync::Arc;
+
+/// The most that is asked about at once, in bytes.
+const MOST: u64 = 1 << 30;
+
+/// What is known of a range.
+#[derive(Clone)]
+pub struct Run {
+    /// Bytes.
+    pub start: u64,
+    pub len: u64,
+    pub status: Status,
+    /// How many backing files down the contents come from.
+    pub depth: u32,
+    /// Where they are kept as they are: a protocol's node, and the offset in it.
+    pub file: Option<(Arc<Node>, u64)>,
+}
+
+impl Run {
+    /// Whether `next`, which begins where this ends, is of the same kind.
+    fn continues(&self, next: &Run) -> bool {
+        let same_file = match (&self.file, &next.file) {
+            (Some((a, at)), Some((b, next_at))) => Arc::ptr_eq(a, b) && at + self.len == *next_at,
+            (None, None) => true,
+            _ => false,
+        };
+        self.status == next.status && self.depth == next.depth && same_file
+    }
+
+    pub fn has(&self, status: Status) -> bool {
+        self.status.contains(status)
+    }
+}
+
+/// The image that `node` takes what it has not from.
+pub fn backing(node: &Node) -> Option<Arc<Node>> {
+    let children = node.driver().children();
+    children.iter().find(|child| child.role() == "backing").map(|child| child.node())
+}
+
+/// What is known of the beginning of a range of `node` and of the backing files below it, down to
+/// and without `base`.
+pub async fn look(
+    node: &Arc<Node>,
+    start: u64,
+    len: u64,
+    precision: Precision,
+    base: Option<&Arc<Node>>,
+) -> IoResult<Run> {
+    let mut layer = node.clone();
+    let mut len = len.min(MOST);
+    let mut depth = 0;
+    loop {
+        if start >= layer.len() {
+            // Beyond the end of a backing file there are zeroes, and they are its own.
+            let status = Status::ZERO | Status::ALLOCATED;
+            return Ok(Run { start, len, status, depth, file: None });
+        }
+        let within = len.min(layer.len() - start);
+        let extent = layer.status(start, within, precision).await?;
+        len = extent.len;
+        let below = backing(&layer);
+        let is_base = |below: &Arc<Node>| base.is_some_and(|base| Arc::ptr_eq(base, below));
+        match below {
+            Some(below) if !extent.status.contains(Status::ALLOCATED) && !is_base(&below) => {
+                layer = below;
+                depth += 1;
+            }
+            _ => {
+                let file = extent.place.and_then(|place| {
+                    let node = match place.child {
+                        Some(child) => layer.driver().children().get(child)?.node(),
+                        None => layer.clone(),
+                    };
+                    Some((node, place.offset))
+                });
+                let mut status = extent.status;
+                // Nobody has it: it reads as zeroes.
+                status.set(Status::ZERO, status.is_empty() || status.contains(Status::ZERO));
+                return Ok(Run { start, len, status, depth, file });
+            }
+        }
+    }
+}
+
+/// The longest run of one kind at the beginning of a range.
+pub async fn run(node: &Arc<Node>, start: u64, len: u64) -> IoResult<Run> {
+    let mut all = look(node, start, len, Precision::Zeroes, None).await?;
+    while all.len < len {
+        let next = look(node, start + all.len, len - all.len, Precision::Zeroes, None).await?;
+        if !all.continues(&next) {
+            break;
+        }
+        all.len += next.len;
+    }
+    Ok(all)
+}
+
+/// The length of the longest prefix of `bytes` whose sectors are all zero or all not, and which of
+/// both it is. `bytes` is not empty; a last sector may be cut short.
+pub fn zero_prefix(bytes: &[u8]) -> (bool, usize) {
+    let mut sectors = bytes.chunks(SECTOR as usize);
+    let first = sectors.next().is_some_and(is_zero);
+    let alike = sectors.take_while(|sector| is_zero(sector) == first).count();
+    (first, bytes.len().min((alike + 1) * SECTOR as usize))
+}
+
+/// Whether all bytes are zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // By words of eight, eight at a time, so that the compiler has something to make wide.
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    chunks.iter().all(|chunk| {
+        let words = chunk.as_chunks::<8>().0.iter();
+        words.fold(0, |all, word| all | u64::from_ne_bytes(*word)) == 0
+    }) && rest.iter().all(|&byte| byte == 0)
+}

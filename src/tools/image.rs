@@ -1,0 +1,301 @@
+//! An image that a tool has open.
+//!
+//! The rule held here: QEMU's tools guess a format that is not named, so these do; but on an image
+//! that was guessed to be raw, nothing is written to the first sector that would make it look like
+//! another format the next time.
+
+use super::cache::Cache;
+use super::naming::{self, Named};
+use crate::block::policy::FollowBacking;
+use crate::block::{
+    Attachment, Error, Graph, Node, OpenPolicy, Perm, Perms, Preallocation, Registry, SECTOR,
+    WriteFlags, ZeroFlags, probe,
+};
+use crate::io::{Errno, IoResult, IoVec};
+use crate::options::{Map, Value};
+use std::cell::Cell;
+use std::sync::Arc;
+
+/// How conflicts call a tool's use of an image.
+const USER: &str = "an unnamed block device";
+
+/// What is to be opened, and for what.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted<'a> {
+    /// A file's name, or the options of `--image-opts`.
+    pub name: &'a str,
+    pub image_opts: bool,
+    /// `-f`; none to guess.
+    pub format: Option<&'a str>,
+    pub writable: bool,
+    /// The length will be changed.
+    pub resize: bool,
+    /// Zeroing may give space back, and discards are passed on.
+    pub unmap: bool,
+    /// `-U`: beside others who write.
+    pub force_share: bool,
+    /// Nobody else may write meanwhile.
+    pub exclusive: bool,
+    /// Without its backing file, which may be missing.
+    pub no_backing: bool,
+    pub cache: Cache,
+    /// More options of the node, that the name says nothing of.
+    pub more: Map,
+}
+
+/// The images that one run of a tool has open. They share a graph.
+pub struct Images {
+    graph: Graph,
+    /// Of the images opened so far.
+    count: Cell<usize>,
+    /// Tells the user of something that is no error.
+    warn: Box<dyn Fn(&str)>,
+}
+
+/// An open image. Its node's length is the disk's.
+pub struct Opened {
+    attachment: Attachment,
+    registry: &'static Registry,
+    /// As the user named it.
+    pub name: String,
+    shown: Option<String>,
+    /// By guessing.
+    pub guessed_raw: bool,
+    write_through: bool,
+}
+
+impl Images {
+    pub fn new(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
+        let policy = OpenPolicy { backing: FollowBacking::Probe, ..OpenPolicy::default() };
+        let graph = Graph::with_policy(registry, policy);
+        Images { graph, count: Cell::new(0), warn: Box::new(warn) }
+    }
+
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// `Could not open 'NAME': …`
+    pub async fn open(&self, wanted: &Wanted<'_>) -> Result<Opened, Error> {
+        self.open_unnamed(wanted)
+            .await
+            .map_err(|error| error.at(format!("Could not open '{}'", wanted.name)))
+    }
+
+    async fn open_unnamed(&self, wanted: &Wanted<'_>) -> Result<Opened, Error> {
+        let registry = self.graph.registry();
+        let named = match wanted.image_opts {
+            true => naming::image_opts(registry, wanted.name, &self.warn)?,
+            false => naming::filename(registry, wanted.name, wanted.format)?,
+        };
+        let Named { shown, mut options, probe } = named;
+        let mut guessed_raw = false;
+        if probe {
+            let format = self.guess(&options, wanted).await?;
+            guessed_raw = format == "raw";
+            options.insert("driver", format);
+        }
+        common_options(&mut options, wanted);
+        for (key, value) in wanted.more.iter() {
+            options.insert(key, value.clone());
+        }
+        options.insert("node-name", self.next_name());
+        if wanted.no_backing && probe_has_backing(registry, &options) {
+            options.insert("backing", Value::Null);
+        }
+        let node = self.graph.open(options).await?;
+        let attachment = self.graph.attach(&node, USER, permissions(wanted), None)?;
+        if guessed_raw && wanted.writable {
+            (self.warn)(&format!(
+                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+                 Automatically detecting the format is dangerous for raw images, write operations \
+                 on block 0 will be restricted.\n         \
+                 Specify the 'raw' format explicitly to remove the restrictions.",
+                wanted.name
+            ));
+        }
+        Ok(Opened {
+            attachment,
+            registry,
+            name: wanted.name.to_owned(),
+            shown,
+            guessed_raw,
+            write_through: wanted.cache.write_through,
+        })
+    }
+
+    /// The format of what `options` have as their `file`.
+    async fn guess(&self, options: &Map, wanted: &Wanted<'_>) -> Result<&'static str, Error> {
+        let Some(Value::Map(file)) = options.get("file") else {
+            let name = options.get("file").and_then(Value::as_str).unwrap_or_default();
+            return Err(Error::new(format!("Cannot find device='{name}' nor node-name='{name}'")));
+        };
+        let mut file = file.clone();
+        // What is looked at needs no lock: the image itself is locked before it is used.
+        let read_only = Wanted { writable: false, force_share: true, ..wanted.clone() };
+        file.take("read-only");
+        common_options(&mut file, &read_only);
+        let name = self.next_name();
+        file.insert("node-name", &*name);
+        let node = self.graph.open(file).await?;
+        let perms = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
+        let hold = self.graph.attach(&node, USER, perms, None)?;
+        let found = probe::probe(self.graph.registry(), &node, wanted.name).await;
+        drop(node);
+        drop(hold);
+        self.graph.delete(&name).await?;
+        Ok(found?.name)
+    }
+
+    fn next_name(&self) -> String {
+        self.count.set(self.count.get() + 1);
+        format!("image{}", self.count.get())
+    }
+
+    /// Closes an image: what was written reaches its storage.
+    pub async fn close(&self, image: Opened) -> Result<(), Error> {
+        let node = image.node().clone();
+        let name = node.name().to_owned();
+        let flushed = match image.is_writable() {
+            true => node.flush().await,
+            false => Ok(()),
+        };
+        drop(node);
+        drop(image);
+        self.graph.delete(&name).await?;
+        flushed.map_err(|errno| Error::os("Could not flush the image", errno))
+    }
+
+    /// Closes whatever is still open.
+    pub async fn end(&self) {
+        self.graph.close().await;
+    }
+}
+
+/// Whether the driver takes a backing file at all.
+fn probe_has_backing(registry: &Registry, options: &Map) -> bool {
+    let driver = options.get("driver").and_then(Value::as_str);
+    let entry = driver.and_then(|name| registry.get(name));
+    entry.is_some_and(|entry| entry.options.iter().any(|option| option.name == "backing"))
+}
+
+fn on_off(value: bool) -> Value {
+    Value::Text(if value { "on" } else { "off" }.into())
+}
+
+/// Fills in the options that all nodes have, where the user has not given them.
+fn common_options(options: &mut Map, wanted: &Wanted<'_>) {
+    let mut default = |key: &str, value: Value| {
+        if !options.contains(key) {
+            options.insert(key, value);
+        }
+    };
+    default("read-only", on_off(!wanted.writable));
+    if wanted.force_share {
+        default("force-share", on_off(true));
+    }
+    if wanted.unmap {
+        default("discard", Value::Text("unmap".into()));
+    }
+    if let Some(Value::Map(_)) | None = options.get("cache") {
+        let mut cache = match options.take("cache") {
+            Some(Value::Map(cache)) => cache,
+            _ => Map::new(),
+        };
+        for (key, value) in [("direct", wanted.cache.direct), ("no-flush", wanted.cache.no_flush)] {
+            if !cache.contains(key) {
+                cache.insert(key, on_off(value));
+            }
+        }
+        options.insert("cache", Value::Map(cache));
+    }
+}
+
+fn permissions(wanted: &Wanted<'_>) -> Perms {
+    let mut held = Perm::CONSISTENT_READ;
+    held.set(Perm::WRITE, wanted.writable);
+    held.set(Perm::RESIZE, wanted.resize);
+    let shared = match wanted.exclusive && !wanted.force_share {
+        true => Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
+        false => Perm::all(),
+    };
+    Perms { held, shared }
+}
+
+impl Opened {
+    pub fn node(&self) -> &Arc<Node> {
+        self.attachment.node()
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.node().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The driver's name.
+    pub fn format(&self) -> &'static str {
+        self.node().driver().name()
+    }
+
+    pub fn is_writable(&self) -> bool {
+        !self.node().options().read_only
+    }
+
+    /// Whether every write is durable before it completes.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through
+    }
+
+    /// What the image is called in listings: its file, if there is one.
+    pub fn filename(&self) -> String {
+        let file = || self.node().driver().filename().unwrap_or_else(|| self.name.clone());
+        self.shown.clone().unwrap_or_else(file)
+    }
+
+    pub async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        self.node().read(at, into).await
+    }
+
+    pub async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        if self.guessed_raw && at < SECTOR {
+            self.check_first_sector(at, from).await?;
+        }
+        let mut flags = flags;
+        flags.set(WriteFlags::FUA, self.write_through || flags.contains(WriteFlags::FUA));
+        self.node().write(at, from, flags).await
+    }
+
+    pub async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        let mut flags = flags;
+        flags.set(ZeroFlags::FUA, self.write_through || flags.contains(ZeroFlags::FUA));
+        self.node().zero(at, len, flags).await
+    }
+
+    /// Sets the disk's length, in bytes; shrinks it, too. For images opened with
+    /// [`Wanted::resize`].
+    pub async fn resize(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
+        let unsupported = || Error::new("Image format driver does not support resize");
+        let image = self.node().driver().image().ok_or_else(unsupported)?;
+        match len > self.len() {
+            true => image.grow(len, preallocation).await,
+            false => image.resize(len, true).await,
+        }
+    }
+
+    /// Whether a guessed raw image would still be one after this write.
+    async fn check_first_sector(&self, at: u64, from: &IoVec<'_>) -> IoResult {
+        let mut sector = [0; SECTOR as usize];
+        let len = SECTOR.min(self.len());
+        self.node().read(0, &IoVec::from_mut(&mut sector[..len as usize])).await?;
+        from.copy_to(&mut sector[at as usize..]);
+        let found = self.registry.probe(&sector, &self.name).map(|(entry, _)| entry.name);
+        if found.is_some_and(|name| name != "raw") { Err(Errno::EPERM) } else { Ok(()) }
+    }
+}

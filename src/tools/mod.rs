@@ -1,0 +1,22 @@
+//! The work of the image tools, without their command lines: opening images as people name them,
+//! walking what is allocated, comparing, copying.
+//!
+//! * [`image`]: an image that a tool has open; `naming`: from what the user wrote to options of nodes.
+//! * [`cache`]: the cache modes (`-t`, `-T`) and what they mean.
+//! * [`extents`]: what is stored where, through a whole backing chain.
+//! * [`bench`]: how long requests take.
+//! * [`compare`]: whether two disks have the same contents.
+//! * [`progress`]: how far long work has come; [`output`]: where that is told.
+
+pub mod bench;
+pub mod cache;
+pub mod compare;
+pub mod extents;
+pub mod image;
+mod naming;
+pub mod output;
+pub mod progress;
+
+pub use cache::Cache;
+pub use image::{Images, Opened, Wanted};
+pub use progress::Progress;

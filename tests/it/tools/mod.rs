@@ -1,0 +1,172 @@
+//! The image tools beside the real ones: the same command lines, run through `vublk` under their
+//! names and through Debian's qemu-img and qemu-io on equal files, must print the same, end with the
+//! same exit code and leave the same files.
+
+mod lines;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+const VUBLK: &str = env!("CARGO_BIN_EXE_vublk");
+
+/// What a command line came to.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ended {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// A directory in which programs run, and links to both implementations.
+pub struct Place {
+    dir: tempfile::TempDir,
+    links: tempfile::TempDir,
+    ours: bool,
+}
+
+impl Place {
+    /// `ours`: the tools are vublk. Otherwise they are QEMU's.
+    pub fn new(ours: bool) -> Place {
+        let links = tempfile::tempdir().unwrap();
+        if ours {
+            for name in ["qemu-img", "qemu-io"] {
+                symlink(VUBLK, links.path().join(name)).unwrap();
+            }
+        }
+        Place { dir: tempfile::tempdir().unwrap(), links, ours }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Runs a line of words; those in single quotes may hold blanks.
+    pub fn run(&self, line: &str) -> Ended {
+        let words = words(line);
+        let program = match self.ours {
+            true => self.links.path().join(&words[0]),
+            false => words[0].clone().into(),
+        };
+        let mut command = Command::new(program);
+        command.args(&words[1..]).current_dir(self.path()).stdin(Stdio::null());
+        command.env_remove("RUST_LOG").env("LC_ALL", "C");
+        let output = command.output().unwrap();
+        let text = |bytes: &[u8]| mask(&String::from_utf8_lossy(bytes));
+        Ended {
+            code: output.status.code(),
+            stdout: text(&output.stdout),
+            stderr: text(&output.stderr),
+        }
+    }
+
+    /// All files with their contents and, in blocks of 4 KiB, what they occupy.
+    pub fn files(&self) -> BTreeMap<String, (Vec<u8>, u64)> {
+        let mut files = BTreeMap::new();
+        for entry in std::fs::read_dir(self.path()).unwrap() {
+            let entry = entry.unwrap();
+            let blocks = entry.metadata().unwrap().blocks() / 8;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            files.insert(name, (std::fs::read(entry.path()).unwrap(), blocks));
+        }
+        files
+    }
+}
+
+/// The words of a line.
+fn words(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    for (index, part) in line.split('\'').enumerate() {
+        match index % 2 {
+            1 => words.push(part.to_owned()),
+            _ => words.extend(part.split_whitespace().map(str::to_owned)),
+        }
+    }
+    words
+}
+
+/// What differs from run to run: times, rates and the names that nodes are given.
+fn mask(text: &str) -> String {
+    let mut out = String::new();
+    for line in text.split_inclusive('\n') {
+        let timed = line.starts_with("Run completed in ") || line.contains(" ops/sec)");
+        match (timed, line.find("#block"), line.find("node 'image").or(line.find(" to image"))) {
+            (true, ..) => {
+                let end = line.find(" in ").map(|at| at + 4).or(line.find(';'));
+                out.push_str(&line[..end.unwrap_or_default()]);
+                out.push_str("TIME\n");
+            }
+            (_, Some(at), _) => {
+                let rest = line[at + 6..].trim_start_matches(|c: char| c.is_ascii_digit());
+                out.push_str(&format!("{}NODE{rest}", &line[..at]));
+            }
+            (_, _, Some(at)) => {
+                let at = at + line[at..].find("image").unwrap();
+                let rest = line[at + 5..].trim_start_matches(|c: char| c.is_ascii_digit());
+                out.push_str(&format!("{}NODE{rest}", &line[..at]));
+            }
+            _ => out.push_str(line),
+        }
+    }
+    out
+}
+
+/// Runs each line in fresh places, behind the same preparation, and compares everything. All
+/// differences are told at once.
+pub fn assert_same(prepare: &[&str], lines: &[&str]) {
+    let mut wrong = String::new();
+    for line in lines {
+        let both = [true, false].map(|ours| {
+            let place = Place::new(ours);
+            fixture(place.path());
+            // Made by the same program for both.
+            let theirs = Place { dir: place.dir, links: tempfile::tempdir().unwrap(), ours: false };
+            for step in prepare {
+                let ended = theirs.run(step);
+                assert_eq!(ended.code, Some(0), "{step}: {}", ended.stderr);
+            }
+            let place = Place { dir: theirs.dir, links: place.links, ours };
+            let ended: Vec<Ended> = line.split(" && ").map(|step| place.run(step)).collect();
+            (ended, place.files())
+        });
+        let [(ours, our_files), (theirs, their_files)] = both;
+        if ours != theirs {
+            wrong += &format!("\n{line}\n  ours:   {ours:?}\n  theirs: {theirs:?}\n");
+        }
+        let names: Vec<&String> = our_files.keys().chain(their_files.keys()).collect();
+        for name in names {
+            let (a, b) = (our_files.get(name), their_files.get(name));
+            if a != b {
+                let shown = |file: Option<&(Vec<u8>, u64)>| match file {
+                    Some((bytes, blocks)) => format!("{} bytes in {blocks} blocks", bytes.len()),
+                    None => "none".into(),
+                };
+                wrong += &format!("\n{line}\n  file {name}: {}; {}\n", shown(a), shown(b));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// The files that command lines name: `a.raw` has data, written zeroes and holes; `b.raw` is nearly
+/// the same; `long.raw` is `a.raw` and more holes; `odd.raw` ends within a sector; `head.raw` begins
+/// with a magic number of QEMU's formats.
+fn fixture(dir: &Path) {
+    use std::os::unix::fs::FileExt;
+    let make = |name: &str, len: u64, parts: &[(u64, usize, u8)]| {
+        let file = std::fs::File::create(dir.join(name)).unwrap();
+        file.set_len(len).unwrap();
+        for &(at, count, byte) in parts {
+            file.write_all_at(&vec![byte; count], at).unwrap();
+        }
+    };
+    let parts = [(0, 4096, 0), (65536, 65536, 7), (262144, 65536, 0), (700_000, 5_000, 9)];
+    make("a.raw", 1 << 20, &parts);
+    make("b.raw", 1 << 20, &[&parts[..], &[(307_200, 1024, 9)]].concat());
+    make("long.raw", 3 << 20, &parts);
+    make("longer.raw", 3 << 20, &[&parts[..], &[(2_500_000, 1, 9)]].concat());
+    make("odd.raw", 70_000, &[(0, 70_000, 3)]);
+    make("small.raw", 1024, &[]);
+    make("empty.raw", 0, &[]);
+}
