@@ -8,7 +8,10 @@ pub use live::ExportInfo;
 
 use crate::block::graph::{Attachment, Graph};
 use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry};
-use crate::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions, listening_fd};
+use crate::export::vhost_user_blk::{
+    Address, DiskOptions, Export, ExportOptions, FailureOptions, IoErrors, ReadErrors, WriteErrors,
+    listening_fd,
+};
 use crate::io::{Errno, Worker, WorkerOptions};
 use crate::options::{self, Map};
 use live::Ended;
@@ -36,6 +39,8 @@ pub struct Service {
     exports: Vec<Served>,
     /// Those of them that have ended and were not asked for yet.
     ended: Arc<Ended>,
+    /// What the storage has failed and was not asked for yet.
+    io_errors: Arc<IoErrors>,
 }
 
 struct Served {
@@ -100,6 +105,10 @@ struct VhostUserBlkExport {
     addr: options::Value,
     num_queues: Option<u16>,
     logical_block_size: Option<options::Size>,
+    #[serde(default)]
+    werror: WriteErrors,
+    #[serde(default)]
+    rerror: ReadErrors,
 }
 
 /// One name, or a list of them.
@@ -121,8 +130,9 @@ impl Service {
         let control = start_worker("control", options)?;
         let graph = Graph::with_policy(registry, policy);
         let ended = Ended::new()?;
+        let io_errors = ended.io_errors()?;
         let (iothreads, exports) = (Vec::new(), Vec::new());
-        Ok(Service { graph, control, iothreads, main: None, exports, ended })
+        Ok(Service { graph, control, iothreads, main: None, exports, ended, io_errors })
     }
 
     pub fn graph(&self) -> &Graph {
@@ -227,6 +237,7 @@ impl Service {
             logical_block_size: check_block_size(&id, block)?,
             num_queues: options.num_queues.unwrap_or(1),
             serial: SERIAL.into(),
+            failures: FailureOptions { werror: options.werror, rerror: options.rerror },
         };
         self.export(NewExport { id, node, disk, address, workers })
     }
@@ -255,6 +266,7 @@ impl Service {
         }
         // The front end is let in last: by then all permissions are held.
         let export = Export::new(node.clone(), address, options)?;
+        export.tell(self.io_errors.clone());
         let user = Some(export.user());
         let what = format!("export '{id}'");
         let attachment = patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;

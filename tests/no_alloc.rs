@@ -347,6 +347,7 @@ fn a_guest_costs_nothing(options: &str, chains: Chains) {
         logical_block_size: 512,
         num_queues: 1,
         serial: String::new(),
+        failures: Default::default(),
     };
     let workers = vec![worker.clone()];
     let served = ExportOptions { name: "disk".into(), disk, workers, first_worker: 0 };

@@ -283,6 +283,12 @@ pub trait Driver: Send + Sync + 'static {
         !children.is_empty() && children.iter().all(|child| child.node().driver().is_fenced())
     }
 
+    /// Whether a flush has failed in such a way that all later ones will, until the storage is opened
+    /// again: doing it once more is in vain.
+    fn is_poisoned(&self) -> bool {
+        self.children().iter().any(|child| child.node().driver().is_poisoned())
+    }
+
     /// Where I/O can be started without suspending, if this driver is the bottom of the graph.
     fn leaf(&self) -> Option<&dyn Leaf> {
         None

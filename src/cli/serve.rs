@@ -5,7 +5,9 @@ use super::process::{EndSignals, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
 use crate::block::Error;
 use crate::drivers;
-use crate::export::vhost_user_blk::{Address, DiskOptions};
+use crate::export::vhost_user_blk::{
+    Address, DiskOptions, FailureOptions, ReadErrors, WriteErrors,
+};
 use crate::io::WorkerOptions;
 use crate::options::{Map, Size, Value, size};
 use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
@@ -47,6 +49,12 @@ pub struct Serve {
     /// Serial number that the guest sees, up to 20 bytes [default: vublk0, vublk1, …]
     #[arg(long)]
     serial: Option<String>,
+    /// What to do about writes and flushes that the storage fails
+    #[arg(long, value_enum, default_value_t)]
+    werror: WriteErrors,
+    /// What to do about reads that the storage fails
+    #[arg(long, value_enum, default_value_t)]
+    rerror: ReadErrors,
     /// Longest time that an idle worker spins before it sleeps, in microseconds
     #[arg(long, default_value_t = 32)]
     poll_max_us: u64,
@@ -180,6 +188,7 @@ impl Serve {
             logical_block_size: check_block_size(&id, block)?,
             num_queues: self.num_queues,
             serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
+            failures: FailureOptions { werror: self.werror, rerror: self.rerror },
         };
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;

@@ -30,6 +30,12 @@ pub trait Source: Any {
     /// Says that kicks are not needed for now.
     fn disarm(&mut self);
 
+    /// The time that was asked for with [`Io::tick_by`], by this source or another, has come. What is
+    /// still wanted later is to be asked for again. True if the source is to be polled now.
+    fn tick(&mut self, _io: &Rc<Io>, _now: u64) -> bool {
+        false
+    }
+
     /// Whether `poll` finds nothing until a message or a completion has come, so that a source
     /// without kicks need not be looked at.
     fn rests(&self) -> bool {

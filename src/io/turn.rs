@@ -8,7 +8,7 @@
 use super::ring::{Completion, Kind, Ring, Submission, Wait};
 use super::slots::Owner;
 use super::spin::Spin;
-use super::worker::{self, Io, Message, Shared};
+use super::worker::{self, Io, Message, NEVER, Shared};
 use super::{Errno, Polled, Source, SourceId};
 use std::any::Any;
 use std::os::fd::{AsRawFd, RawFd};
@@ -24,6 +24,9 @@ const LAZY_TURNS: u32 = 256;
 
 /// How often an idle worker looks at sources that give no kicks.
 const LOOK_NS: u64 = 200_000;
+
+/// Turns with work after which the clock is looked at although there is no time for it.
+const TICK_TURNS: u32 = 256;
 
 /// What user data means: the kind in the low byte, 24 bits of its own, and a number.
 pub(super) mod tag {
@@ -51,6 +54,8 @@ pub struct Local {
     /// A number for each poll of a kick descriptor, so that a late completion of an old one is
     /// known.
     watches: u32,
+    /// Turns with work since the last without.
+    busy_turns: u32,
     spin: Spin,
 }
 
@@ -73,6 +78,7 @@ impl Local {
             active: Vec::new(),
             completions: Vec::with_capacity(BATCH),
             watches: 0,
+            busy_turns: 0,
             spin: Spin::default(),
         };
         local.watch_mail();
@@ -201,6 +207,28 @@ impl Local {
             self.retire_lazy();
         }
         busy
+    }
+
+    /// Lets the sources look at the clock, if it is time. True if one of them is to be polled.
+    fn tick(&mut self) -> bool {
+        let wanted = self.io.tick.get();
+        if wanted == NEVER {
+            return false;
+        }
+        let now = self.io.now();
+        if now < wanted {
+            return false;
+        }
+        self.io.tick.set(NEVER);
+        let io = self.io.clone();
+        for (index, entry) in self.sources.iter_mut().enumerate() {
+            if let Some(entry) = entry
+                && entry.source.tick(&io, now)
+            {
+                io.wake_source(SourceId(index as u32));
+            }
+        }
+        self.wake_ready()
     }
 
     fn wake_ready(&mut self) -> bool {
@@ -361,7 +389,9 @@ impl Local {
         shared.asleep.store(true, Ordering::SeqCst);
         if !shared.mail.load(Ordering::SeqCst) && self.io.run_queue.is_empty() {
             let mut ring = self.io.ring.borrow_mut();
-            let timer = self.io.timers.next().map(|at| at.saturating_sub(ring.now()));
+            let tick = Some(self.io.tick.get()).filter(|&at| at != NEVER);
+            let timer = self.io.timers.next().into_iter().chain(tick).min();
+            let timer = timer.map(|at| at.saturating_sub(ring.now()));
             // A front end that gives no kick descriptor wants its queue to be looked at.
             let look = (!self.active.is_empty()).then_some(LOOK_NS);
             let wait = match timer.into_iter().chain(look).min() {
@@ -387,6 +417,14 @@ impl Local {
             self.io.timers.wake_due(now);
         }
         if self.turn() || !self.io.stash.borrow().is_empty() {
+            self.busy_turns = self.busy_turns.wrapping_add(1);
+            if self.busy_turns.is_multiple_of(TICK_TURNS) {
+                self.tick();
+            }
+            return true;
+        }
+        self.busy_turns = 0;
+        if self.tick() {
             return true;
         }
         if self.may_stop() {

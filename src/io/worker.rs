@@ -103,8 +103,13 @@ pub struct Io {
     pub(super) run_queue: RunQueue,
     pub(super) tasks: Cell<usize>,
     pub(super) timers: Timers,
+    /// When the sources want to look at the clock, in nanoseconds; [`NEVER`].
+    pub(super) tick: Cell<u64>,
     pub(super) shared: Arc<Shared>,
 }
+
+/// No tick is wanted.
+pub(super) const NEVER: u64 = u64::MAX;
 
 impl Io {
     pub(super) fn new(ring: Box<dyn Ring>, shared: Arc<Shared>) -> Io {
@@ -116,6 +121,7 @@ impl Io {
             run_queue: RunQueue::default(),
             tasks: Cell::new(0),
             timers: Timers::default(),
+            tick: Cell::new(NEVER),
             shared,
         }
     }
@@ -136,6 +142,12 @@ impl Io {
         if ring.must_enter() {
             ring.enter(Wait::No);
         }
+    }
+
+    /// Asks that [`Source::tick`](super::Source::tick) be called when the ring's clock shows `at`
+    /// nanoseconds or a little more. Costs nothing until then but that the worker sleeps no longer.
+    pub fn tick_by(&self, at: u64) {
+        self.tick.set(self.tick.get().min(at));
     }
 
     /// Asks that `source` be polled in this turn or the next.

@@ -6,6 +6,8 @@
 use crate::block::Error;
 use crate::block::graph::NodeInfo;
 use crate::block::node::DetectZeroes;
+use crate::export::vhost_user_blk::{Failure, IoError};
+use crate::io::Errno;
 use crate::options::{self, Map, Value};
 use crate::service::Service;
 use serde::Deserialize;
@@ -48,7 +50,7 @@ type Outcome = Result<Value, CommandError>;
 type Act = fn(&mut Service, Map) -> Outcome;
 
 /// What [`run`] knows, by name.
-const COMMANDS: [(&str, Act); 12] = [
+const COMMANDS: [(&str, Act); 14] = [
     ("block-export-add", block_export_add),
     ("block-export-del", block_export_del),
     ("block_resize", block_resize),
@@ -68,6 +70,8 @@ const COMMANDS: [(&str, Act); 12] = [
         arguments.finish()?;
         Ok(version())
     }),
+    ("x-block-export-fail", |service, arguments| done(service.fail_held(&export_id(arguments)?))),
+    ("x-block-export-retry", |service, arguments| done(service.retry_held(&export_id(arguments)?))),
 ];
 
 /// What the session itself does.
@@ -178,14 +182,51 @@ fn object_del(service: &mut Service, arguments: Map) -> Outcome {
 fn query_block_exports(service: &mut Service, arguments: Map) -> Outcome {
     arguments.finish()?;
     let exports = service.exports().into_iter().map(|export| {
-        object([
+        let mut info = Map::from_iter([
             ("id", Value::from(export.id)),
             ("type", Value::from("vhost-user-blk")),
             ("node-name", Value::from(export.node_name)),
             ("shutting-down", Value::from(export.shutting_down)),
-        ])
+        ]);
+        // Of our own, where there is something to tell.
+        if let Some(Failure { operation, offset, len, errno }) = export.last_failure {
+            info.insert("x-held", export.held as u64);
+            info.insert("x-errors", export.errors);
+            let last = object([
+                ("operation", Value::from(operation.name())),
+                ("offset", Value::from(offset)),
+                ("length", Value::from(len)),
+                ("reason", Value::from(errno.to_string())),
+            ]);
+            info.insert("x-last-error", last);
+        }
+        Value::Map(info)
     });
     Ok(Value::List(exports.collect()))
+}
+
+/// The data of QEMU's event BLOCK_IO_ERROR. No device of a guest is in this process.
+pub fn block_io_error(error: IoError) -> Value {
+    let IoError { export, node, failure, action } = error;
+    object([
+        ("device", Value::from("")),
+        ("node-name", Value::from(node)),
+        ("operation", Value::from(failure.operation.kind())),
+        ("action", Value::from(action.name())),
+        ("nospace", Value::from(failure.errno == Errno::ENOSPC)),
+        ("reason", Value::from(failure.errno.to_string())),
+        ("x-export", Value::from(export)),
+    ])
+}
+
+fn export_id(arguments: Map) -> Result<String, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        id: String,
+    }
+    let Arguments { id } = options::from_map(arguments)?;
+    Ok(id)
 }
 
 fn query_commands(_: &mut Service, arguments: Map) -> Outcome {

@@ -87,6 +87,9 @@ impl Control {
             for id in service.take_ended() {
                 self.tell_export_deleted(&id);
             }
+            for error in service.take_io_errors() {
+                self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
+            }
             for (index, polled) in fds[2..].iter().enumerate() {
                 self.monitors[index].transfer(polled.revents);
                 // One request of each in turn.
@@ -131,10 +134,13 @@ impl Control {
     }
 
     fn tell_export_deleted(&mut self, id: &str) {
+        self.tell("BLOCK_EXPORT_DELETED", &commands::object([("id", Value::from(id))]));
+    }
+
+    fn tell(&mut self, event: &str, data: &Value) {
         let clients = self.monitors.iter_mut().filter_map(|monitor| monitor.client.as_mut());
         for client in clients {
-            let data = commands::object([("id", Value::from(id))]);
-            client.session.event("BLOCK_EXPORT_DELETED", data);
+            client.session.event(event, data.clone());
         }
     }
 }

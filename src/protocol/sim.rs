@@ -540,6 +540,11 @@ impl Driver for Sim {
         Box::pin(std::future::ready(Ok(extent)))
     }
 
+    /// What it has not done when its process dies it never does.
+    fn is_fenced(&self) -> bool {
+        true
+    }
+
     fn leaf(&self) -> Option<&dyn Leaf> {
         Some(self)
     }

@@ -6,6 +6,7 @@
 use super::{Served, Service, State};
 use crate::block::graph::NodeInfo;
 use crate::block::{Error, Node};
+use crate::export::vhost_user_blk::{Export, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, mpsc};
@@ -23,6 +24,12 @@ pub struct ExportInfo {
     pub node_name: String,
     /// It is told to end and has not yet.
     pub shutting_down: bool,
+    /// Requests that the storage has failed and that are held.
+    pub held: usize,
+    /// Requests that the storage has failed.
+    pub errors: u64,
+    /// The last of these.
+    pub last_failure: Option<Failure>,
 }
 
 /// The exports that have ended by themselves, and how that is noticed.
@@ -42,15 +49,30 @@ impl Ended {
         self.ids.lock().push(id);
         let _ = self.notice.write(1);
     }
+
+    /// What the storage fails; noticed in the same way.
+    pub(super) fn io_errors(&self) -> Result<Arc<IoErrors>, Error> {
+        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(IoErrors::new(notice)))
+    }
 }
 
 impl Service {
     /// All exports, newest first.
     pub fn exports(&self) -> Vec<ExportInfo> {
-        let info = |served: &Served| ExportInfo {
-            id: served.id.clone(),
-            node_name: served.node_name.clone(),
-            shutting_down: matches!(served.state, State::Ending(_)),
+        let info = |served: &Served| {
+            let (held, errors, last_failure) = match &served.state {
+                State::Serving(export, _) => export.failures(),
+                State::Ending(_) => (0, 0, None),
+            };
+            ExportInfo {
+                id: served.id.clone(),
+                node_name: served.node_name.clone(),
+                shutting_down: matches!(served.state, State::Ending(_)),
+                held,
+                errors,
+                last_failure,
+            }
         };
         self.exports.iter().rev().map(info).collect()
     }
@@ -73,7 +95,7 @@ impl Service {
         let (name, ended) = (id.to_owned(), self.ended.clone());
         let thread = std::thread::Builder::new().name("export end".into()).spawn(move || {
             let Ok((export, attachment)) = take.recv() else { return };
-            drop::<crate::export::vhost_user_blk::Export>(export);
+            drop::<Export>(export);
             drop::<crate::block::Attachment>(attachment);
             ended.tell(name);
             let _ = tell.send(());
@@ -88,7 +110,40 @@ impl Service {
         Ok(())
     }
 
-    /// Readable while [`Service::take_ended`] has something to give.
+    /// Tries the held requests of an export again now.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn retry_held(&self, id: &str) -> Result<(), Error> {
+        self.serving(id).map(Export::retry_held)
+    }
+
+    /// Fails the held requests of an export to its guest.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn fail_held(&self, id: &str) -> Result<(), Error> {
+        self.serving(id).map(Export::fail_held)
+    }
+
+    fn serving(&self, id: &str) -> Result<&Export, Error> {
+        let shown = id.escape_debug();
+        let served = self.exports.iter().find(|served| served.id == id);
+        match served.map(|served| &served.state) {
+            Some(State::Serving(export, _)) => Ok(export),
+            Some(State::Ending(_)) => {
+                Err(Error::new(format!("Export '{shown}' is already shutting down")))
+            }
+            None => Err(Error::new(format!("Export '{shown}' is not found"))),
+        }
+    }
+
+    /// What the storage has failed since this was last asked.
+    pub fn take_io_errors(&self) -> Vec<IoError> {
+        self.io_errors.take()
+    }
+
+    /// Readable while [`Service::take_ended`] or [`Service::take_io_errors`] has something to give.
     pub fn ended_notice(&self) -> RawFd {
         self.ended.notice.as_raw_fd()
     }

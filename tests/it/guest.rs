@@ -3,15 +3,16 @@
 //! takes seconds, so one boot carries several checks.
 
 pub mod boot;
-mod server;
+pub mod server;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::failing::small::Small;
 use boot::Guest;
-use server::{outcome_of, output_of, qemu_storage_daemon, vublk_serve};
+use server::{outcome_of, output_of, qemu_storage_daemon, vublk_serve, vublk_serve_in};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -323,6 +324,45 @@ fn a_guest_under_load_notices_nothing_when_its_daemon_is_replaced_by_another() {
         assert!(!again, "something was left in flight:\n{}", server.log());
         times + 1 == 6
     });
+}
+
+#[test]
+fn a_guest_waits_for_room_on_a_full_host_and_sees_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small");
+    fs::create_dir(&path).unwrap();
+    let small = Small::mount(&path, 64);
+    let image = small.path.join("disk");
+    File::create(small.file("disk")).unwrap().set_len(64 * MIB).unwrap();
+    small.fill(64, 8 << 10);
+    let options = ["--werror", "enospc", "--rerror", "stop", "--cache", "writeback", "-v"];
+    let mut server = vublk_serve_in(&small.enter(), &[&image], &options).start();
+    let mut guest = Guest::new().reconnecting_disk(server.socket(0), 2).boot(
+        r#"
+        set -e
+        dd if=/dev/urandom of=/tmp/data bs=1M count=24 2>/dev/null
+        echo writing
+        dd if=/tmp/data of=/dev/vda bs=1M oflag=direct 2>/dev/null
+        echo written
+        echo "data $(sha256sum </tmp/data)"
+        echo 3 >/proc/sys/vm/drop_caches
+        echo "disk $(dd if=/dev/vda bs=1M count=24 2>/dev/null | sha256sum)"
+        dmesg | grep 'I/O error' || true
+        "#,
+    );
+    guest.wait_for("writing");
+    server.wait_for("No space left on device", 1);
+    server.wait_for("held, and tried again in 1 s", 1);
+    // It holds on over a kill.
+    server.kill_and_restart();
+    server.wait_for("requests are begun again", 1);
+    server.wait_for("held, and tried again in 1 s", 2);
+    small.free();
+    guest.wait_for("written");
+    let console = guest.finish();
+    assert_eq!(console.value("data"), console.value("disk"));
+    assert!(!console.text().contains("I/O error"), "a request failed:\n{}", console.text());
+    server.stop();
 }
 
 /// What QEMU says when it wants to write and another holder does not share that.

@@ -6,6 +6,7 @@ mod cli;
 mod conformance;
 mod crash;
 mod disks;
+mod failing;
 mod fast_road;
 mod file;
 mod filter;

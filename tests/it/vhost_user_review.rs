@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::vhost_user::Daemon;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vublk::export::vhost_user_blk::memory::{Memory, Region};
-use vublk::export::vhost_user_blk::queue::{Queue, QueueStart};
+use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueStart, Stopped};
 use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
 use vublk::export::vhost_user_blk::{DiskOptions, request};
 use vublk::io;
@@ -281,8 +281,8 @@ fn a_guest_with_as_many_pieces_in_flight_as_there_can_be_does_not_fill_our_memor
 /// A queue that tells, when it ends, what its stopper has heard by then.
 struct Watched {
     queue: Queue,
-    stopper: mpsc::Receiver<u16>,
-    told: mpsc::Sender<[Result<u16, mpsc::TryRecvError>; 2]>,
+    stopper: mpsc::Receiver<Stopped>,
+    told: mpsc::Sender<[Result<Stopped, mpsc::TryRecvError>; 2]>,
 }
 
 impl io::Source for Watched {
@@ -334,6 +334,7 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
         logical_block_size: 512,
         num_queues: 1,
         serial: String::new(),
+        failures: Default::default(),
     };
     let start = QueueStart {
         name: "queue 0".into(),
@@ -345,17 +346,22 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
         size: 16,
         call: None,
         err: None,
+        held: Vec::new(),
         paused: 0,
     };
     let (told, hears) = mpsc::channel();
     worker.send(move |local| {
         let (sender, stopper) = mpsc::channel();
         let mut queue = Queue::new(start);
-        queue.stop(sender);
+        queue.stop(sender, AtStop::Fail);
         local.attach(Box::new(Watched { queue, stopper, told }), None);
     });
     let empty = Err(mpsc::TryRecvError::Empty);
-    assert_eq!(hears.recv_timeout(LIMIT).unwrap(), [Ok(0), empty], "it still holds the memory");
+    assert_eq!(
+        hears.recv_timeout(LIMIT).unwrap(),
+        [Ok(Stopped::default()), empty],
+        "it still holds the memory"
+    );
     // The end of the channel is the end of the queue.
     assert!(hears.recv_timeout(LIMIT).is_err());
     assert_eq!(Arc::strong_count(&memory), 1);

@@ -1,6 +1,7 @@
 //! What the disk tells the guest of itself: feature bits and the configuration space
 //! (virtio 1.2, sections 5.2.3 and 5.2.4), computed from the node.
 
+use super::failure::FailureOptions;
 use crate::block::{Abilities, Node};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -37,6 +38,8 @@ pub struct DiskOptions {
     pub num_queues: u16,
     /// Up to 20 bytes, read by GET_ID.
     pub serial: String,
+    /// What is done about requests that the storage fails.
+    pub failures: FailureOptions,
 }
 
 /// The virtio features to offer, the transport's own included.

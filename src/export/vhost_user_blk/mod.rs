@@ -7,6 +7,7 @@
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
+//! * [`failure`]: what becomes of a request that the storage fails. [`held`]: those that are held.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
 //! * [`write_cache`]: what the guest has made of its write cache.
@@ -16,6 +17,8 @@ pub mod config;
 pub mod cut_off;
 pub mod dirty_log;
 pub mod door;
+pub mod failure;
+pub mod held;
 pub mod inflight;
 pub mod memory;
 pub mod notices;
@@ -28,4 +31,5 @@ pub mod write_cache;
 
 pub use config::DiskOptions;
 pub use door::{Address, Socket, listen, listening_fd, socket_fd};
+pub use failure::{Failure, FailureOptions, IoError, IoErrors, ReadErrors, WriteErrors};
 pub use server::{Export, ExportOptions};

@@ -6,9 +6,15 @@
 //!
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
+mod failing;
+
+pub use failing::{AtStop, Stopped};
+
 use super::calls::CallPolicy;
 use super::cut_off::LossWatch;
 use super::dirty_log::DirtyLog;
+use super::failure::{Failure, Operation};
+use super::held::Held;
 use super::inflight::Tracker;
 use super::memory::Memory;
 use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
@@ -61,6 +67,8 @@ pub struct Queue {
     in_flight: usize,
     /// Segments of the requests in flight.
     held: usize,
+    /// Requests that the storage has failed and that are tried again; they are not in flight.
+    on_hold: Held,
     /// What tasks of the slow road have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
@@ -72,7 +80,7 @@ pub struct Queue {
     /// Who wants to know when nothing is in flight any more.
     drained: Vec<Box<dyn FnOnce() + Send>>,
     /// Declared, and so dropped, after all that holds the memory.
-    stop: Option<mpsc::Sender<u16>>,
+    stop: Option<(mpsc::Sender<Stopped>, AtStop)>,
     counts: Counts,
 }
 
@@ -88,6 +96,8 @@ struct Slot {
     busy: bool,
     /// The road that the request took: how its end must be booked.
     fast: bool,
+    /// It was held before.
+    again: bool,
     kind: Option<Kind>,
     /// The chain's memory; for transfers, `data` of it is the data.
     segments: Vec<libc::iovec>,
@@ -116,8 +126,8 @@ impl Slot {
 
 struct Finished {
     head: u16,
-    status: Status,
-    written: u32,
+    /// Status, and bytes written.
+    result: Result<(Status, u32), Failure>,
 }
 
 /// What a queue writes is marked in a log, and in which of the guest's addresses its used ring.
@@ -137,6 +147,8 @@ pub struct QueueStart {
     pub inflight: Option<Tracker>,
     pub log: QueueLog,
     pub size: u16,
+    /// Heads of requests that another queue held on this ring, where that is not tracked.
+    pub held: Vec<u16>,
     pub call: Option<Arc<File>>,
     pub err: Option<Arc<File>>,
     /// Nothing is taken until as many resumes have come.
@@ -152,6 +164,12 @@ impl Queue {
     pub fn new(start: QueueStart) -> Queue {
         let announcer = Rc::new(Announcer::default());
         start.disk.node.add_member(announcer.member());
+        let mut slots: Vec<_> =
+            std::iter::repeat_with(Slot::default).take(start.size as usize).collect();
+        let mut held = start.held;
+        held.retain(|&head| head < start.size);
+        held.iter().for_each(|&head| slots[head as usize].busy = true);
+        start.disk.failures.hold(held.len());
         let mut queue = Queue {
             name: start.name,
             disk: start.disk,
@@ -161,9 +179,10 @@ impl Queue {
             inflight: start.inflight,
             log: None,
             announcer,
-            slots: std::iter::repeat_with(Slot::default).take(start.size as usize).collect(),
+            slots,
             in_flight: 0,
             held: 0,
+            on_hold: Held::carried(held),
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
             calls: CallPolicy::default(),
@@ -184,10 +203,17 @@ impl Queue {
         self.log = log;
     }
 
-    /// Takes nothing more; once nothing is in flight, ends, and tells `stopped` where the available
-    /// ring is to be continued. The channel ends when the queue is gone.
-    pub fn stop(&mut self, stopped: mpsc::Sender<u16>) {
-        self.stop = Some(stopped);
+    /// Takes nothing more; once nothing is in flight, ends, and tells `stopped` what it leaves. The
+    /// channel ends when the queue is gone.
+    pub fn stop(&mut self, stopped: mpsc::Sender<Stopped>, held: AtStop) {
+        self.stop = Some((stopped, held));
+        if held == AtStop::Fail {
+            self.fail_held();
+        }
+    }
+
+    pub fn serves(&self, disk: &Arc<Disk>) -> bool {
+        Arc::ptr_eq(&self.disk, disk)
     }
 
     /// Who is told when the front end takes its memory away.
@@ -228,15 +254,15 @@ impl Queue {
         self.held < HELD_SEGMENTS
     }
 
-    /// How many chains of a daemon that has died are to be taken again now. They belong to the ring's
-    /// past: a queue that is asked to stop takes them still.
+    /// How many chains are to be taken again now: those of a daemon that has died, which belong to the
+    /// ring's past, so that a queue that is asked to stop takes them still; and those held ones that
+    /// are due.
     fn to_replay(&self) -> u16 {
-        match &self.inflight {
-            Some(tracker) if !self.broken && self.paused == 0 && self.has_room() => {
-                tracker.to_replay()
-            }
-            _ => 0,
+        if self.broken || self.paused != 0 || !self.has_room() {
+            return 0;
         }
+        let died = self.inflight.as_ref().map_or(0, Tracker::to_replay);
+        died + if self.stop.is_none() { self.on_hold.due() } else { 0 }
     }
 
     /// The guest broke the rules: this queue takes no more, what is in flight completes.
@@ -336,14 +362,27 @@ impl Queue {
     /// Takes the next chain: its head, and how many of its segments the device reads.
     fn gather(&mut self) -> Result<(u16, u32), Broken> {
         let again = self.inflight.as_mut().and_then(Tracker::replay);
+        let again = again.or_else(|| self.next_held());
         let head = match again {
             Some(head) => head,
             None => self.ring.pop()?,
         };
-        let slot = &mut self.slots[head as usize];
-        if slot.busy {
+        if again.is_none() && self.slots[head as usize].busy {
             return Err(Broken::Busy(head));
         }
+        let readable = self.seize(head)?;
+        if let Some(tracker) = &mut self.inflight
+            && again.is_none()
+        {
+            tracker.mark(head);
+        }
+        self.counts.requests += u64::from(!self.slots[head as usize].again);
+        Ok((head, readable))
+    }
+
+    /// Looks a chain's memory up. It is in flight from here on.
+    fn seize(&mut self, head: u16) -> Result<u32, Broken> {
+        let slot = &mut self.slots[head as usize];
         let readable = self.ring.gather(&self.memory, head, &mut slot.segments)?;
         let (out, into) = slot.segments.split_at_mut(readable);
         if out.iter().map(|s| s.iov_len).sum::<usize>() < HEADER_LEN {
@@ -358,16 +397,10 @@ impl Queue {
         slot.status = std::ptr::NonNull::new(status);
         prefetch(out[0].iov_base.cast());
         slot.busy = true;
-        if let Some(tracker) = &mut self.inflight
-            && again.is_none()
-        {
-            tracker.mark(head);
-        }
         self.in_flight += 1;
         self.held += slot.segments.len();
-        self.counts.requests += 1;
         // At most 1024 descriptors, each in at most 509 regions.
-        Ok((head, readable as u32))
+        Ok(readable as u32)
     }
 
     /// Starts what the chain's header asks for.
@@ -428,7 +461,7 @@ impl Queue {
                 slot.fast = true;
                 slot.generation = turn.begin();
             }
-            Some(Started::Done(result)) => self.transferred(head, result),
+            Some(Started::Done(result)) => self.transferred(io, head, result),
             None => {
                 let writes = access != Access::Read;
                 let data = slot.data;
@@ -479,24 +512,22 @@ impl Queue {
         let (disk, finished, worker) = (self.disk.clone(), self.finished.clone(), io.clone());
         let durable = disk.write_through.load(Ordering::Relaxed);
         io.spawn(async move {
-            let (status, written) = disk.run(kind, sector, out, into, durable).await;
-            finished.borrow_mut().push(Finished { head, status, written });
+            let result = disk.run(kind, sector, out, into, durable).await;
+            finished.borrow_mut().push(Finished { head, result });
             worker.wake_source(me);
         });
     }
 
     /// The end of a transfer on the fast road.
-    fn transferred(&mut self, head: u16, result: IoResult) {
+    fn transferred(&mut self, io: &Io, head: u16, result: IoResult) {
         let slot = &self.slots[head as usize];
         let read = slot.kind == Some(Kind::In);
         match result {
             Ok(()) => self.finish(head, Status::Ok, if read { slot.len } else { 0 }),
             Err(errno) => {
-                self.probe(head);
-                let slot = &self.slots[head as usize];
-                let what = if read { "read" } else { "write" };
-                let status = self.disk.failed(what, slot.offset, slot.len as u64, errno);
-                self.finish(head, status, 0);
+                let operation = if read { Operation::Read } else { Operation::Write };
+                let (offset, len) = (slot.offset, slot.len as u64);
+                self.failed(io, head, Failure { operation, offset, len, errno });
             }
         }
     }
@@ -514,6 +545,9 @@ impl Queue {
         }
         slot.busy = false;
         slot.fast = false;
+        if std::mem::take(&mut slot.again) && status == Status::Ok {
+            self.on_hold.succeeded();
+        }
         self.held -= slot.segments.len();
         if slot.segments.capacity() > KEEP_SEGMENTS {
             slot.segments = Vec::new();
@@ -619,10 +653,10 @@ impl Source for Queue {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let mut polled = Polled::Idle;
         while let Some(done) = self.next_finished() {
-            if done.status == Status::IoError {
-                self.probe(done.head);
+            match done.result {
+                Ok((status, written)) => self.finish(done.head, status, written),
+                Err(failure) => self.failed(io, done.head, failure),
             }
-            self.finish(done.head, done.status, done.written);
             polled = Polled::Busy;
         }
         let again = self.to_replay();
@@ -646,10 +680,12 @@ impl Source for Queue {
         if (self.stop.is_some() || !self.drained.is_empty()) && self.when_empty() {
             self.publish();
             self.add_up();
-            if let Some(stopped) = &self.stop {
+            let held = self.on_hold.take_all();
+            self.disk.failures.let_go(held.len());
+            if let Some((stopped, _)) = &self.stop {
                 // Whoever asked may have given up waiting. The sender stays: its end tells that the
                 // queue has let go of the memory.
-                let _ = stopped.send(self.ring.next_available());
+                let _ = stopped.send(Stopped { base: self.ring.next_available(), held });
             }
             return Polled::Ended;
         }
@@ -660,13 +696,20 @@ impl Source for Queue {
         self.ring.has_work() && self.may_take() || self.to_replay() > 0
     }
 
-    fn complete(&mut self, _io: &Rc<Io>, tag: u32, result: IoResult) {
+    fn complete(&mut self, io: &Rc<Io>, tag: u32, result: IoResult) {
         let head = tag as u16;
         let slot = &self.slots[head as usize];
         if slot.fast {
             self.announcer.end(slot.generation);
         }
-        self.transferred(head, result);
+        self.transferred(io, head, result);
+    }
+
+    fn tick(&mut self, io: &Rc<Io>, now: u64) -> bool {
+        if let Some(at) = self.on_hold.tick(now) {
+            io.tick_by(at);
+        }
+        self.on_hold.due() > 0
     }
 
     fn publish(&mut self) {

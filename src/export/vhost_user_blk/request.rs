@@ -2,10 +2,12 @@
 //! for all that the fast one leaves.
 
 use super::config::{self, DiskOptions};
+use super::failure::{Action, Failure, Failures, Operation};
 use super::write_cache::WriteCache;
 use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::iovec::iovec;
-use crate::io::{Errno, IoResult, IoVec};
+use crate::io::sync::Mutex;
+use crate::io::{Errno, IoResult, IoVec, SourceId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use virtio_bindings::virtio_blk::*;
@@ -40,6 +42,9 @@ pub struct Disk {
     pub write_through: AtomicBool,
     pub write_cache: WriteCache,
     pub counters: Counters,
+    pub failures: Failures,
+    /// The queues that run: worker and source. For those who have something to say to all of them.
+    pub running: Mutex<Vec<(usize, SourceId)>>,
 }
 
 /// Requests since the export began. Queues count on their own and add up when they stop, so that
@@ -100,6 +105,8 @@ impl Disk {
             write_through: AtomicBool::new(options.write_through),
             write_cache: WriteCache::default(),
             counters: Counters::default(),
+            failures: Failures::default(),
+            running: Mutex::default(),
             node,
             options,
         }
@@ -118,6 +125,9 @@ impl Disk {
 
     /// Does a request on the slow road. `out` is what follows the header, `into` what comes before
     /// the status byte. Returns the status and the bytes written to `into`.
+    ///
+    /// # Errors
+    /// What the storage has failed.
     pub async fn run(
         &self,
         kind: Kind,
@@ -125,55 +135,64 @@ impl Disk {
         out: IoVec<'_>,
         into: IoVec<'_>,
         durable: bool,
-    ) -> (Status, u32) {
+    ) -> Result<(Status, u32), Failure> {
+        let failed =
+            |operation, offset, len| move |errno| Failure { operation, offset, len, errno };
         match kind {
-            Kind::In => match self.transfer_range(sector, into.len()) {
-                Some(at) => match self.node.read(at, &into).await {
-                    Ok(()) => (Status::Ok, into.len() as u32),
-                    Err(errno) => (self.failed("read", at, into.len(), errno), 0),
-                },
-                None => (Status::IoError, 0),
-            },
-            Kind::Out => match self.transfer_range(sector, out.len()) {
-                Some(at) if self.options.writable => {
-                    let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
-                    match self.node.write(at, &out, flags).await {
-                        Ok(()) => (Status::Ok, 0),
-                        Err(errno) => (self.failed("write", at, out.len(), errno), 0),
-                    }
-                }
-                _ => (Status::IoError, 0),
-            },
-            Kind::Flush => match self.node.flush().await {
-                Ok(()) => (Status::Ok, 0),
-                Err(errno) => (self.failed("flush", 0, 0, errno), 0),
-            },
+            Kind::In => {
+                let len = into.len();
+                let Some(at) = self.transfer_range(sector, len) else {
+                    return Ok((Status::IoError, 0));
+                };
+                self.node.read(at, &into).await.map_err(failed(Operation::Read, at, len))?;
+                Ok((Status::Ok, len as u32))
+            }
+            Kind::Out => {
+                let len = out.len();
+                let at = match self.transfer_range(sector, len) {
+                    Some(at) if self.options.writable => at,
+                    _ => return Ok((Status::IoError, 0)),
+                };
+                let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
+                let written = self.node.write(at, &out, flags).await;
+                written.map_err(failed(Operation::Write, at, len))?;
+                Ok((Status::Ok, 0))
+            }
+            Kind::Flush => {
+                self.node.flush().await.map_err(failed(Operation::Flush, 0, 0))?;
+                Ok((Status::Ok, 0))
+            }
             Kind::GetId => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
                 let serial = self.options.serial.as_bytes();
                 let n = serial.len().min(id.len());
                 id[..n].copy_from_slice(&serial[..n]);
                 into.copy_from(&id);
-                (Status::Ok, into.len().min(id.len() as u64) as u32)
+                Ok((Status::Ok, into.len().min(id.len() as u64) as u32))
             }
             Kind::Discard | Kind::WriteZeroes => {
-                (self.discard_or_zero(kind, &out, durable).await, 0)
+                Ok((self.discard_or_zero(kind, &out, durable).await?, 0))
             }
         }
     }
 
     /// One segment of section 5.2.6's `virtio_blk_discard_write_zeroes`; the configuration space
     /// says that we take no more.
-    async fn discard_or_zero(&self, kind: Kind, out: &IoVec<'_>, durable: bool) -> Status {
+    async fn discard_or_zero(
+        &self,
+        kind: Kind,
+        out: &IoVec<'_>,
+        durable: bool,
+    ) -> Result<Status, Failure> {
         const SEGMENT: usize = 16;
         if !self.options.writable {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         if out.len() > SEGMENT as u64 {
-            return Status::Unsupported;
+            return Ok(Status::Unsupported);
         }
         if out.len() < SEGMENT as u64 {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         let mut bytes = [0; SEGMENT];
         out.copy_to(&mut bytes);
@@ -184,38 +203,62 @@ impl Disk {
         let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         let unknown = flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         if count > config::MAX_DISCARD_SECTORS {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         let len = count as u64 * SECTOR;
-        let Some(at) = self.transfer_range(sector, len) else { return Status::IoError };
+        let Some(at) = self.transfer_range(sector, len) else { return Ok(Status::IoError) };
         // After the range, as qemu-storage-daemon does: guests see one order of checks.
         if unknown || unmap && kind == Kind::Discard {
-            return Status::Unsupported;
+            return Ok(Status::Unsupported);
         }
-        let result = match kind {
-            Kind::Discard => self.node.discard(at, len).await,
+        let (operation, result) = match kind {
+            Kind::Discard => (Operation::Discard, self.node.discard(at, len).await),
             _ => {
                 let mut zero = ZeroFlags::empty();
                 zero.set(ZeroFlags::UNMAP, unmap);
                 zero.set(ZeroFlags::FUA, durable);
-                self.node.zero(at, len, zero).await
+                (Operation::WriteZeroes, self.node.zero(at, len, zero).await)
             }
         };
-        match result {
-            Ok(()) => Status::Ok,
-            Err(errno) => self.failed("discard or write zeroes", at, len, errno),
-        }
+        result.map_err(|errno| Failure { operation, offset: at, len, errno })?;
+        Ok(Status::Ok)
     }
 
-    /// Logs a failed request, at a rate that a guest cannot turn into a flood, and gives its status.
-    pub fn failed(&self, what: &str, at: u64, len: u64, errno: Errno) -> Status {
+    /// Decides what is done about a request that the storage has failed, and tells of it.
+    pub fn failed(&self, failure: Failure) -> Action {
+        let mut action = self.options.failures.action(&failure);
+        let durable = match failure.operation {
+            Operation::Flush => true,
+            Operation::Read => false,
+            _ => self.write_through.load(Ordering::Relaxed) && self.node.driver().is_poisoned(),
+        };
+        let in_vain = action == Action::Stop && durable;
+        if in_vain {
+            action = Action::Report;
+        }
+        self.log_failure(&failure, in_vain);
+        self.failures.note(failure, action);
+        action
+    }
+
+    /// At a rate that a guest cannot turn into a flood.
+    pub fn log_failure(&self, failure: &Failure, in_vain: bool) {
         let seen = self.counters.errors.fetch_add(1, Ordering::Relaxed) + 1;
         // The first ones, then each power of two.
         if seen <= 8 || seen.is_power_of_two() {
             let name = self.node.name();
-            log::warn!("{name}: {what} of {len} bytes at {at} failed: {errno} (error {seen})");
+            let Failure { operation, offset, len, errno } = failure;
+            let operation = operation.name();
+            let why = if in_vain {
+                "; it is reported, not held: after a failed fsync the kernel says yes to the next \
+                 one, and what did not land is lost all the same"
+            } else {
+                ""
+            };
+            log::warn!(
+                "{name}: {operation} of {len} bytes at {offset} failed: {errno} (error {seen}){why}"
+            );
         }
-        Status::from(Err(errno))
     }
 }
 

@@ -6,7 +6,9 @@
 use super::config::DiskOptions;
 use super::cut_off::CutOff;
 use super::door::{Address, Door};
+use super::failure::{Failure, IoErrors};
 use super::notices::{Channel, Notices};
+use super::queue::Queue;
 use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
@@ -98,6 +100,28 @@ impl Export {
         self.shared.clone()
     }
 
+    /// Requests that the storage fails are told there from now on.
+    pub fn tell(&self, to: Arc<IoErrors>) {
+        let Shared { name, disk, .. } = &*self.shared;
+        disk.failures.tell(name, disk.node.name(), to);
+    }
+
+    /// Requests that are held, requests that the storage has failed, and the last of these.
+    pub fn failures(&self) -> (usize, u64, Option<Failure>) {
+        let Disk { failures, counters, .. } = &*self.shared.disk;
+        (failures.held(), counters.errors.load(Ordering::Relaxed), failures.last())
+    }
+
+    /// Has all held requests tried again now.
+    pub fn retry_held(&self) {
+        self.shared.to_queues(Queue::retry_held);
+    }
+
+    /// Has all held requests failed to the guest.
+    pub fn fail_held(&self) {
+        self.shared.to_queues(Queue::fail_held);
+    }
+
     pub fn name(&self) -> &str {
         &self.shared.name
     }
@@ -131,6 +155,22 @@ impl Drop for Export {
 }
 
 impl Shared {
+    /// Has every queue that runs do something, soon. Waits for nobody.
+    fn to_queues(&self, work: fn(&mut Queue)) {
+        let running = self.disk.running.lock().clone();
+        for (worker, source) in running {
+            let disk = self.disk.clone();
+            self.workers[worker].send(move |local| {
+                // By now the number may be that of another source.
+                if let Some(queue) = local.source::<Queue>(source)
+                    && queue.serves(&disk)
+                {
+                    work(queue);
+                }
+            });
+        }
+    }
+
     /// The door closes with the last front end.
     fn serve(&self, mut door: Door, ended: impl FnOnce()) {
         while let Some(stream) = door.next(&self.name, self.stop.as_raw_fd()) {

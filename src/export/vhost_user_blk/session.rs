@@ -11,7 +11,7 @@ use super::cut_off::{CutOff, LossWatch};
 use super::dirty_log::DirtyLog;
 use super::inflight;
 use super::memory::{Memory, Region};
-use super::queue::{Queue, QueueLog, QueueStart};
+use super::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
 use crate::io::{Errno, SourceId, Worker};
@@ -61,6 +61,9 @@ struct RingState {
     err: Option<Arc<File>>,
     enabled: bool,
     running: Option<(usize, SourceId)>,
+    /// Heads of requests that are held while the ring goes over to other memory, where nothing else
+    /// tells of them.
+    held: Vec<u16>,
 }
 
 enum Kick {
@@ -83,6 +86,7 @@ impl RingState {
             err: None,
             enabled: false,
             running: None,
+            held: Vec::new(),
         }
     }
 }
@@ -163,8 +167,9 @@ impl Session {
         self.apply_write_cache();
     }
 
-    /// Back to what a guest finds that has said nothing.
+    /// Back to what a guest finds that has said nothing. What it had under way is of no more use.
     fn reset(&mut self) {
+        self.stop_rings(0..self.rings.len(), AtStop::Fail);
         self.features = None;
         self.set_write_cache(true);
     }
@@ -207,6 +212,7 @@ impl Session {
             inflight,
             log: self.log_of(index),
             size,
+            held: ring.held.clone(),
             call: ring.call.clone(),
             err: ring.err.clone(),
             paused: self.paused,
@@ -224,6 +230,8 @@ impl Session {
             local.attach(Box::new(queue), kick)
         });
         self.rings[index].running = Some((worker, source));
+        self.rings[index].held.clear();
+        self.disk.running.lock().push((worker, source));
         Ok(())
     }
 
@@ -257,24 +265,39 @@ impl Session {
         Ok(())
     }
 
+    /// Whether requests that are held when a ring stops may stay so: where they are tracked, whoever
+    /// starts the ring again, here or in a daemon after this one, finds them there. Otherwise nothing
+    /// would ever complete them.
+    fn may_leave_held(&self) -> bool {
+        // While pages are logged a stop may be the end of a migration: what is held here is not known
+        // at the other end.
+        self.inflight.is_some() && !self.has(F_LOG_ALL)
+    }
+
+    /// What becomes of held requests when a ring stops for good, as far as we know.
+    fn at_stop(&self) -> AtStop {
+        if self.may_leave_held() { AtStop::Leave } else { AtStop::Fail }
+    }
+
     /// Stops rings, all at once, and waits until nothing of them is in flight.
-    fn stop_rings(&mut self, indices: impl Iterator<Item = usize>) {
+    fn stop_rings(&mut self, indices: impl Iterator<Item = usize>, held: AtStop) {
         let mut stopping = Vec::new();
         for index in indices {
             let Some((worker, source)) = self.rings[index].running.take() else { continue };
+            self.disk.running.lock().retain(|running| *running != (worker, source));
             let (sender, receiver) = mpsc::channel();
             self.workers[worker].send(move |local| {
                 if let Some(queue) = local.source::<Queue>(source) {
-                    queue.stop(sender);
+                    queue.stop(sender, held);
                 }
             });
             stopping.push((index, receiver));
         }
         for (index, receiver) in stopping {
             let mut waited = Duration::ZERO;
-            self.rings[index].base = loop {
+            let stopped = loop {
                 match receiver.recv_timeout(STOP_PATIENCE) {
-                    Ok(base) => break base,
+                    Ok(stopped) => break stopped,
                     Err(mpsc::RecvTimeoutError::Timeout) => {
                         waited += STOP_PATIENCE;
                         log::warn!(
@@ -283,9 +306,16 @@ impl Session {
                             waited.as_secs()
                         );
                     }
-                    Err(mpsc::RecvTimeoutError::Disconnected) => break self.rings[index].base,
+                    Err(mpsc::RecvTimeoutError::Disconnected) => {
+                        break Stopped { base: self.rings[index].base, held: Vec::new() };
+                    }
                 }
             };
+            self.rings[index].base = stopped.base;
+            // Where requests are tracked they are found there.
+            if self.inflight.is_none() {
+                self.rings[index].held = stopped.held;
+            }
             // Until the queue is gone: the last to hold a guest's memory unmaps it, which takes long
             // and must not be the worker, whose other disks would wait.
             while receiver.recv().is_ok() {}
@@ -294,7 +324,7 @@ impl Session {
 
     /// Stops every ring. The end of each session.
     pub fn stop_all(&mut self) {
-        self.stop_rings(0..self.rings.len());
+        self.stop_rings(0..self.rings.len(), self.at_stop());
     }
 
     /// Takes no more requests, and returns once none is in flight.
@@ -334,7 +364,7 @@ impl Session {
         let memory = Memory::new(regions).or_else(refuse)?;
         let running: Vec<usize> =
             (0..self.rings.len()).filter(|&i| self.rings[i].running.is_some()).collect();
-        self.stop_rings(running.iter().copied());
+        self.stop_rings(running.iter().copied(), AtStop::Leave);
         self.memory = Arc::new(memory);
         running.into_iter().try_for_each(|index| self.start_ring(index))
     }

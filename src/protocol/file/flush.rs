@@ -68,6 +68,10 @@ impl Flushes {
         self.state.lock().failed.get_or_insert(errno);
     }
 
+    pub fn is_poisoned(&self) -> bool {
+        self.state.lock().failed.is_some()
+    }
+
     /// How many fsyncs have reached the file.
     pub fn count(&self) -> u64 {
         self.state.lock().started

@@ -299,6 +299,10 @@ impl Driver for FileDriver {
         self.locks.are_exclusive()
     }
 
+    fn is_poisoned(&self) -> bool {
+        self.flushes.is_poisoned()
+    }
+
     fn leaf(&self) -> Option<&dyn Leaf> {
         Some(self)
     }

@@ -118,6 +118,7 @@ pub async fn open(wanted: Wanted) -> Opened {
         logical_block_size: wanted.logical_block_size,
         num_queues: wanted.num_queues,
         serial: "fuzz".to_owned(),
+        failures: Default::default(),
     };
     let disk = Arc::new(Disk::new(node, options));
     Opened { disk, _attachment: attachment, _graph: graph }

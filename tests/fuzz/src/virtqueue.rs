@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vublk::export::vhost_user_blk::queue::{Queue, QueueStart};
+use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueStart, Stopped};
 use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
 use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, run_local, sleep};
@@ -268,6 +268,7 @@ impl Guest {
             size,
             call: Some(called),
             err: Some(failed),
+            held: Vec::new(),
             paused: 0,
         }));
         current().wake_source(me);
@@ -621,10 +622,10 @@ impl Guest {
             self.settle().await;
         }
         let (sender, stopped) = mpsc::channel();
-        self.with_queue(|queue| queue.stop(sender));
+        self.with_queue(|queue| queue.stop(sender, AtStop::Fail));
         self.shared.stopping.set(true);
         for _ in 0..PATIENCE {
-            if let Ok(next) = stopped.try_recv() {
+            if let Ok(Stopped { base: next, .. }) = stopped.try_recv() {
                 assert!(
                     !self.honest || next == self.index,
                     "stopped at {next}, not {}",

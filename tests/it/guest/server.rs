@@ -16,10 +16,17 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A `vublk serve` of raw images.
 pub fn vublk_serve(images: &[&Path], options: &[&str]) -> Serve {
+    vublk_serve_in(&[], images, options)
+}
+
+/// The same behind a command that runs it somewhere else.
+pub fn vublk_serve_in(enter: &[String], images: &[&Path], options: &[&str]) -> Serve {
     let dir = tempfile::tempdir().unwrap();
     let sockets: Vec<_> = (0..images.len()).map(|i| dir.path().join(format!("{i}.sock"))).collect();
-    let mut command = tied_to_this_thread(env!("CARGO_BIN_EXE_vublk"));
-    command.args(["serve", "-f", "raw"]).args(options);
+    let words = enter.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_vublk")]);
+    let words: Vec<_> = words.collect();
+    let mut command = tied_to_this_thread(words[0]);
+    command.args(&words[1..]).args(["serve", "-f", "raw"]).args(options);
     for (image, socket) in images.iter().zip(&sockets) {
         command.arg(image).arg("--socket").arg(socket);
     }

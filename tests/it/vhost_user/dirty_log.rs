@@ -247,6 +247,7 @@ fn a_read_that_fails_is_marked_because_it_may_have_landed_in_part() {
         logical_block_size: 512,
         num_queues: 1,
         serial: String::new(),
+        failures: Default::default(),
     };
     let workers = vec![worker.clone()];
     let served = ExportOptions { name: "half".into(), disk, workers, first_worker: 0 };

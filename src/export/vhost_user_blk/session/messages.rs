@@ -2,6 +2,7 @@
 
 use super::super::config::{self, CONFIG_SIZE, F_LOG_ALL, WCE_OFFSET};
 use super::super::dirty_log::DirtyLog;
+use super::super::failure::{Failure, Operation};
 use super::super::inflight;
 use super::super::memory::{MAX_REGIONS, Region};
 use super::super::ring::{Addresses, MAX_SIZE};
@@ -27,17 +28,15 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.stop_all();
         self.reset();
         Ok(())
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.stop_all();
+        self.reset();
         for ring in &mut self.rings {
             *ring = RingState::new();
         }
-        self.reset();
         Ok(())
     }
 
@@ -165,7 +164,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.ring(index)?;
-        self.stop_rings(std::iter::once(index as usize));
+        self.stop_rings(std::iter::once(index as usize), self.at_stop());
         let ring = self.ring(index)?;
         // A stopped ring starts again only with a new kick descriptor.
         ring.kick = Kick::Unset;
@@ -216,7 +215,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if enable {
             self.start_ring(index as usize)
         } else {
-            self.stop_rings(std::iter::once(index as usize));
+            self.stop_rings(std::iter::once(index as usize), self.at_stop());
             Ok(())
         }
     }
@@ -256,7 +255,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             let flushed = self.workers[0].block_on(move || async move { node.flush().await });
             self.resume();
             if let Err(errno) = flushed {
-                self.disk.failed("flush", 0, 0, errno);
+                let operation = Operation::Flush;
+                self.disk.log_failure(&Failure { operation, offset: 0, len: 0, errno }, false);
             }
         }
         Ok(())

@@ -1,0 +1,99 @@
+//! Requests that the storage fails, as their queue meets them: reported, ignored, or held and tried
+//! again. Nothing of it is on the warm road.
+
+use super::super::failure::{Action, Failure, Operation};
+use super::super::request::{Kind, Status};
+use super::{KEEP_SEGMENTS, Queue};
+use crate::io::Io;
+
+/// What becomes of held requests when their queue stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtStop {
+    /// They are failed to the guest: nothing else would ever complete them.
+    Fail,
+    /// They stay as they are, for whoever takes the ring up: marked where requests in flight are
+    /// tracked, and named in [`Stopped`].
+    Leave,
+}
+
+/// What a queue leaves behind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stopped {
+    /// Where the available ring is to be continued.
+    pub base: u16,
+    /// The heads of requests that are held, in the order in which they failed.
+    pub held: Vec<u16>,
+}
+
+impl Queue {
+    /// Tries all held requests again now.
+    pub fn retry_held(&mut self) {
+        self.on_hold.retry_now();
+    }
+
+    /// Fails all held requests to the guest.
+    pub fn fail_held(&mut self) {
+        for head in self.on_hold.take_all() {
+            self.disk.failures.let_go(1);
+            // For the place of the status byte, wherever it lies by now.
+            match self.seize(head) {
+                Ok(readable) => {
+                    let slot = &mut self.slots[head as usize];
+                    // A read may have written there before it failed.
+                    slot.kind = Some(Kind::In);
+                    slot.data = (readable, slot.segments.len() as u32);
+                    self.finish(head, Status::IoError, 0);
+                }
+                Err(why) => self.fail(why),
+            }
+        }
+    }
+
+    /// The next of the held requests that is due.
+    pub(super) fn next_held(&mut self) -> Option<u16> {
+        let head = self.on_hold.next_due()?;
+        self.disk.failures.let_go(1);
+        self.slots[head as usize].again = true;
+        Some(head)
+    }
+
+    /// The storage has failed a request.
+    #[cold]
+    pub(super) fn failed(&mut self, io: &Io, head: u16, failure: Failure) {
+        self.probe(head);
+        if self.loss.is_lost(&self.memory) {
+            // Not the storage's fault; nobody will see how it ended.
+            return self.finish(head, Status::IoError, 0);
+        }
+        let read = failure.operation == Operation::Read;
+        match self.disk.failed(failure) {
+            Action::Report => self.finish(head, Status::from(Err(failure.errno)), 0),
+            Action::Ignore => {
+                self.finish(head, Status::Ok, if read { failure.len as u32 } else { 0 })
+            }
+            Action::Stop => self.hold(io, head),
+        }
+    }
+
+    /// Keeps a request that has failed; it is not in flight any more.
+    fn hold(&mut self, io: &Io, head: u16) {
+        let slot = &mut self.slots[head as usize];
+        slot.status = None;
+        slot.fast = false;
+        self.held -= slot.segments.len();
+        slot.segments.clear();
+        slot.segments.shrink_to(KEEP_SEGMENTS);
+        let again = std::mem::take(&mut slot.again);
+        self.in_flight -= 1;
+        self.disk.failures.hold(1);
+        let (at, first) = self.on_hold.hold(head, again, io.now());
+        io.tick_by(at);
+        if let Some(delay) = first {
+            let seconds = delay / 1_000_000_000;
+            log::warn!("{}: held, and tried again in {seconds} s", self.name);
+        }
+        if let Some((_, AtStop::Fail)) = self.stop {
+            self.fail_held();
+        }
+    }
+}

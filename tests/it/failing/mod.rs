@@ -1,0 +1,124 @@
+//! Storage that fails: what the guest sees of it, and what an operator.
+//!
+//! Most of it runs in this process: the real service, its workers and sockets, over a simulated disk
+//! that fails when the test says so.
+
+mod full;
+mod held;
+mod policies;
+pub mod small;
+
+use std::time::{Duration, Instant};
+
+use vublk::block::OpenPolicy;
+use vublk::options::keyval;
+use vublk::protocol::sim::{Effect, Fault, Kinds, SimDisk, SimOptions};
+use vublk::service::{ExportInfo, Service};
+use vublk_testkit::request::{Request, Shape};
+use vublk_testkit::spec::protocol;
+use vublk_testkit::{Disk, Options};
+
+use crate::disks::{REGISTRY, unique};
+use crate::vhost_user::LIMIT;
+
+/// A service with the export `e0` of a simulated disk.
+pub struct Stage {
+    pub service: Option<Service>,
+    pub sim: SimDisk,
+    name: String,
+    export: String,
+    dir: tempfile::TempDir,
+}
+
+impl Stage {
+    /// `export`: more options of it, such as its policies.
+    pub fn new(export: &str) -> Stage {
+        let sim = SimDisk::new(SimOptions { max_len: 2 << 20, ..SimOptions::new(1 << 20) });
+        let name = unique();
+        sim.publish(&name);
+        let dir = tempfile::tempdir().unwrap();
+        let mut stage = Stage { service: None, sim, name, export: export.to_owned(), dir };
+        stage.start();
+        stage
+    }
+
+    /// Ends the service, if there is one, and starts another on the same disk, as a daemon that ends
+    /// and is started again.
+    pub fn start(&mut self) {
+        self.service = None;
+        let parse = |text: &str| keyval::parse(text, None).unwrap().options;
+        let mut service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
+        service.object_add(parse("qom-type=iothread,id=io0")).unwrap();
+        service
+            .blockdev_add(parse(&format!(
+                "driver=sim,disk={},node-name=d0,discard=unmap",
+                self.name
+            )))
+            .unwrap();
+        let path = self.dir.path().join("e0.sock");
+        let export = format!(
+            "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={},writable=on,\
+             iothread=io0,num-queues=2,{}",
+            path.display(),
+            self.export
+        );
+        service.export_add(parse(export.trim_end_matches(','))).unwrap();
+        self.service = Some(service);
+    }
+
+    pub fn service(&mut self) -> &mut Service {
+        self.service.as_mut().unwrap()
+    }
+
+    /// A front end, that has requests in flight tracked if `tracked`.
+    pub fn open(&self, tracked: bool) -> Disk {
+        self.open_with(&options(tracked))
+    }
+
+    pub fn open_with(&self, options: &Options) -> Disk {
+        Disk::open(&self.dir.path().join("e0.sock"), options).unwrap()
+    }
+
+    /// From now on operations of these kinds fail, until [`SimDisk::heal`].
+    pub fn fails(&self, kinds: Kinds, errno: i32) {
+        self.sim.inject(Fault::new(kinds, Effect::Fail(vublk::io::Errno(errno))));
+    }
+
+    pub fn info(&mut self) -> ExportInfo {
+        self.service().exports().remove(0)
+    }
+
+    /// Waits until so many requests are held.
+    pub fn wait_held(&mut self, held: usize) {
+        let end = Instant::now() + LIMIT;
+        while self.info().held != held {
+            assert!(Instant::now() < end, "{:?}", self.info());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+pub fn options(tracked: bool) -> Options {
+    let more = if tracked { protocol::INFLIGHT_SHMFD } else { 0 };
+    Options {
+        num_queues: 2,
+        queue_size: 16,
+        protocol: protocol::DEFAULT | protocol::RESET_DEVICE | more,
+        limit: LIMIT,
+        ..Options::default()
+    }
+}
+
+/// A block of 4 KiB, told from others by its number.
+pub fn block(number: u64) -> Vec<u8> {
+    crate::vhost_user::pattern(4096, number as u8)
+}
+
+pub fn write_of(number: u64) -> Request {
+    Request::Out { sector: number * 8, data: block(number) }
+}
+
+/// Sends a write of that block.
+pub fn submit_write(disk: &mut Disk, number: u64) {
+    disk.queue(0).submit(&write_of(number), &Shape::indirect()).unwrap();
+}
