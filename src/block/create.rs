@@ -2,7 +2,7 @@
 //! given of them, and the order in which the two are asked.
 
 use super::policy::{FollowBacking, OpenPolicy};
-use super::registry::{DriverEntry, Registry};
+use super::registry::{DriverEntry, Kind, Registry};
 use super::{Attachment, Error, Graph, LocalFuture, Node, Perm, Perms, probe};
 use crate::options::{self, Map, Value, filename};
 use std::fmt::Write;
@@ -259,6 +259,10 @@ impl Creation {
     /// Makes the image. Runs on a worker.
     pub async fn run(&self) -> Result<(), Error> {
         match self.format.create {
+            // The file is the image.
+            Some(_) if self.format.kind == Kind::Protocol => {
+                self.create_file(self.options.clone()).await
+            }
             Some(entry) => (entry.create)(self, self.options.clone()).await,
             None => Err(Error::new("no format that makes images")),
         }
@@ -315,7 +319,6 @@ impl CreateOption {
 
 #[cfg(test)]
 mod tests {
-    use super::super::registry::Kind;
     use super::*;
     use crate::io::{Worker, WorkerOptions};
     use crate::options::{json, qemuopts};

@@ -2,7 +2,6 @@
 //!
 //! `vublk COMMAND …`, or one of QEMU's programs by the name under which it was called.
 
-mod create;
 mod ctl;
 mod daemon;
 mod generate;
@@ -42,8 +41,6 @@ enum Command {
     },
     /// Ask or change a running daemon through its monitor
     Ctl(ctl::Ctl),
-    /// Make a new disk image
-    Create(create::Create),
     /// Write the man pages and shell completions that this program's command line defines
     #[command(hide = true)]
     Generate(generate::Generate),
@@ -113,7 +110,6 @@ pub fn main() -> ExitCode {
         Command::Serve(serve) => serve.run(),
         Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
         Command::Ctl(ctl) => ctl.run(),
-        Command::Create(create) => create.run(),
         Command::Generate(generate) => generate.run(command_line()),
     };
     report("vublk", outcome)

@@ -5,12 +5,13 @@
 //! * [`cache`]: the cache modes (`-t`, `-T`) and what they mean.
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`bench`]: how long requests take.
-//! * [`compare`]: whether two disks have the same contents.
+//! * [`compare`]: whether two disks have the same contents; [`copy`]: the copy engine.
 //! * [`progress`]: how far long work has come; [`output`]: where that is told.
 
 pub mod bench;
 pub mod cache;
 pub mod compare;
+pub mod copy;
 pub mod extents;
 pub mod image;
 mod naming;

@@ -3,17 +3,25 @@
 //! One file per subcommand, which parses and prints; the work is in [`crate::tools`]. Results, words
 //! of errors and exit codes are qemu-img's (7.2), so that scripts need not know which one they call.
 
+mod amend;
 mod arguments;
 mod bench;
+mod bitmap;
 mod check;
+mod commit;
 mod compare;
+mod convert;
+mod create;
 mod dd;
 mod info;
 mod map;
 mod measure;
 mod object;
+mod option_help;
 mod personality;
+mod rebase;
 mod resize;
+mod snapshot;
 
 pub use personality::qemu_img;
 
@@ -28,14 +36,21 @@ use std::sync::Arc;
 
 /// The subcommands, in the order of their names.
 pub const TOOLS: &[&Tool] = &[
+    &amend::TOOL,
     &bench::TOOL,
+    &bitmap::TOOL,
     &check::TOOL,
+    &commit::TOOL,
     &compare::TOOL,
+    &convert::TOOL,
+    &create::TOOL,
     &dd::TOOL,
     &info::TOOL,
     &map::TOOL,
     &measure::TOOL,
+    &rebase::TOOL,
     &resize::TOOL,
+    &snapshot::TOOL,
 ];
 
 /// One subcommand.

@@ -4,7 +4,7 @@ use super::create::{self, CreateOptions};
 use super::{FileDriver, FileOptions, Flavour};
 use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
 use crate::block::registry::OptionHelp;
-use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Opening};
+use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Opening, Preallocation};
 use crate::io;
 use crate::options::{self, Map};
 use std::os::unix::fs::FileTypeExt;
@@ -98,6 +98,11 @@ fn create_with(
 ) -> LocalFuture<'_, Result<(), Error>> {
     Box::pin(async move {
         let filename = map.take_required_str("filename")?;
+        if let Some(mode) = map.get("preallocation").and_then(|mode| mode.as_str())
+            && Preallocation::parse(mode).is_none()
+        {
+            return Err(Error::new(format!("invalid parameter value: {mode}")));
+        }
         let options: CreateOptions = options::from_map(map)?;
         io::offload(move || create(&filename, &options)).await
     })

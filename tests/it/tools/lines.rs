@@ -316,3 +316,252 @@ fn check() {
         ],
     );
 }
+
+#[test]
+fn convert() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img convert",
+            "qemu-img convert a.raw",
+            "qemu-img convert a.raw b.raw",
+            "qemu-img convert -c a.raw b.raw",
+            "qemu-img convert -O bogus a.raw b.raw",
+            "qemu-img convert -O help a.raw b.raw",
+            "qemu-img convert -O raw -o help",
+            "qemu-img convert -O raw -o help a.raw b.raw",
+            "qemu-img convert -O raw -o '?' a.raw b.raw",
+            "qemu-img convert -o bogus=1 a.raw b.raw",
+            "qemu-img convert -o size=5M a.raw b.raw",
+            "qemu-img convert -o size=512 a.raw b.raw",
+            "qemu-img convert -o preallocation=full a.raw b.raw",
+            "qemu-img convert -o preallocation=falloc a.raw b.raw",
+            "qemu-img convert -o preallocation=off,bogus a.raw b.raw",
+            "qemu-img convert -o , a.raw b.raw",
+            "qemu-img convert -o '' a.raw b.raw",
+            "qemu-img convert -o preallocation=off, a.raw b.raw",
+            "qemu-img convert -C -S 4k a.raw b.raw",
+            "qemu-img convert -C a.raw b.raw",
+            "qemu-img convert -C -c a.raw b.raw",
+            "qemu-img convert -S x a.raw b.raw",
+            "qemu-img convert -S 1000 a.raw b.raw",
+            "qemu-img convert -S 512 a.raw b.raw",
+            "qemu-img convert -S 0 a.raw b.raw",
+            "qemu-img convert -S 4T a.raw b.raw",
+            "qemu-img convert -m 0 a.raw b.raw",
+            "qemu-img convert -m 17 a.raw b.raw",
+            "qemu-img convert -m x a.raw b.raw",
+            "qemu-img convert -m 16 -W a.raw b.raw",
+            "qemu-img convert -W -c a.raw b.raw",
+            "qemu-img convert -r x a.raw b.raw",
+            "qemu-img convert -r 100M a.raw b.raw",
+            "qemu-img convert -T bogus a.raw b.raw",
+            "qemu-img convert -t none -T none a.raw b.raw",
+            "qemu-img convert -n a.raw b.raw",
+            "qemu-img convert -n a.raw nope",
+            "qemu-img convert -n -O raw a.raw small.raw",
+            "qemu-img convert -n -o foo=1 -O raw a.raw b.raw",
+            "qemu-img convert --target-is-zero a.raw b.raw",
+            "qemu-img convert -n --target-is-zero a.raw b.raw",
+            "qemu-img convert -n --target-is-zero -B x a.raw b.raw",
+            "qemu-img convert --target-image-opts a.raw b.raw",
+            "qemu-img convert --target-image-opts -n a.raw driver=raw,file.filename=b.raw",
+            "qemu-img convert --target-image-opts -O raw -n a.raw driver=raw,file.filename=b.raw",
+            "qemu-img convert --image-opts -f raw a.raw b.raw",
+            "qemu-img convert --image-opts driver=raw,file.filename=a.raw b.raw",
+            "qemu-img convert --bitmaps a.raw b.raw",
+            "qemu-img convert --skip-broken-bitmaps a.raw b.raw",
+            "qemu-img convert -B base a.raw b.raw",
+            "qemu-img convert -F raw a.raw b.raw",
+            "qemu-img convert -l snap a.raw b.raw",
+            "qemu-img convert -l snapshot.id=1 a.raw b.raw",
+            "qemu-img convert -l snapshot.foo=1 a.raw b.raw",
+            "qemu-img convert -l snap a.raw a.raw b.raw",
+            "qemu-img convert -s snap a.raw b.raw",
+            "qemu-img convert --salvage a.raw b.raw",
+            "qemu-img convert --salvage -C a.raw b.raw",
+            "qemu-img convert -p a.raw b.raw",
+            "qemu-img convert -p -q a.raw b.raw",
+            "qemu-img convert a.raw a.raw b.raw",
+            "qemu-img convert odd.raw odd.raw b.raw",
+            "qemu-img convert a.raw /nope/b.raw",
+            "qemu-img convert a.raw ''",
+            "qemu-img convert nope b.raw",
+            "qemu-img convert a.raw nope b.raw",
+            "qemu-img convert a.raw bogus:b.raw",
+            "qemu-img convert a.raw a.raw",
+            "qemu-img convert -U a.raw b.raw",
+            "qemu-img convert -O raw -n a.raw json:{",
+            "qemu-img convert a.raw json:{}",
+            "qemu-img convert -O file a.raw b.raw",
+            "qemu-img convert -n -O file a.raw b.raw",
+        ],
+    );
+}
+
+#[test]
+fn create() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img create",
+            "qemu-img create x.raw",
+            "qemu-img create x.raw 1M",
+            "qemu-img create x.raw 1000",
+            "qemu-img create x.raw 1M 2M",
+            "qemu-img create -q x.raw 1M",
+            "qemu-img create -f bogus x.raw 1M",
+            "qemu-img create -f help x.raw 1M",
+            "qemu-img create -f raw x.raw",
+            "qemu-img create -f raw x.raw x",
+            "qemu-img create -f raw x.raw -1",
+            "qemu-img create -f raw x.raw 16E",
+            "qemu-img create -f raw x.raw 8E",
+            "qemu-img create -f raw x.raw 1.5M",
+            "qemu-img create -f raw -b a.raw x.raw 1M",
+            "qemu-img create -f raw -F raw x.raw 1M",
+            "qemu-img create -f raw -F raw -b a.raw x.raw 1M",
+            "qemu-img create -f raw -u x.raw 1M",
+            "qemu-img create -f raw -u x.raw",
+            "qemu-img create -f raw -o size=1M x.raw",
+            "qemu-img create -f raw -o size=1M x.raw 2M",
+            "qemu-img create -f raw -o help",
+            "qemu-img create -f raw -o help x.raw",
+            "qemu-img create -o ?",
+            "qemu-img create -f raw -o , x.raw 1M",
+            "qemu-img create -f raw -o '' x.raw 1M",
+            "qemu-img create -f raw -o bogus=1 x.raw 1M",
+            "qemu-img create -f raw -o preallocation=full x.raw 1M",
+            "qemu-img create -f raw -o preallocation=bogus x.raw 1M",
+            "qemu-img create -f raw -o nocow=on,extent_size_hint=0 x.raw 1M",
+            "qemu-img create -f raw -o nocow=x x.raw 1M",
+            "qemu-img create -f raw /nope/x.raw 1M",
+            "qemu-img create --object secret,id=a,data=b x.raw 1M",
+            "qemu-img create --object bogus x.raw 1M",
+            "qemu-img create -x x.raw 1M",
+            "qemu-img create -f",
+            "qemu-img create --image-opts x.raw 1M",
+            "qemu-img create '' 1M",
+            "qemu-img create bogus:x 1M",
+            "qemu-img create -f file x.raw 1M",
+            "qemu-img create -f null-co x.raw 1M",
+            "qemu-img create x.raw 0",
+            "qemu-img create -6 x.raw 1M",
+            "qemu-img create -e x.raw 1M",
+        ],
+    );
+}
+
+#[test]
+fn snapshot() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img snapshot",
+            "qemu-img snapshot a.raw",
+            "qemu-img snapshot -l a.raw",
+            "qemu-img snapshot -l -f raw a.raw",
+            "qemu-img snapshot -l -c x a.raw",
+            "qemu-img snapshot -a x -d x a.raw",
+            "qemu-img snapshot -U -l a.raw",
+            "qemu-img snapshot -U -c x a.raw",
+            "qemu-img snapshot -q -l a.raw",
+            "qemu-img snapshot -q -c x a.raw",
+            "qemu-img snapshot -c x nope",
+            "qemu-img snapshot -l nope",
+            "qemu-img snapshot --image-opts -c x driver=raw,file.filename=a.raw",
+            "qemu-img snapshot --image-opts -a x driver=raw,file.filename=a.raw",
+            "qemu-img snapshot --image-opts -d x driver=raw,file.filename=a.raw",
+        ],
+    );
+}
+
+#[test]
+fn amend() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img amend",
+            "qemu-img amend a.raw",
+            "qemu-img amend -f raw -o foo=1 a.raw",
+            "qemu-img amend -f raw -o , a.raw",
+            "qemu-img amend -f raw -o help a.raw",
+            "qemu-img amend -o help",
+            "qemu-img amend -f bogus -o help",
+            "qemu-img amend -f raw -o help",
+            "qemu-img amend -p -q -f raw -o foo=1 a.raw",
+            "qemu-img amend -t bogus -f raw -o foo=1 a.raw",
+            "qemu-img amend --force -f raw -o foo=1 a.raw",
+            "qemu-img amend -o foo=1",
+            "qemu-img amend -f raw -o foo=1 nope",
+        ],
+    );
+}
+
+#[test]
+fn rebase() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img rebase",
+            "qemu-img rebase a.raw",
+            "qemu-img rebase -b x",
+            "qemu-img rebase -b x -f raw a.raw",
+            "qemu-img rebase -u -b x -f raw a.raw",
+            "qemu-img rebase -u -b x -F raw -f raw a.raw",
+            "qemu-img rebase -b b.raw -F raw -f raw a.raw",
+            "qemu-img rebase -b b.raw -F bogus -f raw a.raw",
+            "qemu-img rebase -b '' -f raw a.raw",
+            "qemu-img rebase -u -b '' -f raw a.raw",
+            "qemu-img rebase -U -b '' -f raw a.raw",
+            "qemu-img rebase -u -U -b '' -f raw a.raw",
+            "qemu-img rebase -p -b '' -f raw a.raw",
+            "qemu-img rebase -t bogus -b '' -f raw a.raw",
+            "qemu-img rebase -T bogus -b '' -f raw a.raw",
+            "qemu-img rebase -b '' nope",
+            "qemu-img rebase -b b.raw -f raw nope",
+        ],
+    );
+}
+
+#[test]
+fn commit() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img commit",
+            "qemu-img commit -f raw a.raw",
+            "qemu-img commit -f raw -b x a.raw",
+            "qemu-img commit -f raw -p a.raw",
+            "qemu-img commit -f raw -d a.raw",
+            "qemu-img commit -t bogus a.raw",
+            "qemu-img commit -r x a.raw",
+            "qemu-img commit nope",
+        ],
+    );
+}
+
+#[test]
+fn bitmap() {
+    assert_same(
+        &[],
+        &[
+            "qemu-img bitmap",
+            "qemu-img bitmap a.raw",
+            "qemu-img bitmap a.raw b",
+            "qemu-img bitmap --add a.raw",
+            "qemu-img bitmap --add -f raw a.raw b",
+            "qemu-img bitmap --add -g 1 -f raw a.raw b",
+            "qemu-img bitmap --add -g x -f raw a.raw b",
+            "qemu-img bitmap --remove -f raw a.raw b",
+            "qemu-img bitmap --clear -f raw a.raw b",
+            "qemu-img bitmap --enable -f raw a.raw b",
+            "qemu-img bitmap --disable -f raw a.raw b",
+            "qemu-img bitmap --merge c -f raw a.raw b",
+            "qemu-img bitmap -g 1 --clear -f raw a.raw b",
+            "qemu-img bitmap --add --image-opts driver=raw,file.filename=a.raw b",
+            "qemu-img bitmap --add --image-opts -f raw a.raw b",
+            "qemu-img bitmap --add nope b",
+        ],
+    );
+}

@@ -1,0 +1,322 @@
+//! `convert`: copies one or several images to a new one, in any format.
+
+use super::arguments::{
+    self, CACHE, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,
+};
+use super::{Context, Ended, Failed, Tool, option_help};
+use crate::block::{ZeroFlags, create_options};
+
+use crate::cli::getopt::{Line, long_switch, switch, valued};
+use crate::drivers;
+use crate::io::{Worker, WorkerOptions};
+use crate::options::{Map, Value, qemuopts};
+use crate::tools::copy::{Copy, Trouble, copy};
+use crate::tools::{Cache, Images, Opened, Progress, Wanted};
+use std::sync::Arc;
+
+pub static TOOL: Tool = Tool {
+    name: "convert",
+    about: "Copy images to a new one, in any format",
+    options: &[
+        OBJECT,
+        IMAGE_OPTS,
+        long_switch("target-image-opts", "the target is named by a string of options"),
+        long_switch("target-is-zero", "the target, which exists, reads as zeroes"),
+        long_switch("bitmaps", "copy the persistent bitmaps, too"),
+        long_switch("skip-broken-bitmaps", "with --bitmaps, leave out inconsistent ones"),
+        FORCE_SHARE,
+        switch("C", "", "pass data on as it is, without a look for zeroes"),
+        switch("c", "", "compress"),
+        PROGRESS,
+        QUIET,
+        switch("n", "", "do not create the target: it exists"),
+        PLAIN_FORMAT,
+        CACHE,
+        SOURCE_CACHE,
+        valued("O", "", "FORMAT", "the new image's format (raw)"),
+        valued("B", "", "FILE", "the new image's backing file"),
+        valued("F", "", "FORMAT", "the backing file's format"),
+        valued("o", "", "OPTIONS", "options of the new image: NAME=VALUE,…; help lists them"),
+        valued("l", "", "SNAPSHOT", "the internal snapshot to copy"),
+        valued("S", "", "SIZE", "least run of zeroes that becomes a hole (4k); 0: none does"),
+        valued("r", "", "RATE", "bytes in a second, at most"),
+        valued("m", "", "N", "pieces on their way at the same time (8)"),
+        switch("W", "", "write in any order"),
+        long_switch("salvage", "what cannot be read becomes zeroes"),
+    ],
+    operands: "FILE… TARGET",
+    takes_last: false,
+    run: |context, line| Box::pin(run(context, line)),
+};
+
+/// Most images on their way at the same time.
+const MOST_LANES: u64 = 16;
+/// Longest run that `-S` may ask for, in bytes.
+const MOST_SPARSE: u64 = 16 << 20;
+
+/// What the options say of how to copy.
+struct Asked {
+    sparse: Option<u64>,
+    rate: Option<u64>,
+    lanes: usize,
+    /// Those of `-o`, as text.
+    options: Map,
+    wants_help: bool,
+}
+
+impl Asked {
+    fn parse(line: &Line) -> Result<Asked, Failed> {
+        let mut asked = Asked {
+            sparse: Some(4096),
+            rate: None,
+            lanes: 8,
+            options: Map::new(),
+            wants_help: false,
+        };
+        for (option, text) in line.iter() {
+            match option {
+                "o" => {
+                    arguments::check_option_list(text)?;
+                    let parsed = qemuopts::parse(text, None).map_err(|e| e.to_string())?;
+                    asked.wants_help |= parsed.help;
+                    asked.options.merge(parsed.options).map_err(|e| e.to_string())?;
+                }
+                "l" => arguments::check_snapshot(text)?,
+                "S" => asked.sparse = parse_sparse(text)?,
+                "r" => asked.rate = Some(arguments::any_number(text, "rate limit")?),
+                "m" => {
+                    let lanes = text.parse().ok().filter(|n| (1..=MOST_LANES).contains(n));
+                    asked.lanes = lanes.ok_or_else(|| {
+                        format!(
+                            "Invalid number of coroutines. Allowed number of coroutines is \
+                             between 1 and {MOST_LANES}"
+                        )
+                    })? as usize;
+                }
+                _ => {}
+            }
+        }
+        Ok(asked)
+    }
+}
+
+fn parse_sparse(text: &str) -> Result<Option<u64>, Failed> {
+    let what = "buffer size for sparse output";
+    let size = arguments::any_number(text, what)?;
+    if size % 512 != 0 || size > MOST_SPARSE {
+        return Err(format!(
+            "Invalid {what} specified. Valid sizes are multiples of 512 up to {MOST_SPARSE}. \
+             Select 0 to disable sparse detection (fully allocates output)."
+        )
+        .into());
+    }
+    Ok((size > 0).then_some(size))
+}
+
+/// Options that cannot be had together.
+fn check_combinations(line: &Line) -> Result<(), Failed> {
+    let has = |key| line.has(key);
+    for (wrong, text) in [
+        (
+            has("skip-broken-bitmaps") && !has("bitmaps"),
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ),
+        (has("C") && has("S"), "Cannot enable copy offloading when -S is used"),
+        (has("C") && has("c"), "Cannot enable copy offloading when -c is used"),
+        (has("target-image-opts") && !has("n"), "--target-image-opts requires use of -n flag"),
+        (has("target-is-zero") && !has("n"), "--target-is-zero requires use of -n flag"),
+        (has("n") && has("o"), "-o has no effect when skipping image creation"),
+        (has("C") && has("salvage"), "Cannot use copy offloading in salvaging mode"),
+        (has("target-image-opts") && has("O"), "--image-opts and --format are mutually exclusive"),
+    ] {
+        if wrong {
+            return Err(text.into());
+        }
+    }
+    Ok(())
+}
+
+async fn run(context: &Context, line: Line) -> Ended {
+    let asked = Asked::parse(&line)?;
+    check_combinations(&line)?;
+    if arguments::objects(&line)? {
+        return Ok(0);
+    }
+    let format = line.get("O").unwrap_or("raw");
+    let target = if line.operands.len() > 1 { line.operands.last() } else { None };
+    if asked.wants_help {
+        option_help::print(format, target.map(|name| &**name))?;
+        return Ok(0);
+    }
+    let Some((target, names)) = line.operands.split_last().filter(|(_, names)| !names.is_empty())
+    else {
+        return Err("Must specify image file name".into());
+    };
+    let images = context.images();
+    let ended = convert(context, &images, &line, asked, names, target).await;
+    images.end().await;
+    ended
+}
+
+async fn convert(
+    context: &Context,
+    images: &Images,
+    line: &Line,
+    asked: Asked,
+    names: &[String],
+    target: &str,
+) -> Ended {
+    let cache = arguments::cache(line, "T", "source cache", Cache::WRITEBACK)?;
+    let mut sources = Vec::new();
+    for name in names {
+        let wanted = arguments::wanted(line, name, "f", "image-opts")?;
+        sources.push(Arc::new(images.open(&Wanted { cache, exclusive: true, ..wanted }).await?));
+    }
+    let len = sources.iter().map(|source| source.len()).sum();
+    if line.has("l") {
+        if sources.len() > 1 {
+            return Err("No support for concatenating multiple snapshot".into());
+        }
+        arguments::load_snapshot(&sources[0])?;
+    }
+    let Asked { sparse, rate, lanes, options, .. } = asked;
+    let Some(target) = open_target(images, line, target, options, len, &sources).await? else {
+        return Ok(0);
+    };
+    if target.len() < len {
+        return Err("output file is smaller than input file".into());
+    }
+    let created = !line.has("n");
+    let is_device = target.filename().starts_with("/dev/");
+    let has_backing = line.has("B");
+    let mut target_is_zero = line.has("target-is-zero") || created && !is_device && !has_backing;
+    if !target_is_zero && !has_backing && sparse.is_some() {
+        // All at once, where that is quick.
+        let flags = ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK;
+        target_is_zero = target.zero(0, target.len(), flags).await.is_ok();
+    }
+    let progress = Arc::new(Progress::new(context.progress(line)));
+    progress.set(0.0);
+    let work = Copy {
+        sources: sources.clone(),
+        target: target.clone(),
+        lanes,
+        in_order: !line.has("W"),
+        sparse,
+        keeps_data: line.has("C"),
+        target_is_zero,
+        has_backing,
+        salvage: line.has("salvage"),
+        rate,
+    };
+    let quiet = line.has("quiet");
+    let told = context.clone();
+    let salvaged = Box::new(move |at: u64, errno: crate::io::Errno| {
+        if !quiet {
+            told.warn(&format!("error while reading offset {at}: {errno}"));
+        }
+    });
+    let helpers = helpers(lanes);
+    let copied = copy(work, &helpers, progress.clone(), salvaged).await;
+    drop(helpers);
+    if copied.is_ok() {
+        progress.set(100.0);
+    }
+    progress.end();
+    copied.map_err(describe)?;
+    for image in [target].into_iter().chain(sources) {
+        if let Ok(image) = Arc::try_unwrap(image) {
+            images.close(image).await?;
+        }
+    }
+    Ok(0)
+}
+
+/// Workers beside the one that the tool runs on.
+fn helpers(lanes: usize) -> Vec<Worker> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = processors.min(4).min(lanes) - 1;
+    // Fewer are slower, and that is all.
+    (0..count).map_while(|_| Worker::start("convert", WorkerOptions::default()).ok()).collect()
+}
+
+fn describe(trouble: Trouble) -> Failed {
+    Failed::from(match trouble {
+        Trouble::Read(at, errno) => format!("error while reading at byte {at}: {errno}"),
+        Trouble::Write(at, errno) => format!("error while writing at byte {at}: {errno}"),
+        Trouble::Status(at, errno) => {
+            format!("error while reading block status at offset {at}: {errno}")
+        }
+        Trouble::Memory => "Out of memory".into(),
+    })
+}
+
+/// Makes the target, unless it exists, and opens it. None if there is nothing more to do.
+async fn open_target(
+    images: &Images,
+    line: &Line,
+    name: &str,
+    mut options: Map,
+    len: u64,
+    sources: &[Arc<Opened>],
+) -> Result<Option<Arc<Opened>>, Failed> {
+    let registry = drivers::registry();
+    let image_opts = line.has("target-image-opts");
+    let format = (!image_opts).then(|| line.get("O").unwrap_or("raw"));
+    if !line.has("n") {
+        let format = format.unwrap_or("raw");
+        let driver = registry.get(format);
+        let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+        let protocol = protocol_of(name)?;
+        let known = create_options(driver, registry.get(&protocol))?;
+        let takes = |key: &str| known.iter().any(|option| option.name == key);
+        for (option, key, what) in
+            [("B", "backing_file", "Backing file"), ("F", "backing_fmt", "Backing file format")]
+        {
+            if let Some(value) = line.get(option) {
+                if !takes(key) {
+                    return Err(format!("{what} not supported for file format '{format}'").into());
+                }
+                options.insert(key, Value::Text(value.to_owned()));
+            }
+        }
+    } else if line.has("target-is-zero") && line.has("B") {
+        let text = "Cannot use --target-is-zero when the destination image has a backing file";
+        return Err(Failed::from(text).code(0));
+    }
+    if line.has("c") {
+        return Err("Compression not supported for this file format".into());
+    }
+    if line.has("bitmaps") && sources.iter().all(|source| source.format() == "raw") {
+        return Err("Source lacks bitmap support".into());
+    }
+    let cache = arguments::cache(line, "t", "cache", Cache::UNSAFE)?;
+    if let (false, Some(format)) = (line.has("n"), format) {
+        options.take("size");
+        let creation = drivers::creation(format, name, options, Some(len))?;
+        let at = |e: crate::block::Error| e.at(format!("{name}: error while converting {format}"));
+        creation.run().await.map_err(at)?;
+    }
+    let wanted = Wanted {
+        name,
+        image_opts,
+        format,
+        writable: true,
+        unmap: true,
+        cache,
+        ..Wanted::default()
+    };
+    Ok(Some(Arc::new(images.open(&wanted).await?)))
+}
+
+/// The protocol of a new file's name. `json:` is none that files are made by.
+fn protocol_of(name: &str) -> Result<String, Failed> {
+    if name.starts_with("json:") {
+        return Err("Unknown protocol 'json'".into());
+    }
+    if name.is_empty() {
+        return Ok("file".into());
+    }
+    let mut file = drivers::registry().file_options(name)?;
+    Ok(file.take_required_str("driver").map_err(|e| e.to_string())?)
+}

@@ -1,0 +1,80 @@
+//! `create`: a new image.
+
+use super::arguments::{self, FORMAT, OBJECT, QUIET};
+use super::{Context, Ended, Failed, Tool, option_help, out, outln};
+use crate::block::create::NewBacking;
+use crate::cli::getopt::{Line, switch, valued};
+use crate::drivers;
+use crate::options::{Map, Value, qemuopts};
+use crate::tools::output;
+
+pub static TOOL: Tool = Tool {
+    name: "create",
+    about: "Make a new disk image",
+    options: &[
+        OBJECT,
+        QUIET,
+        FORMAT,
+        valued("b", "", "FILE", "take unwritten bytes from this image"),
+        valued("F", "", "FORMAT", "the backing file's format"),
+        switch("u", "", "do not look whether the backing file is there"),
+        valued("o", "", "OPTIONS", "options of the format: NAME=VALUE,…; help lists them"),
+    ],
+    operands: "FILE [SIZE]",
+    takes_last: false,
+    run: |context, line| Box::pin(run(context, line)),
+};
+
+async fn run(_: &Context, line: Line) -> Ended {
+    let mut given = Map::new();
+    let mut wants_help = false;
+    for text in line.all("o") {
+        arguments::check_option_list(text)?;
+        let parsed = qemuopts::parse(text, None).map_err(|e| e.to_string())?;
+        wants_help |= parsed.help;
+        given.merge(parsed.options).map_err(|e| e.to_string())?;
+    }
+    let format = line.get("format").unwrap_or("raw");
+    if wants_help {
+        option_help::print(format, line.operands.first().map(|name| &**name))?;
+        return Ok(0);
+    }
+    let (filename, size) = match &*line.operands {
+        [] => return Err(Failed::usage("Expecting image file name")),
+        [filename] => (filename, None),
+        [filename, size] => (filename, Some(arguments::any_number(size, "image size")?)),
+        [_, _, more, ..] => return Err(Failed::usage(format!("Unexpected argument: {more}"))),
+    };
+    if arguments::objects(&line)? {
+        return Ok(0);
+    }
+    let at = |e: crate::block::Error| e.at(filename);
+    let known = drivers::registry().get(format).and_then(|entry| entry.create);
+    let known = known.map_or(&[][..], |entry| entry.options);
+    for (option, key, what) in
+        [("b", "backing_file", "Backing file"), ("F", "backing_fmt", "Backing file format")]
+    {
+        let Some(value) = line.get(option) else { continue };
+        if !known.is_empty() && known.iter().all(|option| option.name != key) {
+            return Err(
+                format!("{filename}: {what} not supported for file format '{format}'").into()
+            );
+        }
+        given.insert(key, Value::Text(value.to_owned()));
+    }
+    let creation = drivers::creation(format, filename, given, size).map_err(at)?;
+    let backing = if line.has("u") { NewBacking::Unseen } else { NewBacking::Opened };
+    let creation = creation.check_backing(backing).await.map_err(at)?;
+    let quiet = line.has("quiet");
+    if !quiet {
+        // The line ends when the image is there, as scripts know it from qemu-img.
+        out!("{}", creation.describe());
+        output::flush();
+    }
+    let made = creation.run().await;
+    if !quiet {
+        outln!();
+    }
+    made.map_err(at)?;
+    Ok(0)
+}

@@ -1,0 +1,45 @@
+//! The list of options that new images take, for `-o help`.
+
+use super::{Failed, outln};
+use crate::block::{CreateOption, ValueType, create_options};
+use crate::drivers;
+
+/// Prints the options of a format, and, if a file's name is there, those of its protocol.
+pub fn print(format: &str, filename: Option<&str>) -> Result<(), Failed> {
+    let registry = drivers::registry();
+    let driver = registry.get(format);
+    let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+    let protocol = match filename {
+        Some(name) => {
+            let mut file = registry.file_options(name)?;
+            registry.get(&file.take_required_str("driver").map_err(|e| e.to_string())?)
+        }
+        None => None,
+    };
+    let options = create_options(driver, protocol)?;
+    match protocol {
+        Some(_) => list("Supported options:", options),
+        None => {
+            list(&format!("Supported {format} options:"), options);
+            outln!("\nThe protocol level may support further options.");
+            outln!("Specify the target filename to include those options.");
+        }
+    }
+    Ok(())
+}
+
+/// Prints options in the order of their names.
+fn list(head: &str, mut options: Vec<CreateOption>) {
+    options.sort_by_key(|option| option.name);
+    outln!("{head}");
+    for option in options {
+        let value = match option.value {
+            ValueType::Str => "str",
+            ValueType::Bool => "bool (on/off)",
+            ValueType::Size => "size",
+            ValueType::Number => "num",
+        };
+        let head = format!("{}=<{value}>", option.name);
+        outln!("  {head:<22} - {}", option.help);
+    }
+}

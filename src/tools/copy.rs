@@ -1,0 +1,307 @@
+//! The copy engine: the contents of some disks, one behind the other, to another disk; many pieces
+//! at a time, on several workers.
+//!
+//! The rules held here: what reads as zeroes is not read, and what is zero where the target has
+//! zeroes is not written; memory is bounded by the number of lanes; the first failure ends all.
+//!
+//! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for.
+
+mod plan;
+mod turns;
+
+use super::extents::zero_prefix;
+use super::{Opened, Progress};
+use crate::block::{WriteFlags, ZeroFlags};
+use crate::io::sync::Mutex;
+use crate::io::{AlignedBuf, Errno, IoVec, Worker, current, sleep};
+use plan::{Kind, Piece, Plan};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use turns::{Signal, Turns};
+
+/// The most that one lane reads at once, in bytes.
+const CHUNK: u64 = 2 << 20;
+/// What runs of zeroes are rounded to, in bytes, so that a target's writes are whole pages.
+const PAGE: u64 = 4096;
+
+/// What is to be copied, and how.
+pub struct Copy {
+    /// Not empty.
+    pub sources: Vec<Arc<Opened>>,
+    pub target: Arc<Opened>,
+    /// Pieces on their way at the same time. Not 0.
+    pub lanes: usize,
+    /// Writes reach the target in the order of their offsets.
+    pub in_order: bool,
+    /// Runs of at least so many zero bytes are not written as data; none to write everything.
+    pub sparse: Option<u64>,
+    /// Data is passed on as it is, without a look for zeroes in it.
+    pub keeps_data: bool,
+    /// What the target holds is all zeroes.
+    pub target_is_zero: bool,
+    /// The target's backing file supplies what the sources' own images have not.
+    pub has_backing: bool,
+    /// What cannot be read becomes zeroes.
+    pub salvage: bool,
+    /// Bytes in a second, at most.
+    pub rate: Option<u64>,
+}
+
+/// Why a copy has ended early.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// Where in the target, in bytes.
+    Read(u64, Errno),
+    Write(u64, Errno),
+    /// Of the source of this name.
+    Status(u64, Errno),
+    Memory,
+}
+
+/// Told of what could not be read and became zeroes: the offset in the target.
+pub type Salvaged = Box<dyn Fn(u64, Errno) + Send + Sync>;
+
+/// What all lanes share.
+struct Shared {
+    copy: Copy,
+    plan: Plan,
+    turns: Turns,
+    progress: Arc<Progress>,
+    salvaged: Salvaged,
+    trouble: Mutex<Option<Trouble>>,
+    /// Lanes that have not ended.
+    running: Mutex<usize>,
+    ended: Signal,
+    begin: Instant,
+    /// Bytes that count towards the rate.
+    moved: Mutex<u64>,
+}
+
+/// Copies. Runs on a worker; `helpers` are others that lanes are dealt to.
+pub async fn copy(
+    copy: Copy,
+    helpers: &[Worker],
+    progress: Arc<Progress>,
+    salvaged: Salvaged,
+) -> Result<(), Trouble> {
+    let plan = Plan::new(&copy).await?;
+    let lanes = copy.lanes;
+    let shared = Arc::new(Shared {
+        plan,
+        copy,
+        turns: Turns::default(),
+        progress,
+        salvaged,
+        trouble: Mutex::default(),
+        running: Mutex::new(lanes),
+        ended: Signal::default(),
+        begin: Instant::now(),
+        moved: Mutex::default(),
+    });
+    for lane in 0..lanes {
+        let theirs = shared.clone();
+        // This worker is the first of them.
+        match (lane % (helpers.len() + 1)).checked_sub(1) {
+            None => current().spawn(theirs.lane()),
+            Some(helper) => helpers[helper].send(|local| local.io().spawn(theirs.lane())),
+        }
+    }
+    shared.ended.wait(|| *shared.running.lock() == 0).await;
+    match shared.trouble.lock().take() {
+        Some(trouble) => Err(trouble),
+        None => Ok(()),
+    }
+}
+
+impl Shared {
+    /// Moves pieces until there are none left, or something fails.
+    async fn lane(self: Arc<Shared>) {
+        let mut buffer = None;
+        while self.trouble.lock().is_none() {
+            let piece = match self.plan.next(&self.copy).await {
+                Ok(Some(piece)) => piece,
+                Ok(None) => break,
+                Err(trouble) => {
+                    self.fail(trouble);
+                    break;
+                }
+            };
+            let moved = self.move_piece(&piece, &mut buffer).await;
+            self.turns.done(piece.ticket);
+            if let Err(trouble) = moved {
+                self.fail(trouble);
+            }
+        }
+        *self.running.lock() -= 1;
+        self.ended.notify();
+    }
+
+    fn fail(&self, trouble: Trouble) {
+        self.trouble.lock().get_or_insert(trouble);
+        // Whoever waits for a turn that will not come.
+        self.turns.end();
+    }
+
+    async fn move_piece(
+        &self,
+        piece: &Piece,
+        buffer: &mut Option<AlignedBuf>,
+    ) -> Result<(), Trouble> {
+        if piece.kind == Kind::Zeroes {
+            self.await_turn(piece).await;
+            return self.zero(piece.to, piece.len).await;
+        }
+        self.hold_rate(piece.len).await;
+        let buffer = match buffer {
+            Some(buffer) => buffer,
+            None => buffer.insert(AlignedBuf::new(CHUNK as usize, 4096).ok_or(Trouble::Memory)?),
+        };
+        let bytes = &mut buffer[..piece.len as usize];
+        match piece.kind {
+            Kind::WrittenZeroes => bytes.fill(0),
+            _ => self.read(piece, bytes).await?,
+        }
+        self.await_turn(piece).await;
+        self.write(piece.to, bytes).await?;
+        self.progress.advance(piece.len, self.plan.total());
+        Ok(())
+    }
+
+    async fn await_turn(&self, piece: &Piece) {
+        if self.copy.in_order {
+            self.turns.wait(piece.ticket).await;
+        }
+    }
+
+    async fn read(&self, piece: &Piece, bytes: &mut [u8]) -> Result<(), Trouble> {
+        let source = &self.copy.sources[piece.source];
+        let whole = source.read(piece.from, &IoVec::from_mut(bytes)).await;
+        match whole {
+            Ok(()) => return Ok(()),
+            Err(errno) if !self.copy.salvage => return Err(Trouble::Read(piece.to, errno)),
+            Err(_) => {}
+        }
+        let mut at = 0;
+        for sector in bytes.chunks_mut(512) {
+            let len = sector.len() as u64;
+            if let Err(errno) = source.read(piece.from + at, &IoVec::from_mut(sector)).await {
+                (self.salvaged)(piece.to + at, errno);
+                sector.fill(0);
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Writes data, without its longer runs of zeroes where that is wanted.
+    async fn write(&self, to: u64, bytes: &[u8]) -> Result<(), Trouble> {
+        let sparse = match self.copy.sparse {
+            Some(sparse) if !self.copy.keeps_data => sparse,
+            _ => return self.write_data(to, bytes).await,
+        };
+        let mut rest = bytes;
+        let mut at = to;
+        while !rest.is_empty() {
+            let (zero, len) = next_run(rest, at, sparse);
+            let (run, tail) = rest.split_at(len);
+            match zero {
+                true => self.zero(at, len as u64).await?,
+                false => self.write_data(at, run).await?,
+            }
+            at += len as u64;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    async fn write_data(&self, to: u64, bytes: &[u8]) -> Result<(), Trouble> {
+        let written =
+            self.copy.target.write(to, &IoVec::from_ref(bytes), WriteFlags::empty()).await;
+        written.map_err(|errno| Trouble::Write(to, errno))
+    }
+
+    async fn zero(&self, to: u64, len: u64) -> Result<(), Trouble> {
+        if self.copy.target_is_zero {
+            return Ok(());
+        }
+        let zeroed = self.copy.target.zero(to, len, ZeroFlags::UNMAP).await;
+        zeroed.map_err(|errno| Trouble::Write(to, errno))
+    }
+
+    /// Waits until `len` bytes more are not too many for the time that has passed.
+    async fn hold_rate(&self, len: u64) {
+        let Some(rate) = self.copy.rate.filter(|&rate| rate > 0) else { return };
+        let before = {
+            let mut moved = self.moved.lock();
+            *moved += len;
+            *moved - len
+        };
+        let due = Duration::from_secs_f64(before as f64 / rate as f64);
+        if let Some(early) = due.checked_sub(self.begin.elapsed()) {
+            sleep(early).await;
+        }
+    }
+}
+
+/// The run at the beginning of `bytes`, which go to offset `at`: whether it is of zeroes, at least
+/// `sparse` of them and in whole pages of the target, and its length.
+fn next_run(bytes: &[u8], at: u64, sparse: u64) -> (bool, usize) {
+    let least = sparse.max(1) as usize;
+    let mut len = 0;
+    while len < bytes.len() {
+        let (zero, run) = zero_prefix(&bytes[len..]);
+        let end = len + run;
+        if !zero {
+            len = end;
+            continue;
+        }
+        // Whole pages of it; what is left over goes with its neighbours.
+        let page = |offset: u64| (offset.next_multiple_of(PAGE) - at) as usize;
+        let from = if len == 0 { 0 } else { page(at + len as u64).min(end) };
+        let to = match end == bytes.len() {
+            true => end,
+            false => (((at + end as u64) / PAGE * PAGE).saturating_sub(at) as usize).max(from),
+        };
+        if to > from && (run >= least || to == bytes.len() && from == 0) {
+            return if from == 0 { (true, to) } else { (false, from) };
+        }
+        len = end;
+    }
+    (false, bytes.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The runs of a text in which `0` stands for 512 zero bytes and `x` for others.
+    fn runs(text: &str, at: u64, sparse: u64) -> String {
+        let bytes: Vec<u8> = text.chars().flat_map(|c| vec![u8::from(c == 'x'); 512]).collect();
+        let (mut rest, mut at) = (&bytes[..], at);
+        let mut shown = Vec::new();
+        while !rest.is_empty() {
+            let (zero, len) = next_run(rest, at, sparse);
+            shown.push(format!("{}{}", len / 512, if zero { "z" } else { "d" }));
+            rest = &rest[len..];
+            at += len as u64;
+        }
+        shown.join(" ")
+    }
+
+    #[test]
+    fn long_runs_of_zeroes_are_kept_apart_in_whole_pages() {
+        for (text, at, sparse, wanted) in [
+            ("xxxxxxxx", 0, 4096, "8d"),
+            ("00000000", 0, 4096, "8z"),
+            ("0", 0, 4096, "1z"),
+            ("xxxxxxxx00000000xxxxxxxx", 0, 4096, "8d 8z 8d"),
+            ("x000000000000000xxxxxxxx", 0, 4096, "8d 8z 8d"),
+            ("xxxxxxxx00000000xxxxxxxx", 0, 8192, "24d"),
+            ("xxxxxxxx0000xxxxxxxxxxxx", 0, 512, "24d"),
+            ("0000000000000000x", 0, 4096, "16z 1d"),
+            ("xxxxxxxx000", 0, 512, "8d 3z"),
+        ] {
+            assert_eq!(runs(text, at, sparse), wanted, "{text} {sparse}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Waiting across workers: for one's turn, and for something to become true.
+
+use crate::io::sync::Mutex;
+use std::collections::BTreeSet;
+use std::task::{Poll, Waker};
+
+/// Tells those who wait that it is time to look again.
+#[derive(Default)]
+pub struct Signal(Mutex<Vec<Waker>>);
+
+impl Signal {
+    /// Waits until `ready` is true; whoever makes it so calls [`Signal::notify`].
+    pub async fn wait(&self, ready: impl Fn() -> bool) {
+        std::future::poll_fn(|cx| {
+            if ready() {
+                return Poll::Ready(());
+            }
+            self.0.lock().push(cx.waker().clone());
+            // It may have come between the look and the list.
+            if ready() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    pub fn notify(&self) {
+        let waiting = std::mem::take(&mut *self.0.lock());
+        waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// Who may write: the holders of tickets 0, 1, 2, … one after the other.
+#[derive(Default)]
+pub struct Turns {
+    state: Mutex<State>,
+    signal: Signal,
+}
+
+#[derive(Default)]
+struct State {
+    /// All tickets below it are done.
+    next: u64,
+    /// Done already, but not in their turn.
+    early: BTreeSet<u64>,
+    ended: bool,
+}
+
+impl Turns {
+    /// Waits until all tickets before this one are done.
+    pub async fn wait(&self, ticket: u64) {
+        let ready = || {
+            let state = self.state.lock();
+            state.ended || state.next >= ticket
+        };
+        self.signal.wait(ready).await;
+    }
+
+    pub fn done(&self, ticket: u64) {
+        let mut state = self.state.lock();
+        state.early.insert(ticket);
+        let mut next = state.next;
+        while state.early.remove(&next) {
+            next += 1;
+        }
+        state.next = next;
+        drop(state);
+        self.signal.notify();
+    }
+
+    /// Lets everyone go on: there will be no more turns.
+    pub fn end(&self) {
+        self.state.lock().ended = true;
+        self.signal.notify();
+    }
+}
