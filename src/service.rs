@@ -8,6 +8,7 @@ pub use live::ExportInfo;
 
 use crate::block::graph::{Attachment, Graph};
 use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry};
+use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
     Address, DiskOptions, Export, ExportOptions, FailureOptions, IoErrors, ReadErrors, WriteErrors,
     listening_fd,
@@ -109,6 +110,8 @@ struct VhostUserBlkExport {
     werror: WriteErrors,
     #[serde(default)]
     rerror: ReadErrors,
+    /// Seconds.
+    io_timeout: Option<u32>,
 }
 
 /// One name, or a list of them.
@@ -237,7 +240,13 @@ impl Service {
             logical_block_size: check_block_size(&id, block)?,
             num_queues: options.num_queues.unwrap_or(1),
             serial: SERIAL.into(),
-            failures: FailureOptions { werror: options.werror, rerror: options.rerror },
+            failures: FailureOptions {
+                werror: options.werror,
+                rerror: options.rerror,
+                io_timeout: options
+                    .io_timeout
+                    .map_or(DEFAULT_TIMEOUT, |seconds| Duration::from_secs(seconds.into())),
+            },
         };
         self.export(NewExport { id, node, disk, address, workers })
     }

@@ -5,6 +5,7 @@ use super::process::{EndSignals, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
 use crate::block::Error;
 use crate::drivers;
+use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
     Address, DiskOptions, FailureOptions, ReadErrors, WriteErrors,
 };
@@ -55,6 +56,9 @@ pub struct Serve {
     /// What to do about reads that the storage fails
     #[arg(long, value_enum, default_value_t)]
     rerror: ReadErrors,
+    /// Seconds that a request may take before its connection is closed; 0: any time
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_TIMEOUT.as_secs() as u32)]
+    io_timeout: u32,
     /// Longest time that an idle worker spins before it sleeps, in microseconds
     #[arg(long, default_value_t = 32)]
     poll_max_us: u64,
@@ -188,7 +192,11 @@ impl Serve {
             logical_block_size: check_block_size(&id, block)?,
             num_queues: self.num_queues,
             serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
-            failures: FailureOptions { werror: self.werror, rerror: self.rerror },
+            failures: FailureOptions {
+                werror: self.werror,
+                rerror: self.rerror,
+                io_timeout: Duration::from_secs(self.io_timeout.into()),
+            },
         };
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;

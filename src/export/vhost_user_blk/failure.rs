@@ -47,6 +47,8 @@ pub enum ReadErrors {
 pub struct FailureOptions {
     pub werror: WriteErrors,
     pub rerror: ReadErrors,
+    /// How long a request may be in flight before its connection is closed; zero for ever.
+    pub io_timeout: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,7 +250,8 @@ mod tests {
     #[test]
     fn the_policies_mean_what_they_mean_to_qemu() {
         let of = |werror, rerror, operation, errno| {
-            FailureOptions { werror, rerror }.action(&failure(operation, errno))
+            FailureOptions { werror, rerror, ..FailureOptions::default() }
+                .action(&failure(operation, errno))
         };
         use Operation::*;
         for operation in [Write, Flush, Discard, WriteZeroes] {

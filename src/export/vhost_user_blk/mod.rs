@@ -8,6 +8,7 @@
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`failure`]: what becomes of a request that the storage fails. [`held`]: those that are held.
+//! * [`watch`]: requests that the kernel does not finish.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
 //! * [`write_cache`]: what the guest has made of its write cache.
@@ -27,6 +28,7 @@ pub mod request;
 pub mod ring;
 pub mod server;
 pub mod session;
+pub mod watch;
 pub mod write_cache;
 
 pub use config::DiskOptions;

@@ -19,6 +19,7 @@ use super::inflight::Tracker;
 use super::memory::Memory;
 use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
 use super::ring::{Broken, SplitRing};
+use super::watch::Watch;
 use crate::block::{Access, Target, Transfer};
 use crate::io::epoch::{Announcer, Generation, Turn};
 use crate::io::{
@@ -56,6 +57,7 @@ pub struct Queue {
     disk: Arc<Disk>,
     memory: Arc<Memory>,
     loss: LossWatch,
+    watch: Watch,
     ring: SplitRing,
     /// `None`: the front end does not want requests in flight to be tracked.
     inflight: Option<Tracker>,
@@ -98,6 +100,8 @@ struct Slot {
     fast: bool,
     /// It was held before.
     again: bool,
+    /// Looks of the watch since it was taken.
+    age: u8,
     kind: Option<Kind>,
     /// The chain's memory; for transfers, `data` of it is the data.
     segments: Vec<libc::iovec>,
@@ -175,6 +179,7 @@ impl Queue {
             disk: start.disk,
             memory: start.memory,
             loss: LossWatch::default(),
+            watch: Watch::default(),
             ring: start.ring,
             inflight: start.inflight,
             log: None,
@@ -219,6 +224,11 @@ impl Queue {
     /// Who is told when the front end takes its memory away.
     pub fn watch_loss(&mut self, loss: LossWatch) {
         self.loss = loss;
+    }
+
+    /// Who is told when a request does not end.
+    pub fn watch_hangs(&mut self, watch: Watch) {
+        self.watch = watch;
     }
 
     pub fn set_call(&mut self, call: Option<Arc<File>>) {
@@ -289,6 +299,7 @@ impl Queue {
         let turn = announcer.enter();
         let mut batch = FIRST_BATCH;
         self.calls.taken(count as u32, thread_cpu_ns);
+        self.watch.begin(io);
         loop {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
@@ -329,6 +340,10 @@ impl Queue {
     fn show_used(&mut self) {
         if self.loss.is_lost(&self.memory) {
             self.broken = true;
+            return;
+        }
+        // Who comes back where nothing is tracked does again all that it has not seen done.
+        if self.watch.is_hung() && self.inflight.is_none() {
             return;
         }
         self.ring.publish();
@@ -397,6 +412,7 @@ impl Queue {
         slot.status = std::ptr::NonNull::new(status);
         prefetch(out[0].iov_base.cast());
         slot.busy = true;
+        slot.age = 0;
         self.in_flight += 1;
         self.held += slot.segments.len();
         // At most 1024 descriptors, each in at most 509 regions.
@@ -489,6 +505,7 @@ impl Queue {
     ) {
         let slot = &mut self.slots[head as usize];
         slot.data = (readable as u32, slot.segments.len() as u32);
+        (slot.offset, slot.len) = (0, 0);
         let (out, into) = slot.segments.split_at(readable);
         // SAFETY: the queue keeps `memory` mapped while the request is in flight.
         let (out, into) = unsafe { (IoVec::from_raw(out), IoVec::from_raw(into)) };
@@ -708,6 +725,9 @@ impl Source for Queue {
     fn tick(&mut self, io: &Rc<Io>, now: u64) -> bool {
         if let Some(at) = self.on_hold.tick(now) {
             io.tick_by(at);
+        }
+        if self.watch.is_due(io, now, self.in_flight > 0) {
+            self.age();
         }
         self.on_hold.due() > 0
     }

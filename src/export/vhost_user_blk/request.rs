@@ -3,6 +3,7 @@
 
 use super::config::{self, DiskOptions};
 use super::failure::{Action, Failure, Failures, Operation};
+use super::watch::Lingering;
 use super::write_cache::WriteCache;
 use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::iovec::iovec;
@@ -43,6 +44,7 @@ pub struct Disk {
     pub write_cache: WriteCache,
     pub counters: Counters,
     pub failures: Failures,
+    pub lingering: Lingering,
     /// The queues that run: worker and source. For those who have something to say to all of them.
     pub running: Mutex<Vec<(usize, SourceId)>>,
 }
@@ -106,6 +108,7 @@ impl Disk {
             write_cache: WriteCache::default(),
             counters: Counters::default(),
             failures: Failures::default(),
+            lingering: Lingering::default(),
             running: Mutex::default(),
             node,
             options,

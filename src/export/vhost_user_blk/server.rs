@@ -78,6 +78,12 @@ impl Export {
             notices,
             current: Mutex::default(),
         });
+        let weak = Arc::downgrade(&shared);
+        shared.disk.lingering.when_none(move || {
+            if let Some(shared) = weak.upgrade() {
+                shared.go_on();
+            }
+        });
         Ok(Export { shared, door: Some(door), thread: None })
     }
 
@@ -142,6 +148,8 @@ impl Drop for Export {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        // Whoever may open the image next relies on it.
+        self.shared.disk.lingering.wait(&self.shared.name);
         let Counters { requests, slow, flushes, errors } = &self.shared.disk.counters;
         log::info!(
             "{}: ended: requests={} slow={} flushes={} errors={}",
@@ -230,8 +238,23 @@ impl Shared {
         }
     }
 
+    /// The I/O of earlier connections has ended: the rings of this one may begin.
+    fn go_on(&self) {
+        log::info!("{}: I/O of an earlier connection has ended", self.name);
+        let front_end = self.current.lock().front_end.as_ref().map(|(_, session)| session.clone());
+        if let Some(session) = front_end
+            && let Err(error) = lock(&session).start_waiting()
+        {
+            log::warn!("{}: connection closed: {error}", self.name);
+            if let Some((stream, _)) = &self.current.lock().front_end {
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+        }
+    }
+
     /// The sessions' word for it blocks: not to be called on a worker.
     fn pause(&self) {
+        self.disk.lingering.wait(&self.name);
         let mut current = self.current.lock();
         current.paused += 1;
         if let Some((_, session)) = &current.front_end {

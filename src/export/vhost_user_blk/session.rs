@@ -14,19 +14,23 @@ use super::memory::{Memory, Region};
 use super::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
+use super::watch::{Watch, linger};
 use crate::io::{Errno, SourceId, Worker};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vhost::vhost_user::{Error, Result};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 /// How long a ring may take to stop before the log says that it is still waited for.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether a ring that is to stop is to be given up.
+const STOP_LOOK: Duration = Duration::from_millis(100);
 
 /// The state of one connection.
 pub struct Session {
@@ -47,6 +51,10 @@ pub struct Session {
     log: Option<Arc<DirtyLog>>,
     /// How its queues end the connection.
     cut_off: Option<Arc<CutOff>>,
+    /// A request of one of its queues does not end.
+    hung: Arc<AtomicBool>,
+    /// Nothing begins any more.
+    ended: bool,
 }
 
 /// What the front end has said of a ring.
@@ -129,6 +137,8 @@ impl Session {
             inflight: None,
             log: None,
             cut_off: None,
+            hung: Arc::default(),
+            ended: false,
         };
         session.apply_write_cache();
         session
@@ -168,10 +178,11 @@ impl Session {
     }
 
     /// Back to what a guest finds that has said nothing. What it had under way is of no more use.
-    fn reset(&mut self) {
-        self.stop_rings(0..self.rings.len(), AtStop::Fail);
+    fn reset(&mut self) -> Result<()> {
+        self.stop_rings(0..self.rings.len(), AtStop::Fail)?;
         self.features = None;
         self.set_write_cache(true);
+        Ok(())
     }
 
     /// Starts a ring if all that it needs has been said.
@@ -183,7 +194,8 @@ impl Session {
         let (Some(at), false, true) = (ring.at, matches!(ring.kick, Kick::Unset), enabled) else {
             return Ok(());
         };
-        if ring.running.is_some() {
+        // While I/O of an earlier connection may still land nothing begins; its end starts the ring.
+        if ring.running.is_some() || self.ended || self.disk.lingering.any() {
             return Ok(());
         }
         let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
@@ -223,10 +235,13 @@ impl Session {
         };
         let worker = (self.first_worker + index) % self.workers.len();
         let loss = LossWatch::new(self.cut_off.clone());
+        let timeout = self.disk.options.failures.io_timeout;
+        let watch = Watch::new(timeout, self.cut_off.clone(), self.hung.clone());
         // Every start scans the ring unprompted: a source is polled as it is attached.
         let source = self.workers[worker].call(move |local| {
             let mut queue = Queue::new(start);
             queue.watch_loss(loss);
+            queue.watch_hangs(watch);
             local.attach(Box::new(queue), kick)
         });
         self.rings[index].running = Some((worker, source));
@@ -280,7 +295,11 @@ impl Session {
     }
 
     /// Stops rings, all at once, and waits until nothing of them is in flight.
-    fn stop_rings(&mut self, indices: impl Iterator<Item = usize>, held: AtStop) {
+    ///
+    /// # Errors
+    /// Something in flight does not end. Those rings are left to themselves, and the connection is
+    /// closed.
+    fn stop_rings(&mut self, indices: impl Iterator<Item = usize>, held: AtStop) -> Result<()> {
         let mut stopping = Vec::new();
         for index in indices {
             let Some((worker, source)) = self.rings[index].running.take() else { continue };
@@ -293,23 +312,15 @@ impl Session {
             });
             stopping.push((index, receiver));
         }
+        let mut result = Ok(());
         for (index, receiver) in stopping {
-            let mut waited = Duration::ZERO;
-            let stopped = loop {
-                match receiver.recv_timeout(STOP_PATIENCE) {
-                    Ok(stopped) => break stopped,
-                    Err(mpsc::RecvTimeoutError::Timeout) => {
-                        waited += STOP_PATIENCE;
-                        log::warn!(
-                            "{}: queue {index}: I/O in flight has not ended for {} s",
-                            self.name,
-                            waited.as_secs()
-                        );
-                    }
-                    Err(mpsc::RecvTimeoutError::Disconnected) => {
-                        break Stopped { base: self.rings[index].base, held: Vec::new() };
-                    }
+            let Some(stopped) = self.wait_stopped(index, &receiver) else {
+                linger(&self.disk, receiver);
+                if let Some(cut_off) = &self.cut_off {
+                    cut_off.cut("I/O in flight does not end");
                 }
+                result = refuse(format!("queue {index}: I/O in flight does not end"));
+                continue;
             };
             self.rings[index].base = stopped.base;
             // Where requests are tracked they are found there.
@@ -320,11 +331,51 @@ impl Session {
             // and must not be the worker, whose other disks would wait.
             while receiver.recv().is_ok() {}
         }
+        result
+    }
+
+    /// What a ring leaves that was told to stop; none if its I/O is given up on.
+    fn wait_stopped(&self, index: usize, receiver: &mpsc::Receiver<Stopped>) -> Option<Stopped> {
+        let timeout = self.disk.options.failures.io_timeout;
+        // The queue's own watch tells a little later than the deadline, so that this is for those
+        // who cannot tell: a worker that hangs itself.
+        let most = if timeout.is_zero() { Duration::MAX } else { 2 * timeout };
+        let began = Instant::now();
+        let mut told = STOP_PATIENCE;
+        loop {
+            match receiver.recv_timeout(STOP_LOOK) {
+                Ok(stopped) => return Some(stopped),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    let waited = began.elapsed();
+                    if self.hung.load(Ordering::SeqCst) || waited > most {
+                        return None;
+                    }
+                    if waited >= told {
+                        told += STOP_PATIENCE;
+                        log::warn!(
+                            "{}: queue {index}: I/O in flight has not ended for {} s",
+                            self.name,
+                            waited.as_secs()
+                        );
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Some(Stopped { base: self.rings[index].base, held: Vec::new() });
+                }
+            }
+        }
+    }
+
+    /// Starts the rings that have waited for I/O of an earlier connection.
+    pub fn start_waiting(&mut self) -> Result<()> {
+        (0..self.rings.len()).try_for_each(|index| self.start_ring(index))
     }
 
     /// Stops every ring. The end of each session.
     pub fn stop_all(&mut self) {
-        self.stop_rings(0..self.rings.len(), self.at_stop());
+        self.ended = true;
+        // Whatever does not end, the session does.
+        let _ = self.stop_rings(0..self.rings.len(), self.at_stop());
     }
 
     /// Takes no more requests, and returns once none is in flight.
@@ -364,7 +415,7 @@ impl Session {
         let memory = Memory::new(regions).or_else(refuse)?;
         let running: Vec<usize> =
             (0..self.rings.len()).filter(|&i| self.rings[i].running.is_some()).collect();
-        self.stop_rings(running.iter().copied(), AtStop::Leave);
+        self.stop_rings(running.iter().copied(), AtStop::Leave)?;
         self.memory = Arc::new(memory);
         running.into_iter().try_for_each(|index| self.start_ring(index))
     }

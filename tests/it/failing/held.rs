@@ -13,7 +13,7 @@ use vublk_testkit::{Disk, Options};
 const STOP: &str = "werror=stop,rerror=stop";
 
 /// Every head of queue 0 that is marked in flight.
-fn marked(disk: &Disk) -> Vec<usize> {
+pub fn marked(disk: &Disk) -> Vec<usize> {
     use std::os::unix::fs::FileExt;
     let (told, file) = disk.inflight().expect("it is offered");
     let mut part = vec![0; 16 + 16 * usize::from(told.queue_size)];

@@ -4,6 +4,7 @@
 //! that fails when the test says so.
 
 mod full;
+mod hangs;
 mod held;
 mod policies;
 pub mod small;

@@ -3,7 +3,7 @@
 
 use super::super::failure::{Action, Failure, Operation};
 use super::super::request::{Kind, Status};
-use super::{KEEP_SEGMENTS, Queue};
+use super::{KEEP_SEGMENTS, Queue, Slot};
 use crate::io::Io;
 
 /// What becomes of held requests when their queue stops.
@@ -94,6 +94,38 @@ impl Queue {
         }
         if let Some((_, AtStop::Fail)) = self.stop {
             self.fail_held();
+        }
+    }
+
+    /// Counts the ages of what is in flight up, and tells of the oldest if it is too old.
+    #[cold]
+    pub(super) fn age(&mut self) {
+        let mut oldest: Option<(usize, u8)> = None;
+        let in_flight = |slot: &Slot| slot.busy && slot.status.is_some();
+        for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| in_flight(slot)) {
+            slot.age = slot.age.saturating_add(1);
+            if oldest.is_none_or(|(_, age)| slot.age > age) {
+                oldest = Some((head, slot.age));
+            }
+        }
+        if let Some((head, age)) = oldest.filter(|&(_, age)| self.watch.is_over(age)) {
+            let slot = &self.slots[head];
+            let what = match slot.kind {
+                Some(Kind::In) => "read",
+                Some(Kind::Out) => "write",
+                Some(Kind::Flush) => "flush",
+                Some(Kind::Discard) => "discard",
+                Some(Kind::WriteZeroes) => "write zeroes",
+                Some(Kind::GetId) | None => "request",
+            };
+            let (name, seconds) = (&self.name, self.watch.elapsed(age).as_secs());
+            let Slot { len, offset, .. } = slot;
+            let line = format!(
+                "{name}: {what} of {len} bytes at {offset} has not ended for {seconds} s; {} requests \
+                 are in flight",
+                self.in_flight
+            );
+            self.watch.hangs(&line);
         }
     }
 }

@@ -28,12 +28,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.reset();
+        self.reset()?;
         Ok(())
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.reset();
+        self.reset()?;
         for ring in &mut self.rings {
             *ring = RingState::new();
         }
@@ -164,7 +164,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.ring(index)?;
-        self.stop_rings(std::iter::once(index as usize), self.at_stop());
+        self.stop_rings(std::iter::once(index as usize), self.at_stop())?;
         let ring = self.ring(index)?;
         // A stopped ring starts again only with a new kick descriptor.
         ring.kick = Kick::Unset;
@@ -215,8 +215,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if enable {
             self.start_ring(index as usize)
         } else {
-            self.stop_rings(std::iter::once(index as usize), self.at_stop());
-            Ok(())
+            self.stop_rings(std::iter::once(index as usize), self.at_stop())
         }
     }
 
