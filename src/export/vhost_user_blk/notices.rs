@@ -7,7 +7,8 @@
 //!
 //! The rule held here: a notice never waits for the front end. It goes out in a quiet moment, because
 //! front ends such as QEMU 7.2 answer a notice by asking for the configuration even while they wait
-//! for the answer to another question.
+//! for the answer to another question; and while a ring runs, because they pass over what comes before
+//! (seen with QEMU 7.2, which has read the configuration then and does not read it again).
 
 use crate::io::Errno;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -62,10 +63,12 @@ impl<'a> Channel<'a> {
     }
 
     /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
-    /// told. What it has sent is left to be read.
-    pub fn wait(&mut self, stream: RawFd) {
+    /// told, if a ring is `running`. What it has sent is left to be read.
+    pub fn wait(&mut self, stream: RawFd, running: bool) {
         loop {
-            let due = self.socket.is_some() && self.notices.config_changed.load(Ordering::SeqCst);
+            let due = running
+                && self.socket.is_some()
+                && self.notices.config_changed.load(Ordering::SeqCst);
             let mut polled = [stream, self.notices.wake.as_raw_fd()].map(|fd| libc::pollfd {
                 fd,
                 events: libc::POLLIN,

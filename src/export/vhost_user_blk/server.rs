@@ -218,7 +218,8 @@ impl Shared {
             if self.stopping.load(Ordering::SeqCst) {
                 break None;
             }
-            channel.wait(handler.as_raw_fd());
+            let running = lock(&session).is_running();
+            channel.wait(handler.as_raw_fd(), running);
             match handler.handle_request() {
                 Ok(()) => channel.accept(),
                 Err(VhostError::Disconnected) => break None,

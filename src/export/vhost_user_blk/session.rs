@@ -265,6 +265,11 @@ impl Session {
         }
     }
 
+    /// Whether the device serves a ring.
+    pub fn is_running(&self) -> bool {
+        self.rings.iter().any(|ring| ring.running.is_some())
+    }
+
     /// Rings that start from now on track their requests there.
     fn track_in(&mut self, region: inflight::Region) -> Result<()> {
         if let Some(index) = self.rings.iter().position(|ring| ring.running.is_some()) {

@@ -122,7 +122,7 @@ fn connect(served: &Served, data: &[u8]) {
     notices.config_changed();
     let mut channel = Channel::new("fuzz", &notices);
     loop {
-        channel.wait(handler.as_raw_fd());
+        channel.wait(handler.as_raw_fd(), true);
         match handler.handle_request() {
             Ok(()) => channel.accept(),
             Err(Error::SocketRetry(_)) => {}

@@ -50,6 +50,24 @@ fn capacity(disk: &mut Disk) -> u64 {
 }
 
 #[test]
+fn a_front_end_without_rings_is_told_once_they_run() {
+    let daemon = daemon(&SERVED);
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let (mut disk, socket) = open(&daemon);
+    disk.stop().unwrap();
+    resize(&mut client, 2 * SIZE);
+    // Long enough to have been told, if that were wanted.
+    socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+    let early = (&socket).read(&mut [0; 12]);
+    assert_eq!(early.unwrap_err().kind(), ErrorKind::WouldBlock);
+    socket.set_read_timeout(Some(LIMIT)).unwrap();
+    let base = disk.queue(0).ring().resume_base();
+    disk.start_queue(0, base).unwrap();
+    disk.connection().enable_queue(0, true).unwrap();
+    assert_told(&socket);
+}
+
+#[test]
 fn a_front_end_is_told_once_of_each_resize() {
     let daemon = daemon(&SERVED);
     let mut client = Client::connect(&daemon.path("m.sock"));
