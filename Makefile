@@ -1,5 +1,5 @@
 # The project's commands. Each prepares what it needs from Debian's packages (tests/setup.sh: as root or through sudo).
-# BENCH='…' hands options to the benchmark; FUZZ_SECONDS is how long each fuzz target runs.
+# BENCH='…' hands options to the benchmark; FUZZ_SECONDS is how long each fuzz target runs, SOAK_SECONDS the soak.
 
 CARGO ?= cargo
 
@@ -11,6 +11,7 @@ help:
 	@echo 'make test-without-io-uring  the tests of disks where threads do the I/O'
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
 	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
+	@echo 'make soak   a guest under load through kills, upgrades, resizes and hot-plug, SOAK_SECONDS=3600'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
 
 setup:
@@ -49,6 +50,12 @@ fuzz: setup
 		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz $$target -- \
 			-max_total_time=$(FUZZ_SECONDS) $(FUZZ_LIMITS) || exit 1; \
 	done
+
+SOAK_SECONDS ?= 3600
+
+# The verdict is its last lines and its exit code; VUBLK_SEED repeats a run.
+soak: setup
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked -p vublk --test soak -- --nocapture
 
 PREFIX ?= /usr/local
 DESTDIR ?=

@@ -2,6 +2,7 @@
 //! real block layer show is tested here; the protocol's corners have tests of their own. A boot
 //! takes seconds, so one boot carries several checks.
 
+#[allow(dead_code, reason = "shared with tests/soak, which uses more of it")]
 pub mod boot;
 pub mod server;
 

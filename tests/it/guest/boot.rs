@@ -71,6 +71,12 @@ impl Guest {
         self.attach(socket, ",reconnect=1", &format!(",num-queues={queues}"))
     }
 
+    /// Options of QEMU's.
+    pub fn with<T: Into<String>>(mut self, options: impl IntoIterator<Item = T>) -> Self {
+        self.qemu_options.extend(options.into_iter().map(Into::into));
+        self
+    }
+
     fn attach(mut self, socket: &Path, connection: &str, properties: &str) -> Self {
         let chardev = format!("disk{}", self.disks);
         self.disks += 1;
@@ -86,6 +92,16 @@ impl Guest {
     /// Boots the guest, which then runs `script` under `sh`.
     pub fn boot(self, script: &str) -> RunningGuest {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        self.boot_in_turn(script, Some(turn))
+    }
+
+    /// Boots the guest in the turn of one that runs: the two are one guest, which goes from the one
+    /// QEMU to the other.
+    pub fn boot_beside(self, _other: &RunningGuest, script: &str) -> RunningGuest {
+        self.boot_in_turn(script, None)
+    }
+
+    fn boot_in_turn(self, script: &str, turn: Option<MutexGuard<'static, ()>>) -> RunningGuest {
         build_guest();
         let dir = tempfile::tempdir().unwrap();
         let script_path = dir.path().join("script");
@@ -104,15 +120,7 @@ impl Guest {
         let (sender, lines) = channel();
         forward_lines(qemu.stdout.take().unwrap(), sender.clone());
         forward_lines(qemu.stderr.take().unwrap(), sender);
-        RunningGuest {
-            qemu,
-            lines,
-            console: Console::default(),
-            started,
-            end,
-            _dir: dir,
-            _turn: turn,
-        }
+        RunningGuest { qemu, lines, console: Console::default(), started, end, _dir: dir, turn }
     }
 
     /// Boots the guest, runs `script` to its end, and fails the test unless its exit code is 0.
@@ -129,7 +137,7 @@ pub struct RunningGuest {
     started: Instant,
     end: Instant,
     _dir: TempDir,
-    _turn: MutexGuard<'static, ()>,
+    turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl RunningGuest {
@@ -142,6 +150,32 @@ impl RunningGuest {
             }
         }
         panic!("the guest ended without saying {word:?}; its console:\n{}", self.console.text());
+    }
+
+    /// Waits until the guest prints a line that begins with `start`, and gives the rest of it; fails
+    /// the test if that takes longer than `limit`.
+    pub fn value_within(&mut self, start: &str, limit: Duration) -> String {
+        let whole = std::mem::replace(&mut self.end, Instant::now() + limit);
+        while let Some(line) = self.next_line() {
+            if let Some(rest) = line.strip_prefix(start) {
+                self.end = whole;
+                return rest.to_owned();
+            }
+        }
+        panic!("the guest ended without saying {start:?}; its console:\n{}", self.console.text());
+    }
+
+    /// What it has printed so far.
+    pub fn console(&mut self) -> &Console {
+        while let Ok(line) = self.lines.try_recv() {
+            self.console.lines.push((self.started.elapsed(), line));
+        }
+        &self.console
+    }
+
+    /// The guest has gone on to `next`, and its turn with it.
+    pub fn hand_turn_to(&mut self, next: &mut RunningGuest) {
+        next.turn = self.turn.take();
     }
 
     /// Sends one line to the guest's standard input.

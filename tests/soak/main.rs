@@ -1,0 +1,59 @@
+//! The soak: a real guest under load, whose disks and daemon go through everything that production
+//! does to them, in an order that a seed says, for `SOAK_SECONDS`. In the end a verdict: what was done
+//! how often, and what went wrong. The logs of a run that failed are kept.
+
+#[allow(dead_code, reason = "shared with tests/it, which uses more of it")]
+#[path = "../it/guest/boot.rs"]
+mod boot;
+#[allow(dead_code, reason = "shared with tests/it, which uses more of it")]
+#[path = "../it/monitor/client.rs"]
+mod client;
+mod daemon;
+#[allow(dead_code, reason = "shared with tests/it, which uses more of it")]
+#[path = "../it/guest/server.rs"]
+mod server;
+mod steps;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use steps::Step;
+use world::World;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}: a number")))
+}
+
+#[test]
+fn a_guest_keeps_its_data_through_all_that_production_does() {
+    let seconds = number("SOAK_SECONDS").unwrap_or(120);
+    let seed = number("VUBLK_SEED").unwrap_or_else(|| fastrand::u64(..));
+    println!("VUBLK_SEED={seed} SOAK_SECONDS={seconds}");
+    let mut world = World::new(Duration::from_secs(seconds));
+    let ran = catch_unwind(AssertUnwindSafe(|| run(&mut world, seconds, seed)));
+    println!("{}", world.table());
+    match ran {
+        Ok(()) => println!("PASSED"),
+        Err(_) => {
+            let logs = world.keep_logs();
+            panic!("FAILED with VUBLK_SEED={seed}; logs in {}", logs.display());
+        }
+    }
+}
+
+/// Every kind of step once, then as the dice fall until the time is over.
+fn run(world: &mut World, seconds: u64, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let began = Instant::now();
+    let mut first = Step::ALL.to_vec();
+    random.shuffle(&mut first);
+    while !first.is_empty() || began.elapsed().as_secs() < seconds {
+        let step = first.pop().unwrap_or_else(|| Step::any(&mut random));
+        std::thread::sleep(Duration::from_millis(random.u64(50..1500)));
+        println!("{:8.2} {step:?}", began.elapsed().as_secs_f64());
+        step.run(world, &mut random);
+        world.check();
+    }
+    world.finish();
+}
