@@ -153,7 +153,8 @@ impl Geometry {
         if word & COMPRESSED != 0 {
             return Ok(Cluster::Compressed(self.decode_compressed(word)));
         }
-        if word & L2_RESERVED != 0 || word & ZERO != 0 && (self.extended_l2 || !self.zero_flag) {
+        // With extended entries, bit 0 is of no meaning: QEMU does not look at it.
+        if word & L2_RESERVED != 0 || word & ZERO != 0 && !self.zero_flag {
             return Err(BadEntry::Reserved);
         }
         let host = word & OFFSET_MASK;

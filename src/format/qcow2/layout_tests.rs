@@ -96,7 +96,7 @@ fn entries_mean_what_the_specification_says() {
     assert_eq!(decode(extended, 0x50000, 5 << 32 | 2), subclusters(Some(0x50000), 2, 5));
     assert_eq!(decode(extended, 0x50000, 1 << 32 | 1), Err(Bitmap));
     assert_eq!(decode(extended, 0, 1), Err(Bitmap));
-    assert_eq!(decode(extended, 1, 0), Err(Reserved));
+    assert_eq!(decode(extended, 1, 0), subclusters(None, 0, 0));
 }
 
 #[test]

@@ -10,15 +10,20 @@
 //! | `lookup` | where a guest's bytes are |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
 //! | `create`, `new_image` | making images |
+//! | `snapshots`, `bitmaps` | the tables of snapshots and stored bitmaps |
+//! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `corrupt` | what is said of an image that makes no sense |
 //!
 //! Images are opened read-only.
 
+pub mod bitmaps;
+pub mod check;
 mod compressed;
 mod corrupt;
 mod create;
 pub mod extensions;
 pub mod header;
+pub mod info;
 pub mod l1;
 pub mod l2_cache;
 pub mod layout;
@@ -28,6 +33,7 @@ mod open;
 mod options;
 pub mod order;
 mod read;
+pub mod snapshots;
 mod status;
 
 use crate::block::registry::{DriverEntry, Kind};
@@ -73,6 +79,8 @@ pub struct Qcow2 {
     slice_bytes: u64,
     visits: Visits,
     is_corrupt: AtomicBool,
+    /// As it was when the image was opened.
+    info: ImageInfo,
 }
 
 impl Qcow2 {
@@ -187,5 +195,23 @@ impl Image for Qcow2 {
             let file = self.file();
             file.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
         })
+    }
+
+    fn check<'a>(
+        &'a self,
+        fix: Fix,
+        say: &'a mut dyn FnMut(&str),
+    ) -> LocalFuture<'a, Result<CheckReport, Error>> {
+        Box::pin(async move {
+            // A repair changes what this node has in memory.
+            if fix != Fix::Nothing {
+                return Err(Error::new("Image is read-only"));
+            }
+            check::check(&self.file(), fix, say).await
+        })
+    }
+
+    fn info(&self) -> ImageInfo {
+        self.info.clone()
     }
 }

@@ -76,6 +76,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         slice_bytes: caches.l2_slice,
         visits: Default::default(),
         is_corrupt: Default::default(),
+        info: super::info::info(&header),
         children,
     }))
 }

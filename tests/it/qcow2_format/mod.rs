@@ -1,6 +1,8 @@
 //! qcow2 images as files: what we make and repair beside what qemu-img makes and repairs.
 
+mod check;
 mod create;
+mod info;
 
 use crate::cli::{VUBLK, run, stderr};
 use std::path::Path;
