@@ -121,3 +121,8 @@ fn hostile_text_is_refused_on_one_line() {
 fn a_hostile_qcow2_header_is_refused_or_kept() {
     with_seeds(20_000, bytes, |input, _| targets::qcow2_header::run(input));
 }
+
+#[test]
+fn a_damaged_qcow2_image_is_checked_and_what_is_repaired_is_sound() {
+    with_seeds(600, bytes, |input, _| targets::qcow2_check::run(input));
+}

@@ -1,0 +1,5 @@
+//! The fuzzer's door to `qcow2_check`: images with bytes changed, checked and repaired.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vublk_fuzz::qcow2_check::run(data));

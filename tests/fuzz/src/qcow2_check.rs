@@ -1,0 +1,112 @@
+//! A small qcow2 image with arbitrary bytes changed, checked and repaired: no panic, an end, and what
+//! a repair calls sound is sound when it is looked at again.
+
+use super::input::Input;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+use vublk::block::{CheckReport, Creation, Error, Fix, Graph, Node, Perm, Perms};
+use vublk::format::qcow2::check;
+use vublk::format::qcow2::snapshots::Snapshot;
+use vublk::io::{Worker, WorkerOptions};
+use vublk::options::{Map, qemuopts};
+
+static WORKER: LazyLock<Worker> =
+    LazyLock::new(|| Worker::start("check", WorkerOptions::default()).expect("a worker"));
+
+/// Where the images of this process are.
+fn path() -> PathBuf {
+    let name = format!("vublk-fuzz-{}.qcow2", std::process::id());
+    std::env::temp_dir().join(name)
+}
+
+/// Mapped images with clusters of 512 bytes and of 16 KiB: without and with subclusters.
+static IMAGES: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
+    ["cluster_size=512,refcount_bits=2", "cluster_size=16k,extended_l2=on"].map(|options| {
+        let path = path().to_str().expect("a name").to_owned();
+        let text = format!("{options},size=200k,preallocation=metadata");
+        let given = qemuopts::parse(&text, None).expect("options").options;
+        let file = Map::from_iter([("driver", "file"), ("filename", &path)]);
+        let registry = vublk::drivers::registry();
+        let creation = Creation::new(registry, "qcow2", (&path, file), given, None);
+        let creation = creation.expect("an image to make");
+        WORKER.block_on(move || async move { creation.run().await }).expect("an image");
+        std::fs::read(&path).expect("an image")
+    })
+});
+
+/// Changes one of the images as the input says, and checks it.
+pub fn run(data: &[u8]) {
+    let mut input = Input::new(data);
+    let mut image = IMAGES[input.below(2) as usize].clone();
+    if input.one_in(3) {
+        add_snapshot(&mut image, &mut input);
+    }
+    for _ in 0..1 + input.u8() % 8 {
+        // Most of what matters is in the first clusters.
+        let words = image.len() as u64 / 8;
+        let reach = if input.one_in(4) { words } else { words.min(512) };
+        let at = input.below(reach) as usize * 8;
+        let value = match input.u8() % 3 {
+            0 => input.edgy(),
+            1 => 1 << 63 | input.below(1 << 10) << 9,
+            _ => input.below(1 << 19),
+        };
+        image[at..][..8].copy_from_slice(&value.to_be_bytes());
+    }
+    if input.one_in(8) {
+        image.truncate(input.below(image.len() as u64) as usize);
+    }
+    std::fs::write(path(), &image).expect("a file");
+    let fix = input.pick(&[Fix::Nothing, Fix::Leaks, Fix::All, Fix::All]);
+    let first = check_once(fix);
+    if let Ok(report) = first
+        && fix == Fix::All
+        && report.corruptions + report.check_errors == 0
+    {
+        let again = check_once(Fix::Nothing).expect("what was repaired is checked");
+        let left = (again.corruptions, again.leaks, again.check_errors);
+        assert_eq!(left, (0, 0, 0), "{report:?}, then {again:?}");
+    }
+    let _ = std::fs::remove_file(path());
+}
+
+/// A snapshot that shares the active L1 table, at the end of the file.
+fn add_snapshot(image: &mut Vec<u8>, input: &mut Input) {
+    let cluster = 1 << image[23];
+    image.resize(image.len().next_multiple_of(cluster), 0);
+    let at = image.len() as u64;
+    let word = |at: usize| image[at..].first_chunk().map_or(0, |word| u64::from_be_bytes(*word));
+    let snapshot = Snapshot {
+        l1_table_offset: word(40),
+        l1_size: word(32) as u32,
+        id: input.bytes(3).to_vec(),
+        name: input.bytes(5).to_vec(),
+        seconds: 0,
+        nanoseconds: 0,
+        vm_clock: 0,
+        vm_state_size: 0,
+        extra: vec![0; input.below(24) as usize],
+    };
+    image.extend(snapshot.encode());
+    image[60..64].copy_from_slice(&(1 + input.u8() as u32 % 3).to_be_bytes());
+    image[64..72].copy_from_slice(&at.to_be_bytes());
+}
+
+fn check_once(fix: Fix) -> Result<CheckReport, Error> {
+    let graph = Graph::new(vublk::drivers::registry());
+    let name = path().to_str().expect("a name").to_owned();
+    let options =
+        Map::from_iter([("driver", "file"), ("filename", &*name), ("node-name", "image")]);
+    let node: Arc<Node> = graph.open_on(&WORKER, options).expect("a file");
+    let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
+    let perms = Perms { held, shared: Perm::empty() };
+    let hold = graph.attach(&node, "check", perms, None).expect("a hold");
+    WORKER.block_on(move || async move {
+        let mut say = |line: &str| {
+            assert!(!line.contains('\n') && line.len() < 1000, "{line:?}");
+        };
+        let result = check::check(hold.node(), fix, &mut say).await;
+        hold.detach().await;
+        result
+    })
+}
