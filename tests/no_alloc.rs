@@ -7,7 +7,9 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::Duration;
-use vublk::block::{Access, Attachment, Graph, Node, Perm, Perms, Registry, Target, Transfer};
+use vublk::block::{
+    Access, Attachment, Graph, Node, Perm, Perms, Registry, Target, Transfer, WriteFlags,
+};
 use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
 use vublk::io::epoch::{Announcer, Generation};
 use vublk::io::sync::locks_taken;
@@ -212,6 +214,15 @@ fn costs_nothing(options: &str, pending: bool) {
     let node = graph.open_on(&worker, map).unwrap();
     let perms = Perms { held: Perm::CONSISTENT_READ | Perm::WRITE, shared: Perm::all() };
     let _attachment: Attachment = graph.attach(&node, "a load", perms, None).unwrap();
+    if options.contains("driver=qcow2") {
+        // Clusters are made by the first write.
+        let node = node.clone();
+        let written = worker.block_on(move || async move {
+            let bytes = vec![1; node.len() as usize];
+            node.write(0, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+        });
+        written.unwrap();
+    }
     let (sender, receiver) = mpsc::channel();
     let load = node.clone();
     worker.send(move |local| {
@@ -238,6 +249,20 @@ fn requests_to_a_file_through_raw_allocate_nothing_and_lock_nothing() {
         let path = file.path().display();
         let options = format!("driver=raw,file.driver=file,file.filename={path}");
         costs_nothing(&format!("{options},cache.direct={direct}"), true);
+    }
+}
+
+#[test]
+fn requests_to_allocated_clusters_of_qcow2_allocate_nothing_and_lock_nothing() {
+    for create in ["cluster_size=4k", "cluster_size=64k", "cluster_size=64k,extended_l2=on"] {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = file.path().to_str().unwrap();
+        let made = std::process::Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-o", create, path, "1M"])
+            .status();
+        assert!(made.unwrap().success());
+        let options = format!("driver=qcow2,file.driver=file,file.filename={path}");
+        costs_nothing(&options, true);
     }
 }
 

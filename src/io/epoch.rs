@@ -173,6 +173,22 @@ pub async fn synchronize(members: &[Arc<Member>]) {
     .await
 }
 
+/// A moment that announcements are compared with, for those who cannot wait: what was changed before
+/// [`Grace::begin`] is known to all of `members` once [`Grace::has_passed`].
+pub struct Grace(u64);
+
+impl Grace {
+    pub fn begin() -> Grace {
+        Grace(EPOCH.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    /// Whether every turn and request that `members` had announced before has ended.
+    pub fn has_passed(&self, members: &[Arc<Member>]) -> bool {
+        fence(Ordering::SeqCst);
+        members.iter().all(|member| member.oldest.load(Ordering::SeqCst) >= self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@
 
 use crate::disks::{REGISTRY, file_on_disk, open, open_holding, sim_disk, simulated};
 use crate::fast_road::FastRoad;
+use crate::qcow2;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
@@ -76,6 +77,38 @@ fn bottoms(len: u64) -> Vec<Case> {
     cases
 }
 
+/// Images of qcow2 on disks of several kinds.
+fn images() -> Vec<Case> {
+    let kinds = [
+        "cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=64k",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=4k,compat=0.10",
+    ];
+    let mut cases = Vec::new();
+    for create in kinds {
+        let bytes = qcow2::sim::image(LEN, create);
+        for (request_align, buffer_align) in [(1, 1), (512, 512), (4096, 4096)] {
+            let shape = |options: &mut SimOptions| {
+                let traits = &mut options.traits;
+                (traits.request_align, traits.buffer_align) = (request_align, buffer_align);
+                (traits.zero_align, traits.discard_align) = (request_align, request_align);
+                (traits.max_transfer, traits.max_segments) = (16384, 3);
+            };
+            let (disk, options) = qcow2::sim::disk(&bytes, 1 << 20, shape);
+            let options = format!("driver=qcow2{}", qcow2::sim::below("file", &options));
+            cases.push(case(options, Hold::Sim { _disk: disk }));
+        }
+        let file = file_on_disk(0);
+        std::fs::write(file.path(), &bytes).unwrap();
+        let path = file.path().display();
+        let options = format!("driver=qcow2,file.driver=file,file.filename={path}");
+        cases.push(case(options, Hold::File { _file: file }));
+    }
+    cases
+}
+
 /// Every bottom, and every driver that stands on one over it.
 fn cases() -> Vec<Case> {
     let over_as = |role: &str, upper: &str, lower: Case| {
@@ -93,6 +126,7 @@ fn cases() -> Vec<Case> {
     cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=suspend", lower)));
     let steps = "driver=preallocate,prealloc-align=4096,prealloc-size=4096";
     cases.extend(bottoms(LEN).into_iter().map(|lower| over(steps, lower)));
+    cases.extend(images());
     for limits in [
         "",
         ",align=4096",
@@ -116,9 +150,8 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn every_driver_that_can_be_opened_here_is_in_the_suite() {
-    // A host device needs a block device: its own tests make loop devices. Images of qcow2 are
-    // read-only: they are read beside QEMU.
-    let elsewhere = ["host_device", "qcow2"];
+    // A host device needs a block device: its own tests make loop devices.
+    let elsewhere = ["host_device"];
     let options: Vec<_> = cases().into_iter().map(|case| case.options).collect();
     let tested: BTreeSet<_> = options
         .iter()
@@ -172,8 +205,10 @@ fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output 
         disk.refuse_what_is_outside().await;
         disk.node.flush().await.unwrap();
         disk.road.close();
-        let options = disk.options;
-        drop(opened);
+        // The road lets go of the node in its next turn.
+        vublk::io::sleep(Duration::from_millis(1)).await;
+        let options = disk.options.clone();
+        drop((disk, opened));
         refuse_writes_without_permission(&options).await;
     }
 }

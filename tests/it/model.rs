@@ -16,12 +16,12 @@ use vublk::io::sim::Disorder;
 use vublk::io::{self, AlignedBuf, IoResult, Worker, WorkerOptions};
 use vublk::protocol::sim::{Effect, Fault, Kinds, SimOptions};
 
-const LEN: u64 = 96 << 10;
-const CLIENTS: u64 = 8;
+pub const LEN: u64 = 96 << 10;
+pub const CLIENTS: u64 = 8;
 
 /// What a sector was made to hold.
 #[derive(Clone, Copy, PartialEq)]
-enum Value {
+pub enum Value {
     /// Zeroes, if the number is zero.
     Write(u64),
     Anything,
@@ -141,7 +141,7 @@ impl Model {
 
 /// What clients share, on whatever worker they are.
 #[derive(Clone)]
-struct Run {
+pub struct Run {
     node: Arc<Node>,
     model: Arc<Mutex<Model>>,
     /// What a discard leaves.
@@ -151,7 +151,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(node: &Arc<Node>, discarded: Value, faulty: bool) -> Run {
+    pub fn new(node: &Arc<Node>, discarded: Value, faulty: bool) -> Run {
         assert_eq!(node.len(), LEN);
         Run { node: node.clone(), model: Arc::new(Mutex::new(Model::new())), discarded, faulty }
     }
@@ -268,7 +268,7 @@ impl Run {
     }
 
     /// All clients of one worker at once.
-    async fn clients(self, road: FastRoad, seed: u64, requests: u64) -> Result<(), String> {
+    pub async fn clients(self, road: FastRoad, seed: u64, requests: u64) -> Result<(), String> {
         road.serve(&self.node);
         let results: Rc<RefCell<Vec<Result<(), String>>>> = Rc::default();
         for client in 0..CLIENTS {

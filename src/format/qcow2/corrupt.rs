@@ -26,6 +26,27 @@ pub fn outside(image: &Qcow2, what: &str, at: u64) -> Errno {
     found(image, &format!("{what} at {at:#x} lies past the end of the file"))
 }
 
+/// An entry of the refcount table that names no place where a block can be.
+pub fn bad_refcount_table(image: &Qcow2, index: usize, entry: u64) -> Errno {
+    found(image, &format!("Refblock offset {entry:#x} unaligned (reftable index: {index:#x})"))
+}
+
+/// A reference to a cluster that counts none.
+pub fn bad_refcount(image: &Qcow2, cluster: u64) -> Errno {
+    let offset = cluster << image.geometry.cluster_bits;
+    found(image, &format!("the cluster at {offset:#x} is in use, but its refcount is 0"))
+}
+
+/// A cluster that counts no references, but holds a table.
+pub fn not_free(image: &Qcow2, what: &str) -> Errno {
+    found(image, &format!("Preventing invalid allocation of a cluster that holds the {what}"))
+}
+
+/// A data cluster where a table is.
+pub fn overlaps(image: &Qcow2, what: &str) -> Errno {
+    found(image, &format!("Preventing invalid write on metadata (overlaps with {what})"))
+}
+
 fn found(image: &Qcow2, what: &str) -> Errno {
     image.signal_corruption(what);
     Errno::EIO

@@ -166,6 +166,8 @@ impl L2Cache {
         };
         state.slots[slot].pins = 1;
         state.loading.push(slice);
+        // What it held until now is not there for anybody any more.
+        self.slots[slot].change(|_| self.slots[slot].tag.store(EMPTY, Ordering::Relaxed));
         Some(Begun::Load(Loading { cache: self, slice, slot }))
     }
 
@@ -274,6 +276,15 @@ impl Pinned<'_> {
     /// All words of the slice.
     pub fn words(&self) -> &[AtomicU64] {
         self.cache.slots[self.slot].data.get().map_or(&[], |data| data)
+    }
+
+    /// Keeps the slice in its slot until [`Pinned::stay_no_longer`].
+    pub fn stay(self) {
+        self.cache.state.lock().slots[self.slot].pins += 1;
+    }
+
+    pub fn stay_no_longer(self) {
+        self.cache.state.lock().slots[self.slot].pins -= 1;
     }
 
     /// Shows new entries to all readers.

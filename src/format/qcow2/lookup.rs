@@ -156,7 +156,30 @@ impl Qcow2 {
                 .chunks_exact(8)
                 .map(|word| word.iter().fold(0u64, |word, &byte| word << 8 | u64::from(byte))),
         );
+        self.check_slice(&list)?;
         Ok(list)
+    }
+
+    /// Looks for data clusters that lie over tables, before any of them can be written.
+    fn check_slice(&self, words: &[u64]) -> IoResult {
+        if !self.is_writable || self.geometry.external_data {
+            return Ok(());
+        }
+        let tables = self.fixed_tables.lock().clone();
+        let size = self.geometry.cluster_size();
+        for entry in words.chunks_exact(self.geometry.l2_entry_size() as usize / 8) {
+            let entry = L2Entry { word: entry[0], bitmap: entry.get(1).map_or(0, |&word| word) };
+            let host = match self.geometry.decode(entry) {
+                Ok(Cluster::Normal { host } | Cluster::Zero { host: Some(host) }) => host,
+                Ok(Cluster::Subclusters { host: Some(host), .. }) => host,
+                _ => continue,
+            };
+            let over = |&&(_, at, len): &&(_, u64, u64)| host < at + len && at < host + size;
+            if let Some((what, _, _)) = tables.iter().find(over) {
+                return Err(corrupt::overlaps(self, what));
+            }
+        }
+        Ok(())
     }
 
     /// Where the slice of a guest offset is in the file.

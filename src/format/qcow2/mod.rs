@@ -12,16 +12,22 @@
 //! | `create`, `new_image` | making images |
 //! | `snapshots`, `bitmaps` | the tables of snapshots and stored bitmaps |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
+//! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
+//! | `batch`, `tables` | entries, tables and the header on their way to the kernel |
+//! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
+//! | `flush` | flushing and closing |
 //! | `corrupt` | what is said of an image that makes no sense |
-//!
-//! Images are opened read-only.
 
+mod alloc;
+mod batch;
 pub mod bitmaps;
 pub mod check;
 mod compressed;
 mod corrupt;
 mod create;
 pub mod extensions;
+mod flush;
+mod freed;
 pub mod header;
 pub mod info;
 pub mod l1;
@@ -33,18 +39,28 @@ mod open;
 mod options;
 pub mod order;
 mod read;
+mod refcounts;
 pub mod snapshots;
 mod status;
+mod tables;
+mod write;
+mod zero;
 
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
+use crate::io::sync::Mutex;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
+use alloc::Pool;
+use batch::Batches;
+use freed::Freed;
 use header::{Compression, Header};
 use l1::L1Table;
-use l2_cache::L2Cache;
+use l2_cache::{L2Cache, SliceNo};
 use layout::Geometry;
 use lookup::Found;
-use order::Visits;
+use order::{Lock, LockGuard, Ranges, Visits};
+use refcounts::Refcounts;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -81,11 +97,53 @@ pub struct Qcow2 {
     is_corrupt: AtomicBool,
     /// As it was when the image was opened.
     info: ImageInfo,
+
+    is_writable: bool,
+    /// What has to be on disk before the first write is.
+    is_prepared: AtomicBool,
+    has_lazy_refcounts: bool,
+    /// The external data file is to be a disk image by itself.
+    has_raw_data: bool,
+    /// The storage is told of clusters that a guest's discard has freed.
+    passes_discards: bool,
+    /// Of requests to the file, in bytes.
+    file_align: u64,
+    header: Lock<Header>,
+    /// What `header` guards, for those who only look.
+    header_copy: Mutex<Header>,
+    /// Tables that lie where the header says.
+    fixed_tables: Mutex<Vec<(&'static str, u64, u64)>>,
+    /// Held while an L1 entry changes.
+    tables: Lock<()>,
+    /// Held while a child grows.
+    growing: Lock<()>,
+    /// Guest clusters whose mapping is being changed.
+    ranges: Ranges,
+    batches: Batches,
+    /// Slices, and a guest offset in each, of which the disk may have another state.
+    suspects: Mutex<BTreeMap<SliceNo, u64>>,
+    /// Too many of them: nothing is written until a flush succeeds.
+    is_stopped: AtomicBool,
+    /// None when the image is read-only.
+    counts: Option<Lock<Refcounts>>,
+    pool: Mutex<Pool>,
+    freed: Freed,
 }
 
 impl Qcow2 {
     fn backing(&self) -> Option<Arc<Node>> {
         self.backing.map(|index| self.children[index].node())
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    async fn refcounts(&self) -> IoResult<LockGuard<'_, Refcounts>> {
+        match &self.counts {
+            Some(counts) => Ok(counts.lock().await),
+            None => Err(Errno::EPERM),
+        }
     }
 
     /// Says once that the image is corrupt.
@@ -97,6 +155,12 @@ impl Qcow2 {
                 self.name
             );
         }
+    }
+
+    fn may_write_fast(&self) -> bool {
+        self.is_prepared.load(Ordering::Acquire)
+            && !self.is_corrupt.load(Ordering::Acquire)
+            && !self.is_stopped.load(Ordering::Acquire)
     }
 
     /// The fast road through the backing file.
@@ -147,7 +211,9 @@ impl Driver for Qcow2 {
     ) -> Mapping<'a> {
         let Some(Ok(piece)) = self.piece(at, want) else { return Mapping::slow(want) };
         match (piece.found, access) {
-            (Found::Data { host, .. }, Access::Read) => {
+            (Found::Data { host, copied }, Access::Read | Access::Write)
+                if access == Access::Read || copied && self.may_write_fast() =>
+            {
                 let data = self.children[self.data].fast(inflight);
                 if host + piece.len > data.len() {
                     return Mapping::slow(want);
@@ -164,12 +230,29 @@ impl Driver for Qcow2 {
         Box::pin(self.read_range(at, into))
     }
 
-    fn write<'a>(&'a self, _: u64, _: &'a IoVec<'a>, _: WriteFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(std::future::ready(Err(Errno::EPERM)))
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        _: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.write_range(at, from))
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.zero_range(at, len, flags))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.discard_range(at, len))
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(std::future::ready(Ok(())))
+        Box::pin(self.flush_all())
+    }
+
+    fn close(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.close_image())
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
@@ -177,7 +260,15 @@ impl Driver for Qcow2 {
     }
 
     fn child_perms(&self, child: usize, own: Perms) -> Perms {
-        if Some(child) == self.backing { Perms::backing(own) } else { Perms::format(own) }
+        if Some(child) == self.backing {
+            return Perms::backing(own);
+        }
+        let mut perms = Perms::format(own);
+        if self.is_writable {
+            // Closing writes, too, when all users are gone.
+            perms.held |= Perm::WRITE | Perm::RESIZE;
+        }
+        perms
     }
 
     fn image(&self) -> Option<&dyn Image> {
@@ -187,7 +278,9 @@ impl Driver for Qcow2 {
 
 impl Image for Qcow2 {
     fn resize(&self, _: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(std::future::ready(Err(Error::new("Image is read-only"))))
+        Box::pin(std::future::ready(Err(Error::new(
+            "Resizing 'qcow2' images is not supported yet",
+        ))))
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
@@ -203,10 +296,21 @@ impl Image for Qcow2 {
         say: &'a mut dyn FnMut(&str),
     ) -> LocalFuture<'a, Result<CheckReport, Error>> {
         Box::pin(async move {
-            // A repair changes what this node has in memory.
-            if fix != Fix::Nothing {
+            if fix == Fix::Nothing {
+                // What this node holds in reserve is counted, but not used: that would be leaks.
+                return check::check(&self.file(), fix, say).await;
+            }
+            if !self.is_writable {
                 return Err(Error::new("Image is read-only"));
             }
+            if self.is_prepared.load(Ordering::Acquire) {
+                return Err(Error::new(
+                    "The image was written since it was opened: repair it first",
+                ));
+            }
+            // A repair changes what this node has in memory: until it is opened again, nothing is
+            // written.
+            self.is_stopped.store(true, Ordering::SeqCst);
             check::check(&self.file(), fix, say).await
         })
     }

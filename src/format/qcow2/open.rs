@@ -1,23 +1,37 @@
 //! Opening an image: the header, the tables that are kept in memory, the children.
 
 use super::extensions::Extension;
-use super::header::{self, CRYPT_NONE, Header, Incompatible};
+use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
 use super::l1::L1Table;
 use super::l2_cache::L2Cache;
 use super::options::Options;
+use super::order::Lock;
 use super::read::read_padded;
-use super::{ENTRY, Qcow2};
+use super::refcounts::Refcounts;
+use super::{Qcow2, check, tables};
 use crate::block::*;
+use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::Map;
 
 pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
-    let during = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
+    // Nobody else may write while the tables are read; we may have to, to repair them.
+    let mut held = Perm::CONSISTENT_READ;
+    if !opening.options().read_only && !opening.auto_read_only() {
+        held |= Perm::WRITE;
+    }
+    let during = Perms::format(Perms { held, shared: Perm::all() });
     let file = opening.child("file", options.file.clone(), Inherit::Storage, during).await?;
     let node = file.node();
-    let header = read_header(&node).await?;
-    check(&header)?;
+    let mut header = read_header(&node).await?;
+    check_known(&header)?;
+    let may_repair = held.contains(Perm::WRITE)
+        && header.incompatible & (Incompatible::DIRTY | Incompatible::CORRUPT)
+            == Incompatible::DIRTY;
+    if may_repair {
+        header = repair(opening.name(), &node).await?;
+    }
     let geometry = header.geometry();
     let caches = options.caches(&geometry, header.size)?;
 
@@ -44,13 +58,18 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     }
     let l1 = L1Table::new(&table[..l1_bytes as usize]);
 
-    let read_only = opening.options().read_only;
-    if !read_only && !opening.auto_read_only() {
-        return Err(Error::new(format!(
-            "Writing to '{}' images is not supported yet: open it with read-only=on",
-            ENTRY.name
-        )));
-    }
+    let is_writable = is_writable(opening, &node, &header)?;
+    let lazy = lazy_refcounts(&options.lazy_refcounts, &header)?;
+    let counts = match is_writable {
+        true => {
+            let place = (header.refcount_table_offset, header.refcount_table_clusters);
+            let counts = Refcounts::load(&node, geometry, place, caches.refcounts).await;
+            let counts =
+                counts.map_err(|e| Error::os("Could not initialize refcount handling", e))?;
+            Some(Lock::new(counts))
+        }
+        false => None,
+    };
 
     let mut children = vec![file];
     let backing = backing.map(|child| {
@@ -62,7 +81,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         children.len() - 1
     });
     let words = geometry.l2_entry_size() as usize / 8;
-    let traits = traits(children[data].node().traits(), &geometry);
+    let traits = traits(children[data].node().traits(), &geometry, is_writable);
     Ok(Box::new(Qcow2 {
         name: opening.name().to_owned(),
         geometry,
@@ -78,6 +97,24 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         is_corrupt: Default::default(),
         info: super::info::info(&header),
         children,
+        is_writable,
+        is_prepared: Default::default(),
+        has_lazy_refcounts: lazy,
+        has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
+        passes_discards: options.pass_discard_request.unwrap_or(opening.options().discard),
+        file_align: node.traits().request_align.into(),
+        header_copy: Mutex::new(header.clone()),
+        fixed_tables: Mutex::new(tables::fixed_tables(&header)),
+        header: Lock::new(header),
+        tables: Lock::new(()),
+        growing: Lock::new(()),
+        ranges: Default::default(),
+        batches: Default::default(),
+        suspects: Default::default(),
+        is_stopped: Default::default(),
+        counts,
+        pool: Default::default(),
+        freed: Default::default(),
     }))
 }
 
@@ -91,12 +128,49 @@ async fn read_header(file: &Node) -> Result<Header, Error> {
     Header::parse(&cluster)
 }
 
+/// Counts the references of an image anew that was not closed cleanly; the header afterwards.
+async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
+    log::info!("{name}: qcow2: the image was not closed cleanly: repairing its refcounts");
+    let mut say = |line: &str| log::debug!("{name}: {line}");
+    let repaired = check::check(file, Fix::All, &mut say).await;
+    repaired.map_err(|error| error.at("Could not repair dirty image"))?;
+    read_header(file).await
+}
+
 /// Refuses what nobody here can make sense of.
-fn check(header: &Header) -> Result<(), Error> {
+fn check_known(header: &Header) -> Result<(), Error> {
     if header.crypt_method != CRYPT_NONE {
         return Err(Error::new("Encrypted qcow2 images are not supported"));
     }
     Ok(())
+}
+
+/// Whether the image is opened for writing. With `auto-read-only` it is as its file is.
+fn is_writable(opening: &Opening, file: &Node, header: &Header) -> Result<bool, Error> {
+    let file_is_read_only = file.traits().abilities.contains(Abilities::READ_ONLY);
+    if opening.options().read_only || opening.auto_read_only() && file_is_read_only {
+        return Ok(false);
+    }
+    if header.incompatible.contains(Incompatible::CORRUPT) {
+        return Err(Error::new("qcow2: Image is corrupt; cannot be opened read/write"));
+    }
+    if header.incompatible.contains(Incompatible::DIRTY) {
+        return Err(Error::new(
+            "Image was not closed cleanly and its refcounts may be wrong: repair it first, with \
+             'check -r all'",
+        ));
+    }
+    Ok(true)
+}
+
+fn lazy_refcounts(given: &Option<bool>, header: &Header) -> Result<bool, Error> {
+    let lazy = given.unwrap_or(false);
+    if lazy && header.version < 3 {
+        return Err(Error::new(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+        ));
+    }
+    Ok(lazy)
 }
 
 /// The external data file, which has to be there if the image keeps its data apart, and only then.
@@ -123,7 +197,11 @@ async fn data_file(
 
 /// Requests that are aligned for the data's file stay so in every cluster, as long as its blocks are
 /// no larger than clusters.
-fn traits(data: Traits, geometry: &super::layout::Geometry) -> Traits {
+fn traits(data: Traits, geometry: &super::layout::Geometry, is_writable: bool) -> Traits {
+    let abilities = match is_writable {
+        true => Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD,
+        false => Abilities::READ_ONLY,
+    };
     let fits = u64::from(data.request_align) <= geometry.cluster_size();
     let (request_align, buffer_align) =
         if fits { (data.request_align, data.buffer_align) } else { (1, 1) };
@@ -137,6 +215,6 @@ fn traits(data: Traits, geometry: &super::layout::Geometry) -> Traits {
         discard_align: request_align,
         max_discard: Traits::MAX_TRANSFER as u64,
         optimal_io: geometry.subcluster_size() as u32,
-        abilities: Abilities::READ_ONLY,
+        abilities,
     }
 }

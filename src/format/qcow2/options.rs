@@ -17,6 +17,8 @@ pub static HELP: &[OptionHelp] = &[
     help("l2-cache-size", "int", "Bytes for L2 tables"),
     help("l2-cache-entry-size", "int", "Bytes of L2 tables that are read at once"),
     help("refcount-cache-size", "int", "Bytes for refcount blocks"),
+    help("lazy-refcounts", "on|off", "Refcounts may be wrong after a crash, and are repaired then"),
+    help("pass-discard-request", "on|off", "The storage is told of what guests discard"),
 ];
 
 const fn help(name: &'static str, value: &'static str, help: &'static str) -> OptionHelp {
@@ -40,6 +42,8 @@ pub struct Options {
     l2_cache_size: Option<u64>,
     l2_cache_entry_size: Option<u64>,
     refcount_cache_size: Option<u64>,
+    pub lazy_refcounts: Option<bool>,
+    pub pass_discard_request: Option<bool>,
 }
 
 /// How much of the tables is kept in memory, in bytes.

@@ -16,8 +16,9 @@
 //!   that moves is copied, made durable, named by one write of a sector, durable, and freed.
 //! * **Free**: the entry that dropped the reference is durable before the refcount is lowered, and
 //!   nothing that may still have I/O under way is reused or discarded ([`super::freed`]).
-//! * **Lazy refcounts**: the dirty bit is durable before the first reservation; reservations then
-//!   need not be.
+//! * **Lazy refcounts**, if asked for: the dirty bit is durable before the first reservation, and
+//!   reservations then need not be. An image's own lazy bit alone does not make them so: reserving
+//!   many at once costs next to nothing, and leaves nothing to repair.
 //! * **External data file**: it is flushed before the L2 entry that names what was copied to it.
 //!
 //! In memory: who changes the mapping of guest clusters holds their range ([`Ranges`]), so that
@@ -118,6 +119,12 @@ pub struct LockGuard<'a, T> {
 impl<T> Lock<T> {
     pub fn new(value: T) -> Lock<T> {
         Lock { state: Mutex::new(LockState { value: Some(value), waiting: Vec::new() }) }
+    }
+
+    /// The lock, if nobody has it.
+    pub fn try_lock(&self) -> Option<LockGuard<'_, T>> {
+        let value = self.state.lock().value.take()?;
+        Some(LockGuard { lock: self, value: Some(value) })
     }
 
     pub async fn lock(&self) -> LockGuard<'_, T> {

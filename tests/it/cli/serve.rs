@@ -92,27 +92,35 @@ fn a_disk_is_offered_with_the_defaults_of_an_expert() {
 }
 
 #[test]
-fn a_qcow2_image_is_served_read_only_and_refused_for_writing() {
+fn a_qcow2_image_is_served_and_qemu_finds_what_was_written() {
     let dir = directory();
     let image = |tool: &str, arguments: &[&str]| {
         let mut command = Command::new(tool);
         command.args(arguments).current_dir(dir.path()).stdout(Stdio::null());
-        assert!(command.status().unwrap().success());
+        assert!(command.status().unwrap().success(), "{tool} {arguments:?}");
     };
     image("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"]);
     image("qemu-io", &["-c", "write -P 7 1M 64k", "a.qcow2"]);
-    let server = serve(dir.path(), &["-r", "-f", "qcow2", "a.qcow2", "--socket", "a.sock"]);
+    let server = serve(dir.path(), &["-f", "qcow2", "a.qcow2", "--socket", "a.sock"]);
     let mut disk = open(dir.path(), "a.sock");
     for (sector, wanted) in [(2048, 7), (0, 0)] {
         let mut found = [0xaa; 1024];
         disk.read(sector, &mut found).unwrap();
         assert_eq!(found, [wanted; 1024]);
     }
-    assert!(disk.has(feature::RO));
+    disk.write(2049, &[8; 512]).unwrap();
+    disk.write(8192, &[9; 4096]).unwrap();
+    disk.flush().unwrap();
     drop(disk);
     end(server);
-    let writable = ["-f", "qcow2", "a.qcow2", "--socket", "b.sock"];
-    assert_refused(dir.path(), &writable, "Writing to 'qcow2' images is not supported yet");
+    image("qemu-img", &["check", "-q", "a.qcow2"]);
+    for pattern in ["-P 7 1M 512", "-P 8 1049088 512", "-P 9 4M 4k", "-P 0 4198400 4k"] {
+        image("qemu-io", &["-r", "-c", &format!("read {pattern}"), "a.qcow2"]);
+    }
+
+    let server = serve(dir.path(), &["-r", "-f", "qcow2", "a.qcow2", "--socket", "b.sock"]);
+    assert!(open(dir.path(), "b.sock").has(feature::RO));
+    end(server);
 }
 
 #[test]

@@ -77,7 +77,8 @@ pub fn random_commands(
         .map(|n| {
             // Compressed ones first: later they hardly find a cluster that is free.
             let kind = if n < 8 { 9 } else { rng.u8(0..10) };
-            let align = if kind >= 8 && compress { cluster } else { unit };
+            // QEMU 7.2 spoils compressed clusters that it zeroes parts of, with extended L2 entries.
+            let align = if kind >= 5 && compress { cluster } else { unit };
             let first = rng.u64(0..size / align);
             let most = (size / align - first).min(if align == unit { 40 } else { 3 });
             let (at, len) = (first * align, rng.u64(1..=most) * align);

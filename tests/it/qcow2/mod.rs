@@ -1,4 +1,9 @@
-//! qcow2 beside QEMU: images that qemu-img and qemu-io have made, read and checked by both.
+//! qcow2 beside QEMU: images that qemu-img and qemu-io have made, read, written and checked by both.
 
+mod consistency;
+mod crash;
 mod images;
+mod model;
 mod read;
+pub mod sim;
+mod write;

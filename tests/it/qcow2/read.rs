@@ -9,7 +9,7 @@ use vublk::io::sim::Disorder;
 use vublk::io::{AlignedBuf, IoVec};
 
 /// What an image is made with, and how large it is in clusters.
-const KINDS: &[(&str, u64)] = &[
+pub const KINDS: &[(&str, u64)] = &[
     ("cluster_size=512", 600),
     ("cluster_size=4k,refcount_bits=1", 200),
     ("cluster_size=16k,extended_l2=on", 60),
@@ -27,7 +27,7 @@ const KINDS: &[(&str, u64)] = &[
     ("preallocation=metadata,extended_l2=on,cluster_size=32k", 40),
 ];
 
-fn cluster_size(options: &str) -> u64 {
+pub fn cluster_size(options: &str) -> u64 {
     let named = options.split(',').find_map(|option| option.strip_prefix("cluster_size="));
     let (number, unit) = match named {
         None => return 65536,

@@ -1,0 +1,151 @@
+//! Host clusters for what is new: taken from a reservation, which is refilled from the refcounts.
+//!
+//! What is reserved is counted already, durably, so that taking a cluster is a matter of memory. The
+//! more was taken, the more is reserved at once: a reservation costs a flush, and a crash leaks what
+//! is left of it. Closing gives back what is left.
+
+use super::layout::L1Entry;
+use super::{Qcow2, corrupt};
+use crate::block::{Error, Node};
+use crate::io::{Errno, IoResult};
+use std::collections::VecDeque;
+
+/// Reservations, in clusters and in bytes.
+const LEAST: u64 = 16;
+const MOST_CLUSTERS: u64 = 4096;
+const MOST_BYTES: u64 = 256 << 20;
+
+/// Host clusters that lie side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first one's number: its offset, divided by the cluster size.
+    pub first: u64,
+    pub count: u64,
+    /// They read as zeroes, also after a crash.
+    pub is_fresh: bool,
+}
+
+/// What is reserved.
+#[derive(Default)]
+pub struct Pool {
+    runs: VecDeque<Run>,
+    /// Clusters that have been taken since the image was opened.
+    taken: u64,
+}
+
+/// Clusters that nothing names yet: they go back if they are not kept.
+pub struct Taken<'a> {
+    image: &'a Qcow2,
+    pub run: Run,
+}
+
+impl Pool {
+    fn take(&mut self, most: u64) -> Option<Run> {
+        let front = self.runs.front_mut()?;
+        let count = front.count.min(most);
+        let run = Run { count, ..*front };
+        front.first += count;
+        front.count -= count;
+        if front.count == 0 {
+            self.runs.pop_front();
+        }
+        self.taken += count;
+        Some(run)
+    }
+
+    /// All that is left.
+    pub fn drain(&mut self) -> Vec<Run> {
+        self.runs.drain(..).collect()
+    }
+
+    pub fn put_back(&mut self, run: Run) {
+        self.runs.push_back(run);
+    }
+}
+
+impl Taken<'_> {
+    /// Bytes.
+    pub fn host(&self) -> u64 {
+        self.run.first << self.image.geometry.cluster_bits
+    }
+
+    /// They are named from now on, or may be.
+    pub fn keep(mut self) {
+        self.run.count = 0;
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if self.run.count > 0 {
+            // Something may have been written to them.
+            self.image.pool.lock().put_back(Run { is_fresh: false, ..self.run });
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Up to `most` host clusters, at least one, side by side.
+    pub(super) async fn take(&self, most: u64) -> IoResult<Taken<'_>> {
+        loop {
+            if let Some(run) = self.pool.lock().take(most) {
+                return Ok(Taken { image: self, run });
+            }
+            let mut refcounts = self.refcounts().await?;
+            let taken = {
+                let pool = self.pool.lock();
+                // Somebody else has refilled it.
+                if !pool.runs.is_empty() {
+                    continue;
+                }
+                pool.taken
+            };
+            self.reap(&mut refcounts).await;
+            let limit = (MOST_BYTES >> self.geometry.cluster_bits).clamp(LEAST, MOST_CLUSTERS);
+            let want = taken.clamp(LEAST, limit);
+            let runs = refcounts.reserve(self, want).await?;
+            self.pool.lock().runs.extend(runs);
+        }
+    }
+
+    /// Makes the file at least so long; it reads as zeroes there.
+    pub(super) async fn grow_file(&self, len: u64) -> IoResult {
+        self.grow(&self.file(), len).await
+    }
+
+    /// Makes a child's storage at least so long.
+    pub(super) async fn grow(&self, node: &Node, len: u64) -> IoResult {
+        // One at a time: a shorter length that comes later must not cut it off again.
+        let _turn = self.growing.lock().await;
+        if len <= node.driver().len() {
+            return Ok(());
+        }
+        if i64::try_from(len).is_err() {
+            return Err(Errno(libc::EFBIG));
+        }
+        let image = node.driver().image().ok_or(Errno::ENOSPC)?;
+        let refused = |error: Error| error.errno().unwrap_or(Errno::ENOSPC);
+        image.resize(len, false).await.map_err(refused)
+    }
+
+    /// Whether clusters that the refcounts call free can be so: no table that we know may lie there.
+    pub(super) fn check_free(&self, runs: &[Run], refcount_table: &[u64]) -> IoResult {
+        let bits = self.geometry.cluster_bits;
+        let hit = |offset: u64, len: u64| {
+            let (first, last) = (offset >> bits, (offset + len.max(1) - 1) >> bits);
+            runs.iter().any(|run| first < run.first + run.count && run.first <= last)
+        };
+        let tables = self.fixed_tables.lock().clone();
+        if let Some((what, _, _)) = tables.iter().find(|(_, offset, len)| hit(*offset, *len)) {
+            return Err(corrupt::not_free(self, what));
+        }
+        if refcount_table.iter().any(|&block| block != 0 && hit(block, 1)) {
+            return Err(corrupt::not_free(self, "refcount block"));
+        }
+        let in_l1 = |entry: L1Entry| entry.l2_table() != 0 && hit(entry.l2_table(), 1);
+        if (0..self.l1.entries()).any(|index| in_l1(self.l1.get(index))) {
+            return Err(corrupt::not_free(self, "L2 table"));
+        }
+        Ok(())
+    }
+}

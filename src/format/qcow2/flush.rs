@@ -1,0 +1,132 @@
+//! Flushing and closing.
+//!
+//! All metadata of what has been answered is with the kernel already, in an order that a crash may
+//! cut anywhere ([`super::order`]); a flush makes it and the data durable, and what was dropped by
+//! it becomes free.
+
+use super::Qcow2;
+use super::header::Incompatible;
+use super::l2_cache::{Pinned, SliceNo};
+use super::order::Lock;
+use crate::block::WriteFlags;
+use crate::io::{Errno, IoResult, IoVec};
+use std::sync::atomic::Ordering;
+
+/// So many slices may be in doubt before writing stops: they take room in the cache.
+const SUSPECTS: usize = 4;
+
+impl Qcow2 {
+    pub(super) async fn flush_all(&self) -> IoResult {
+        if !self.is_prepared.load(Ordering::Acquire) {
+            // Nothing has been written.
+            return Ok(());
+        }
+        self.write_suspects().await?;
+        let batch = self.begin_flush();
+        let result = self.flush_children().await;
+        self.end_flush(batch, result);
+        result?;
+        // Whoever has them now does it, or the next flush: this one waits for nobody.
+        if self.has_freed()
+            && let Some(mut refcounts) = self.counts.as_ref().and_then(Lock::try_lock)
+        {
+            self.reap(&mut refcounts).await;
+        }
+        Ok(())
+    }
+
+    async fn flush_children(&self) -> IoResult {
+        if self.data != 0 {
+            self.data().flush().await?;
+        }
+        self.file().flush().await
+    }
+
+    /// Books that a write of entries has failed: the disk may have old ones or new ones, until they
+    /// are written once more.
+    pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: Pinned<'_>) {
+        let mut suspects = self.suspects.lock();
+        if suspects.contains_key(&slice) {
+            return;
+        }
+        if suspects.len() >= SUSPECTS {
+            // Until a flush has put things right.
+            self.is_stopped.store(true, Ordering::SeqCst);
+            return;
+        }
+        suspects.insert(slice, guest);
+        pinned.stay();
+    }
+
+    /// Writes slices of which the disk may have another state than readers were shown.
+    async fn write_suspects(&self) -> IoResult {
+        let list: Vec<_> = self.suspects.lock().iter().map(|(&slice, &at)| (slice, at)).collect();
+        for (slice, guest) in list {
+            let pinned = self.pin(guest).await?;
+            // What is being changed now would be written over: it goes through the same turns.
+            self.rewrite_slice(slice, guest, &pinned).await?;
+            if self.suspects.lock().remove(&slice).is_some() {
+                pinned.stay_no_longer();
+            }
+        }
+        self.is_stopped.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Brings the image to a rest: nothing is in flight.
+    pub(super) async fn close_image(&self) -> IoResult {
+        if !self.is_writable || !self.is_prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.flush_all().await?;
+        self.check_sound().await?;
+        let mut refcounts = self.refcounts().await?;
+        self.reap(&mut refcounts).await;
+        let unused = self.pool.lock().drain();
+        refcounts.release(self, &unused).await?;
+        self.cut_file(&unused).await;
+        drop(refcounts);
+        let mut header = self.header.lock().await;
+        if header.incompatible.contains(Incompatible::DIRTY) {
+            self.file().flush().await?;
+            let mut new = header.clone();
+            new.incompatible -= Incompatible::DIRTY;
+            self.write_header(&mut header, new).await?;
+        }
+        drop(header);
+        self.file().flush().await
+    }
+
+    /// Takes off the end of the file what was reserved there and is free again.
+    async fn cut_file(&self, unused: &[super::alloc::Run]) {
+        let bits = self.geometry.cluster_bits;
+        let file = self.file();
+        let mut end = file.driver().len() >> bits;
+        let mut unused = unused.to_vec();
+        unused.sort_by_key(|run| std::cmp::Reverse(run.first));
+        let old_end = end;
+        for run in unused {
+            if run.is_fresh && run.first + run.count == end {
+                end = run.first;
+            }
+        }
+        if end < old_end
+            && let Some(image) = file.driver().image()
+        {
+            // A longer file does no harm.
+            let _ = image.resize(end << bits, true).await;
+        }
+    }
+
+    /// Writes a whole slice as readers see it.
+    pub(super) async fn write_slice(&self, guest: u64, pinned: &Pinned<'_>) -> IoResult {
+        let words = pinned.words().iter();
+        let bytes: Vec<u8> =
+            words.flat_map(|word| word.load(Ordering::Relaxed).to_be_bytes()).collect();
+        if bytes.is_empty() {
+            return Err(Errno::EIO);
+        }
+        let at = self.slice_offset(guest)?;
+        self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+    }
+}

@@ -1,0 +1,384 @@
+//! Reference counts of host clusters: the table, the blocks that are in memory, and how both grow.
+//!
+//! Used by one at a time ([`super::order::Lock`]); what is in memory counts, and what of it has not
+//! reached the file is written before anything else is done. The orders are those of
+//! [`super::order`].
+
+use super::alloc::Run;
+use super::layout::{self, Geometry};
+use super::read::read_padded;
+use super::{Qcow2, corrupt};
+use crate::block::{Node, WriteFlags};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+pub struct Refcounts {
+    geometry: Geometry,
+    /// Where each block is, in bytes; 0 where there is none.
+    table: Vec<u64>,
+    blocks: BTreeMap<usize, Block>,
+    /// How many blocks are kept.
+    keep: usize,
+    clock: u64,
+    /// No cluster below is free.
+    hint: u64,
+}
+
+struct Block {
+    bytes: Vec<u8>,
+    /// What has not reached the file, in bytes of the block.
+    dirty: Option<Range<usize>>,
+    used: u64,
+}
+
+impl Refcounts {
+    /// Reads the table: `clusters` of it at `offset`.
+    pub async fn load(
+        file: &Node,
+        geometry: Geometry,
+        (offset, clusters): (u64, u32),
+        cache_bytes: u64,
+    ) -> IoResult<Refcounts> {
+        let len = u64::from(clusters) << geometry.cluster_bits;
+        if offset >= file.len() {
+            return Err(Errno::EIO);
+        }
+        let mut bytes = AlignedBuf::new(len as usize, 4096).ok_or(Errno::ENOMEM)?;
+        read_padded(file, offset, &bytes.io_vec()).await?;
+        let entry = |word: &[u8]| word.iter().fold(0u64, |n, &byte| n << 8 | u64::from(byte));
+        Ok(Refcounts {
+            geometry,
+            table: bytes.chunks_exact(8).map(entry).collect(),
+            blocks: BTreeMap::new(),
+            keep: (cache_bytes / geometry.cluster_size()).max(2) as usize,
+            clock: 0,
+            hint: 0,
+        })
+    }
+
+    fn place(&self, cluster: u64) -> (usize, usize) {
+        let bits = self.geometry.refcount_block_bits();
+        ((cluster >> bits) as usize, (cluster & ((1 << bits) - 1)) as usize)
+    }
+
+    /// The block's own place; none where there is no block.
+    fn block_offset(&self, image: &Qcow2, index: usize) -> IoResult<Option<u64>> {
+        match self.table.get(index) {
+            None | Some(0) => Ok(None),
+            Some(&entry) => {
+                let offset = entry & layout::REFTABLE_OFFSET_MASK;
+                if offset != entry || !self.geometry.is_cluster_start(offset) {
+                    return Err(corrupt::bad_refcount_table(image, index, entry));
+                }
+                Ok(Some(offset))
+            }
+        }
+    }
+
+    async fn block(&mut self, image: &Qcow2, index: usize) -> IoResult<Option<&mut Block>> {
+        let Some(offset) = self.block_offset(image, index)? else { return Ok(None) };
+        self.clock += 1;
+        if !self.blocks.contains_key(&index) {
+            self.evict();
+            let file = image.file();
+            if offset >= file.len() {
+                return Err(corrupt::outside(image, "Refcount block", offset));
+            }
+            let size = self.geometry.cluster_size() as usize;
+            let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
+            read_padded(&file, offset, &bytes.io_vec()).await?;
+            let block = Block { bytes: bytes.to_vec(), dirty: None, used: 0 };
+            self.blocks.insert(index, block);
+        }
+        let clock = self.clock;
+        let block = self.blocks.get_mut(&index);
+        Ok(block.map(|block| block.used_at(clock)))
+    }
+
+    /// Makes room for one block more.
+    fn evict(&mut self) {
+        while self.blocks.len() >= self.keep {
+            let clean = self.blocks.iter().filter(|(_, block)| block.dirty.is_none());
+            let Some((&oldest, _)) = clean.min_by_key(|(_, block)| block.used) else { return };
+            self.blocks.remove(&oldest);
+        }
+    }
+
+    pub async fn get(&mut self, image: &Qcow2, cluster: u64) -> IoResult<u64> {
+        let (index, at) = self.place(cluster);
+        let order = self.geometry.refcount_order;
+        let block = self.block(image, index).await?;
+        Ok(block.map_or(0, |block| layout::refcount(&block.bytes, order, at)))
+    }
+
+    /// Sets a refcount whose block is there, in memory.
+    async fn set(&mut self, image: &Qcow2, cluster: u64, value: u64) -> IoResult {
+        let (index, at) = self.place(cluster);
+        let order = self.geometry.refcount_order;
+        let block = self.block(image, index).await?.ok_or(Errno::EIO)?;
+        block.set(order, at, value);
+        Ok(())
+    }
+
+    /// Hands to the kernel what has changed.
+    pub async fn write(&mut self, image: &Qcow2) -> IoResult {
+        let dirty: Vec<usize> = self
+            .blocks
+            .iter()
+            .filter_map(|(&index, block)| block.dirty.is_some().then_some(index))
+            .collect();
+        let align = image.file_align as usize;
+        for index in dirty {
+            let Some(offset) = self.block_offset(image, index)? else { continue };
+            let Some(block) = self.blocks.get_mut(&index) else { continue };
+            let Some(range) = block.dirty.clone() else { continue };
+            let len = block.bytes.len();
+            let range = range.start / align * align..range.end.next_multiple_of(align).min(len);
+            let bytes = IoVec::from_ref(&block.bytes[range.clone()]);
+            image.file().write(offset + range.start as u64, &bytes, WriteFlags::empty()).await?;
+            block.dirty = None;
+        }
+        Ok(())
+    }
+
+    /// Takes up to `want` free clusters, at least one, in order: counted, durably, and inside the
+    /// file.
+    pub async fn reserve(&mut self, image: &Qcow2, want: u64) -> IoResult<Vec<Run>> {
+        self.write(image).await?;
+        let end = self.geometry.clusters(image.file().len());
+        let mut runs = self.find(image, want, end).await?;
+        self.fit(image, &mut runs, end).await;
+        if runs.is_empty() {
+            return Err(Errno::ENOSPC);
+        }
+        image.check_free(&runs, &self.table)?;
+        let clusters = |runs: &[Run]| {
+            runs.iter().flat_map(|run| run.first..run.first + run.count).collect::<Vec<_>>()
+        };
+        let clusters = clusters(&runs);
+        let result = self.count_reserved(image, &clusters).await;
+        if let Err(errno) = result {
+            for &cluster in &clusters {
+                // They are in memory, or were not changed.
+                let _ = self.set(image, cluster, 0).await;
+            }
+            return Err(errno);
+        }
+        self.hint = clusters.last().map_or(0, |last| last + 1);
+        Ok(runs)
+    }
+
+    /// Makes the file long enough for all, or cuts off what does not fit into the storage.
+    async fn fit(&self, image: &Qcow2, runs: &mut Vec<Run>, end: u64) {
+        while let Some(last) = runs.last_mut() {
+            let stop = last.first + last.count;
+            if stop <= end || image.grow_file(stop << self.geometry.cluster_bits).await.is_ok() {
+                return;
+            }
+            last.count /= 2;
+            if last.count == 0 {
+                runs.pop();
+            }
+        }
+    }
+
+    async fn count_reserved(&mut self, image: &Qcow2, clusters: &[u64]) -> IoResult {
+        for &cluster in clusters {
+            self.set(image, cluster, 1).await?;
+        }
+        self.write(image).await?;
+        if image.has_lazy_refcounts { Ok(()) } else { image.file().flush().await }
+    }
+
+    /// Free clusters from the hint on. Those from `end` on are past the end of the file, so that
+    /// they read as zeroes once the file is longer.
+    async fn find(&mut self, image: &Qcow2, want: u64, end: u64) -> IoResult<Vec<Run>> {
+        let order = self.geometry.refcount_order;
+        let per_block = self.geometry.refcount_block_entries();
+        let mut runs: Vec<Run> = Vec::new();
+        let (mut at, mut found) = (self.hint, 0);
+        while found < want {
+            let (index, first) = self.place(at);
+            if self.block_offset(image, index)?.is_none() {
+                if found > 0 {
+                    break;
+                }
+                self.add_block(image, at).await?;
+                // Nothing was free below.
+                self.hint = at;
+                continue;
+            }
+            let Some(block) = self.block(image, index).await? else { continue };
+            for n in first..per_block as usize {
+                if found == want {
+                    break;
+                }
+                if layout::refcount(&block.bytes, order, n) != 0 {
+                    continue;
+                }
+                let cluster = index as u64 * per_block + n as u64;
+                let is_fresh = cluster >= end;
+                match runs.last_mut() {
+                    Some(run) if run.first + run.count == cluster && run.is_fresh == is_fresh => {
+                        run.count += 1;
+                    }
+                    _ => runs.push(Run { first: cluster, count: 1, is_fresh }),
+                }
+                found += 1;
+            }
+            at = (index as u64 + 1) * per_block;
+            if found == 0 {
+                self.hint = at;
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Makes the block that counts `at`, a cluster without one, whose first free cluster `at` is: the
+    /// block lies there, and a longer table behind it if that is needed.
+    async fn add_block(&mut self, image: &Qcow2, at: u64) -> IoResult {
+        let (index, _) = self.place(at);
+        if index >= self.table.len() {
+            return self.grow_table(image, at).await;
+        }
+        self.make_blocks(image, at, 1, 0).await?;
+        let offset = at << self.geometry.cluster_bits;
+        let table = image.header.lock().await.refcount_table_offset;
+        let entry = offset.to_be_bytes();
+        let place = table + index as u64 * 8;
+        let file = image.file();
+        let written = file.write(place, &IoVec::from_ref(&entry), WriteFlags::empty()).await;
+        let written = match written {
+            Ok(()) => file.flush().await,
+            failed => failed,
+        };
+        if let Err(errno) = written {
+            // The entry may be there or not: what it names is as it should be, so use it.
+            log::debug!("{}: a new refcount block: {errno}", image.name);
+            self.table[index] = offset;
+            return Err(errno);
+        }
+        self.table[index] = offset;
+        Ok(())
+    }
+
+    /// Writes `blocks` new blocks from cluster `at` on, which count themselves and `more` clusters
+    /// behind them, durably. They are in memory then, but not in the table.
+    async fn make_blocks(&mut self, image: &Qcow2, at: u64, blocks: u64, more: u64) -> IoResult {
+        let used = at..at + blocks + more;
+        let run = Run { first: at, count: blocks + more, is_fresh: false };
+        image.check_free(&[run], &self.table)?;
+        image.grow_file(used.end << self.geometry.cluster_bits).await?;
+        let (first, _) = self.place(at);
+        let size = self.geometry.cluster_size() as usize;
+        let file = image.file();
+        for n in 0..blocks {
+            let index = first + n as usize;
+            let mut block = Block { bytes: vec![0; size], dirty: None, used: self.clock };
+            for cluster in used.clone().filter(|&cluster| self.place(cluster).0 == index) {
+                let (_, entry) = self.place(cluster);
+                layout::set_refcount(&mut block.bytes, self.geometry.refcount_order, entry, 1);
+            }
+            let offset = (at + n) << self.geometry.cluster_bits;
+            file.write(offset, &IoVec::from_ref(&block.bytes), WriteFlags::empty()).await?;
+            self.blocks.insert(index, block);
+        }
+        let flushed = file.flush().await;
+        if flushed.is_err() {
+            for n in 0..blocks {
+                self.blocks.remove(&(first + n as usize));
+            }
+        }
+        flushed
+    }
+
+    /// Moves the table to a larger place, behind new blocks for clusters that it had no room for.
+    async fn grow_table(&mut self, image: &Qcow2, at: u64) -> IoResult {
+        let (index, inside) = self.place(at);
+        let size = self.geometry.cluster_size();
+        let per_block = self.geometry.refcount_block_entries();
+        let mut blocks = 1;
+        let clusters = loop {
+            let entries = (self.table.len() * 3 / 2).max(index + blocks as usize + 1) as u64;
+            let clusters = self.geometry.clusters(entries * 8);
+            if inside as u64 + blocks + clusters <= blocks * per_block {
+                break clusters;
+            }
+            blocks += 1;
+        };
+        if clusters * size > layout::MAX_REFCOUNT_TABLE_BYTES {
+            return Err(Errno(libc::EFBIG));
+        }
+        self.make_blocks(image, at, blocks, clusters).await?;
+        let old_len = self.table.len();
+        let mut table = self.table.clone();
+        table.resize((clusters * size / 8) as usize, 0);
+        for n in 0..blocks {
+            table[index + n as usize] = (at + n) << self.geometry.cluster_bits;
+        }
+        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let offset = (at + blocks) << self.geometry.cluster_bits;
+        let file = image.file();
+        file.write(offset, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        file.flush().await?;
+        let mut header = image.header.lock().await;
+        let mut new = header.clone();
+        let old = new.refcount_table_offset;
+        new.refcount_table_offset = offset;
+        new.refcount_table_clusters = clusters as u32;
+        let written = image.write_header(&mut header, new).await;
+        drop(header);
+        // If that has failed the disk may have either table: the new one is used from now on, and
+        // the old one stays as it is.
+        self.table = table;
+        written?;
+        let freed = Run {
+            first: old >> self.geometry.cluster_bits,
+            count: self.geometry.clusters(old_len as u64 * 8),
+            is_fresh: false,
+        };
+        self.release(image, &[freed]).await.map(drop)
+    }
+
+    /// Takes one reference of each cluster back. The caller has seen to it that no entry names them
+    /// any more, durably, and that nothing is under way to them. Gives the clusters that are free
+    /// now.
+    pub async fn release(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
+        let mut free = Vec::new();
+        for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
+            let count = self.get(image, cluster).await?;
+            if count == 0 {
+                return Err(corrupt::bad_refcount(image, cluster));
+            }
+            self.set(image, cluster, count - 1).await?;
+            if count == 1 {
+                self.hint = self.hint.min(cluster);
+                free.push(cluster);
+            }
+            if self.blocks.len() > self.keep {
+                self.write(image).await?;
+                self.evict();
+            }
+        }
+        self.write(image).await?;
+        Ok(free)
+    }
+}
+
+impl Block {
+    fn used_at(&mut self, clock: u64) -> &mut Block {
+        self.used = clock;
+        self
+    }
+
+    fn set(&mut self, order: u32, index: usize, value: u64) {
+        layout::set_refcount(&mut self.bytes, order, index, value);
+        let bits = index << order;
+        let (start, end) = (bits / 8, (bits + (1 << order)).div_ceil(8));
+        self.dirty = Some(match self.dirty.take() {
+            Some(dirty) => dirty.start.min(start)..dirty.end.max(end),
+            None => start..end,
+        });
+    }
+}

@@ -1,0 +1,150 @@
+//! L2 tables and the header, on their way to the disk: new tables, tables that a snapshot shares,
+//! the bits of the header that say what state the image is in.
+
+use super::freed::Release;
+use super::header::{Autoclear, Header, Incompatible};
+use super::layout::L1Entry;
+use super::read::read_padded;
+use super::{Qcow2, corrupt};
+use crate::block::WriteFlags;
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use std::sync::atomic::Ordering;
+
+impl Qcow2 {
+    /// Sees to it that there is an L2 table for a guest offset, and that it may be changed. The
+    /// caller holds the guest cluster's range.
+    pub(super) async fn ensure_table(&self, guest: u64) -> IoResult {
+        let index = self.geometry.l1_index(guest);
+        if self.is_own_table(self.l1.get(index)) {
+            return Ok(());
+        }
+        let turn = self.tables.lock().await;
+        let old = self.l1.get(index);
+        if self.is_own_table(old) {
+            return Ok(());
+        }
+        if index >= self.l1.entries() {
+            return Err(Errno::EIO);
+        }
+        let taken = self.take(1).await?;
+        let host = taken.host();
+        self.fill_table(guest, old, host, taken.run.is_fresh).await?;
+        let entry = L1Entry::new(host, true);
+        let place = self.header_now().l1_table_offset + index * 8;
+        let bytes = entry.0.to_be_bytes();
+        // Whether the write fails or not, the entry may be there.
+        taken.keep();
+        self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        self.l1.set(index, entry);
+        drop(turn);
+        if old.l2_table() != 0 {
+            let run = self.run_of(old.l2_table());
+            self.free(&[Release { run, discard: false }]).await;
+        }
+        Ok(())
+    }
+
+    fn is_own_table(&self, entry: L1Entry) -> bool {
+        entry.l2_table() != 0 && entry.is_copied()
+    }
+
+    /// Writes the new table, durably: empty, or as the old one is.
+    async fn fill_table(&self, guest: u64, old: L1Entry, host: u64, is_fresh: bool) -> IoResult {
+        if old.l2_table() == 0 && is_fresh {
+            return Ok(());
+        }
+        let size = self.geometry.cluster_size() as usize;
+        let mut table = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
+        let file = self.file();
+        if old.l2_table() != 0 {
+            if old.has_reserved_bits()
+                || !self.geometry.is_cluster_start(old.l2_table())
+                || old.l2_table() >= file.len()
+            {
+                return Err(corrupt::bad_l1(self, guest, old));
+            }
+            read_padded(&file, old.l2_table(), &table.io_vec()).await?;
+        }
+        file.write(host, &table.io_vec(), WriteFlags::empty()).await?;
+        file.flush().await
+    }
+
+    /// The header as it is on disk, but for what is being written.
+    pub(super) fn header_now(&self) -> Header {
+        self.header_copy.lock().clone()
+    }
+
+    /// Writes changed fields of the header, durably. `current` is what the lock guards.
+    pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
+        let bytes = new.fields();
+        // The disk may have it even if writing fails.
+        *self.fixed_tables.lock() = fixed_tables(&new);
+        *self.header_copy.lock() = new.clone();
+        *current = new;
+        let file = self.file();
+        file.write(0, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        file.flush().await
+    }
+
+    /// What has to be on disk before the first write: that promises of others are not kept, and, with
+    /// lazy refcounts, that the refcounts may be wrong.
+    pub(super) async fn prepare_writing(&self) -> IoResult {
+        self.check_sound().await?;
+        if self.is_prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        new.autoclear &= Autoclear::KNOWN - Autoclear::BITMAPS;
+        if header.autoclear.contains(Autoclear::BITMAPS) {
+            log::warn!(
+                "{}: the image has dirty bitmaps, which are inconsistent after this write",
+                self.name
+            );
+        }
+        if self.has_lazy_refcounts {
+            new.incompatible |= Incompatible::DIRTY;
+        }
+        if new != *header {
+            self.write_header(&mut header, new).await?;
+        }
+        self.is_prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Fails if the image was found to be corrupt, or metadata could not be written; a corrupt image says so itself from then on.
+    pub(super) async fn check_sound(&self) -> IoResult {
+        if !self.is_corrupt.load(Ordering::SeqCst) {
+            return match self.is_stopped.load(Ordering::SeqCst) {
+                true => Err(Errno::EIO),
+                false => Ok(()),
+            };
+        }
+        if self.is_writable {
+            let mut header = self.header.lock().await;
+            if !header.incompatible.contains(Incompatible::CORRUPT) && header.version >= 3 {
+                let mut new = header.clone();
+                new.incompatible |= Incompatible::CORRUPT;
+                let _ = self.write_header(&mut header, new).await;
+            }
+        }
+        Err(Errno::EIO)
+    }
+}
+
+/// Tables whose place the header tells: what, where, how many bytes.
+pub fn fixed_tables(header: &Header) -> Vec<(&'static str, u64, u64)> {
+    let mut tables = vec![
+        ("header", 0, 1 << header.cluster_bits),
+        ("active L1 table", header.l1_table_offset, header.l1_size as u64 * 8),
+        (
+            "refcount table",
+            header.refcount_table_offset,
+            u64::from(header.refcount_table_clusters) << header.cluster_bits,
+        ),
+    ];
+    if header.nb_snapshots > 0 {
+        tables.push(("snapshot table", header.snapshots_offset, 1));
+    }
+    tables
+}

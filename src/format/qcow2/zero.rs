@@ -1,0 +1,290 @@
+//! Zeroing and discarding: changes of the mapping, and zeroes written where a mapping cannot tell
+//! them.
+
+use super::freed::Release;
+use super::layout::{Cluster, L2Entry};
+use super::lookup::Found;
+use super::{Qcow2, corrupt};
+use crate::block::ZeroFlags;
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use std::ops::Range;
+
+/// Zeroes that are written at once, in bytes.
+const CHUNK: u64 = 1 << 20;
+
+/// What a range is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Zeroes; the host clusters are kept.
+    Zero,
+    /// Zeroes; the host clusters are given back.
+    Unmap,
+    /// Nothing that matters.
+    Discard,
+}
+
+impl Qcow2 {
+    pub(super) async fn zero_range(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        self.prepare_writing().await?;
+        let kind = if flags.contains(ZeroFlags::UNMAP) { Kind::Unmap } else { Kind::Zero };
+        let may_write = !flags.contains(ZeroFlags::NO_FALLBACK);
+        let unit = self.geometry.subcluster_size();
+        let end = at + len;
+        let mut at = at;
+        while at < end {
+            let start = at / unit * unit;
+            // Past the end of the disk there is nothing to keep.
+            let unit_end = (start + unit).min(self.size().max(end));
+            if start < at || end < unit_end {
+                let stop = end.min(unit_end);
+                self.zero_part(at..stop, start..unit_end, kind, may_write).await?;
+                at = stop;
+                continue;
+            }
+            let whole = if end >= self.size() { end } else { end / unit * unit };
+            at = self.zero_units(at..whole, kind, may_write).await?;
+        }
+        Ok(())
+    }
+
+    /// A part of a (sub)cluster: all of it, if the rest reads as zeroes anyway.
+    async fn zero_part(
+        &self,
+        part: Range<u64>,
+        unit: Range<u64>,
+        kind: Kind,
+        may_write: bool,
+    ) -> IoResult {
+        if self.geometry.zero_flag {
+            let cluster = part.start >> self.geometry.cluster_bits;
+            let _range = self.ranges.lock(cluster..cluster + 1).await;
+            let _visit = self.visits.enter();
+            if self.reads_zero(unit.start..part.start).await?
+                && self.reads_zero(part.end..unit.end).await?
+            {
+                return self.change_slice(unit, kind).await;
+            }
+        }
+        if may_write { self.write_zeroes(part).await } else { Err(Errno::ENOTSUP) }
+    }
+
+    async fn write_zeroes(&self, range: Range<u64>) -> IoResult {
+        let most = (range.end - range.start).min(CHUNK);
+        let mut zeroes = AlignedBuf::new(most as usize, 4096).ok_or(Errno::ENOMEM)?;
+        let mut at = range.start;
+        while at < range.end {
+            let n = (range.end - at).min(most);
+            let part = IoVec::from_mut(&mut zeroes[..n as usize]);
+            Box::pin(self.write_range(at, &part)).await?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Whole (sub)clusters, up to the end of a slice at most; where that is.
+    async fn zero_units(&self, range: Range<u64>, kind: Kind, may_write: bool) -> IoResult<u64> {
+        let bits = self.geometry.cluster_bits;
+        let first = range.start >> bits;
+        let last = ((range.end - 1) >> bits).min(first | (self.l2.entries() as u64 - 1));
+        let mut range = range.start..range.end.min((last + 1) << bits);
+        if self.geometry.zero_flag {
+            let size = self.geometry.cluster_size();
+            let is_partial = |range: &Range<u64>| {
+                !range.start.is_multiple_of(size)
+                    || !range.end.is_multiple_of(size) && range.end < self.size()
+            };
+            if is_partial(&range) && first < last {
+                // Whole clusters by themselves, and parts of clusters by themselves.
+                let cut = if range.start.is_multiple_of(size) { last } else { first + 1 };
+                range.end = cut << bits;
+            }
+            let last = (range.end - 1) >> bits;
+            let locked = self.ranges.lock(first..last + 1).await;
+            let _visit = self.visits.enter();
+            if is_partial(&range) {
+                let piece = self.lookup(range.start, range.end - range.start).await?;
+                if matches!(piece.found, Found::Compressed(_)) {
+                    drop(locked);
+                    return match may_write {
+                        true => self.write_zeroes(range.clone()).await.map(|()| range.end),
+                        false => Err(Errno::ENOTSUP),
+                    };
+                }
+            }
+            if self.has_raw_data {
+                self.zero_data_file(range.clone()).await?;
+            }
+            self.change_slice(range.clone(), kind).await?;
+            return Ok(range.end);
+        }
+        // Version 2 cannot say that a cluster is zero.
+        let is_zero = {
+            let _visit = self.visits.enter();
+            let end = range.end.min(range.start + self.geometry.cluster_size());
+            let is_zero = self.reads_zero(range.start..end).await?;
+            (is_zero, end)
+        };
+        match is_zero {
+            (true, end) => Ok(end),
+            (false, _) if !may_write => Err(Errno::ENOTSUP),
+            (false, end) => {
+                self.write_zeroes(range.start..end).await?;
+                Ok(end)
+            }
+        }
+    }
+
+    /// A raw data file says itself what reads as zeroes.
+    async fn zero_data_file(&self, range: Range<u64>) -> IoResult {
+        let data = self.data();
+        let end = range.end.min(data.len());
+        if end <= range.start {
+            return Ok(());
+        }
+        data.zero(range.start, end - range.start, ZeroFlags::UNMAP).await
+    }
+
+    pub(super) async fn discard_range(&self, at: u64, len: u64) -> IoResult {
+        self.prepare_writing().await?;
+        let size = self.geometry.cluster_size();
+        let end = at + len;
+        // The last cluster ends with the disk.
+        let end = if end >= self.size() { end.next_multiple_of(size) } else { end / size * size };
+        let mut at = at.next_multiple_of(size);
+        // Version 2 cannot say that a cluster is empty: the backing file would show. A raw data file
+        // has to say by itself what is empty, and a discard does not.
+        if !self.geometry.zero_flag && self.backing.is_some() || self.has_raw_data {
+            return Err(Errno::ENOTSUP);
+        }
+        while at < end {
+            let bits = self.geometry.cluster_bits;
+            let first = at >> bits;
+            let last = ((end - 1) >> bits).min(first | (self.l2.entries() as u64 - 1));
+            let stop = (last + 1) << bits;
+            let _range = self.ranges.lock(first..last + 1).await;
+            let _visit = self.visits.enter();
+            let index = self.geometry.l1_index(at);
+            if self.backing.is_none() && self.l1.get(index).l2_table() == 0 {
+                // Nothing is there.
+                at = stop.max(((index + 1) * self.geometry.l2_coverage()).min(end) / size * size);
+                continue;
+            }
+            self.change_slice(at..stop, Kind::Discard).await?;
+            if self.geometry.external_data && self.passes_discards {
+                let data = self.data();
+                let stop = stop.min(data.len());
+                if stop > at {
+                    let _ = data.discard(at, stop - at).await;
+                }
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Changes the mapping of whole (sub)clusters of one slice, whose range the caller holds.
+    async fn change_slice(&self, range: Range<u64>, kind: Kind) -> IoResult {
+        let bits = self.geometry.cluster_bits;
+        self.ensure_table(range.start).await?;
+        let (first, last) = (range.start >> bits, (range.end - 1) >> bits);
+        let (mut entries, mut releases) = (Vec::new(), Vec::new());
+        let mut is_changed = false;
+        {
+            let pinned = self.pin(range.start).await?;
+            let (_, index) = self.slice_of(range.start);
+            for n in 0..=last - first {
+                let old = pinned.get(index + n as usize);
+                let guest = (first + n) << bits;
+                let inside = range.start.max(guest) - guest..(range.end - guest).min(1 << bits);
+                let (new, frees) = self.emptied(old, guest, inside, kind)?;
+                is_changed |= new != old;
+                entries.push(new);
+                if frees {
+                    releases.extend(self.release_if_any(old));
+                }
+            }
+        }
+        if !is_changed {
+            return Ok(());
+        }
+        self.change_entries(first << bits, &entries).await?;
+        self.free(&releases).await;
+        Ok(())
+    }
+
+    fn release_if_any(&self, old: L2Entry) -> Option<Release> {
+        self.releases_of(old, self.passes_discards)
+    }
+
+    /// What an entry becomes when `inside` (bytes of the cluster) is emptied, and whether that drops
+    /// its host cluster.
+    fn emptied(
+        &self,
+        old: L2Entry,
+        guest: u64,
+        inside: Range<u64>,
+        kind: Kind,
+    ) -> IoResult<(L2Entry, bool)> {
+        let cluster = self.geometry.decode(old);
+        let cluster = cluster.map_err(|error| corrupt::bad_entry(self, guest, error))?;
+        let own = old.is_copied() || self.geometry.external_data;
+        let whole = self.end_of_cluster(guest);
+        if self.geometry.extended_l2 {
+            return Ok(self.emptied_extended(old, cluster, inside, (own, whole), kind));
+        }
+        let zero =
+            if self.geometry.zero_flag { L2Entry::zero(None, false) } else { L2Entry::UNALLOCATED };
+        Ok(match (cluster, kind) {
+            (Cluster::Unallocated, Kind::Discard) if self.backing.is_none() => (old, false),
+            (Cluster::Unallocated | Cluster::Zero { host: None }, _) => (zero, false),
+            // It keeps what it has.
+            (Cluster::Zero { .. }, Kind::Zero) => (old, false),
+            (Cluster::Normal { host }, Kind::Zero) if own => {
+                (L2Entry::zero(Some(host), true), false)
+            }
+            // Another file's cluster is always at the same place.
+            (Cluster::Normal { .. } | Cluster::Zero { .. } | Cluster::Compressed(_), _) => {
+                (zero, true)
+            }
+            (Cluster::Subclusters { .. }, _) => (old, false),
+        })
+    }
+
+    fn emptied_extended(
+        &self,
+        old: L2Entry,
+        cluster: Cluster,
+        inside: Range<u64>,
+        (own, whole): (bool, u64),
+        kind: Kind,
+    ) -> (L2Entry, bool) {
+        const ALL: u64 = u32::MAX as u64;
+        let empty = L2Entry { word: 0, bitmap: ALL << 32 };
+        let (host, allocated, zero) = match cluster {
+            Cluster::Subclusters { host, allocated, zero } => (host, allocated as u64, zero as u64),
+            // What is left of a compressed cluster cannot stay compressed: only whole ones get here.
+            _ => return (empty, true),
+        };
+        if kind == Kind::Discard && host.is_none() && zero == 0 && self.backing.is_none() {
+            return (old, false);
+        }
+        if inside.start == 0 && inside.end >= whole {
+            return match host {
+                Some(host) if kind == Kind::Zero && own => {
+                    (L2Entry::normal(host, true, ALL << 32), false)
+                }
+                Some(_) => (empty, true),
+                None => (empty, false),
+            };
+        }
+        let bits = self.geometry.subcluster_bits();
+        let (first, end) = (inside.start >> bits, inside.end.div_ceil(1 << bits));
+        let mask = ((1u64 << (end - first)) - 1) << first;
+        (L2Entry { bitmap: allocated & !mask | (zero | mask) << 32, ..old }, false)
+    }
+
+    /// How many bytes of a guest cluster the disk has.
+    fn end_of_cluster(&self, guest: u64) -> u64 {
+        self.size().saturating_sub(guest).min(self.geometry.cluster_size())
+    }
+}

@@ -1,0 +1,248 @@
+//! Crashes of a machine with an image open: whatever is left of what was not flushed, nothing is
+//! corrupt, and each sector holds what was last flushed or something written since.
+
+use super::consistency;
+use super::sim::{Image, below, check, disk, image};
+use crate::disks::{open_holding, seed, simulated};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+use vublk::block::*;
+use vublk::io::sim::Disorder;
+use vublk::io::{self, IoVec};
+use vublk::protocol::sim::{SimDisk, SimOptions};
+
+const LEN: u64 = 64 << 10;
+const SECTORS: usize = (LEN / SECTOR) as usize;
+const MOST: u64 = 512 << 10;
+
+/// What each sector may hold: the number of the write that is durable, and of those after it.
+type Allowed = Vec<Vec<u8>>;
+
+#[derive(Default)]
+struct Model {
+    allowed: Allowed,
+    /// From which length of the log on what was allowed.
+    history: Vec<(usize, Allowed)>,
+}
+
+struct Case {
+    create: &'static str,
+    /// What lies under the image reads as garbage, and its length is fixed.
+    garbage: bool,
+    /// A backing file full of this byte.
+    backing: Option<u8>,
+    cache: &'static str,
+    /// Of requests to the disk below. With 1, no transfer comes out short, as a short one would tear
+    /// an entry.
+    align: u32,
+}
+
+const CASES: &[Case] = &[
+    Case { create: "cluster_size=4k", garbage: false, backing: None, cache: "", align: 512 },
+    Case { create: "cluster_size=4k", garbage: true, backing: None, cache: "", align: 1 },
+    Case { create: "cluster_size=4k", garbage: false, backing: Some(250), cache: "", align: 512 },
+    Case {
+        create: "cluster_size=512,refcount_bits=64",
+        garbage: false,
+        backing: None,
+        cache: "",
+        align: 1,
+    },
+    Case {
+        create: "cluster_size=512",
+        garbage: true,
+        backing: Some(250),
+        cache: ",l2-cache-size=1",
+        align: 512,
+    },
+    Case {
+        create: "cluster_size=16k,extended_l2=on",
+        garbage: false,
+        backing: None,
+        cache: "",
+        align: 1,
+    },
+    Case {
+        create: "cluster_size=16k,extended_l2=on",
+        garbage: true,
+        backing: Some(250),
+        cache: "",
+        align: 512,
+    },
+    Case {
+        create: "cluster_size=4k,compat=0.10",
+        garbage: false,
+        backing: None,
+        cache: "",
+        align: 1,
+    },
+];
+
+/// Requests side by side on different sectors, flushes among them.
+async fn work(node: std::sync::Arc<Node>, disk: SimDisk, model: Rc<RefCell<Model>>, seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let now = |model: &mut Model| {
+        let at = disk.log().changes().len();
+        let allowed = model.allowed.clone();
+        model.history.push((at, allowed));
+    };
+    let mut number = 0u8;
+    for _ in 0..6 {
+        // Each of a few at once takes its own part of the disk.
+        let lanes = rng.usize(1..=4);
+        let per_lane = SECTORS / lanes;
+        let done: Rc<RefCell<usize>> = Rc::default();
+        let mut begun = Vec::new();
+        for lane in 0..lanes {
+            number += 1;
+            let first = lane * per_lane + rng.usize(0..per_lane);
+            let count = rng.usize(1..=((lane + 1) * per_lane - first).min(20));
+            let sectors = first..first + count;
+            let kind = rng.u8(0..8);
+            let value = if kind >= 6 { 0 } else { number };
+            {
+                let mut model = model.borrow_mut();
+                model.allowed[sectors.clone()].iter_mut().for_each(|sector| sector.push(value));
+                now(&mut model);
+            }
+            let (node, done) = (node.clone(), done.clone());
+            let (at, len) = (first as u64 * SECTOR, count as u64 * SECTOR);
+            io::current().spawn(async move {
+                match kind {
+                    6 => node.zero(at, len, ZeroFlags::UNMAP).await.unwrap(),
+                    7 => node.zero(at, len, ZeroFlags::empty()).await.unwrap(),
+                    _ => {
+                        let bytes = vec![value; len as usize];
+                        let from = IoVec::from_ref(&bytes);
+                        node.write(at, &from, WriteFlags::empty()).await.unwrap();
+                    }
+                }
+                *done.borrow_mut() += 1;
+            });
+            begun.push(sectors);
+        }
+        while *done.borrow() < lanes {
+            io::sleep(Duration::from_micros(50)).await;
+        }
+        // A discard may or may not happen: zero, from then on, is one of the values.
+        if rng.u8(0..3) == 0 {
+            let first = rng.usize(0..SECTORS);
+            let count = rng.usize(1..=(SECTORS - first).min(40));
+            {
+                let mut model = model.borrow_mut();
+                model.allowed[first..first + count].iter_mut().for_each(|sector| {
+                    let last = sector[sector.len() - 1];
+                    sector.extend([0, last]);
+                });
+                now(&mut model);
+            }
+            node.discard(first as u64 * SECTOR, count as u64 * SECTOR).await.unwrap();
+            // It has: find out where.
+            let mut found = vec![0xff; (count as u64 * SECTOR) as usize];
+            node.read(first as u64 * SECTOR, &IoVec::from_mut(&mut found)).await.unwrap();
+            let mut model = model.borrow_mut();
+            for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
+                model.allowed[first + n].push(sector[0]);
+            }
+            now(&mut model);
+        }
+        if rng.u8(0..2) == 0 {
+            node.flush().await.unwrap();
+            let mut model = model.borrow_mut();
+            for sector in &mut model.allowed {
+                *sector = vec![sector[sector.len() - 1]];
+            }
+            now(&mut model);
+        }
+    }
+}
+
+fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
+    let bytes = image(LEN, case.create);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let shape = |options: &mut SimOptions| {
+        options.log = true;
+        options.traits.request_align = case.align;
+        options.traits.buffer_align = case.align;
+    };
+    let (disk_, options) = if case.garbage {
+        let mut device = bytes.clone();
+        device.resize(bytes.len().next_multiple_of(65536), 0);
+        device.resize_with(MOST as usize, || rng.u8(240..250));
+        disk(&device, MOST, shape)
+    } else {
+        disk(&bytes, MOST, shape)
+    };
+    let mut options =
+        format!("driver=qcow2,discard=unmap{}{}", below("file", &options), case.cache);
+    let mut backing = String::new();
+    if let Some(byte) = case.backing {
+        let (_, below_it) = disk(&vec![byte; LEN as usize], LEN, |_| {});
+        backing = below("backing", &below_it);
+        options += &backing;
+    }
+    let model = Rc::new(RefCell::new(Model {
+        allowed: vec![vec![case.backing.unwrap_or(0)]; SECTORS],
+        history: Vec::new(),
+    }));
+    let initial = model.borrow().allowed.clone();
+    model.borrow_mut().history.push((0, initial));
+    let what = format!("{}, garbage {}, seed {seed}", case.create, case.garbage);
+    let short = if case.align == 1 { 0.0 } else { 0.2 };
+    simulated(Disorder { short, ..Disorder::wild(seed) }, |_| {
+        let (model, disk) = (model.clone(), disk_.clone());
+        async move {
+            let image = Image::open(&options).await;
+            work(image.node.clone(), disk.clone(), model.clone(), seed).await;
+            image.close().await;
+            let mut model = model.borrow_mut();
+            let at = disk.log().changes().len();
+            let last = model.allowed.iter().map(|sector| vec![sector[sector.len() - 1]]).collect();
+            model.history.push((at, last));
+        }
+    });
+    let log = disk_.log();
+    let model = model.borrow();
+    for (n, crash) in log.crashes(seed, crashes).enumerate() {
+        let state = log.image(&crash);
+        let at = format!("{what}, after {} of {} changes", crash.prefix, log.changes().len());
+        consistency::check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+        if n % sample == 0 {
+            check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+        }
+        let known = model.history.iter().rev().find(|(from, _)| *from <= crash.prefix);
+        let (_, allowed) = known.expect("the first holds from the beginning");
+        let found = contents(&state, &backing);
+        for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
+            let whole = sector.iter().all(|&b| b == sector[0]);
+            assert!(
+                whole && allowed[n].contains(&sector[0]),
+                "{at}: sector {n} holds {}, not one of {:?}",
+                sector[0],
+                allowed[n]
+            );
+        }
+    }
+}
+
+fn contents(state: &[u8], backing: &str) -> Vec<u8> {
+    let (_disk, options) = disk(state, state.len() as u64, |_| {});
+    let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
+    let orderly = Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 };
+    simulated(orderly, |_| async move {
+        let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
+        let mut found = vec![0xee; LEN as usize];
+        opened.node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();
+        found
+    })
+}
+
+#[test]
+fn no_crash_corrupts_an_image_or_invents_what_nobody_wrote() {
+    let seed = seed();
+    for (n, case) in CASES.iter().enumerate() {
+        println!("{} {} {:?}", case.create, case.garbage, case.backing);
+        run(case, seed.wrapping_add(n as u64), 6, 101);
+    }
+}

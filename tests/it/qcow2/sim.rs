@@ -1,0 +1,82 @@
+//! Images on simulated disks: made by qemu-img, written by us, checked by qemu-img again.
+
+use crate::disks::{REGISTRY, unique};
+use std::process::Command;
+use std::sync::Arc;
+use vublk::block::*;
+use vublk::options::keyval;
+use vublk::protocol::sim::{SimDisk, SimOptions};
+
+/// The bytes of a new image.
+pub fn image(len: u64, create: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]);
+    if !create.is_empty() {
+        command.args(["-o", create]);
+    }
+    let made = command.arg(&path).arg(len.to_string()).output().unwrap();
+    assert!(made.status.success(), "{create}: {}", String::from_utf8_lossy(&made.stderr));
+    std::fs::read(path).unwrap()
+}
+
+/// A published disk that holds `bytes`, and grows as far as `most`; the options of its node. `shape`
+/// changes what the disk is like.
+pub fn disk(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (SimDisk, String) {
+    let mut options = SimOptions::new((bytes.len() as u64).next_multiple_of(512));
+    options.max_len = most;
+    shape(&mut options);
+    let disk = SimDisk::holding(options, bytes);
+    let name = unique();
+    disk.publish(&name);
+    (disk, format!("driver=sim,disk={name}"))
+}
+
+/// `options` with every key below `child`.
+pub fn below(child: &str, options: &str) -> String {
+    options.split(',').map(|option| format!(",{child}.{option}")).collect()
+}
+
+/// An open image that is closed properly.
+pub struct Image {
+    graph: Graph,
+    pub node: Arc<Node>,
+    attachment: Attachment,
+}
+
+impl Image {
+    pub async fn open(options: &str) -> Image {
+        let graph = Graph::new(&REGISTRY);
+        let map = keyval::parse(&format!("{options},node-name=top"), None).unwrap().options;
+        let node = graph.open(map).await.unwrap_or_else(|error| panic!("{options}: {error}"));
+        let held = Perm::CONSISTENT_READ | Perm::WRITE;
+        let perms = Perms { held, shared: Perm::all() };
+        let attachment = graph.attach(&node, "a test", perms, None).unwrap();
+        Image { graph, node, attachment }
+    }
+
+    pub async fn close(self) {
+        let Image { graph, node, attachment } = self;
+        drop(attachment);
+        drop(node);
+        graph.close().await;
+    }
+}
+
+/// What qemu-img's check says of an image's bytes: nothing, or what is wrong. Leaks are only wrong
+/// if `leaks` says so.
+pub fn check(bytes: &[u8], leaks: bool) -> Result<(), String> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(file.path()).output();
+    let output = output.unwrap();
+    match output.status.code() {
+        Some(0) => Ok(()),
+        Some(3) if !leaks => Ok(()),
+        _ => {
+            let out = String::from_utf8_lossy(&output.stdout);
+            Err(format!("{out}{}", String::from_utf8_lossy(&output.stderr)))
+        }
+    }
+}
