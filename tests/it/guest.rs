@@ -366,6 +366,48 @@ fn a_guest_waits_for_room_on_a_full_host_and_sees_no_error() {
     server.stop();
 }
 
+#[test]
+fn a_guest_that_is_reset_while_requests_are_held_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small");
+    fs::create_dir(&path).unwrap();
+    let small = Small::mount(&path, 16);
+    let image = small.path.join("disk");
+    File::create(small.file("disk")).unwrap().set_len(64 * MIB).unwrap();
+    small.fill(16, 1 << 10);
+    let options = ["--werror", "stop", "--cache", "writeback", "-v"];
+    let mut server = vublk_serve_in(&small.enter(), &[&image], &options).start();
+    let guest =
+        Guest::new().reconnecting_disk(server.socket(0), 2).qemu(&["-action", "reboot=reset"]);
+    let mut guest = guest.boot(
+        r#"
+        set -e
+        if dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | grep -q second; then
+            for i in $(seq 64); do
+                dd if=/dev/vda of=/dev/null bs=4k count=8 skip=$i iflag=direct 2>/dev/null
+                dd if=/dev/zero of=/dev/vda bs=512 count=1 oflag=direct 2>/dev/null
+            done
+            echo "errors $(dmesg | grep -c 'I/O error')" || true
+            exit 0
+        fi
+        echo second | dd of=/dev/vda bs=512 count=1 conv=sync oflag=direct 2>/dev/null
+        dd if=/dev/urandom of=/dev/vda bs=1M seek=1 count=8 oflag=direct 2>/dev/null &
+        echo writing; read -r go
+        echo b >/proc/sysrq-trigger
+        sleep 60
+        "#,
+    );
+    guest.wait_for("writing");
+    server.wait_for("held, and tried again", 1);
+    guest.say("go");
+    let console = guest.finish();
+    assert_eq!(console.value("errors"), "0");
+    // What the guest before the reset wanted is not done on the rings of the one after it.
+    assert!(!server.log().contains("begun again"), "{}", server.log());
+    small.free();
+    server.stop();
+}
+
 /// What QEMU says when it wants to write and another holder does not share that.
 const WRITE_LOCK: &str = "Failed to get \"write\" lock";
 

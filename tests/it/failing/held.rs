@@ -4,11 +4,12 @@
 use super::{Stage, block, options, submit_write, write_of};
 use std::time::Duration;
 use vublk::protocol::sim::Kinds;
+use vublk_testkit::dirty_log::{PAGE, written};
 use vublk_testkit::memory::MemoryLayout;
 use vublk_testkit::request::{Request, Shape};
 use vublk_testkit::ring::Desc;
 use vublk_testkit::spec::{desc_flag, status};
-use vublk_testkit::{Disk, Options};
+use vublk_testkit::{DirtyLog, Disk, Options};
 
 const STOP: &str = "werror=stop,rerror=stop";
 
@@ -230,6 +231,29 @@ fn held_requests_are_found_again_when_the_memory_table_changes() {
         assert_written(&stage, 0..4);
         disk.write(0, &block(0)).unwrap();
     }
+}
+
+#[test]
+fn at_the_end_of_a_migration_held_requests_are_failed_and_marked_dirty() {
+    let mut stage = Stage::new(STOP);
+    let more = options(true);
+    let protocol = more.protocol | vublk_testkit::spec::protocol::LOG_SHMFD;
+    let mut disk = stage.open_with(&Options { protocol, ..more });
+    disk.write(8 * 100, &block(100)).unwrap();
+    stage.fails(Kinds::READ, libc::EIO);
+    hold_writes(&mut stage, &mut disk, 2);
+    let read = Request::In { sector: 8 * 100, len: 4096 };
+    let token = disk.queue(0).add(&read, &Shape::indirect()).unwrap();
+    let chain = disk.queue(0).chain(token).unwrap();
+    disk.queue(0).publish().unwrap();
+    stage.wait_held(3);
+    let log = DirtyLog::new((128 << 20) / PAGE / 8).unwrap();
+    disk.start_logging(&log).unwrap();
+    disk.connection().stop_queue(0).unwrap();
+    assert_all(&mut disk, 3, status::IOERR);
+    assert!(marked(&disk).is_empty());
+    let dirty = log.take();
+    assert!(written(&chain).is_subset(&dirty), "{dirty:x?}");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! `werror` and `rerror`: what the guest is told of each kind of failure, and what the monitor.
 
 use super::{Stage, block, write_of};
+use crate::vhost_user::Daemon;
 use vublk::export::vhost_user_blk::failure::{Action, Operation};
 use vublk::protocol::sim::Kinds;
+use vublk_testkit::Options;
 use vublk_testkit::request::{Range, Request};
 use vublk_testkit::spec::status;
 
@@ -68,6 +70,21 @@ fn a_failed_flush_is_reported_whatever_the_policy_says_of_holding() {
         assert_eq!(disk.run(&Request::Flush).unwrap().status, status::IOERR);
         assert_eq!(stage.info().held, 0);
     }
+}
+
+#[test]
+fn the_log_says_why_a_failed_flush_is_not_held() {
+    let node = "driver=blkdebug,node-name=d0,image.driver=file,image.filename=DIR/disk.img,\
+                inject-error.0.event=none,inject-error.0.iotype=flush,inject-error.0.errno=28,inject-error.0.once=on";
+    let mut daemon = Daemon::serve(node, "writable=on,werror=stop");
+    let mut disk = daemon.open(&Options::default());
+    disk.write(0, &block(1)).unwrap();
+    assert_eq!(disk.run(&Request::Flush).unwrap().status, status::IOERR);
+    daemon.wait_log(
+        "flush of 0 bytes at 0 failed: No space left on device (error 1); it is reported",
+        1,
+    );
+    disk.flush().unwrap();
 }
 
 #[test]

@@ -89,6 +89,12 @@ impl Guest {
         self
     }
 
+    /// More options of QEMU's.
+    pub fn qemu(mut self, options: &[&str]) -> Self {
+        self.qemu_options.extend(options.iter().map(|&option| option.to_owned()));
+        self
+    }
+
     /// Boots the guest, which then runs `script` under `sh`.
     pub fn boot(self, script: &str) -> RunningGuest {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
