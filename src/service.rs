@@ -2,9 +2,14 @@
 //! monitor all act through this, so that a thing is done, refused and worded in one way.
 
 mod handover;
+mod holders;
 mod live;
+mod patience;
+mod pending;
 
 pub use live::ExportInfo;
+pub use patience::is_locked;
+pub use pending::Pending;
 
 use crate::block::graph::{Attachment, Graph};
 use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry};
@@ -13,13 +18,13 @@ use crate::export::vhost_user_blk::{
     Address, DiskOptions, Export, ExportOptions, FailureOptions, IoErrors, ReadErrors, WriteErrors,
     listening_fd,
 };
-use crate::io::{Errno, Worker, WorkerOptions};
+use crate::io::{Worker, WorkerOptions};
 use crate::options::{self, Map};
 use live::Ended;
 use serde::Deserialize;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The serial number of disks that are given none.
 const SERIAL: &str = "vhost_user_blk";
@@ -38,6 +43,8 @@ pub struct Service {
     main: Option<Arc<Worker>>,
     /// Newest last.
     exports: Vec<Served>,
+    /// What ends the wait for images that are locked; `None`: they are not waited for.
+    patience: Option<fn() -> bool>,
     /// Those of them that have ended and were not asked for yet.
     ended: Arc<Ended>,
     /// What the storage has failed and was not asked for yet.
@@ -135,7 +142,8 @@ impl Service {
         let ended = Ended::new()?;
         let io_errors = ended.io_errors()?;
         let (iothreads, exports) = (Vec::new(), Vec::new());
-        Ok(Service { graph, control, iothreads, main: None, exports, ended, io_errors })
+        let patience = Some((|| false) as fn() -> bool);
+        Ok(Service { graph, control, iothreads, main: None, exports, patience, ended, io_errors })
     }
 
     pub fn graph(&self) -> &Graph {
@@ -144,7 +152,20 @@ impl Service {
 
     /// `--blockdev`: opens a named node.
     pub fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
-        patiently(|| self.graph.open_on(&self.control, options.clone()))
+        self.patiently(|| self.graph.open_on(&self.control, options.clone()))
+    }
+
+    /// Waits for locked images from now on until `give_up` says true, and no longer than it makes
+    /// sense; with `None` not at all.
+    pub fn wait_for_locks(&mut self, give_up: Option<fn() -> bool>) {
+        self.patience = give_up;
+    }
+
+    fn patiently<T>(&self, mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+        match self.patience {
+            Some(give_up) => patience::patiently(give_up, attempt),
+            None => attempt(),
+        }
     }
 
     /// `--object`: adds an object of the type that `qom-type` names.
@@ -270,15 +291,15 @@ impl Service {
         let perms = Perms { held, shared: Perm::all() };
         let first_worker = self.exports.len();
         let options = ExportOptions { name: id.clone(), disk, workers, first_worker };
-        if let Address::Path { path, .. } = &address {
-            handover::wait_for_socket(path, LOCK_PATIENCE);
+        if let (Address::Path { path, .. }, Some(_)) = (&address, self.patience) {
+            handover::wait_for_socket(path, SOCKET_PATIENCE);
         }
         // The front end is let in last: by then all permissions are held.
         let export = Export::new(node.clone(), address, options)?;
         export.tell(self.io_errors.clone());
         let user = Some(export.user());
         let what = format!("export '{id}'");
-        let attachment = patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
+        let attachment = self.patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
         let (name, ended) = (id.clone(), self.ended.clone());
         let export = export.start(move || ended.tell(name))?;
         let state = State::Serving(Box::new(export), attachment);
@@ -305,22 +326,8 @@ impl Drop for Service {
     }
 }
 
-/// How long an image may be locked by others before it is refused: the kernel ends the I/O of a
-/// process that was killed, and gives up its locks, a little later than the process is gone.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Tries again while the image is locked. The last refusal is the answer.
-fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
-    let end = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match attempt() {
-            Err(error) if error.errno() == Some(Errno(libc::EAGAIN)) && Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            result => return result,
-        }
-    }
-}
+/// How long a socket may be listened on by others before it is refused.
+const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What qemu-storage-daemon 7.2 knows, so that a type that we lack is told from one that nobody has.
 const OBJECT_TYPES: [&str; 14] = [

@@ -34,7 +34,7 @@ pub use driver::{
     Abilities, Access, Driver, Extent, Leaf, LocalFuture, Locks, Mapping, Place, Precision, Status,
     Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
-pub use error::Error;
+pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
 pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};

@@ -83,6 +83,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     let stop = signals.descriptor()?;
     let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
     let mut service = Service::new(drivers::registry(), policy.policy())?;
+    service.wait_for_locks(Some(EndSignals::have_come));
     let mut control = Control::default();
     for (option, implied_key, value) in in_order(&matches) {
         if option == STRAY {

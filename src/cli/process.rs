@@ -26,6 +26,17 @@ impl EndSignals {
         }
     }
 
+    /// Whether one of them has come and was not taken yet.
+    pub fn have_come() -> bool {
+        // SAFETY: the call initialises the set.
+        unsafe {
+            let mut set = std::mem::zeroed::<libc::sigset_t>();
+            libc::sigpending(&mut set);
+            let has = |signal| libc::sigismember(&set, signal) == 1;
+            [libc::SIGINT, libc::SIGHUP, libc::SIGTERM].into_iter().any(has)
+        }
+    }
+
     /// A descriptor that is readable while one of them waits to be taken (signalfd).
     pub fn descriptor(&self) -> Result<OwnedFd, String> {
         // SAFETY: the set is initialised.

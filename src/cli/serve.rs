@@ -130,6 +130,7 @@ impl Serve {
         let mut descriptors = Descriptors::new();
         super::start_log(self.verbose);
         let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
+        service.wait_for_locks(Some(EndSignals::have_come));
         let workers = self.start_workers(&mut service)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
             let address = descriptors.address(socket, self.socket_mode, self.socket_owner)?;

@@ -3,6 +3,7 @@
 //! The rule held here: a command that is listed does all that its QEMU namesake does of what this
 //! program has; one that is not there is not listed.
 
+use super::slow::{self, Later};
 use crate::block::Error;
 use crate::block::graph::NodeInfo;
 use crate::block::node::DetectZeroes;
@@ -46,16 +47,13 @@ impl From<options::Error> for CommandError {
     }
 }
 
-type Outcome = Result<Value, CommandError>;
+/// What a command comes to.
+pub type Outcome = Result<Value, CommandError>;
 type Act = fn(&mut Service, Map) -> Outcome;
 
-/// What [`run`] knows, by name.
-const COMMANDS: [(&str, Act); 14] = [
-    ("block-export-add", block_export_add),
+/// What [`run`] does at once, by name.
+const COMMANDS: [(&str, Act); 9] = [
     ("block-export-del", block_export_del),
-    ("block_resize", block_resize),
-    ("blockdev-add", |service, arguments| done(service.blockdev_add(arguments).map(drop))),
-    ("blockdev-del", blockdev_del),
     ("object-add", |service, arguments| done(service.object_add(arguments))),
     ("object-del", object_del),
     ("query-block", |_, arguments| {
@@ -65,7 +63,6 @@ const COMMANDS: [(&str, Act); 14] = [
     }),
     ("query-block-exports", query_block_exports),
     ("query-commands", query_commands),
-    ("query-named-block-nodes", query_named_block_nodes),
     ("query-version", |_, arguments| {
         arguments.finish()?;
         Ok(version())
@@ -77,15 +74,22 @@ const COMMANDS: [(&str, Act); 14] = [
 /// What the session itself does.
 const OF_THE_SESSION: [&str; 2] = ["qmp_capabilities", "quit"];
 
-/// Runs a command.
-pub fn run(command: &str, arguments: Map, service: &mut Service) -> Outcome {
-    match COMMANDS.iter().find(|(name, _)| *name == command) {
-        Some((_, act)) => act(service, arguments),
-        None => {
-            let command = command.escape_debug();
-            Err(CommandError::not_found(format!("The command {command} has not been found")))
-        }
+/// What a command has come to when it has begun.
+pub enum Begun {
+    Ended(Value),
+    Later(Later),
+}
+
+/// Begins a command.
+pub fn run(command: &str, arguments: Map, service: &mut Service) -> Result<Begun, CommandError> {
+    if let Some((_, act)) = COMMANDS.iter().find(|(name, _)| *name == command) {
+        return act(service, arguments).map(Begun::Ended);
     }
+    if let Some((_, begin)) = slow::COMMANDS.iter().find(|(name, _)| *name == command) {
+        return begin(service, arguments).map(Begun::Later);
+    }
+    let command = command.escape_debug();
+    Err(CommandError::not_found(format!("The command {command} has not been found")))
 }
 
 /// The QEMU version whose commands these are, and our own as the package.
@@ -100,23 +104,10 @@ pub fn object<const N: usize>(members: [(&str, Value); N]) -> Value {
     Value::Map(Map::from_iter(members))
 }
 
-fn done(result: Result<(), Error>) -> Outcome {
+/// The outcome of what returns nothing.
+pub fn done(result: Result<(), Error>) -> Outcome {
     result?;
     Ok(Value::Map(Map::new()))
-}
-
-fn block_export_add(service: &mut Service, arguments: Map) -> Outcome {
-    // The numbers of descriptors are between the process and whoever started it: a client could name
-    // one that is in use.
-    if let Some(Value::Str(kind)) = arguments.get_path("addr.type")
-        && kind == "fd"
-    {
-        let name = arguments.get_path("addr.str").and_then(Value::as_str).unwrap_or_default();
-        let name = name.escape_debug();
-        let text = format!("File descriptor named '{name}' has not been found");
-        return Err(CommandError::new(text));
-    }
-    done(service.export_add(arguments))
 }
 
 fn block_export_del(service: &mut Service, arguments: Map) -> Outcome {
@@ -136,37 +127,6 @@ fn block_export_del(service: &mut Service, arguments: Map) -> Outcome {
     let Arguments { id, mode: None | Some(Mode::Safe | Mode::Hard) } =
         options::from_map(arguments)?;
     done(service.export_del(&id))
-}
-
-fn block_resize(service: &mut Service, arguments: Map) -> Outcome {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-    struct Arguments {
-        device: Option<String>,
-        node_name: Option<String>,
-        size: i64,
-    }
-    let Arguments { device, node_name, size } = options::from_map(arguments)?;
-    let node = node_name.as_deref().and_then(|name| service.graph().find(name).ok());
-    let Some(node) = node else {
-        let [device, name] = [device, node_name].map(|name| name.unwrap_or_default());
-        let (device, name) = (device.escape_debug(), name.escape_debug());
-        let text = format!("Cannot find device='{device}' nor node-name='{name}'");
-        return Err(CommandError::new(text));
-    };
-    let size =
-        u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
-    done(service.resize(&node, size))
-}
-
-fn blockdev_del(service: &mut Service, arguments: Map) -> Outcome {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-    struct Arguments {
-        node_name: String,
-    }
-    let Arguments { node_name } = options::from_map(arguments)?;
-    done(service.blockdev_del(&node_name))
 }
 
 fn object_del(service: &mut Service, arguments: Map) -> Outcome {
@@ -231,25 +191,13 @@ fn export_id(arguments: Map) -> Result<String, CommandError> {
 
 fn query_commands(_: &mut Service, arguments: Map) -> Outcome {
     arguments.finish()?;
-    let names = COMMANDS.iter().map(|(name, _)| *name).chain(OF_THE_SESSION);
+    let slow = slow::COMMANDS.iter().map(|(name, _)| *name);
+    let names = COMMANDS.iter().map(|(name, _)| *name).chain(slow).chain(OF_THE_SESSION);
     Ok(Value::List(names.map(|name| object([("name", Value::from(name))])).collect()))
 }
 
-fn query_named_block_nodes(service: &mut Service, arguments: Map) -> Outcome {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        // There are no backing files yet, which is all that it leaves out.
-        #[serde(rename = "flat")]
-        _flat: Option<bool>,
-    }
-    let Arguments { .. } = options::from_map(arguments)?;
-    let nodes = service.query_nodes();
-    Ok(Value::List(nodes.into_iter().map(|(info, allocated)| node(info, allocated)).collect()))
-}
-
 /// `BlockDeviceInfo` of QEMU's schema.
-fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
+pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
     let NodeInfo { name, driver, read_only, options, len, filename, .. } = info;
     let filename = filename.unwrap_or_else(|| format!("json:{{\"driver\": \"{driver}\"}}"));
     let mut image = Map::from_iter([

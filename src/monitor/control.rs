@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 /// How long clients are given to read what was said last.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// Milliseconds between two looks at commands that are under way.
+const LOOK: i32 = 10;
+
 /// All monitors of a process, and the character devices that they may be put on.
 #[derive(Default)]
 pub struct Control {
@@ -76,11 +79,23 @@ impl Control {
 
     /// Serves until `stop` is readable or a client asks the process to end.
     pub fn serve(&mut self, service: &mut Service, stop: RawFd) {
+        // Not on this thread, which other clients need.
+        service.wait_for_locks(None);
         loop {
             let mut fds = vec![polled(stop, POLLIN), polled(service.ended_notice(), POLLIN)];
             fds.extend(self.monitors.iter_mut().map(Monitor::poll));
             let busy = self.monitors.iter().any(Monitor::has_work);
-            poll(&mut fds, if busy { 0 } else { -1 });
+            let waiting = self.monitors.iter().any(Monitor::is_waiting);
+            poll(
+                &mut fds,
+                if busy {
+                    0
+                } else if waiting {
+                    LOOK
+                } else {
+                    -1
+                },
+            );
             if fds[0].revents != 0 {
                 return;
             }
@@ -157,6 +172,10 @@ impl Monitor {
             self.client = Some(client(File::from(stream)));
         }
         match (&self.client, &self.chardev.endpoint) {
+            // It has gone, and one of its commands is still under way.
+            (Some(Client { session, ended: true, .. }), _) if session.output().is_empty() => {
+                polled(-1, 0)
+            }
             (Some(Client { stream, session, ended }), _) => {
                 let mut events = 0;
                 if session.wants_input() && !ended {
@@ -175,6 +194,10 @@ impl Monitor {
 
     fn has_work(&self) -> bool {
         self.client.as_ref().is_some_and(|client| client.session.has_work())
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.session.is_waiting())
     }
 
     /// Does what the descriptor is ready for.
@@ -203,6 +226,7 @@ impl Monitor {
             self.client = None;
             return;
         }
+        client.ended |= ready & POLLHUP != 0 && ready & POLLIN == 0;
         if ready & POLLIN != 0 {
             let mut buffer = [0; 4096];
             match client.stream.read(&mut buffer) {
@@ -232,7 +256,10 @@ impl Monitor {
         if client.session.is_overrun() {
             log::warn!("monitor '{}': the client does not read: cut off", self.chardev.id);
             self.client = None;
-        } else if client.ended && !client.session.has_input() && client.session.output().is_empty()
+        } else if client.ended
+            && !client.session.has_input()
+            && !client.session.is_waiting()
+            && client.session.output().is_empty()
         {
             self.client = None;
         }

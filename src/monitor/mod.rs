@@ -7,6 +7,7 @@
 //! | `session` | one client: negotiation, requests, replies, events |
 //! | `framing` | where one JSON value ends and the next begins |
 //! | `commands` | what each command does |
+//! | `slow` | those that wait for storage or guests |
 //!
 //! The rule held here: one thread, which no guest's requests go through, serves all monitors; what a
 //! client can make it keep is bounded, and a client that does not read holds up nobody else.
@@ -17,6 +18,7 @@ mod control;
 mod framing;
 mod poll;
 mod session;
+mod slow;
 
 pub use chardev::Chardev;
 pub use control::Control;

@@ -3,8 +3,9 @@
 //! The rule held here: every request gets exactly one reply, in order, with its `id`. Follows QEMU's
 //! QMP specification (docs/interop/qmp-spec). The capability `oob` is not offered.
 
-use super::commands::{self, CommandError};
+use super::commands::{self, Begun, CommandError, Outcome};
 use super::framing::Framing;
+use super::slow::Later;
 use crate::options::{self, Map, Value, json};
 use crate::service::Service;
 use serde::Deserialize;
@@ -23,6 +24,8 @@ pub struct Session {
     pretty: bool,
     output: Vec<u8>,
     overrun: bool,
+    /// The command that has begun and not ended, and its `id`. The next one waits for it.
+    under_way: Option<(Option<Value>, Later)>,
 }
 
 /// What a request asks of the process.
@@ -46,6 +49,7 @@ impl Session {
             pretty,
             output: Vec::new(),
             overrun: false,
+            under_way: None,
         };
         let greeting = commands::object([
             ("version", commands::version()),
@@ -76,7 +80,7 @@ impl Session {
 
     /// Whether [`Session::step`] may have something to do.
     pub fn has_work(&self) -> bool {
-        self.framing.has_input() && self.output.len() < OUTPUT_PAUSE
+        !self.is_waiting() && self.framing.has_input() && self.output.len() < OUTPUT_PAUSE
     }
 
     /// Whether input that has come is still to be looked at.
@@ -84,44 +88,47 @@ impl Session {
         self.framing.has_input()
     }
 
+    /// Whether a command is under way: [`Session::step`] is to be called again soon.
+    pub fn is_waiting(&self) -> bool {
+        self.under_way.is_some()
+    }
+
     /// Whether more has piled up than a client may leave unread.
     pub fn is_overrun(&self) -> bool {
         self.overrun
     }
 
-    /// Handles one request, if there is a whole one, and room for its reply.
+    /// Handles one request, if there is a whole one, and room for its reply; or goes on with the one
+    /// that is under way.
     pub fn step(&mut self, service: &mut Service) -> Option<(Reply, Step)> {
+        if let Some((_, later)) = &mut self.under_way {
+            let outcome = later(service)?;
+            let (id, _) = self.under_way.take()?;
+            return Some((reply(id, outcome), Step::Handled));
+        }
         if self.output.len() >= OUTPUT_PAUSE {
             return None;
         }
-        let value = self.framing.next_value()?;
-        let (id, result, step) = match value {
-            Err(text) => (None, Err(CommandError::new(text)), Step::Handled),
-            Ok(Value::Map(mut request)) => {
-                let id = request.take("id");
-                let (result, step) = match self.dispatch(request, service) {
-                    Ok((value, step)) => (Ok(value), step),
-                    Err(error) => (Err(error), Step::Handled),
-                };
-                (id, result, step)
-            }
+        let mut request = match self.framing.next_value()? {
+            Ok(Value::Map(request)) => request,
             Ok(_) => {
                 let error = CommandError::new("QMP input must be a JSON object");
-                (None, Err(error), Step::Handled)
+                return Some((reply(None, Err(error)), Step::Handled));
             }
+            Err(text) => return Some((reply(None, Err(CommandError::new(text))), Step::Handled)),
         };
-        let mut reply = Map::new();
-        match (result, id) {
-            (Ok(value), id) => {
-                reply.insert("return", value);
-                id.map(|id| reply.insert("id", id));
-            }
-            (Err(error), id) => {
-                id.map(|id| reply.insert("id", id));
-                reply.insert("error", error.into_value());
-            }
+        let id = request.take("id");
+        match self.dispatch(request, service) {
+            Ok((Begun::Ended(value), step)) => Some((reply(id, Ok(value)), step)),
+            Ok((Begun::Later(mut later), step)) => match later(service) {
+                Some(outcome) => Some((reply(id, outcome), step)),
+                None => {
+                    self.under_way = Some((id, later));
+                    None
+                }
+            },
+            Err(error) => Some((reply(id, Err(error)), Step::Handled)),
         }
-        Some((Reply(Value::Map(reply)), step))
     }
 
     pub fn reply(&mut self, Reply(value): Reply) {
@@ -153,7 +160,7 @@ impl Session {
         &mut self,
         mut request: Map,
         service: &mut Service,
-    ) -> Result<(Value, Step), CommandError> {
+    ) -> Result<(Begun, Step), CommandError> {
         let command = match request.take("execute") {
             Some(Value::Str(command)) => Some(command),
             Some(_) => {
@@ -178,7 +185,7 @@ impl Session {
             ("qmp_capabilities", false) => {
                 negotiate(arguments)?;
                 self.negotiated = true;
-                Ok((Value::Map(Map::new()), Step::Handled))
+                Ok((Begun::Ended(Value::Map(Map::new())), Step::Handled))
             }
             ("qmp_capabilities", true) => Err(CommandError::not_found(
                 "Capabilities negotiation is already complete, command ignored",
@@ -188,10 +195,10 @@ impl Session {
             )),
             ("quit", true) => {
                 arguments.finish()?;
-                Ok((Value::Map(Map::new()), Step::Quit))
+                Ok((Begun::Ended(Value::Map(Map::new())), Step::Quit))
             }
             (command, true) => {
-                commands::run(command, arguments, service).map(|value| (value, Step::Handled))
+                commands::run(command, arguments, service).map(|begun| (begun, Step::Handled))
             }
         }
     }
@@ -201,6 +208,22 @@ impl Session {
         self.output.extend_from_slice(text.as_bytes());
         self.output.extend_from_slice(b"\r\n");
     }
+}
+
+/// The reply to a request with this `id`.
+fn reply(id: Option<Value>, outcome: Outcome) -> Reply {
+    let mut reply = Map::new();
+    match outcome {
+        Ok(value) => {
+            reply.insert("return", value);
+            id.map(|id| reply.insert("id", id));
+        }
+        Err(error) => {
+            id.map(|id| reply.insert("id", id));
+            reply.insert("error", error.into_value());
+        }
+    }
+    Reply(Value::Map(reply))
 }
 
 /// `qmp_capabilities`: nothing is offered, so nothing can be enabled.

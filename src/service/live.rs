@@ -3,11 +3,12 @@
 //! The rule held here: nothing waits for a guest without limit. An export ends on a thread of its
 //! own, and [`Service::take_ended`] tells when it has.
 
-use super::{Served, Service, State};
+use super::{Pending, Served, Service, State};
 use crate::block::graph::NodeInfo;
 use crate::block::{Error, Node};
 use crate::export::vhost_user_blk::{Export, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
+use crate::options::Map;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -173,15 +174,21 @@ impl Service {
     ///
     /// # Errors
     /// [`Graph::delete`](crate::block::Graph::delete).
-    pub fn blockdev_del(&self, name: &str) -> Result<(), Error> {
+    pub fn blockdev_del(&self, name: &str) -> Pending<Result<(), Error>> {
         let (graph, name) = (self.graph.clone(), name.to_owned());
-        self.control.block_on(move || async move { graph.delete(&name).await })
+        Pending::start(&self.control, move || async move { graph.delete(&name).await })
+    }
+
+    /// Opens a named node. An image that is locked is not waited for.
+    pub fn blockdev_open(&self, options: Map) -> Pending<Result<Arc<Node>, Error>> {
+        let graph = self.graph.clone();
+        Pending::start(&self.control, move || async move { graph.open(options).await })
     }
 
     /// Sets the length of a node, in bytes; its exports see it.
-    pub fn resize(&self, node: &Arc<Node>, len: u64) -> Result<(), Error> {
+    pub fn resize(&self, node: &Arc<Node>, len: u64) -> Pending<Result<(), Error>> {
         let (graph, node) = (self.graph.clone(), node.clone());
-        self.control.block_on(move || async move { graph.resize(&node, len).await })
+        Pending::start(&self.control, move || async move { graph.resize(&node, len).await })
     }
 
     /// Deletes an object that nothing uses.
@@ -198,9 +205,9 @@ impl Service {
     }
 
     /// What there is to tell of all nodes, newest first, and the bytes that each occupies.
-    pub fn query_nodes(&self) -> Vec<(NodeInfo, Option<u64>)> {
+    pub fn query_nodes(&self) -> Pending<Vec<(NodeInfo, Option<u64>)>> {
         let graph = self.graph.clone();
-        self.control.block_on(move || async move {
+        Pending::start(&self.control, move || async move {
             let mut all = Vec::new();
             for node in graph.nodes() {
                 let allocated = match node.driver().image() {
@@ -211,5 +218,10 @@ impl Service {
             }
             all
         })
+    }
+
+    /// The same without asking the storage, which may not answer.
+    pub fn list_nodes(&self) -> Vec<(NodeInfo, Option<u64>)> {
+        self.graph.nodes().iter().map(|node| (NodeInfo::of(node), None)).collect()
     }
 }

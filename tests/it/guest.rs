@@ -434,6 +434,7 @@ fn vublk_is_refused_an_image_that_qemu_serves() {
     let server = qemu_storage_daemon(&image, true).start();
     let said = vublk_serve(&[&image], &[]).refused();
     assert!(said.contains(SHARED_WRITE_LOCK), "{said}");
+    assert!(said.contains("\nIt is held by qemu-storage-da (pid "), "{said}");
     server.stop();
     vublk_serve(&[&image], &[]).start().stop();
 }

@@ -11,10 +11,12 @@
 
 use super::options::Locking;
 use super::sys;
-use crate::block::{Error, Locks, Perm, Perms};
+use crate::block::{Error, LockedFile, Locks, Perm, Perms};
 use crate::io::Errno;
 use crate::io::sync::Mutex;
 use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 const HELD: u64 = 100;
@@ -127,7 +129,15 @@ impl ImageLocks {
                 let name = perm.names().next().unwrap_or("unknown");
                 let text = format!("Failed to get {shared}\"{name}\" lock");
                 let hint = format!("Is another process using the image [{}]?", self.filename);
-                return Err(Error::new(text).with_errno(Errno(libc::EAGAIN)).with_hint(hint));
+                let error = Error::new(text).with_errno(Errno(libc::EAGAIN)).with_hint(hint);
+                return Err(match self.file.metadata() {
+                    Ok(found) => error.with_locked_file(LockedFile {
+                        device: found.dev(),
+                        inode: found.ino(),
+                        fd: self.file.as_raw_fd(),
+                    }),
+                    Err(_) => error,
+                });
             }
         }
         Ok(())

@@ -1,12 +1,12 @@
 //! `vublk serve`: what it prints, what it makes of its sockets, and what it refuses.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use vublk_testkit::spec::feature;
-use vublk_testkit::{Disk, Error, Options, Server};
+use vublk_testkit::{Disk, Error, Options, Server, message};
 
 use super::{VUBLK, directory, run, stderr};
 use crate::vhost_user::LIMIT;
@@ -269,4 +269,64 @@ fn a_socket_file_that_somebody_put_in_the_place_of_ours_stays() {
     let _theirs = UnixListener::bind(&path).unwrap();
     end(server);
     assert!(path.exists(), "only our own socket is removed");
+}
+
+#[test]
+fn an_image_locked_by_what_no_process_has_open_is_waited_for() {
+    let dir = directory();
+    let locked = crate::monitor::slow::lock_by_nobody(&dir.path().join("disk.img"));
+    let mut command = Command::new(VUBLK);
+    command.current_dir(dir.path()).stdout(Stdio::null());
+    command.args(["serve", "-f", "raw", "disk.img", "--socket", "a.sock"]);
+    let mut server = Server::spawn(command).unwrap();
+    let end_of_wait = std::time::Instant::now() + LIMIT;
+    while !server.stderr().contains("trying on") {
+        assert!(server.try_wait().unwrap().is_none(), "ended: {}", server.stderr());
+        assert!(std::time::Instant::now() < end_of_wait);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    // The socket may stand already, but nobody is let in.
+    let early = UnixStream::connect(dir.path().join("a.sock")).unwrap();
+    message::send(&early, 1, message::VERSION, None, &[], &[]).unwrap();
+    early.set_nonblocking(true).unwrap();
+    let none = std::io::Read::read(&mut &early, &mut [0]).unwrap_err();
+    assert_eq!(none.kind(), std::io::ErrorKind::WouldBlock);
+    drop(locked);
+    early.set_nonblocking(false).unwrap();
+    assert_eq!(message::receive(&early, LIMIT).unwrap().unwrap().request, 1);
+    drop(early);
+    open(dir.path(), "a.sock").read(0, &mut [0; 512]).unwrap();
+    let said = server.stderr();
+    assert_eq!(said.matches("trying on").count(), 1, "{said}");
+    end(server);
+}
+
+#[test]
+fn a_daemon_that_waits_for_a_lock_is_ended_by_a_signal() {
+    let dir = directory();
+    let _locked = crate::monitor::slow::lock_by_nobody(&dir.path().join("disk.img"));
+    let mut command = Command::new(VUBLK);
+    command.current_dir(dir.path()).stdout(Stdio::null());
+    command.args(["serve", "-f", "raw", "disk.img", "--socket", "a.sock"]);
+    let mut server = Server::spawn(command).unwrap();
+    while !server.stderr().contains("trying on") {
+        assert!(server.try_wait().unwrap().is_none(), "ended: {}", server.stderr());
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    server.signal(libc::SIGTERM).unwrap();
+    assert_eq!(server.wait_exit(LIMIT).unwrap().code(), Some(1));
+    assert!(server.stderr().contains("Failed to get \"write\" lock"), "{}", server.stderr());
+}
+
+#[test]
+fn the_process_that_holds_a_locked_image_is_named() {
+    let dir = directory();
+    let first = serve(dir.path(), &["-f", "raw", "disk.img", "--socket", "a.sock"]);
+    let held = format!("It is held by vublk (pid {})", first.pid());
+    assert_refused(dir.path(), &["-f", "raw", "disk.img", "--socket", "b.sock"], &held);
+    // The holder may be the process itself.
+    let twice = ["-f", "raw", "b.img", "b.img", "--socket", "b.sock", "--socket", "c.sock"];
+    std::fs::copy(dir.path().join("disk.img"), dir.path().join("b.img")).unwrap();
+    assert_refused(dir.path(), &twice, "It is held by vublk (pid");
+    end(first);
 }

@@ -6,6 +6,7 @@ mod clients;
 mod ctl;
 mod live;
 mod resize;
+pub mod slow;
 
 use crate::vhost_user::Daemon;
 pub use client::Client;

@@ -1,0 +1,128 @@
+//! Commands that wait for storage, for guests, or for a lock: begun by the monitors' thread, which
+//! looks now and then whether they have ended and serves other clients meanwhile.
+
+use super::commands::{self, CommandError, Outcome, done};
+use crate::block::Error;
+use crate::options::{self, Map, Value};
+use crate::service::{Pending, Service, is_locked};
+use serde::Deserialize;
+use std::time::{Duration, Instant};
+
+/// What is left of a command: gives its outcome once there is one.
+pub type Later = Box<dyn FnMut(&mut Service) -> Option<Outcome>>;
+
+type Begin = fn(&mut Service, Map) -> Result<Later, CommandError>;
+
+/// By name.
+pub const COMMANDS: [(&str, Begin); 5] = [
+    ("block-export-add", block_export_add),
+    ("block_resize", block_resize),
+    ("blockdev-add", blockdev_add),
+    ("blockdev-del", blockdev_del),
+    ("query-named-block-nodes", query_named_block_nodes),
+];
+
+/// How long the thread itself waits. Nearly all commands take less.
+const AT_ONCE: Duration = Duration::from_millis(20);
+
+/// How long a lock is tried that is held by somebody else, who may be about to give it up.
+const GRACE: Duration = Duration::from_millis(200);
+
+/// How long a listing waits for what the storage has to tell.
+const STORAGE: Duration = Duration::from_secs(1);
+
+/// The outcome of something that is under way.
+fn when_done(pending: Pending<Result<(), Error>>) -> Later {
+    let mut wait = AT_ONCE;
+    Box::new(move |_| pending.poll(std::mem::take(&mut wait)).map(done))
+}
+
+fn blockdev_add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let end = Instant::now() + GRACE;
+    let mut wait = AT_ONCE;
+    let mut opening = Some(service.blockdev_open(arguments.clone()));
+    Ok(Box::new(move |service| {
+        let opening_now =
+            opening.take().unwrap_or_else(|| service.blockdev_open(arguments.clone()));
+        match opening_now.poll(std::mem::take(&mut wait)) {
+            Some(Err(error)) if is_locked(&error) && Instant::now() < end => None,
+            Some(result) => Some(done(result.map(drop))),
+            None => {
+                opening = Some(opening_now);
+                None
+            }
+        }
+    }))
+}
+
+fn block_export_add(_: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    // The numbers of descriptors are between the process and whoever started it: a client could name
+    // one that is in use.
+    if let Some(Value::Str(kind)) = arguments.get_path("addr.type")
+        && kind == "fd"
+    {
+        let name = arguments.get_path("addr.str").and_then(Value::as_str).unwrap_or_default();
+        let name = name.escape_debug();
+        let text = format!("File descriptor named '{name}' has not been found");
+        return Err(CommandError::new(text));
+    }
+    let end = Instant::now() + GRACE;
+    Ok(Box::new(move |service| match service.export_add(arguments.clone()) {
+        Err(error) if is_locked(&error) && Instant::now() < end => None,
+        result => Some(done(result)),
+    }))
+}
+
+fn block_resize(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+    struct Arguments {
+        device: Option<String>,
+        node_name: Option<String>,
+        size: i64,
+    }
+    let Arguments { device, node_name, size } = options::from_map(arguments)?;
+    let node = node_name.as_deref().and_then(|name| service.graph().find(name).ok());
+    let Some(node) = node else {
+        let [device, name] = [device, node_name].map(|name| name.unwrap_or_default());
+        let (device, name) = (device.escape_debug(), name.escape_debug());
+        let text = format!("Cannot find device='{device}' nor node-name='{name}'");
+        return Err(CommandError::new(text));
+    };
+    let size =
+        u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
+    Ok(when_done(service.resize(&node, size)))
+}
+
+fn blockdev_del(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+    struct Arguments {
+        node_name: String,
+    }
+    let Arguments { node_name } = options::from_map(arguments)?;
+    Ok(when_done(service.blockdev_del(&node_name)))
+}
+
+fn query_named_block_nodes(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        // There are no backing files yet, which is all that it leaves out.
+        #[serde(rename = "flat")]
+        _flat: Option<bool>,
+    }
+    let Arguments { .. } = options::from_map(arguments)?;
+    let pending = service.query_nodes();
+    let mut wait = AT_ONCE;
+    let end = Instant::now() + STORAGE;
+    Ok(Box::new(move |service| {
+        let nodes = match pending.poll(std::mem::take(&mut wait)) {
+            Some(nodes) => nodes,
+            None if Instant::now() >= end => service.list_nodes(),
+            None => return None,
+        };
+        let list = nodes.into_iter().map(|(info, allocated)| commands::node(info, allocated));
+        Some(Ok(Value::List(list.collect())))
+    }))
+}
