@@ -11,6 +11,7 @@ mod layouts;
 mod lifecycle;
 mod lost_memory;
 mod memory;
+mod memory_slots;
 mod messages;
 mod negotiation;
 mod queues;
