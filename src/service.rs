@@ -110,6 +110,8 @@ struct VhostUserBlkExport {
     iothread: Option<Iothreads>,
     #[serde(rename = "fixed-iothread", default)]
     _fixed_iothread: bool,
+    #[serde(default)]
+    allow_inactive: bool,
     addr: options::Value,
     num_queues: Option<u16>,
     logical_block_size: Option<options::Size>,
@@ -131,6 +133,9 @@ pub struct NewExport {
     pub disk: DiskOptions,
     pub address: Address,
     pub workers: Vec<Arc<Worker>>,
+    /// A node that is inactive stays so until the first front end starts a ring. Else it becomes
+    /// active now.
+    pub allow_inactive: bool,
 }
 
 impl Service {
@@ -269,12 +274,13 @@ impl Service {
                     .map_or(DEFAULT_TIMEOUT, |seconds| Duration::from_secs(seconds.into())),
             },
         };
-        self.export(NewExport { id, node, disk, address, workers })
+        let allow_inactive = options.allow_inactive;
+        self.export(NewExport { id, node, disk, address, workers, allow_inactive })
     }
 
     /// Serves a node.
     pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
-        let NewExport { id, node, disk, address, workers } = new;
+        let NewExport { id, node, disk, address, workers, allow_inactive } = new;
         if disk.num_queues == 0 {
             return Err(Error::new("num-queues must be greater than 0"));
         }
@@ -294,17 +300,29 @@ impl Service {
         if let (Address::Path { path, .. }, Some(_)) = (&address, self.patience) {
             handover::wait_for_socket(path, SOCKET_PATIENCE);
         }
+        if !allow_inactive {
+            self.activate(&node)?;
+        }
         // The front end is let in last: by then all permissions are held.
         let export = Export::new(node.clone(), address, options)?;
         export.tell(self.io_errors.clone());
         let user = Some(export.user());
         let what = format!("export '{id}'");
         let attachment = self.patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
+        export.follow(attachment.activity());
         let (name, ended) = (id.clone(), self.ended.clone());
         let export = export.start(move || ended.tell(name))?;
         let state = State::Serving(Box::new(export), attachment);
         self.exports.push(Served { id, node_name: node.name().to_owned(), state });
         Ok(())
+    }
+
+    /// Makes a node active, unless it is.
+    fn activate(&self, node: &Arc<Node>) -> Result<(), Error> {
+        self.patiently(|| {
+            let (graph, node) = (self.graph.clone(), node.clone());
+            self.control.block_on(move || async move { graph.activate(&node).await })
+        })
     }
 
     fn main_worker(&mut self) -> Result<Arc<Worker>, Error> {

@@ -277,10 +277,18 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Whether a process that opens the same storage with the same permissions after this one was
     /// killed knows that all of this one's I/O has ended: what the kernel or a server were still
-    /// doing for it when it died could otherwise undo what comes later.
-    fn is_fenced(&self) -> bool {
+    /// doing for it when it died could otherwise undo what comes later. `own` is what the node's
+    /// users hold and allow together; of an inactive node, what they will.
+    fn is_fenced(&self, own: super::Perms) -> bool {
+        let _ = own;
         let children = self.children();
-        !children.is_empty() && children.iter().all(|child| child.node().driver().is_fenced())
+        !children.is_empty() && children.iter().all(|child| child.node().is_fenced())
+    }
+
+    /// How the image goes over to another process and comes from one. Without it the node can be
+    /// neither opened inactive nor made so.
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        None
     }
 
     /// Whether a flush has failed in such a way that all later ones will, until the storage is opened
@@ -351,6 +359,23 @@ pub struct Transfer<'a> {
     /// Bytes; the sum of the segments.
     pub len: u32,
     pub segments: &'a [libc::iovec],
+}
+
+/// What a driver does when its image becomes ours, and when it becomes another's
+/// ([`super::graph::Activity`]). The defaults suit one that keeps nothing of what is in the image.
+pub trait HandOver: Send + Sync {
+    /// Others may have changed the image since it was opened or ours: forgets what it knows of it
+    /// and looks anew. What the node stands on has done so, the locks are held, and no request is
+    /// in flight.
+    fn activate(&self) -> LocalFuture<'_, Result<(), super::Error>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Writes all that it has to; the node is flushed afterwards. No request is in flight, and none
+    /// but reads comes before [`HandOver::activate`]. What it stands on is still active.
+    fn inactivate(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 }
 
 /// How permissions reach other processes: prepared for all nodes of a change first, and then either

@@ -4,6 +4,7 @@
 //! (`turns`); the list of nodes has a mutex of its own, which is never held across an
 //! await. The data path asks neither.
 
+mod activity;
 mod drain;
 mod permissions;
 mod turns;
@@ -11,6 +12,7 @@ mod turns;
 #[cfg(test)]
 mod tests;
 
+pub use activity::Activity;
 pub use drain::{Drained, User};
 
 use super::open::duplicate;
@@ -55,7 +57,8 @@ struct Entry {
     children: Vec<u64>,
     /// What all uses hold and allow together.
     perms: Perms,
-    /// What the driver's locks stand for: `perms`, or more while requests are still on their way.
+    /// What the driver's locks stand for: `perms`, or more while requests are still on their way;
+    /// nothing while the node is inactive.
     locked: Perms,
 }
 
@@ -64,6 +67,8 @@ struct Entry {
 struct Use {
     by: By,
     perms: Perms,
+    /// A user that is no node: whether it needs the node active.
+    active: bool,
 }
 
 /// Who uses a node.
@@ -92,6 +97,8 @@ pub struct NodeInfo {
     pub driver: &'static str,
     /// As asked for, or as `auto-read-only` found it.
     pub read_only: bool,
+    /// Its image is ours ([`Activity`]).
+    pub active: bool,
     pub options: NodeOptions,
     /// Bytes.
     pub len: u64,
@@ -263,7 +270,7 @@ impl Graph {
         let mut state = self.0.state.lock();
         let id = state.id(node)?;
         let mut plan = Plan::new(&mut state);
-        plan.add(id, Use { by, perms });
+        plan.add(id, Use { by, perms, active: node.is_active() });
         plan.apply()
     }
 
@@ -291,6 +298,15 @@ impl Graph {
         }
         let children = node.driver().children().iter().map(|child| state.id(&child.node()));
         let children = children.collect::<Result<Vec<_>, _>>()?;
+        let inactive = |id: &&u64| !state.entry(**id).node.is_active();
+        if node.is_active()
+            && let Some(child) = children.iter().find(inactive)
+        {
+            let (name, child) = (node.name(), state.entry(*child).node.name());
+            return Err(Error::new(format!(
+                "Active node '{name}' cannot stand on inactive node '{child}'"
+            )));
+        }
         let (uses, perms) = (Vec::new(), Perms::NONE);
         let entry = Entry { node, monitor: false, uses, children, perms, locked: perms };
         // A number of its own, because children that were opened with it are older.
@@ -323,6 +339,10 @@ impl Graph {
 
 /// Metadata and data to the storage, then the driver's own end.
 async fn close_driver(node: &Node) -> IoResult {
+    // Its image is another's, and has had what was to be written.
+    if !node.is_active() {
+        return Ok(());
+    }
     let flushed = match node.traits().abilities.contains(Abilities::READ_ONLY) {
         true => Ok(()),
         false => node.flush().await,
@@ -365,6 +385,13 @@ impl State {
     }
 }
 
+impl Entry {
+    /// What its locks shall stand for when its uses hold and allow `perms`.
+    fn wanted_locks(&self, perms: Perms) -> Perms {
+        if self.node.is_active() { perms } else { Perms::NONE }
+    }
+}
+
 impl NodeInfo {
     pub fn of(node: &Node) -> NodeInfo {
         let children = node.driver().children().iter();
@@ -372,6 +399,7 @@ impl NodeInfo {
             name: node.name().to_owned(),
             driver: node.driver().name(),
             read_only: node.options().read_only,
+            active: node.is_active(),
             options: node.options(),
             len: node.len(),
             filename: node.driver().filename(),

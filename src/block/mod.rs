@@ -31,12 +31,12 @@ pub mod registry;
 pub use child::Child;
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use driver::{
-    Abilities, Access, Driver, Extent, Leaf, LocalFuture, Locks, Mapping, Place, Precision, Status,
-    Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Driver, Extent, HandOver, Leaf, LocalFuture, Locks, Mapping, Place,
+    Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
-pub use graph::{Attachment, Drained, Graph, NodeInfo, User};
+pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
 pub use open::{Inherit, Opening, RecordedBacking};

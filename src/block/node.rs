@@ -10,7 +10,7 @@ use super::{Event, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 /// QEMU's sector: lengths are rounded up to it, whatever the image's is.
 pub const SECTOR: u64 = 512;
@@ -52,8 +52,14 @@ pub struct Node {
     traits: Traits,
     options: NodeOptions,
     overlap: Overlap,
-    /// The permissions that all users hold together ([`Perm`]); set by the graph.
+    /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
+    /// graph.
     held: AtomicU8,
+    /// The same whether active or not, and, in the upper half, what they allow others; set by the
+    /// graph.
+    perms: AtomicU16,
+    /// Its image is ours ([`super::graph::Activity`]); set by the graph.
+    active: AtomicBool,
     /// Who may have requests on the fast road through this node.
     members: Mutex<Vec<Arc<epoch::Member>>>,
 }
@@ -75,6 +81,8 @@ impl Node {
             options,
             overlap: Overlap::default(),
             held: AtomicU8::new(0),
+            perms: AtomicU16::new(0),
+            active: AtomicBool::new(true),
             members: Mutex::default(),
         })
     }
@@ -112,8 +120,33 @@ impl Node {
     }
 
     /// For the graph, when a change of permissions is committed.
-    pub(super) fn set_held(&self, perms: Perms) {
-        self.held.store(perms.held.bits(), Ordering::Relaxed);
+    pub(super) fn set_perms(&self, perms: Perms) {
+        let both = u16::from_le_bytes([perms.held.bits(), perms.shared.bits()]);
+        self.perms.store(both, Ordering::Relaxed);
+        let held = if self.is_active() { perms.held } else { Perm::empty() };
+        self.held.store(held.bits(), Ordering::Relaxed);
+    }
+
+    fn perms(&self) -> Perms {
+        let [held, shared] = self.perms.load(Ordering::Relaxed).to_le_bytes();
+        Perms { held: Perm::from_bits_retain(held), shared: Perm::from_bits_retain(shared) }
+    }
+
+    /// Whether the image is ours: its locks are held, and it can be written to if it can at all.
+    pub fn is_active(&self) -> bool {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// For the graph, which takes the locks before and gives them up after.
+    pub(super) fn set_active(&self, active: bool) {
+        self.active.store(active, Ordering::Relaxed);
+        self.set_perms(self.perms());
+    }
+
+    /// Whether a process that opens the same storage with the same permissions after this one was
+    /// killed knows that all of this one's I/O has ended ([`Driver::is_fenced`]).
+    pub fn is_fenced(&self) -> bool {
+        self.driver.is_fenced(self.perms())
     }
 
     // ---- The fast road

@@ -33,6 +33,7 @@ pub struct Opening {
     path: String,
     options: NodeOptions,
     auto_read_only: bool,
+    active: bool,
     depth: usize,
     /// The images above this one that led here by recorded names.
     chain: Option<Arc<Chain>>,
@@ -57,6 +58,7 @@ pub(super) struct Inherited {
     discard: bool,
     direct: bool,
     no_flush: bool,
+    active: bool,
     chain: Option<Arc<Chain>>,
 }
 
@@ -128,6 +130,7 @@ impl Opening {
             discard: !backing,
             direct: self.options.direct,
             no_flush: self.options.no_flush,
+            active: self.active,
             chain: self.chain.clone(),
         }
     }
@@ -159,6 +162,8 @@ impl Graph {
                 return Err(Error::new("'node-name' must be specified for the root node"));
             }
             let chain = inherited.as_ref().and_then(|parent| parent.chain.clone());
+            let by_parent = inherited.as_ref().is_none_or(|parent| parent.active);
+            let active = common.active.unwrap_or(by_parent);
             let (node_options, auto_read_only) = common.resolve(inherited)?;
             self.policy().check_driver(entry.name, node_options.read_only)?;
             let name = match common.node_name {
@@ -172,6 +177,7 @@ impl Graph {
                 path,
                 options: node_options,
                 auto_read_only,
+                active,
                 depth,
                 chain,
             };
@@ -179,7 +185,12 @@ impl Graph {
             let mut node_options = opening.options;
             let is_read_only = driver.traits().abilities.contains(super::Abilities::READ_ONLY);
             node_options.read_only |= opening.auto_read_only && is_read_only;
+            if !active && driver.hand_over().is_none() {
+                let text = format!("Driver '{}' cannot be opened inactive", driver.name());
+                return Err(Error::new(text));
+            }
             let node = Node::new(opening.name.clone(), driver, node_options);
+            node.set_active(active);
             if let Err(error) = self.insert(node.clone(), opening.id) {
                 // Nothing was asked of it yet, so there is nothing that its end could lose.
                 let _ = node.driver().close().await;
@@ -248,6 +259,7 @@ struct Common {
     read_only: Option<bool>,
     auto_read_only: Option<bool>,
     force_share: Option<bool>,
+    active: Option<bool>,
     discard: Option<Discard>,
     detect_zeroes: Option<Detect>,
     cache: Cache,
@@ -282,6 +294,7 @@ impl Common {
             read_only: options.take_opt_bool("read-only")?,
             auto_read_only: options.take_opt_bool("auto-read-only")?,
             force_share: options.take_opt_bool("force-share")?,
+            active: options.take_opt_bool("active")?,
             discard: options.take_as("discard")?,
             detect_zeroes: options.take_as("detect-zeroes")?,
             cache: options.take_as("cache")?.unwrap_or_default(),
@@ -297,6 +310,7 @@ impl Common {
             discard: false,
             direct: false,
             no_flush: false,
+            active: true,
             chain: None,
         });
         let options = NodeOptions {

@@ -32,6 +32,10 @@ pub struct Serve {
     /// Serve read-only
     #[arg(short, long)]
     read_only: bool,
+    /// Serve guests that are migrated to here: an image is locked when its guest comes, and waited
+    /// for until the daemon that the guest leaves gives it up
+    #[arg(long)]
+    incoming: bool,
     /// Virtqueues to offer to each virtual machine
     #[arg(long, default_value_t = MAX_QUEUES, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES as i64))]
     num_queues: u16,
@@ -201,7 +205,8 @@ impl Serve {
         };
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;
-        let new = NewExport { id, node, disk, address, workers };
+        let allow_inactive = self.incoming;
+        let new = NewExport { id, node, disk, address, workers, allow_inactive };
         Ok(service.export(new).map_err(|e| e.at(&shown))?)
     }
 
@@ -229,6 +234,7 @@ impl Serve {
         let mut node = Map::new();
         node.insert("driver", &**format);
         node.insert("node-name", name);
+        node.insert("active", Value::Bool(!self.incoming));
         for map in [&mut file, &mut node] {
             map.insert("cache", cache.clone());
             map.insert("discard", discard);

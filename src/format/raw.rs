@@ -131,6 +131,8 @@ impl Raw {
     }
 }
 
+impl HandOver for Raw {}
+
 impl Driver for Raw {
     fn name(&self) -> &'static str {
         ENTRY.name
@@ -147,6 +149,10 @@ impl Driver for Raw {
             let rest = self.node().len().saturating_sub(self.offset);
             rest - rest % SECTOR
         })
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
     }
 
     fn children(&self) -> &[Child] {

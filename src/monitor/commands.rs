@@ -198,7 +198,7 @@ fn query_commands(_: &mut Service, arguments: Map) -> Outcome {
 
 /// `BlockDeviceInfo` of QEMU's schema.
 pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
-    let NodeInfo { name, driver, read_only, options, len, filename, .. } = info;
+    let NodeInfo { name, driver, read_only, active, options, len, filename, .. } = info;
     let filename = filename.unwrap_or_else(|| format!("json:{{\"driver\": \"{driver}\"}}"));
     let mut image = Map::from_iter([
         ("virtual-size", Value::from(len)),
@@ -230,6 +230,10 @@ pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
         ("image", Value::Map(image)),
         ("cache", cache),
     ]);
+    // QEMU 7.2 does not know it, and all of its nodes are.
+    if !active {
+        node.insert("active", false);
+    }
     for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
         node.insert(limit, 0u64);
     }

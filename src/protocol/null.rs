@@ -6,8 +6,9 @@
 
 use crate::block::registry::OpenFn;
 use crate::block::{
-    Abilities, Access, Driver, DriverEntry, Error, Extent, Kind, Leaf, LocalFuture, Mapping,
-    Opening, OptionHelp, Place, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Driver, DriverEntry, Error, Extent, HandOver, Kind, Leaf, LocalFuture,
+    Mapping, Opening, OptionHelp, Perms, Place, Precision, Status, Target, Traits, Transfer,
+    WriteFlags, ZeroFlags,
 };
 use crate::io::{self, InFlight, IoResult, IoVec, Started};
 use crate::options::Map;
@@ -91,6 +92,8 @@ impl Null {
     }
 }
 
+impl HandOver for Null {}
+
 impl Driver for Null {
     fn name(&self) -> &'static str {
         self.name
@@ -150,8 +153,12 @@ impl Driver for Null {
         Box::pin(std::future::ready(Ok(extent)))
     }
 
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
+    }
+
     /// Nothing is stored anywhere, and what is in flight ends with the process.
-    fn is_fenced(&self) -> bool {
+    fn is_fenced(&self, _: Perms) -> bool {
         true
     }
 

@@ -14,7 +14,8 @@ pub use log::{Change, Crash, WriteLog};
 
 use crate::block::{
     Abilities, Access, Driver, DriverEntry, Error, Extent, Image, Kind, Leaf, LocalFuture, Mapping,
-    OptionHelp, Place, Precision, SECTOR, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    OptionHelp, Perms, Place, Precision, SECTOR, Status, Target, Traits, Transfer, WriteFlags,
+    ZeroFlags,
 };
 use crate::io::sim::{Executed, SimFd, SimFile, SimOp, register};
 use crate::io::sync::Mutex;
@@ -541,7 +542,7 @@ impl Driver for Sim {
     }
 
     /// What it has not done when its process dies it never does.
-    fn is_fenced(&self) -> bool {
+    fn is_fenced(&self, _: Perms) -> bool {
         true
     }
 

@@ -4,6 +4,7 @@
 
 #[allow(dead_code, reason = "shared with tests/soak, which uses more of it")]
 pub mod boot;
+mod migration;
 pub mod server;
 
 use std::fs::{self, File};

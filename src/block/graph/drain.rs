@@ -69,6 +69,12 @@ impl Graph {
         })?;
         let child = &children[index];
         check_traits(&child.node(), node)?;
+        if parent.is_active() && !node.is_active() {
+            let (parent, node) = (parent.name(), node.name());
+            return Err(Error::new(format!(
+                "Active node '{parent}' cannot stand on inactive node '{node}'"
+            )));
+        }
         // Whoever may have fast requests through the parent has them through the new node from
         // now on.
         parent.members().iter().for_each(|member| node.add_member(member));
@@ -104,6 +110,9 @@ impl Graph {
         let abilities = node.traits().abilities;
         if node.options().read_only || abilities.contains(Abilities::READ_ONLY) {
             return Err(Error::new("Image is read-only"));
+        }
+        if !node.is_active() {
+            return Err(Error::new(format!("Node '{}' is inactive", node.name())));
         }
         let image = node
             .driver()

@@ -48,7 +48,7 @@ impl<'a> Plan<'a> {
     /// Adds the edges from a new node to its children.
     pub(super) fn add_edges(&mut self, parent: u64) {
         for (child, id) in self.children(parent).to_vec().into_iter().enumerate() {
-            self.add(id, Use { by: By::Node { id: parent, child }, perms: Perms::NONE });
+            self.add(id, edge(parent, child));
         }
         self.uses_mut(parent);
     }
@@ -56,7 +56,7 @@ impl<'a> Plan<'a> {
     /// Turns the edge from a node to its child at an index to another node.
     pub(super) fn turn_edge(&mut self, parent: u64, child: usize, to: u64) {
         self.remove(|by| matches!(by, By::Node { id, child: at } if (*id, *at) == (parent, child)));
-        self.add(to, Use { by: By::Node { id: parent, child }, perms: Perms::NONE });
+        self.add(to, edge(parent, child));
         let mut children = self.children(parent).to_vec();
         children[child] = to;
         self.children.insert(parent, children);
@@ -99,7 +99,9 @@ impl<'a> Plan<'a> {
         for node in self.order()? {
             let perms = self.settle(node);
             self.check(node, perms)?;
-            wanted.push(Wanted { node, perms, locks: locks(self.state.entry(node).locked, perms) });
+            let entry = self.state.entry(node);
+            let locks = entry.wanted_locks(locks(entry.locked, perms));
+            wanted.push(Wanted { node, perms, locks });
         }
         // Locks talk to the file system with the list of nodes locked. They are few, local and
         // quick, and whoever waits is a control thread.
@@ -122,8 +124,9 @@ impl<'a> Plan<'a> {
         for node in self.order().expect("nothing was added") {
             let perms = self.settle(node);
             let entry = self.state.entry(node);
-            let locks = match prepare(entry, perms) {
-                Ok(()) => perms,
+            let locks = entry.wanted_locks(perms);
+            let locks = match prepare(entry, locks) {
+                Ok(()) => locks,
                 Err(error) => {
                     log::error!("{}: giving up permissions: {error}", entry.node.name());
                     entry.locked
@@ -161,7 +164,7 @@ impl<'a> Plan<'a> {
         for one in wanted {
             let entry = self.state.entry_mut(one.node);
             entry.perms = one.perms;
-            entry.node.set_held(one.perms);
+            entry.node.set_perms(one.perms);
             commit(entry, one.locks);
         }
     }
@@ -263,6 +266,12 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// A node's use of its child.
+fn edge(parent: u64, child: usize) -> Use {
+    // Whether the child is needed active, the parent's own state tells.
+    Use { by: By::Node { id: parent, child }, perms: Perms::NONE, active: false }
+}
+
 #[derive(Default)]
 struct Walk {
     /// On the way from the root to here.
@@ -280,14 +289,14 @@ struct Wanted {
     locks: Perms,
 }
 
-fn prepare(entry: &Entry, new: Perms) -> Result<(), Error> {
+pub(super) fn prepare(entry: &Entry, new: Perms) -> Result<(), Error> {
     match entry.node.driver().locks() {
         Some(locks) if entry.locked != new => locks.prepare(entry.locked, new),
         _ => Ok(()),
     }
 }
 
-fn rollback(entry: &Entry, new: Perms) {
+pub(super) fn rollback(entry: &Entry, new: Perms) {
     if let Some(locks) = entry.node.driver().locks()
         && entry.locked != new
     {
@@ -295,7 +304,7 @@ fn rollback(entry: &Entry, new: Perms) {
     }
 }
 
-fn commit(entry: &mut Entry, new: Perms) {
+pub(super) fn commit(entry: &mut Entry, new: Perms) {
     if let Some(locks) = entry.node.driver().locks()
         && entry.locked != new
     {
@@ -306,9 +315,10 @@ fn commit(entry: &mut Entry, new: Perms) {
 
 /// Gives up the locks that [`Plan::apply_keeping_locks`] has kept.
 pub(super) fn release_locks(state: &mut State) {
-    for entry in state.nodes.values_mut().filter(|entry| entry.locked != entry.perms) {
-        match prepare(entry, entry.perms) {
-            Ok(()) => commit(entry, entry.perms),
+    for entry in state.nodes.values_mut() {
+        let wanted = entry.wanted_locks(entry.perms);
+        match prepare(entry, wanted) {
+            Ok(()) => commit(entry, wanted),
             Err(error) => log::error!("{}: giving up locks: {error}", entry.node.name()),
         }
     }

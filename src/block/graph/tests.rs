@@ -1,5 +1,7 @@
 //! The graph over drivers that do nothing but tell what was asked of them.
 
+mod activity_tests;
+
 use super::*;
 use crate::block::registry::{DriverEntry, Kind, OpenFn};
 use crate::block::*;
@@ -23,6 +25,9 @@ struct StoreState {
     locked: Mutex<Option<Perms>>,
     /// Rollbacks seen.
     rollbacks: AtomicUsize,
+    /// Handing over fails.
+    sick: AtomicBool,
+    told: Mutex<Vec<&'static str>>,
 }
 
 static STORES: LazyLock<Mutex<HashMap<String, Arc<StoreState>>>> = LazyLock::new(Mutex::default);
@@ -106,6 +111,9 @@ impl Driver for Store {
         Box::pin(std::future::ready(Ok(Extent { len, status: Status::DATA, place: None })))
     }
     fn locks(&self) -> Option<&dyn Locks> {
+        Some(self)
+    }
+    fn hand_over(&self) -> Option<&dyn HandOver> {
         Some(self)
     }
     fn image(&self) -> Option<&dyn Image> {
@@ -223,6 +231,9 @@ impl Driver for Layer {
     }
     fn status(&self, at: u64, len: u64, p: Precision) -> LocalFuture<'_, IoResult<Extent>> {
         Box::pin(async move { self.children[0].node().status(at, len, p).await })
+    }
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        (self.name == "pass").then_some(self as _)
     }
     fn child_perms(&self, _: usize, own: Perms) -> Perms {
         (self.perms)(own)

@@ -121,7 +121,7 @@ fn connect(path: &Path, name: &str, stop: RawFd) -> Option<UnixStream> {
 
 /// Waits until one of the descriptors is readable, the first of which comes first: its index. None
 /// if the time is over, or something is wrong.
-fn wait_readable(fds: &[RawFd], time: Option<Duration>) -> Option<usize> {
+pub(super) fn wait_readable(fds: &[RawFd], time: Option<Duration>) -> Option<usize> {
     let mut polled: Vec<_> =
         fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
     let timeout = time.map_or(-1, |time| time.as_millis() as libc::c_int);

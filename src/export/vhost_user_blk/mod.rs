@@ -6,6 +6,7 @@
 //! * [`cut_off`]: what happens when a front end takes its memory away.
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
+//! * [`hand_over`]: whose the disk is while a guest moves.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`failure`]: what becomes of a request that the storage fails. [`held`]: those that are held.
 //! * [`watch`]: requests that the kernel does not finish.
@@ -19,6 +20,7 @@ pub mod cut_off;
 pub mod dirty_log;
 pub mod door;
 pub mod failure;
+pub mod hand_over;
 pub mod held;
 pub mod inflight;
 pub mod memory;

@@ -3,6 +3,7 @@
 
 use super::config::{self, DiskOptions};
 use super::failure::{Action, Failure, Failures, Operation};
+use super::hand_over::HandOver;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
 use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
@@ -47,6 +48,7 @@ pub struct Disk {
     pub lingering: Lingering,
     /// The queues that run: worker and source. For those who have something to say to all of them.
     pub running: Mutex<Vec<(usize, SourceId)>>,
+    pub hand_over: HandOver,
 }
 
 /// Requests since the export began. Queues count on their own and add up when they stop, so that
@@ -110,6 +112,7 @@ impl Disk {
             failures: Failures::default(),
             lingering: Lingering::default(),
             running: Mutex::default(),
+            hand_over: HandOver::default(),
             node,
             options,
         }

@@ -5,17 +5,18 @@
 
 use super::config::DiskOptions;
 use super::cut_off::CutOff;
-use super::door::{Address, Door};
+use super::door::{Address, Door, wait_readable};
 use super::failure::{Failure, IoErrors};
+use super::hand_over;
 use super::notices::{Channel, Notices};
 use super::queue::Queue;
 use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
-use crate::block::{Error, LocalFuture, Node, SECTOR};
+use crate::block::{Activity, Error, LocalFuture, Node, SECTOR};
 use crate::io::sync::Mutex;
 use crate::io::{Worker, offload};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -99,6 +100,12 @@ impl Export {
             .map_err(|e| Error::os("cannot start an export's thread", e))?;
         self.thread = Some(thread);
         Ok(self)
+    }
+
+    /// The disk is taken and given up through the hold that the export has on its node. Before
+    /// [`Export::start`].
+    pub fn follow(&self, activity: Activity) {
+        self.shared.disk.hand_over.follow(activity);
     }
 
     /// What the graph tells of changes below the disk.
@@ -213,15 +220,26 @@ impl Shared {
         current.front_end = Some((clone, session.clone()));
         drop(current);
         let mut handler = BackendReqHandler::from_stream(stream, session.clone());
+        let mut wait = hand_over::Wait::default();
         let mut channel = Channel::new(&self.name, &self.notices);
         let end = loop {
             if self.stopping.load(Ordering::SeqCst) {
                 break None;
             }
+            match self.take_disk(&session, &mut wait, handler.as_raw_fd()) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => break Some(error),
+            }
             let running = lock(&session).is_running();
             channel.wait(handler.as_raw_fd(), running);
             match handler.handle_request() {
-                Ok(()) => channel.accept(),
+                Ok(()) => {
+                    channel.accept();
+                    if lock(&session).take_moved() {
+                        self.disk.hand_over.give_up(&self.name, &self.workers[0]);
+                    }
+                }
                 Err(VhostError::Disconnected) => break None,
                 Err(VhostError::SocketRetry(_)) => {}
                 Err(error) => break Some(error),
@@ -251,6 +269,32 @@ impl Shared {
                 let _ = stream.shutdown(std::net::Shutdown::Both);
             }
         }
+    }
+
+    /// Makes the disk ours if a ring waits for it. True when there is nothing to do but to hear what
+    /// the front end says.
+    fn take_disk(
+        &self,
+        session: &std::sync::Mutex<Session>,
+        wait: &mut hand_over::Wait,
+        stream: RawFd,
+    ) -> Result<bool, VhostError> {
+        if !lock(session).waits_for_disk() {
+            wait.end();
+            return Ok(true);
+        }
+        // Others may ask the session meanwhile, so it is not locked.
+        if let Err(error) = self.disk.hand_over.take(&self.workers[0]) {
+            let refused = |error: Error| std::io::Error::other(error.to_string());
+            wait.go_on(&self.name, error).map_err(|e| VhostError::ReqHandlerError(refused(e)))?;
+            let fds = [stream, self.stop.as_raw_fd()];
+            return Ok(wait_readable(&fds, Some(hand_over::RETRY)) == Some(0));
+        }
+        if self.disk.capacity.load(Ordering::SeqCst) != self.disk.node.len() / SECTOR {
+            self.resized();
+        }
+        lock(session).start_waiting()?;
+        Ok(true)
     }
 
     /// The sessions' word for it blocks: not to be called on a worker.

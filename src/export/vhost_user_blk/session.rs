@@ -55,6 +55,8 @@ pub struct Session {
     hung: Arc<AtomicBool>,
     /// Nothing begins any more.
     ended: bool,
+    /// The guest has gone from here ([`super::hand_over`]).
+    moved: bool,
 }
 
 /// What the front end has said of a ring.
@@ -139,6 +141,7 @@ impl Session {
             cut_off: None,
             hung: Arc::default(),
             ended: false,
+            moved: false,
         };
         session.apply_write_cache();
         session
@@ -185,17 +188,31 @@ impl Session {
         Ok(())
     }
 
-    /// Starts a ring if all that it needs has been said.
-    fn start_ring(&mut self, index: usize) -> Result<()> {
+    /// Where a ring lies that is to run and does not: all that it needs has been said.
+    fn is_due(&self, ring: &RingState) -> Option<Addresses> {
         let protocol = self.features.unwrap_or(0) & F_PROTOCOL_FEATURES != 0;
-        let ring = &self.rings[index];
         // Without the protocol features a ring is enabled from the start.
         let enabled = ring.enabled || !protocol;
-        let (Some(at), false, true) = (ring.at, matches!(ring.kick, Kick::Unset), enabled) else {
-            return Ok(());
-        };
+        let started = !matches!(ring.kick, Kick::Unset);
+        ring.at.filter(|_| started && enabled && ring.running.is_none())
+    }
+
+    /// Whether a ring is kept back because the disk is not ours.
+    pub fn waits_for_disk(&self) -> bool {
+        !self.disk.hand_over.is_active() && self.rings.iter().any(|r| self.is_due(r).is_some())
+    }
+
+    /// Whether the guest has gone from here since this was last asked.
+    pub fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.moved)
+    }
+
+    /// Starts a ring if all that it needs has been said, and the disk is ours.
+    fn start_ring(&mut self, index: usize) -> Result<()> {
+        let ring = &self.rings[index];
+        let Some(at) = self.is_due(ring) else { return Ok(()) };
         // While I/O of an earlier connection may still land nothing begins; its end starts the ring.
-        if ring.running.is_some() || self.ended || self.disk.lingering.any() {
+        if self.ended || self.disk.lingering.any() || !self.disk.hand_over.is_active() {
             return Ok(());
         }
         let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
@@ -371,7 +388,7 @@ impl Session {
         }
     }
 
-    /// Starts the rings that have waited for I/O of an earlier connection.
+    /// Starts the rings that have waited, for I/O of an earlier connection or for the disk.
     pub fn start_waiting(&mut self) -> Result<()> {
         (0..self.rings.len()).try_for_each(|index| self.start_ring(index))
     }

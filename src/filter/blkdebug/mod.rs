@@ -270,6 +270,8 @@ impl Blkdebug {
     }
 }
 
+impl HandOver for Blkdebug {}
+
 impl Driver for Blkdebug {
     fn name(&self) -> &'static str {
         ENTRY.name
@@ -281,6 +283,10 @@ impl Driver for Blkdebug {
 
     fn len(&self) -> u64 {
         self.node().driver().len()
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
     }
 
     fn children(&self) -> &[Child] {

@@ -65,7 +65,11 @@ const SIZE: CreateOption =
 const OPTIONS: &[OptionHelp] = &[
     OptionHelp { name: "aio", value: "threads|native|io_uring", help: "all mean io_uring here" },
     OptionHelp { name: "aio-max-batch", value: "int", help: "taken without effect" },
-    OptionHelp { name: "drop-cache", value: "on|off", help: "taken without effect" },
+    OptionHelp {
+        name: "drop-cache",
+        value: "on|off",
+        help: "drop the page cache when the image comes from another host",
+    },
     OptionHelp { name: "filename", value: "str", help: "the file or device" },
     OptionHelp {
         name: "locking",

@@ -81,10 +81,11 @@ impl ImageLocks {
         })
     }
 
-    /// Whether no other file description can have the locks that this one has.
-    pub fn are_exclusive(&self) -> bool {
-        let taken = *self.taken.lock();
-        self.enabled && taken.held.intersects(taken.not_shared)
+    /// Whether no other file description can have the locks of such permissions while this one has
+    /// them.
+    pub fn exclude(&self, perms: Perms) -> bool {
+        let bytes = self.bytes(perms);
+        self.enabled && bytes.held.intersects(bytes.not_shared)
     }
 
     fn bytes(&self, perms: Perms) -> Bytes {

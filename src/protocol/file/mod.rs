@@ -33,8 +33,9 @@ pub use options::{Aio, FileOptions, Locking};
 
 use crate::block::node::SECTOR;
 use crate::block::{
-    Access, Driver, Error, Extent, Image, Leaf, LocalFuture, Locks, Mapping, NodeOptions, Place,
-    Preallocation, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Access, Driver, Error, Extent, HandOver, Image, Leaf, LocalFuture, Locks, Mapping, NodeOptions,
+    Perms, Place, Preallocation, Precision, Status, Target, Traits, Transfer, WriteFlags,
+    ZeroFlags,
 };
 use crate::io::{
     self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
@@ -71,6 +72,9 @@ pub struct FileDriver {
     /// `cache.no-flush`: nothing needs to be durable.
     no_flush: bool,
     in_memory: bool,
+    /// `drop-cache`: what is in the host's page cache is not to be trusted when the image becomes
+    /// ours.
+    drops_cache: bool,
     flushes: Flushes,
     missing: Missing,
     /// The file system does not tell where holes are.
@@ -103,6 +107,7 @@ impl FileDriver {
             len: AtomicU64::new(opened.len),
             no_flush: node.no_flush,
             in_memory: opened.kind == Kind::Regular && sys::is_in_memory(&file),
+            drops_cache: options.drop_cache && !node.direct,
             flushes: Flushes::default(),
             missing: Missing::default(),
             no_holes: AtomicBool::new(opened.kind != Kind::Regular),
@@ -295,8 +300,12 @@ impl Driver for FileDriver {
     }
 
     /// Requests in flight hold the file's description open, and with it the locks.
-    fn is_fenced(&self) -> bool {
-        self.locks.are_exclusive()
+    fn is_fenced(&self, own: Perms) -> bool {
+        self.locks.exclude(own)
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
     }
 
     fn is_poisoned(&self) -> bool {
@@ -334,6 +343,27 @@ impl Leaf for FileDriver {
         // SAFETY: the caller keeps the segments mapped and their list in place until the
         // completion.
         unsafe { io.start(Op { fd: self.fd, kind, offset, len }, token) }
+    }
+}
+
+impl HandOver for FileDriver {
+    /// The file may have another length, and the host's page cache may hold what another host has
+    /// written over since.
+    fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let (file, kind, cached) = (self.file.clone(), self.kind, self.drops_cache);
+            let found = io::offload(move || {
+                if cached {
+                    sys::drop_cache(&file);
+                }
+                open::length(&file, kind)
+            });
+            let len = found.await.map_err(|errno| {
+                Error::os(format!("Could not tell the size of '{}'", self.filename), errno)
+            })?;
+            self.len.store(len, Ordering::Relaxed);
+            Ok(())
+        })
     }
 }
 

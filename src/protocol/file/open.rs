@@ -99,12 +99,17 @@ pub fn open(
         opened.file = open_as(filename, node.direct, true).map_err(|e| refused(filename, e))?;
         opened.read_only = true;
     }
-    opened.len = match kind {
-        Kind::Regular => opened.metadata.len(),
-        _ => sys::seek(&opened.file, 0, sys::Seek::End)
-            .map_err(|e| Error::os(format!("Could not tell the size of '{filename}'"), e))?,
-    };
+    opened.len = length(&opened.file, kind)
+        .map_err(|e| Error::os(format!("Could not tell the size of '{filename}'"), e))?;
     Ok(opened)
+}
+
+/// Bytes that the file or device has now.
+pub fn length(file: &File, kind: Kind) -> Result<u64, Errno> {
+    match kind {
+        Kind::Regular => Ok(file.metadata()?.len()),
+        _ => sys::seek(file, 0, sys::Seek::End),
+    }
 }
 
 pub fn no_direct_io(filename: &str) -> Error {

@@ -16,7 +16,7 @@ pub struct FileOptions {
     /// Taken for the sake of command lines that have it: batches follow from the workers' turns.
     #[serde(default)]
     pub aio_max_batch: u64,
-    /// Taken likewise: it tells what a QEMU does to the page cache after a live migration.
+    /// What the host's page cache holds is dropped when the image comes over from another process.
     #[serde(default = "yes")]
     pub drop_cache: bool,
     pub pr_manager: Option<String>,

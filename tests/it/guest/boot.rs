@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::server::tied_to_this_thread;
+use crate::client::Client;
+use serde_json::json;
 
 /// How long a guest may live, from its start to its power-off: tens of times what it takes on an
 /// idle machine.
@@ -22,7 +24,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 /// A guest to boot. Disks appear in it as /dev/vda, /dev/vdb and so on, in the order they were
 /// added.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Guest {
     boot_options: Vec<String>,
     qemu_options: Vec<String>,
@@ -110,23 +112,43 @@ impl Guest {
     fn boot_in_turn(self, script: &str, turn: Option<MutexGuard<'static, ()>>) -> RunningGuest {
         build_guest();
         let dir = tempfile::tempdir().unwrap();
-        let script_path = dir.path().join("script");
-        fs::write(&script_path, script).unwrap();
-        let mut qemu = tied_to_this_thread(guest_dir().join("boot.sh"))
-            .args(self.boot_options)
-            .arg(script_path)
-            .args(self.qemu_options)
+        fs::write(dir.path().join("script"), script).unwrap();
+        let started = Instant::now();
+        let end = started + LIFETIME + self.more_time;
+        let (qemu, lines) = self.start(dir.path(), 0);
+        RunningGuest {
+            guest: self,
+            qemu,
+            moves: 0,
+            lines,
+            console: Console::default(),
+            started,
+            end,
+            dir,
+            turn,
+        }
+    }
+
+    /// Starts a QEMU for the script in `dir`, with a monitor on a socket there. After the first of
+    /// them, they wait for the guest to come from another.
+    fn start(&self, dir: &Path, moves: usize) -> (Child, Receiver<String>) {
+        let mut command = tied_to_this_thread(guest_dir().join("boot.sh"));
+        command.args(&self.boot_options).arg(dir.join("script")).args(&self.qemu_options);
+        let monitor = monitor(dir, moves);
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        if moves > 0 {
+            command.arg("-incoming").arg(uri(dir, moves));
+        }
+        let mut qemu = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let end = Instant::now() + LIFETIME + self.more_time;
-        let started = Instant::now();
         let (sender, lines) = channel();
         forward_lines(qemu.stdout.take().unwrap(), sender.clone());
         forward_lines(qemu.stderr.take().unwrap(), sender);
-        RunningGuest { qemu, lines, console: Console::default(), started, end, _dir: dir, turn }
+        (qemu, lines)
     }
 
     /// Boots the guest, runs `script` to its end, and fails the test unless its exit code is 0.
@@ -135,14 +157,32 @@ impl Guest {
     }
 }
 
+/// Where the QEMU that a guest comes to with its move of that number is talked to.
+fn monitor(dir: &Path, moves: usize) -> PathBuf {
+    dir.join(format!("qmp{moves}.sock"))
+}
+
+/// On which way it comes.
+fn way(dir: &Path, moves: usize) -> PathBuf {
+    dir.join(format!("way{moves}.sock"))
+}
+
+/// The same as QEMU has it.
+fn uri(dir: &Path, moves: usize) -> String {
+    format!("unix:{}", way(dir, moves).display())
+}
+
 /// A booted guest. Ended with the value, by force if it still runs.
 pub struct RunningGuest {
+    guest: Guest,
     qemu: Child,
+    /// How often it has moved to another QEMU.
+    moves: usize,
     lines: Receiver<String>,
     console: Console,
     started: Instant,
     end: Instant,
-    _dir: TempDir,
+    dir: TempDir,
     turn: Option<MutexGuard<'static, ()>>,
 }
 
@@ -187,6 +227,87 @@ impl RunningGuest {
     /// Sends one line to the guest's standard input.
     pub fn say(&mut self, line: &str) {
         writeln!(self.qemu.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// The monitor of the guest's QEMU.
+    pub fn monitor(&self) -> Client {
+        Client::connect(&monitor(self.dir.path(), self.moves))
+    }
+
+    /// Starts another QEMU for the guest, whose disk is served at `to` there and at `from` here.
+    fn destination(&self, from: &Path, to: &Path) -> (Guest, Child, Receiver<String>) {
+        let mut guest = self.guest.clone();
+        for option in &mut guest.qemu_options {
+            *option = option.replace(from.to_str().unwrap(), to.to_str().unwrap());
+        }
+        let (mut qemu, lines) = guest.start(self.dir.path(), self.moves + 1);
+        let way = way(self.dir.path(), self.moves + 1);
+        while !way.exists() {
+            assert_eq!(qemu.try_wait().unwrap(), None, "{:?}", lines.iter().collect::<Vec<_>>());
+            assert!(Instant::now() < self.end, "the destination does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        (guest, qemu, lines)
+    }
+
+    /// Migrates the guest, as it runs, to another QEMU whose disk is served at `to`.
+    pub fn migrate(&mut self, from: &Path, to: &Path) {
+        let (guest, qemu, lines) = self.destination(from, to);
+        let mut here = self.monitor();
+        self.begin_move(&mut here);
+        let status = self.end_of_move(&mut here);
+        assert_eq!(status["status"], "completed", "{status}");
+        here.run("quit", json!({}));
+        self.qemu.wait().unwrap();
+        while let Ok(line) = self.lines.recv() {
+            self.console.lines.push((self.started.elapsed(), line));
+        }
+        (self.guest, self.qemu, self.lines) = (guest, qemu, lines);
+        self.moves += 1;
+    }
+
+    /// Begins to migrate the guest, and calls it off when some of it is there.
+    pub fn migrate_and_cancel(&mut self, from: &Path, to: &Path) {
+        let (_, mut qemu, _lines) = self.destination(from, to);
+        let mut here = self.monitor();
+        here.run("migrate-set-parameters", json!({"max-bandwidth": 8 << 20}));
+        self.begin_move(&mut here);
+        loop {
+            let status = here.run("query-migrate", json!({}));
+            if status["ram"]["transferred"].as_u64() > Some(1 << 20) {
+                break;
+            }
+            assert!(status["status"] != "failed" && Instant::now() < self.end, "{status}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        here.run("migrate_cancel", json!({}));
+        let status = self.end_of_move(&mut here);
+        assert_eq!(status["status"], "cancelled", "{status}");
+        // It ends by itself, or by this.
+        let _ = qemu.kill();
+        qemu.wait().unwrap();
+        let (dir, moves) = (self.dir.path(), self.moves + 1);
+        for file in [way(dir, moves), monitor(dir, moves)] {
+            let _ = fs::remove_file(file);
+        }
+        here.run("migrate-set-parameters", json!({"max-bandwidth": 1 << 30}));
+    }
+
+    fn begin_move(&self, here: &mut Client) {
+        // The guest writes faster than an emulated machine is sent.
+        here.run("migrate-set-parameters", json!({"downtime-limit": 10000}));
+        here.run("migrate", json!({"uri": uri(self.dir.path(), self.moves + 1)}));
+    }
+
+    fn end_of_move(&self, here: &mut Client) -> serde_json::Value {
+        loop {
+            let status = here.run("query-migrate", json!({}));
+            if ["completed", "failed", "cancelled"].iter().any(|end| status["status"] == *end) {
+                return status;
+            }
+            assert!(Instant::now() < self.end, "still on the way: {status}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Waits for the power-off, and fails the test unless the script's exit code is 0.

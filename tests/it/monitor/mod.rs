@@ -1,7 +1,7 @@
 //! QMP: `vublk daemon`'s monitor, by itself and beside qemu-storage-daemon's.
 
 mod beside_qsd;
-mod client;
+pub mod client;
 mod clients;
 mod ctl;
 mod live;

@@ -5,6 +5,7 @@ mod config;
 mod daemon;
 mod differential;
 mod dirty_log;
+mod hand_over;
 mod hostile;
 mod inflight;
 mod layouts;

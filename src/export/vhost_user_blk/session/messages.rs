@@ -68,8 +68,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         // What a killed daemon had given to the kernel goes on without it, and must have ended before
         // it is done again.
-        features
-            .set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node.driver().is_fenced());
+        features.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node.is_fenced());
         Ok(features)
     }
 
@@ -169,7 +168,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         // A stopped ring starts again only with a new kick descriptor.
         ring.kick = Kick::Unset;
         ring.call = None;
-        Ok(VhostUserVringState::new(index, ring.base as u32))
+        let base = ring.base as u32;
+        // Not while I/O of an earlier connection may still land.
+        let logs = self.log.is_some() && self.has(F_LOG_ALL) && !self.disk.lingering.any();
+        self.moved = logs && self.rings.iter().all(|ring| matches!(ring.kick, Kick::Unset));
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {

@@ -1,0 +1,215 @@
+//! Active and inactive nodes: whose an image is while a guest moves from one host to another.
+//!
+//! An inactive node stands for an image that another process owns. It is open and has its users and
+//! permissions, but no locks on its storage, nothing can be written to it, and what is known of the
+//! image may be out of date. (QEMU's `active=off`.)
+//!
+//! The rules held here:
+//!
+//! * An active node stands on active nodes only.
+//! * A node is activated with all below it: all their locks are taken, or none is; then each driver
+//!   looks at its storage anew, children first.
+//! * A node is inactive when the last of its users says so. Drivers bring everything to the storage,
+//!   parents first, and only then locks are given up. What cannot be brought there stays ours.
+
+use super::permissions::{commit, prepare, rollback};
+use super::{Attachment, By, Graph, State};
+use crate::block::{Error, Node};
+use std::sync::Arc;
+
+/// A user's word on whether it needs its node active, for as long as the user is attached.
+#[derive(Clone)]
+pub struct Activity {
+    graph: Graph,
+    node: Arc<Node>,
+    user: u64,
+}
+
+impl Attachment {
+    pub fn activity(&self) -> Activity {
+        Activity { graph: self.graph.clone(), node: self.node.clone(), user: self.id }
+    }
+}
+
+impl Activity {
+    /// Whether this user needs the node, which is active then. A user that came to an inactive node
+    /// does not until it says so.
+    pub fn is_active(&self) -> bool {
+        let mut state = self.graph.0.state.lock();
+        state.user(&self.node, self.user).is_some_and(|active| *active)
+    }
+
+    /// Makes the node active, unless it is.
+    ///
+    /// # Errors
+    /// Locks that other processes hold (EAGAIN), or storage that is not what it was; nothing has
+    /// changed then.
+    pub async fn activate(&self) -> Result<(), Error> {
+        let _turn = self.graph.turn().await;
+        self.graph.activate_in_turn(&self.node).await?;
+        if let Some(active) = self.graph.0.state.lock().user(&self.node, self.user) {
+            *active = true;
+        }
+        Ok(())
+    }
+
+    /// Says that the user needs the node no more. If nobody does, it becomes inactive, and what it
+    /// stands on too. The user has nothing in flight and starts nothing.
+    ///
+    /// # Errors
+    /// What could not be brought to the storage, or a driver that cannot hand its image over. The
+    /// node is active and the user needs it then, as before.
+    pub async fn inactivate(&self) -> Result<(), Error> {
+        let _turn = self.graph.turn().await;
+        let unneeded = {
+            let mut state = self.graph.0.state.lock();
+            if let Some(active) = state.user(&self.node, self.user) {
+                *active = false;
+            }
+            state.unneeded(&self.node)?
+        };
+        let result = bring_to_rest(&unneeded).await;
+        let mut state = self.graph.0.state.lock();
+        if result.is_err() {
+            if let Some(active) = state.user(&self.node, self.user) {
+                *active = true;
+            }
+            return result;
+        }
+        // Somebody may have come meanwhile.
+        for node in state.unneeded(&self.node)? {
+            let id = state.id(&node)?;
+            node.set_active(false);
+            let entry = state.entry_mut(id);
+            let locks = entry.wanted_locks(entry.perms);
+            match prepare(entry, locks) {
+                Ok(()) => commit(entry, locks),
+                Err(error) => log::error!("{}: giving up locks: {error}", node.name()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Everything to the storage, parents before what they stand on.
+async fn bring_to_rest(nodes: &[Arc<Node>]) -> Result<(), Error> {
+    if let Some(node) = nodes.iter().find(|node| node.driver().hand_over().is_none()) {
+        let (name, driver) = (node.name(), node.driver().name());
+        return Err(Error::new(format!("'{name}': driver '{driver}' cannot hand its image over")));
+    }
+    let failed = |node: &Node, errno| {
+        Error::os(format!("'{}': its image cannot be handed over", node.name()), errno)
+    };
+    for node in nodes {
+        if let Some(driver) = node.driver().hand_over() {
+            driver.inactivate().await.map_err(|errno| failed(node, errno))?;
+        }
+        node.flush().await.map_err(|errno| failed(node, errno))?;
+    }
+    Ok(())
+}
+
+impl Graph {
+    /// Makes a node active, with all below it.
+    ///
+    /// # Errors
+    /// [`Activity::activate`].
+    pub async fn activate(&self, node: &Arc<Node>) -> Result<(), Error> {
+        let _turn = self.turn().await;
+        self.activate_in_turn(node).await
+    }
+
+    async fn activate_in_turn(&self, node: &Arc<Node>) -> Result<(), Error> {
+        let nodes = {
+            let mut state = self.0.state.lock();
+            let nodes = state.inactive_below(node)?;
+            state.take_locks(&nodes)?;
+            nodes
+        };
+        for node in &nodes {
+            let Some(driver) = node.driver().hand_over() else { continue };
+            if let Err(error) = driver.activate().await {
+                self.0.state.lock().give_locks_back(&nodes)?;
+                return Err(error.at(format!("'{}'", node.name())));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// Whether a user needs the node active.
+    fn user(&mut self, node: &Arc<Node>, user: u64) -> Option<&mut bool> {
+        let id = self.id(node).ok()?;
+        let mut uses = self.entry_mut(id).uses.iter_mut();
+        uses.find(|one| matches!(one.by, By::User { id, .. } if id == user))
+            .map(|one| &mut one.active)
+    }
+
+    /// The inactive nodes from this one down, children before parents.
+    fn inactive_below(&self, node: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
+        fn visit(state: &State, id: u64, found: &mut Vec<Arc<Node>>) {
+            let entry = state.entry(id);
+            let seen = found.iter().any(|node| Arc::ptr_eq(node, &entry.node));
+            if seen || entry.node.is_active() {
+                return;
+            }
+            entry.children.iter().for_each(|&child| visit(state, child, found));
+            found.push(entry.node.clone());
+        }
+        let mut found = Vec::new();
+        visit(self, self.id(node)?, &mut found);
+        Ok(found)
+    }
+
+    /// The active nodes from this one down that nobody needs active, parents before children.
+    fn unneeded(&self, node: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
+        let mut found: Vec<u64> = Vec::new();
+        let mut pending = vec![self.id(node)?];
+        while let Some(id) = pending.pop() {
+            let entry = self.entry(id);
+            let needed = entry.uses.iter().any(|one| match &one.by {
+                By::Node { id, .. } => self.entry(*id).node.is_active() && !found.contains(id),
+                By::User { .. } | By::Opening { .. } => one.active,
+            });
+            if !needed && entry.node.is_active() && !found.contains(&id) {
+                found.push(id);
+                pending.extend(&entry.children);
+            }
+        }
+        Ok(found.into_iter().map(|id| self.entry(id).node.clone()).collect())
+    }
+
+    /// Makes all of the nodes active and takes their locks, or none.
+    fn take_locks(&mut self, nodes: &[Arc<Node>]) -> Result<(), Error> {
+        let ids = nodes.iter().map(|node| self.id(node)).collect::<Result<Vec<_>, _>>()?;
+        for (at, &id) in ids.iter().enumerate() {
+            let entry = self.entry(id);
+            if let Err(error) = prepare(entry, entry.perms) {
+                for &id in ids[..at].iter().rev() {
+                    let entry = self.entry(id);
+                    rollback(entry, entry.perms);
+                }
+                return Err(error);
+            }
+        }
+        for id in ids {
+            let entry = self.entry_mut(id);
+            entry.node.set_active(true);
+            commit(entry, entry.perms);
+        }
+        Ok(())
+    }
+
+    fn give_locks_back(&mut self, nodes: &[Arc<Node>]) -> Result<(), Error> {
+        for node in nodes {
+            let id = self.id(node)?;
+            node.set_active(false);
+            let entry = self.entry_mut(id);
+            let none = entry.wanted_locks(entry.perms);
+            prepare(entry, none)?;
+            commit(entry, none);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! A guest under load moves between two QEMU processes, each with a vublk of its own on one shared
+//! raw image, and the image's locks go with it.
+
+use super::boot::{Guest, RunningGuest};
+use super::server::{Server, outcome_of, output_of, vublk_serve};
+use super::{WRITE_LOCK, images};
+use std::path::Path;
+use std::time::Duration;
+
+/// Boots a guest that writes and verifies over two queues, and waits until it does.
+fn loaded(server: &Server) -> RunningGuest {
+    let guest = Guest::new().with_fio().for_more(Duration::from_secs(180));
+    let guest = guest.disk_with_queues(server.socket(0), 2);
+    let mut guest = guest.boot(
+        r#"
+        load() {
+            until [ -e /tmp/stop ]; do
+                fio --name=load --filename=/dev/vda --size=8m --offset_increment=8m --numjobs=2 --cpus_allowed=0-1 \
+                    --cpus_allowed_policy=split --rw=randwrite --bsrange=4k-128k --ioengine=libaio \
+                    --iodepth=16 --direct=1 --fsync=64 --verify=crc32c --verify_fatal=1 --randrepeat=0 --loops=2 || return 1
+                echo "round"
+            done
+        }
+        echo loading
+        load &
+        read -r go
+        touch /tmp/stop
+        wait $! || exit 1
+        dmesg | grep -E 'I/O error|is not a head'
+        # What was read by other ways than fio's, too.
+        mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt && dd if=/dev/urandom of=/mnt/file bs=1M count=8 2>/dev/null
+        umount /mnt && e2fsck -fn /dev/vda || exit 1
+        echo "sum $(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum)"
+        "#,
+    );
+    guest.wait_for("loading");
+    guest.wait_for("round");
+    guest
+}
+
+/// Ends the load. The guest's disk and the image are the same.
+fn end(mut guest: RunningGuest, image: &Path) {
+    guest.say("go");
+    let console = guest.finish();
+    for error in ["I/O error", "is not a head"] {
+        assert!(!console.text().contains(error), "{error}:\n{}", console.text());
+    }
+    let on_host = output_of("sha256sum", [image]);
+    assert_eq!(on_host.split(' ').next(), console.value("sum").split(' ').next());
+}
+
+/// Nobody has the image: it can be opened for writing.
+fn assert_free(image: &Path) {
+    output_of("qemu-io", ["-f", "raw", "-c", "read 0 512", image.to_str().unwrap()]);
+}
+
+/// Somebody has the image. Those who only look at it may.
+fn assert_taken(image: &Path) {
+    let image = image.to_str().unwrap();
+    let (opened, said) = outcome_of("qemu-io", ["-f", "raw", "-c", "read 0 512", image]);
+    assert!(!opened && said.contains(WRITE_LOCK), "{said}");
+    let info = output_of("qemu-img", ["info", "-f", "raw", image]);
+    assert!(info.contains("virtual size: 64 MiB"), "{info}");
+}
+
+#[test]
+fn a_guest_under_load_moves_to_another_host_and_back() {
+    let (_dir, [image]) = images(["disk"], 64);
+    let mut here = vublk_serve(&[&image], &["-v"]).start();
+    // The image is locked, and it starts all the same.
+    let mut there = vublk_serve(&[&image], &["-v", "--incoming"]).start();
+    let mut guest = loaded(&here);
+    assert_taken(&image);
+    guest.migrate(here.socket(0), there.socket(0));
+    here.wait_for("the disk is given up", 1);
+    guest.wait_for("round");
+    guest.wait_for("round");
+    assert_taken(&image);
+    guest.migrate(there.socket(0), here.socket(0));
+    there.wait_for("the disk is given up", 1);
+    guest.wait_for("round");
+    guest.wait_for("round");
+    assert_taken(&image);
+    end(guest, &image);
+    here.stop();
+    // The other daemon runs still, and holds nothing.
+    assert_free(&image);
+    there.stop();
+}
+
+#[test]
+fn a_migration_that_is_called_off_leaves_the_guest_its_disk() {
+    let (_dir, [image]) = images(["disk"], 64);
+    let mut here = vublk_serve(&[&image], &["-v"]).start();
+    let there = vublk_serve(&[&image], &["-v", "--incoming"]).start();
+    let mut guest = loaded(&here);
+    guest.migrate_and_cancel(here.socket(0), there.socket(0));
+    guest.wait_for("round");
+    assert_taken(&image);
+    assert!(!here.log().contains("given up"), "{}", here.log());
+    // The next attempt goes through, and leaves nothing behind here.
+    guest.migrate(here.socket(0), there.socket(0));
+    here.wait_for("the disk is given up", 1);
+    guest.wait_for("round");
+    end(guest, &image);
+    there.stop();
+    assert_free(&image);
+    here.stop();
+}
