@@ -7,6 +7,7 @@ mod daemon;
 mod generate;
 mod getopt;
 mod img;
+mod io;
 mod policy;
 mod process;
 mod serve;
@@ -91,6 +92,12 @@ pub fn main() -> ExitCode {
     if called == "qemu-img" {
         return img::qemu_img(rest);
     }
+    if called == "qemu-io" {
+        return io::run("qemu-io", rest);
+    }
+    if rest.first().is_some_and(|name| name == "io") {
+        return io::run("vublk", rest[1..].to_vec());
+    }
     if let [name, rest @ ..] = &*rest
         && let Some(tool) = name.to_str().and_then(img::find)
     {
@@ -117,7 +124,9 @@ pub fn main() -> ExitCode {
 
 /// The whole command line, as help texts, man pages and completions show it.
 fn command_line() -> clap::Command {
-    Vublk::command().subcommands(img::TOOLS.iter().map(|tool| tool.command()))
+    let io = "Read and write an image with qemu-io's commands";
+    let io = getopt::command("io", io, io::OPTIONS, "FILE");
+    Vublk::command().subcommands(img::TOOLS.iter().map(|tool| tool.command())).subcommand(io)
 }
 
 fn report(program: &str, outcome: Outcome) -> ExitCode {

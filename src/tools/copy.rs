@@ -21,7 +21,7 @@ use turns::{Signal, Turns};
 
 /// The most that one lane reads at once, in bytes.
 const CHUNK: u64 = 2 << 20;
-/// What runs of zeroes are rounded to, in bytes, so that a target's writes are whole pages.
+/// What runs of zeroes are at least rounded to, in bytes, so that a target's writes are whole pages.
 const PAGE: u64 = 4096;
 
 /// What is to be copied, and how.
@@ -244,9 +244,10 @@ impl Shared {
 }
 
 /// The run at the beginning of `bytes`, which go to offset `at`: whether it is of zeroes, at least
-/// `sparse` of them and in whole pages of the target, and its length.
+/// `sparse` of them and in whole units of that length, and how long it is.
 fn next_run(bytes: &[u8], at: u64, sparse: u64) -> (bool, usize) {
     let least = sparse.max(1) as usize;
+    let unit = PAGE.max(sparse);
     let mut len = 0;
     while len < bytes.len() {
         let (zero, run) = zero_prefix(&bytes[len..]);
@@ -255,12 +256,12 @@ fn next_run(bytes: &[u8], at: u64, sparse: u64) -> (bool, usize) {
             len = end;
             continue;
         }
-        // Whole pages of it; what is left over goes with its neighbours.
-        let page = |offset: u64| (offset.next_multiple_of(PAGE) - at) as usize;
-        let from = if len == 0 { 0 } else { page(at + len as u64).min(end) };
+        // Whole units of it; what is left over goes with its neighbours.
+        let up = |offset: u64| (offset.next_multiple_of(unit) - at) as usize;
+        let from = if len == 0 { 0 } else { up(at + len as u64).min(end) };
         let to = match end == bytes.len() {
             true => end,
-            false => (((at + end as u64) / PAGE * PAGE).saturating_sub(at) as usize).max(from),
+            false => (((at + end as u64) / unit * unit).saturating_sub(at) as usize).max(from),
         };
         if to > from && (run >= least || to == bytes.len() && from == 0) {
             return if from == 0 { (true, to) } else { (false, from) };
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn long_runs_of_zeroes_are_kept_apart_in_whole_pages() {
+    fn long_runs_of_zeroes_are_kept_apart_in_whole_units() {
         for (text, at, sparse, wanted) in [
             ("xxxxxxxx", 0, 4096, "8d"),
             ("00000000", 0, 4096, "8z"),

@@ -278,6 +278,13 @@ impl Opened {
         self.node().zero(at, len, flags).await
     }
 
+    /// Takes or gives up the right to change the length.
+    pub fn allow_resize(&self, allowed: bool) -> Result<(), Error> {
+        let mut held = Perm::CONSISTENT_READ | Perm::WRITE;
+        held.set(Perm::RESIZE, allowed);
+        self.attachment.change(Perms { held, shared: Perm::all() })
+    }
+
     /// Sets the disk's length, in bytes; shrinks it, too. For images opened with
     /// [`Wanted::resize`].
     pub async fn resize(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {

@@ -17,7 +17,13 @@ pub struct Named {
 
 /// Reads a file's name. `format` is what was given with `-f`.
 pub fn filename(registry: &Registry, name: &str, format: Option<&str>) -> Result<Named, Error> {
-    let options = registry.file_options(name)?;
+    let mut options = registry.file_options(name)?;
+    let driver = options.get("driver").and_then(Value::as_str).and_then(|name| registry.get(name));
+    let takes_name = |entry: &DriverEntry| entry.options.iter().any(|o| o.name == "filename");
+    if driver.is_some_and(|entry| entry.kind == Kind::Protocol && !takes_name(entry)) {
+        // `null-co://` says all that there is to say.
+        options.take("filename");
+    }
     if name.starts_with("json:") && format.is_none() {
         let mut named = described(registry, options)?;
         // With the types that the user gave.

@@ -193,7 +193,7 @@ async fn convert(
     if !target_is_zero && !has_backing && sparse.is_some() {
         // All at once, where that is quick.
         let flags = ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK;
-        target_is_zero = target.zero(0, target.len(), flags).await.is_ok();
+        target_is_zero = target.zero(0, len, flags).await.is_ok();
     }
     let progress = Arc::new(Progress::new(context.progress(line)));
     progress.set(0.0);

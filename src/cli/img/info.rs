@@ -147,11 +147,8 @@ impl About {
                 outln!("backing file format: {format}");
             }
         }
-        if let Some(Value::Map(specific)) = &info.specific
-            && let Some(data) = specific.get("data")
-        {
-            outln!("Format specific information:");
-            print_value(data, 1);
+        if let Some(specific) = &info.specific {
+            print_specific(specific);
         }
     }
 
@@ -177,6 +174,16 @@ impl About {
         add("backing-filename", info.backing_filename.as_ref().map(text));
         add("dirty-flag", self.known.then_some(Value::Bool(info.is_dirty)));
         map
+    }
+}
+
+/// What only one format has to tell.
+pub fn print_specific(specific: &Value) {
+    if let Value::Map(specific) = specific
+        && let Some(data) = specific.get("data")
+    {
+        outln!("Format specific information:");
+        print_value(data, 1);
     }
 }
 

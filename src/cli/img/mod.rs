@@ -23,7 +23,8 @@ mod rebase;
 mod resize;
 mod snapshot;
 
-pub use personality::qemu_img;
+pub use info::print_specific;
+pub use personality::{VERSION, qemu_img, trace};
 
 use super::getopt::{self, Line, Operands, Opt, Wrong};
 use crate::block::{Error, LocalFuture};
@@ -130,8 +131,13 @@ impl Context {
         Context { program: program.into(), shows_progress }
     }
 
+    /// What an interactive program asks for commands with.
+    pub fn prompt(&self) -> String {
+        format!("{}>", self.program)
+    }
+
     /// Prints error lines.
-    fn error(&self, lines: &str) {
+    pub fn error(&self, lines: &str) {
         for line in lines.split('\n') {
             eprintln!("{}: {line}", self.program);
         }
@@ -151,7 +157,7 @@ impl Context {
     }
 
     /// The images that a tool opens.
-    fn images(&self) -> Images {
+    pub fn images(&self) -> Images {
         let program = self.program.clone();
         Images::new(drivers::registry(), move |text| {
             // What QEMU's block layer says itself stands without the program's name.
@@ -175,7 +181,12 @@ macro_rules! outln {
         $crate::tools::output::write(format_args!("\n"));
     }};
 }
-pub(super) use {out, outln};
+pub(in crate::cli) use {out, outln};
+
+/// Makes the object that `--object` describes, for other programs. Whether it asked for help.
+pub fn add_object(text: &str) -> Result<bool, String> {
+    object::add(text).map_err(|failed| failed.lines)
+}
 
 /// The subcommand of this name.
 pub fn find(name: &str) -> Option<&'static Tool> {

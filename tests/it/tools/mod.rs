@@ -2,11 +2,13 @@
 //! names and through Debian's qemu-img and qemu-io on equal files, must print the same, end with the
 //! same exit code and leave the same files.
 
+mod files;
 mod lines;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const VUBLK: &str = env!("CARGO_BIN_EXE_vublk");
@@ -42,14 +44,15 @@ impl Place {
         self.dir.path()
     }
 
+    /// The program to call for this name.
+    pub fn program(&self, name: &str) -> PathBuf {
+        if self.ours { self.links.path().join(name) } else { name.into() }
+    }
+
     /// Runs a line of words; those in single quotes may hold blanks.
     pub fn run(&self, line: &str) -> Ended {
         let words = words(line);
-        let program = match self.ours {
-            true => self.links.path().join(&words[0]),
-            false => words[0].clone().into(),
-        };
-        let mut command = Command::new(program);
+        let mut command = Command::new(self.program(&words[0]));
         command.args(&words[1..]).current_dir(self.path()).stdin(Stdio::null());
         command.env_remove("RUST_LOG").env("LC_ALL", "C");
         let output = command.output().unwrap();
@@ -61,16 +64,31 @@ impl Place {
         }
     }
 
-    /// All files with their contents and, in blocks of 4 KiB, what they occupy.
+    /// All files with their contents and the bytes that are no holes.
     pub fn files(&self) -> BTreeMap<String, (Vec<u8>, u64)> {
         let mut files = BTreeMap::new();
         for entry in std::fs::read_dir(self.path()).unwrap() {
             let entry = entry.unwrap();
-            let blocks = entry.metadata().unwrap().blocks() / 8;
             let name = entry.file_name().to_string_lossy().into_owned();
-            files.insert(name, (std::fs::read(entry.path()).unwrap(), blocks));
+            let file = std::fs::File::open(entry.path()).unwrap();
+            files.insert(name, (std::fs::read(entry.path()).unwrap(), stored(&file)));
         }
         files
+    }
+}
+
+/// How many bytes of a file are no holes.
+fn stored(file: &std::fs::File) -> u64 {
+    let (mut at, mut sum) = (0, 0);
+    loop {
+        // SAFETY: the descriptor is open.
+        let data = unsafe { libc::lseek(file.as_raw_fd(), at, libc::SEEK_DATA) };
+        if data < 0 {
+            return sum;
+        }
+        // SAFETY: as above.
+        at = unsafe { libc::lseek(file.as_raw_fd(), data, libc::SEEK_HOLE) };
+        sum += (at - data) as u64;
     }
 }
 
@@ -139,7 +157,7 @@ pub fn assert_same(prepare: &[&str], lines: &[&str]) {
             let (a, b) = (our_files.get(name), their_files.get(name));
             if a != b {
                 let shown = |file: Option<&(Vec<u8>, u64)>| match file {
-                    Some((bytes, blocks)) => format!("{} bytes in {blocks} blocks", bytes.len()),
+                    Some((bytes, stored)) => format!("{} bytes, {stored} stored", bytes.len()),
                     None => "none".into(),
                 };
                 wrong += &format!("\n{line}\n  file {name}: {}; {}\n", shown(a), shown(b));
@@ -150,7 +168,7 @@ pub fn assert_same(prepare: &[&str], lines: &[&str]) {
 }
 
 /// The files that command lines name: `a.raw` has data, written zeroes and holes; `b.raw` is nearly
-/// the same; `long.raw` is `a.raw` and more holes; `odd.raw` ends within a sector; `head.raw` begins
+/// the same; `long.raw` is `a.raw` and more holes; `odd.raw` ends within a sector; `magic.bin` begins
 /// with a magic number of QEMU's formats.
 fn fixture(dir: &Path) {
     use std::os::unix::fs::FileExt;
@@ -169,4 +187,5 @@ fn fixture(dir: &Path) {
     make("odd.raw", 70_000, &[(0, 70_000, 3)]);
     make("small.raw", 1024, &[]);
     make("empty.raw", 0, &[]);
+    std::fs::write(dir.join("magic.bin"), b"QFI\xfb\0\0\0\x03").unwrap();
 }

@@ -1,0 +1,215 @@
+//! The commands that open images: `open`, `reopen`.
+
+use super::words::Words;
+use super::{Said, Session};
+use crate::block::Error;
+use crate::options::{Map, Value, qemuopts};
+use crate::tools::{Cache, Wanted};
+use std::rc::Rc;
+
+/// How an image is to be opened.
+#[derive(Clone)]
+pub struct ToOpen {
+    pub name: String,
+    pub image_opts: bool,
+    pub format: Option<String>,
+    pub read_only: bool,
+    /// Discards are passed on.
+    pub unmap: bool,
+    pub force_share: bool,
+    pub cache: Cache,
+    /// More options of the node.
+    pub more: Map,
+}
+
+impl Default for ToOpen {
+    fn default() -> ToOpen {
+        ToOpen {
+            name: String::new(),
+            image_opts: false,
+            format: None,
+            read_only: false,
+            unmap: true,
+            force_share: false,
+            cache: Cache { write_through: true, ..Cache::WRITEBACK },
+            more: Map::new(),
+        }
+    }
+}
+
+/// Reads a discard mode.
+pub fn parse_discard(text: &str) -> Result<bool, String> {
+    match text {
+        "ignore" | "off" => Ok(false),
+        "unmap" | "on" => Ok(true),
+        _ => Err(format!("Invalid discard option: {text}")),
+    }
+}
+
+pub fn parse_cache(text: &str) -> Result<Cache, String> {
+    Cache::parse(text).ok_or_else(|| format!("Invalid cache option: {text}"))
+}
+
+pub fn check_aio(text: &str) -> Result<(), String> {
+    match text {
+        "threads" | "native" | "io_uring" => Ok(()),
+        _ => Err(format!("Invalid aio option: {text}")),
+    }
+}
+
+impl Session {
+    /// Opens an image. What goes wrong is told on standard error.
+    pub(super) async fn open(&mut self, wanted: ToOpen) -> Said {
+        if self.image.is_some() {
+            self.context.error("file open already, try 'help close'");
+            return None;
+        }
+        match self.try_open(&wanted).await {
+            Ok(()) => Some(()),
+            Err(error) => {
+                // Without the name, which stands in front.
+                let text = error.to_string();
+                let outer = format!("Could not open '{}': ", wanted.name);
+                let inner = text.strip_prefix(&outer).unwrap_or(&text);
+                let device = match wanted.name.is_empty() {
+                    true => String::new(),
+                    false => format!(" {}", wanted.name),
+                };
+                self.context.error(&format!("can't open device{device}: {inner}"));
+                if let Some(hint) = error.hint() {
+                    eprintln!("{hint}");
+                }
+                None
+            }
+        }
+    }
+
+    async fn try_open(&mut self, wanted: &ToOpen) -> Result<(), Error> {
+        let image = self
+            .images
+            .open(&Wanted {
+                name: &wanted.name,
+                image_opts: wanted.image_opts,
+                format: wanted.format.as_deref(),
+                writable: !wanted.read_only,
+                unmap: wanted.unmap,
+                force_share: wanted.force_share,
+                cache: wanted.cache,
+                more: wanted.more.clone(),
+                ..Wanted::default()
+            })
+            .await?;
+        self.image = Some((Rc::new(image), wanted.clone()));
+        Ok(())
+    }
+
+    /// The command `open`.
+    pub(super) async fn open_again(&mut self, words: &Words<'_>) -> Said {
+        let wanted = match described(words) {
+            Ok(wanted) => wanted,
+            Err(text) => {
+                self.context.error(&text);
+                return None;
+            }
+        };
+        match &*words.operands {
+            [] if words.has('o') => self.open(wanted).await,
+            [name] => {
+                let mut wanted = wanted;
+                if wanted.image_opts {
+                    // The options go with the name.
+                    let parsed = qemuopts::parse(&wanted.name, None);
+                    match parsed.and_then(|parsed| parsed.options.crumple()) {
+                        Ok(mut options) => {
+                            let driver = options.take("driver");
+                            let driver = driver.as_ref().and_then(Value::as_str);
+                            wanted.format = driver.map(str::to_owned);
+                            wanted.more = options;
+                        }
+                        Err(error) => {
+                            self.context.error(&error.to_string());
+                            return None;
+                        }
+                    }
+                    wanted.image_opts = false;
+                }
+                wanted.name = (*name).to_owned();
+                self.open(wanted).await
+            }
+            _ => self.usage(),
+        }
+    }
+
+    /// The command `reopen`: the image is closed and opened again, in another way.
+    pub(super) async fn reopen(&mut self, words: &Words<'_>) -> Said {
+        if !words.operands.is_empty() {
+            return self.usage();
+        }
+        if words.has('r') && words.has('w') {
+            self.context.error("Only one -r/-w option may be given");
+            return None;
+        }
+        let mut wanted = self.image.as_ref()?.1.clone();
+        if let Err(text) = change(&mut wanted, words) {
+            self.context.error(&text);
+            return None;
+        }
+        self.close().await;
+        self.open(wanted).await
+    }
+}
+
+/// What the options of `open` say.
+fn described(words: &Words<'_>) -> Result<ToOpen, String> {
+    let mut wanted =
+        ToOpen { read_only: words.has('r'), force_share: words.has('U'), ..ToOpen::default() };
+    if words.has('s') {
+        return Err("snapshot mode is not available".into());
+    }
+    if words.has('n') {
+        wanted.cache = Cache { direct: true, ..Cache::WRITEBACK };
+    }
+    if let Some(text) = words.get('t') {
+        wanted.cache = parse_cache(text)?;
+    }
+    if let Some(text) = words.get('d') {
+        wanted.unmap = parse_discard(text)?;
+    }
+    if let Some(text) = words.get('i') {
+        check_aio(text)?;
+    }
+    if let Some(text) = words.get('o') {
+        wanted.name = text.to_owned();
+        wanted.image_opts = true;
+    }
+    Ok(wanted)
+}
+
+/// What the options of `reopen` change.
+fn change(wanted: &mut ToOpen, words: &Words<'_>) -> Result<(), String> {
+    if words.has('r') {
+        wanted.read_only = true;
+    }
+    if words.has('w') {
+        wanted.read_only = false;
+    }
+    if let Some(text) = words.get('c') {
+        wanted.cache = parse_cache(text)?;
+    }
+    let Some(text) = words.get('o') else { return Ok(()) };
+    let mut options = qemuopts::parse(text, None).map_err(|e| e.to_string())?.options;
+    let text = |e: crate::options::Error| e.to_string();
+    if let Some(value) = options.take_opt_bool("read-only").map_err(text)? {
+        wanted.read_only = value;
+    }
+    if let Some(value) = options.take_opt_bool("cache.direct").map_err(text)? {
+        wanted.cache.direct = value;
+    }
+    if let Some(value) = options.take_opt_bool("cache.no-flush").map_err(text)? {
+        wanted.cache.no_flush = value;
+    }
+    match options.iter().next() {
+        Some((key, _)) => Err(format!("Cannot change the option '{key}'")),
+        None => Ok(()),
+    }
+}
