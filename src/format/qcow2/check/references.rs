@@ -4,6 +4,7 @@
 //! not reach.
 
 use crate::block::Error;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 /// Clusters that a page counts, one byte each.
@@ -14,15 +15,30 @@ const MAX_PAGES: usize = 1 << 18;
 /// See the module's text.
 #[derive(Default)]
 pub(super) struct References {
-    pages: BTreeMap<u64, Box<[u8; PAGE]>>,
+    pages: Vec<Box<[u8; PAGE]>>,
+    /// Where in `pages` a page is.
+    index: BTreeMap<u64, usize>,
+    /// The page that was found last, and where: most clusters follow their predecessors.
+    last: Cell<Option<(u64, usize)>>,
     /// Clusters with more references than a byte holds, and how many more.
     more: BTreeMap<u64, u64>,
 }
 
 impl References {
+    fn page(&self, page: u64) -> Option<usize> {
+        if let Some((last, at)) = self.last.get()
+            && last == page
+        {
+            return Some(at);
+        }
+        let at = *self.index.get(&page)?;
+        self.last.set(Some((page, at)));
+        Some(at)
+    }
+
     pub fn get(&self, cluster: u64) -> u64 {
         let (page, at) = (cluster / PAGE as u64, (cluster % PAGE as u64) as usize);
-        match self.pages.get(&page).map_or(0, |page| page[at]) {
+        match self.page(page).map_or(0, |page| self.pages[page][at]) {
             u8::MAX => u8::MAX as u64 + self.more.get(&cluster).copied().unwrap_or(0),
             few => few as u64,
         }
@@ -33,12 +49,19 @@ impl References {
         let mut cluster = first;
         while cluster < first + n {
             let (page, at) = (cluster / PAGE as u64, (cluster % PAGE as u64) as usize);
-            if !self.pages.contains_key(&page) && self.pages.len() == MAX_PAGES {
-                return Err(Error::new("Check failed: the image refers to too many clusters"));
-            }
-            let counts = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE]));
+            let page = match self.page(page) {
+                Some(page) => page,
+                None if self.pages.len() == MAX_PAGES => {
+                    return Err(Error::new("Check failed: the image refers to too many clusters"));
+                }
+                None => {
+                    self.index.insert(page, self.pages.len());
+                    self.pages.push(Box::new([0; PAGE]));
+                    self.pages.len() - 1
+                }
+            };
             let until = ((first + n - cluster) as usize).min(PAGE - at) + at;
-            for (i, count) in counts[at..until].iter_mut().enumerate() {
+            for (i, count) in self.pages[page][at..until].iter_mut().enumerate() {
                 match count.checked_add(1) {
                     Some(sum) => *count = sum,
                     None => *self.more.entry(cluster + i as u64).or_insert(0) += 1,
@@ -52,7 +75,7 @@ impl References {
     /// The first cluster from `from` on in a page that counts anything.
     pub fn next_page(&self, from: u64) -> Option<u64> {
         let first = from / PAGE as u64;
-        let (&page, _) = self.pages.range(first..).next()?;
+        let (&page, _) = self.index.range(first..).next()?;
         Some((page * PAGE as u64).max(from))
     }
 
