@@ -45,6 +45,7 @@ impl Plan {
             random: cell.random,
             mode: cell.mode,
             event_idx: self.event_idx,
+            tracked: false,
             cpus,
             warm_up: Duration::from_secs_f64(self.seconds * 0.1),
             time: Duration::from_secs_f64(self.seconds),
@@ -179,10 +180,10 @@ pub fn null(plan: &Plan) -> Result<Results> {
 }
 
 /// A file full of data, removed when dropped.
-struct DataFile(PathBuf);
+pub struct DataFile(pub PathBuf);
 
 impl DataFile {
-    fn new(dir: &Path) -> Result<DataFile> {
+    pub fn new(dir: &Path) -> Result<DataFile> {
         let io = |e| Error::Io(format!("data file in {}", dir.display()), e);
         fs::create_dir_all(dir).map_err(io)?;
         let data = DataFile(dir.join(format!("vublk-bench-{}.raw", std::process::id())));

@@ -6,17 +6,20 @@ mod groups;
 mod load;
 mod machine;
 mod null_backend;
+mod restart;
 mod results;
 mod servers;
 mod targets;
+mod tracking;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use groups::{Idle, Plan};
-use servers::{Kind, Programs};
+use groups::{DataFile, Idle, Plan};
+use restart::End;
+use servers::{Content, Kind, Programs};
 use targets::Verdict;
 
 #[derive(Parser)]
@@ -74,6 +77,10 @@ enum Group {
     Idle,
     /// Raw file on tmpfs, without io_uring
     Threads,
+    /// Restarts after a kill
+    Restart,
+    /// CPU with requests in flight tracked
+    Tracking,
 }
 
 fn main() -> ExitCode {
@@ -137,8 +144,47 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         headline("Raw file on tmpfs, io_uring refused by the kernel");
         println!("{}", groups::threads(&plan)?.table());
     }
+    if chosen(Group::Restart) {
+        headline("Restarts with requests in flight (ms, median / worst)");
+        restarts(&plan, &cli.dir)?;
+    }
+    if chosen(Group::Tracking) {
+        headline("CPU per request, requests in flight tracked or not (ns)");
+        verdicts.extend(tracked(&plan)?);
+    }
     conclude(&verdicts);
     Ok(())
+}
+
+/// Prints the table of restarts.
+fn restarts(plan: &Plan, dir: &Path) -> vublk_testkit::Result<()> {
+    let (file, direct) = (DataFile::new(Path::new("/dev/shm"))?, DataFile::new(dir)?);
+    let times = if plan.quick { 3 } else { 30 };
+    println!("{}", restart::HEAD);
+    for (disk, content) in restart::disks(&file.0, &direct.0) {
+        for (end, how) in [(End::Killed, "killed"), (End::Asked, "SIGTERM")] {
+            let all = restart::restarts(&plan.programs, &content, end, times)?;
+            println!("{}", restart::row(&format!("{disk}, {how}"), &all));
+        }
+    }
+    Ok(())
+}
+
+/// Prints the table of the tracking's cost; returns its targets.
+fn tracked(plan: &Plan) -> vublk_testkit::Result<Vec<Verdict>> {
+    let file = DataFile::new(Path::new("/dev/shm"))?;
+    let on_tmpfs = Content::File { path: file.0.clone(), direct: false };
+    // Many short turns: what else the machine does then falls on both alike.
+    let (pairs, seconds) = if plan.quick { (2, 0.05) } else { (plan.rounds * 10, 0.2) };
+    println!("{}", tracking::HEAD);
+    let mut verdicts = Vec::new();
+    for (disk, content) in [("null", Content::Null), ("raw on tmpfs", on_tmpfs)] {
+        for one in tracking::compare(&plan.programs, disk, &content, pairs, seconds)? {
+            println!("{}", one.row());
+            verdicts.push(one.verdict());
+        }
+    }
+    Ok(verdicts)
 }
 
 /// Says what disk the verdicts are on.

@@ -49,11 +49,14 @@ pub struct Setup {
     pub workers: usize,
     /// Whether the kernel lets them have an io_uring.
     pub io_uring: bool,
+    /// Whether a file is locked: without, requests in flight are not tracked, but servers can take
+    /// turns on it.
+    pub locking: bool,
 }
 
 impl Setup {
     pub fn one(content: Content) -> Setup {
-        Setup { content, disks: 1, queues: 1, workers: 1, io_uring: true }
+        Setup { content, disks: 1, queues: 1, workers: 1, io_uring: true, locking: false }
     }
 }
 
@@ -76,7 +79,8 @@ impl Running {
     }
 }
 
-fn socket(dir: &Path, i: usize) -> PathBuf {
+/// The socket of disk `i` in a directory.
+pub fn socket(dir: &Path, i: usize) -> PathBuf {
     dir.join(format!("disk{i}"))
 }
 
@@ -92,8 +96,7 @@ pub fn start(
     let server = match kind {
         Kind::Stock => start_stock(dir.path(), cpu)?,
         Kind::Vublk => {
-            let mut args = vec!["daemon".to_owned()];
-            args.extend(daemon_args(dir.path(), setup));
+            let args = vublk_args(dir.path(), setup);
             start_daemon(&programs.vublk, &args, setup, dir.path(), cpu)?
         }
         Kind::Qsd => {
@@ -139,6 +142,13 @@ fn start_daemon(
     Ok(server)
 }
 
+/// What vublk is started with.
+pub fn vublk_args(dir: &Path, setup: &Setup) -> Vec<String> {
+    let mut args = vec!["daemon".to_owned()];
+    args.extend(daemon_args(dir, setup));
+    args
+}
+
 /// The options of qemu-storage-daemon, which `vublk daemon` takes, too.
 fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
     let mut args = Vec::new();
@@ -162,9 +172,9 @@ fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
             Content::File { path, direct } => {
                 let aio = if setup.io_uring { "io_uring" } else { "threads" };
                 let direct = if *direct { "on" } else { "off" };
-                // The servers take turns on one file, so none may lock it.
+                let locking = if setup.locking { "on" } else { "off" };
                 let file = format!(
-                    "driver=file,node-name=f{i},filename={},aio={aio},cache.direct={direct},locking=off",
+                    "driver=file,node-name=f{i},filename={},aio={aio},cache.direct={direct},locking={locking}",
                     path.display()
                 );
                 option("blockdev", file);

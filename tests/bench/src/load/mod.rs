@@ -32,6 +32,8 @@ pub struct Load {
     pub random: bool,
     pub mode: Mode,
     pub event_idx: bool,
+    /// Requests in flight are tracked (INFLIGHT_SHMFD).
+    pub tracked: bool,
     /// Queue `i` is driven from CPU `cpus[i]`.
     pub cpus: [usize; 2],
     pub warm_up: Duration,
@@ -72,19 +74,25 @@ struct Shared {
 impl Load {
     /// Connects to the server at `socket` with the rings and memory this load needs.
     pub fn open(&self, socket: &Path) -> Result<Disk> {
-        use vublk_testkit::spec::feature;
+        use vublk_testkit::spec::{feature, protocol};
         let mut features = feature::QEMU;
         if !self.event_idx {
             features &= !feature::EVENT_IDX;
         }
+        let tracked = if self.tracked { protocol::INFLIGHT_SHMFD } else { 0 };
         let options = Options {
             features,
+            protocol: protocol::DEFAULT | tracked,
             num_queues: self.queues,
             queue_size: self.chains.ring_size(),
             layout: MemoryLayout::single(self.chains.memory() * self.queues),
             ..Options::default()
         };
-        Disk::open(socket, &options)
+        let disk = Disk::open(socket, &options)?;
+        if self.tracked && disk.inflight().is_none() {
+            return Err(Error::Peer("does not track requests in flight".into()));
+        }
+        Ok(disk)
     }
 
     /// Runs the load on an open disk; `cpu_ns` reads the server's CPU time.
