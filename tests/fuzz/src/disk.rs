@@ -7,6 +7,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Graph, Perm, Perms, Registry};
 use vublk::export::vhost_user_blk::DiskOptions;
+use vublk::export::vhost_user_blk::failure::FailureOptions;
 use vublk::export::vhost_user_blk::request::Disk;
 use vublk::io::Errno;
 use vublk::options::keyval;
@@ -24,6 +25,8 @@ pub struct Wanted {
     pub graph: Under,
     /// Whether a simulated disk fails and delays some requests.
     pub faulty: bool,
+    /// What is done about requests that fail.
+    pub failures: FailureOptions,
     pub writable: bool,
     pub write_through: bool,
     pub logical_block_size: u32,
@@ -118,7 +121,7 @@ pub async fn open(wanted: Wanted) -> Opened {
         logical_block_size: wanted.logical_block_size,
         num_queues: wanted.num_queues,
         serial: "fuzz".to_owned(),
-        failures: Default::default(),
+        failures: wanted.failures,
     };
     let disk = Arc::new(Disk::new(node, options));
     Opened { disk, _attachment: attachment, _graph: graph }

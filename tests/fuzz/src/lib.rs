@@ -1,6 +1,7 @@
 //! The fuzz targets, as functions of bytes. libFuzzer calls them from `fuzz_targets`; the project's
 //! tests include these files and call them with seeded inputs (`tests/fuzz_smoke.rs`).
 
+mod dirty_log;
 mod disk;
 mod guest;
 mod inflight;

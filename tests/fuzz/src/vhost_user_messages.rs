@@ -37,6 +37,8 @@ mod code {
     pub const SET_FEATURES: u32 = 2;
     pub const SET_OWNER: u32 = 3;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -73,6 +75,7 @@ static SERVED: LazyLock<Mutex<Served>> = LazyLock::new(|| {
     let wanted = Wanted {
         graph: Under::File,
         faulty: false,
+        failures: Default::default(),
         writable: true,
         write_through: false,
         logical_block_size: 512,
@@ -174,6 +177,8 @@ impl FrontEnd<'_> {
                 1 => self.input.below(u64::from(code::END)) as u32,
                 _ => self.input.pick(&[
                     code::SET_MEM_TABLE,
+                    code::SET_LOG_BASE,
+                    code::SET_LOG_FD,
                     code::SET_VRING_NUM,
                     code::SET_VRING_ADDR,
                     code::SET_VRING_BASE,
@@ -227,10 +232,10 @@ impl FrontEnd<'_> {
             (code::SET_OWNER, vec![], vec![]),
             (code::GET_FEATURES, vec![], vec![]),
             (code::GET_PROTOCOL_FEATURES, vec![], vec![]),
-            // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS
+            // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS
             (
                 code::SET_PROTOCOL_FEATURES,
-                words(&[1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15]),
+                words(&[1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15]),
                 vec![],
             ),
             // VERSION_1, PROTOCOL_FEATURES, EVENT_IDX, INDIRECT_DESC, FLUSH, CONFIG_WCE, MQ
@@ -297,6 +302,21 @@ impl FrontEnd<'_> {
                 }
                 body
             }
+            code::SET_LOG_BASE => {
+                let size = self.input.pick(&[MEMORY, 0x1000, 1, 0, 1 << 40, u64::MAX]);
+                let offset = self.input.pick(&[0, 0, 0x1000, 1, MEMORY, u64::MAX]);
+                [size, offset].map(u64::to_le_bytes).concat()
+            }
+            code::SET_FEATURES => {
+                // As in the beginning, with the log and without, or anything.
+                let usual = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 9 | 1 << 11 | 1 << 12;
+                let features = match self.input.u8() % 4 {
+                    0 => self.input.u64(),
+                    1 => usual,
+                    _ => usual | 1 << 26,
+                };
+                features.to_le_bytes().to_vec()
+            }
             code::ADD_MEM_REG | code::REM_MEM_REG => [vec![0; 8], self.region()].concat(),
             code::SET_VRING_NUM => {
                 let num = self.input.pick(&[16, 1, 1024, 2048, 0, 3, u32::MAX, 0x1_0010]);
@@ -347,6 +367,7 @@ impl FrontEnd<'_> {
             code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR => {
                 usize::from(body.get(1).is_none_or(|none| none & 1 == 0))
             }
+            code::SET_LOG_BASE | code::SET_LOG_FD => 1,
             code::ADD_MEM_REG | code::SET_INFLIGHT_FD | code::SET_BACKEND_REQ_FD => 1,
             _ => 0,
         };
@@ -387,7 +408,9 @@ impl FrontEnd<'_> {
             (false, false) if code == code::SET_BACKEND_REQ_FD => {
                 UnixStream::pair().expect("a pair of sockets").0.into()
             }
-            (false, false) if code == code::SET_INFLIGHT_FD => self.kept().into(),
+            (false, false) if matches!(code, code::SET_INFLIGHT_FD | code::SET_LOG_BASE) => {
+                self.kept().into()
+            }
             (false, false) => self.memory.try_clone().expect("a descriptor").into(),
             _ => match self.input.u8() % 6 {
                 0 => {

@@ -4,20 +4,22 @@
 //! a bounded number of turns. A guest that keeps to the rules (`honest`) also gets every request
 //! back once, with a status of the specification, and its queue never breaks.
 
+use super::dirty_log::Bitmap;
 use super::disk::{self, Under, Wanted};
 use super::guest::{GuestMemory, Place};
 use super::inflight::Kept;
 use super::input::Input;
 use super::scribbler::Scribbler;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueStart, Stopped};
+use vublk::export::vhost_user_blk::failure::{FailureOptions, ReadErrors, WriteErrors};
+use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
 use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, run_local, sleep};
@@ -101,10 +103,18 @@ impl Source for Watched {
         }
     }
 
+    fn tick(&mut self, io: &Rc<Io>, now: u64) -> bool {
+        self.0.queue.borrow_mut().as_mut().is_some_and(|queue| queue.tick(io, now))
+    }
+
     fn publish(&mut self) {
         if let Some(queue) = &mut *self.0.queue.borrow_mut() {
             queue.publish();
         }
+    }
+
+    fn rests(&self) -> bool {
+        self.0.queue.borrow().as_ref().is_none_or(Queue::rests)
     }
 
     fn arm(&mut self) -> bool {
@@ -139,6 +149,10 @@ struct Guest {
     flying: BTreeMap<u16, u64>,
     /// Heads, in the order in which they were made available.
     offered: Vec<u16>,
+    /// Where the pages that the queue writes are marked.
+    bitmap: Option<Bitmap>,
+    /// Heads that were made available since it is used.
+    logged: BTreeSet<u16>,
     /// A chain that nothing can be wrong with, on a disk without faults.
     must_succeed: Option<u16>,
     faulty: bool,
@@ -170,6 +184,16 @@ fn places(input: &mut Input<'_>, honest: bool) -> Vec<Place> {
     places
 }
 
+/// What is done about requests that fail.
+fn failures(input: &mut Input<'_>) -> FailureOptions {
+    use WriteErrors as Write;
+    FailureOptions {
+        werror: input.pick(&[Write::Report, Write::Stop, Write::Ignore, Write::Enospc]),
+        rerror: input.pick(&[ReadErrors::Report, ReadErrors::Stop, ReadErrors::Ignore]),
+        ..FailureOptions::default()
+    }
+}
+
 impl Guest {
     async fn live(
         mut input: Input<'_>,
@@ -189,6 +213,7 @@ impl Guest {
             write_through: flags & 128 != 0,
             logical_block_size: input.pick(&[512, 512, 4096]),
             num_queues: 1,
+            failures: failures(&mut input),
         };
         let opened = disk::open(wanted).await;
         let memory = Rc::new(GuestMemory::new(places(&mut input, honest)));
@@ -237,6 +262,8 @@ impl Guest {
             next_descriptor: 0,
             flying: BTreeMap::new(),
             offered: Vec::new(),
+            bitmap: None,
+            logged: BTreeSet::new(),
             must_succeed: None,
             faulty: wanted.faulty,
             shared,
@@ -285,6 +312,9 @@ impl Guest {
         guest.end().await;
         drop(scribbler);
         guest.memory.check();
+        if let Some(bitmap) = &guest.bitmap {
+            bitmap.check();
+        }
         if let Some(kept) = &kept {
             let used_index = honest.then(|| u16::from_le_bytes(guest.memory.get(guest.used + 2)));
             kept.check_end(guest.is_broken(), used_index);
@@ -344,7 +374,8 @@ impl Guest {
             if input.is_empty() {
                 break;
             }
-            match input.u8() % 16 {
+            match input.u8() % 18 {
+                16 | 17 => self.migrate(input),
                 0..=5 => self.request(input).await,
                 6 | 7 => self.wait().await,
                 8 if paused < 3 => {
@@ -382,6 +413,22 @@ impl Guest {
         for _ in 0..paused {
             self.with_queue(Queue::resume);
         }
+    }
+
+    /// Has what the queue writes marked from now on, or no longer.
+    fn migrate(&mut self, input: &mut Input<'_>) {
+        self.logged.clear();
+        if let Some(last) = self.bitmap.take() {
+            last.check();
+        }
+        if input.one_in(3) {
+            return self.with_queue(|queue| queue.set_log(QueueLog::default()));
+        }
+        let Some(bitmap) = Bitmap::new(input) else { return };
+        let used = if self.honest || input.one_in(2) { self.used } else { self.address(input) };
+        let log = QueueLog { log: Some(bitmap.log.clone()), used: Some(used) };
+        self.with_queue(|queue| queue.set_log(log));
+        self.bitmap = Some(bitmap);
     }
 
     fn with_queue(&self, work: impl FnOnce(&mut Queue)) {
@@ -521,6 +568,9 @@ impl Guest {
     fn offer(&mut self, head: u16, status: u64) {
         self.flying.insert(head, status);
         self.offered.push(head);
+        if self.bitmap.is_some() {
+            self.logged.insert(head);
+        }
         let entry = self.available + 4 + u64::from(self.index & (self.size - 1)) * 2;
         self.memory.put(entry, &head.to_le_bytes());
         self.index = self.index.wrapping_add(1);
@@ -576,17 +626,18 @@ impl Guest {
             self.flying.clear();
             return;
         }
-        let paused_for_ever = 2_000;
+        // What is held is tried again after seconds, and may fail again.
+        let paused_for_ever = 4_000;
         // Pauses that go on hold the queue; they are undone for the time of waiting.
         for _ in 0..3 {
             self.with_queue(Queue::resume);
         }
-        for _ in 0..paused_for_ever {
+        for turn in 0..paused_for_ever {
             self.reap();
             if self.flying.is_empty() {
                 return;
             }
-            sleep(Duration::from_millis(1)).await;
+            sleep(Duration::from_millis(if turn < 2_000 { 1 } else { 500 })).await;
         }
         panic!("chains {:?} were never answered", self.flying.keys());
     }
@@ -606,6 +657,13 @@ impl Guest {
             let len = u32::from_le_bytes(len.try_into().expect("4 bytes"));
             let status = u16::try_from(id).ok().and_then(|head| self.flying.remove(&head));
             let Some(status) = status else { panic!("{id} came back and was not in flight") };
+            if let Some(bitmap) = &self.bitmap
+                && self.logged.remove(&(id as u16))
+            {
+                for written in [status, self.used + 4 + entry * 8, self.used + 2] {
+                    assert!(bitmap.is_marked(written), "{written:#x} was written and not marked");
+                }
+            }
             let [status] = self.memory.get(status);
             assert!(status <= 2, "chain {id} came back with status {status}");
             if self.must_succeed.take_if(|head| u32::from(*head) == id).is_some() {
