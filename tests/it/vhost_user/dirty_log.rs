@@ -353,18 +353,18 @@ fn without_the_feature_nothing_is_marked_and_from_the_acknowledgement_of_its_end
     assert_eq!(log.take(), Pages::new());
     let mut queues = std::mem::take(&mut disk.queues);
     let stop = AtomicBool::new(false);
-    // Between these two moments each request must be marked.
-    let (on, off) = (AtomicBool::new(false), AtomicBool::new(false));
+    // Odd while each request must be marked; another number each time.
+    let window = std::sync::atomic::AtomicUsize::new(0);
+    let checks = std::sync::atomic::AtomicUsize::new(0);
     let layouts: Vec<_> = queues.iter_mut().map(|queue| queue.ring().layout()).collect();
     std::thread::scope(|scope| {
-        let (log, stop, on, off) = (&log, &stop, &on, &off);
+        let (log, stop, window, checks) = (&log, &stop, &window, &checks);
         let threads: Vec<_> = queues
             .iter_mut()
             .map(|queue| {
                 scope.spawn(move || {
-                    let mut checked = 0;
                     while !stop.load(Ordering::SeqCst) {
-                        let began_on = on.load(Ordering::SeqCst);
+                        let began = window.load(Ordering::SeqCst);
                         let read = Request::In { sector: 0, len: 8192 };
                         let mut chains = Vec::new();
                         for _ in 0..8 {
@@ -376,12 +376,11 @@ fn without_the_feature_nothing_is_marked_and_from_the_acknowledgement_of_its_end
                         let marked = |page: u64| log.is_marked(page);
                         let all = chains.iter().all(|chain| written(chain).into_iter().all(marked));
                         fence(Ordering::SeqCst);
-                        if began_on && !off.load(Ordering::SeqCst) {
+                        if began % 2 == 1 && began == window.load(Ordering::SeqCst) {
                             assert!(all, "{chains:x?}");
-                            checked += 1;
+                            checks.fetch_add(1, Ordering::SeqCst);
                         }
                     }
-                    checked
                 })
             })
             .collect();
@@ -389,19 +388,22 @@ fn without_the_feature_nothing_is_marked_and_from_the_acknowledgement_of_its_end
         for _ in 0..20 {
             let features = disk.connection().features() | feature::LOG_ALL;
             disk.connection().set_exact_features(features).unwrap();
-            off.store(false, Ordering::SeqCst);
-            on.store(true, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_millis(10));
-            on.store(false, Ordering::SeqCst);
-            off.store(true, Ordering::SeqCst);
+            window.fetch_add(1, Ordering::SeqCst);
+            // Until requests were looked at, however slow the machine is.
+            let (end, before) = (Instant::now() + LIMIT, checks.load(Ordering::SeqCst));
+            while checks.load(Ordering::SeqCst) < before + 4 && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            window.fetch_add(1, Ordering::SeqCst);
             disk.connection().set_exact_features(features & !feature::LOG_ALL).unwrap();
             log.take();
             std::thread::sleep(Duration::from_millis(2));
             assert_eq!(log.take(), Pages::new(), "it was said to be off");
         }
         stop.store(true, Ordering::SeqCst);
+        assert!(checks.load(Ordering::SeqCst) > 0, "no request was looked at");
         for thread in threads {
-            assert!(thread.join().unwrap() > 0, "no request was looked at");
+            thread.join().unwrap();
         }
     });
     disk.queues = queues;
