@@ -194,7 +194,11 @@ impl Creation {
         format: Option<&str>,
     ) -> Result<(u64, &'static str), Error> {
         let name = filename::resolve(&self.filename, name)?;
-        let policy = OpenPolicy { backing: FollowBacking::Probe, ..OpenPolicy::default() };
+        let policy = OpenPolicy {
+            backing: FollowBacking::Probe,
+            readers_share: true,
+            ..OpenPolicy::default()
+        };
         let graph = Graph::with_policy(self.registry, policy);
         let file = self.registry.file_options(&name)?;
         let format = match format {

@@ -9,6 +9,7 @@ mod backing;
 pub use backing::RecordedBacking;
 
 use super::graph::{By, Graph};
+use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
 use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Perms};
 use crate::options::{self, Map, NodeRef};
@@ -78,6 +79,11 @@ impl Opening {
     /// [`Abilities::READ_ONLY`](super::Abilities::READ_ONLY).
     pub fn auto_read_only(&self) -> bool {
         self.auto_read_only
+    }
+
+    /// The policy of the graph that the node will be in.
+    pub fn policy(&self) -> &OpenPolicy {
+        self.graph.policy()
     }
 
     /// Reads the driver's options, whole.

@@ -12,6 +12,9 @@ pub struct OpenPolicy {
     pub backing: FollowBacking,
     /// The drivers that may be used, if not all.
     pub whitelist: Option<Whitelist>,
+    /// Whether other processes may write to a raw image that is only read here. Tools look at the
+    /// disks of running guests; a guest's own disk is not to change under it.
+    pub readers_share: bool,
 }
 
 /// What is done about a backing file that an image names and the options do not.

@@ -55,17 +55,20 @@ struct Raw {
     /// The disk's length in bytes, a multiple of [`SECTOR`]; none to follow the file's.
     size: Option<u64>,
     traits: Traits,
+    /// [`OpenPolicy::readers_share`](crate::block::OpenPolicy).
+    readers_share: bool,
 }
 
 async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(options)?;
     let offset = non_negative("offset", options.offset)?;
     let size = non_negative("size", options.size)?;
+    let readers_share = opening.policy().readers_share;
     let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
     let node = file.node();
     let offset = check_window(offset.unwrap_or(0), size, node.len())?;
     let traits = traits(node.traits(), offset);
-    Ok(Box::new(Raw { file: [file], offset, size, traits }))
+    Ok(Box::new(Raw { file: [file], offset, size, traits, readers_share }))
 }
 
 fn non_negative(name: &str, value: Option<i64>) -> Result<Option<u64>, Error> {
@@ -229,7 +232,8 @@ impl Driver for Raw {
     fn child_perms(&self, _child: usize, own: Perms) -> Perms {
         // No metadata of its own, so no more is held than the users hold.
         let mut perms = own;
-        if own.held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE) {
+        let writes = own.held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE);
+        if writes || !own.held.is_empty() && !self.readers_share {
             perms.shared -= Perm::WRITE | Perm::RESIZE;
         } else if self.offset != 0 || self.size.is_some() {
             perms.shared -= Perm::RESIZE;

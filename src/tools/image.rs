@@ -66,7 +66,11 @@ pub struct Opened {
 
 impl Images {
     pub fn new(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
-        let policy = OpenPolicy { backing: FollowBacking::Probe, ..OpenPolicy::default() };
+        let policy = OpenPolicy {
+            backing: FollowBacking::Probe,
+            readers_share: true,
+            ..OpenPolicy::default()
+        };
         let graph = Graph::with_policy(registry, policy);
         Images { graph, count: Cell::new(0), warn: Box::new(warn) }
     }
