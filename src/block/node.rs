@@ -312,6 +312,49 @@ impl Node {
         Ok(())
     }
 
+    /// Makes what this node takes from its backing file in a range its own: reads it and writes it
+    /// back, with no other write in between. The range grows to whole blocks; what the node has
+    /// itself is left as it is.
+    pub async fn populate(&self, at: u64, len: u64) -> IoResult {
+        self.check_writable()?;
+        self.check_range(at, len)?;
+        let align = self.traits.request_align as u64;
+        let (start, end) = (round_down(at, align), (at + len).next_multiple_of(align));
+        let _listed = self.overlap.serialise(start..end, || self.members()).await;
+        let mut pos = start;
+        while pos < end.min(self.driver.len()) {
+            let left = end.min(self.driver.len()) - pos;
+            let extent = self.driver.status(pos, left, Precision::Allocation).await?;
+            let n = extent.len.next_multiple_of(align).min(self.bounce_limit());
+            if !extent.status.contains(Status::ALLOCATED) {
+                let mut bounce = self.bounce(n)?;
+                self.read_pieces(pos, &bounce.io_vec()).await?;
+                self.event(Event::CorWrite).await;
+                self.write_back(pos, &bounce.io_vec()).await?;
+            }
+            pos += n;
+        }
+        Ok(())
+    }
+
+    /// Zeroes are written as such, which may cost no space.
+    async fn write_back(&self, at: u64, from: &IoVec<'_>) -> IoResult {
+        let (len, align) = (from.len(), self.traits.zero_align as u64);
+        let fits = at.is_multiple_of(align) && len.is_multiple_of(align);
+        if fits
+            && at + len <= self.len()
+            && len <= self.traits.max_zero
+            && self.traits.abilities.contains(Abilities::ZERO)
+            && is_zero(from)
+        {
+            match self.driver.zero(at, len, ZeroFlags::empty()).await {
+                Err(errno) if errno.is_unsupported() => {}
+                result => return result,
+            }
+        }
+        self.write_pieces(at, from, WriteFlags::empty()).await
+    }
+
     /// Makes every write completed before, on any worker, durable.
     pub async fn flush(&self) -> IoResult {
         if self.options.no_flush || self.traits.abilities.contains(Abilities::READ_ONLY) {

@@ -122,6 +122,11 @@ impl Opening {
         Ok(Child::new(role, node))
     }
 
+    /// The node of this name, if there is one.
+    pub fn find(&self, name: &str) -> Option<Arc<Node>> {
+        self.graph.find(name).ok()
+    }
+
     /// The options of the protocol node that a file's name stands for.
     pub fn file_options(&self, name: &str) -> Result<Map, Error> {
         self.graph.registry().file_options(name)

@@ -124,6 +124,11 @@ fn cases() -> Vec<Case> {
         cases.extend(bottoms(LEN + 20480).into_iter().map(|lower| over(&window, lower)));
     }
     cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=suspend", lower)));
+    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=layer", lower)));
+    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=copy-on-read", lower)));
+    for lower in bottoms(LEN) {
+        cases.push(over("driver=copy-on-read", over("driver=layer", lower)));
+    }
     let steps = "driver=preallocate,prealloc-align=4096,prealloc-size=4096";
     cases.extend(bottoms(LEN).into_iter().map(|lower| over(steps, lower)));
     cases.extend(images());
@@ -205,10 +210,12 @@ fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output 
         disk.refuse_what_is_outside().await;
         disk.node.flush().await.unwrap();
         disk.road.close();
-        // The road lets go of the node in its next turn.
-        vublk::io::sleep(Duration::from_millis(1)).await;
-        let options = disk.options.clone();
+        let (node, options) = (std::sync::Arc::downgrade(&disk.node), disk.options.clone());
         drop((disk, opened));
+        // The road lets go of it, and of its file's locks, in its own time.
+        while node.strong_count() > 0 {
+            vublk::io::sleep(Duration::from_micros(50)).await;
+        }
         refuse_writes_without_permission(&options).await;
     }
 }
@@ -408,6 +415,12 @@ async fn refuse_writes_without_permission(options: &str) {
 
     let read_only = format!("{options},read-only=on");
     assert!(open_holding(&read_only, Perm::WRITE).await.is_err(), "{read_only}");
+    if options.starts_with("driver=copy-on-read") {
+        // Reading writes.
+        let error = open_holding(&read_only, Perm::CONSISTENT_READ).await.err().expect("refused");
+        assert_eq!(error.to_string(), "Block node is read-only");
+        return;
+    }
     let opened = open_holding(&read_only, Perm::CONSISTENT_READ).await.unwrap();
     opened.node.read(0, &list).await.unwrap();
     opened.node.flush().await.unwrap();

@@ -1,7 +1,8 @@
 //! Disks for the tests: graphs opened from option strings, over simulated rings or real workers.
 //!
 //! `sim` opens a published simulated disk, and `suspend` is a filter whose every operation is
-//! suspended once before and once after it reaches the node below.
+//! suspended once before and once after it reaches the node below. `layer` is a format with a backing
+//! file ([`crate::layer`]).
 
 use std::cell::Cell;
 use std::future::Future;
@@ -16,7 +17,7 @@ use vublk::options::{NodeRef, keyval};
 use vublk::protocol::sim::{self, SimDisk, SimOptions};
 
 pub static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
-    let tests: &[&DriverEntry] = &[&sim::ENTRY, &SUSPEND];
+    let tests: &[&DriverEntry] = &[&sim::ENTRY, &SUSPEND, &crate::layer::ENTRY];
     Registry::new(&[vublk::format::LIST, vublk::filter::LIST, vublk::protocol::LIST, tests])
 });
 
@@ -57,6 +58,12 @@ pub struct Opened {
     _graph: Graph,
     pub node: Arc<Node>,
     _attachment: Attachment,
+}
+
+impl Opened {
+    pub fn from_parts(graph: Graph, node: Arc<Node>, attachment: Attachment) -> Opened {
+        Opened { _graph: graph, node, _attachment: attachment }
+    }
 }
 
 /// Opens what `options` describe and takes `held` on it.

@@ -11,6 +11,7 @@ mod fast_road;
 mod file;
 mod filter;
 mod guest;
+mod layer;
 mod model;
 mod monitor;
 mod node;

@@ -341,6 +341,8 @@ const STACKS: &[&[&str]] = &[
     &["raw", "suspend"],
     &["raw", "blkdebug"],
     &["raw", "preallocate"],
+    &["copy-on-read", "layer"],
+    &["raw", "copy-on-read", "suspend", "layer", "suspend"],
 ];
 
 #[test]

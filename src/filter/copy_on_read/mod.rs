@@ -1,0 +1,272 @@
+//! copy-on-read: what is read from a backing file is written to the image above it, so that it is not
+//! read from there a second time.
+//!
+//! Whole clusters are copied. A copy and the writes to its range wait for each other
+//! ([`Node::populate`]). A read whose copy cannot be written fails, as in QEMU. Reads of what needs no
+//! copy take the fast road once the slow one has found that out (`known`).
+
+mod known;
+
+use super::{LIST, read_below, write_below};
+use crate::block::*;
+use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::options::{Map, NodeRef};
+use known::Known;
+use serde::Deserialize;
+use std::sync::{Arc, Weak};
+
+pub static ENTRY: DriverEntry = DriverEntry {
+    name: "copy-on-read",
+    kind: Kind::Filter,
+    open: |opening, options| Box::pin(open(opening, options)),
+    options: &[
+        OptionHelp { name: "file", value: "node", help: "The image that copies are written to" },
+        OptionHelp {
+            name: "bottom",
+            value: "str",
+            help: "The lowest node of its backing chain that is copied from",
+        },
+    ],
+    prefixes: &[],
+    create: None,
+    probe: None,
+    is_device: None,
+};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Options {
+    file: NodeRef,
+    bottom: Option<String>,
+}
+
+struct CopyOnRead {
+    file: [Child; 1],
+    traits: Traits,
+    bottom: Option<Weak<Node>>,
+    /// What is copied at once, in bytes; a power of two.
+    cluster: u64,
+    known: Known,
+}
+
+async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
+    let options: Options = opening.parse(options)?;
+    let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
+    let node = file.node();
+    let traits = node.traits();
+    if opening.options().read_only || traits.abilities.contains(Abilities::READ_ONLY) {
+        return Err(Error::new("Block node is read-only"));
+    }
+    let bottom = options.bottom.map(|name| find_bottom(opening, &name, &node)).transpose()?;
+    let image = below_filters(node.clone());
+    let cluster = image.driver().image().and_then(|image| image.info().cluster_size);
+    let cluster = cluster.unwrap_or(0).max(traits.request_align as u64).next_power_of_two();
+    let known = Known::new(node.len(), cluster);
+    Ok(Box::new(CopyOnRead { file: [file], traits, bottom, cluster, known }))
+}
+
+/// The node called `name` in the chain that begins with `top`.
+fn find_bottom(opening: &Opening, name: &str, top: &Arc<Node>) -> Result<Weak<Node>, Error> {
+    let shown = name.escape_debug();
+    let found = opening.find(name);
+    if name == opening.name() || found.as_ref().is_some_and(|node| is_filter(node)) {
+        return Err(Error::new(format!("Bottom node '{shown}' is a filter")));
+    }
+    let found = found.ok_or_else(|| Error::new(format!("Bottom node '{shown}' not found")))?;
+    let mut layer = Some(below_filters(top.clone()));
+    while let Some(node) = layer {
+        if Arc::ptr_eq(&node, &found) {
+            return Ok(Arc::downgrade(&found));
+        }
+        layer = backing_of(&node);
+    }
+    Err(Error::new(format!(
+        "Bottom node '{shown}' is not in the backing chain of '{}'",
+        top.name()
+    )))
+}
+
+fn is_filter(node: &Node) -> bool {
+    LIST.iter().any(|entry| entry.name == node.driver().name())
+}
+
+/// The first node from this one downwards that is no filter.
+fn below_filters(mut node: Arc<Node>) -> Arc<Node> {
+    while is_filter(&node)
+        && let Some(child) = node.driver().children().first()
+    {
+        let below = child.node();
+        node = below;
+    }
+    node
+}
+
+fn backing_of(node: &Node) -> Option<Arc<Node>> {
+    let child = node.driver().children().iter().find(|child| child.role() == "backing");
+    child.map(|child| below_filters(child.node()))
+}
+
+impl CopyOnRead {
+    fn node(&self) -> Arc<Node> {
+        self.file[0].node()
+    }
+
+    /// Copies what there is to copy of the clusters that a range touches.
+    async fn copy(&self, node: &Node, at: u64, len: u64) -> IoResult {
+        // Those who hold nothing on this node (a format that is being opened) only read.
+        if !node.held().intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
+            return Ok(());
+        }
+        let start = at - at % self.cluster;
+        let end = (at + len).next_multiple_of(self.cluster).min(node.len());
+        let mut pos = start;
+        while pos < end {
+            let (n, wanted) = self.look(node, pos, end - pos).await?;
+            if wanted {
+                node.populate(pos, n).await?;
+            }
+            pos += n;
+        }
+        self.known.add(start..end, node.len());
+        Ok(())
+    }
+
+    /// For how many bytes the same is true, and whether they are to be copied.
+    async fn look(&self, node: &Node, at: u64, len: u64) -> IoResult<(u64, bool)> {
+        let own = node.status(at, len, Precision::Allocation).await?;
+        let allocated = own.status.contains(Status::ALLOCATED);
+        let Some(bottom) = self.bottom.as_ref().filter(|_| !allocated) else {
+            return Ok((own.len, !allocated));
+        };
+        let mut len = own.len;
+        let mut layer = below_filters(self.node());
+        while !std::ptr::eq(bottom.as_ptr(), Arc::as_ptr(&layer)) {
+            let Some(next) = backing_of(&layer) else { break };
+            let there = next.len().saturating_sub(at);
+            if there == 0 {
+                // The zeroes behind its end are its own.
+                return Ok((len, true));
+            }
+            let extent = next.status(at, len.min(there), Precision::Allocation).await?;
+            len = extent.len;
+            if extent.status.contains(Status::ALLOCATED) {
+                return Ok((len, true));
+            }
+            layer = next;
+        }
+        Ok((len, false))
+    }
+}
+
+impl Driver for CopyOnRead {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    fn len(&self) -> u64 {
+        self.node().driver().len()
+    }
+
+    fn children(&self) -> &[Child] {
+        &self.file
+    }
+
+    fn map<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+        access: Access,
+    ) -> Mapping<'a> {
+        let want = match access {
+            Access::Read => match self.known.run(at, want) {
+                0 => return Mapping::slow(want),
+                known => known,
+            },
+            _ => want,
+        };
+        self.file[0].fast(inflight).map(inflight, at, want, access)
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            let node = self.node();
+            let len = into.len().min(node.len().saturating_sub(at));
+            if self.known.run(at, len) < len {
+                self.copy(&node, at, len).await?;
+            }
+            read_below(&node, at, into).await
+        })
+    }
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move { write_below(&self.node(), at, from, flags).await })
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            let result = self.node().zero(at, len, flags).await;
+            self.known.remove(at..at + len);
+            result
+        })
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            let result = self.node().discard(at, len).await;
+            self.known.remove(at..at + len);
+            result
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move { self.node().flush().await })
+    }
+
+    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        Box::pin(async move {
+            let extent = self.node().status(at, len, precision).await?;
+            Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
+        })
+    }
+
+    fn child_perms(&self, _child: usize, own: Perms) -> Perms {
+        let Perms { mut held, shared } = Perms::filter(own);
+        if !held.is_empty() {
+            held |= Perm::WRITE_UNCHANGED;
+        }
+        Perms { held, shared }
+    }
+
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+}
+
+impl Image for CopyOnRead {
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let node = self.node();
+            let image = node.driver().image();
+            let image =
+                image.ok_or_else(|| Error::new("Image format driver does not support resize"))?;
+            image.resize(len, shrink).await
+        })
+    }
+
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        Box::pin(async move {
+            let node = self.node();
+            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
+        })
+    }
+}
