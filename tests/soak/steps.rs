@@ -20,11 +20,20 @@ pub enum Step {
     PlugDisk,
     /// Memory that comes, and sometimes goes.
     PlugMemory,
+    /// The guest moves to another QEMU with another daemon.
+    Migrate,
 }
 
 impl Step {
-    pub const ALL: [Step; 6] =
-        [Step::Kill, Step::Upgrade, Step::Overtake, Step::Resize, Step::PlugDisk, Step::PlugMemory];
+    pub const ALL: [Step; 7] = [
+        Step::Kill,
+        Step::Upgrade,
+        Step::Overtake,
+        Step::Resize,
+        Step::PlugDisk,
+        Step::PlugMemory,
+        Step::Migrate,
+    ];
 
     /// One of them; kills come most.
     pub fn any(random: &mut Rng) -> Step {
@@ -39,6 +48,7 @@ impl Step {
             Step::Resize => resize(world, random),
             Step::PlugDisk => plug_disk(world, random),
             Step::PlugMemory => plug_memory(world, random),
+            Step::Migrate => migrate(world),
         }
     }
 }
@@ -96,10 +106,11 @@ fn plug_disk(world: &mut World, random: &mut Rng) {
     let address = json!({"type": "unix", "data": {"path": path}});
     let socket = json!({"addr": address, "server": false, "reconnect": 1});
     let chardev = json!({"id": "hot", "backend": {"type": "socket", "data": socket}});
-    world.qmp().run("chardev-add", chardev);
+    let mut qmp = world.qmp();
+    qmp.run("chardev-add", chardev);
     let device = json!({"driver": "vhost-user-blk-pci", "id": "hot", "chardev": "hot",
                         "bus": "slot1", "num-queues": 2});
-    world.qmp().run("device_add", device);
+    qmp.run("device_add", device);
     world.ask_guest("until [ -b /dev/vdc ]; do sleep 0.1; done");
     let found = world.ask_guest("sum /dev/vdc");
     if let Some(left) = world.unplugged_sum.take() {
@@ -119,9 +130,9 @@ fn plug_disk(world: &mut World, random: &mut Rng) {
         world.ask_guest(job);
     }
     world.unplugged_sum = Some(world.ask_guest("sum /dev/vdc"));
-    world.qmp().run("device_del", json!({"id": "hot"}));
-    wait_event(world.qmp(), "DEVICE_DELETED", "device", "hot");
-    world.qmp().run("chardev-remove", json!({"id": "hot"}));
+    qmp.run("device_del", json!({"id": "hot"}));
+    wait_event(&mut qmp, "DEVICE_DELETED", "device", "hot");
+    qmp.run("chardev-remove", json!({"id": "hot"}));
     let mut monitor = world.daemon().monitor();
     monitor.run("block-export-del", json!({"id": "hot"}));
     wait_event(&mut monitor, "BLOCK_EXPORT_DELETED", "id", "hot");
@@ -144,10 +155,11 @@ fn plug_memory(world: &mut World, random: &mut Rng) {
     let size = 128 * MIB;
     let backend = json!({"qom-type": "memory-backend-memfd", "id": format!("memory{number}"),
                          "size": size, "share": true});
-    world.qmp().run("object-add", backend);
+    let mut qmp = world.qmp();
+    qmp.run("object-add", backend);
     let module = json!({"driver": "pc-dimm", "id": format!("module{number}"),
                         "memdev": format!("memory{number}")});
-    world.qmp().run("device_add", module);
+    qmp.run("device_add", module);
     world.modules.push(number);
     // Less what the kernel keeps for its own lists.
     let wanted = before + size * 9 / 10 / 1024;
@@ -162,9 +174,10 @@ fn unplug_memory(world: &mut World, random: &mut Rng) {
     let place = random.usize(..world.modules.len());
     let number = world.modules[place];
     let id = format!("module{number}");
-    world.qmp().run("device_del", json!({"id": id}));
+    let mut qmp = world.qmp();
+    qmp.run("device_del", json!({"id": id}));
     let refused = loop {
-        let event = world.qmp().event();
+        let event = qmp.event();
         match event["event"].as_str() {
             Some("DEVICE_DELETED") if event["data"]["device"] == id.as_str() => break false,
             Some("ACPI_DEVICE_OST") if is_refusal(&event["data"]["info"], &id) => break true,
@@ -175,7 +188,7 @@ fn unplug_memory(world: &mut World, random: &mut Rng) {
         return world.count("memory modules that the guest did not give back");
     }
     world.modules.remove(place);
-    world.qmp().run("object-del", json!({"id": format!("memory{number}")}));
+    qmp.run("object-del", json!({"id": format!("memory{number}")}));
     world.count("memory modules unplugged");
 }
 
@@ -185,6 +198,28 @@ fn is_refusal(info: &Value, device: &str) -> bool {
     info["device"] == device
         && info["source"] == 3
         && !matches!(info["status"].as_u64(), Some(0 | 0x84))
+}
+
+fn migrate(world: &mut World) {
+    // The other machine must have the modules where this one has them.
+    let modules = world.qmp().run("query-memory-devices", json!({}));
+    let modules = modules.as_array().expect("a list").iter().map(|module| &module["data"]);
+    world.guest().plugged = modules.flat_map(module_options).collect();
+    world.migrate();
+    world.count("migrations");
+}
+
+/// How QEMU is told of a module that another has.
+fn module_options(module: &Value) -> [String; 4] {
+    let field = |name: &str| module[name].as_str().expect("text");
+    let memory = field("memdev").trim_start_matches("/objects/");
+    let (size, slot, address) = (&module["size"], &module["slot"], &module["addr"]);
+    [
+        "-object".into(),
+        format!("memory-backend-memfd,id={memory},size={size},share=on"),
+        "-device".into(),
+        format!("pc-dimm,id={},memdev={memory},slot={slot},addr={address}", field("id")),
+    ]
 }
 
 fn total_memory(world: &mut World) -> u64 {

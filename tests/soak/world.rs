@@ -24,10 +24,9 @@ pub struct World {
     /// Declared, and so ended, before what it lives on.
     guest: Option<RunningGuest>,
     pub daemon: Option<Daemon>,
-    /// Of the QEMU that runs the guest.
-    pub qmp: Option<Client>,
     lives: usize,
-    machines: usize,
+    /// Of the two hosts that there seem to be, the one on which the guest is: each has its sockets.
+    host: usize,
     commands: usize,
     /// The hot-plugged disk is there.
     pub plugged: bool,
@@ -50,9 +49,8 @@ impl World {
             dir,
             guest: None,
             daemon: None,
-            qmp: None,
             lives: 0,
-            machines: 0,
+            host: 0,
             commands: 0,
             plugged: false,
             unplugged_sum: None,
@@ -65,12 +63,13 @@ impl World {
         for (name, size) in ["disk0", "disk1", "hot"].iter().zip([SIZES[0], SIZES[1], 32 * MIB]) {
             File::create(world.image(name)).unwrap().set_len(size).unwrap();
         }
+        for host in 0..2 {
+            fs::create_dir(world.folder(host)).unwrap();
+        }
         world.daemon = Some(world.next_daemon());
-        let machine = world.machine();
-        let mut guest = machine.boot(include_str!("guest.sh"));
+        let mut guest = world.machine().boot(include_str!("guest.sh"));
         guest.value_within("READY", ANSWER);
         world.guest = Some(guest);
-        world.qmp = Some(Client::connect(&world.qmp_socket()));
         world.wait_connected();
         world
     }
@@ -79,29 +78,24 @@ impl World {
         self.dir.path().join(format!("{name}.img"))
     }
 
+    fn folder(&self, host: usize) -> PathBuf {
+        self.dir.path().join(format!("host{host}"))
+    }
+
     pub fn socket(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("{name}.sock"))
+        self.folder(self.host).join(format!("{name}.sock"))
     }
 
-    fn qmp_socket(&self) -> PathBuf {
-        self.dir.path().join(format!("qmp-{}", self.machines))
-    }
-
-    /// QEMU with the disks and what was plugged in meanwhile.
-    fn machine(&mut self) -> Guest {
-        self.machines += 1;
-        let qmp = format!("unix:{},server=on,wait=off", self.qmp_socket().display());
-        let modules = ["-m", "slots=4,maxmem=2G"];
-        let port = ["-device", "pcie-root-port,id=slot1,chassis=1,slot=1,bus=pcie.0,addr=10"];
+    /// QEMU with the disks.
+    fn machine(&self) -> Guest {
         Guest::new()
             .cpus(4)
             .with_fio()
             .for_more(self.time * 2 + Duration::from_secs(600))
             .reconnecting_disk(&self.socket("disk0"), 4)
             .reconnecting_disk(&self.socket("disk1"), 2)
-            .with(modules)
-            .with(port)
-            .with(["-qmp".to_owned(), qmp])
+            .qemu(&["-m", "slots=4,maxmem=2G"])
+            .qemu(&["-device", "pcie-root-port,id=slot1,chassis=1,slot=1,bus=pcie.0,addr=10"])
     }
 
     /// How a disk is described to the daemon: its node and its export.
@@ -127,17 +121,43 @@ impl World {
 
     /// Starts the daemon's next life, with all that it has to serve now.
     pub fn next_daemon(&mut self) -> Daemon {
+        self.start_daemon(false)
+    }
+
+    /// Moves the guest to the other host, where a daemon waits for it.
+    pub fn migrate(&mut self) {
+        let from = self.folder(self.host);
+        self.host = 1 - self.host;
+        let to = self.folder(self.host);
+        let mut there = self.start_daemon(true);
+        // Until it is ready.
+        drop(there.monitor());
+        self.guest().migrate(&from, &to);
+        let disks = self.disks().len();
+        self.daemon().wait_log("the disk is given up", disks);
+        self.daemon().end();
+        self.replace_daemon(there);
+        self.wait_connected();
+    }
+
+    /// `incoming`: the guest, and with it the images, are still with another daemon.
+    fn start_daemon(&mut self, incoming: bool) -> Daemon {
         let mut options: Vec<String> = Vec::new();
         for number in 0..2 {
             options.extend(["--object".into(), format!("iothread,id=io{number}")]);
         }
         for (name, queues) in self.disks() {
-            options.extend(["--blockdev".into(), self.node(name).to_string()]);
+            let mut node = self.node(name);
             let mut export = self.export(name, queues);
+            if incoming {
+                node["active"] = json!(false);
+                export["allow-inactive"] = json!(true);
+            }
             if name == "disk0" {
                 // Its queues are dealt to both.
                 export["iothread"] = json!(["io0", "io1"]);
             }
+            options.extend(["--blockdev".into(), node.to_string()]);
             options.extend(["--export".into(), export.to_string()]);
         }
         self.lives += 1;
@@ -148,8 +168,13 @@ impl World {
         self.daemon.as_mut().expect("it was begun")
     }
 
-    pub fn qmp(&mut self) -> &mut Client {
-        self.qmp.as_mut().expect("it was begun")
+    pub fn guest(&mut self) -> &mut RunningGuest {
+        self.guest.as_mut().expect("it was begun")
+    }
+
+    /// The monitor of the guest's QEMU, which has one client at a time.
+    pub fn qmp(&mut self) -> Client {
+        self.guest().monitor()
     }
 
     /// The daemon's next life has begun.
@@ -187,7 +212,7 @@ impl World {
     pub fn ask_guest(&mut self, command: &str) -> String {
         self.commands += 1;
         let id = self.commands;
-        let guest = self.guest.as_mut().expect("it was begun");
+        let guest = self.guest();
         guest.say(&format!("{id} {command}"));
         let answer = guest.value_within(&format!("DONE {id} "), ANSWER);
         let (code, line) = answer.split_once(' ').unwrap_or((&answer, ""));
@@ -197,7 +222,7 @@ impl World {
 
     /// Nothing may have gone wrong so far.
     pub fn check(&mut self) {
-        let console = self.guest.as_mut().expect("it was begun").console();
+        let console = self.guest().console();
         let failed: Vec<&str> = console.values("FAILED").collect();
         assert!(failed.is_empty(), "the guest says {failed:?}; its console:\n{}", console.text());
     }

@@ -73,12 +73,6 @@ impl Guest {
         self.attach(socket, ",reconnect=1", &format!(",num-queues={queues}"))
     }
 
-    /// Options of QEMU's.
-    pub fn with<T: Into<String>>(mut self, options: impl IntoIterator<Item = T>) -> Self {
-        self.qemu_options.extend(options.into_iter().map(Into::into));
-        self
-    }
-
     fn attach(mut self, socket: &Path, connection: &str, properties: &str) -> Self {
         let chardev = format!("disk{}", self.disks);
         self.disks += 1;
@@ -100,16 +94,6 @@ impl Guest {
     /// Boots the guest, which then runs `script` under `sh`.
     pub fn boot(self, script: &str) -> RunningGuest {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        self.boot_in_turn(script, Some(turn))
-    }
-
-    /// Boots the guest in the turn of one that runs: the two are one guest, which goes from the one
-    /// QEMU to the other.
-    pub fn boot_beside(self, _other: &RunningGuest, script: &str) -> RunningGuest {
-        self.boot_in_turn(script, None)
-    }
-
-    fn boot_in_turn(self, script: &str, turn: Option<MutexGuard<'static, ()>>) -> RunningGuest {
         build_guest();
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("script"), script).unwrap();
@@ -120,12 +104,13 @@ impl Guest {
             guest: self,
             qemu,
             moves: 0,
+            plugged: Vec::new(),
             lines,
             console: Console::default(),
             started,
             end,
             dir,
-            turn,
+            _turn: turn,
         }
     }
 
@@ -178,12 +163,14 @@ pub struct RunningGuest {
     qemu: Child,
     /// How often it has moved to another QEMU.
     moves: usize,
+    /// Options of QEMU's for what was plugged in meanwhile.
+    pub plugged: Vec<String>,
     lines: Receiver<String>,
     console: Console,
     started: Instant,
     end: Instant,
     dir: TempDir,
-    turn: Option<MutexGuard<'static, ()>>,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl RunningGuest {
@@ -219,11 +206,6 @@ impl RunningGuest {
         &self.console
     }
 
-    /// The guest has gone on to `next`, and its turn with it.
-    pub fn hand_turn_to(&mut self, next: &mut RunningGuest) {
-        next.turn = self.turn.take();
-    }
-
     /// Sends one line to the guest's standard input.
     pub fn say(&mut self, line: &str) {
         writeln!(self.qemu.stdin.as_mut().unwrap(), "{line}").unwrap();
@@ -234,13 +216,16 @@ impl RunningGuest {
         Client::connect(&monitor(self.dir.path(), self.moves))
     }
 
-    /// Starts another QEMU for the guest, whose disk is served at `to` there and at `from` here.
+    /// Starts another QEMU for the guest, whose disk is served at `to` there and at `from` here; a
+    /// folder stands for the sockets in it.
     fn destination(&self, from: &Path, to: &Path) -> (Guest, Child, Receiver<String>) {
         let mut guest = self.guest.clone();
         for option in &mut guest.qemu_options {
             *option = option.replace(from.to_str().unwrap(), to.to_str().unwrap());
         }
-        let (mut qemu, lines) = guest.start(self.dir.path(), self.moves + 1);
+        let mut with_plugged = guest.clone();
+        with_plugged.qemu_options.extend(self.plugged.iter().cloned());
+        let (mut qemu, lines) = with_plugged.start(self.dir.path(), self.moves + 1);
         let way = way(self.dir.path(), self.moves + 1);
         while !way.exists() {
             assert_eq!(qemu.try_wait().unwrap(), None, "{:?}", lines.iter().collect::<Vec<_>>());
