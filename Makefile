@@ -11,7 +11,7 @@ help:
 	@echo 'make test-without-io-uring  the tests of disks where threads do the I/O'
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
 	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
-	@echo 'make soak   a guest under load through kills, upgrades, resizes and hot-plug, SOAK_SECONDS=3600'
+	@echo 'make soak   a guest under load through kills, upgrades, resizes, hot-plug and migration, SOAK_SECONDS=3600'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
 
 setup:
