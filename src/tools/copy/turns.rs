@@ -1,7 +1,7 @@
 //! Waiting across workers: for one's turn, and for something to become true.
 
 use crate::io::sync::Mutex;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::task::{Poll, Waker};
 
 /// Tells those who wait that it is time to look again.
@@ -28,12 +28,10 @@ impl Signal {
     }
 }
 
-/// Who may write: the holders of tickets 0, 1, 2, … one after the other.
+/// Who may write: the holders of tickets 0, 1, 2, … one after the other. Only the one whose turn has
+/// come is woken.
 #[derive(Default)]
-pub struct Turns {
-    state: Mutex<State>,
-    signal: Signal,
-}
+pub struct Turns(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -41,34 +39,43 @@ struct State {
     next: u64,
     /// Done already, but not in their turn.
     early: BTreeSet<u64>,
+    waiting: BTreeMap<u64, Waker>,
     ended: bool,
 }
 
 impl Turns {
     /// Waits until all tickets before this one are done.
     pub async fn wait(&self, ticket: u64) {
-        let ready = || {
-            let state = self.state.lock();
-            state.ended || state.next >= ticket
-        };
-        self.signal.wait(ready).await;
+        std::future::poll_fn(|cx| {
+            let mut state = self.0.lock();
+            if state.ended || state.next >= ticket {
+                return Poll::Ready(());
+            }
+            state.waiting.insert(ticket, cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
     }
 
     pub fn done(&self, ticket: u64) {
-        let mut state = self.state.lock();
+        let mut state = self.0.lock();
         state.early.insert(ticket);
         let mut next = state.next;
         while state.early.remove(&next) {
             next += 1;
         }
         state.next = next;
+        let turn = state.waiting.remove(&next);
         drop(state);
-        self.signal.notify();
+        turn.into_iter().for_each(Waker::wake);
     }
 
     /// Lets everyone go on: there will be no more turns.
     pub fn end(&self) {
-        self.state.lock().ended = true;
-        self.signal.notify();
+        let mut state = self.0.lock();
+        state.ended = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        waiting.into_values().for_each(Waker::wake);
     }
 }
