@@ -116,12 +116,25 @@ fn images_of_every_kind_are_read_as_qemu_reads_them() {
         let cluster = cluster_size(kind);
         let size = cluster * clusters - 512;
         images.create("a", size, kind);
-        images.io("a", &random_commands(&mut rng, size, 512, cluster, true));
+        images.io(
+            "a",
+            &random_commands(&mut rng, size, 512, cluster, true, kind.contains("extended_l2")),
+        );
         // Compressed clusters share host clusters: narrow refcounts may have no room for more.
         if !kind.contains("refcount_bits") || kind.contains("refcount_bits=64") {
             images.run("qemu-img", &["snapshot", "-c", "one", "a"]);
         }
-        images.io("a", &random_commands(&mut rng, size, 4096.min(cluster), cluster, true));
+        images.io(
+            "a",
+            &random_commands(
+                &mut rng,
+                size,
+                4096.min(cluster),
+                cluster,
+                true,
+                kind.contains("extended_l2"),
+            ),
+        );
         let wanted = images.contents("a");
         let path = images.path("a");
         read_everything(options_for(&path), wanted.clone(), rng.u64(..));
@@ -142,9 +155,19 @@ fn what_an_overlay_does_not_have_comes_from_below_or_is_zero() {
             let base: Vec<u8> = (0..below).map(|at| (at / 512) as u8 | 1).collect();
             std::fs::write(images.path("base"), &base).unwrap();
             images.create("middle", below, "backing_file=base,backing_fmt=raw");
-            images.io("middle", &random_commands(&mut rng, below, 512, 65536, true));
+            images.io("middle", &random_commands(&mut rng, below, 512, 65536, true, false));
             images.create("top", above, &format!("backing_file=middle,backing_fmt=qcow2,{kind}"));
-            images.io("top", &random_commands(&mut rng, above, 512, cluster_size(kind), true));
+            images.io(
+                "top",
+                &random_commands(
+                    &mut rng,
+                    above,
+                    512,
+                    cluster_size(kind),
+                    true,
+                    kind.contains("extended_l2"),
+                ),
+            );
             let wanted = images.contents("top");
             read_everything(options_for(&images.path("top")), wanted, rng.u64(..));
         }
@@ -159,7 +182,7 @@ fn a_data_file_is_read_where_the_tables_say() {
         let mut rng = fastrand::Rng::with_seed(seed);
         let size = 100 << 12;
         images.create("a", size, &format!("cluster_size=4k,data_file=d,data_file_raw={raw}"));
-        images.io("a", &random_commands(&mut rng, size, 512, 4096, false));
+        images.io("a", &random_commands(&mut rng, size, 512, 4096, false, false));
         let wanted = images.contents("a");
         let data = images.path("d");
         let without = options_for(&images.path("a"));
@@ -184,7 +207,17 @@ fn block_status_is_what_qemu_img_maps() {
         let mut rng = fastrand::Rng::with_seed(seed);
         let size = cluster_size(kind) * clusters;
         images.create("a", size, kind);
-        images.io("a", &random_commands(&mut rng, size, 512, cluster_size(kind), true));
+        images.io(
+            "a",
+            &random_commands(
+                &mut rng,
+                size,
+                512,
+                cluster_size(kind),
+                true,
+                kind.contains("extended_l2"),
+            ),
+        );
         let map = images.run("qemu-img", &["map", "--output=json", "-f", "qcow2", "a"]);
         let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
         let options = options_for(&images.path("a"));

@@ -92,7 +92,10 @@ fn images_of_every_kind_are_written_and_qemu_agrees() {
         let cluster = cluster_size(kind);
         let size = cluster * clusters - 512;
         images.create("a", size, kind);
-        images.io("a", &random_commands(&mut rng, size, 512, cluster, true));
+        images.io(
+            "a",
+            &random_commands(&mut rng, size, 512, cluster, true, kind.contains("extended_l2")),
+        );
         let has_snapshot = !kind.contains("refcount_bits") || kind.contains("refcount_bits=64");
         let before = images.contents("a");
         if has_snapshot {
@@ -127,7 +130,11 @@ fn overlays_are_written_and_what_is_below_stays() {
             std::fs::write(images.path("base"), &base).unwrap();
             images.create("top", above, &format!("backing_file=base,backing_fmt=raw,{kind}"));
             let cluster = cluster_size(kind);
-            images.io("top", &random_commands(&mut rng, above, 512, cluster, true)[..20]);
+            images.io(
+                "top",
+                &random_commands(&mut rng, above, 512, cluster, true, kind.contains("extended_l2"))
+                    [..20],
+            );
             let before = images.contents("top");
             let after = change(options_for(&images.path("top")), before, seed);
             assert_whole(kind, &images, "top", &after);
@@ -146,7 +153,7 @@ fn a_data_file_is_written_and_stays_an_image_if_it_is_raw() {
         let mut rng = fastrand::Rng::with_seed(seed);
         let size = (100 << 12) - 512;
         images.create("a", size, &format!("{kind},data_file=d,data_file_raw={raw}"));
-        images.io("a", &random_commands(&mut rng, size, 512, 4096, false)[..20]);
+        images.io("a", &random_commands(&mut rng, size, 512, 4096, false, false)[..20]);
         let before = images.contents("a");
         let options = options_for(&images.path("a"));
         let data = images.path("d");
