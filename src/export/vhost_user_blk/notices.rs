@@ -7,8 +7,8 @@
 //!
 //! The rule held here: a notice never waits for the front end. It goes out in a quiet moment, because
 //! front ends such as QEMU 7.2 answer a notice by asking for the configuration even while they wait
-//! for the answer to another question; and while a ring runs, because they pass over what comes before
-//! (seen with QEMU 7.2, which has read the configuration then and does not read it again).
+//! for the answer to another question; and while a ring runs, because what comes before may be passed
+//! over (a guest of QEMU 7.2 once missed a resize that fell into a reconnect).
 
 use crate::io::Errno;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
