@@ -94,10 +94,20 @@ const SUBMISSIONS: u32 = 256;
 /// Completions that may wait to be reaped before the kernel has to put them aside.
 const COMPLETIONS: u32 = 4096;
 
+/// Turns for which a flag that led to nothing is not looked at.
+const STALE_TURNS: u32 = 64;
+
 /// The kernel's io_uring.
 pub struct Uring {
     ring: IoUring,
     queued: u32,
+    /// Turns until the kernel's task-work flag is looked at again.
+    ///
+    /// The kernel adds work to the ring's list first and sets the flag then. If this thread runs the
+    /// work between the two, the flag stays although nothing is left, until some later work clears it.
+    /// A worker that believed it would enter the ring for ever, and neither sleep nor end. Nothing is
+    /// missed meanwhile: whoever sleeps or starts something enters the ring anyway.
+    stale_turns: u32,
     began: Instant,
 }
 
@@ -124,13 +134,20 @@ impl Uring {
                     if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
                         return Err(io::Error::other("io_uring is too old (Linux 5.11 is needed)"));
                     }
-                    return Ok(Uring { ring, queued: 0, began: Instant::now() });
+                    return Ok(Uring { ring, queued: 0, stale_turns: 0, began: Instant::now() });
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),
                 Err(error) => return Err(error),
             }
         }
         Err(refusal.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
+    }
+
+    /// Whether the kernel says that it has work which only this thread may do.
+    fn has_task_work(&self) -> bool {
+        // SAFETY: only the kernel writes the flags that are looked at here; the queue's tail, which
+        // this shared view would also write back on drop, is unchanged.
+        unsafe { self.ring.submission_shared() }.taskrun()
     }
 
     fn entry(submission: Submission) -> squeue::Entry {
@@ -185,9 +202,7 @@ impl Ring for Uring {
     }
 
     fn must_enter(&self) -> bool {
-        // SAFETY: only the kernel writes the flags that are looked at here; the queue's tail, which
-        // this shared view would also write back on drop, is unchanged.
-        self.queued > 0 || unsafe { self.ring.submission_shared() }.taskrun()
+        self.queued > 0 || self.stale_turns == 0 && self.has_task_work()
     }
 
     fn has_completions(&mut self) -> bool {
@@ -195,6 +210,7 @@ impl Ring for Uring {
     }
 
     fn enter(&mut self, wait: Wait) {
+        let had_work = self.has_task_work();
         let submitter = self.ring.submitter();
         let result = match wait {
             Wait::No => submitter.submit(),
@@ -215,9 +231,12 @@ impl Ring for Uring {
             log::error!("io_uring_enter: {error}");
         }
         self.queued = self.ring.submission().len() as u32;
+        let in_vain = had_work && self.has_task_work() && !self.has_completions();
+        self.stale_turns = if in_vain { STALE_TURNS } else { 0 };
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.stale_turns = self.stale_turns.saturating_sub(1);
         let mut queue = self.ring.completion();
         while out.len() < out.capacity() {
             let Some(cqe) = queue.next() else { break };
@@ -231,5 +250,73 @@ impl Ring for Uring {
 
     fn now(&self) -> u64 {
         self.began.elapsed().as_nanos() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// Where the kernel keeps a ring's flags, in its mapping at IORING_OFF_SQ_RING.
+    fn offset_of_flags() -> usize {
+        let mut params = [0u32; 30];
+        // SAFETY: io_uring_setup fills in the 120 bytes of its parameters; the ring ends with its descriptor.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr());
+            assert!(fd >= 0, "{}", io::Error::last_os_error());
+            libc::close(fd as i32);
+        }
+        params[14] as usize
+    }
+
+    /// Leaves the task-work flag set, as the kernel does when it loses the race with its own list.
+    fn leave_flag(ring: &Uring) {
+        const IORING_SQ_TASKRUN: u32 = 1 << 2;
+        let at = offset_of_flags();
+        assert!(at + 4 <= 4096);
+        // SAFETY: the first page of the ring's own mapping, unmapped again before the ring ends.
+        unsafe {
+            let map = libc::mmap(
+                std::ptr::null_mut(),
+                4096,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                ring.ring.as_raw_fd(),
+                0,
+            );
+            assert_ne!(map, libc::MAP_FAILED);
+            let flags = &*map.cast::<u8>().add(at).cast::<AtomicU32>();
+            flags.fetch_or(IORING_SQ_TASKRUN, Ordering::SeqCst);
+            libc::munmap(map, 4096);
+        }
+    }
+
+    #[test]
+    fn a_flag_that_the_kernel_left_behind_keeps_nobody_busy() {
+        let mut ring = match Uring::new() {
+            Ok(ring) => ring,
+            // Where io_uring is refused there is no such flag.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => return,
+            Err(error) => panic!("{error}"),
+        };
+        leave_flag(&ring);
+        assert!(ring.must_enter());
+        ring.enter(Wait::No);
+        assert!(!ring.must_enter(), "the flag led to nothing");
+
+        // It is looked at again, and real work is seen at once.
+        let mut out = Vec::with_capacity(8);
+        for _ in 0..STALE_TURNS {
+            ring.reap(&mut out);
+        }
+        assert!(ring.must_enter());
+        // SAFETY: names no memory.
+        unsafe { ring.push(Submission { user_data: 9, fd: -1, kind: Kind::PollEnd(1) }) };
+        ring.enter(Wait::Forever);
+        ring.reap(&mut out);
+        assert_eq!(out.len(), 1);
+        assert_eq!((out[0].user_data, out[0].result), (9, -libc::ENOENT));
     }
 }
