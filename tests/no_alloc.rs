@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::Duration;
 use vublk::block::{
-    Access, Attachment, Graph, Node, Perm, Perms, Registry, Target, Transfer, WriteFlags,
+    Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, Transfer, WriteFlags,
 };
 use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
 use vublk::io::epoch::{Announcer, Generation};
@@ -207,6 +207,11 @@ impl Source for Load {
 
 /// Runs a load over what `options` open, and asserts that it cost nothing but itself.
 fn costs_nothing(options: &str, pending: bool) {
+    costs_nothing_with(options, pending, &[]);
+}
+
+/// The same while bitmaps of these granularities record.
+fn costs_nothing_with(options: &str, pending: bool, bitmaps: &'static [u64]) {
     let poll_max = Duration::ZERO;
     let worker = Worker::start("counted", WorkerOptions { poll_max, cpu: None }).unwrap();
     let graph = Graph::new(&REGISTRY);
@@ -223,6 +228,14 @@ fn costs_nothing(options: &str, pending: bool) {
         });
         written.unwrap();
     }
+    let recorded = node.clone();
+    worker.block_on(move || async move {
+        for &granularity in bitmaps {
+            let (name, granularity) = (granularity.to_string(), Some(granularity));
+            let new = NewBitmap { name, granularity, ..NewBitmap::default() };
+            recorded.add_bitmap(new).await.unwrap();
+        }
+    });
     let (sender, receiver) = mpsc::channel();
     let load = node.clone();
     worker.send(move |local| {
@@ -232,6 +245,20 @@ fn costs_nothing(options: &str, pending: bool) {
     assert_eq!((found.allocations, found.locks), (0, 0), "allocations and locks of {options}");
     let wanted = if pending { WARM + COUNTED } else { 0 };
     assert!(found.pending >= wanted, "{} of the requests went through the ring", found.pending);
+    for bitmap in node.bitmaps().all() {
+        // Every other block is written, in an order that meets all of them or every second one.
+        let dirty = bitmap.info().count;
+        assert!(dirty >= node.len() / 2, "{} bytes are dirty: {options}", dirty);
+    }
+}
+
+#[test]
+fn recording_in_bitmaps_allocates_nothing_and_locks_nothing() {
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let path = file.path().display();
+    let options = format!("driver=raw,file.driver=file,file.filename={path}");
+    costs_nothing_with(&options, true, &[512, 65536]);
 }
 
 #[test]

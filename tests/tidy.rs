@@ -22,6 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Where unsafe code may be, and why it has to be there.
 const UNSAFE: &[(&str, &str)] = &[
     ("src/io/", "the kernel's interfaces and memory shared with the guest"),
+    ("src/block/bitmap/recorders.rs", "the list that the fast road reads without a lock"),
     ("src/block/child.rs", "the edge that the fast road reads without a lock"),
     ("src/block/driver.rs", "the promise that `Leaf::start` asks for"),
     ("src/block/graph/tests.rs", "implements `Leaf::start`"),

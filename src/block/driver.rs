@@ -312,6 +312,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// How the image keeps bitmaps, if it can.
+    fn bitmap_store(&self) -> Option<&dyn super::BitmapStore> {
+        None
+    }
+
     /// The file that the disk is in, as it was named: a protocol's own, or that of the only child.
     fn filename(&self) -> Option<String> {
         match self.children() {

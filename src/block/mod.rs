@@ -4,6 +4,7 @@
 //! * [`node`]: what users hold. Checks, aligns, splits, orders.
 //! * [`driver`], [`image`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
+//! * [`bitmap`]: which parts of a node were written.
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
@@ -13,6 +14,7 @@
 //!
 //! Nothing here names a format, a protocol or a transport.
 
+pub mod bitmap;
 pub mod child;
 pub mod create;
 pub mod driver;
@@ -28,6 +30,7 @@ pub mod policy;
 pub mod probe;
 pub mod registry;
 
+pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
 pub use child::Child;
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use driver::{

@@ -4,6 +4,7 @@
 //! buffers), splitting to limits, overlap, the ladder of ways to write zeroes. Its driver is called
 //! only with requests that obey the contract in [`super::driver`].
 
+use super::bitmap::Bitmaps;
 use super::driver::*;
 use super::overlap::Overlap;
 use super::{Event, Perm, Perms};
@@ -52,6 +53,7 @@ pub struct Node {
     traits: Traits,
     options: NodeOptions,
     overlap: Overlap,
+    bitmaps: Arc<Bitmaps>,
     /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
     /// graph.
     held: AtomicU8,
@@ -74,8 +76,10 @@ impl Node {
         if !options.discard {
             traits.abilities -= Abilities::DISCARD;
         }
+        let bitmaps = driver.bitmap_store().map(|store| store.bitmaps().clone());
         Arc::new(Node {
             name,
+            bitmaps: bitmaps.unwrap_or_default(),
             driver,
             traits,
             options,
@@ -112,6 +116,11 @@ impl Node {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The bitmaps that record what is written to the node.
+    pub fn bitmaps(&self) -> &Arc<Bitmaps> {
+        &self.bitmaps
     }
 
     /// What all users hold together.
@@ -175,7 +184,14 @@ impl Node {
         {
             return Mapping::slow(want);
         }
-        self.driver.map(inflight, at, want, access)
+        let mapping = self.driver.map(inflight, at, want, access);
+        if access != Access::Read
+            && let Target::Data { .. } = mapping.target
+            && !self.bitmaps.record_fast(inflight, at, mapping.len)
+        {
+            return Mapping::slow(want);
+        }
+        mapping
     }
 
     /// Announces `member` as one whose fast requests may go through this node, and everything below.
@@ -233,6 +249,7 @@ impl Node {
         if from.is_empty() {
             return if flags.contains(WriteFlags::FUA) { self.flush().await } else { Ok(()) };
         }
+        let _recorded = self.record(at, from.len());
         if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from) {
             let mut zero = ZeroFlags::empty();
             zero.set(ZeroFlags::UNMAP, self.options.detect_zeroes == DetectZeroes::Unmap);
@@ -258,6 +275,7 @@ impl Node {
         self.check_writable()?;
         let mut flags = flags;
         flags.set(ZeroFlags::GROW, self.grows(at, len)?);
+        let _recorded = self.record(at, len);
         let mut pass = flags - ZeroFlags::FUA;
         if !self.options.discard {
             pass -= ZeroFlags::UNMAP;
@@ -300,6 +318,7 @@ impl Node {
         }
         let align = self.traits.discard_align as u64;
         let (mut pos, end) = (at.next_multiple_of(align), (at + len) - (at + len) % align);
+        let _recorded = self.record(pos, end.saturating_sub(pos));
         while pos < end {
             let n = (end - pos).min(self.traits.max_discard);
             let _listed = self.overlap.write(pos..pos + n).await;
@@ -375,6 +394,13 @@ impl Node {
         let mut extent = self.driver.status(at, len.min(own - at), precision).await?;
         extent.len = extent.len.min(len);
         Ok(extent)
+    }
+
+    /// Records a write in the bitmaps now, and once more when it has ended.
+    fn record(&self, at: u64, len: u64) -> Recorded<'_> {
+        let recorded = Recorded { node: self, at, len };
+        recorded.mark();
+        recorded
     }
 
     fn check_range(&self, at: u64, len: u64) -> IoResult {
@@ -555,6 +581,28 @@ impl Node {
             done += n;
         }
         Ok(())
+    }
+}
+
+/// A slow write, until it has ended.
+struct Recorded<'a> {
+    node: &'a Node,
+    at: u64,
+    len: u64,
+}
+
+impl Recorded<'_> {
+    fn mark(&self) {
+        let Recorded { node, at, len } = *self;
+        if !node.bitmaps.is_idle() {
+            node.bitmaps.record(at, len, node.len(), || node.members());
+        }
+    }
+}
+
+impl Drop for Recorded<'_> {
+    fn drop(&mut self) {
+        self.mark();
     }
 }
 

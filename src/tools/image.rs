@@ -293,11 +293,15 @@ impl Opened {
     /// [`Wanted::resize`].
     pub async fn resize(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
         let unsupported = || Error::new("Image format driver does not support resize");
-        let image = self.node().driver().image().ok_or_else(unsupported)?;
+        let node = self.node();
+        let image = node.driver().image().ok_or_else(unsupported)?;
+        node.check_bitmaps_for_resize()?;
         match len > self.len() {
-            true => image.grow(len, preallocation).await,
-            false => image.resize(len, true).await,
+            true => image.grow(len, preallocation).await?,
+            false => image.resize(len, true).await?,
         }
+        node.bitmaps().resize(node.len(), &node.members());
+        Ok(())
     }
 
     /// Whether a guessed raw image would still be one after this write.

@@ -2,6 +2,7 @@
 //! outside.
 
 mod backing;
+mod bitmaps;
 mod cli;
 mod conformance;
 mod crash;

@@ -118,6 +118,7 @@ impl Graph {
             .driver()
             .image()
             .ok_or_else(|| Error::new("Image format driver does not support resize"))?;
+        node.check_bitmaps_for_resize()?;
         let perms = Perms { held: Perm::RESIZE, shared: Perm::all() };
         let hold = self.attach(node, "an unnamed block device", perms, None)?;
         let drained = self.drain(node).await?;
@@ -125,6 +126,7 @@ impl Graph {
         epoch::synchronize(&members).await;
         let result = image.resize(len, true).await;
         if result.is_ok() {
+            node.bitmaps().resize(node.len(), &members);
             drained.users.iter().for_each(|user| user.resized());
         }
         drop(hold);
