@@ -8,6 +8,7 @@ mod generate;
 mod getopt;
 mod img;
 mod io;
+mod nvme;
 mod policy;
 mod process;
 mod serve;
@@ -42,6 +43,7 @@ enum Command {
     },
     /// Ask or change a running daemon through its monitor
     Ctl(ctl::Ctl),
+    Nvme(nvme::Nvme),
     /// Write the man pages and shell completions that this program's command line defines
     #[command(hide = true)]
     Generate(generate::Generate),
@@ -117,6 +119,7 @@ pub fn main() -> ExitCode {
         Command::Serve(serve) => serve.run(),
         Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
         Command::Ctl(ctl) => ctl.run(),
+        Command::Nvme(nvme) => nvme.run(),
         Command::Generate(generate) => generate.run(command_line()),
     };
     report("vublk", outcome)

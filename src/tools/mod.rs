@@ -6,6 +6,7 @@
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`bench`]: how long requests take.
 //! * [`compare`]: whether two disks have the same contents; [`copy`]: the copy engine.
+//! * [`nvme`]: this machine's NVMe controllers, and who has them.
 //! * [`progress`]: how far long work has come; [`output`]: where that is told.
 
 pub mod bench;
@@ -15,6 +16,7 @@ pub mod copy;
 pub mod extents;
 pub mod image;
 mod naming;
+pub mod nvme;
 pub mod output;
 pub mod progress;
 

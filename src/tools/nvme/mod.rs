@@ -1,0 +1,29 @@
+//! This machine's NVMe controllers: who has each of them, and giving them to vfio-pci and back.
+//!
+//! * [`address`]: where a function sits on the PCI bus.
+//! * [`machine`]: the kernel's files, below a root that may be another one for tests.
+//! * [`controller`]: what a controller is: its driver, IOMMU group and namespaces.
+//! * [`usage`]: who uses it. A controller in use is never taken from its driver.
+//! * [`obstacles`]: what else keeps it from being used, and what to do about that; [`limits`]: how much of
+//!   it one process gets.
+//! * [`mod@bind`]: to vfio-pci and back.
+
+pub mod address;
+pub mod bind;
+pub mod controller;
+pub mod limits;
+pub mod machine;
+pub mod obstacles;
+#[cfg(test)]
+mod tests;
+pub mod usage;
+
+pub use address::Address;
+pub use bind::{bind, unbind};
+pub use controller::{Controller, Function, Group, Namespace};
+pub use machine::Machine;
+pub use obstacles::{Obstacle, obstacles};
+pub use usage::{Use, uses};
+
+/// The driver that hands a PCI function to a process.
+pub const VFIO_PCI: &str = "vfio-pci";
