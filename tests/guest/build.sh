@@ -13,7 +13,7 @@ PATH=$PATH:/usr/sbin:/sbin
 here=$(cd "$(dirname "$0")" && pwd)
 out=${CARGO_TARGET_DIR:-$here/../../target}/guest
 programs=(dash mke2fs e2fsck dumpe2fs blkdiscard fstrim blockdev)
-modules=(virtio_pci virtio_blk ext4 crc32c_generic qemu_fw_cfg)
+modules=(virtio_pci virtio_blk ext4 crc32c_generic qemu_fw_cfg 9p 9pnet_virtio nvme vfio-pci vfio_iommu_type1 dm_mod)
 
 fail() {
     echo "guest: $*" >&2

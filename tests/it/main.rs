@@ -16,6 +16,7 @@ mod layer;
 mod model;
 mod monitor;
 mod node;
+mod nvme;
 mod qcow2;
 mod qcow2_format;
 mod threads;

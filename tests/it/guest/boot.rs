@@ -50,6 +50,30 @@ impl Guest {
         self
     }
 
+    /// Puts an IOMMU between the guest's memory and its devices.
+    pub fn with_iommu(mut self) -> Self {
+        self.boot_options.push("--iommu".into());
+        self
+    }
+
+    /// Gives the guest `size` of memory, such as 1G (half of that without this).
+    pub fn memory(mut self, size: &str) -> Self {
+        self.boot_options.extend(["--memory".into(), size.into()]);
+        self
+    }
+
+    /// Shows a folder of the host to the guest, at the same place.
+    pub fn share(mut self, folder: &Path) -> Self {
+        self.boot_options.extend(["--share".into(), folder.display().to_string()]);
+        self
+    }
+
+    /// The same for a folder that the guest may write to.
+    pub fn share_writable(mut self, folder: &Path) -> Self {
+        self.boot_options.extend(["--share-writable".into(), folder.display().to_string()]);
+        self
+    }
+
     /// Lets the guest live longer than others may.
     pub fn for_more(mut self, time: Duration) -> Self {
         self.more_time += time;
@@ -355,6 +379,11 @@ impl Console {
             (Some(value), None) => value,
             _ => panic!("the guest did not print one line {word:?}; its console:\n{}", self.text()),
         }
+    }
+
+    /// All that was printed.
+    pub fn plain(&self) -> String {
+        self.lines.iter().map(|(_, line)| format!("{line}\n")).collect()
     }
 
     /// The whole console, for messages.
