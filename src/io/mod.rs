@@ -2,7 +2,7 @@
 //!
 //! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
-//! * [`ring`]: io_uring behind a small trait.
+//! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead.
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`op`]: operations on descriptors; `slots`: those in flight, and whom to tell of their end.
@@ -27,6 +27,7 @@ pub mod shared_mapping;
 pub mod sim;
 mod slots;
 pub mod source;
+mod spare;
 mod spin;
 pub mod sync;
 pub mod task;
@@ -43,6 +44,7 @@ pub use offload::offload;
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
 pub use shared_mapping::SharedMapping;
 pub use source::{Polled, Source, SourceId};
+pub use spare::make_last_rings;
 pub use timer::sleep;
 pub use turn::Local;
 pub use worker::{Io, Worker, WorkerOptions, current, run_local, run_on, thread_cpu_ns};

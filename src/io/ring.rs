@@ -4,9 +4,13 @@
 //! the kernel then does its completion work only when this thread enters it, so nothing interrupts
 //! the worker and no locks are taken. Such a ring's descriptor never wakes epoll; the worker waits
 //! inside the ring, and everything it waits for comes through it.
+//!
+//! A ring is made disabled, restricted to the operations of [`Kind`], and enabled by its worker. A
+//! system call filter does not see what goes through a ring: without the restriction it would open
+//! files and connect sockets for whoever has taken the process over.
 
 use super::op::{Durable, Segments};
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 use std::io;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
@@ -111,10 +115,29 @@ pub struct Uring {
     began: Instant,
 }
 
+/// All that [`Uring::entry`] makes, each without flags.
+const OPERATIONS: [u8; 8] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::PollRemove::CODE,
+];
+
 impl Uring {
-    /// A ring for the calling thread alone. Setup flags that an older kernel refuses are left out
-    /// one after the other.
+    /// A ring for the calling thread alone.
     pub fn new() -> io::Result<Uring> {
+        let ring = Uring::disabled()?;
+        ring.enable()?;
+        Ok(ring)
+    }
+
+    /// A ring for the thread that will enable it. Setup flags that an older kernel refuses are left
+    /// out one after the other.
+    pub fn disabled() -> io::Result<Uring> {
         let attempts: [fn(&mut io_uring::Builder); 3] = [
             |b| {
                 b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
@@ -127,13 +150,15 @@ impl Uring {
         let mut refusal = None;
         for attempt in attempts {
             let mut builder = IoUring::builder();
-            builder.setup_cqsize(COMPLETIONS).setup_clamp().dontfork();
+            builder.setup_cqsize(COMPLETIONS).setup_clamp().setup_r_disabled().dontfork();
             attempt(&mut builder);
             match builder.build(SUBMISSIONS) {
                 Ok(ring) => {
                     if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
                         return Err(io::Error::other("io_uring is too old (Linux 5.11 is needed)"));
                     }
+                    let mut allowed = OPERATIONS.map(Restriction::sqe_op);
+                    ring.submitter().register_restrictions(&mut allowed)?;
                     return Ok(Uring { ring, queued: 0, stale_turns: 0, began: Instant::now() });
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),
@@ -148,6 +173,11 @@ impl Uring {
         // SAFETY: only the kernel writes the flags that are looked at here; the queue's tail, which
         // this shared view would also write back on drop, is unchanged.
         unsafe { self.ring.submission_shared() }.taskrun()
+    }
+
+    /// Makes the ring the calling thread's.
+    pub fn enable(&self) -> io::Result<()> {
+        self.ring.submitter().register_enable_rings()
     }
 
     fn entry(submission: Submission) -> squeue::Entry {
@@ -293,14 +323,18 @@ mod tests {
         }
     }
 
+    /// None where io_uring is refused.
+    fn ring() -> Option<Uring> {
+        match Uring::new() {
+            Ok(ring) => Some(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
     #[test]
     fn a_flag_that_the_kernel_left_behind_keeps_nobody_busy() {
-        let mut ring = match Uring::new() {
-            Ok(ring) => ring,
-            // Where io_uring is refused there is no such flag.
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => return,
-            Err(error) => panic!("{error}"),
-        };
+        let Some(mut ring) = ring() else { return };
         leave_flag(&ring);
         assert!(ring.must_enter());
         ring.enter(Wait::No);
@@ -318,5 +352,21 @@ mod tests {
         ring.reap(&mut out);
         assert_eq!(out.len(), 1);
         assert_eq!((out[0].user_data, out[0].result), (9, -libc::ENOENT));
+    }
+
+    #[test]
+    fn a_ring_does_nothing_but_the_operations_in_use() {
+        let Some(mut ring) = ring() else { return };
+        let path = c"/dev/null";
+        let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        let linked = opcode::Fsync::new(types::Fd(-1)).build().flags(squeue::Flags::ASYNC);
+        let plain = opcode::Fsync::new(types::Fd(-1)).build();
+        for (entry, wanted) in [(open, libc::EACCES), (linked, libc::EACCES), (plain, libc::EBADF)]
+        {
+            // SAFETY: the path outlives the ring.
+            unsafe { ring.ring.submission().push(&entry) }.unwrap();
+            ring.ring.submit_and_wait(1).unwrap();
+            assert_eq!(ring.ring.completion().next().unwrap().result(), -wanted);
+        }
     }
 }

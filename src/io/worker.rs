@@ -1,8 +1,9 @@
 //! A worker: one thread, one ring, a slab of operations, and the queues dealt to it. Here are its
 //! parts and the handle that other threads hold; [`super::turn`] is what the thread does.
 
-use super::ring::{Completion, Ring, Uring, Wait};
+use super::ring::{Completion, Ring, Wait};
 use super::slots::Ops;
+use super::spare;
 use super::sync::Mutex;
 use super::task::RunQueue;
 use super::threads::Threads;
@@ -233,7 +234,7 @@ impl Worker {
 /// The kernel's ring, or where that is not to be had one of threads, with one warning.
 fn make_ring() -> std::io::Result<Box<dyn Ring>> {
     static WARNED: std::sync::Once = std::sync::Once::new();
-    match Uring::new() {
+    match spare::take_ring() {
         Ok(ring) => Ok(Box::new(ring)),
         Err(error) => {
             WARNED.call_once(|| {
