@@ -12,6 +12,7 @@
 //! * [`export`]: transports: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
 //! * [`tools`]: what the image tools do, whoever calls them.
+//! * [`sandbox`]: what the process gives up when it has started.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
 //! Arrows go one way: `cli → monitor → service → export → block → io`, `cli → tools → block`, `format,
@@ -27,5 +28,6 @@ pub mod io;
 pub mod monitor;
 pub mod options;
 pub mod protocol;
+pub mod sandbox;
 pub mod service;
 pub mod tools;

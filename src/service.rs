@@ -22,6 +22,7 @@ use crate::io::{Worker, WorkerOptions};
 use crate::options::{self, Map};
 use live::Ended;
 use serde::Deserialize;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -54,6 +55,8 @@ pub struct Service {
 struct Served {
     id: String,
     node_name: String,
+    /// The socket file that it has made.
+    socket: Option<PathBuf>,
     state: State,
 }
 
@@ -303,6 +306,10 @@ impl Service {
         if !allow_inactive {
             self.activate(&node)?;
         }
+        let socket = match &address {
+            Address::Path { path, .. } => Some(path.clone()),
+            _ => None,
+        };
         // The front end is let in last: by then all permissions are held.
         let export = Export::new(node.clone(), address, options)?;
         export.tell(self.io_errors.clone());
@@ -313,7 +320,7 @@ impl Service {
         let (name, ended) = (id.clone(), self.ended.clone());
         let export = export.start(move || ended.tell(name))?;
         let state = State::Serving(Box::new(export), attachment);
-        self.exports.push(Served { id, node_name: node.name().to_owned(), state });
+        self.exports.push(Served { id, node_name: node.name().to_owned(), socket, state });
         Ok(())
     }
 

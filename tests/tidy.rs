@@ -13,10 +13,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("protocol", &["protocol", "block", "io", "options"]),
     ("drivers", &["format", "filter", "protocol", "block", "options"]),
     ("export", &["export", "block", "io", "options"]),
-    ("monitor", &["monitor", "service", "export", "drivers", "block", "io", "options"]),
+    ("monitor", &["monitor", "service", "sandbox", "export", "drivers", "block", "io", "options"]),
     ("service", &["service", "export", "drivers", "block", "io", "options"]),
     ("tools", &["tools", "drivers", "block", "io", "options"]),
-    ("cli", &["cli", "tools", "monitor", "service", "export", "drivers", "block", "io", "options"]),
+    ("sandbox", &["sandbox", "io"]),
+    (
+        "cli",
+        &[
+            "cli", "tools", "monitor", "service", "sandbox", "export", "drivers", "block", "io",
+            "options",
+        ],
+    ),
 ];
 
 /// Where unsafe code may be, and why it has to be there.
@@ -30,6 +37,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/protocol/sim.rs", "implements `Leaf::start`"),
     ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
     ("src/export/vhost_user_blk/", "guest memory and its rings"),
+    ("src/sandbox/", "what the kernel is asked to forbid, and the signal handlers of that"),
     ("src/monitor/poll.rs", "poll(2), accept4(2), and descriptors from the command line"),
     ("src/cli/", "what a process does once: signals, forking"),
     ("src/service.rs", "what a process does once: signals, forking"),

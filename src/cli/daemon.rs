@@ -3,18 +3,20 @@
 //! The options are gone through twice, as its manual says: first those about the process itself,
 //! then all others strictly in the order in which they were given.
 
+use super::confine::{self, SandboxArgs, SandboxPathArgs, Wanted};
 use super::policy::PolicyArgs;
-use super::process::{Background, EndSignals, PidFile};
+use super::process::{Background, EndSignals, Manager, PidFile};
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
 use crate::monitor::Control;
 use crate::options::keyval;
+use crate::sandbox::{self, Plan};
 use crate::service::Service;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The options that are processed in their order: name, the key that a first bare word stands for,
 /// and what the help says.
@@ -58,7 +60,8 @@ pub fn command() -> Command {
                 .action(ArgAction::Append)
                 .help("write the process ID there once everything is ready"),
         );
-    PolicyArgs::augment_args(command)
+    let command = PolicyArgs::augment_args(command);
+    SandboxPathArgs::augment_args(SandboxArgs::augment_args(command))
 }
 
 /// Runs the daemon until a signal ends it. `program` is the name in error lines.
@@ -96,16 +99,37 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
         }
     }
     let pid_file = matches.get_many::<PathBuf>("pidfile").and_then(|mut paths| paths.next_back());
-    let pid_file = pid_file.map(|path| PidFile::create(path)).transpose()?;
+    let mut pid_file = pid_file.map(|path| PidFile::create(path)).transpose()?;
+    let manager = Manager::find();
+    confine(&matches, &service, &control, pid_file.as_ref())?;
+    pid_file.as_mut().map(PidFile::write).transpose()?;
     background.map(Background::ready).transpose()?;
-    // Nobody may be listening for it.
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    manager.tell(Manager::READY);
     control.serve(&mut service, stop.as_raw_fd());
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    manager.tell(Manager::STOPPING);
     control.finish(&mut service);
     drop(service);
     drop(pid_file);
+    sandbox::tell_refused();
     Ok(())
+}
+
+/// Everything is open: gives up what is not needed any more.
+fn confine(
+    matches: &ArgMatches,
+    service: &Service,
+    control: &Control,
+    pid_file: Option<&PidFile>,
+) -> super::Outcome {
+    let args = SandboxArgs::from_arg_matches(matches).map_err(|error| usage_line(&error))?;
+    let more = SandboxPathArgs::from_arg_matches(matches).map_err(|error| usage_line(&error))?;
+    let mut plan = confine::plan(service);
+    plan.own.extend(control.sockets().map(Path::to_owned));
+    let sockets = plan.own.clone();
+    plan.own.extend(pid_file.map(|file| file.path().to_owned()));
+    let folders = more.paths.into_iter().map(|path| path.0).collect();
+    let wanted = Wanted { args: &args, by_default: false, sockets };
+    wanted.enter(Plan { folders, grows: control.has_monitors(), ..plan })
 }
 
 #[derive(PartialEq, Eq)]

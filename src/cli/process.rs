@@ -1,10 +1,15 @@
-//! What a daemon does to its own process: signals, the pid file, going to the background.
+//! What a daemon does to its own process: signals, the pid file, going to the background; and whom
+//! it tells that it is ready.
 
 use crate::io::Errno;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 
 /// The signals that end the program, kept from doing so until they are waited for.
@@ -66,18 +71,47 @@ pub fn wait_unless_ended(stop: &OwnedFd, other: RawFd) -> bool {
     }
 }
 
+/// The service manager that started the program, if it wants to know how it gets on (`sd_notify(3)`).
+/// Its socket is connected at once: in the sandbox there are no new ones.
+pub struct Manager(Option<UnixDatagram>);
+
+impl Manager {
+    pub const READY: &str = "READY=1";
+    pub const STOPPING: &str = "STOPPING=1";
+
+    /// Asks the environment.
+    pub fn find() -> Manager {
+        Manager(std::env::var_os("NOTIFY_SOCKET").and_then(|name| Manager::connect(&name).ok()))
+    }
+
+    fn connect(name: &OsStr) -> std::io::Result<UnixDatagram> {
+        let address = match name.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            _ => SocketAddr::from_pathname(name)?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address)?;
+        Ok(socket)
+    }
+
+    pub fn tell(&self, state: &str) {
+        // Nobody may be listening for it.
+        let _ = self.0.as_ref().map(|socket| socket.send(state.as_bytes()));
+    }
+}
+
 /// A pid file: locked as long as the program runs, removed at its end.
 pub struct PidFile {
     path: PathBuf,
-    _locked: File,
+    locked: File,
 }
 
 impl PidFile {
-    /// Creates, locks and writes it. The messages are qemu-storage-daemon's.
+    /// Creates and locks it. The messages are qemu-storage-daemon's.
     pub fn create(path: &Path) -> Result<PidFile, String> {
-        let failed = |what: String| format!("cannot create PID file: {what}");
+        let failed = PidFile::failed;
         let shown = path.display();
-        let mut file = File::options()
+        let file = File::options()
             .read(true)
             .write(true)
             .create(true)
@@ -96,12 +130,29 @@ impl PidFile {
             let errno = Errno::last();
             return Err(failed(format!("Cannot lock pid file: {errno}")));
         }
-        file.set_len(0)
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .map_err(|e| failed(format!("Failed to write pid file: {}", Errno::from(e))))?;
+        // What a process that died has left there is no pid of ours.
+        file.set_len(0).map_err(|e| PidFile::failed_to_write(e.into()))?;
         // Its place must still be known after a change of directory.
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        Ok(PidFile { path, _locked: file })
+        Ok(PidFile { path, locked: file })
+    }
+
+    /// Writes it, which tells others that everything is ready.
+    pub fn write(&mut self) -> Result<(), String> {
+        writeln!(self.locked, "{}", std::process::id())
+            .map_err(|e| PidFile::failed_to_write(e.into()))
+    }
+
+    fn failed_to_write(errno: Errno) -> String {
+        PidFile::failed(format!("Failed to write pid file: {errno}"))
+    }
+
+    fn failed(what: String) -> String {
+        format!("cannot create PID file: {what}")
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 
@@ -112,13 +163,19 @@ impl Drop for PidFile {
 }
 
 /// The background process's promise to tell its parent that it is ready.
-pub struct Background(OwnedFd);
+pub struct Background {
+    parent: OwnedFd,
+    null: File,
+}
 
 impl Background {
     /// Forks. The parent waits until the child is ready and exits: with success, or, if the child
     /// ended before, with failure; so this returns in the child alone. To be called before there is
     /// another thread.
     pub fn enter() -> Result<Background, String> {
+        // Now, for it may not be allowed later.
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = null.map_err(|e| format!("cannot daemonize: /dev/null: {e}"))?;
         let mut ends = [0; 2];
         // SAFETY: the array has room for two descriptors.
         if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
@@ -132,7 +189,7 @@ impl Background {
             0 => {
                 // SAFETY: takes no arguments; a fresh child leads no group, so it cannot fail.
                 unsafe { libc::setsid() };
-                Ok(Background(sender))
+                Ok(Background { parent: sender, null })
             }
             _ => {
                 drop(sender);
@@ -147,13 +204,12 @@ impl Background {
     pub fn ready(self) -> Result<(), String> {
         let failed = |e: std::io::Error| format!("cannot daemonize: {e}");
         std::env::set_current_dir("/").map_err(failed)?;
-        let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
         for fd in 0..=2 {
             // SAFETY: both descriptors are open, and the standard ones are nobody's property.
-            if unsafe { libc::dup2(null.as_raw_fd(), fd) } < 0 {
+            if unsafe { libc::dup2(self.null.as_raw_fd(), fd) } < 0 {
                 return Err(failed(std::io::Error::last_os_error()));
             }
         }
-        File::from(self.0).write_all(&[1]).map_err(failed)
+        File::from(self.parent).write_all(&[1]).map_err(failed)
     }
 }

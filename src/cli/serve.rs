@@ -1,7 +1,8 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
+use super::confine::{self, SandboxArgs, Wanted};
 use super::policy::PolicyArgs;
-use super::process::{EndSignals, wait_unless_ended};
+use super::process::{EndSignals, Manager, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
 use crate::block::Error;
 use crate::drivers;
@@ -11,6 +12,7 @@ use crate::export::vhost_user_blk::{
 };
 use crate::io::WorkerOptions;
 use crate::options::{Map, Size, Value, size};
+use crate::sandbox::{self, Plan};
 use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -77,6 +79,8 @@ pub struct Serve {
     socket_owner: Option<(u32, u32)>,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Say more; twice for even more
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -140,6 +144,8 @@ impl Serve {
             let address = descriptors.address(socket, self.socket_mode, self.socket_owner)?;
             self.serve_one(&mut service, &workers, index, image, address)?;
         }
+        let manager = Manager::find();
+        self.confine(&service)?;
         for socket in &self.sockets {
             if let SocketArg::Path(path) = socket
                 && !self.quiet
@@ -147,16 +153,25 @@ impl Serve {
                 print!("{}", attach_lines(path));
             }
         }
-        // Nobody may be listening for it.
-        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+        manager.tell(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();
         while left > 0 && wait_unless_ended(&stop, service.ended_notice()) {
             left -= service.take_ended().len();
+            sandbox::tell_refused();
         }
-        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        manager.tell(Manager::STOPPING);
         drop(service);
+        sandbox::tell_refused();
         Ok(())
+    }
+
+    /// Everything is open: gives up what is not needed any more.
+    fn confine(&self, service: &Service) -> super::Outcome {
+        let connects = self.sockets.iter().any(|socket| matches!(socket, SocketArg::Connect(_)));
+        let sockets = if self.socket_owner.is_none() { service.sockets() } else { Vec::new() };
+        let wanted = Wanted { args: &self.sandbox, by_default: true, sockets };
+        wanted.enter(Plan { connects, ..confine::plan(service) })
     }
 
     /// Starts the workers, and gives their names.

@@ -81,6 +81,11 @@ impl Chardev {
         }
     }
 
+    /// The socket file that it has made.
+    pub(super) fn socket_file(&self) -> Option<&Path> {
+        self.own_file.as_ref().map(|(path, ..)| &**path)
+    }
+
     fn socket(id: String, mut options: Map) -> Result<Chardev, Error> {
         let path = options.take_str("path")?;
         let fd = options.take_str("fd")?;

@@ -6,11 +6,13 @@ use super::poll::{Polled, accept, poll, polled};
 use super::session::{Session, Step};
 use crate::block::Error;
 use crate::options::{Map, Value};
+use crate::sandbox;
 use crate::service::Service;
 use libc::{POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long clients are given to read what was said last.
@@ -77,6 +79,16 @@ impl Control {
         Ok(())
     }
 
+    pub fn has_monitors(&self) -> bool {
+        !self.monitors.is_empty()
+    }
+
+    /// The socket files that are ours to remove.
+    pub fn sockets(&self) -> impl Iterator<Item = &Path> {
+        let monitors = self.monitors.iter().map(|monitor| &monitor.chardev);
+        self.chardevs.iter().chain(monitors).filter_map(Chardev::socket_file)
+    }
+
     /// Serves until `stop` is readable or a client asks the process to end.
     pub fn serve(&mut self, service: &mut Service, stop: RawFd) {
         // Not on this thread, which other clients need.
@@ -102,6 +114,7 @@ impl Control {
             for id in service.take_ended() {
                 self.tell_export_deleted(&id);
             }
+            sandbox::tell_refused();
             for error in service.take_io_errors() {
                 self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
             }

@@ -5,11 +5,12 @@
 
 use super::{Pending, Served, Service, State};
 use crate::block::graph::NodeInfo;
-use crate::block::{Error, Node};
+use crate::block::{Abilities, Error, Node};
 use crate::export::vhost_user_blk::{Export, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
 use crate::options::Map;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
@@ -218,6 +219,22 @@ impl Service {
             }
             all
         })
+    }
+
+    /// The files and devices that are open, and whether for writing.
+    pub fn files(&self) -> Vec<(PathBuf, bool)> {
+        let file = |node: &Arc<Node>| {
+            let driver = node.driver();
+            let name = if driver.children().is_empty() { driver.filename() } else { None };
+            let writable = !node.traits().abilities.contains(Abilities::READ_ONLY);
+            name.map(|name| (name.into(), writable))
+        };
+        self.graph.nodes().iter().filter_map(file).collect()
+    }
+
+    /// The socket files that exports have made.
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        self.exports.iter().filter_map(|served| served.socket.clone()).collect()
     }
 
     /// The same without asking the storage, which may not answer.

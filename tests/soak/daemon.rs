@@ -26,6 +26,8 @@ impl Daemon {
         let chardev = format!("socket,id=monitor,path={},server=on,wait=off", monitor.display());
         let process = tied_to_this_thread(env!("CARGO_BIN_EXE_vublk"))
             .args(["daemon", "--chardev", &chardev, "--monitor", "chardev=monitor,mode=control"])
+            .args(["--sandbox", "on", "--sandbox-path"])
+            .arg(dir)
             .args(options)
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())

@@ -3,6 +3,7 @@
 
 mod beside_qsd;
 mod process;
+mod sandbox;
 mod serve;
 mod sockets;
 

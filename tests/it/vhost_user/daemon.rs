@@ -32,7 +32,11 @@ impl Daemon {
     pub fn start_in(dir: tempfile::TempDir, program: &[&str], arguments: &[&str]) -> Daemon {
         let here = dir.path().to_str().unwrap();
         let mut program: Vec<String> = program.iter().map(|&word| word.to_owned()).collect();
-        program.extend(arguments.iter().map(|a| a.replace("DIR", here)));
+        // In the sandbox, as `vublk serve` is by itself: whatever a test does must work there.
+        let sandbox = ["--sandbox", "on", "--sandbox-path", "DIR"];
+        let ours = program.get(1).is_some_and(|word| word == "daemon");
+        let all = if ours { [&sandbox, arguments].concat() } else { arguments.to_vec() };
+        program.extend(all.iter().map(|a| a.replace("DIR", here)));
         let server = spawn(&program, &dir.path().join("pid"));
         Daemon { server, program, dir }
     }

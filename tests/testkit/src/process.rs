@@ -218,8 +218,13 @@ impl Server {
 }
 
 impl Drop for Server {
+    /// What a server does in its ordinary service, its sandbox must let it do.
     fn drop(&mut self) {
         self.kill();
+        let said = self.stderr();
+        if !std::thread::panicking() {
+            assert!(!said.contains("sandbox: refused"), "{said}");
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! A host without io_uring: as containers have it whose system call filter does not know it.
+//! A host without some of its kernel's features, as containers have it whose system call filter does
+//! not know them.
 
 use std::io;
 
@@ -10,6 +11,11 @@ const IO_URING_SETUP: u32 = 425;
 /// From now on this thread, and all threads and processes that it starts, get EPERM where they ask
 /// for an io_uring. Allocates nothing: it may be called between fork and exec.
 pub fn forbid_io_uring() -> io::Result<()> {
+    forbid(IO_URING_SETUP)
+}
+
+/// The same where they make one system call, by its number.
+pub fn forbid(call: u32) -> io::Result<()> {
     const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
@@ -20,7 +26,7 @@ pub fn forbid_io_uring() -> io::Result<()> {
         line(IF_EQUAL, 1, 0, X86_64),
         line(IF_EQUAL, 0, 3, AARCH64),
         line(LOAD, 0, 0, 0),
-        line(IF_EQUAL, 0, 1, IO_URING_SETUP),
+        line(IF_EQUAL, 0, 1, call),
         line(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
         line(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];

@@ -1,0 +1,95 @@
+//! The sandbox: once all that the program was started for is open, the process gives up what it no
+//! longer needs, for good and for all its threads. A guest, a front end or an image that takes it
+//! over then has what is open, and little more.
+//!
+//! * No new privileges, no core dumps (they would hold guests' data).
+//! * [`files`]: which paths can be opened or removed (Landlock).
+//! * [`calls`]: which system calls are left (seccomp); `refused`: what becomes of the others.
+//! * Rings do only the operations in use ([`crate::io::ring`]), and no more can be made.
+//! * [`user`]: another user than root.
+//!
+//! `threads` brings Landlock to the threads that are there already.
+
+pub mod calls;
+pub mod files;
+mod refused;
+mod threads;
+pub mod user;
+
+pub use refused::tell_refused;
+pub use user::User;
+
+use crate::io;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// Rings that a process with a monitor keeps for iothreads that are added. About 90 KiB each of the
+/// kernel's memory.
+const SPARE_RINGS: usize = 32;
+
+/// What a process needs when it has started.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What is open.
+    pub files: Vec<Place>,
+    /// What else may be opened, with all below it.
+    pub folders: Vec<Place>,
+    /// Files that the process has made and will remove.
+    pub own: Vec<PathBuf>,
+    /// It connects to sockets of others.
+    pub connects: bool,
+    /// Nodes, exports and iothreads may be added: what lies beside the files that are open, in their
+    /// folders, may be opened, and sockets made where sockets are.
+    pub grows: bool,
+    /// Whose the process is then, if not whose it was.
+    pub user: Option<User>,
+    /// Readable by whoever tells what was refused ([`tell_refused`]): an eventfd that gets 1 then.
+    pub notice: Option<RawFd>,
+}
+
+/// A file or folder, and whether it may be written to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub path: PathBuf,
+    pub writable: bool,
+}
+
+/// Confines the process. What the kernel does not offer is left out, and told: one clause for each.
+///
+/// # Errors
+/// Something went wrong in the middle of it; the process is not to go on.
+pub fn confine(plan: &Plan) -> Result<Vec<String>, String> {
+    let mut missing = Vec::new();
+    forbid_core_dumps().map_err(|e| format!("no core dumps: {e}"))?;
+    let ruleset = files::ruleset(plan);
+    if let Some(user) = &plan.user {
+        user.become_it()?;
+    }
+    match ruleset {
+        Ok(ruleset) => threads::restrict_all(ruleset)?,
+        Err(why) => missing.push(format!("files are not confined ({why})")),
+    }
+    io::make_last_rings(if plan.grows { SPARE_RINGS } else { 0 });
+    if let Err(why) = calls::restrict(plan) {
+        missing.push(format!("system calls are not confined ({why})"));
+    }
+    Ok(missing)
+}
+
+/// A limit of 0 would not keep the kernel from handing the memory to a program that collects dumps;
+/// one of 1 does (it is how the kernel keeps such a program from being dumped itself). The other way,
+/// PR_SET_DUMPABLE, would give /proc/PID to root, and then the next daemon of the same user could not
+/// see that this one holds an image's locks.
+fn forbid_core_dumps() -> std::io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+    // SAFETY: the call reads one structure.
+    match unsafe { libc::setrlimit(libc::RLIMIT_CORE, &limit) } {
+        0 => Ok(()),
+        // A limit that is lower already cannot be raised, and is as good for files.
+        _ if std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM) => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests;
