@@ -1,6 +1,7 @@
 //! Measures vublk beside qemu-storage-daemon, a stock vhost-user-backend server and fio, in turns in
 //! one run, and prints medians, ratios and whether the project's targets are met.
 
+mod costs;
 mod fio;
 mod groups;
 mod load;
@@ -10,13 +11,13 @@ mod restart;
 mod results;
 mod servers;
 mod targets;
-mod tracking;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use costs::What;
 use groups::{DataFile, Idle, Plan};
 use restart::End;
 use servers::{Content, Kind, Programs};
@@ -81,6 +82,8 @@ enum Group {
     Restart,
     /// CPU with requests in flight tracked
     Tracking,
+    /// CPU in the sandbox
+    Sandbox,
 }
 
 fn main() -> ExitCode {
@@ -150,7 +153,11 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
     }
     if chosen(Group::Tracking) {
         headline("CPU per request, requests in flight tracked or not (ns)");
-        verdicts.extend(tracked(&plan)?);
+        verdicts.extend(cost(&plan, What::Tracking)?);
+    }
+    if chosen(Group::Sandbox) {
+        headline("CPU per request, in the sandbox or not (ns)");
+        verdicts.extend(cost(&plan, What::Sandbox)?);
     }
     conclude(&verdicts);
     Ok(())
@@ -170,16 +177,16 @@ fn restarts(plan: &Plan, dir: &Path) -> vublk_testkit::Result<()> {
     Ok(())
 }
 
-/// Prints the table of the tracking's cost; returns its targets.
-fn tracked(plan: &Plan) -> vublk_testkit::Result<Vec<Verdict>> {
+/// Prints the table of an option's cost; returns its targets.
+fn cost(plan: &Plan, option: What) -> vublk_testkit::Result<Vec<Verdict>> {
     let file = DataFile::new(Path::new("/dev/shm"))?;
     let on_tmpfs = Content::File { path: file.0.clone(), direct: false };
     // Many short turns: what else the machine does then falls on both alike.
     let (pairs, seconds) = if plan.quick { (2, 0.05) } else { (plan.rounds * 10, 0.2) };
-    println!("{}", tracking::HEAD);
+    println!("{}", costs::HEAD);
     let mut verdicts = Vec::new();
     for (disk, content) in [("null", Content::Null), ("raw on tmpfs", on_tmpfs)] {
-        for one in tracking::compare(&plan.programs, disk, &content, pairs, seconds)? {
+        for one in costs::compare(&plan.programs, option, disk, &content, pairs, seconds)? {
             println!("{}", one.row());
             verdicts.push(one.verdict());
         }

@@ -52,11 +52,15 @@ pub struct Setup {
     /// Whether a file is locked: without, requests in flight are not tracked, but servers can take
     /// turns on it.
     pub locking: bool,
+    /// Whether vublk is in its sandbox.
+    pub sandbox: bool,
 }
 
 impl Setup {
     pub fn one(content: Content) -> Setup {
-        Setup { content, disks: 1, queues: 1, workers: 1, io_uring: true, locking: false }
+        let (disks, queues, workers) = (1, 1, 1);
+        let (io_uring, locking, sandbox) = (true, false, false);
+        Setup { content, disks, queues, workers, io_uring, locking, sandbox }
     }
 }
 
@@ -146,6 +150,9 @@ fn start_daemon(
 pub fn vublk_args(dir: &Path, setup: &Setup) -> Vec<String> {
     let mut args = vec!["daemon".to_owned()];
     args.extend(daemon_args(dir, setup));
+    if setup.sandbox {
+        args.extend(["--sandbox".to_owned(), "on".to_owned()]);
+    }
     args
 }
 

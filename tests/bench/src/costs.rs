@@ -1,5 +1,4 @@
-//! What it costs to track requests in flight: CPU per request with it and without, on one server, in
-//! many short turns.
+//! What an option costs: CPU per request with it and without, in many short turns.
 
 use std::time::Duration;
 
@@ -8,11 +7,21 @@ use vublk_testkit::Result;
 use crate::groups::{LOAD_CPU, SERVER_CPU};
 use crate::load::{Chains, Load, Mode};
 use crate::machine::AwakeCpus;
-use crate::servers::{self, Content, Kind, Programs, Setup};
+use crate::servers::{self, Content, Kind, Programs, Running, Setup};
 use crate::targets::Verdict;
+
+/// What is compared with its absence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Requests in flight are tracked.
+    Tracking,
+    /// The server is in its sandbox.
+    Sandbox,
+}
 
 /// One load, with and without.
 pub struct Compared {
+    pub option: What,
     pub what: String,
     /// Medians, in ns of the server's CPU per request.
     pub off: f64,
@@ -24,7 +33,7 @@ pub struct Compared {
 }
 
 /// Depth, whether it writes, and how the load waits. One that polls keeps the wake-up of another
-/// CPU, which the tracking has no part in, out of the figure.
+/// CPU, which the option has no part in, out of the figure.
 const LOADS: [(u16, bool, Mode); 4] = [
     (1, false, Mode::Wait),
     (32, false, Mode::Poll),
@@ -35,28 +44,30 @@ const LOADS: [(u16, bool, Mode); 4] = [
 /// Takes `pairs` pairs of turns of `seconds` on each load.
 pub fn compare(
     programs: &Programs,
+    option: What,
     disk: &str,
     content: &Content,
     pairs: usize,
     seconds: f64,
 ) -> Result<Vec<Compared>> {
-    let setup = Setup { locking: true, ..Setup::one(content.clone()) };
-    let server = servers::start(programs, Kind::Vublk, &setup, Some(SERVER_CPU))?;
+    let (without, with) = servers_for(programs, option, content)?;
+    let with = with.as_ref().unwrap_or(&without);
     let mut all = Vec::new();
     for (depth, write, mode) in LOADS {
-        let load = |tracked| Load {
+        let load = |on| Load {
             queues: 1,
             chains: Chains { depth, block: 4096, write, indirect: true },
             random: true,
             mode,
             event_idx: true,
-            tracked,
+            tracked: on && option == What::Tracking,
             cpus: [LOAD_CPU; 2],
             warm_up: Duration::from_secs_f64(seconds * 0.1),
             time: Duration::from_secs_f64(seconds),
         };
-        let turn = |tracked| -> Result<f64> {
-            let load: Load = load(tracked);
+        let turn = |on| -> Result<f64> {
+            let load: Load = load(on);
+            let server = if on { with } else { &without };
             let mut disk = load.open(&server.socket(0))?;
             server.server.pin(SERVER_CPU)?;
             let _awake = (mode == Mode::Wait).then(|| AwakeCpus::new(&[LOAD_CPU, SERVER_CPU]));
@@ -65,9 +76,9 @@ pub fn compare(
         let (mut off, mut on) = (Vec::new(), Vec::new());
         for pair in 0..pairs {
             // Each comes first as often as the other, so that a drift is nobody's.
-            for tracked in [pair % 2 == 1, pair % 2 == 0] {
-                let cpu = turn(tracked)?;
-                if tracked { on.push(cpu) } else { off.push(cpu) }
+            for is_on in [pair % 2 == 1, pair % 2 == 0] {
+                let cpu = turn(is_on)?;
+                if is_on { on.push(cpu) } else { off.push(cpu) }
             }
         }
         let ratios: Vec<f64> = on.iter().zip(&off).map(|(on, off)| on / off).collect();
@@ -76,6 +87,7 @@ pub fn compare(
             if mode == Mode::Poll { ", polled" } else { "" },
         );
         all.push(Compared {
+            option,
             what: format!("{disk}: 4 KiB random {verb}, depth {depth}{waits}"),
             off: quantile(off, 0.5),
             on: quantile(on, 0.5),
@@ -88,6 +100,23 @@ pub fn compare(
     Ok(all)
 }
 
+/// A server without the option and one with it, unless it is the load's to use it or not.
+fn servers_for(
+    programs: &Programs,
+    option: What,
+    content: &Content,
+) -> Result<(Running, Option<Running>)> {
+    let start = |setup| servers::start(programs, Kind::Vublk, &setup, Some(SERVER_CPU));
+    let one = Setup::one(content.clone());
+    match option {
+        What::Tracking => Ok((start(Setup { locking: true, ..one })?, None)),
+        What::Sandbox => {
+            let with = Setup { sandbox: true, ..one.clone() };
+            Ok((start(one)?, Some(start(with)?)))
+        }
+    }
+}
+
 fn quantile(mut values: Vec<f64>, at: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(((values.len() - 1) as f64 * at).round() as usize).copied().unwrap_or(f64::NAN)
@@ -96,13 +125,17 @@ fn quantile(mut values: Vec<f64>, at: f64) -> f64 {
 impl Compared {
     /// A row of the table.
     pub fn row(&self) -> String {
-        let Compared { what, off, on, ratio, quartiles: [low, high], pairs } = self;
+        let Compared { what, off, on, ratio, quartiles: [low, high], pairs, .. } = self;
         format!("| {what} | {pairs} | {off:.0} | {on:.0} | {ratio:.3} | {low:.3} to {high:.3} |")
     }
 
     pub fn verdict(&self) -> Verdict {
+        let option = match self.option {
+            What::Tracking => "tracking",
+            What::Sandbox => "sandbox",
+        };
         Verdict {
-            what: format!("{}: CPU with tracking ÷ without", self.what),
+            what: format!("{}: CPU with {option} ÷ without", self.what),
             value: self.ratio,
             limit: 1.05,
             at_least: false,
