@@ -1,0 +1,240 @@
+//! The controller's own thread: resets and aborts that were asked for, asynchronous events (section
+//! 5.2), and a look now and then whether the device is still there.
+
+#![forbid(unsafe_code)]
+
+use super::admin::Data;
+use super::link::State;
+use super::{DEAD, Inner, STARTING, lock};
+use crate::Error;
+use crate::spec::identify::{Health, NamespaceIdentity, cns};
+use crate::spec::registers::{self, FATAL, READY};
+use crate::spec::{AdminOpcode, Command, log_page};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Events that are looked at, at a time.
+const EVENTS: usize = 16;
+/// Resets in a row, none of which has made the controller work, after which it is given up.
+const RESETS: u32 = 3;
+/// After how long without one, resets are no longer in a row.
+const ROW: Duration = Duration::from_secs(60);
+
+pub fn spawn(inner: &Arc<Inner>) -> Result<(), Error> {
+    let failed = |error: std::io::Error| Error::os("starting its thread", &error);
+    let epoll = Epoll::new().map_err(failed)?;
+    let mut events = Vec::new();
+    let admin = inner.events.first().map(EventFd::try_clone);
+    let request = inner.function.request_event().map(EventFd::try_clone);
+    for event in [Some(inner.wake.try_clone()), admin, request].into_iter().flatten() {
+        let event = event.map_err(failed)?;
+        let interest = EpollEvent::new(EventSet::IN, events.len() as u64);
+        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).map_err(failed)?;
+        events.push(event);
+    }
+    let (weak, look) = (Arc::downgrade(inner), inner.options.look);
+    let thread = std::thread::Builder::new().name("nvme-watch".into());
+    let watch = Watch { weak, epoll, events, look, row: 0, last: None };
+    thread.spawn(move || watch.run()).map(drop).map_err(failed)
+}
+
+struct Watch {
+    weak: Weak<Inner>,
+    epoll: Epoll,
+    /// To be woken, the admin queue's, the host's wish to have the device back.
+    events: Vec<EventFd>,
+    look: Duration,
+    /// Resets in a row, and when the last was.
+    row: u32,
+    last: Option<Instant>,
+}
+
+impl Watch {
+    fn run(mut self) {
+        loop {
+            let mut woken = [EpollEvent::default(); 3];
+            let timeout = self.look.as_millis().try_into().unwrap_or(i32::MAX);
+            let count = self.epoll.wait(timeout, &mut woken).unwrap_or(0);
+            let Some(inner) = self.weak.upgrade() else { return };
+            for event in &woken[..count] {
+                let number = event.data() as usize;
+                if let Some(event) = self.events.get(number) {
+                    let _ = event.read();
+                }
+                if number == 2 && !inner.wanted_back.swap(true, Ordering::Relaxed) {
+                    log::warn!(
+                        "{}: the host wants the device back: close the disks on it to let it go",
+                        inner.name
+                    );
+                }
+            }
+            if inner.is_dead() {
+                return;
+            }
+            self.work(&inner);
+        }
+    }
+
+    fn work(&mut self, inner: &Inner) {
+        let wants = std::mem::take(&mut *lock(&inner.wants));
+        let status = inner.registers.read(registers::CSTS);
+        if status == registers::GONE || !inner.is_there() {
+            return inner.lose("the device is gone");
+        }
+        if wants.reset || status & FATAL != 0 || status & READY == 0 {
+            let why = match (status & FATAL != 0, status & READY != 0) {
+                (true, _) => "it reports a fatal error",
+                (_, false) => "it was reset by somebody else",
+                _ => "asked for",
+            };
+            return self.reset(inner, why);
+        }
+        for (queue, command) in wants.aborts {
+            inner.abort(queue, command);
+        }
+        inner.hear();
+    }
+
+    fn reset(&mut self, inner: &Inner, why: &str) {
+        let now = Instant::now();
+        if self.last.is_none_or(|last| now - last > ROW) {
+            self.row = 0;
+        }
+        (self.row, self.last) = (self.row + 1, Some(now));
+        if self.row > RESETS {
+            return inner.lose("it keeps failing, whatever is done");
+        }
+        log::warn!("{}: resetting the controller: {why}", inner.name);
+        match inner.reset_now() {
+            Ok(()) => log::warn!("{}: the controller works again", inner.name),
+            Err(error) => inner.lose(&error.to_string()),
+        }
+    }
+}
+
+impl Inner {
+    /// Resets the controller. Queue pairs stop first, and go on afterwards.
+    fn reset_now(&self) -> Result<(), Error> {
+        self.life.store(STARTING, Ordering::Release);
+        self.resets.fetch_add(1, Ordering::Relaxed);
+        self.links().iter().for_each(|link| link.tell(State::Halt));
+        self.disable()?;
+        let began = Instant::now();
+        let mut complained = false;
+        // The threads of all pairs must have seen it before the queues are there again.
+        while self.links().iter().any(|link| link.state() == State::Halt) {
+            if !complained && began.elapsed() > Duration::from_secs(10) {
+                complained = true;
+                log::warn!("{}: waiting for a queue's thread that does not stop", self.name);
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        lock(&self.wants).reset = false;
+        lock(&self.wants).aborts.clear();
+        self.restart()?;
+        self.refresh();
+        Ok(())
+    }
+
+    /// The device is gone or of no more use: it is kept from reaching any memory first, and then
+    /// everybody is told.
+    fn lose(&self, why: &str) {
+        log::error!("{}: {why}: every request fails from now on", self.name);
+        let _ = self.function.set_bus_master(false);
+        if let Err(error) = self.space.cut() {
+            // Nothing keeps it from writing to memory that is somebody else's by then.
+            log::error!("{}: taking its memory away: {error}", self.name);
+            std::process::abort();
+        }
+        self.life.store(DEAD, Ordering::Release);
+        self.links().iter().for_each(|link| link.tell(State::Dead));
+        self.tell_listeners();
+    }
+
+    /// Asks the controller to end a command early (section 5.1). Its own completion tells whether it did.
+    fn abort(&self, queue: u16, command: u16) {
+        let abort = Command::admin(AdminOpcode::Abort)
+            .with_dword(10, u32::from(queue) | u32::from(command) << 16);
+        match self.admin(abort, Data::None) {
+            Ok(reply) if reply.result & 1 != 0 => {
+                log::info!("{}: queue {queue}: command {command} was not aborted", self.name);
+            }
+            Ok(_) => {}
+            Err(failure) => log::warn!("{}: {}", self.name, failure.error("aborting a command")),
+        }
+    }
+
+    /// Looks at the admin queue, and does what events ask for.
+    fn hear(&self) {
+        for _ in 0..EVENTS {
+            let events = {
+                let mut admin = lock(&self.admin);
+                admin.reap(self);
+                admin.take_events()
+            };
+            if events.is_empty() {
+                return;
+            }
+            events.into_iter().for_each(|event| self.heard(event));
+            lock(&self.admin).ask_for_event(self);
+        }
+    }
+
+    /// One event. Reading its log page lets the controller tell of the next of the kind.
+    fn heard(&self, event: u32) {
+        let (kind, information, page) = (event & 7, event >> 8 & 0xff, (event >> 16) as u8);
+        let len = if page == log_page::CHANGED_NAMESPACES { 4096 } else { 512 };
+        let read = self.log_page(page, len);
+        match (kind, &read) {
+            (2, _) if information == 0 => self.refresh(),
+            (1, Ok(data)) => log::warn!("{}: health: {}", self.name, Health::parse(data)),
+            (0, _) => log::warn!("{}: the controller reports error {information:#x}", self.name),
+            _ => log::info!("{}: event {event:#x}", self.name),
+        }
+        if let Err(failure) = read {
+            let what = format!("reading log page {page:#x}");
+            log::warn!("{}: {}", self.name, failure.error(&what));
+        }
+    }
+
+    /// Asks for the sizes of all open namespaces, and tells who listens if one has changed.
+    fn refresh(&self) {
+        let ids: Vec<u32> = lock(&self.namespaces).keys().copied().collect();
+        let mut changed = false;
+        for id in ids {
+            let found = match self.identify(id, cns::NAMESPACE, 0, false) {
+                Ok(data) => NamespaceIdentity::parse(&data),
+                Err(failure) => {
+                    let what = format!("asking for namespace {id}");
+                    log::warn!("{}: {}", self.name, failure.error(&what));
+                    continue;
+                }
+            };
+            let open = lock(&self.namespaces);
+            let Some(entry) = open.get(&id) else { continue };
+            let before = entry.blocks.load(Ordering::Relaxed);
+            let same = found.blocks == 0
+                || (found.block_shift, found.metadata)
+                    == (entry.identity.block_shift, entry.identity.metadata);
+            // Another format: no block is where it was, so none is there.
+            let blocks = if same { found.blocks } else { 0 };
+            if blocks != before {
+                changed = true;
+                log::warn!("{}: namespace {id}: {before} blocks before, {blocks} now", self.name);
+                entry.blocks.store(blocks, Ordering::Release);
+            }
+        }
+        if changed {
+            self.tell_listeners();
+        }
+    }
+
+    fn tell_listeners(&self) {
+        let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
+        listeners.iter().for_each(|listener| listener());
+    }
+}

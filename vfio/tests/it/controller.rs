@@ -1,0 +1,163 @@
+//! Starting, identifying, refusing, stopping.
+
+use crate::fixture::{open, options, wait_until};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vublk_vfio::Controller;
+use vublk_vfio::fake::{Broken, Config, Event, Fake, Media};
+
+fn refused(config: Config, broken: Broken) -> String {
+    let fake = Fake::new(config);
+    fake.break_down(broken);
+    let error = match Controller::open(fake.function(), &options()) {
+        Ok(controller) => controller.namespace(1).map(drop).unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(!error.to_string().contains('\n'));
+    error.to_string()
+}
+
+fn with(namespaces: Vec<Media>) -> Config {
+    Config { namespaces, ..Config::default() }
+}
+
+#[test]
+fn a_controller_is_stopped_then_given_interrupts_then_enabled_and_in_the_end_shut_down() {
+    let fake = Fake::new(Config::default());
+    drop(open(&fake));
+    let events = fake.events();
+    let at = |event: Event| {
+        let found = events.iter().position(|other| *other == event);
+        found.unwrap_or_else(|| panic!("no {event:?} in {events:?}"))
+    };
+    let order = [
+        at(Event::BusMaster(true)),
+        at(Event::Vectors(9)),
+        at(Event::Enabled),
+        at(Event::Shutdown),
+        at(Event::Disabled),
+        at(Event::BusMaster(false)),
+    ];
+    assert!(order.is_sorted(), "{events:?}");
+    assert_eq!(fake.complaints(), Vec::<String>::new());
+    assert!(!fake.has_mappings(), "all memory is taken back");
+}
+
+#[test]
+fn a_controller_that_somebody_left_running_is_stopped_before_memory_is_given_to_it() {
+    let fake = Fake::new(Config::default());
+    fake.leave_running();
+    let _controller = open(&fake);
+    let events = fake.events();
+    assert_eq!(events[0], Event::Disabled, "{events:?}");
+}
+
+#[test]
+fn a_controller_that_does_not_stop_is_reset_as_a_function_without_bus_mastering() {
+    let fake = Fake::new(Config::default());
+    fake.leave_running();
+    fake.break_down(Broken { stays_ready: true, ..Broken::default() });
+    let _controller = open(&fake);
+    let events = fake.events();
+    let expected = [Event::Disabled, Event::BusMaster(false), Event::FunctionReset];
+    assert_eq!(events[..3], expected, "{events:?}");
+}
+
+#[test]
+fn what_a_controller_is_like_is_told() {
+    let namespaces = vec![Media::new(1 << 20, 9), Media::new(2 << 20, 12)];
+    let config = Config { namespaces, mdts: 3, limits: Some((2, 8)), ..Config::default() };
+    let controller = open(&Fake::new(config));
+    assert_eq!(controller.identity().serial, "FAKE");
+    assert_eq!(controller.identity().model, "Fake NVMe");
+    assert_eq!(controller.namespaces().unwrap(), [1, 2]);
+    assert_eq!(controller.max_pairs(), 8);
+    let (first, second) = (controller.namespace(1).unwrap(), controller.namespace(2).unwrap());
+    assert_eq!((first.len(), first.block_size()), (1 << 20, 512));
+    assert_eq!((second.len(), second.block_size()), (2 << 20, 4096));
+    assert_eq!(first.limits().transfer, 32 << 10, "MDTS counts in pages of 4 KiB");
+    assert_eq!((first.limits().zero, first.limits().discard), (16 << 10, 4096));
+    assert_eq!(controller.health().unwrap().temperature, 300);
+}
+
+#[test]
+fn limits_that_a_controller_does_not_tell_are_those_of_a_transfer() {
+    let config = Config { limits: None, mdts: 1, ..Config::default() };
+    let namespace = open(&Fake::new(config)).namespace(1).unwrap();
+    assert_eq!(namespace.limits().zero, 8192);
+    let none = Config { optional_commands: 0, ..Config::default() };
+    let namespace = open(&Fake::new(none)).namespace(1).unwrap();
+    assert_eq!((namespace.limits().zero, namespace.limits().discard), (0, 0));
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_in_one_line_that_says_why() {
+    let sound = Broken::default();
+    let zoned = Media { set: 2, ..Media::new(1 << 20, 9) };
+    let metadata = Media { metadata: 8, ..Media::new(1 << 20, 9) };
+    for (config, broken, words) in [
+        (with(vec![]), sound, "there is no namespace 1"),
+        (with(vec![Media::new(0, 9)]), sound, "there is no namespace 1"),
+        (with(vec![zoned]), sound, "zoned"),
+        (with(vec![metadata]), sound, "8 bytes of metadata"),
+        (with(vec![Media::new(1 << 20, 13)]), sound, "2^13"),
+        (Config { vectors: 0, ..Config::default() }, sound, "MSI-X"),
+        (Config::default(), Broken { registers: Some(u32::MAX), ..sound }, "gone"),
+        (Config::default(), Broken { registers: Some(0), ..sound }, "gone"),
+        (Config::default(), Broken { never_ready: true, ..sound }, "not ready after 0.5 s"),
+        (Config::default(), Broken { mute_admin: true, ..sound }, "no answer in time"),
+    ] {
+        let error = refused(config, broken);
+        assert!(error.starts_with("fake: ") && error.contains(words), "{error}: no '{words}'");
+    }
+    let controller = open(&Fake::new(Config::default()));
+    for id in [0, u32::MAX] {
+        let error = controller.namespace(id).unwrap_err().to_string();
+        assert!(error.contains("numbered from 1"), "{error}");
+    }
+    let error = controller.namespace(7).unwrap_err().to_string();
+    assert_eq!(error, "fake: there is no namespace 7: there are 1");
+}
+
+#[test]
+fn there_are_as_many_queue_pairs_as_the_controller_grants() {
+    let fake = Fake::new(Config { pairs: 2, ..Config::default() });
+    let controller = open(&fake);
+    let first = controller.queue_pair().unwrap();
+    let second = controller.queue_pair().unwrap();
+    assert_eq!((first.id(), second.id(), first.depth()), (1, 2, 255));
+    let Err(error) = controller.queue_pair() else { panic!("a third pair") };
+    assert_eq!(error.errno(), libc::EBUSY);
+    drop(first);
+    assert_eq!(controller.queue_pair().unwrap().id(), 1);
+    drop(second);
+    assert_eq!(fake.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn a_namespace_that_changes_is_told_of_and_has_its_new_length() {
+    let fake = Fake::new(Config::default());
+    let controller = open(&fake);
+    let namespace = controller.namespace(1).unwrap();
+    let heard = Arc::new(AtomicU64::new(0));
+    let theirs = heard.clone();
+    let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+        theirs.fetch_add(1, Ordering::SeqCst);
+    });
+    controller.listen(&listener);
+    for round in 1..=5 {
+        fake.resize(1, 1000 * round);
+        wait_until("the length is known", || namespace.len() == 512_000 * round);
+        wait_until("it is told", || heard.load(Ordering::SeqCst) == round);
+    }
+    assert_eq!(fake.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn a_wish_for_the_device_is_heard() {
+    let fake = Fake::new(Config::default());
+    let controller = open(&fake);
+    assert!(!controller.is_wanted_back());
+    fake.request_back();
+    wait_until("it is wanted back", || controller.is_wanted_back());
+}
