@@ -2,7 +2,9 @@
 //!
 //! Used by one at a time ([`super::order::Lock`]); what is in memory counts, and what of it has not
 //! reached the file is written before anything else is done. The orders are those of
-//! [`super::order`].
+//! [`super::order`]. `run` has what needs clusters side by side.
+
+mod run;
 
 use super::alloc::Run;
 use super::layout::{self, Geometry};
@@ -17,6 +19,8 @@ pub struct Refcounts {
     geometry: Geometry,
     /// Where each block is, in bytes; 0 where there is none.
     table: Vec<u64>,
+    /// Entries of the table that have not reached the file, or may not have.
+    unwritten: Range<usize>,
     blocks: BTreeMap<usize, Block>,
     /// How many blocks are kept.
     keep: usize,
@@ -30,6 +34,13 @@ struct Block {
     /// What has not reached the file, in bytes of the block.
     dirty: Option<Range<usize>>,
     used: u64,
+}
+
+/// One reference more or one less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Raise,
+    Lower,
 }
 
 impl Refcounts {
@@ -50,6 +61,7 @@ impl Refcounts {
         Ok(Refcounts {
             geometry,
             table: bytes.chunks_exact(8).map(entry).collect(),
+            unwritten: 0..0,
             blocks: BTreeMap::new(),
             keep: (cache_bytes / geometry.cluster_size()).max(2) as usize,
             clock: 0,
@@ -123,6 +135,7 @@ impl Refcounts {
 
     /// Hands to the kernel what has changed.
     pub async fn write(&mut self, image: &Qcow2) -> IoResult {
+        self.write_entries(image).await?;
         let dirty: Vec<usize> = self
             .blocks
             .iter()
@@ -204,7 +217,7 @@ impl Refcounts {
                 if found > 0 {
                     break;
                 }
-                self.add_block(image, at).await?;
+                self.extend(image, at, 0).await?;
                 // Nothing was free below.
                 self.hint = at;
                 continue;
@@ -233,34 +246,6 @@ impl Refcounts {
             }
         }
         Ok(runs)
-    }
-
-    /// Makes the block that counts `at`, a cluster without one, whose first free cluster `at` is: the
-    /// block lies there, and a longer table behind it if that is needed.
-    async fn add_block(&mut self, image: &Qcow2, at: u64) -> IoResult {
-        let (index, _) = self.place(at);
-        if index >= self.table.len() {
-            return self.grow_table(image, at).await;
-        }
-        self.make_blocks(image, at, 1, 0).await?;
-        let offset = at << self.geometry.cluster_bits;
-        let table = image.header.lock().await.refcount_table_offset;
-        let entry = offset.to_be_bytes();
-        let place = table + index as u64 * 8;
-        let file = image.file();
-        let written = file.write(place, &IoVec::from_ref(&entry), WriteFlags::empty()).await;
-        let written = match written {
-            Ok(()) => file.flush().await,
-            failed => failed,
-        };
-        if let Err(errno) = written {
-            // The entry may be there or not: what it names is as it should be, so use it.
-            log::debug!("{}: a new refcount block: {errno}", image.name);
-            self.table[index] = offset;
-            return Err(errno);
-        }
-        self.table[index] = offset;
-        Ok(())
     }
 
     /// Writes `blocks` new blocks from cluster `at` on, which count themselves and `more` clusters
@@ -293,54 +278,6 @@ impl Refcounts {
         flushed
     }
 
-    /// Moves the table to a larger place, behind new blocks for clusters that it had no room for.
-    async fn grow_table(&mut self, image: &Qcow2, at: u64) -> IoResult {
-        let (index, inside) = self.place(at);
-        let size = self.geometry.cluster_size();
-        let per_block = self.geometry.refcount_block_entries();
-        let mut blocks = 1;
-        let clusters = loop {
-            let entries = (self.table.len() * 3 / 2).max(index + blocks as usize + 1) as u64;
-            let clusters = self.geometry.clusters(entries * 8);
-            if inside as u64 + blocks + clusters <= blocks * per_block {
-                break clusters;
-            }
-            blocks += 1;
-        };
-        if clusters * size > layout::MAX_REFCOUNT_TABLE_BYTES {
-            return Err(Errno(libc::EFBIG));
-        }
-        self.make_blocks(image, at, blocks, clusters).await?;
-        let old_len = self.table.len();
-        let mut table = self.table.clone();
-        table.resize((clusters * size / 8) as usize, 0);
-        for n in 0..blocks {
-            table[index + n as usize] = (at + n) << self.geometry.cluster_bits;
-        }
-        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        let offset = (at + blocks) << self.geometry.cluster_bits;
-        let file = image.file();
-        file.write(offset, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        file.flush().await?;
-        let mut header = image.header.lock().await;
-        let mut new = header.clone();
-        let old = new.refcount_table_offset;
-        new.refcount_table_offset = offset;
-        new.refcount_table_clusters = clusters as u32;
-        let written = image.write_header(&mut header, new).await;
-        drop(header);
-        // If that has failed the disk may have either table: the new one is used from now on, and
-        // the old one stays as it is.
-        self.table = table;
-        written?;
-        let freed = Run {
-            first: old >> self.geometry.cluster_bits,
-            count: self.geometry.clusters(old_len as u64 * 8),
-            is_fresh: false,
-        };
-        self.release(image, &[freed]).await.map(drop)
-    }
-
     /// Takes one reference of each cluster back. The caller has seen to it that no entry names them
     /// any more, durably, and that nothing is under way to them. Gives the clusters that are free
     /// now.
@@ -363,6 +300,58 @@ impl Refcounts {
         }
         self.write(image).await?;
         Ok(free)
+    }
+
+    /// Changes the count of each cluster, one after the other, and writes what does not stay in
+    /// memory. `free` gets the clusters that are free now.
+    ///
+    /// # Errors
+    /// How many had been changed, and why the next one cannot be: EINVAL for a count that would be
+    /// too large.
+    pub async fn change(
+        &mut self,
+        image: &Qcow2,
+        clusters: &[u64],
+        change: Change,
+        free: &mut Vec<u64>,
+    ) -> Result<(), (u64, Errno)> {
+        for (n, &cluster) in clusters.iter().enumerate() {
+            self.change_one(image, cluster, change, free).await.map_err(|e| (n as u64, e))?;
+        }
+        Ok(())
+    }
+
+    async fn change_one(
+        &mut self,
+        image: &Qcow2,
+        cluster: u64,
+        change: Change,
+        free: &mut Vec<u64>,
+    ) -> IoResult {
+        let (index, at) = self.place(cluster);
+        let (order, max) = (self.geometry.refcount_order, self.geometry.refcount_max());
+        if self.blocks.len() > self.keep && !self.blocks.contains_key(&index) {
+            self.write(image).await?;
+            self.evict();
+        }
+        let block = self.block(image, index).await?;
+        let Some((block, count)) = block
+            .map(|block| (layout::refcount(&block.bytes, order, at), block))
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, block)| (block, count))
+        else {
+            return Err(corrupt::bad_refcount(image, cluster));
+        };
+        match change {
+            Change::Raise if count == max => return Err(Errno::EINVAL),
+            Change::Raise => block.set(order, at, count + 1),
+            Change::Lower => block.set(order, at, count - 1),
+        }
+        if change == Change::Lower && count == 1 {
+            self.hint = self.hint.min(cluster);
+            free.push(cluster);
+        }
+        Ok(())
     }
 }
 
