@@ -18,7 +18,7 @@ pub use drain::{Drained, User};
 use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
-use super::{Abilities, Error, Node, NodeOptions, Perm, Perms};
+use super::{Abilities, Error, Node, NodeOptions, Perm, Perms, SnapshotInfo};
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
@@ -104,6 +104,8 @@ pub struct NodeInfo {
     pub len: u64,
     /// As listings show it; none where there is no file.
     pub filename: Option<String>,
+    /// Internal snapshots, where its format has them.
+    pub snapshots: Vec<SnapshotInfo>,
     /// Role and name of what it stands on.
     pub children: Vec<(&'static str, String)>,
 }
@@ -403,6 +405,11 @@ impl NodeInfo {
             options: node.options(),
             len: node.len(),
             filename: node.driver().filename(),
+            snapshots: node
+                .driver()
+                .image()
+                .map(|image| image.info().snapshots)
+                .unwrap_or_default(),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
         }
     }

@@ -1,7 +1,7 @@
 //! Operations on a disk as a whole: its length, what it occupies, its health, what it says of
 //! itself.
 
-use super::{Error, LocalFuture};
+use super::{Error, LocalFuture, SnapshotInfo, Snapshots};
 use crate::io::{Errno, IoResult};
 use crate::options::Value;
 use serde::Deserialize;
@@ -41,6 +41,11 @@ pub trait Image: Send + Sync {
         let _ = (fix, say);
         Box::pin(std::future::ready(Err(Error::new("This image format does not support checks")
             .with_errno(Errno(libc::ENOTSUP)))))
+    }
+
+    /// Internal snapshots, where the format has them.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
     }
 
     /// What the image says of itself. Called at any time.
@@ -123,6 +128,7 @@ pub struct ImageInfo {
     /// As it is stored in the image.
     pub backing_filename: Option<String>,
     pub backing_format: Option<String>,
+    pub snapshots: Vec<SnapshotInfo>,
     /// ImageInfoSpecific of QMP: `type`, and `data` with keys in the order in which people read
     /// them.
     pub specific: Option<Value>,

@@ -2,7 +2,7 @@
 //! implement them (formats, filters, protocols).
 //!
 //! * [`node`]: what users hold. Checks, aligns, splits, orders.
-//! * [`driver`], [`image`]: what formats and protocols implement, and what they can rely on.
+//! * [`driver`], [`image`], [`snapshot`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
 //! * [`bitmap`]: which parts of a node were written.
 //! * [`overlap`]: which writes wait for which.
@@ -29,6 +29,7 @@ pub mod perm;
 pub mod policy;
 pub mod probe;
 pub mod registry;
+pub mod snapshot;
 
 pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
 pub use child::Child;
@@ -46,3 +47,4 @@ pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};
 pub use policy::{FollowBacking, OpenPolicy, Whitelist};
 pub use registry::{DriverEntry, Kind, OptionHelp, Registry};
+pub use snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};

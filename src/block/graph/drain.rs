@@ -7,7 +7,7 @@
 use super::permissions::{Plan, release_locks};
 use super::turns::Turn;
 use super::{By, Graph};
-use crate::block::{Abilities, Error, LocalFuture, Node, Perm, Perms};
+use crate::block::{Abilities, Error, LocalFuture, Node, Perm, Perms, Snapshots};
 use crate::io::epoch;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -131,6 +131,26 @@ impl Graph {
         }
         drop(hold);
         result
+    }
+
+    /// Works on the internal snapshots of a node, which its users go on using, while nobody else
+    /// changes the graph or the node's length. None if it has none, nor has the only node that it
+    /// stands on.
+    pub async fn with_snapshots<T>(
+        &self,
+        node: &Arc<Node>,
+        work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
+    ) -> Option<Result<T, Error>> {
+        let _turn = self.turn().await;
+        let mut node = node.clone();
+        loop {
+            if let Some(snapshots) = node.driver().image().and_then(|image| image.snapshots()) {
+                return Some(work(snapshots).await);
+            }
+            let [only] = node.driver().children() else { return None };
+            let below = only.node();
+            node = below;
+        }
     }
 
     /// The registered users of a node and of all nodes above it.

@@ -108,6 +108,14 @@ impl Qcow2 {
         }
     }
 
+    /// `count` host clusters side by side, counted and inside the file. They hold anything, and are
+    /// leaked if they are neither named nor given back ([`super::refcounts::Refcounts::release`]).
+    pub(super) async fn take_run(&self, count: u64) -> IoResult<Run> {
+        let mut refcounts = self.refcounts().await?;
+        self.reap(&mut refcounts).await;
+        refcounts.reserve_run(self, count).await
+    }
+
     /// Makes the file at least so long; it reads as zeroes there.
     pub(super) async fn grow_file(&self, len: u64) -> IoResult {
         self.grow(&self.file(), len).await

@@ -87,7 +87,7 @@ impl Qcow2 {
         self.cut_file(&unused).await;
         drop(refcounts);
         let mut header = self.header.lock().await;
-        if header.incompatible.contains(Incompatible::DIRTY) {
+        if header.incompatible.contains(Incompatible::DIRTY) && !self.snapshots.needs_repair() {
             self.file().flush().await?;
             let mut new = header.clone();
             new.incompatible -= Incompatible::DIRTY;

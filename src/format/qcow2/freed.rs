@@ -117,7 +117,7 @@ impl Qcow2 {
     }
 
     /// Advises the storage that clusters are free. They are ours alone: the refcounts are locked.
-    async fn discard_clusters(&self, clusters: &[u64]) {
+    pub(super) async fn discard_clusters(&self, clusters: &[u64]) {
         let bits = self.geometry.cluster_bits;
         let file = self.file();
         for run in clusters.chunk_by(|a, b| a + 1 == *b) {

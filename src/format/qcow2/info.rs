@@ -5,7 +5,7 @@ use super::header::{Autoclear, CRYPT_NONE, Compatible, Header, Incompatible};
 use crate::block::ImageInfo;
 use crate::options::{Map, Value};
 
-/// As ImageInfo of QMP has it; the names of bitmaps are not told.
+/// As ImageInfo of QMP has it, without snapshots; the names of bitmaps are not told.
 pub fn info(header: &Header) -> ImageInfo {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let extension = |of: fn(&Extension) -> Option<&Vec<u8>>| {
@@ -20,6 +20,7 @@ pub fn info(header: &Header) -> ImageInfo {
             Extension::BackingFormat(name) => Some(name),
             _ => None,
         }),
+        snapshots: Vec::new(),
         specific: Some(specific(
             header,
             extension(|extension| match extension {

@@ -219,6 +219,10 @@ impl L1Entry {
         self.0 & COPIED != 0
     }
 
+    pub fn with_copied(self, copied: bool) -> L1Entry {
+        L1Entry(self.0 & !COPIED | if copied { COPIED } else { 0 })
+    }
+
     pub fn has_reserved_bits(self) -> bool {
         self.0 & L1_RESERVED != 0
     }

@@ -10,7 +10,8 @@
 //! | `lookup` | where a guest's bytes are |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
 //! | `create`, `new_image` | making images |
-//! | `snapshots`, `bitmaps` | the tables of snapshots and stored bitmaps |
+//! | `snapshots` | internal snapshots |
+//! | `bitmaps` | the table of stored bitmaps |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
 //! | `batch`, `tables` | entries, tables and the header on their way to the kernel |
@@ -106,6 +107,8 @@ pub struct Qcow2 {
     has_raw_data: bool,
     /// The storage is told of clusters that a guest's discard has freed.
     passes_discards: bool,
+    /// And of those that a snapshot's end has freed.
+    passes_snapshot_discards: bool,
     /// Of requests to the file, in bytes.
     file_align: u64,
     header: Lock<Header>,
@@ -128,6 +131,7 @@ pub struct Qcow2 {
     counts: Option<Lock<Refcounts>>,
     pool: Mutex<Pool>,
     freed: Freed,
+    snapshots: snapshots::State,
 }
 
 impl Qcow2 {
@@ -161,6 +165,7 @@ impl Qcow2 {
         self.is_prepared.load(Ordering::Acquire)
             && !self.is_corrupt.load(Ordering::Acquire)
             && !self.is_stopped.load(Ordering::Acquire)
+            && !self.snapshots.is_frozen()
     }
 
     /// The fast road through the backing file.
@@ -315,7 +320,13 @@ impl Image for Qcow2 {
         })
     }
 
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
     fn info(&self) -> ImageInfo {
-        self.info.clone()
+        // Who wants to know why there is no list asks for it.
+        let snapshots = Snapshots::list(self).unwrap_or_default();
+        ImageInfo { snapshots, ..self.info.clone() }
     }
 }

@@ -8,7 +8,7 @@ use super::options::Options;
 use super::order::Lock;
 use super::read::read_padded;
 use super::refcounts::Refcounts;
-use super::{Qcow2, check, tables};
+use super::{Qcow2, check, snapshots, tables};
 use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec};
@@ -71,6 +71,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         false => None,
     };
 
+    let snapshots = snapshots::Table::read(&node, &header).await;
+
     let mut children = vec![file];
     let backing = backing.map(|child| {
         children.push(child);
@@ -102,6 +104,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         has_lazy_refcounts: lazy,
         has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
         passes_discards: options.pass_discard_request.unwrap_or(opening.options().discard),
+        passes_snapshot_discards: options.pass_discard_snapshot.unwrap_or(true),
         file_align: node.traits().request_align.into(),
         header_copy: Mutex::new(header.clone()),
         fixed_tables: Mutex::new(tables::fixed_tables(&header)),
@@ -115,6 +118,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         counts,
         pool: Default::default(),
         freed: Default::default(),
+        snapshots: snapshots::State::new(snapshots),
     }))
 }
 

@@ -19,6 +19,7 @@ pub static HELP: &[OptionHelp] = &[
     help("refcount-cache-size", "int", "Bytes for refcount blocks"),
     help("lazy-refcounts", "on|off", "Refcounts may be wrong after a crash, and are repaired then"),
     help("pass-discard-request", "on|off", "The storage is told of what guests discard"),
+    help("pass-discard-snapshot", "on|off", "The storage is told of what deleted snapshots free"),
 ];
 
 const fn help(name: &'static str, value: &'static str, help: &'static str) -> OptionHelp {
@@ -44,6 +45,7 @@ pub struct Options {
     refcount_cache_size: Option<u64>,
     pub lazy_refcounts: Option<bool>,
     pub pass_discard_request: Option<bool>,
+    pub pass_discard_snapshot: Option<bool>,
 }
 
 /// How much of the tables is kept in memory, in bytes.

@@ -19,6 +19,15 @@
 //! * **Lazy refcounts**, if asked for: the dirty bit is durable before the first reservation, and
 //!   reservations then need not be. An image's own lazy bit alone does not make them so: reserving
 //!   many at once costs next to nothing, and leaves nothing to repair.
+//! * **Snapshots**: while references are counted anew, the dirty bit says that they may be wrong.
+//!   *Made*: the refcounts of all that the disk refers to are raised and durable, then the COPIED
+//!   flags are cleared, and these, the copy of the L1 table and the new snapshot table are durable
+//!   before one write of the header names the table. *Deleted*: one write of the header names the
+//!   table without it, durably, then refcounts are lowered, then flags are set where one reference is
+//!   left. *Applied*: refcounts raised, durable; a new L1 table, durable; one write of the header names
+//!   it, with the disk's size; then the references of the old one are given back. (Version 2 has no
+//!   dirty bit: after a crash meanwhile flags and refcounts do not agree, as if by QEMU, until a
+//!   repair; no data depends on it.)
 //! * **External data file**: it is flushed before the L2 entry that names what was copied to it.
 //!
 //! In memory: who changes the mapping of guest clusters holds their range ([`Ranges`]), so that
@@ -177,6 +186,7 @@ struct VisitList {
     now: u64,
     /// How many visits began at which time, oldest first.
     begun: VecDeque<(u64, u32)>,
+    waiting: Vec<Waker>,
 }
 
 /// A visit, until it is dropped.
@@ -204,8 +214,27 @@ impl Visits {
     }
 
     pub fn passed(&self, moment: u64) -> bool {
-        let list = self.state.lock();
-        list.begun.front().is_none_or(|&(began, _)| began >= moment)
+        self.state.lock().passed(moment)
+    }
+
+    /// Waits until all visits that have begun by now have ended.
+    pub async fn older(&self) {
+        let moment = self.moment();
+        poll_fn(|cx| {
+            let mut list = self.state.lock();
+            if list.passed(moment) {
+                return Poll::Ready(());
+            }
+            list.waiting.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl VisitList {
+    fn passed(&self, moment: u64) -> bool {
+        self.begun.front().is_none_or(|&(began, _)| began >= moment)
     }
 }
 
@@ -215,9 +244,15 @@ impl Drop for Visit<'_> {
         if let Some(entry) = list.begun.iter_mut().find(|(at, _)| *at == self.began) {
             entry.1 -= 1;
         }
+        if list.begun.front().is_none_or(|&(_, count)| count > 0) {
+            return;
+        }
         while list.begun.front().is_some_and(|&(_, count)| count == 0) {
             list.begun.pop_front();
         }
+        let waiting = std::mem::take(&mut list.waiting);
+        drop(list);
+        waiting.into_iter().for_each(Waker::wake);
     }
 }
 

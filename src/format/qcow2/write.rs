@@ -53,6 +53,9 @@ impl Qcow2 {
     /// Writes as much from the start on as needs no change of the mapping; how much that was.
     async fn overwrite(&self, at: u64, from: &IoVec<'_>) -> IoResult<u64> {
         let _visit = self.visits.enter();
+        if self.snapshots.is_frozen() {
+            return Ok(0);
+        }
         let piece = self.lookup(at, from.len()).await?;
         let Found::Data { host, copied: true } = piece.found else { return Ok(0) };
         self.write_data(host, &from.slice(0, piece.len)).await?;

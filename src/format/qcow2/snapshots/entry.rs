@@ -1,11 +1,16 @@
-//! The snapshot table.
+//! The entries of the snapshot table.
 
-use super::layout;
+use crate::block::SnapshotInfo;
+use crate::format::qcow2::layout;
 
 /// Bytes of an entry before its extra data.
 const FIXED: usize = 40;
 /// The most extra data that is kept, in bytes; QEMU refuses more.
-pub const MAX_EXTRA: u32 = 1024;
+const MAX_EXTRA: u32 = 1024;
+/// Bytes of extra data that we know.
+const KNOWN_EXTRA: usize = 24;
+/// Instructions were not counted.
+const NO_ICOUNT: u64 = u64::MAX;
 /// The most bytes of one entry.
 pub const MAX_ENTRY: usize = FIXED + MAX_EXTRA as usize + 2 * u16::MAX as usize + 8;
 
@@ -88,6 +93,39 @@ impl Snapshot {
         match self.extra.first_chunk() {
             Some(size) => u64::from_be_bytes(*size),
             None => self.vm_state_size as u64,
+        }
+    }
+
+    /// Extra data: the size of the VM state and of the disk, in bytes, and what the guest had
+    /// executed.
+    pub fn extra(vm_state_size: u64, disk_size: u64, icount: Option<u64>) -> Vec<u8> {
+        let words = [vm_state_size, disk_size, icount.unwrap_or(NO_ICOUNT)];
+        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    /// Fills in what the entry does not record, of an image whose disk has `disk_size` bytes.
+    pub fn complete(&mut self, disk_size: u64) {
+        if self.extra.len() < KNOWN_EXTRA {
+            let disk_size = self.disk_size().unwrap_or(disk_size);
+            self.extra = Snapshot::extra(self.vm_state_size(), disk_size, self.icount());
+        }
+    }
+
+    fn icount(&self) -> Option<u64> {
+        let word = u64::from_be_bytes(*self.extra.get(16..)?.first_chunk()?);
+        (word != NO_ICOUNT).then_some(word)
+    }
+
+    pub fn info(&self) -> SnapshotInfo {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        SnapshotInfo {
+            id: text(&self.id),
+            name: text(&self.name),
+            vm_state_size: self.vm_state_size(),
+            date_sec: self.seconds,
+            date_nsec: self.nanoseconds,
+            vm_clock_nsec: self.vm_clock,
+            icount: self.icount(),
         }
     }
 

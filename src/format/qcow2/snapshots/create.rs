@@ -1,0 +1,145 @@
+//! Making a snapshot, of a disk in use: writes stop, those under way are waited for, the references
+//! are counted, and writes go on.
+
+use super::{Snapshot, Table};
+use crate::block::{Error, NewSnapshot, SnapshotInfo, WriteFlags};
+use crate::format::qcow2::Qcow2;
+use crate::format::qcow2::alloc::Run;
+use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
+use crate::format::qcow2::order::RangeGuard;
+use crate::format::qcow2::refcounts::Change;
+use crate::io::{Errno, IoResult, IoVec, epoch};
+use std::sync::atomic::Ordering;
+
+/// The longest name, in bytes; what is longer is cut off, as in QEMU.
+const NAME_LIMIT: usize = 255;
+
+/// Nothing is written over and no mapping changes, until this is dropped.
+struct Frozen<'a> {
+    image: &'a Qcow2,
+    _all: RangeGuard<'a>,
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.image.snapshots.is_frozen.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Qcow2 {
+    pub(super) async fn create_snapshot(
+        &self,
+        new: NewSnapshot<'_>,
+    ) -> Result<SnapshotInfo, Error> {
+        let failed = |errno| Error::os("the snapshot could not be made", errno);
+        let table = self.snapshot_table()?;
+        if table.list.len() >= MAX_SNAPSHOTS as usize {
+            return Err(failed(Errno(libc::EFBIG)));
+        }
+        self.prepare_snapshots().await.map_err(failed)?;
+        let _frozen = self.freeze().await;
+        // All that was answered is on disk as readers see it.
+        self.flush_all().await.map_err(failed)?;
+        let l1 = self.active_l1();
+        let copy = self.take_l1(l1.len()).await.map_err(failed)?;
+        let snapshot = Snapshot {
+            l1_table_offset: copy.first << self.geometry.cluster_bits,
+            l1_size: l1.len() as u32,
+            id: table.next_id(),
+            name: new.name.as_bytes()[..new.name.len().min(NAME_LIMIT)].to_vec(),
+            seconds: new.date.as_secs() as u32,
+            nanoseconds: new.date.subsec_nanos(),
+            vm_clock: 0,
+            vm_state_size: 0,
+            extra: Snapshot::extra(0, self.size(), new.icount),
+        };
+        let info = snapshot.info();
+        let mut list = table.list.clone();
+        list.push(snapshot);
+        match self.share_and_name(&l1, copy, &table, list).await {
+            Ok(old) => {
+                self.give_back(&[old]).await;
+                Ok(info)
+            }
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
+    /// Waits for all writes under way, and keeps others waiting.
+    async fn freeze(&self) -> Frozen<'_> {
+        // Allocations, zeroes and discards.
+        let all = self.ranges.lock(0..u64::MAX).await;
+        self.snapshots.is_frozen.store(true, Ordering::SeqCst);
+        let frozen = Frozen { image: self, _all: all };
+        // What is written over, on the fast road and on the slow one.
+        epoch::synchronize(&self.data().members()).await;
+        self.visits.older().await;
+        frozen
+    }
+
+    /// Makes the disk share all that it has with the new snapshot, the last of `list`, whose L1 table
+    /// is to be at `copy`; the clusters of the old snapshot table. Undone if it fails, unless the
+    /// table may already be there.
+    async fn share_and_name(
+        &self,
+        l1: &[L1Entry],
+        copy: Run,
+        table: &Table,
+        list: Vec<Snapshot>,
+    ) -> IoResult<Run> {
+        let raised = match self.share(l1, copy).await {
+            Ok(()) => match self.replace_table(table, list, |header| self.settled(header)).await {
+                Ok(old) => return Ok(old),
+                // From now on it is there: who opens the image finds one state or the other.
+                Err((true, errno)) => return Err(errno),
+                Err((false, errno)) => (u64::MAX, errno),
+            },
+            Err(raised) => raised,
+        };
+        let (raised, errno) = raised;
+        if let Err(errno) = self.unshare(l1, raised).await {
+            self.leave_to_repair("taking back a snapshot that could not be made", errno);
+        }
+        self.give_back(&[copy]).await;
+        Err(errno)
+    }
+
+    /// Raises all references of the disk, and makes none of its clusters its own.
+    ///
+    /// # Errors
+    /// How many references were raised, and what was not possible.
+    async fn share(&self, l1: &[L1Entry], copy: Run) -> Result<(), (u64, Errno)> {
+        self.unsettle().await.map_err(|errno| (0, errno))?;
+        self.change_references(l1, Change::Raise, u64::MAX).await?;
+        let all = |errno| (u64::MAX, errno);
+        self.write_refcounts().await.map_err(all)?;
+        self.clear_copied(l1).await.map_err(all)?;
+        let bytes: Vec<u8> =
+            l1.iter().flat_map(|entry| entry.with_copied(false).0.to_be_bytes()).collect();
+        if !bytes.is_empty() {
+            let place = copy.first << self.geometry.cluster_bits;
+            let bytes = IoVec::from_ref(&bytes);
+            self.file().write(place, &bytes, WriteFlags::empty()).await.map_err(all)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back the first `raised` references, and gives the disk its own clusters again.
+    async fn unshare(&self, l1: &[L1Entry], raised: u64) -> IoResult {
+        let lowered = self.change_references(l1, Change::Lower, raised).await;
+        lowered.map_err(|(_, errno)| errno)?;
+        // The caller has the whole mapping to himself.
+        for index in 0..l1.len() as u64 {
+            self.set_copied_below(index).await?;
+        }
+        self.settle().await
+    }
+
+    /// Clusters for an L1 table of so many entries.
+    pub(super) async fn take_l1(&self, entries: usize) -> IoResult<Run> {
+        match self.geometry.clusters(entries as u64 * 8) {
+            0 => Ok(Run { first: 0, count: 0, is_fresh: false }),
+            count => self.take_run(count).await,
+        }
+    }
+}

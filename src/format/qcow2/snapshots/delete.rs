@@ -1,0 +1,54 @@
+//! Deleting a snapshot, of a disk in use: its references are taken back, and what has one reference
+//! left is the disk's own again.
+
+use super::unsettled;
+use crate::block::{Error, SnapshotInfo, SnapshotKey};
+use crate::format::qcow2::Qcow2;
+use crate::format::qcow2::alloc::Run;
+use crate::format::qcow2::layout::L1Entry;
+use crate::format::qcow2::refcounts::Change;
+use crate::io::IoResult;
+
+impl Qcow2 {
+    pub(super) async fn delete_snapshot(
+        &self,
+        which: SnapshotKey<'_>,
+    ) -> Result<SnapshotInfo, Error> {
+        let failed = |errno| Error::os("Failed to remove snapshot from snapshot list", errno);
+        let table = self.snapshot_table()?;
+        let index = table.find(which).ok_or_else(super::not_found)?;
+        let l1 = self.snapshot_l1(&table.list[index]).await?;
+        self.prepare_snapshots().await.map_err(failed)?;
+        let mut list = table.list.clone();
+        let snapshot = list.remove(index);
+        self.begin_counting();
+        let old = self.replace_table(&table, list, unsettled).await;
+        let old = old.map_err(|(is_named, errno)| {
+            if !is_named {
+                self.end_counting();
+            }
+            failed(errno)
+        })?;
+        let own_table = Run {
+            first: snapshot.l1_table_offset >> self.geometry.cluster_bits,
+            count: self.geometry.clusters(l1.len() as u64 * 8),
+            is_fresh: false,
+        };
+        if let Err(errno) = self.take_back(&l1, &[old, own_table]).await {
+            self.leave_to_repair("taking back the references of a deleted snapshot", errno);
+            return Err(Error::os("Failed to free the snapshot's clusters", errno));
+        }
+        Ok(snapshot.info())
+    }
+
+    /// Lowers the references of tables that nothing on disk names any more, durably, and frees
+    /// `tables` themselves.
+    pub(super) async fn take_back(&self, l1: &[L1Entry], tables: &[Run]) -> IoResult {
+        let lowered = self.change_references(l1, Change::Lower, u64::MAX).await;
+        lowered.map_err(|(_, errno)| errno)?;
+        self.give_back(tables).await;
+        self.write_refcounts().await?;
+        self.set_copied().await?;
+        self.settle().await
+    }
+}

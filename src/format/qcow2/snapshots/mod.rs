@@ -1,0 +1,191 @@
+//! Internal snapshots: states of the disk that share clusters with it.
+//!
+//! A snapshot is an L1 table of its own, named by an entry of the snapshot table; all that its tables
+//! name has one reference more. What has more than one reference is never written over: the disk's
+//! entries have lost their COPIED flags. The orders are those of [`super::order`].
+//!
+//! | file | it holds |
+//! |---|---|
+//! | `entry`, `table` | the snapshot table: its entries, reading it, a new one in its place |
+//! | `references` | the references of all that an L1 table names, and the flags that follow |
+//! | `create` | making one, while writes wait |
+//! | `delete` | deleting one, while requests go on |
+//! | `revert` | turning the disk back to one, and showing one |
+
+mod create;
+mod delete;
+mod entry;
+mod references;
+mod revert;
+mod table;
+
+pub use entry::{MAX_ENTRY, Snapshot};
+pub use table::Table;
+
+use super::Qcow2;
+use super::header::{Header, Incompatible};
+use super::layout::L1Entry;
+use super::read::read_padded;
+use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
+use crate::io::sync::Mutex;
+use crate::io::{AlignedBuf, Errno, IoResult};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What an open image knows of its snapshots.
+pub struct State {
+    /// Or why it cannot be read.
+    table: Mutex<Result<Table, Error>>,
+    /// One is being made: nothing is written over, and no mapping changes.
+    is_frozen: AtomicBool,
+    /// References are being counted anew, or that was given up.
+    is_counting: AtomicBool,
+    /// It has failed halfway.
+    is_wrong: AtomicBool,
+}
+
+impl State {
+    pub fn new(table: Result<Table, Error>) -> State {
+        State {
+            table: Mutex::new(table),
+            is_frozen: AtomicBool::new(false),
+            is_counting: AtomicBool::new(false),
+            is_wrong: AtomicBool::new(false),
+        }
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        self.is_frozen.load(Ordering::SeqCst)
+    }
+
+    /// Refcounts may be wrong: the dirty bit stays until somebody repairs them.
+    pub fn needs_repair(&self) -> bool {
+        self.is_counting.load(Ordering::SeqCst) || self.is_wrong.load(Ordering::SeqCst)
+    }
+
+    fn table(&self) -> Result<Table, Error> {
+        self.table.lock().clone()
+    }
+}
+
+impl Qcow2 {
+    /// The snapshots. What is in another file cannot be shared.
+    fn snapshot_table(&self) -> Result<Table, Error> {
+        match self.geometry.external_data {
+            true => Err(Error::os("the image has an external data file", Errno::ENOTSUP)),
+            false => self.snapshots.table(),
+        }
+    }
+
+    async fn prepare_snapshots(&self) -> IoResult {
+        if self.is_writable { self.prepare_writing().await } else { Err(Errno::EPERM) }
+    }
+
+    /// Reads a snapshot's L1 table.
+    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<L1Entry>, Error> {
+        if !snapshot.has_sane_l1_size() {
+            let error = Error::new("Snapshot L1 table too large");
+            return Err(error.with_errno(Errno(libc::EFBIG)));
+        }
+        let (offset, len) = (snapshot.l1_table_offset, snapshot.l1_size as usize * 8);
+        let file = self.file();
+        let is_there = len == 0 || offset < file.len();
+        if !self.geometry.is_cluster_start(offset) || !is_there {
+            let error = Error::new("Snapshot L1 table offset invalid");
+            return Err(error.with_errno(Errno::EINVAL));
+        }
+        let failed = |errno| Error::os("Could not read the snapshot's L1 table", errno);
+        let mut bytes = AlignedBuf::new(len, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
+        if len > 0 {
+            read_padded(&file, offset, &bytes.io_vec()).await.map_err(failed)?;
+        }
+        let word = |bytes: &[u8]| bytes.iter().fold(0u64, |word, &b| word << 8 | u64::from(b));
+        Ok(bytes[..len].chunks_exact(8).map(|bytes| L1Entry(word(bytes))).collect())
+    }
+
+    // ---- The dirty bit
+
+    /// Before references are counted anew: says that the refcounts may be wrong, durably.
+    async fn unsettle(&self) -> IoResult {
+        self.begin_counting();
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        unsettled(&mut new);
+        match new == *header {
+            true => Ok(()),
+            false => self.write_header(&mut header, new).await,
+        }
+    }
+
+    /// Makes the refcounts durable, and says that they are right again.
+    async fn settle(&self) -> IoResult {
+        self.write_refcounts().await?;
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        self.settled(&mut new);
+        match new == *header {
+            true => Ok(()),
+            false => self.write_header(&mut header, new).await,
+        }
+    }
+
+    fn settled(&self, header: &mut Header) {
+        self.end_counting();
+        if !self.has_lazy_refcounts && !self.snapshots.needs_repair() {
+            header.incompatible -= Incompatible::DIRTY;
+        }
+    }
+
+    fn begin_counting(&self) {
+        self.snapshots.is_counting.store(true, Ordering::SeqCst);
+    }
+
+    fn end_counting(&self) {
+        self.snapshots.is_counting.store(false, Ordering::SeqCst);
+    }
+
+    /// Counting anew has failed in such a way that it stays wrong.
+    fn leave_to_repair(&self, what: &str, errno: Errno) {
+        self.snapshots.is_wrong.store(true, Ordering::SeqCst);
+        log::error!(
+            "{}: qcow2: {what}: {errno}; clusters are leaked until the image is repaired, which opening \
+             it anew does",
+            self.name
+        );
+    }
+}
+
+/// Version 2 cannot say it.
+fn unsettled(header: &mut Header) {
+    if header.version >= 3 {
+        header.incompatible |= Incompatible::DIRTY;
+    }
+}
+
+fn not_found() -> Error {
+    Error::os("Can't find snapshot", Errno(libc::ENOENT))
+}
+
+impl Snapshots for Qcow2 {
+    fn list(&self) -> Result<Vec<SnapshotInfo>, Error> {
+        Ok(self.snapshot_table()?.list.iter().map(Snapshot::info).collect())
+    }
+
+    fn create<'a>(&'a self, new: NewSnapshot<'a>) -> LocalFuture<'a, Result<SnapshotInfo, Error>> {
+        Box::pin(self.create_snapshot(new))
+    }
+
+    fn apply<'a>(&'a self, which: SnapshotKey<'a>) -> LocalFuture<'a, Result<(), Error>> {
+        Box::pin(self.apply_snapshot(which))
+    }
+
+    fn delete<'a>(
+        &'a self,
+        which: SnapshotKey<'a>,
+    ) -> LocalFuture<'a, Result<SnapshotInfo, Error>> {
+        Box::pin(self.delete_snapshot(which))
+    }
+
+    fn load<'a>(&'a self, which: SnapshotKey<'a>) -> LocalFuture<'a, Result<(), Error>> {
+        Box::pin(self.load_snapshot(which))
+    }
+}

@@ -1,0 +1,226 @@
+//! The references of all that an L1 table names: raised, lowered, and the COPIED flags of the disk's
+//! entries that follow from them.
+
+use crate::block::WriteFlags;
+use crate::format::qcow2::alloc::Run;
+use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
+use crate::format::qcow2::read::read_padded;
+use crate::format::qcow2::refcounts::{Change, Refcounts};
+use crate::format::qcow2::{Qcow2, corrupt};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+
+impl Qcow2 {
+    /// The disk's L1 table.
+    pub(super) fn active_l1(&self) -> Vec<L1Entry> {
+        let entries = u64::from(self.header_now().l1_size);
+        (0..entries).map(|index| self.l1.get(index)).collect()
+    }
+
+    /// One reference more, or one less, to each thing that the L1 table names and that its L2 tables
+    /// name, in an order that is always the same; no more than the first `most`. Raised refcounts are
+    /// in memory then ([`Qcow2::write_refcounts`]).
+    ///
+    /// Nothing else may change the tables meanwhile, and lowered references must be gone, durably.
+    ///
+    /// # Errors
+    /// How many were changed, and why no more.
+    pub(super) async fn change_references(
+        &self,
+        l1: &[L1Entry],
+        change: Change,
+        most: u64,
+    ) -> Result<(), (u64, Errno)> {
+        let mut done = 0;
+        for (index, &entry) in l1.iter().enumerate() {
+            if entry.l2_table() == 0 || done == most {
+                continue;
+            }
+            let clusters = self.named_by(index as u64, entry).await.map_err(|e| (done, e))?;
+            let some = &clusters[..clusters.len().min((most - done) as usize)];
+            let mut refcounts = self.refcounts().await.map_err(|errno| (done, errno))?;
+            let mut free = Vec::new();
+            let changed = refcounts.change(self, some, change, &mut free).await;
+            if !free.is_empty() {
+                self.return_freed(&mut refcounts, free).await.map_err(|e| (done, e))?;
+            }
+            changed.map_err(|(n, errno)| (done + n, errno))?;
+            done += some.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Tells the storage of clusters that are free now.
+    async fn return_freed(&self, refcounts: &mut Refcounts, mut free: Vec<u64>) -> IoResult {
+        refcounts.write(self).await?;
+        if self.passes_snapshot_discards {
+            free.sort_unstable();
+            self.discard_clusters(&free).await;
+        }
+        Ok(())
+    }
+
+    /// The L2 table that an entry names and the clusters that this names: each as often as it does.
+    async fn named_by(&self, index: u64, entry: L1Entry) -> IoResult<Vec<u64>> {
+        let guest = index * self.geometry.l2_coverage();
+        let file = self.file();
+        let table = entry.l2_table();
+        let is_sane = !entry.has_reserved_bits() && self.geometry.is_cluster_start(table);
+        if !is_sane || table >= file.len() {
+            return Err(corrupt::bad_l1(self, guest, entry));
+        }
+        let size = self.geometry.cluster_size() as usize;
+        let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
+        read_padded(&file, table, &bytes.io_vec()).await?;
+        let mut clusters = vec![self.run_of(table).first];
+        for (n, bytes) in bytes.chunks_exact(self.geometry.l2_entry_size() as usize).enumerate() {
+            let word = |bytes: &[u8]| bytes.iter().fold(0u64, |w, &b| w << 8 | u64::from(b));
+            let entry = L2Entry { word: word(&bytes[..8]), bitmap: word(&bytes[8..]) };
+            if let Err(error) = self.geometry.decode(entry) {
+                let guest = guest + ((n as u64) << self.geometry.cluster_bits);
+                return Err(corrupt::bad_entry(self, guest, error));
+            }
+            if let Some(release) = self.releases_of(entry, false) {
+                let Run { first, count, .. } = release.run;
+                clusters.extend(first..first + count);
+            }
+        }
+        // One block of refcounts after the other.
+        clusters[1..].sort_unstable();
+        Ok(clusters)
+    }
+
+    /// Makes all refcounts durable.
+    pub(super) async fn write_refcounts(&self) -> IoResult {
+        let mut refcounts = self.refcounts().await?;
+        refcounts.write(self).await?;
+        drop(refcounts);
+        self.file().flush().await
+    }
+
+    /// Clears the COPIED flags of all entries of the disk, whose references have been raised. The
+    /// caller has its mapping to himself.
+    pub(super) async fn clear_copied(&self, l1: &[L1Entry]) -> IoResult {
+        for (index, _) in l1.iter().enumerate().filter(|(_, entry)| entry.l2_table() != 0) {
+            for guest in self.slices_of(index as u64) {
+                let entries = self.slice_entries(guest).await?;
+                if entries.iter().any(|entry| entry.is_copied()) {
+                    let new: Vec<_> =
+                        entries.iter().map(|entry| entry.with_copied(false)).collect();
+                    self.change_entries(guest, &new).await?;
+                }
+            }
+        }
+        let own = |entry: &L1Entry| entry.is_copied();
+        let (Some(first), Some(last)) = (l1.iter().position(own), l1.iter().rposition(own)) else {
+            return Ok(());
+        };
+        self.write_l1(first, l1[first..=last].iter().map(|entry| entry.with_copied(false))).await
+    }
+
+    /// Sets the COPIED flags of the disk's entries that have the only reference. Requests may be in
+    /// flight, but what adds references is not.
+    pub(super) async fn set_copied(&self) -> IoResult {
+        let tables = u64::from(self.header_now().l1_size);
+        for index in (0..tables).filter(|&index| self.l1.get(index).l2_table() != 0) {
+            let first = index * self.geometry.l2_entries();
+            let _range = self.ranges.lock(first..first + self.geometry.l2_entries()).await;
+            self.set_copied_below(index).await?;
+        }
+        Ok(())
+    }
+
+    /// As [`Qcow2::set_copied`], of what one L1 entry names. The caller has the range of its guest
+    /// clusters.
+    pub(super) async fn set_copied_below(&self, index: u64) -> IoResult {
+        let entry = self.l1.get(index);
+        if entry.l2_table() == 0 || !self.is_sole(entry.l2_table()).await? {
+            // What a table with several references names has several, too.
+            return Ok(());
+        }
+        for guest in self.slices_of(index) {
+            self.set_copied_in_slice(guest).await?;
+        }
+        let _tables = self.tables.lock().await;
+        match entry.is_copied() {
+            true => Ok(()),
+            false => self.write_l1(index as usize, [entry.with_copied(true)].into_iter()).await,
+        }
+    }
+
+    /// Clears flags that somebody has left in a snapshot's tables, before the disk uses these.
+    pub(super) async fn clear_stale_flags(&self, l1: &[L1Entry]) -> IoResult {
+        let file = self.file();
+        for entry in l1.iter().filter(|entry| entry.l2_table() != 0) {
+            let (mut bytes, is_changed) = self.without_flags(entry.l2_table()).await?;
+            if is_changed {
+                file.write(entry.l2_table(), &bytes.io_vec(), WriteFlags::empty()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An L2 table without COPIED flags, and whether it had any.
+    async fn without_flags(&self, table: u64) -> IoResult<(AlignedBuf, bool)> {
+        let size = self.geometry.cluster_size() as usize;
+        let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
+        read_padded(&self.file(), table, &bytes.io_vec()).await?;
+        let mut is_changed = false;
+        for entry in bytes.chunks_exact_mut(self.geometry.l2_entry_size() as usize) {
+            // The first bit of an entry.
+            is_changed |= entry[0] & 0x80 != 0;
+            entry[0] &= 0x7f;
+        }
+        Ok((bytes, is_changed))
+    }
+
+    async fn set_copied_in_slice(&self, guest: u64) -> IoResult {
+        let mut entries = self.slice_entries(guest).await?;
+        let mut is_changed = false;
+        for entry in entries.iter_mut().filter(|entry| !entry.is_copied()) {
+            let host = match self.geometry.decode(*entry) {
+                Ok(Cluster::Normal { host } | Cluster::Zero { host: Some(host) }) => host,
+                Ok(Cluster::Subclusters { host: Some(host), .. }) => host,
+                _ => continue,
+            };
+            if self.is_sole(host).await? {
+                *entry = entry.with_copied(true);
+                is_changed = true;
+            }
+        }
+        if is_changed { self.change_entries(guest, &entries).await } else { Ok(()) }
+    }
+
+    /// Whether a host cluster has one reference.
+    async fn is_sole(&self, host: u64) -> IoResult<bool> {
+        let cluster = host >> self.geometry.cluster_bits;
+        Ok(self.refcounts().await?.get(self, cluster).await? == 1)
+    }
+
+    /// Guest offsets of the slices of an L2 table.
+    fn slices_of(&self, index: u64) -> impl Iterator<Item = u64> + use<> {
+        let start = index * self.geometry.l2_coverage();
+        let step = (self.l2.entries() as u64) << self.geometry.cluster_bits;
+        let slices = self.geometry.l2_coverage() / step;
+        (0..slices).map(move |n| start + n * step)
+    }
+
+    async fn slice_entries(&self, guest: u64) -> IoResult<Vec<L2Entry>> {
+        let pinned = self.pin(guest).await?;
+        Ok((0..self.l2.entries()).map(|index| pinned.get(index)).collect())
+    }
+
+    /// Writes entries of the disk's L1 table from `first` on, and shows them.
+    async fn write_l1(
+        &self,
+        first: usize,
+        entries: impl Iterator<Item = L1Entry> + Clone,
+    ) -> IoResult {
+        let place = self.header_now().l1_table_offset + first as u64 * 8;
+        let bytes: Vec<u8> = entries.clone().flat_map(|entry| entry.0.to_be_bytes()).collect();
+        self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        for (n, entry) in entries.enumerate() {
+            self.l1.set((first + n) as u64, entry);
+        }
+        Ok(())
+    }
+}

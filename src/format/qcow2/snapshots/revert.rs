@@ -1,0 +1,147 @@
+//! Turning the disk back to a snapshot, for good or for a look.
+
+use super::{Snapshot, unsettled};
+use crate::block::{Error, SnapshotKey, WriteFlags};
+use crate::format::qcow2::Qcow2;
+use crate::format::qcow2::alloc::Run;
+use crate::format::qcow2::extensions::Extension;
+use crate::format::qcow2::header::Autoclear;
+use crate::format::qcow2::layout::{L1Entry, MAX_L1_BYTES};
+use crate::format::qcow2::refcounts::Change;
+use crate::io::{Errno, IoResult, IoVec};
+use std::sync::atomic::Ordering;
+
+impl Qcow2 {
+    pub(super) async fn apply_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {
+        let failed = |errno| Error::os("the snapshot could not be applied", errno);
+        let table = self.snapshot_table()?;
+        if self.has_bitmaps() {
+            return Err(Error::new("Device has active dirty bitmaps"));
+        }
+        let index = table.find(which).ok_or_else(super::not_found)?;
+        let snapshot = &table.list[index];
+        let theirs = self.snapshot_l1(snapshot).await?;
+        let size = snapshot.disk_size().unwrap_or(self.size());
+        let l1 = self.l1_for(&theirs, size).ok_or_else(|| failed(Errno(libc::EFBIG)))?;
+        self.prepare_snapshots().await.map_err(failed)?;
+        // What the tables say is on disk.
+        self.flush_all().await.map_err(failed)?;
+        let mine = self.active_l1();
+        let old = match self.share_and_turn(&theirs, &l1, size).await {
+            Ok(old) => old,
+            Err(errno) => return Err(failed(errno)),
+        };
+        if let Err(errno) = self.take_back(&mine, &[old]).await {
+            // The disk is what was asked for.
+            self.leave_to_repair("taking back the references of the disk as it was", errno);
+        }
+        Ok(())
+    }
+
+    /// Whether bitmaps in the image follow what is written to the disk.
+    fn has_bitmaps(&self) -> bool {
+        let header = self.header_now();
+        let is_stored = |extension: &Extension| matches!(extension, Extension::Bitmaps(_));
+        header.autoclear.contains(Autoclear::BITMAPS) && header.extensions.iter().any(is_stored)
+    }
+
+    /// A snapshot's L1 table as one of a disk of `size` bytes; none if there can be no such disk.
+    fn l1_for(&self, theirs: &[L1Entry], size: u64) -> Option<Vec<L1Entry>> {
+        let needed = self.geometry.l1_entries_for(size).max(theirs.len() as u64).max(1);
+        if needed * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
+            return None;
+        }
+        let mut l1: Vec<_> = theirs.iter().map(|entry| entry.with_copied(false)).collect();
+        l1.resize(needed as usize, L1Entry(0));
+        Some(l1)
+    }
+
+    /// Raises the snapshot's references and makes `l1` the disk's table; the clusters of the old one.
+    /// Undone if it fails, unless the header may already name the new one.
+    async fn share_and_turn(&self, theirs: &[L1Entry], l1: &[L1Entry], size: u64) -> IoResult<Run> {
+        self.unsettle().await?;
+        let place = match self.take_l1(l1.len()).await {
+            Ok(place) => place,
+            Err(errno) => {
+                self.settle().await?;
+                return Err(errno);
+            }
+        };
+        match self.share_snapshot(theirs, l1, place).await {
+            Ok(()) => self.turn_to(l1, place, size).await,
+            Err((raised, errno)) => {
+                let lowered = self.change_references(theirs, Change::Lower, raised).await;
+                let lowered = lowered.map_err(|(_, errno)| errno);
+                self.give_back(&[place]).await;
+                let settled = match lowered {
+                    Ok(()) => self.settle().await,
+                    failed => failed,
+                };
+                if let Err(errno) = settled {
+                    self.leave_to_repair("taking back what could not be applied", errno);
+                }
+                Err(errno)
+            }
+        }
+    }
+
+    /// Raises what the snapshot refers to, and writes the new table, all of it durably.
+    async fn share_snapshot(
+        &self,
+        theirs: &[L1Entry],
+        l1: &[L1Entry],
+        place: Run,
+    ) -> Result<(), (u64, Errno)> {
+        self.change_references(theirs, Change::Raise, u64::MAX).await?;
+        let all = |errno| (u64::MAX, errno);
+        self.write_refcounts().await.map_err(all)?;
+        self.clear_stale_flags(theirs).await.map_err(all)?;
+        let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
+        let at = place.first << self.geometry.cluster_bits;
+        let bytes = IoVec::from_ref(&bytes);
+        self.file().write(at, &bytes, WriteFlags::empty()).await.map_err(all)?;
+        self.file().flush().await.map_err(all)
+    }
+
+    /// Names the new table in the header, and shows it. The clusters of the old one.
+    async fn turn_to(&self, l1: &[L1Entry], place: Run, size: u64) -> IoResult<Run> {
+        let bits = self.geometry.cluster_bits;
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        new.l1_table_offset = place.first << bits;
+        new.l1_size = l1.len() as u32;
+        new.size = size;
+        unsettled(&mut new);
+        let old = Run {
+            first: header.l1_table_offset >> bits,
+            count: self.geometry.clusters(u64::from(header.l1_size) * 8),
+            is_fresh: false,
+        };
+        let written = self.write_header(&mut header, new).await;
+        // Also if that has failed: the disk may have either.
+        self.size.store(size, Ordering::Relaxed);
+        self.show_l1(l1);
+        written.map(|()| old)
+    }
+
+    /// Shows a table in place of the disk's. No request is in flight.
+    fn show_l1(&self, l1: &[L1Entry]) {
+        self.l1.grow(l1.len() as u64);
+        for index in 0..self.l1.entries() {
+            self.l1.set(index, l1.get(index as usize).copied().unwrap_or(L1Entry(0)));
+        }
+        self.l2.forget(|_| true);
+    }
+
+    pub(super) async fn load_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {
+        if self.is_writable {
+            return Err(Error::new("Device is not readonly"));
+        }
+        let table = self.snapshot_table()?;
+        let index = table.find(which).ok_or_else(super::not_found)?;
+        let snapshot: &Snapshot = &table.list[index];
+        let l1 = self.snapshot_l1(snapshot).await?;
+        self.show_l1(&l1);
+        Ok(())
+    }
+}
