@@ -1,7 +1,9 @@
 //! Options that several subcommands share: how they are called, and what their values mean.
 
 use super::{Context, Failed, object};
+use crate::block::SnapshotKey;
 use crate::cli::getopt::{Line, Opt, long_switch, long_valued, switch, valued};
+use crate::io::Errno;
 use crate::options::{qemuopts, size};
 use crate::tools::{Cache, Opened, Wanted};
 
@@ -58,29 +60,60 @@ pub fn check_option_list(text: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Reads `-l`, the name of an internal snapshot: `snapshot.id=…,snapshot.name=…`, or a name or number
+/// The value of `-l`, the name of an internal snapshot: `snapshot.id=…,snapshot.name=…`, or a name or number
 /// alone.
-pub fn check_snapshot(text: &str) -> Result<(), Failed> {
-    if !text.starts_with("snapshot.") {
-        return Ok(());
-    }
-    let failed = |e: crate::options::Error| {
-        Failed::from(format!("{e}\nFailed in parsing snapshot param '{text}'"))
-    };
-    let mut options = qemuopts::parse(text, None).map_err(failed)?.options;
-    options.take_str("snapshot.id").map_err(failed)?;
-    options.take_str("snapshot.name").map_err(failed)?;
-    options.finish_known().map_err(failed)
+pub struct Snapshot {
+    id: Option<String>,
+    name: Option<String>,
+    /// Either of them.
+    any: Option<String>,
 }
 
-/// Turns an image that was opened for reading to one of its internal snapshots.
-pub fn load_snapshot(image: &Opened) -> Result<(), Failed> {
-    Err(format!(
-        "Failed to load snapshot: Block format '{}' used by device '' does not support \
-         temporarily loading internal snapshots",
-        image.format()
-    )
-    .into())
+impl Snapshot {
+    pub fn parse(text: &str) -> Result<Snapshot, Failed> {
+        if !text.starts_with("snapshot.") {
+            return Ok(Snapshot { id: None, name: None, any: Some(text.to_owned()) });
+        }
+        let failed = |e: crate::options::Error| {
+            Failed::from(format!("{e}\nFailed in parsing snapshot param '{text}'"))
+        };
+        let mut options = qemuopts::parse(text, None).map_err(failed)?.options;
+        let id = options.take_str("snapshot.id").map_err(failed)?;
+        let name = options.take_str("snapshot.name").map_err(failed)?;
+        options.finish_known().map_err(failed)?;
+        Ok(Snapshot { id, name, any: None })
+    }
+
+    fn key(&self) -> Option<SnapshotKey<'_>> {
+        match (&self.any, &self.id, &self.name) {
+            (Some(any), ..) => Some(SnapshotKey::IdOrName(any)),
+            (None, Some(id), Some(name)) => Some(SnapshotKey::IdAndName(id, name)),
+            (None, Some(id), None) => Some(SnapshotKey::Id(id)),
+            (None, None, Some(name)) => Some(SnapshotKey::Name(name)),
+            (None, None, None) => None,
+        }
+    }
+
+    /// Turns an image that was opened for reading to it.
+    pub async fn load(&self, image: &Opened) -> Result<(), Failed> {
+        let failed = |text: String| Failed::from(format!("Failed to load snapshot: {text}"));
+        let Some(snapshots) = image.node().driver().image().and_then(|image| image.snapshots())
+        else {
+            return Err(failed(format!(
+                "Block format '{}' used by device '' does not support temporarily loading internal \
+                 snapshots",
+                image.format()
+            )));
+        };
+        let loaded = match self.key() {
+            Some(key) => snapshots.load(key).await,
+            None => return Err(failed("snapshot_id and name are both NULL".into())),
+        };
+        loaded.map_err(|error| match error.errno() {
+            Some(Errno(libc::ENOENT)) => failed("Can't find snapshot".into()),
+            _ => failed(error.to_string()),
+        })
+    }
 }
 
 /// Whether the output is to be JSON.

@@ -59,6 +59,7 @@ struct Asked {
     sparse: Option<u64>,
     rate: Option<u64>,
     lanes: usize,
+    snapshot: Option<arguments::Snapshot>,
     /// Those of `-o`, as text.
     options: Map,
     wants_help: bool,
@@ -70,6 +71,7 @@ impl Asked {
             sparse: Some(4096),
             rate: None,
             lanes: 8,
+            snapshot: None,
             options: Map::new(),
             wants_help: false,
         };
@@ -81,7 +83,7 @@ impl Asked {
                     asked.wants_help |= parsed.help;
                     asked.options.merge(parsed.options).map_err(|e| e.to_string())?;
                 }
-                "l" => arguments::check_snapshot(text)?,
+                "l" => asked.snapshot = Some(arguments::Snapshot::parse(text)?),
                 "S" => asked.sparse = parse_sparse(text)?,
                 "r" => asked.rate = Some(arguments::any_number(text, "rate limit")?),
                 "m" => {
@@ -173,11 +175,11 @@ async fn convert(
         sources.push(Arc::new(images.open(&Wanted { cache, exclusive: true, ..wanted }).await?));
     }
     let len = sources.iter().map(|source| source.len()).sum();
-    if line.has("l") {
+    if let Some(snapshot) = &asked.snapshot {
         if sources.len() > 1 {
             return Err("No support for concatenating multiple snapshot".into());
         }
-        arguments::load_snapshot(&sources[0])?;
+        snapshot.load(&sources[0]).await?;
     }
     let Asked { sparse, rate, lanes, options, .. } = asked;
     let Some(target) = open_target(images, line, target, options, len, &sources).await? else {

@@ -1,8 +1,8 @@
 //! `info`: what there is to tell of an image, and of those it stands on.
 
 use super::arguments::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
-use super::{Context, Ended, Failed, Tool, outln};
-use crate::block::ImageInfo;
+use super::{Context, Ended, Failed, Tool, outln, snapshot_list};
+use crate::block::{ImageInfo, SnapshotInfo};
 use crate::cli::getopt::{Line, long_switch};
 use crate::options::{Map, Value, filename, json, size};
 use crate::tools::{Images, Opened, Wanted};
@@ -147,6 +147,9 @@ impl About {
                 outln!("backing file format: {format}");
             }
         }
+        if !info.snapshots.is_empty() {
+            snapshot_list::print(&info.snapshots);
+        }
         if let Some(specific) = &info.specific {
             print_specific(specific);
         }
@@ -162,6 +165,8 @@ impl About {
                 map.insert(key, value);
             }
         };
+        let snapshots: Vec<_> = info.snapshots.iter().map(SnapshotInfo::to_value).collect();
+        add("snapshots", (!snapshots.is_empty()).then_some(Value::List(snapshots)));
         add("backing-filename-format", info.backing_format.as_ref().map(text));
         add("virtual-size", Some(self.virtual_size.into()));
         add("filename", Some(text(&self.filename)));

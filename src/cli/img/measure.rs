@@ -31,7 +31,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     for text in line.all("o") {
         arguments::check_option_list(text)?;
     }
-    let snapshot = line.get("l").map(arguments::check_snapshot).transpose()?;
+    let snapshot = line.get("l").map(arguments::Snapshot::parse).transpose()?;
     let json = arguments::json(&line)?;
     let size = line.get("size").map(|text| arguments::any_number(text, "image size"));
     let size = size.transpose()?;
@@ -60,8 +60,8 @@ async fn run(context: &Context, line: Line) -> Ended {
         }
         None => None,
     };
-    if let (Some(image), Some(_)) = (&image, &snapshot) {
-        arguments::load_snapshot(image)?;
+    if let (Some(image), Some(snapshot)) = (&image, &snapshot) {
+        snapshot.load(image).await?;
     }
     let format = line.get("O").unwrap_or("raw");
     let registry = drivers::registry();

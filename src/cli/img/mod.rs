@@ -22,6 +22,7 @@ mod personality;
 mod rebase;
 mod resize;
 mod snapshot;
+mod snapshot_list;
 
 pub use info::print_specific;
 pub use personality::{VERSION, qemu_img, trace};

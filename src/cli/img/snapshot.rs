@@ -1,12 +1,12 @@
 //! `snapshot`: the internal snapshots of an image.
-//!
-//! No driver here has any yet, so lists are empty and everything else is refused, in the words that
-//! qemu-img has for such images.
 
 use super::arguments::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, QUIET};
-use super::{Context, Ended, Failed, Tool};
+use super::{Context, Ended, Failed, Tool, snapshot_list};
+use crate::block::{Error, NewSnapshot, SnapshotKey, Snapshots};
 use crate::cli::getopt::{Line, switch, valued};
-use crate::tools::Wanted;
+use crate::io::Errno;
+use crate::tools::{Opened, Wanted};
+use std::time::SystemTime;
 
 pub static TOOL: Tool = Tool {
     name: "snapshot",
@@ -41,22 +41,75 @@ async fn run(context: &Context, line: Line) -> Ended {
     let images = context.images();
     let image = images.open(&Wanted { writable, ..wanted }).await?;
     let ended = match action {
-        None | Some(("l", _)) => Ok(0),
-        Some((action, snapshot)) => Err(refusal(action, snapshot).into()),
+        Some(("a", snapshot)) => apply(&image, snapshot).await,
+        Some(("c", snapshot)) => create(&image, snapshot).await,
+        Some(("d", snapshot)) => delete(&image, snapshot).await,
+        _ => list(&image, name),
     };
     images.close(image).await?;
     images.end().await;
     ended
 }
 
-fn refusal(action: &str, snapshot: &str) -> String {
-    match action {
-        "c" => {
-            format!("Could not create snapshot '{snapshot}': -95 (Operation not supported)")
+/// What the format can do with internal snapshots.
+fn snapshots(image: &Opened) -> Option<&dyn Snapshots> {
+    image.node().driver().image()?.snapshots()
+}
+
+fn list(image: &Opened, name: &str) -> Ended {
+    if let Some(snapshots) = snapshots(image) {
+        match snapshots.list() {
+            Ok(all) if !all.is_empty() => snapshot_list::print(&all),
+            Err(error) if error.errno() != Some(Errno::ENOTSUP) => {
+                return Err(error.at(format!("Could not open '{name}'")).into());
+            }
+            _ => {}
         }
-        "a" => format!(
-            "Could not apply snapshot '{snapshot}': Block driver does not support snapshots"
-        ),
-        _ => format!("Could not delete snapshot '{snapshot}': snapshot not found"),
+    }
+    Ok(0)
+}
+
+async fn create(image: &Opened, name: &str) -> Ended {
+    let date = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let made = match snapshots(image) {
+        // As many instructions as qemu-img writes down.
+        Some(snapshots) => snapshots.create(NewSnapshot { name, date, icount: Some(0) }).await,
+        None => Err(Error::os("", Errno::ENOTSUP)),
+    };
+    match made {
+        Ok(_) => Ok(0),
+        Err(error) => {
+            let errno = error.errno().unwrap_or(Errno::EIO);
+            Err(format!("Could not create snapshot '{name}': -{} ({errno})", errno.0).into())
+        }
+    }
+}
+
+async fn apply(image: &Opened, name: &str) -> Ended {
+    let failed = |text: String| Failed::from(format!("Could not apply snapshot '{name}': {text}"));
+    let Some(snapshots) = snapshots(image) else {
+        return Err(failed("Block driver does not support snapshots".into()));
+    };
+    match snapshots.apply(SnapshotKey::IdOrName(name)).await {
+        Ok(()) => Ok(0),
+        Err(error) => Err(failed(match error.errno() {
+            Some(errno) => format!("Failed to load snapshot: {errno}"),
+            None => error.to_string(),
+        })),
+    }
+}
+
+async fn delete(image: &Opened, name: &str) -> Ended {
+    let failed = |text: &str| Failed::from(format!("Could not delete snapshot '{name}': {text}"));
+    let deleted = match snapshots(image) {
+        Some(snapshots) => snapshots.delete(SnapshotKey::Name(name)).await,
+        None => return Err(failed("snapshot not found")),
+    };
+    match deleted {
+        Ok(_) => Ok(0),
+        Err(error) if error.errno() == Some(Errno(libc::ENOENT)) => {
+            Err(failed("snapshot not found"))
+        }
+        Err(error) => Err(failed(&error.to_string())),
     }
 }
