@@ -6,6 +6,7 @@ mod holders;
 mod live;
 mod patience;
 mod pending;
+mod snapshots;
 
 pub use live::ExportInfo;
 pub use patience::is_locked;

@@ -4,9 +4,9 @@
 //! program has; one that is not there is not listed.
 
 use super::slow::{self, Later};
-use crate::block::Error;
 use crate::block::graph::NodeInfo;
 use crate::block::node::DetectZeroes;
+use crate::block::{Error, SnapshotInfo};
 use crate::export::vhost_user_blk::{Failure, IoError};
 use crate::io::Errno;
 use crate::options::{self, Map, Value};
@@ -198,7 +198,7 @@ fn query_commands(_: &mut Service, arguments: Map) -> Outcome {
 
 /// `BlockDeviceInfo` of QEMU's schema.
 pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
-    let NodeInfo { name, driver, read_only, active, options, len, filename, .. } = info;
+    let NodeInfo { name, driver, read_only, active, options, len, filename, snapshots, .. } = info;
     let filename = filename.unwrap_or_else(|| format!("json:{{\"driver\": \"{driver}\"}}"));
     let mut image = Map::from_iter([
         ("virtual-size", Value::from(len)),
@@ -206,6 +206,10 @@ pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
         ("format", Value::from(driver)),
         ("dirty-flag", Value::from(false)),
     ]);
+    if !snapshots.is_empty() {
+        let list = snapshots.iter().map(SnapshotInfo::to_value).collect();
+        image.insert("snapshots", Value::List(list));
+    }
     if let Some(allocated) = allocated {
         image.insert("actual-size", Value::from(allocated));
     }

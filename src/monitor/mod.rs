@@ -8,6 +8,7 @@
 //! | `framing` | where one JSON value ends and the next begins |
 //! | `commands` | what each command does |
 //! | `slow` | those that wait for storage or guests |
+//! | `snapshots` | those for internal snapshots |
 //!
 //! The rule held here: one thread, which no guest's requests go through, serves all monitors; what a
 //! client can make it keep is bounded, and a client that does not read holds up nobody else.
@@ -19,6 +20,7 @@ mod framing;
 mod poll;
 mod session;
 mod slow;
+mod snapshots;
 
 pub use chardev::Chardev;
 pub use control::Control;

@@ -2,6 +2,7 @@
 //! looks now and then whether they have ended and serves other clients meanwhile.
 
 use super::commands::{self, CommandError, Outcome, done};
+use super::snapshots;
 use crate::block::Error;
 use crate::options::{self, Map, Value};
 use crate::service::{Pending, Service, is_locked};
@@ -14,16 +15,18 @@ pub type Later = Box<dyn FnMut(&mut Service) -> Option<Outcome>>;
 type Begin = fn(&mut Service, Map) -> Result<Later, CommandError>;
 
 /// By name.
-pub const COMMANDS: [(&str, Begin); 5] = [
+pub const COMMANDS: &[(&str, Begin)] = &[
     ("block-export-add", block_export_add),
     ("block_resize", block_resize),
     ("blockdev-add", blockdev_add),
     ("blockdev-del", blockdev_del),
+    ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
+    ("blockdev-snapshot-internal-sync", snapshots::create),
     ("query-named-block-nodes", query_named_block_nodes),
 ];
 
 /// How long the thread itself waits. Nearly all commands take less.
-const AT_ONCE: Duration = Duration::from_millis(20);
+pub(super) const AT_ONCE: Duration = Duration::from_millis(20);
 
 /// How long a lock is tried that is held by somebody else, who may be about to give it up.
 const GRACE: Duration = Duration::from_millis(200);
@@ -32,7 +35,7 @@ const GRACE: Duration = Duration::from_millis(200);
 const STORAGE: Duration = Duration::from_secs(1);
 
 /// The outcome of something that is under way.
-fn when_done(pending: Pending<Result<(), Error>>) -> Later {
+pub(super) fn when_done(pending: Pending<Result<(), Error>>) -> Later {
     let mut wait = AT_ONCE;
     Box::new(move |_| pending.poll(std::mem::take(&mut wait)).map(done))
 }

@@ -1,0 +1,64 @@
+//! The commands for internal snapshots.
+
+use super::commands::{CommandError, Outcome};
+use super::slow::{AT_ONCE, Later, when_done};
+use crate::block::{Abilities, Node};
+use crate::options::{self, Map};
+use crate::service::Service;
+use serde::Deserialize;
+use std::sync::Arc;
+
+pub fn create(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        device: String,
+        name: String,
+    }
+    let Arguments { device, name } = options::from_map(arguments)?;
+    let node = root(service, &device)?;
+    if node.options().read_only || node.traits().abilities.contains(Abilities::READ_ONLY) {
+        return Err(CommandError::new(format!("Device '{}' is read only", node.name())));
+    }
+    Ok(when_done(service.create_snapshot(&node, name)))
+}
+
+pub fn delete(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        device: String,
+        id: Option<String>,
+        name: Option<String>,
+    }
+    let Arguments { device, id, name } = options::from_map(arguments)?;
+    let node = root(service, &device)?;
+    let pending = service.delete_snapshot(&node, id, name);
+    let mut wait = AT_ONCE;
+    Ok(Box::new(move |_| {
+        let outcome: Outcome = pending
+            .poll(std::mem::take(&mut wait))?
+            .map_err(Into::into)
+            .map(|snapshot| snapshot.to_value());
+        Some(outcome)
+    }))
+}
+
+/// The node of this name, which no other node stands on.
+fn root(service: &Service, device: &str) -> Result<Arc<Node>, CommandError> {
+    let shown = device.escape_debug();
+    let Ok(node) = service.graph().find(device) else {
+        let text = format!("Cannot find device='{shown}' nor node-name='{shown}'");
+        return Err(CommandError::new(text));
+    };
+    let is_child = |other: &Arc<Node>| {
+        other.driver().children().iter().any(|child| Arc::ptr_eq(&child.node(), &node))
+    };
+    if service.graph().nodes().iter().any(is_child) {
+        return Err(CommandError::new("Need a root block node"));
+    }
+    if !node.is_active() {
+        return Err(CommandError::new(format!("Node '{shown}' is inactive")));
+    }
+    Ok(node)
+}

@@ -1,0 +1,91 @@
+//! Internal snapshots of nodes in use, as QMP makes and deletes them.
+
+use super::{Pending, Service};
+use crate::block::{Error, NewSnapshot, Node, SnapshotInfo, SnapshotKey, Snapshots};
+use crate::io::Errno;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+impl Service {
+    /// Keeps a node's disk as it is now, under a name that no snapshot of it has.
+    pub fn create_snapshot(&self, node: &Arc<Node>, name: String) -> Pending<Result<(), Error>> {
+        let (graph, node) = (self.graph.clone(), node.clone());
+        Pending::start(&self.control, move || async move {
+            let work = async |snapshots: &dyn Snapshots| make(snapshots, &node, &name).await;
+            match graph.with_snapshots(&node, work).await {
+                Some(result) => result,
+                None => Err(Error::new(format!(
+                    "Block format '{}' used by device '{}' does not support internal snapshots",
+                    node.driver().name(),
+                    node.name()
+                ))),
+            }
+        })
+    }
+
+    /// Deletes a snapshot of a node's disk, which has this identifier, this name, or both. What it was.
+    pub fn delete_snapshot(
+        &self,
+        node: &Arc<Node>,
+        id: Option<String>,
+        name: Option<String>,
+    ) -> Pending<Result<SnapshotInfo, Error>> {
+        let (graph, node) = (self.graph.clone(), node.clone());
+        Pending::start(&self.control, move || async move {
+            let work = async |snapshots: &dyn Snapshots| {
+                delete(snapshots, &node, id.as_deref(), name.as_deref()).await
+            };
+            match graph.with_snapshots(&node, work).await {
+                Some(result) => result,
+                None => Err(no_list(Error::os("", Errno::ENOTSUP))),
+            }
+        })
+    }
+}
+
+fn no_list(error: Error) -> Error {
+    let errno = error.errno().unwrap_or(Errno::EIO);
+    Error::os("Failed to get a snapshot list", errno)
+}
+
+async fn make(snapshots: &dyn Snapshots, node: &Node, name: &str) -> Result<(), Error> {
+    if name.is_empty() {
+        return Err(Error::new("Name is empty"));
+    }
+    let device = node.name();
+    if snapshots.list().map_err(no_list)?.iter().any(|one| one.name == name) {
+        return Err(Error::new(format!(
+            "Snapshot with name '{name}' already exists on device '{device}'"
+        )));
+    }
+    let date = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let made = snapshots.create(NewSnapshot { name, date, icount: None }).await;
+    made.map(drop).map_err(|error| {
+        let errno = error.errno().unwrap_or(Errno::EIO);
+        Error::os(format!("Failed to create snapshot '{name}' on device '{device}'"), errno)
+    })
+}
+
+async fn delete(
+    snapshots: &dyn Snapshots,
+    node: &Node,
+    id: Option<&str>,
+    name: Option<&str>,
+) -> Result<SnapshotInfo, Error> {
+    let key = match (id, name) {
+        (Some(id), Some(name)) => SnapshotKey::IdAndName(id, name),
+        (Some(id), None) => SnapshotKey::Id(id),
+        (None, Some(name)) => SnapshotKey::Name(name),
+        (None, None) => return Err(Error::new("Name or id must be provided")),
+    };
+    snapshots.list().map_err(no_list)?;
+    snapshots.delete(key).await.map_err(|error| match error.errno() {
+        Some(Errno(libc::ENOENT)) => Error::new(format!(
+            "Snapshot with id '{}' and name '{}' does not exist on device '{}'",
+            id.unwrap_or("null"),
+            name.unwrap_or("null"),
+            node.name()
+        )),
+        _ => error,
+    })
+}
