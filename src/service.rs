@@ -145,7 +145,7 @@ pub struct NewExport {
 impl Service {
     /// A service without anything. `policy` says what may be opened.
     pub fn new(registry: &'static Registry, policy: OpenPolicy) -> Result<Service, Error> {
-        let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+        let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
         let control = start_worker("control", options)?;
         let graph = Graph::with_policy(registry, policy);
         let ended = Ended::new()?;

@@ -213,7 +213,8 @@ fn costs_nothing(options: &str, pending: bool) {
 /// The same while bitmaps of these granularities record.
 fn costs_nothing_with(options: &str, pending: bool, bitmaps: &'static [u64]) {
     let poll_max = Duration::ZERO;
-    let worker = Worker::start("counted", WorkerOptions { poll_max, cpu: None }).unwrap();
+    let worker =
+        Worker::start("counted", WorkerOptions { poll_max, ..WorkerOptions::default() }).unwrap();
     let graph = Graph::new(&REGISTRY);
     let map = keyval::parse(&format!("{options},node-name=top"), None).unwrap().options;
     let node = graph.open_on(&worker, map).unwrap();

@@ -186,6 +186,7 @@ impl Serve {
             let options = WorkerOptions {
                 poll_max: Duration::from_micros(self.poll_max_us),
                 cpu: pinned.map(|cpus| cpus[index % cpus.len()]),
+                ..WorkerOptions::default()
             };
             service.add_iothread(&name, options)?;
             names.push(name);

@@ -1,6 +1,7 @@
 //! Work that really blocks (ioctl, lseek for holes, open) on a few threads of its own, so that it
-//! never stops a worker.
+//! never stops a worker, unless the worker may be stopped.
 
+use super::may_block;
 use super::pool::Pool;
 use super::sync::Mutex;
 use std::future::Future;
@@ -34,8 +35,11 @@ impl<T> Future for Offloaded<T> {
     }
 }
 
-/// Runs `work` on a thread that may block.
+/// Runs `work` on a thread that may block: this one, if it may.
 pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    if may_block() {
+        return work();
+    }
     let slot = Arc::new(Mutex::new(Slot { result: None, waker: None }));
     let theirs = slot.clone();
     let job: Box<dyn FnOnce() + Send> = Box::new(move || {

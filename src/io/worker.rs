@@ -27,11 +27,14 @@ pub struct WorkerOptions {
     pub poll_max: Duration,
     /// The processor that it is pinned to.
     pub cpu: Option<usize>,
+    /// Nobody waits for it but its own tasks: what is mostly a copy, or would be done by another
+    /// thread ([`super::offload`]), is done in place ([`may_block`]).
+    pub may_block: bool,
 }
 
 impl Default for WorkerOptions {
     fn default() -> WorkerOptions {
-        WorkerOptions { poll_max: Duration::from_nanos(32_768), cpu: None }
+        WorkerOptions { poll_max: Duration::from_nanos(32_768), cpu: None, may_block: false }
     }
 }
 
@@ -48,6 +51,7 @@ pub(super) struct Shared {
     pub(super) wake: EventFd,
     pub(super) stopping: AtomicBool,
     pub(super) poll_max_ns: u64,
+    may_block: bool,
 }
 
 pub(super) enum Message {
@@ -65,6 +69,11 @@ thread_local! {
 /// On a thread that is no worker.
 pub fn current() -> Rc<Io> {
     CURRENT.with_borrow(|io| io.clone()).expect("called on a worker's thread")
+}
+
+/// Whether this thread is a worker that may be kept waiting ([`WorkerOptions::may_block`]).
+pub fn may_block() -> bool {
+    CURRENT.with_borrow(|io| io.as_ref().is_some_and(|io| io.shared.may_block))
 }
 
 pub(super) fn set_current(io: Option<Rc<Io>>) {
@@ -270,6 +279,7 @@ impl Shared {
             wake: EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?,
             stopping: AtomicBool::new(false),
             poll_max_ns: options.poll_max.as_nanos() as u64,
+            may_block: options.may_block,
         }))
     }
 }
@@ -286,7 +296,7 @@ where
     T: 'static,
     F: Future<Output = T> + 'static,
 {
-    let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+    let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
     let shared = Shared::new("simulated", options).expect("an eventfd");
     let mut local = Local::new(ring, shared);
     let future = make(&mut local);

@@ -19,8 +19,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use turns::{Signal, Turns};
 
-/// The most that one lane reads at once, in bytes.
+/// The most that one lane reads at once, in bytes, from the storage itself.
 const CHUNK: u64 = 2 << 20;
+/// The same through the host's page cache: the processor moves it there and back, and its own caches
+/// should still hold it when it is written.
+const CACHED_CHUNK: u64 = 512 << 10;
 /// What runs of zeroes are at least rounded to, in bytes, so that a target's writes are whole pages.
 const PAGE: u64 = 4096;
 
@@ -45,6 +48,14 @@ pub struct Copy {
     pub salvage: bool,
     /// Bytes in a second, at most.
     pub rate: Option<u64>,
+}
+
+impl Copy {
+    /// The most that one lane reads at once, in bytes.
+    fn chunk(&self) -> u64 {
+        let mut images = self.sources.iter().chain([&self.target]);
+        if images.any(|image| image.node().options().direct) { CHUNK } else { CACHED_CHUNK }
+    }
 }
 
 /// Why a copy has ended early.
@@ -154,7 +165,8 @@ impl Shared {
         self.hold_rate(piece.len).await;
         let buffer = match buffer {
             Some(buffer) => buffer,
-            None => buffer.insert(AlignedBuf::new(CHUNK as usize, 4096).ok_or(Trouble::Memory)?),
+            None => buffer
+                .insert(AlignedBuf::new(self.copy.chunk() as usize, 4096).ok_or(Trouble::Memory)?),
         };
         let bytes = &mut buffer[..piece.len as usize];
         match piece.kind {

@@ -108,7 +108,7 @@ impl Files {
 
     /// Opens the image called `top`, and gives the drivers and files of its chain, or the error.
     fn open(&self, policy: OpenPolicy, top: &str, more: &str) -> Result<Vec<String>, String> {
-        let worker = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+        let worker = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
         let worker = Worker::start("test", worker).unwrap();
         let graph = Graph::with_policy(&NOTES, policy);
         let path = self.path(top);

@@ -179,7 +179,7 @@ fn all_drivers_keep_the_contract_on_a_simulated_ring() {
 
 #[test]
 fn all_drivers_keep_the_contract_on_a_real_worker() {
-    let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+    let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
     let worker = Worker::start("conformance", options).unwrap();
     for case in cases() {
         let (sender, receiver) = std::sync::mpsc::channel();

@@ -237,9 +237,11 @@ async fn convert(
 /// Workers beside the one that the tool runs on.
 fn helpers(lanes: usize) -> Vec<Worker> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let count = processors.min(4).min(lanes) - 1;
+    // Some wait for the storage.
+    let count = (2 * processors).min(lanes) - 1;
+    let options = WorkerOptions { may_block: true, ..WorkerOptions::default() };
     // Fewer are slower, and that is all.
-    (0..count).map_while(|_| Worker::start("convert", WorkerOptions::default()).ok()).collect()
+    (0..count).map_while(|_| Worker::start("convert", options).ok()).collect()
 }
 
 fn describe(trouble: Trouble) -> Failed {

@@ -202,7 +202,9 @@ pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> 
             personality::print_help(context, Some(tool));
             return Ok(0);
         }
-        let options = WorkerOptions::default();
+        // How long requests take beside each other can be told only if each is waited for by itself.
+        let may_block = tool.name != bench::TOOL.name;
+        let options = WorkerOptions { may_block, ..WorkerOptions::default() };
         let worker =
             Worker::start(tool.name, options).map_err(|e| format!("cannot start a worker: {e}"))?;
         let context = context.clone();

@@ -72,6 +72,8 @@ pub struct FileDriver {
     /// `cache.no-flush`: nothing needs to be durable.
     no_flush: bool,
     in_memory: bool,
+    /// A regular file in the host's page cache.
+    is_cached: bool,
     /// `drop-cache`: what is in the host's page cache is not to be trusted when the image becomes
     /// ours.
     drops_cache: bool,
@@ -106,6 +108,7 @@ impl FileDriver {
             traits,
             len: AtomicU64::new(opened.len),
             no_flush: node.no_flush,
+            is_cached: opened.kind == Kind::Regular && !node.direct,
             in_memory: opened.kind == Kind::Regular && sys::is_in_memory(&file),
             drops_cache: options.drop_cache && !node.direct,
             flushes: Flushes::default(),
@@ -124,6 +127,22 @@ impl FileDriver {
     /// How many fsyncs have reached the file.
     pub fn flushes(&self) -> u64 {
         self.flushes.count()
+    }
+
+    /// Moves bytes in place, between here and the page cache, where that may be waited for. Whether
+    /// all were moved; if not, the ring is to do it, which knows what to make of a short transfer.
+    fn moved_in_place(&self, at: u64, memory: &IoVec<'_>, way: sys::Way) -> bool {
+        if !self.is_cached || !io::may_block() {
+            return false;
+        }
+        // The storage is waited for by the ring, so that others can be asked meanwhile.
+        let way = match way {
+            sys::Way::Read if !self.in_memory => sys::Way::ReadCached,
+            way => way,
+        };
+        // SAFETY: the list's memory stays mapped as long as it is borrowed.
+        let moved = unsafe { sys::transfer(self.fd, at, memory.as_raw(), way) };
+        moved as u64 == memory.len()
     }
 
     fn length(&self) -> u64 {
@@ -255,7 +274,12 @@ impl Driver for FileDriver {
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(io::read(self.fd, at, into))
+        Box::pin(async move {
+            match self.moved_in_place(at, into, sys::Way::Read) {
+                true => Ok(()),
+                false => io::read(self.fd, at, into).await,
+            }
+        })
     }
 
     fn write<'a>(
@@ -272,7 +296,7 @@ impl Driver for FileDriver {
             }
             if flags.contains(WriteFlags::FUA) && !self.no_flush {
                 self.write_durable(at, from).await?;
-            } else {
+            } else if !self.moved_in_place(at, from, sys::Way::Write) {
                 io::write(self.fd, at, from, Durable::No).await?;
             }
             if grow { Ok(()) } else { self.grown(at + from.len()).await }
@@ -324,10 +348,10 @@ impl Driver for FileDriver {
 impl Leaf for FileDriver {
     unsafe fn start(&self, io: &Io, transfer: Transfer<'_>, token: Token) -> Started {
         if self.in_memory && transfer.len <= COPY_LIMIT {
-            let write = transfer.access != Access::Read;
+            let read = transfer.access == Access::Read;
+            let way = if read { sys::Way::Read } else { sys::Way::Write };
             // SAFETY: the caller keeps the segments mapped.
-            let moved =
-                unsafe { sys::transfer(self.fd, transfer.offset, transfer.segments, write) };
+            let moved = unsafe { sys::transfer(self.fd, transfer.offset, transfer.segments, way) };
             if moved == transfer.len as usize {
                 return Started::Done(Ok(()));
             }

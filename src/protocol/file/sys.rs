@@ -154,26 +154,33 @@ pub fn is_in_memory(file: &File) -> bool {
     magic == libc::TMPFS_MAGIC || magic == RAMFS_MAGIC
 }
 
-/// preadv or pwritev, once. The count of bytes moved; a failure is a count of zero.
+/// What [`transfer`] does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Read,
+    /// Only what is in memory: nothing, where the storage or the file system cannot tell.
+    ReadCached,
+    Write,
+}
+
+/// preadv2 or pwritev, once. The count of bytes moved; a failure is a count of zero.
 ///
 /// # Safety
 /// The segments must be mapped, for a read writable.
-pub unsafe fn transfer(
-    fd: libc::c_int,
-    offset: u64,
-    segments: &[libc::iovec],
-    write: bool,
-) -> usize {
+pub unsafe fn transfer(fd: libc::c_int, offset: u64, segments: &[libc::iovec], way: Way) -> usize {
     let (Ok(offset), Ok(count)) = (signed(offset), libc::c_int::try_from(segments.len())) else {
         return 0;
     };
     // SAFETY: the caller's promise, and the list is as long as is said.
     let moved = unsafe {
-        match (segments, write) {
-            ([one], false) => libc::pread64(fd, one.iov_base, one.iov_len, offset),
-            ([one], true) => libc::pwrite64(fd, one.iov_base, one.iov_len, offset),
-            (many, false) => libc::preadv64(fd, many.as_ptr(), count, offset),
-            (many, true) => libc::pwritev64(fd, many.as_ptr(), count, offset),
+        match (segments, way) {
+            ([one], Way::Read) => libc::pread64(fd, one.iov_base, one.iov_len, offset),
+            ([one], Way::Write) => libc::pwrite64(fd, one.iov_base, one.iov_len, offset),
+            (many, Way::Read) => libc::preadv64(fd, many.as_ptr(), count, offset),
+            (many, Way::ReadCached) => {
+                libc::preadv64v2(fd, many.as_ptr(), count, offset, libc::RWF_NOWAIT)
+            }
+            (many, Way::Write) => libc::pwritev64(fd, many.as_ptr(), count, offset),
         }
     };
     usize::try_from(moved).unwrap_or(0)

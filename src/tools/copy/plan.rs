@@ -1,7 +1,7 @@
 //! What is left to copy, dealt out piece by piece.
 
 use super::turns::Signal;
-use super::{CHUNK, Copy, Trouble};
+use super::{Copy, Trouble};
 use crate::block::{Precision, Status};
 use crate::io::sync::Mutex;
 use crate::tools::extents::{self, Run};
@@ -78,7 +78,7 @@ impl Plan {
             }
             self.freed.wait(|| self.place.lock().is_some()).await;
         };
-        let next = place.next(copy, CHUNK).await;
+        let next = place.next(copy, copy.chunk()).await;
         *self.place.lock() = Some(place);
         self.freed.notify();
         next
@@ -127,7 +127,7 @@ impl Place {
         let run = match looked {
             Ok(run) => run,
             // Reading will tell.
-            Err(_) if copy.salvage => return Ok((Some(Kind::Data), left.min(CHUNK))),
+            Err(_) if copy.salvage => return Ok((Some(Kind::Data), left.min(copy.chunk()))),
             Err(errno) => return Err(Trouble::Status(self.start + self.at, errno)),
         };
         Ok((kind_of(copy, &run), run.len))

@@ -68,7 +68,7 @@ struct Served {
 
 static SERVED: LazyLock<Mutex<Served>> = LazyLock::new(|| {
     let start = |name| {
-        let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+        let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
         Arc::new(Worker::start(name, options).expect("a worker"))
     };
     let workers = vec![start("fuzz0"), start("fuzz1")];

@@ -32,7 +32,7 @@ pub struct Disk {
 
 impl Bench {
     pub fn new() -> Bench {
-        let options = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+        let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
         let worker = Worker::start("test", options).unwrap();
         Bench { graph: Graph::new(vublk::drivers::registry()), worker }
     }

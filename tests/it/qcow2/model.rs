@@ -156,7 +156,7 @@ fn two_workers_agree_with_the_model() {
     for (n, kind) in KINDS.iter().enumerate() {
         let ground = [Ground::Grows, Ground::Overlay, Ground::SmallCache][n % 3];
         let (disks, options) = setup(kind, ground, seed);
-        let quiet = WorkerOptions { poll_max: Duration::ZERO, cpu: None };
+        let quiet = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
         let workers: Vec<_> =
             (0..2).map(|n| Worker::start(&format!("qcow{n}"), quiet).unwrap()).collect();
         let image = workers[0].block_on(move || async move { Image::open(&options).await });
