@@ -3,13 +3,14 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test test-without-io-uring bench fuzz install
+.PHONY: help setup demo test test-without-io-uring bench bench-nvme fuzz install
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
 	@echo 'make test   all tests, as CI runs them'
 	@echo 'make test-without-io-uring  the tests of disks where threads do the I/O'
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
+	@echo 'make bench-nvme  measure the NVMe driver in a guest, beside qemu-storage-daemon and the kernel'
 	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
 	@echo 'make soak   a guest under load through kills, upgrades, resizes, hot-plug and migration, SOAK_SECONDS=3600'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
@@ -38,6 +39,10 @@ test-without-io-uring: setup
 bench: setup
 	$(CARGO) build --release --locked
 	$(CARGO) run --release --locked -p vublk-bench -- $(BENCH)
+
+bench-nvme: setup
+	$(CARGO) build --release --locked
+	$(CARGO) run --release --locked -p vublk-bench -- nvme $(BENCH)
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= virtqueue vhost_user_messages options

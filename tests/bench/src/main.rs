@@ -7,6 +7,7 @@ mod groups;
 mod load;
 mod machine;
 mod null_backend;
+mod nvme;
 mod restart;
 mod results;
 mod servers;
@@ -62,6 +63,11 @@ struct Cli {
 enum Role {
     /// Serve a null disk with the stock vhost-user-backend crate
     NullServer { socket: PathBuf },
+    /// Measure an emulated NVMe controller in a guest
+    Nvme(nvme::Nvme),
+    /// What runs inside that guest
+    #[command(hide = true)]
+    NvmeGuest(nvme::InGuest),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -90,6 +96,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Some(Role::NullServer { socket }) => null_backend::serve(socket),
+        Some(Role::Nvme(options)) => nvme::bench(options, &cli.vublk)
+            .map(|verdicts| conclude(&verdicts))
+            .map_err(|e| e.to_string()),
+        Some(Role::NvmeGuest(options)) => nvme::in_guest(options).map_err(|e| e.to_string()),
         None => bench(cli).map_err(|e| e.to_string()),
     };
     match result {

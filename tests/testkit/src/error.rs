@@ -51,7 +51,7 @@ impl std::error::Error for Error {}
 
 impl Error {
     /// For `map_err`: names the system call that failed.
-    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
         let what = what.into();
         move |e| Error::Io(what, e)
     }
