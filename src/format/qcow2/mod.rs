@@ -114,6 +114,8 @@ pub struct Qcow2 {
     header: Lock<Header>,
     /// What `header` guards, for those who only look.
     header_copy: Mutex<Header>,
+    /// Whether the disk may have another one than is in memory.
+    is_header_in_doubt: AtomicBool,
     /// Tables that lie where the header says.
     fixed_tables: Mutex<Vec<(&'static str, u64, u64)>>,
     /// Held while an L1 entry changes.

@@ -135,6 +135,7 @@ impl Refcounts {
 
     /// Hands to the kernel what has changed.
     pub async fn write(&mut self, image: &Qcow2) -> IoResult {
+        image.settle_header().await?;
         self.write_entries(image).await?;
         let dirty: Vec<usize> = self
             .blocks

@@ -75,15 +75,34 @@ impl Qcow2 {
     }
 
     /// Writes changed fields of the header, durably. `current` is what the lock guards.
+    ///
+    /// When it fails the disk may have it or not: it holds in memory, and [`Self::settle_header`]
+    /// writes it again.
     pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
         let bytes = new.fields();
-        // The disk may have it even if writing fails.
+        self.is_header_in_doubt.store(true, Ordering::SeqCst);
         *self.fixed_tables.lock() = fixed_tables(&new);
         *self.header_copy.lock() = new.clone();
         *current = new;
         let file = self.file();
         file.write(0, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        file.flush().await
+        file.flush().await?;
+        self.is_header_in_doubt.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Sees to it that the disk has the header that is in memory.
+    pub(super) async fn settle_header(&self) -> IoResult {
+        if !self.is_header_in_doubt.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let mut header = self.header.lock().await;
+        // Whoever had it may have written it meanwhile.
+        if !self.is_header_in_doubt.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let same = header.clone();
+        self.write_header(&mut header, same).await
     }
 
     /// What has to be on disk before the first write: that promises of others are not kept, and, with
@@ -105,7 +124,7 @@ impl Qcow2 {
         if self.has_lazy_refcounts {
             new.incompatible |= Incompatible::DIRTY;
         }
-        if new != *header {
+        if new != *header || self.is_header_in_doubt.load(Ordering::SeqCst) {
             self.write_header(&mut header, new).await?;
         }
         self.is_prepared.store(true, Ordering::Release);

@@ -2,6 +2,7 @@
 
 mod consistency;
 mod crash;
+mod failing;
 mod images;
 mod model;
 mod read;
