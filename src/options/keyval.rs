@@ -6,6 +6,7 @@
 use super::error::{Error, Kind};
 use super::json;
 use super::tree::{Map, OnRepeat, Value, check_length};
+use std::borrow::Cow;
 
 /// Longest part of a key between two dots, in bytes.
 const MAX_FRAGMENT: usize = 127;
@@ -63,7 +64,23 @@ pub fn parse(text: &str, implied_key: Option<&str>) -> Result<Parsed, Error> {
 }
 
 fn set(options: &mut Map, key: &str, value: String) -> Result<(), Error> {
-    options.place(key, Value::Text(value), 0, OnRepeat::Replace)
+    options.place(&plain_indexes(key), Value::Text(value), 0, OnRepeat::Replace)
+}
+
+/// `key` with its list indexes as plain numbers: `a.00` is element 0 of `a`.
+fn plain_indexes(key: &str) -> Cow<'_, str> {
+    let is_padded = |part: &str| {
+        part.len() > 1 && part.starts_with('0') && part.bytes().all(|b| b.is_ascii_digit())
+    };
+    if !key.split('.').any(is_padded) {
+        return Cow::Borrowed(key);
+    }
+    let plain = |part: &'_ str| match part.trim_start_matches('0') {
+        _ if !is_padded(part) => part.to_owned(),
+        "" => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    Cow::Owned(key.split('.').map(plain).collect::<Vec<_>>().join("."))
 }
 
 /// The text up to the first comma, and what follows that comma.
@@ -173,6 +190,8 @@ mod tests {
             ("x=,y==", r#"{"x": "", "y": "="}"#),
             ("a.b=1,a.c.d=2", r#"{"a": {"b": "1", "c": {"d": "2"}}}"#),
             ("a.1=y,a.0=x", r#"{"a": ["x", "y"]}"#),
+            ("a.01=y,a.00=x", r#"{"a": ["x", "y"]}"#),
+            ("a.0=x,a.00=y", r#"{"a": ["y"]}"#),
             ("a.0.b=y,a.0.c=x", r#"{"a": [{"b": "y", "c": "x"}]}"#),
             ("a=1,a=2", r#"{"a": "2"}"#),
             ("__org_foo-bar=1", r#"{"__org_foo-bar": "1"}"#),
