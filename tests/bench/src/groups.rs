@@ -18,7 +18,7 @@ use crate::servers::{self, Content, Kind, Programs, Running, Setup};
 pub const LOAD_CPU: usize = 0;
 pub const SERVER_CPU: usize = 1;
 
-const FILE_SIZE: u64 = 256 << 20;
+pub const FILE_SIZE: u64 = 256 << 20;
 const MIB: u32 = 1 << 20;
 
 /// What the command line chose.
@@ -57,7 +57,7 @@ impl Plan {
         (self.awake && cell.mode == Mode::Wait).then(|| AwakeCpus::new(&[LOAD_CPU, SERVER_CPU]))
     }
 
-    fn kinds(&self, among: &[Kind]) -> Vec<Kind> {
+    pub fn kinds(&self, among: &[Kind]) -> Vec<Kind> {
         let chosen = |k: &&Kind| self.only.contains(k);
         among.iter().filter(chosen).copied().collect()
     }
@@ -108,27 +108,34 @@ fn cells(direct_too: bool, sequential: bool, quick: bool) -> Vec<Cell> {
     cells
 }
 
+/// Who takes turns, which server that is, and what it serves.
+pub type Contestant = (Who, Kind, Setup);
+
+/// Servers that all serve the same.
+fn all_serve(kinds: &[Kind], setup: &Setup) -> Vec<Contestant> {
+    kinds.iter().map(|&kind| (Who::Server(kind), kind, setup.clone())).collect()
+}
+
 /// Runs every cell on every server in turn, round after round, the order turning with the round.
-fn take_turns(
+pub fn take_turns(
     plan: &Plan,
-    setup: &Setup,
-    kinds: &[Kind],
+    contestants: &[Contestant],
     cells: &[Cell],
     fio_on: Option<&Path>,
 ) -> Result<Results> {
-    let mut running: Vec<(Kind, Running)> = Vec::new();
-    for &kind in kinds {
-        let server = servers::start(&plan.programs, kind, setup, Some(SERVER_CPU))?;
-        running.push((kind, server));
+    let mut running: Vec<(Who, Running)> = Vec::new();
+    for (who, kind, setup) in contestants {
+        let server = servers::start(&plan.programs, *kind, setup, Some(SERVER_CPU))?;
+        running.push((*who, server));
     }
     let mut results = Results::default();
     let mut fio_start_up = None;
     for round in 0..plan.rounds {
         for cell in cells {
             running.rotate_left(round.min(1));
-            for (kind, server) in &running {
-                let measured = one_cell(plan, cell, server).map_err(|e| blame(*kind, cell, e))?;
-                results.add(*cell, Who::Server(*kind), measured);
+            for (who, server) in &running {
+                let measured = one_cell(plan, cell, server).map_err(|e| blame(*who, cell, e))?;
+                results.add(*cell, *who, measured);
             }
             // fio knows no polling load and no descriptors: one of the cells stands for both.
             if let Some(file) = fio_on
@@ -159,8 +166,8 @@ fn take_turns(
     Ok(results)
 }
 
-fn blame(kind: Kind, cell: &Cell, e: Error) -> Error {
-    Error::Peer(format!("{kind}: {cell}: {e}"))
+fn blame(who: Who, cell: &Cell, e: Error) -> Error {
+    Error::Peer(format!("{who}: {cell}: {e}"))
 }
 
 fn one_cell(plan: &Plan, cell: &Cell, server: &Running) -> Result<Measured> {
@@ -176,7 +183,7 @@ fn one_cell(plan: &Plan, cell: &Cell, server: &Running) -> Result<Measured> {
 pub fn null(plan: &Plan) -> Result<Results> {
     let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd, Kind::Stock]);
     let cells = cells(true, false, plan.quick);
-    take_turns(plan, &Setup::one(Content::Null), &kinds, &cells, None)
+    take_turns(plan, &all_serve(&kinds, &Setup::one(Content::Null)), &cells, None)
 }
 
 /// A file full of data, removed when dropped.
@@ -209,7 +216,7 @@ pub fn tmpfs(plan: &Plan) -> Result<Results> {
     let content = Content::File { path: file.0.clone(), direct: false };
     let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd]);
     let cells = cells(false, true, plan.quick);
-    take_turns(plan, &Setup::one(content), &kinds, &cells, Some(&file.0))
+    take_turns(plan, &all_serve(&kinds, &Setup::one(content)), &cells, Some(&file.0))
 }
 
 /// Group 3: a raw file in `dir` with O_DIRECT.
@@ -220,7 +227,7 @@ pub fn direct(plan: &Plan, dir: &Path) -> Result<Results> {
     let mut cells = cells(false, true, plan.quick);
     // The device's own time hides what polling would show.
     cells.retain(|c| c.depth == 1 || c.mode == Mode::Wait);
-    take_turns(plan, &Setup::one(content), &kinds, &cells, None)
+    take_turns(plan, &all_serve(&kinds, &Setup::one(content)), &cells, None)
 }
 
 /// Group 6: the file of group 2 where the kernel refuses io_uring, and threads do the I/O.
@@ -231,7 +238,7 @@ pub fn threads(plan: &Plan) -> Result<Results> {
     let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd]);
     let mut cells = cells(false, true, plan.quick);
     cells.retain(|c| c.mode == Mode::Wait);
-    take_turns(plan, &setup, &kinds, &cells, None)
+    take_turns(plan, &all_serve(&kinds, &setup), &cells, None)
 }
 
 /// Group 4: one queue on one worker, then two on two, each queue's load and worker on one CPU.
@@ -254,8 +261,9 @@ pub fn queues(plan: &Plan) -> Result<Results> {
                     continue;
                 }
                 let cell = cell(depth, queues);
-                let measured = paired(plan, kind, &cell).map_err(|e| blame(kind, &cell, e))?;
-                results.add(cell, Who::Server(kind), measured);
+                let who = Who::Server(kind);
+                let measured = paired(plan, kind, &Content::Null, &cell);
+                results.add(cell, who, measured.map_err(|e| blame(who, &cell, e))?);
             }
         }
         eprintln!("  round {} of {}", round + 1, plan.rounds);
@@ -264,8 +272,9 @@ pub fn queues(plan: &Plan) -> Result<Results> {
 }
 
 /// Queue `i` is driven and served on CPU `i`.
-fn paired(plan: &Plan, kind: Kind, cell: &Cell) -> Result<Measured> {
-    let setup = Setup { queues: cell.queues, workers: cell.queues, ..Setup::one(Content::Null) };
+pub fn paired(plan: &Plan, kind: Kind, content: &Content, cell: &Cell) -> Result<Measured> {
+    let one = Setup::one(content.clone());
+    let setup = Setup { queues: cell.queues, workers: cell.queues, ..one };
     let running = servers::start(&plan.programs, kind, &setup, None)?;
     let load = plan.load(cell, [0, 1]);
     let mut disk = load.open(&running.socket(0))?;

@@ -8,6 +8,7 @@ mod load;
 mod machine;
 mod null_backend;
 mod nvme;
+mod qcow2;
 mod restart;
 mod results;
 mod servers;
@@ -90,6 +91,12 @@ enum Group {
     Tracking,
     /// CPU in the sandbox
     Sandbox,
+    /// qcow2: allocated clusters, more tables than cache, two workers
+    Qcow2,
+    /// qcow2: writes that allocate
+    Allocating,
+    /// qcow2: a check of 1 TiB
+    Check,
 }
 
 fn main() -> ExitCode {
@@ -169,8 +176,44 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         headline("CPU per request, in the sandbox or not (ns)");
         verdicts.extend(cost(&plan, What::Sandbox)?);
     }
+    if chosen(Group::Qcow2) {
+        verdicts.extend(qcow2_served(&plan)?);
+    }
+    if chosen(Group::Allocating) {
+        headline(&format!(
+            "qcow2 in {}: each cluster written to once, flush included",
+            cli.dir.display()
+        ));
+        let (table, more) = qcow2::allocating(&plan, &cli.dir)?;
+        println!("{table}");
+        verdicts.extend(under("qcow2", more));
+    }
+    if chosen(Group::Check) {
+        headline("qcow2: check");
+        let (table, more) = qcow2::check(&plan, &cli.dir)?;
+        println!("{table}");
+        verdicts.extend(under("qcow2", more));
+    }
     conclude(&verdicts);
     Ok(())
+}
+
+/// Prints the tables of images that are read and written over; returns their targets.
+fn qcow2_served(plan: &Plan) -> vublk_testkit::Result<Vec<Verdict>> {
+    type Served = fn(&Plan) -> vublk_testkit::Result<(results::Results, Vec<Verdict>)>;
+    let groups: [(&str, Served); 3] = [
+        ("qcow2 on tmpfs, clusters allocated", qcow2::allocated),
+        ("qcow2 on tmpfs, 8 MiB of L2 tables, 1 MiB of cache", qcow2::cold),
+        ("qcow2 on tmpfs, each queue's load and worker together on one CPU", qcow2::queues),
+    ];
+    let mut verdicts = Vec::new();
+    for (what, group) in groups {
+        headline(what);
+        let (results, more) = group(plan)?;
+        println!("{}", results.table());
+        verdicts.extend(under("qcow2", more));
+    }
+    Ok(verdicts)
 }
 
 /// Prints the table of restarts.

@@ -10,6 +10,8 @@ use crate::servers::Kind;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Who {
     Server(Kind),
+    /// vublk, on a raw image of the same bytes.
+    OnRaw,
     /// fio, with the kernel's worker threads.
     Fio,
     /// fio by its own report, without them.
@@ -20,6 +22,7 @@ impl fmt::Display for Who {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Who::Server(kind) => kind.fmt(f),
+            Who::OnRaw => f.pad("vublk, raw"),
             Who::Fio => f.pad("fio io_uring"),
             Who::FioReported => f.pad("fio io_uring, its report"),
         }
@@ -137,7 +140,7 @@ pub fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 /// A whole number with a comma every three digits.
-fn grouped(value: f64) -> String {
+pub fn grouped(value: f64) -> String {
     if !value.is_finite() {
         return "–".into();
     }

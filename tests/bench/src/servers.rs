@@ -35,7 +35,15 @@ impl fmt::Display for Kind {
 #[derive(Debug, Clone)]
 pub enum Content {
     Null,
-    File { path: PathBuf, direct: bool },
+    File {
+        path: PathBuf,
+        direct: bool,
+    },
+    /// A qcow2 image in a file that goes through the page cache, with more options of the driver.
+    Qcow2 {
+        path: PathBuf,
+        options: &'static str,
+    },
 }
 
 /// How it is served.
@@ -49,6 +57,8 @@ pub struct Setup {
     pub workers: usize,
     /// Whether the kernel lets them have an io_uring.
     pub io_uring: bool,
+    /// Whether guests may write.
+    pub writable: bool,
     /// Whether a file is locked: without, requests in flight are not tracked, but servers can take
     /// turns on it.
     pub locking: bool,
@@ -59,8 +69,8 @@ pub struct Setup {
 impl Setup {
     pub fn one(content: Content) -> Setup {
         let (disks, queues, workers) = (1, 1, 1);
-        let (io_uring, locking, sandbox) = (true, false, false);
-        Setup { content, disks, queues, workers, io_uring, locking, sandbox }
+        let (io_uring, writable, locking, sandbox) = (true, true, false, false);
+        Setup { content, disks, queues, workers, io_uring, writable, locking, sandbox }
     }
 }
 
@@ -172,6 +182,14 @@ fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
     };
     for i in 0..setup.disks {
         match &setup.content {
+            Content::Qcow2 { path, options } => {
+                let file = format!(
+                    "driver=file,node-name=f{i},filename={},aio=io_uring,discard=unmap",
+                    path.display()
+                );
+                option("blockdev", file);
+                option("blockdev", format!("driver=qcow2,node-name=n{i},file=f{i}{options}"));
+            }
             Content::Null => {
                 let size = 1u64 << 30;
                 option("blockdev", format!("driver=null-co,node-name=n{i},size={size}"));
@@ -192,8 +210,9 @@ fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
         option(
             "export",
             format!(
-                "type=vhost-user-blk,id=e{i},node-name=n{i},addr.type=unix,addr.path={},writable=on,num-queues={},{threads}",
+                "type=vhost-user-blk,id=e{i},node-name=n{i},addr.type=unix,addr.path={},writable={},num-queues={},{threads}",
                 path.display(),
+                if setup.writable { "on" } else { "off" },
                 setup.queues
             ),
         );

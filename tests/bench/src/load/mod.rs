@@ -1,6 +1,7 @@
 //! The load: closed-loop requests on one disk, one thread per queue, for a stretch of time.
 
 mod histogram;
+mod once;
 mod ring;
 
 use std::path::Path;
@@ -12,6 +13,7 @@ use vublk_testkit::ring::DriverRing;
 use vublk_testkit::{Disk, Error, Memory, MemoryLayout, Options, Queue, Result};
 
 pub use histogram::Histogram;
+pub use once::Once;
 pub use ring::Chains;
 use ring::{HotRing, echo};
 

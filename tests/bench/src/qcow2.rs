@@ -1,0 +1,376 @@
+//! qcow2: allocated clusters beside a raw image, clusters that are allocated by the load, tables that do
+//! not fit into the cache, two workers on one image, and checking a large one.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use vublk_testkit::{Error, Result};
+
+use crate::groups::{self, Contestant, DataFile, FILE_SIZE, LOAD_CPU, Plan, SERVER_CPU};
+use crate::load::{Chains, Measured, Mode, Once};
+use crate::results::{Cell, Results, Who, grouped, median};
+use crate::servers::{self, Content, Kind, Setup};
+use crate::targets::Verdict;
+
+const CLUSTER: u64 = 64 << 10;
+const US: Who = Who::Server(Kind::Vublk);
+const QSD: Who = Who::Server(Kind::Qsd);
+
+/// A file that goes when it is dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(dir: &Path, name: &str) -> Result<Scratch> {
+        let io = |e| Error::Io(format!("directory {}", dir.display()), e);
+        std::fs::create_dir_all(dir).map_err(io)?;
+        // The servers have other working directories.
+        let dir = dir.canonicalize().map_err(io)?;
+        Ok(Scratch(dir.join(format!("vublk-bench-{}-{name}", std::process::id()))))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn qemu_img(arguments: &[&str]) -> Result<()> {
+    let out = Command::new("qemu-img").args(arguments).output();
+    let out = out.map_err(|e| Error::Io("qemu-img".into(), e))?;
+    match out.status.success() {
+        true => Ok(()),
+        false => Err(Error::Peer(format!(
+            "qemu-img {}: {}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&out.stderr).trim()
+        ))),
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap_or_default()
+}
+
+fn random(write: bool, depth: u16, mode: Mode, queues: usize) -> Cell {
+    Cell { block: 4096, random: true, write, depth, indirect: true, mode, queues }
+}
+
+fn ratio(what: String, value: f64, limit: f64, at_least: bool) -> Verdict {
+    Verdict { what, value, limit, at_least }
+}
+
+/// Allocated clusters on tmpfs: each server has a copy of one image, and vublk a raw one besides.
+pub fn allocated(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
+    let shm = Path::new("/dev/shm");
+    let data = DataFile::new(shm)?;
+    let mut contestants: Vec<Contestant> = Vec::new();
+    let mut images = Vec::new();
+    for kind in plan.kinds(&[Kind::Vublk, Kind::Qsd]) {
+        let image = Scratch::new(shm, &format!("{kind:?}.qcow2"))?;
+        qemu_img(&[
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-S",
+            "0",
+            text(&data.0),
+            text(&image.0),
+        ])?;
+        let content = Content::Qcow2 { path: image.0.clone(), options: "" };
+        contestants.push((Who::Server(kind), kind, Setup::one(content)));
+        images.push(image);
+    }
+    let raw = Content::File { path: data.0.clone(), direct: false };
+    contestants.push((Who::OnRaw, Kind::Vublk, Setup::one(raw)));
+    let mut cells = Vec::new();
+    for write in [false, true] {
+        for mode in [Mode::Wait, Mode::Poll] {
+            cells.push(random(write, 32, mode, 1));
+        }
+    }
+    let results = groups::take_turns(plan, &contestants, &cells, None)?;
+    let mut verdicts = Vec::new();
+    for cell in &cells {
+        let get = |who, figure: fn(&Measured) -> f64| {
+            results.median(cell, who, figure).unwrap_or(f64::NAN)
+        };
+        let cpu = get(US, |m| m.cpu_ns);
+        verdicts.push(ratio(
+            format!("{cell}: CPU ÷ raw"),
+            cpu / get(Who::OnRaw, |m| m.cpu_ns),
+            1.15,
+            false,
+        ));
+        let rate = get(US, Measured::per_second) / get(QSD, Measured::per_second);
+        verdicts.push(ratio(format!("{cell}: requests/s ÷ qsd"), rate, 2.0, true));
+    }
+    Ok((results, verdicts))
+}
+
+/// Reads of an image with eight times the L2 tables that the cache has room for.
+pub fn cold(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
+    let shm = Path::new("/dev/shm");
+    let image = Scratch::new(shm, "cold.qcow2")?;
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "preallocation=metadata",
+        text(&image.0),
+        "64G",
+    ])?;
+    let contestants: Vec<Contestant> = plan
+        .kinds(&[Kind::Vublk, Kind::Qsd])
+        .into_iter()
+        .map(|kind| {
+            let options = ",l2-cache-size=1048576,read-only=on";
+            let content = Content::Qcow2 { path: image.0.clone(), options };
+            (Who::Server(kind), kind, Setup { writable: false, ..Setup::one(content) })
+        })
+        .collect();
+    let cells = [random(false, 32, Mode::Wait, 1), random(false, 32, Mode::Poll, 1)];
+    let results = groups::take_turns(plan, &contestants, &cells, None)?;
+    let verdict = |cell: &Cell| {
+        let get = |who| results.median(cell, who, Measured::per_second).unwrap_or(f64::NAN);
+        ratio(format!("{cell}: requests/s ÷ qsd"), get(US) / get(QSD), 1.0, true)
+    };
+    let verdicts = cells.iter().map(verdict).collect();
+    Ok((results, verdicts))
+}
+
+/// One queue on one worker, then two on two, each queue's load and worker on one CPU.
+pub fn queues(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
+    let shm = Path::new("/dev/shm");
+    let data = DataFile::new(shm)?;
+    let image = Scratch::new(shm, "queues.qcow2")?;
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", "0", text(&data.0), text(&image.0)])?;
+    let content = Content::Qcow2 { path: image.0.clone(), options: "" };
+    let mut results = Results::default();
+    let mut verdicts = Vec::new();
+    for write in [false, true] {
+        let cells = [1, 2].map(|queues| random(write, 32, Mode::Wait, queues));
+        for _ in 0..plan.rounds {
+            for cell in cells {
+                results.add(cell, US, groups::paired(plan, Kind::Vublk, &content, &cell)?);
+            }
+        }
+        let [one, two] = cells.map(|c| results.median(&c, US, |m| m.cpu_ns).unwrap_or(f64::NAN));
+        let what = format!("{} on 2 workers: CPU ÷ 1 queue on 1 worker", cells[1]);
+        verdicts.push(ratio(what, two / one, 1.2, false));
+    }
+    Ok((results, verdicts))
+}
+
+/// What an allocating write has below it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Below {
+    Nothing,
+    Raw,
+    Qcow2,
+}
+
+/// A row of the allocating writes.
+struct Fill {
+    what: &'static str,
+    block: u32,
+    below: Below,
+    /// Of qemu-storage-daemon's rate.
+    target: f64,
+}
+
+const FILLS: [Fill; 4] = [
+    Fill { what: "4 KiB into fresh clusters", block: 4096, below: Below::Nothing, target: 4.0 },
+    Fill { what: "64 KiB, fresh clusters", block: 65536, below: Below::Nothing, target: 1.2 },
+    Fill { what: "4 KiB over a raw backing file", block: 4096, below: Below::Raw, target: 1.2 },
+    Fill { what: "4 KiB over a qcow2 backing file", block: 4096, below: Below::Qcow2, target: 1.2 },
+];
+
+/// Writes that touch each cluster once, in random order, flushed at the end, on the file system of
+/// `dir`; beside them vublk's plain reads and writes of the bytes that move.
+pub fn allocating(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
+    let count = if plan.quick { 512 } else { FILE_SIZE / CLUSTER };
+    let data = DataFile::new(dir)?;
+    let backing = Scratch::new(dir, "backing.qcow2")?;
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", text(&data.0), text(&backing.0)])?;
+    let mut table = String::from(
+        "| load | vublk req/s | CPU µs/req | qsd req/s | CPU µs/req | req/s ÷ | CPU ÷ | plain CPU µs/req | CPU ÷ plain |\n\
+         |---|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+    );
+    let mut verdicts = Vec::new();
+    for fill in &FILLS {
+        let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..plan.rounds {
+            ours.push(fill.run(plan, Kind::Vublk, dir, (&data.0, &backing.0), count)?);
+            theirs.push(fill.run(plan, Kind::Qsd, dir, (&data.0, &backing.0), count)?);
+            plain.push(fill.plain(plan, dir, &data.0, count)?);
+        }
+        let rate = |all: &[Measured]| middle(all, Measured::per_second);
+        let cpu = |all: &[Measured]| middle(all, |m| m.cpu_ns / 1000.0);
+        let faster = rate(&ours) / rate(&theirs);
+        let dearer = cpu(&ours) / cpu(&plain);
+        table += &format!(
+            "| {} | {} | {:.1} | {} | {:.1} | {faster:.2} | {:.2} | {:.1} | {dearer:.2} |\n",
+            fill.what,
+            grouped(rate(&ours)),
+            cpu(&ours),
+            grouped(rate(&theirs)),
+            cpu(&theirs),
+            cpu(&ours) / cpu(&theirs),
+            cpu(&plain),
+        );
+        verdicts.push(ratio(format!("{}: req/s ÷ qsd", fill.what), faster, fill.target, true));
+        verdicts.push(ratio(format!("{}: CPU ÷ plain", fill.what), dearer, 1.25, false));
+        eprintln!("  {}", fill.what);
+    }
+    Ok((table, verdicts))
+}
+
+fn middle(all: &[Measured], figure: impl Fn(&Measured) -> f64) -> f64 {
+    median(all.iter().map(figure).collect()).unwrap_or(f64::NAN)
+}
+
+impl Fill {
+    fn once(&self, block: u32, write: bool, count: u64) -> Once {
+        let chains = Chains { depth: 32, block, write, indirect: true };
+        Once { chains, step: CLUSTER, count, cpu: LOAD_CPU }
+    }
+
+    /// A server fills a new image.
+    fn run(
+        &self,
+        plan: &Plan,
+        kind: Kind,
+        dir: &Path,
+        (raw, qcow2): (&Path, &Path),
+        count: u64,
+    ) -> Result<Measured> {
+        let image = Scratch::new(dir, "fill.qcow2")?;
+        let raw = raw.canonicalize().map_err(|e| Error::Io("the data file".into(), e))?;
+        let size = (count * CLUSTER).to_string();
+        let mut arguments = vec!["create", "-q", "-f", "qcow2"];
+        match self.below {
+            Below::Nothing => {}
+            Below::Raw => arguments.extend(["-F", "raw", "-b", text(&raw)]),
+            Below::Qcow2 => arguments.extend(["-F", "qcow2", "-b", text(qcow2)]),
+        }
+        arguments.extend([text(&image.0), &size]);
+        qemu_img(&arguments)?;
+        let content = Content::Qcow2 { path: image.0.clone(), options: "" };
+        once(plan, kind, content, &self.once(self.block, true, count))
+    }
+
+    /// vublk moves the same bytes on raw files.
+    fn plain(&self, plan: &Plan, dir: &Path, data: &Path, count: u64) -> Result<Measured> {
+        let target = Scratch::new(dir, "plain.raw")?;
+        let file = std::fs::File::create(&target.0).and_then(|f| f.set_len(count * CLUSTER));
+        file.map_err(|e| Error::Io("a raw image".into(), e))?;
+        let block = if self.below == Below::Nothing { self.block } else { CLUSTER as u32 };
+        let content = Content::File { path: target.0.clone(), direct: false };
+        let mut all = once(plan, Kind::Vublk, content, &self.once(block, true, count))?;
+        if self.below != Below::Nothing {
+            let content = Content::File { path: data.to_owned(), direct: false };
+            let reads = once(plan, Kind::Vublk, content, &self.once(block, false, count))?;
+            all.cpu_ns += reads.cpu_ns;
+            all.seconds += reads.seconds;
+        }
+        Ok(all)
+    }
+}
+
+fn once(plan: &Plan, kind: Kind, content: Content, load: &Once) -> Result<Measured> {
+    let setup = Setup { queues: 2, ..Setup::one(content) };
+    let running = servers::start(&plan.programs, kind, &setup, Some(SERVER_CPU))?;
+    running.server.pin(SERVER_CPU)?;
+    load.run(&running.socket(0), || running.server.cpu_ns())
+}
+
+/// What a program that ran to its end has used.
+struct Used {
+    seconds: f64,
+    cpu_seconds: f64,
+    resident_mib: f64,
+}
+
+/// Checks an image of 1 TiB whose clusters are all allocated.
+pub fn check(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
+    let image = Scratch::new(dir, "check.qcow2")?;
+    let size = if plan.quick { "64G" } else { "1T" };
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "preallocation=metadata",
+        text(&image.0),
+        size,
+    ])?;
+    let vublk = plan.programs.vublk.as_os_str();
+    let mut ours = Command::new(vublk);
+    ours.args(["check", "-q", "-f", "qcow2"]).arg(&image.0);
+    let mut theirs = Command::new("qemu-img");
+    theirs.args(["check", "-q", "-f", "qcow2"]).arg(&image.0);
+    let (mut us, mut qemu) = (Vec::new(), Vec::new());
+    for _ in 0..plan.rounds {
+        us.push(used(&mut ours)?);
+        qemu.push(used(&mut theirs)?);
+    }
+    let middle = |all: &[Used], figure: fn(&Used) -> f64| {
+        median(all.iter().map(figure).collect()).unwrap_or(f64::NAN)
+    };
+    let mut table = format!(
+        "| check of {size}, all allocated | seconds | CPU s | resident MiB |\n|---|--:|--:|--:|\n"
+    );
+    for (name, all) in [("vublk", &us), ("qemu-img", &qemu)] {
+        table += &format!(
+            "| {name} | {:.2} | {:.2} | {:.0} |\n",
+            middle(all, |u| u.seconds),
+            middle(all, |u| u.cpu_seconds),
+            middle(all, |u| u.resident_mib)
+        );
+    }
+    let verdicts = vec![
+        ratio("check: seconds".into(), middle(&us, |u| u.seconds), 1.0, false),
+        ratio("check: resident MiB".into(), middle(&us, |u| u.resident_mib), 64.0, false),
+        ratio(
+            "check: seconds ÷ qemu-img".into(),
+            middle(&us, |u| u.seconds) / middle(&qemu, |u| u.seconds),
+            1.0,
+            false,
+        ),
+    ];
+    Ok((table, verdicts))
+}
+
+/// Runs a program to its end.
+fn used(command: &mut Command) -> Result<Used> {
+    let began = Instant::now();
+    let child = command.stdin(Stdio::null()).spawn().map_err(|e| Error::Io("a check".into(), e))?;
+    let mut status = 0;
+    // SAFETY: an all-zero rusage is a valid one; the call fills it for a child of ours that nobody
+    // else waits for.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        if libc::wait4(child.id() as i32, &mut status, 0, &mut usage) < 0 {
+            return Err(Error::Io("a check".into(), std::io::Error::last_os_error()));
+        }
+        usage
+    };
+    let status = std::process::ExitStatus::from_raw(status);
+    if !status.success() {
+        return Err(Error::Peer(format!("{command:?} ended with {status}")));
+    }
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
+    Ok(Used {
+        seconds: began.elapsed().as_secs_f64(),
+        cpu_seconds: seconds(usage.ru_utime) + seconds(usage.ru_stime),
+        resident_mib: usage.ru_maxrss as f64 / 1024.0,
+    })
+}
