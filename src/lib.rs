@@ -11,6 +11,7 @@
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`export`]: transports: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
+//! * [`metrics`]: what watchers of a service are told.
 //! * [`tools`]: what the image tools do, whoever calls them.
 //! * [`sandbox`]: what the process gives up when it has started.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
@@ -25,6 +26,7 @@ pub mod export;
 pub mod filter;
 pub mod format;
 pub mod io;
+pub mod metrics;
 pub mod monitor;
 pub mod options;
 pub mod protocol;

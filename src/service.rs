@@ -4,11 +4,14 @@
 mod handover;
 mod holders;
 mod live;
+mod observed;
 mod patience;
 mod pending;
 mod snapshots;
 
+pub use handover::wait_for_socket;
 pub use live::ExportInfo;
+pub use observed::Observed;
 pub use patience::is_locked;
 pub use pending::Pending;
 
@@ -16,8 +19,8 @@ use crate::block::graph::{Attachment, Graph};
 use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry};
 use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
-    Address, DiskOptions, Export, ExportOptions, FailureOptions, IoErrors, ReadErrors, WriteErrors,
-    listening_fd,
+    Address, DiskOptions, Export, ExportMetrics, ExportOptions, FailureOptions, IoErrors,
+    ReadErrors, WriteErrors, listening_fd,
 };
 use crate::io::{Worker, WorkerOptions};
 use crate::options::{self, Map};
@@ -51,6 +54,8 @@ pub struct Service {
     ended: Arc<Ended>,
     /// What the storage has failed and was not asked for yet.
     io_errors: Arc<IoErrors>,
+    /// What can be watched; `None`: nothing is counted for that.
+    observed: Option<Arc<Observed>>,
 }
 
 struct Served {
@@ -152,7 +157,22 @@ impl Service {
         let io_errors = ended.io_errors()?;
         let (iothreads, exports) = (Vec::new(), Vec::new());
         let patience = Some((|| false) as fn() -> bool);
-        Ok(Service { graph, control, iothreads, main: None, exports, patience, ended, io_errors })
+        Ok(Service {
+            graph,
+            control,
+            iothreads,
+            main: None,
+            exports,
+            patience,
+            ended,
+            io_errors,
+            observed: None,
+        })
+    }
+
+    /// Exports that are made from now on can be watched through what this gives.
+    pub fn observe(&mut self) -> Arc<Observed> {
+        self.observed.get_or_insert_default().clone()
     }
 
     pub fn graph(&self) -> &Graph {
@@ -300,7 +320,13 @@ impl Service {
         }
         let perms = Perms { held, shared: Perm::all() };
         let first_worker = self.exports.len();
-        let options = ExportOptions { name: id.clone(), disk, workers, first_worker };
+        let queues = disk.num_queues;
+        let metrics = self.observed.as_ref().map(|_| {
+            let metrics = ExportMetrics::new(&id, node.name(), disk.writable, node.len(), queues);
+            Arc::new(metrics)
+        });
+        let name = id.clone();
+        let options = ExportOptions { name, disk, workers, first_worker, metrics: metrics.clone() };
         if let (Address::Path { path, .. }, Some(_)) = (&address, self.patience) {
             handover::wait_for_socket(path, SOCKET_PATIENCE);
         }
@@ -320,6 +346,9 @@ impl Service {
         export.follow(attachment.activity());
         let (name, ended) = (id.clone(), self.ended.clone());
         let export = export.start(move || ended.tell(name))?;
+        if let (Some(observed), Some(metrics)) = (&self.observed, metrics) {
+            observed.add(metrics);
+        }
         let state = State::Serving(Box::new(export), attachment);
         self.exports.push(Served { id, node_name: node.name().to_owned(), socket, state });
         Ok(())
@@ -353,7 +382,7 @@ impl Drop for Service {
 }
 
 /// How long a socket may be listened on by others before it is refused.
-const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
+pub const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What qemu-storage-daemon 7.2 knows, so that a type that we lack is told from one that nobody has.
 const OBJECT_TYPES: [&str; 14] = [

@@ -5,12 +5,13 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::Duration;
 use vublk::block::{
     Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, Transfer, WriteFlags,
 };
-use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
+use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportMetrics, ExportOptions};
 use vublk::io::epoch::{Announcer, Generation};
 use vublk::io::sync::locks_taken;
 use vublk::io::{
@@ -386,6 +387,12 @@ impl Guest {
 /// Serves what `options` open to a guest, and asserts that ten times the requests cost the worker
 /// not one allocation and not one lock more.
 fn a_guest_costs_nothing(options: &str, chains: Chains) {
+    for watched in [false, true] {
+        a_watched_guest_costs_nothing(options, chains, watched);
+    }
+}
+
+fn a_watched_guest_costs_nothing(options: &str, chains: Chains, watched: bool) {
     let worker = Arc::new(Worker::start("counted", WorkerOptions::default()).unwrap());
     let graph = Graph::new(&REGISTRY);
     let map = keyval::parse(&format!("{options},node-name=top"), None).unwrap().options;
@@ -402,8 +409,10 @@ fn a_guest_costs_nothing(options: &str, chains: Chains) {
         serial: String::new(),
         failures: Default::default(),
     };
+    let metrics = watched.then(|| Arc::new(ExportMetrics::new("disk", "top", true, node.len(), 1)));
+    let counted = metrics.clone();
     let workers = vec![worker.clone()];
-    let served = ExportOptions { name: "disk".into(), disk, workers, first_worker: 0 };
+    let served = ExportOptions { name: "disk".into(), disk, workers, first_worker: 0, metrics };
     let address = Address::Path { path: path.clone(), mode: None, owner: None };
     let _export = Export::new(node, address, served).unwrap().start(|| ()).unwrap();
     let mut guest = Guest::new(&path, chains);
@@ -415,7 +424,16 @@ fn a_guest_costs_nothing(options: &str, chains: Chains) {
         let after = worker.call(|_| Load::counters());
         (after.0 - before.0, after.1 - before.1)
     };
-    assert_eq!(cost(50), cost(500), "allocations and locks of {options}, {chains:?}");
+    assert_eq!(cost(50), cost(500), "allocations and locks of {options}, {chains:?}, {watched}");
+    if let Some(metrics) = counted {
+        // The end of the last ones is booked in the turn after theirs, which ends before this does.
+        worker.call(|_| ());
+        let (_, queue) = metrics.queues().next().unwrap();
+        for operation in &queue.operations[..2] {
+            let all = operation.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed));
+            assert_eq!(all.sum::<u64>(), 650 * DEPTH as u64 / 2);
+        }
+    }
 }
 
 const CHAINS: [Chains; 4] = [

@@ -14,14 +14,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("drivers", &["format", "filter", "protocol", "block", "options"]),
     ("export", &["export", "block", "io", "options"]),
     ("monitor", &["monitor", "service", "sandbox", "export", "drivers", "block", "io", "options"]),
+    ("metrics", &["metrics", "service", "export", "block", "io"]),
     ("service", &["service", "export", "drivers", "block", "io", "options"]),
     ("tools", &["tools", "drivers", "block", "io", "options"]),
     ("sandbox", &["sandbox", "io"]),
     (
         "cli",
         &[
-            "cli", "tools", "monitor", "service", "sandbox", "export", "drivers", "block", "io",
-            "options",
+            "cli", "tools", "monitor", "metrics", "service", "sandbox", "export", "drivers",
+            "block", "io", "options",
         ],
     ),
 ];

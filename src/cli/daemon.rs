@@ -8,6 +8,7 @@ use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
+use crate::metrics;
 use crate::monitor::Control;
 use crate::options::keyval;
 use crate::sandbox::{self, Plan};
@@ -59,6 +60,13 @@ pub fn command() -> Command {
                 .value_parser(clap::value_parser!(PathBuf))
                 .action(ArgAction::Append)
                 .help("write the process ID there once everything is ready"),
+        )
+        .arg(
+            Arg::new("metrics")
+                .long("metrics")
+                .value_name("ADDRESS")
+                .value_parser(clap::value_parser!(metrics::Address))
+                .help("offer metrics there: unix:PATH, or ADDRESS:PORT of the loopback interface"),
         );
     let command = PolicyArgs::augment_args(command);
     SandboxPathArgs::augment_args(SandboxArgs::augment_args(command))
@@ -87,6 +95,8 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
     let mut service = Service::new(drivers::registry(), policy.policy())?;
     service.wait_for_locks(Some(EndSignals::have_come));
+    let address = matches.get_one::<metrics::Address>("metrics");
+    let observed = address.map(|_| service.observe());
     let mut control = Control::default();
     for (option, implied_key, value) in in_order(&matches) {
         if option == STRAY {
@@ -98,15 +108,18 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
             return Ok(());
         }
     }
+    let metrics = address.zip(observed).map(|(at, observed)| metrics::Server::start(at, observed));
+    let metrics = metrics.transpose().map_err(|error| error.at("--metrics"))?;
     let pid_file = matches.get_many::<PathBuf>("pidfile").and_then(|mut paths| paths.next_back());
     let mut pid_file = pid_file.map(|path| PidFile::create(path)).transpose()?;
     let manager = Manager::find();
-    confine(&matches, &service, &control, pid_file.as_ref())?;
+    confine(&matches, &service, &control, metrics.as_ref(), pid_file.as_ref())?;
     pid_file.as_mut().map(PidFile::write).transpose()?;
     background.map(Background::ready).transpose()?;
     manager.tell(Manager::READY);
     control.serve(&mut service, stop.as_raw_fd());
     manager.tell(Manager::STOPPING);
+    drop(metrics);
     control.finish(&mut service);
     drop(service);
     drop(pid_file);
@@ -119,12 +132,14 @@ fn confine(
     matches: &ArgMatches,
     service: &Service,
     control: &Control,
+    metrics: Option<&metrics::Server>,
     pid_file: Option<&PidFile>,
 ) -> super::Outcome {
     let args = SandboxArgs::from_arg_matches(matches).map_err(|error| usage_line(&error))?;
     let more = SandboxPathArgs::from_arg_matches(matches).map_err(|error| usage_line(&error))?;
     let mut plan = confine::plan(service);
     plan.own.extend(control.sockets().map(Path::to_owned));
+    plan.own.extend(metrics.and_then(metrics::Server::path).map(Path::to_owned));
     let sockets = plan.own.clone();
     plan.own.extend(pid_file.map(|file| file.path().to_owned()));
     let folders = more.paths.into_iter().map(|path| path.0).collect();

@@ -35,7 +35,7 @@ struct Vublk {
 #[derive(Subcommand)]
 enum Command {
     /// Serve disks to virtual machines
-    Serve(serve::Serve),
+    Serve(Box<serve::Serve>),
     /// Run as a storage daemon, with qemu-storage-daemon's command line
     #[command(disable_help_flag = true)]
     Daemon {

@@ -11,6 +11,7 @@ use crate::export::vhost_user_blk::{
     Address, DiskOptions, FailureOptions, ReadErrors, WriteErrors,
 };
 use crate::io::WorkerOptions;
+use crate::metrics;
 use crate::options::{Map, Size, Value, size};
 use crate::sandbox::{self, Plan};
 use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
@@ -77,6 +78,10 @@ pub struct Serve {
     /// Owner of the sockets: USER[:GROUP], as numbers
     #[arg(long, value_parser = parse_owner)]
     socket_owner: Option<(u32, u32)>,
+    /// Offer metrics for Prometheus and for vublk top: unix:PATH, or an address and port of the
+    /// loopback interface, such as 127.0.0.1:9100
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<metrics::Address>,
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
@@ -139,13 +144,17 @@ impl Serve {
         super::start_log(self.verbose);
         let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
         service.wait_for_locks(Some(EndSignals::have_come));
+        let observed = self.metrics.is_some().then(|| service.observe());
         let workers = self.start_workers(&mut service)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
             let address = descriptors.address(socket, self.socket_mode, self.socket_owner)?;
             self.serve_one(&mut service, &workers, index, image, address)?;
         }
+        let metrics = self.metrics.as_ref().zip(observed);
+        let metrics = metrics.map(|(at, observed)| metrics::Server::start(at, observed));
+        let metrics = metrics.transpose().map_err(|e| e.at("--metrics"))?;
         let manager = Manager::find();
-        self.confine(&service)?;
+        self.confine(&service, metrics.as_ref())?;
         for socket in &self.sockets {
             if let SocketArg::Path(path) = socket
                 && !self.quiet
@@ -161,17 +170,22 @@ impl Serve {
             sandbox::tell_refused();
         }
         manager.tell(Manager::STOPPING);
+        drop(metrics);
         drop(service);
         sandbox::tell_refused();
         Ok(())
     }
 
     /// Everything is open: gives up what is not needed any more.
-    fn confine(&self, service: &Service) -> super::Outcome {
+    fn confine(&self, service: &Service, metrics: Option<&metrics::Server>) -> super::Outcome {
         let connects = self.sockets.iter().any(|socket| matches!(socket, SocketArg::Connect(_)));
-        let sockets = if self.socket_owner.is_none() { service.sockets() } else { Vec::new() };
+        let metrics = metrics.and_then(metrics::Server::path).map(Path::to_owned);
+        let mut sockets = if self.socket_owner.is_none() { service.sockets() } else { Vec::new() };
+        sockets.extend(metrics.clone());
         let wanted = Wanted { args: &self.sandbox, by_default: true, sockets };
-        wanted.enter(Plan { connects, ..confine::plan(service) })
+        let mut plan = Plan { connects, ..confine::plan(service) };
+        plan.own.extend(metrics);
+        wanted.enter(plan)
     }
 
     /// Starts the workers, and gives their names.

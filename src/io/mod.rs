@@ -47,7 +47,9 @@ pub use source::{Polled, Source, SourceId};
 pub use spare::make_last_rings;
 pub use timer::sleep;
 pub use turn::Local;
-pub use worker::{Io, Worker, WorkerOptions, current, may_block, run_local, run_on, thread_cpu_ns};
+pub use worker::{
+    Io, Worker, WorkerOptions, current, may_block, process_cpu_ns, run_local, run_on, thread_cpu_ns,
+};
 
 use std::os::fd::RawFd;
 

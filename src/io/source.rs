@@ -23,6 +23,9 @@ pub trait Source: Any {
     /// The end of a turn: makes results visible, and notifies at most once.
     fn publish(&mut self);
 
+    /// A kick has come.
+    fn kicked(&mut self) {}
+
     /// Asks for kicks, because the worker is about to sleep. False if something has arrived
     /// meanwhile: kicks are not to be relied upon then.
     fn arm(&mut self) -> bool;

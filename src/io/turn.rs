@@ -289,6 +289,7 @@ impl Local {
         if watch != number {
             return;
         }
+        entry.source.kicked();
         if !completion.more {
             if completion.result < 0 {
                 let errno = Errno(-completion.result);
@@ -340,13 +341,12 @@ impl Local {
             })
     }
 
-    /// Spins while that is promising. True if there is something to do.
-    fn spin(&mut self) -> bool {
+    /// Spins while that is promising, from `began` on. True if there is something to do.
+    fn spin(&mut self, began: u64) -> bool {
         let limit = self.spin.limit_ns;
         if limit == 0 || self.active.is_empty() && self.io.timers.next().is_none() {
             return self.has_work();
         }
-        let began = self.io.now();
         loop {
             for _ in 0..16 {
                 if self.has_work() {
@@ -421,22 +421,26 @@ impl Local {
             if self.busy_turns.is_multiple_of(TICK_TURNS) {
                 self.tick();
             }
+            self.io.turn_time.set(NEVER);
             return true;
         }
         self.busy_turns = 0;
         if self.tick() {
+            self.io.turn_time.set(NEVER);
             return true;
         }
         if self.may_stop() {
             return false;
         }
         let poll_max = self.io.shared.poll_max_ns;
-        let began = if poll_max > 0 { self.io.now() } else { 0 };
-        if !self.spin() && self.arm_all() {
+        let began = if poll_max > 0 { self.io.turn_time() } else { 0 };
+        if !self.spin(began) && self.arm_all() {
             self.sleep();
         }
+        self.io.turn_time.set(NEVER);
         if poll_max > 0 {
-            self.spin.learn(self.io.now() - began, poll_max);
+            // The next turn begins now.
+            self.spin.learn(self.io.turn_time() - began, poll_max);
         }
         true
     }

@@ -115,10 +115,12 @@ pub struct Io {
     pub(super) timers: Timers,
     /// When the sources want to look at the clock, in nanoseconds; [`NEVER`].
     pub(super) tick: Cell<u64>,
+    /// What [`Io::turn_time`] gives; [`NEVER`]: the clock was not read yet.
+    pub(super) turn_time: Cell<u64>,
     pub(super) shared: Arc<Shared>,
 }
 
-/// No tick is wanted.
+/// No tick is wanted; no time is known.
 pub(super) const NEVER: u64 = u64::MAX;
 
 impl Io {
@@ -132,6 +134,7 @@ impl Io {
             tasks: Cell::new(0),
             timers: Timers::default(),
             tick: Cell::new(NEVER),
+            turn_time: Cell::new(NEVER),
             shared,
         }
     }
@@ -139,6 +142,16 @@ impl Io {
     /// Nanoseconds on the ring's clock.
     pub fn now(&self) -> u64 {
         self.ring.borrow().now()
+    }
+
+    /// Nanoseconds on the ring's clock, at some time after this turn's completions were there and
+    /// before anything else was taken. However many ask, the clock is read once in a turn at most.
+    #[inline]
+    pub fn turn_time(&self) -> u64 {
+        if self.turn_time.get() == NEVER {
+            self.turn_time.set(self.now());
+        }
+        self.turn_time.get()
     }
 
     /// Whether simulated files can be operated on ([`super::sim`]).
@@ -315,9 +328,18 @@ where
 
 /// The processor time that the calling thread has used, in nanoseconds.
 pub fn thread_cpu_ns() -> u64 {
+    cpu_ns(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// The processor time that the process has used, in nanoseconds.
+pub fn process_cpu_ns() -> u64 {
+    cpu_ns(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+fn cpu_ns(clock: libc::clockid_t) -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes one timespec. The clock always exists, so it cannot fail.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    // SAFETY: the call writes one timespec. Both clocks always exist, so it cannot fail.
+    unsafe { libc::clock_gettime(clock, &mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 

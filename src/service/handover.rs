@@ -15,7 +15,7 @@ const ASK: Duration = Duration::from_secs(1);
 
 /// Waits as long as somebody else listens on the socket, but no longer than `patience`: what is
 /// wrong with it, if anything, opening it will tell.
-pub(super) fn wait_for_socket(path: &Path, patience: Duration) {
+pub fn wait_for_socket(path: &Path, patience: Duration) {
     let file = || std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino())).ok();
     let end = Instant::now() + patience;
     while let Some(theirs) = file()

@@ -13,6 +13,7 @@ mod file;
 mod filter;
 mod guest;
 mod layer;
+mod metrics;
 mod model;
 mod monitor;
 mod node;

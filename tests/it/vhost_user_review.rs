@@ -338,6 +338,7 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
     };
     let start = QueueStart {
         name: "queue 0".into(),
+        recorder: None,
         disk: Arc::new(request::Disk::new(opened, options)),
         ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),
         inflight: None,

@@ -56,6 +56,11 @@ impl Held {
         self.delay = FIRST_DELAY;
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.waiting.len() + self.due.len()
+    }
+
     /// How many are to be tried again now.
     pub fn due(&self) -> u16 {
         self.due.len() as u16

@@ -12,6 +12,7 @@
 //! * [`watch`]: requests that the kernel does not finish.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
+//! * [`metrics`]: what is counted for those who watch.
 //! * [`write_cache`]: what the guest has made of its write cache.
 
 pub mod calls;
@@ -24,6 +25,7 @@ pub mod hand_over;
 pub mod held;
 pub mod inflight;
 pub mod memory;
+pub mod metrics;
 pub mod notices;
 pub mod queue;
 pub mod request;
@@ -36,4 +38,5 @@ pub mod write_cache;
 pub use config::DiskOptions;
 pub use door::{Address, Socket, listen, listening_fd, socket_fd};
 pub use failure::{Failure, FailureOptions, IoError, IoErrors, ReadErrors, WriteErrors};
+pub use metrics::ExportMetrics;
 pub use server::{Export, ExportOptions};

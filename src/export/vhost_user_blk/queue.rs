@@ -17,7 +17,8 @@ use super::failure::{Failure, Operation};
 use super::held::Held;
 use super::inflight::Tracker;
 use super::memory::Memory;
-use super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
+use super::metrics::Recorder;
+use super::request::{Disk, Ended, HEADER_LEN, Header, Kind, Status, trim};
 use super::ring::{Broken, SplitRing};
 use super::watch::Watch;
 use crate::block::{Access, Target, Transfer};
@@ -84,6 +85,8 @@ pub struct Queue {
     /// Declared, and so dropped, after all that holds the memory.
     stop: Option<(mpsc::Sender<Stopped>, AtStop)>,
     counts: Counts,
+    /// `None`: nobody watches.
+    recorder: Option<Recorder>,
 }
 
 #[derive(Default)]
@@ -102,6 +105,8 @@ struct Slot {
     again: bool,
     /// Looks of the watch since it was taken.
     age: u8,
+    /// For the recorder: when it was taken.
+    taken_at: u64,
     kind: Option<Kind>,
     /// The chain's memory; for transfers, `data` of it is the data.
     segments: Vec<libc::iovec>,
@@ -130,8 +135,7 @@ impl Slot {
 
 struct Finished {
     head: u16,
-    /// Status, and bytes written.
-    result: Result<(Status, u32), Failure>,
+    result: Result<Ended, Failure>,
 }
 
 /// What a queue writes is marked in a log, and in which of the guest's addresses its used ring.
@@ -145,6 +149,7 @@ pub struct QueueLog {
 pub struct QueueStart {
     /// For the log: export and queue number.
     pub name: String,
+    pub recorder: Option<Recorder>,
     pub disk: Arc<Disk>,
     pub memory: Arc<Memory>,
     pub ring: SplitRing,
@@ -197,6 +202,7 @@ impl Queue {
             drained: Vec::new(),
             stop: None,
             counts: Counts::default(),
+            recorder: start.recorder,
         };
         queue.set_log(start.log);
         queue
@@ -300,6 +306,9 @@ impl Queue {
         let mut batch = FIRST_BATCH;
         self.calls.taken(count as u32, thread_cpu_ns);
         self.watch.begin(io);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.begin(io);
+        }
         loop {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
@@ -371,6 +380,9 @@ impl Queue {
         {
             // An eventfd: full means that the guest has a notification waiting already.
             let _ = (&**call).write(&1u64.to_ne_bytes());
+            if let Some(recorder) = &self.recorder {
+                recorder.notified();
+            }
         }
     }
 
@@ -413,6 +425,9 @@ impl Queue {
         prefetch(out[0].iov_base.cast());
         slot.busy = true;
         slot.age = 0;
+        if let Some(recorder) = &self.recorder {
+            slot.taken_at = recorder.taken_at(slot.again.then_some(slot.taken_at));
+        }
         self.in_flight += 1;
         self.held += slot.segments.len();
         // At most 1024 descriptors, each in at most 509 regions.
@@ -549,6 +564,20 @@ impl Queue {
         }
     }
 
+    /// The end of a request on the slow road.
+    fn slow_ended(&mut self, io: &Io, Finished { head, result }: Finished) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.end(io);
+        }
+        match result {
+            Ok(Ended { status, written, bytes }) => {
+                self.slots[head as usize].len = bytes;
+                self.finish(head, status, written);
+            }
+            Err(failure) => self.failed(io, head, failure),
+        }
+    }
+
     /// Writes the status and hands the chain back.
     fn finish(&mut self, head: u16, status: Status, written: u32) {
         let slot = &mut self.slots[head as usize];
@@ -562,6 +591,9 @@ impl Queue {
         }
         slot.busy = false;
         slot.fast = false;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.ended(slot.kind, status, slot.taken_at, slot.len);
+        }
         if std::mem::take(&mut slot.again) && status == Status::Ok {
             self.on_hold.succeeded();
         }
@@ -669,11 +701,11 @@ fn prefetch(at: *const u8) {
 impl Source for Queue {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let mut polled = Polled::Idle;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.poll(io);
+        }
         while let Some(done) = self.next_finished() {
-            match done.result {
-                Ok((status, written)) => self.finish(done.head, status, written),
-                Err(failure) => self.failed(io, done.head, failure),
-            }
+            self.slow_ended(io, done);
             polled = Polled::Busy;
         }
         let again = self.to_replay();
@@ -697,6 +729,9 @@ impl Source for Queue {
         if (self.stop.is_some() || !self.drained.is_empty()) && self.when_empty() {
             self.publish();
             self.add_up();
+            if let Some(recorder) = &mut self.recorder {
+                recorder.settle(io.now());
+            }
             let held = self.on_hold.take_all();
             self.disk.failures.let_go(held.len());
             if let Some((stopped, _)) = &self.stop {
@@ -719,7 +754,16 @@ impl Source for Queue {
         if slot.fast {
             self.announcer.end(slot.generation);
         }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.end(io);
+        }
         self.transferred(io, head, result);
+    }
+
+    fn kicked(&mut self) {
+        if let Some(recorder) = &self.recorder {
+            recorder.kicked();
+        }
     }
 
     fn tick(&mut self, io: &Rc<Io>, now: u64) -> bool {
@@ -736,6 +780,9 @@ impl Source for Queue {
         self.announcer.settle();
         self.show_used();
         self.call();
+        if let Some(recorder) = &self.recorder {
+            recorder.show(self.in_flight, self.on_hold.count());
+        }
     }
 
     fn arm(&mut self) -> bool {

@@ -4,6 +4,7 @@
 use super::config::{self, DiskOptions};
 use super::failure::{Action, Failure, Failures, Operation};
 use super::hand_over::HandOver;
+use super::metrics::ExportMetrics;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
 use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
@@ -45,6 +46,8 @@ pub struct Disk {
     pub write_cache: WriteCache,
     pub counters: Counters,
     pub failures: Failures,
+    /// `None`: nobody watches.
+    pub metrics: Option<Arc<ExportMetrics>>,
     pub lingering: Lingering,
     /// The queues that run: worker and source. For those who have something to say to all of them.
     pub running: Mutex<Vec<(usize, SourceId)>>,
@@ -59,6 +62,21 @@ pub struct Counters {
     pub slow: AtomicU64,
     pub flushes: AtomicU64,
     pub errors: AtomicU64,
+}
+
+/// How a request ended that the storage has not failed.
+pub struct Ended {
+    pub status: Status,
+    /// Bytes written to the guest's memory.
+    pub written: u32,
+    /// Bytes of the disk that it was about.
+    pub bytes: u32,
+}
+
+impl From<Status> for Ended {
+    fn from(status: Status) -> Ended {
+        Ended { status, written: 0, bytes: 0 }
+    }
 }
 
 /// What one request wants, as its header says.
@@ -110,6 +128,7 @@ impl Disk {
             write_cache: WriteCache::default(),
             counters: Counters::default(),
             failures: Failures::default(),
+            metrics: None,
             lingering: Lingering::default(),
             running: Mutex::default(),
             hand_over: HandOver::default(),
@@ -130,7 +149,7 @@ impl Disk {
     }
 
     /// Does a request on the slow road. `out` is what follows the header, `into` what comes before
-    /// the status byte. Returns the status and the bytes written to `into`.
+    /// the status byte; both hold less than 4 GiB.
     ///
     /// # Errors
     /// What the storage has failed.
@@ -141,32 +160,33 @@ impl Disk {
         out: IoVec<'_>,
         into: IoVec<'_>,
         durable: bool,
-    ) -> Result<(Status, u32), Failure> {
+    ) -> Result<Ended, Failure> {
         let failed =
             |operation, offset, len| move |errno| Failure { operation, offset, len, errno };
+        let ok = |written, bytes| Ok(Ended { status: Status::Ok, written, bytes });
         match kind {
             Kind::In => {
                 let len = into.len();
                 let Some(at) = self.transfer_range(sector, len) else {
-                    return Ok((Status::IoError, 0));
+                    return Ok(Status::IoError.into());
                 };
                 self.node.read(at, &into).await.map_err(failed(Operation::Read, at, len))?;
-                Ok((Status::Ok, len as u32))
+                ok(len as u32, len as u32)
             }
             Kind::Out => {
                 let len = out.len();
                 let at = match self.transfer_range(sector, len) {
                     Some(at) if self.options.writable => at,
-                    _ => return Ok((Status::IoError, 0)),
+                    _ => return Ok(Status::IoError.into()),
                 };
                 let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
                 let written = self.node.write(at, &out, flags).await;
                 written.map_err(failed(Operation::Write, at, len))?;
-                Ok((Status::Ok, 0))
+                ok(0, len as u32)
             }
             Kind::Flush => {
                 self.node.flush().await.map_err(failed(Operation::Flush, 0, 0))?;
-                Ok((Status::Ok, 0))
+                ok(0, 0)
             }
             Kind::GetId => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
@@ -174,11 +194,9 @@ impl Disk {
                 let n = serial.len().min(id.len());
                 id[..n].copy_from_slice(&serial[..n]);
                 into.copy_from(&id);
-                Ok((Status::Ok, into.len().min(id.len() as u64) as u32))
+                ok(into.len().min(id.len() as u64) as u32, 0)
             }
-            Kind::Discard | Kind::WriteZeroes => {
-                Ok((self.discard_or_zero(kind, &out, durable).await?, 0))
-            }
+            Kind::Discard | Kind::WriteZeroes => self.discard_or_zero(kind, &out, durable).await,
         }
     }
 
@@ -189,16 +207,16 @@ impl Disk {
         kind: Kind,
         out: &IoVec<'_>,
         durable: bool,
-    ) -> Result<Status, Failure> {
+    ) -> Result<Ended, Failure> {
         const SEGMENT: usize = 16;
         if !self.options.writable {
-            return Ok(Status::IoError);
+            return Ok(Status::IoError.into());
         }
         if out.len() > SEGMENT as u64 {
-            return Ok(Status::Unsupported);
+            return Ok(Status::Unsupported.into());
         }
         if out.len() < SEGMENT as u64 {
-            return Ok(Status::IoError);
+            return Ok(Status::IoError.into());
         }
         let mut bytes = [0; SEGMENT];
         out.copy_to(&mut bytes);
@@ -209,13 +227,15 @@ impl Disk {
         let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         let unknown = flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         if count > config::MAX_DISCARD_SECTORS {
-            return Ok(Status::IoError);
+            return Ok(Status::IoError.into());
         }
         let len = count as u64 * SECTOR;
-        let Some(at) = self.transfer_range(sector, len) else { return Ok(Status::IoError) };
+        let Some(at) = self.transfer_range(sector, len) else {
+            return Ok(Status::IoError.into());
+        };
         // After the range, as qemu-storage-daemon does: guests see one order of checks.
         if unknown || unmap && kind == Kind::Discard {
-            return Ok(Status::Unsupported);
+            return Ok(Status::Unsupported.into());
         }
         let (operation, result) = match kind {
             Kind::Discard => (Operation::Discard, self.node.discard(at, len).await),
@@ -227,7 +247,7 @@ impl Disk {
             }
         };
         result.map_err(|errno| Failure { operation, offset: at, len, errno })?;
-        Ok(Status::Ok)
+        Ok(Ended { status: Status::Ok, written: 0, bytes: len as u32 })
     }
 
     /// Decides what is done about a request that the storage has failed, and tells of it.

@@ -8,6 +8,7 @@ use super::cut_off::CutOff;
 use super::door::{Address, Door, wait_readable};
 use super::failure::{Failure, IoErrors};
 use super::hand_over;
+use super::metrics::ExportMetrics;
 use super::notices::{Channel, Notices};
 use super::queue::Queue;
 use super::request::{Counters, Disk};
@@ -32,6 +33,8 @@ pub struct ExportOptions {
     /// Queues are dealt to these in turn, beginning with number `first_worker`.
     pub workers: Vec<Arc<Worker>>,
     pub first_worker: usize,
+    /// What is counted for those who watch.
+    pub metrics: Option<Arc<ExportMetrics>>,
 }
 
 /// A disk that front ends can connect to, until it is dropped.
@@ -65,7 +68,8 @@ impl Export {
     /// Opens the socket. Nobody is served before [`Export::start`].
     pub fn new(node: Arc<Node>, address: Address, options: ExportOptions) -> Result<Export, Error> {
         let door = Door::new(address)?;
-        let disk = Arc::new(Disk::new(node, options.disk));
+        let disk = Disk { metrics: options.metrics, ..Disk::new(node, options.disk) };
+        let disk = Arc::new(disk);
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
         let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
         let shared = Arc::new_cyclic(|me| Shared {
@@ -201,6 +205,10 @@ impl Shared {
 
     fn serve_one(&self, stream: UnixStream) {
         log::info!("{}: front end connected", self.name);
+        if let Some(metrics) = &self.disk.metrics {
+            metrics.connections.fetch_add(1, Ordering::Relaxed);
+            metrics.connected.store(true, Ordering::Relaxed);
+        }
         let session = Session::new(
             self.name.clone(),
             self.disk.clone(),
@@ -247,6 +255,9 @@ impl Shared {
         };
         lock(&session).stop_all();
         self.current.lock().front_end = None;
+        if let Some(metrics) = &self.disk.metrics {
+            metrics.connected.store(false, Ordering::Relaxed);
+        }
         // Memory and descriptors are given back before the log says that the front end has gone.
         drop((channel, handler, session));
         match end {
@@ -325,6 +336,9 @@ impl User for Shared {
     fn resized(&self) {
         let sectors = self.disk.node.len() / SECTOR;
         self.disk.capacity.store(sectors, Ordering::SeqCst);
+        if let Some(metrics) = &self.disk.metrics {
+            metrics.size.store(sectors * SECTOR, Ordering::Relaxed);
+        }
         self.notices.config_changed();
     }
 }

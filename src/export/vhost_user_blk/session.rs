@@ -235,6 +235,7 @@ impl Session {
         };
         let start = QueueStart {
             name: format!("{}: queue {index}", self.name),
+            recorder: self.disk.metrics.as_ref().and_then(|metrics| metrics.recorder(index)),
             disk: self.disk.clone(),
             memory: self.memory.clone(),
             ring: split,

@@ -18,6 +18,7 @@ use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vublk::export::vhost_user_blk::ExportMetrics;
 use vublk::export::vhost_user_blk::failure::{FailureOptions, ReadErrors, WriteErrors};
 use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
@@ -287,6 +288,7 @@ impl Guest {
         };
         *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
             name: "fuzz".to_owned(),
+            recorder: ExportMetrics::new("fuzz", "node", true, 0, 1).recorder(0),
             disk: opened.disk.clone(),
             memory: guest.memory.memory.clone(),
             ring,

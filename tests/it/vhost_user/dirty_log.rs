@@ -250,7 +250,8 @@ fn a_read_that_fails_is_marked_because_it_may_have_landed_in_part() {
         failures: Default::default(),
     };
     let workers = vec![worker.clone()];
-    let served = ExportOptions { name: "half".into(), disk, workers, first_worker: 0 };
+    let served =
+        ExportOptions { name: "half".into(), disk, workers, first_worker: 0, metrics: None };
     let address = Address::Path { path: path.clone(), mode: None, owner: None };
     let _export = Export::new(node, address, served).unwrap().start(|| ()).unwrap();
     let mut disk = Disk::open(&path, &options()).unwrap();

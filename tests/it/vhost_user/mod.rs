@@ -20,7 +20,7 @@ mod requests;
 mod write_cache;
 
 pub use crate::disks::seed;
-pub use daemon::{Daemon, LIMIT, SIZE, new_image};
+pub use daemon::{Daemon, LIMIT, SIZE, export_of, new_image};
 
 /// Bytes that tell which of 256 kinds they are and where in the buffer they stood.
 pub fn pattern(len: usize, salt: u8) -> Vec<u8> {

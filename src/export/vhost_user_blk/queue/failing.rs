@@ -35,13 +35,17 @@ impl Queue {
     pub fn fail_held(&mut self) {
         for head in self.on_hold.take_all() {
             self.disk.failures.let_go(1);
+            self.slots[head as usize].again = true;
             // For the place of the status byte, wherever it lies by now.
             match self.seize(head) {
                 Ok(readable) => {
                     let slot = &mut self.slots[head as usize];
-                    // A read may have written there before it failed.
-                    slot.kind = Some(Kind::In);
                     slot.data = (readable, slot.segments.len() as u32);
+                    // A read may have written there before it failed, and may be another queue's.
+                    if let Some(log) = &self.log {
+                        let data = &slot.segments[readable as usize..];
+                        log.mark_segments(&self.memory, data, u64::MAX);
+                    }
                     self.finish(head, Status::IoError, 0);
                 }
                 Err(why) => self.fail(why),
@@ -66,6 +70,9 @@ impl Queue {
             return self.finish(head, Status::IoError, 0);
         }
         let read = failure.operation == Operation::Read;
+        if let Some(recorder) = &self.recorder {
+            recorder.failed(self.slots[head as usize].kind);
+        }
         match self.disk.failed(failure) {
             Action::Report => self.finish(head, Status::from(Err(failure.errno)), 0),
             Action::Ignore => {

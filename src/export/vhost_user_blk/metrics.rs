@@ -1,0 +1,276 @@
+//! What an export counts for those who watch it: requests, bytes, errors and latencies, by queue and
+//! operation.
+//!
+//! The rule held here: no write is shared. A queue's counters are written by the worker that runs it,
+//! with plain loads and stores, and lie on cache lines of their own; whoever reads them may see one
+//! counter newer than another.
+//!
+//! A latency runs from when the worker finds a request to when it is about to show the guest its end.
+//! The clock is read once in a turn of the worker ([`Io::turn_time`]), for all requests that ended
+//! before it and all that are taken after it.
+
+use super::request::{Kind, Status};
+use crate::io::Io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// The operations that are told apart, by their place in [`QueueMetrics::operations`].
+pub const OPERATIONS: [&str; 6] = ["read", "write", "flush", "discard", "write_zeroes", "other"];
+
+/// Upper bounds of the latency buckets: 2^10 ns (about a microsecond), 2^11 ns and so on up to 2^34 ns
+/// (17 s), and all above.
+pub const BUCKETS: usize = 26;
+
+/// The first bucket's upper bound is two to this, in nanoseconds.
+const FIRST_BOUND: u32 = 10;
+
+/// The upper bound of a bucket in nanoseconds, which belongs to it; none for the last.
+pub fn bound(bucket: usize) -> Option<u64> {
+    (bucket + 1 < BUCKETS).then(|| 1 << (FIRST_BOUND + bucket as u32))
+}
+
+fn bucket_of(ns: u64) -> usize {
+    let above = ns.saturating_sub(1) >> FIRST_BOUND;
+    ((u64::BITS - above.leading_zeros()) as usize).min(BUCKETS - 1)
+}
+
+/// An export as it can be watched. It holds nothing of the export alive.
+pub struct ExportMetrics {
+    pub name: String,
+    pub node: String,
+    pub writable: bool,
+    /// Bytes.
+    pub size: AtomicU64,
+    /// A front end is connected.
+    pub connected: AtomicBool,
+    /// Front ends that have connected so far.
+    pub connections: AtomicU64,
+    /// Made when a queue of the number is first started, and kept when it stops.
+    queues: Box<[OnceLock<Arc<QueueMetrics>>]>,
+}
+
+impl ExportMetrics {
+    pub fn new(name: &str, node: &str, writable: bool, size: u64, queues: u16) -> ExportMetrics {
+        ExportMetrics {
+            name: name.to_owned(),
+            node: node.to_owned(),
+            writable,
+            size: AtomicU64::new(size),
+            connected: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
+            queues: std::iter::repeat_with(OnceLock::new).take(queues.into()).collect(),
+        }
+    }
+
+    /// The queues that were ever started, with their numbers.
+    pub fn queues(&self) -> impl Iterator<Item = (usize, &QueueMetrics)> {
+        let started = self.queues.iter().enumerate();
+        started.filter_map(|(index, queue)| Some((index, &**queue.get()?)))
+    }
+
+    /// For the worker that a queue is started on. One at a time has it, for the queue before is gone.
+    pub fn recorder(&self, queue: usize) -> Option<Recorder> {
+        let to = self.queues.get(queue)?.get_or_init(Arc::default).clone();
+        Some(Recorder { to, now: 0, at_once: Default::default(), any_at_once: false })
+    }
+}
+
+/// What one queue has done since the export began.
+#[derive(Default)]
+#[repr(align(128))]
+pub struct QueueMetrics {
+    pub operations: [OperationMetrics; OPERATIONS.len()],
+    /// Requests in flight.
+    pub depth: AtomicU64,
+    /// Requests that the storage has failed and that are held.
+    pub held: AtomicU64,
+    /// Times that the worker has looked for requests, and how often there were some.
+    pub polls: AtomicU64,
+    pub batches: AtomicU64,
+    /// Kicks that have come from the guest, and notifications that went to it.
+    pub kicks: AtomicU64,
+    pub notifications: AtomicU64,
+}
+
+/// What a queue has done of one operation. Requests are counted when they end, in their bucket.
+#[derive(Default)]
+pub struct OperationMetrics {
+    /// Of the requests that worked.
+    pub bytes: AtomicU64,
+    /// Requests that ended with another status than OK.
+    pub errors: AtomicU64,
+    /// Times that the storage has failed a request, whatever became of it.
+    pub storage_errors: AtomicU64,
+    /// The sum of all latencies, in nanoseconds.
+    pub latency_ns: AtomicU64,
+    pub buckets: [AtomicU64; BUCKETS],
+}
+
+impl OperationMetrics {
+    fn record(&self, ns: u64, requests: u64) {
+        add(&self.latency_ns, ns.saturating_mul(requests));
+        add(&self.buckets[bucket_of(ns)], requests);
+    }
+}
+
+/// Adds to a counter that no other thread writes to.
+#[inline]
+fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+}
+
+/// A running queue's pen.
+pub struct Recorder {
+    to: Arc<QueueMetrics>,
+    /// The clock, as read last for this queue.
+    now: u64,
+    /// Requests that ended in the turn that took them, and their bytes: their latencies are known when
+    /// the clock is next read.
+    at_once: [(u64, u64); OPERATIONS.len()],
+    any_at_once: bool,
+}
+
+impl Recorder {
+    /// The worker looks for requests. To be called before anything of this turn is taken.
+    #[inline]
+    pub fn poll(&mut self, io: &Io) {
+        add(&self.to.polls, 1);
+        if self.any_at_once {
+            self.settle(io.turn_time());
+        }
+    }
+
+    /// Requests are taken; they begin now. Gives the time.
+    #[inline]
+    pub fn begin(&mut self, io: &Io) {
+        add(&self.to.batches, 1);
+        self.now = io.turn_time();
+    }
+
+    /// Requests of earlier turns end now.
+    #[inline]
+    pub fn end(&mut self, io: &Io) {
+        let now = io.turn_time();
+        if self.any_at_once && now != self.now {
+            self.settle(now);
+        }
+        self.now = now;
+    }
+
+    /// When a request began that is taken now. `before`: when it was taken first, if it is not new.
+    #[inline]
+    pub fn taken_at(&self, before: Option<u64>) -> u64 {
+        before.filter(|&at| at != 0).unwrap_or(self.now)
+    }
+
+    /// A request has ended. `bytes`: of the disk, that it was about.
+    #[inline]
+    pub fn ended(&mut self, kind: Option<Kind>, status: Status, taken_at: u64, bytes: u32) {
+        let operation = operation(kind);
+        let mut bytes = u64::from(bytes);
+        if status != Status::Ok {
+            add(&self.to.operations[operation].errors, 1);
+            bytes = 0;
+        }
+        if taken_at == self.now {
+            let at_once = &mut self.at_once[operation];
+            at_once.0 += 1;
+            at_once.1 += bytes;
+            self.any_at_once = true;
+        } else {
+            let to = &self.to.operations[operation];
+            add(&to.bytes, bytes);
+            to.record(self.now.saturating_sub(taken_at), 1);
+        }
+    }
+
+    /// Books what has ended at once, now that the clock shows `now`.
+    pub fn settle(&mut self, now: u64) {
+        self.any_at_once = false;
+        let began = std::mem::replace(&mut self.now, now);
+        for (at_once, to) in self.at_once.iter_mut().zip(&self.to.operations) {
+            let (requests, bytes) = std::mem::take(at_once);
+            if requests > 0 {
+                add(&to.bytes, bytes);
+                to.record(now.saturating_sub(began), requests);
+            }
+        }
+    }
+
+    /// The storage has failed a request.
+    #[cold]
+    pub fn failed(&self, kind: Option<Kind>) {
+        add(&self.to.operations[operation(kind)].storage_errors, 1);
+    }
+
+    /// How things stand at the end of a turn.
+    #[inline]
+    pub fn show(&self, depth: usize, held: usize) {
+        self.to.depth.store(depth as u64, Ordering::Relaxed);
+        self.to.held.store(held as u64, Ordering::Relaxed);
+    }
+
+    pub fn kicked(&self) {
+        add(&self.to.kicks, 1);
+    }
+
+    pub fn notified(&self) {
+        add(&self.to.notifications, 1);
+    }
+}
+
+#[inline]
+fn operation(kind: Option<Kind>) -> usize {
+    match kind {
+        Some(Kind::In) => 0,
+        Some(Kind::Out) => 1,
+        Some(Kind::Flush) => 2,
+        Some(Kind::Discard) => 3,
+        Some(Kind::WriteZeroes) => 4,
+        Some(Kind::GetId) | None => 5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_latency_belongs_to_the_bucket_whose_bounds_hold_it() {
+        for ns in [0, 1, 1023, 1024, 1025, 2048, 2049, 1 << 33, (1 << 34) - 1, 1 << 34] {
+            let bucket = bucket_of(ns);
+            assert!(bound(bucket).is_some_and(|bound| ns <= bound), "{ns}");
+            assert!(bucket == 0 || bound(bucket - 1).is_some_and(|bound| ns > bound), "{ns}");
+        }
+        for ns in [(1 << 34) + 1, u64::MAX] {
+            assert_eq!((bucket_of(ns), bound(BUCKETS - 1)), (BUCKETS - 1, None));
+        }
+    }
+
+    #[test]
+    fn requests_that_end_in_their_turn_are_booked_when_the_clock_is_read_next() {
+        let export = ExportMetrics::new("e", "n", true, 0, 1);
+        let mut recorder = export.recorder(0).unwrap();
+        let counts = || {
+            let (_, queue) = export.queues().next().unwrap();
+            let read = &queue.operations[0];
+            let all = read.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum();
+            (all, read.bytes.load(Ordering::Relaxed), read.latency_ns.load(Ordering::Relaxed))
+        };
+        recorder.now = 5_000;
+        let at = recorder.taken_at(None);
+        recorder.ended(Some(Kind::In), Status::Ok, at, 512);
+        recorder.ended(Some(Kind::In), Status::Ok, at, 512);
+        assert_eq!(counts(), (0u64, 0, 0));
+        recorder.settle(8_000);
+        assert_eq!(counts(), (2, 1024, 6_000));
+        // One of the turn before.
+        recorder.ended(Some(Kind::In), Status::Ok, at, 4096);
+        assert_eq!(counts(), (3, 5120, 9_000));
+        // One that fails moves no bytes.
+        recorder.ended(Some(Kind::In), Status::IoError, at, 4096);
+        assert_eq!(counts(), (4, 5120, 12_000));
+        // One that was held was taken long ago; one that another daemon took is new here.
+        assert_eq!((recorder.taken_at(Some(1)), recorder.taken_at(Some(0))), (1, 8_000));
+    }
+}
