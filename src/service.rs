@@ -16,7 +16,7 @@ pub use patience::is_locked;
 pub use pending::Pending;
 
 use crate::block::graph::{Attachment, Graph};
-use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry};
+use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage};
 use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
     Address, DiskOptions, Export, ExportMetrics, ExportOptions, FailureOptions, IoErrors,
@@ -33,6 +33,9 @@ use std::time::Duration;
 
 /// The serial number of disks that are given none.
 const SERIAL: &str = "vhost_user_blk";
+
+/// What overlays are made in.
+const OVERLAY_FORMAT: &str = "qcow2";
 
 /// Queues at most that an export may have; the front ends' limits lie below.
 pub const MAX_QUEUES: u16 = 64;
@@ -182,6 +185,16 @@ impl Service {
     /// `--blockdev`: opens a named node.
     pub fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
         self.patiently(|| self.graph.open_on(&self.control, options.clone()))
+    }
+
+    /// Opens a node, `name`, over `node`: it takes what is written, in a file that is gone afterwards.
+    pub fn add_overlay(&self, name: &str, node: &Arc<Node>) -> Result<Arc<Node>, Error> {
+        let (graph, name, node) = (self.graph.clone(), name.to_owned(), node.clone());
+        self.control.block_on(move || async move {
+            let image =
+                TemporaryImage::create(graph.registry(), OVERLAY_FORMAT, node.len()).await?;
+            graph.open(image.options(&name, node.name())?).await
+        })
     }
 
     /// Waits for locked images from now on until `give_up` says true, and no longer than it makes

@@ -15,6 +15,8 @@ pub struct CreateEntry {
     pub create: CreateFn,
     /// How long the file of a new image would be, for formats that can tell.
     pub measure: Option<MeasureFn>,
+    /// Images of the format can store data compressed ([`super::Compress`]).
+    pub compresses: bool,
 }
 
 /// Tells how long a new image's file would be, from what was given of the format's and the file's
@@ -356,6 +358,7 @@ mod tests {
             ],
             create: |creation, options| Box::pin(creation.create_file(options)),
             measure: None,
+            compresses: false,
         }),
     );
     static STORE: DriverEntry = entry(
@@ -372,6 +375,7 @@ mod tests {
                 Box::pin(std::future::ready(Err(Error::new(text))))
             },
             measure: None,
+            compresses: false,
         }),
     );
     static FIXED: DriverEntry = entry("fixed", None);

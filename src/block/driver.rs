@@ -317,6 +317,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// How it stores data compressed, if it can.
+    fn compress(&self) -> Option<&dyn super::Compress> {
+        None
+    }
+
     /// The file that the disk is in, as it was named: a protocol's own, or that of the only child.
     fn filename(&self) -> Option<String> {
         match self.children() {

@@ -48,10 +48,38 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// Records another backing file, by the name and the format that the image is to hold; none for no
+    /// backing file. What the node stands on stays as it is. Durable when it is done, and a crash leaves
+    /// the old record or the new one.
+    ///
+    /// # Errors
+    /// ENOTSUP where an image cannot have one, ENOSPC where there is no room for the name.
+    fn set_backing<'a>(
+        &'a self,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<(), Error>> {
+        let _ = (name, format);
+        Box::pin(std::future::ready(Err(unsupported())))
+    }
+
+    /// Gives up everything that the image itself has, so that its backing file shows, which must have
+    /// the same contents, durably: meanwhile, and after a crash, parts of both are seen.
+    ///
+    /// # Errors
+    /// ENOTSUP where an image cannot.
+    fn make_empty(&self) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(std::future::ready(Err(unsupported())))
+    }
+
     /// What the image says of itself. Called at any time.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
     }
+}
+
+fn unsupported() -> Error {
+    Error::new("Operation not supported").with_errno(Errno::ENOTSUP)
 }
 
 /// Whether new space of a disk has its place at once.

@@ -5,9 +5,11 @@
 //! * [`driver`], [`image`], [`snapshot`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
 //! * [`bitmap`]: which parts of a node were written.
+//! * [`compress`]: storing data compressed.
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
+//! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
 //! * [`event`]: what is about to happen, for debugging filters.
 //! * [`error`]: one line for whoever opened the disk.
@@ -16,6 +18,7 @@
 
 pub mod bitmap;
 pub mod child;
+pub mod compress;
 pub mod create;
 pub mod driver;
 pub mod error;
@@ -30,9 +33,11 @@ pub mod policy;
 pub mod probe;
 pub mod registry;
 pub mod snapshot;
+pub mod temporary;
 
 pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
 pub use child::Child;
+pub use compress::{Compress, Packed, Packer};
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use driver::{
     Abilities, Access, Driver, Extent, HandOver, Leaf, LocalFuture, Locks, Mapping, Place,
@@ -48,3 +53,4 @@ pub use perm::{Perm, Perms};
 pub use policy::{FollowBacking, OpenPolicy, Whitelist};
 pub use registry::{DriverEntry, Kind, OptionHelp, Registry};
 pub use snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
+pub use temporary::TemporaryImage;

@@ -10,6 +10,7 @@ use super::overlap::Overlap;
 use super::{Event, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
@@ -397,13 +398,13 @@ impl Node {
     }
 
     /// Records a write in the bitmaps now, and once more when it has ended.
-    fn record(&self, at: u64, len: u64) -> Recorded<'_> {
+    pub(super) fn record(&self, at: u64, len: u64) -> Recorded<'_> {
         let recorded = Recorded { node: self, at, len };
         recorded.mark();
         recorded
     }
 
-    fn check_range(&self, at: u64, len: u64) -> IoResult {
+    pub(super) fn check_range(&self, at: u64, len: u64) -> IoResult {
         match at.checked_add(len) {
             Some(end) if end <= self.len() => Ok(()),
             _ => Err(Errno::EIO),
@@ -426,7 +427,12 @@ impl Node {
         Ok(len > 0 && end > self.driver.len())
     }
 
-    fn check_writable(&self) -> IoResult {
+    /// Lists a write of whole blocks as under way, once those that it must wait for have ended.
+    pub(super) async fn list_write(&self, range: Range<u64>) -> super::overlap::Listed<'_> {
+        self.overlap.write(range).await
+    }
+
+    pub(super) fn check_writable(&self) -> IoResult {
         let may = self.held().intersects(Perm::WRITE | Perm::WRITE_UNCHANGED);
         if may && !self.traits.abilities.contains(Abilities::READ_ONLY) {
             Ok(())
@@ -585,7 +591,7 @@ impl Node {
 }
 
 /// A slow write, until it has ended.
-struct Recorded<'a> {
+pub(super) struct Recorded<'a> {
     node: &'a Node,
     at: u64,
     len: u64,

@@ -63,6 +63,9 @@ pub struct Serve {
     /// What to do about reads that the storage fails
     #[arg(long, value_enum, default_value_t)]
     rerror: ReadErrors,
+    /// Keep what is written apart from the image, which stays as it is, and forget it at the end
+    #[arg(long, conflicts_with_all = ["incoming", "read_only"])]
+    snapshot: bool,
     /// Seconds that a request may take before its connection is closed; 0: any time
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_TIMEOUT.as_secs() as u32)]
     io_timeout: u32,
@@ -218,7 +221,11 @@ impl Serve {
     ) -> super::Outcome {
         let shown = image.display();
         let options = self.node_options(&format!("disk{index}"), image)?;
-        let node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
+        let mut node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
+        if self.snapshot {
+            let overlay = service.add_overlay(&format!("snapshot{index}"), &node);
+            node = overlay.map_err(|e| e.at(&shown))?;
+        }
         let id = format!("export{index}");
         let block = self.logical_block_size.0;
         let disk = DiskOptions {
@@ -268,7 +275,7 @@ impl Serve {
         for map in [&mut file, &mut node] {
             map.insert("cache", cache.clone());
             map.insert("discard", discard);
-            map.insert("read-only", Value::Bool(self.read_only));
+            map.insert("read-only", Value::Bool(self.read_only || self.snapshot));
         }
         node.insert("file", Value::Map(file));
         Ok(node)

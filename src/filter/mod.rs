@@ -5,11 +5,13 @@ use crate::block::{DriverEntry, Node, WriteFlags};
 use crate::io::{IoResult, IoVec};
 
 pub mod blkdebug;
+pub mod compress;
 pub mod copy_on_read;
 pub mod preallocate;
 
 /// All filters.
-pub static LIST: &[&DriverEntry] = &[&blkdebug::ENTRY, &copy_on_read::ENTRY, &preallocate::ENTRY];
+pub static LIST: &[&DriverEntry] =
+    &[&blkdebug::ENTRY, &compress::ENTRY, &copy_on_read::ENTRY, &preallocate::ENTRY];
 
 /// Passes a read on. One that was rounded out to the alignment may end beyond the node's end; there
 /// are zeroes.

@@ -34,6 +34,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
             let measured = Measurement { required: bytes, fully_allocated: bytes, bitmaps: None };
             Box::pin(std::future::ready(Ok(measured)))
         }),
+        compresses: false,
     }),
     // Anything is raw, if it is nothing else.
     probe: Some(|_, _| 1),

@@ -4,14 +4,15 @@
 //! The rules held here: what reads as zeroes is not read, and what is zero where the target has
 //! zeroes is not written; memory is bounded by the number of lanes; the first failure ends all.
 //!
-//! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for.
+//! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for. What is to be
+//! compressed goes in whole units of the target, packed by each lane before its turn to write.
 
 mod plan;
 mod turns;
 
-use super::extents::zero_prefix;
+use super::extents::{is_zero, zero_prefix};
 use super::{Opened, Progress};
-use crate::block::{WriteFlags, ZeroFlags};
+use crate::block::{Node, Packed, WriteFlags, ZeroFlags};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec, Worker, current, sleep};
 use plan::{Kind, Piece, Plan};
@@ -36,6 +37,8 @@ pub struct Copy {
     pub lanes: usize,
     /// Writes reach the target in the order of their offsets.
     pub in_order: bool,
+    /// The target stores it compressed: it must be able to ([`crate::block::Compress`]).
+    pub compress: bool,
     /// Runs of at least so many zero bytes are not written as data; none to write everything.
     pub sparse: Option<u64>,
     /// Data is passed on as it is, without a look for zeroes in it.
@@ -44,6 +47,8 @@ pub struct Copy {
     pub target_is_zero: bool,
     /// The target's backing file supplies what the sources' own images have not.
     pub has_backing: bool,
+    /// The image in the source's chain from which on down nothing is copied.
+    pub base: Option<Arc<Node>>,
     /// What cannot be read becomes zeroes.
     pub salvage: bool,
     /// Bytes in a second, at most.
@@ -54,7 +59,32 @@ impl Copy {
     /// The most that one lane reads at once, in bytes.
     fn chunk(&self) -> u64 {
         let mut images = self.sources.iter().chain([&self.target]);
-        if images.any(|image| image.node().options().direct) { CHUNK } else { CACHED_CHUNK }
+        let direct = images.any(|image| image.node().options().direct);
+        let chunk = if direct { CHUNK } else { CACHED_CHUNK };
+        chunk.max(self.unit().unwrap_or(0))
+    }
+
+    /// What is compressed as one, in bytes: a power of two, no longer than a chunk.
+    fn unit(&self) -> Option<u64> {
+        self.target.node().compression_unit().filter(|_| self.compress)
+    }
+
+    /// Of all sources together, in bytes.
+    fn len(&self) -> u64 {
+        self.sources.iter().map(|source| source.len()).sum()
+    }
+
+    /// The source that has the byte at `at` of the target, the byte's offset in it, and how many
+    /// bytes there are from there on.
+    fn source_at(&self, at: u64) -> Option<(&Opened, u64, u64)> {
+        let mut from = at;
+        for source in &self.sources {
+            if from < source.len() {
+                return Some((source, from, source.len() - from));
+            }
+            from -= source.len();
+        }
+        None
     }
 }
 
@@ -160,7 +190,7 @@ impl Shared {
     ) -> Result<(), Trouble> {
         if piece.kind == Kind::Zeroes {
             self.await_turn(piece).await;
-            return self.zero(piece.to, piece.len).await;
+            return self.zero(piece.at, piece.len).await;
         }
         self.hold_rate(piece.len).await;
         let buffer = match buffer {
@@ -171,10 +201,15 @@ impl Shared {
         let bytes = &mut buffer[..piece.len as usize];
         match piece.kind {
             Kind::WrittenZeroes => bytes.fill(0),
-            _ => self.read(piece, bytes).await?,
+            _ => self.read(piece.at, bytes).await?,
         }
-        self.await_turn(piece).await;
-        self.write(piece.to, bytes).await?;
+        match self.copy.unit() {
+            Some(unit) => self.write_packed(piece, bytes, unit).await?,
+            None => {
+                self.await_turn(piece).await;
+                self.write(piece.at, bytes).await?;
+            }
+        }
         self.progress.advance(piece.len, self.plan.total());
         Ok(())
     }
@@ -185,22 +220,67 @@ impl Shared {
         }
     }
 
-    async fn read(&self, piece: &Piece, bytes: &mut [u8]) -> Result<(), Trouble> {
-        let source = &self.copy.sources[piece.source];
-        let whole = source.read(piece.from, &IoVec::from_mut(bytes)).await;
-        match whole {
-            Ok(()) => return Ok(()),
-            Err(errno) if !self.copy.salvage => return Err(Trouble::Read(piece.to, errno)),
-            Err(_) => {}
+    /// Reads what goes to `at` of the target.
+    async fn read(&self, mut at: u64, mut bytes: &mut [u8]) -> Result<(), Trouble> {
+        while !bytes.is_empty() {
+            let (source, from, there) =
+                self.copy.source_at(at).ok_or(Trouble::Read(at, Errno::EIO))?;
+            let len = (bytes.len() as u64).min(there);
+            let (part, rest) = bytes.split_at_mut(len as usize);
+            match source.read(from, &IoVec::from_mut(part)).await {
+                Ok(()) => {}
+                Err(_) if self.copy.salvage => self.salvage(at, source, from, part).await,
+                Err(errno) => return Err(Trouble::Read(at, errno)),
+            }
+            at += len;
+            bytes = rest;
         }
+        Ok(())
+    }
+
+    /// Reads sector by sector; those that cannot be read become zeroes.
+    async fn salvage(&self, to: u64, source: &Opened, from: u64, bytes: &mut [u8]) {
         let mut at = 0;
         for sector in bytes.chunks_mut(512) {
             let len = sector.len() as u64;
-            if let Err(errno) = source.read(piece.from + at, &IoVec::from_mut(sector)).await {
-                (self.salvaged)(piece.to + at, errno);
+            if let Err(errno) = source.read(from + at, &IoVec::from_mut(sector)).await {
+                (self.salvaged)(to + at, errno);
                 sector.fill(0);
             }
             at += len;
+        }
+    }
+
+    /// Packs all units that are not zero, waits for the turn, and stores them.
+    async fn write_packed(&self, piece: &Piece, bytes: &[u8], unit: u64) -> Result<(), Trouble> {
+        let target = self.copy.target.node();
+        let units: Vec<&[u8]> = bytes.chunks(unit as usize).collect();
+        let is_left_out = |unit: &[u8]| self.copy.sparse.is_some() && is_zero(unit);
+        let mut parts: Vec<(u64, usize, Option<Vec<Packed>>)> = Vec::new();
+        let mut at = 0;
+        // A unit that is cut short goes by itself: it may be refused.
+        for alike in units.chunk_by(|a, b| a.len() == b.len() && is_left_out(a) == is_left_out(b)) {
+            let len = alike.iter().map(|unit| unit.len()).sum();
+            let to = piece.at + at as u64;
+            let packed = match is_left_out(alike[0]) {
+                true => None,
+                false => {
+                    let packed = target.pack(to, &IoVec::from_ref(&bytes[at..at + len])).await;
+                    Some(packed.map_err(|errno| Trouble::Write(to, errno))?)
+                }
+            };
+            parts.push((to, len, packed));
+            at += len;
+        }
+        self.await_turn(piece).await;
+        for (to, len, packed) in parts {
+            let Some(packed) = packed else {
+                self.zero(to, len as u64).await?;
+                continue;
+            };
+            let plain = &bytes[(to - piece.at) as usize..][..len];
+            let stored = self.copy.target.store_packed(&packed, &IoVec::from_ref(plain)).await;
+            stored.map_err(|errno| Trouble::Write(to, errno))?;
         }
         Ok(())
     }

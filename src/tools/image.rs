@@ -8,13 +8,16 @@ use super::cache::Cache;
 use super::naming::{self, Named};
 use crate::block::policy::FollowBacking;
 use crate::block::{
-    Attachment, Error, Graph, Node, OpenPolicy, Perm, Perms, Preallocation, Registry, SECTOR,
-    WriteFlags, ZeroFlags, probe,
+    Attachment, Error, Graph, Node, OpenPolicy, Packed, Perm, Perms, Preallocation, Registry,
+    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, probe,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
 use std::cell::Cell;
 use std::sync::Arc;
+
+/// What temporary overlays are made in.
+const OVERLAY_FORMAT: &str = "qcow2";
 
 /// How conflicts call a tool's use of an image.
 const USER: &str = "an unnamed block device";
@@ -38,6 +41,8 @@ pub struct Wanted<'a> {
     pub exclusive: bool,
     /// Without its backing file, which may be missing.
     pub no_backing: bool,
+    /// Writes go to a file that is gone afterwards; the image stays as it is.
+    pub snapshot: bool,
     pub cache: Cache,
     /// More options of the node, that the name says nothing of.
     pub more: Map,
@@ -55,6 +60,8 @@ pub struct Images {
 /// An open image. Its node's length is the disk's.
 pub struct Opened {
     attachment: Attachment,
+    /// The image itself, if this is a temporary overlay of it.
+    below: Option<String>,
     registry: &'static Registry,
     /// As the user named it.
     pub name: String,
@@ -102,7 +109,8 @@ impl Images {
             guessed_raw = format == "raw";
             options.insert("driver", format);
         }
-        common_options(&mut options, wanted);
+        let writable = wanted.writable && !wanted.snapshot;
+        common_options(&mut options, &Wanted { writable, ..wanted.clone() });
         for (key, value) in wanted.more.iter() {
             options.insert(key, value.clone());
         }
@@ -110,7 +118,13 @@ impl Images {
         if wanted.no_backing && probe_has_backing(registry, &options) {
             options.insert("backing", Value::Null);
         }
-        let node = self.graph.open(options).await?;
+        let mut node = self.graph.open(options).await?;
+        let mut below = None;
+        if wanted.snapshot {
+            below = Some(node.name().to_owned());
+            node = self.open_overlay(&node, wanted).await?;
+            guessed_raw = false;
+        }
         let attachment = self.graph.attach(&node, USER, permissions(wanted), None)?;
         if guessed_raw && wanted.writable {
             (self.warn)(&format!(
@@ -123,12 +137,22 @@ impl Images {
         }
         Ok(Opened {
             attachment,
+            below,
             registry,
             name: wanted.name.to_owned(),
             shown,
             guessed_raw,
             write_through: wanted.cache.write_through,
         })
+    }
+
+    /// An overlay that takes the writes to `node`, as long as it is open.
+    async fn open_overlay(&self, node: &Node, wanted: &Wanted<'_>) -> Result<Arc<Node>, Error> {
+        let image =
+            TemporaryImage::create(self.graph.registry(), OVERLAY_FORMAT, node.len()).await?;
+        let mut options = image.options(&self.next_name(), node.name())?;
+        options.insert("read-only", on_off(!wanted.writable));
+        self.graph.open(options).await
     }
 
     /// The format of what `options` have as their `file`.
@@ -162,7 +186,7 @@ impl Images {
     /// Closes an image: what was written reaches its storage.
     pub async fn close(&self, image: Opened) -> Result<(), Error> {
         let node = image.node().clone();
-        let name = node.name().to_owned();
+        let (name, below) = (node.name().to_owned(), image.below.clone());
         let flushed = match image.is_writable() {
             true => node.flush().await,
             false => Ok(()),
@@ -170,6 +194,9 @@ impl Images {
         drop(node);
         drop(image);
         self.graph.delete(&name).await?;
+        if let Some(below) = below {
+            self.graph.delete(&below).await?;
+        }
         flushed.map_err(|errno| Error::os("Could not flush the image", errno))
     }
 
@@ -274,6 +301,18 @@ impl Opened {
         let mut flags = flags;
         flags.set(WriteFlags::FUA, self.write_through || flags.contains(WriteFlags::FUA));
         self.node().write(at, from, flags).await
+    }
+
+    /// Writes compressed ([`Node::write_compressed`]).
+    pub async fn write_compressed(&self, at: u64, from: &IoVec<'_>) -> IoResult {
+        let flags = if self.write_through { WriteFlags::FUA } else { WriteFlags::empty() };
+        self.node().write_compressed(at, from, flags).await
+    }
+
+    /// Stores what was packed from `plain` ([`Node::store_packed`]).
+    pub async fn store_packed(&self, packed: &[Packed], plain: &IoVec<'_>) -> IoResult {
+        self.node().store_packed(packed, plain).await?;
+        if self.write_through { self.node().flush().await } else { Ok(()) }
     }
 
     pub async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {

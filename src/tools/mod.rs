@@ -6,11 +6,13 @@
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`bench`]: how long requests take.
 //! * [`compare`]: whether two disks have the same contents; [`copy`]: the copy engine.
+//! * [`rebase`]: other backing files under an image; `chain`: images by layers.
 //! * [`nvme`]: this machine's NVMe controllers, and who has them.
 //! * [`progress`]: how far long work has come; [`output`]: where that is told.
 
 pub mod bench;
 pub mod cache;
+pub mod chain;
 pub mod compare;
 pub mod copy;
 pub mod extents;
@@ -19,6 +21,7 @@ mod naming;
 pub mod nvme;
 pub mod output;
 pub mod progress;
+pub mod rebase;
 
 pub use cache::Cache;
 pub use image::{Images, Opened, Wanted};

@@ -1,9 +1,16 @@
 //! `commit`: writes what an image has into the one that it stands on.
 
 use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET};
-use super::{Context, Ended, Failed, Tool};
+use super::{Context, Ended, Tool, convert, outln};
+use crate::block::Error;
 use crate::cli::getopt::{Line, switch, valued};
-use crate::tools::{Cache, Progress, Wanted, extents};
+use crate::tools::chain::{self, Layers};
+use crate::tools::copy::{Copy, copy};
+use crate::tools::{Cache, Images, Opened, Progress, Wanted, extents};
+use std::sync::Arc;
+
+/// Pieces on their way at the same time.
+const LANES: usize = 8;
 
 pub static TOOL: Tool = Tool {
     name: "commit",
@@ -25,30 +32,93 @@ pub static TOOL: Tool = Tool {
 };
 
 async fn run(context: &Context, line: Line) -> Ended {
-    line.get("r").map(|text| arguments::any_number(text, "rate limit")).transpose()?;
+    let rate = line.get("r").map(|text| arguments::any_number(text, "rate limit")).transpose()?;
     let name = arguments::one_operand(&line)?;
     if arguments::objects(&line)? {
         return Ok(0);
     }
     let cache = arguments::cache(&line, "t", "cache", Cache::WRITEBACK)?;
     let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
+    let wanted = Wanted { writable: true, unmap: true, cache, ..wanted };
     let images = context.images();
-    let image = images.open(&Wanted { writable: true, unmap: true, cache, ..wanted }).await?;
-    let progress = Progress::new(context.progress(&line));
+    let image = images.open(&wanted).await?;
+    let progress = Arc::new(Progress::new(context.progress(&line)));
     progress.set(0.0);
-    let failed = match (line.get("b"), extents::backing(image.node())) {
-        (Some(base), None) => {
-            format!("Did not find '{base}' in the backing chain of '{name}'")
+    // What is between the image and a base that was named goes on to stand where it stood.
+    let keeps_top = line.has("d") || line.has("b");
+    let ended = commit(&images, image, &wanted, line.get("b"), (rate, keeps_top, &progress)).await;
+    if let Err(failed) = &ended {
+        context.fail(failed);
+    } else {
+        progress.set(100.0);
+    }
+    progress.end();
+    images.end().await;
+    if ended.is_ok() && !line.has("quiet") {
+        outln!("Image committed.");
+    }
+    Ok(ended.unwrap_or_else(|failed| failed.code))
+}
+
+/// The order: what the base lacks is durable in it before the top gives up its own.
+async fn commit(
+    images: &Images,
+    image: Opened,
+    wanted: &Wanted<'_>,
+    base: Option<&str>,
+    (rate, keeps_top, progress): (Option<u64>, bool, &Arc<Progress>),
+) -> Ended {
+    let depth = match base {
+        Some(base) => chain::find(image.node(), base).ok_or_else(|| {
+            format!("Did not find '{base}' in the backing chain of '{}'", wanted.name)
+        }),
+        None if extents::backing(image.node()).is_none() => {
+            Err("Image does not have a backing file".to_owned())
         }
-        (None, None) => "Image does not have a backing file".to_owned(),
-        (_, Some(_)) => {
-            format!("commit is not available for images of format '{}'", image.format())
+        None => Ok(0),
+    };
+    let depth = match depth {
+        Ok(depth) => depth,
+        Err(text) => {
+            images.close(image).await?;
+            return Err(text.into());
         }
     };
-    let failed = Failed::from(failed);
-    context.fail(&failed);
-    progress.end();
-    images.close(image).await?;
-    images.end().await;
-    Ok(failed.code)
+    let Layers { top, between, base } =
+        chain::open_for_commit(images, image, wanted, depth).await?;
+    let (top, base) = (Arc::new(top), Arc::new(base));
+    let work = Copy {
+        sources: vec![top.clone()],
+        target: base.clone(),
+        lanes: LANES,
+        in_order: false,
+        compress: false,
+        sparse: Some(4096),
+        keeps_data: true,
+        target_is_zero: false,
+        has_backing: false,
+        base: Some(base.node().clone()),
+        salvage: false,
+        rate,
+    };
+    let helpers = convert::helpers(LANES);
+    let copied = copy(work, &helpers, progress.clone(), Box::new(|_, _| {})).await;
+    drop(helpers);
+    copied.map_err(convert::describe)?;
+    base.node().flush().await.map_err(|errno| format!("Could not flush the image: {errno}"))?;
+    if !keeps_top {
+        let empty = |error: Error| error.at(format!("Could not empty {}", wanted.name));
+        let driver = top.node().driver();
+        driver.image().ok_or("Operation not supported")?.make_empty().await.map_err(empty)?;
+    }
+    for image in [top].into_iter().filter_map(|image| Arc::try_unwrap(image).ok()) {
+        images.close(image).await?;
+    }
+    for image in between {
+        images.close(image).await?;
+    }
+    for image in [base].into_iter().filter_map(|image| Arc::try_unwrap(image).ok()) {
+        images.close(image).await?;
+    }
+    Ok(0)
 }

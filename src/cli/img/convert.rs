@@ -204,10 +204,12 @@ async fn convert(
         target: target.clone(),
         lanes,
         in_order: !line.has("W"),
+        compress: line.has("c"),
         sparse,
         keeps_data: line.has("C"),
         target_is_zero,
         has_backing,
+        base: None,
         salvage: line.has("salvage"),
         rate,
     };
@@ -235,7 +237,7 @@ async fn convert(
 }
 
 /// Workers beside the one that the tool runs on.
-fn helpers(lanes: usize) -> Vec<Worker> {
+pub(super) fn helpers(lanes: usize) -> Vec<Worker> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     // Some wait for the storage.
     let count = (2 * processors).min(lanes) - 1;
@@ -244,7 +246,7 @@ fn helpers(lanes: usize) -> Vec<Worker> {
     (0..count).map_while(|_| Worker::start("convert", options).ok()).collect()
 }
 
-fn describe(trouble: Trouble) -> Failed {
+pub(super) fn describe(trouble: Trouble) -> Failed {
     Failed::from(match trouble {
         Trouble::Read(at, errno) => format!("error while reading at byte {at}: {errno}"),
         Trouble::Write(at, errno) => format!("error while writing at byte {at}: {errno}"),
@@ -289,7 +291,15 @@ async fn open_target(
         return Err(Failed::from(text).code(0));
     }
     if line.has("c") {
-        return Err("Compression not supported for this file format".into());
+        let format = format.unwrap_or("raw");
+        // The format that is to be made; the image, if it is there, says so itself when it is written.
+        let create = registry.get(format).and_then(|driver| driver.create);
+        if !create.is_some_and(|create| create.compresses) && !image_opts {
+            return Err("Compression not supported for this file format".into());
+        }
+        if options.get("preallocation").is_some_and(|mode| mode.as_str() != Some("off")) {
+            return Err("Compression and preallocation not supported at the same time".into());
+        }
     }
     if line.has("bitmaps") && sources.iter().all(|source| source.format() == "raw") {
         return Err("Source lacks bitmap support".into());

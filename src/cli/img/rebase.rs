@@ -4,9 +4,13 @@ use super::arguments::{
     self, CACHE, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,
 };
 use super::{Context, Ended, Failed, Tool};
+use crate::block::Error;
 use crate::cli::getopt::{Line, switch, valued};
 use crate::drivers;
-use crate::tools::{Cache, Images, Progress, Wanted};
+use crate::io::Errno;
+use crate::options::filename;
+use crate::tools::rebase::{Trouble, make_own};
+use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 
 pub static TOOL: Tool = Tool {
     name: "rebase",
@@ -41,7 +45,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     let progress = Progress::new(context.progress(&line));
     progress.set(0.0);
     let images = context.images();
-    let ended = rebase(&images, &line, name).await;
+    let ended = rebase(&images, &line, name, &progress).await;
     if let Err(failed) = &ended {
         context.fail(failed);
     }
@@ -53,7 +57,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     Ok(ended.unwrap_or_else(|failed| failed.code))
 }
 
-async fn rebase(images: &Images, line: &Line, name: &str) -> Ended {
+async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -> Ended {
     let cache = arguments::cache(line, "t", "cache", Cache::WRITEBACK)?;
     let source_cache = arguments::cache(line, "T", "source cache", Cache::WRITEBACK)?;
     let (wanted, base) = (arguments::wanted(line, name, "f", "image-opts")?, line.get("b"));
@@ -67,31 +71,71 @@ async fn rebase(images: &Images, line: &Line, name: &str) -> Ended {
     {
         return Err(format!("Invalid format name: '{format}'").into());
     }
-    if let (false, Some(base)) = (line.has("u"), base.filter(|base| !base.is_empty())) {
-        let wanted = Wanted {
-            name: base,
-            format,
-            cache: source_cache,
-            force_share: line.has("force-share"),
-            ..Wanted::default()
+    let base = base.filter(|base| !base.is_empty());
+    let refused = |why: &str| {
+        Failed::from(format!(
+            "Could not change the backing file to '{}': {why}",
+            base.unwrap_or_default()
+        ))
+    };
+    if !line.has("u") {
+        let new = match base {
+            Some(base) => {
+                let own = image.node().driver().filename().unwrap_or_default();
+                let full = filename::resolve(&own, base).map_err(|e| e.to_string())?;
+                Some(open_new(images, (base, &full), format, source_cache, line).await?)
+            }
+            None => None,
         };
-        let opened = images.open(&wanted).await.map_err(|error| {
-            let text = error.to_string();
-            let inner = text.strip_prefix(&format!("Could not open '{base}': ")).unwrap_or(&text);
-            Failed::from(format!("Could not open new backing file '{base}': {inner}"))
-        })?;
-        images.close(opened).await?;
+        if base.is_none() || format.is_some() {
+            make_own(&image, new.as_ref(), progress).await.map_err(describe)?;
+        }
+        if let Some(new) = new {
+            images.close(new).await?;
+        }
     }
-    let refused = refusal(base.unwrap_or_default(), format);
+    if base.is_some() && format.is_none() {
+        images.close(image).await?;
+        return Err(refused("backing format must be specified"));
+    }
+    let unsupported = || Error::new("Operation not supported");
+    let changed = match image.node().driver().image() {
+        Some(driver) => driver.set_backing(base, format).await,
+        None => Err(unsupported()),
+    };
     images.close(image).await?;
-    Err(refused)
+    changed.map_err(|error| match error.errno() {
+        Some(Errno::ENOSPC) => refused("No space left in the file header"),
+        Some(errno) => refused(&errno.to_string()),
+        None => refused(&error.to_string()),
+    })?;
+    Ok(0)
 }
 
-/// No driver here can change its backing file yet.
-fn refusal(base: &str, format: Option<&str>) -> Failed {
-    let why = match format {
-        None if !base.is_empty() => "backing format must be specified",
-        _ => "Operation not supported",
-    };
-    Failed::from(format!("Could not change the backing file to '{base}': {why}"))
+/// Opens the new backing file: as the image calls it, and as it is found from here.
+async fn open_new(
+    images: &Images,
+    (base, full): (&str, &str),
+    format: Option<&str>,
+    cache: Cache,
+    line: &Line,
+) -> Result<Opened, Failed> {
+    let force_share = line.has("force-share");
+    let wanted = Wanted { name: full, format, cache, force_share, ..Wanted::default() };
+    images.open(&wanted).await.map_err(|error| {
+        let text = error.to_string();
+        let inner = text.strip_prefix(&format!("Could not open '{full}': ")).unwrap_or(&text);
+        let lines = format!("Could not open new backing file '{base}': {inner}");
+        Failed { lines, hint: error.hint().map(str::to_owned), code: 1 }
+    })
+}
+
+fn describe(trouble: Trouble) -> Failed {
+    Failed::from(match trouble {
+        Trouble::Status(errno) => format!("error while reading image metadata: {errno}"),
+        Trouble::ReadOld(errno) => format!("error while reading from old backing file: {errno}"),
+        Trouble::ReadNew(errno) => format!("error while reading from new backing file: {errno}"),
+        Trouble::Write(errno) => format!("Error while writing to COW image: {errno}"),
+        Trouble::Memory => "Out of memory".into(),
+    })
 }

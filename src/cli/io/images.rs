@@ -17,6 +17,8 @@ pub struct ToOpen {
     /// Discards are passed on.
     pub unmap: bool,
     pub force_share: bool,
+    /// Writes are kept apart from the image.
+    pub snapshot: bool,
     pub cache: Cache,
     /// More options of the node.
     pub more: Map,
@@ -31,6 +33,7 @@ impl Default for ToOpen {
             read_only: false,
             unmap: true,
             force_share: false,
+            snapshot: false,
             cache: Cache { write_through: true, ..Cache::WRITEBACK },
             more: Map::new(),
         }
@@ -71,11 +74,11 @@ impl Session {
                 let text = error.to_string();
                 let outer = format!("Could not open '{}': ", wanted.name);
                 let inner = text.strip_prefix(&outer).unwrap_or(&text);
-                let device = match wanted.name.is_empty() {
+                let device = match wanted.image_opts {
                     true => String::new(),
-                    false => format!(" {}", wanted.name),
+                    false => format!(" device {}", wanted.name),
                 };
-                self.context.error(&format!("can't open device{device}: {inner}"));
+                self.context.error(&format!("can't open{device}: {inner}"));
                 if let Some(hint) = error.hint() {
                     eprintln!("{hint}");
                 }
@@ -94,6 +97,7 @@ impl Session {
                 writable: !wanted.read_only,
                 unmap: wanted.unmap,
                 force_share: wanted.force_share,
+                snapshot: wanted.snapshot,
                 cache: wanted.cache,
                 more: wanted.more.clone(),
                 ..Wanted::default()
@@ -161,11 +165,12 @@ impl Session {
 
 /// What the options of `open` say.
 fn described(words: &Words<'_>) -> Result<ToOpen, String> {
-    let mut wanted =
-        ToOpen { read_only: words.has('r'), force_share: words.has('U'), ..ToOpen::default() };
-    if words.has('s') {
-        return Err("snapshot mode is not available".into());
-    }
+    let mut wanted = ToOpen {
+        read_only: words.has('r'),
+        snapshot: words.has('s'),
+        force_share: words.has('U'),
+        ..ToOpen::default()
+    };
     if words.has('n') {
         wanted.cache = Cache { direct: true, ..Cache::WRITEBACK };
     }

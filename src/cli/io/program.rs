@@ -127,9 +127,7 @@ fn to_open(line: &Line) -> Result<Option<ToOpen>, String> {
     if wanted.image_opts && wanted.format.is_some() {
         return Err("--image-opts and -f are mutually exclusive".into());
     }
-    if line.has("snapshot") {
-        return Err("snapshot mode is not available".into());
-    }
+    wanted.snapshot = line.has("snapshot");
     if line.has("copy-on-read") {
         return Err("copy-on-read is not available".into());
     }

@@ -218,10 +218,12 @@ impl Session {
         }
         let request = Request::new(words, offset, len);
         let image = self.image()?;
-        let written = if has('b') || has('c') && !has('z') {
+        let written = if has('b') {
             Err(Errno::ENOTSUP)
         } else if has('z') {
             image.zero(offset, len, zero_flags(words)).await
+        } else if has('c') {
+            image.write_compressed(offset, &IoVec::from_ref(memory.bytes())).await
         } else {
             image.write(offset, &IoVec::from_ref(memory.bytes()), write_flags(words)).await
         };

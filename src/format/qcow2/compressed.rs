@@ -1,11 +1,22 @@
-//! Compressed clusters: unpacking them.
+//! Compressed clusters: packing and unpacking them.
 //!
 //! The rule: what is stored is hostile. Unpacking ends when a cluster is full, takes no more memory
 //! than a cluster and a bounded window, and a stream that gives less than a cluster is an error.
+//!
+//! What is packed can be read by every QEMU: a raw deflate stream with a window of 4 KiB, or one zstd
+//! frame.
 
 use super::header::Compression;
 use crate::io::{Errno, IoResult};
+use std::cell::RefCell;
 use std::io::Read;
+
+/// QEMU's reader has a window of `1 << 12` bytes, and no larger one.
+const DEFLATE_WINDOW_BITS: u8 = 12;
+/// The least that makes images no more than a hundredth larger than QEMU's, which take zlib's own 6.
+const DEFLATE_LEVEL: u32 = 6;
+/// zstd's default, and QEMU's.
+const ZSTD_LEVEL: i32 = 3;
 
 /// The largest window that a zstd frame may ask for, in bytes: what any level of the encoder takes
 /// for clusters of up to 2 MiB.
@@ -19,6 +30,46 @@ pub fn unpack(kind: Compression, stored: &[u8], len: usize) -> IoResult<Vec<u8>>
         Compression::Zstd => unzstd(stored, &mut cluster)?,
     }
     Ok(cluster)
+}
+
+/// Packs one cluster; none if that does not make it smaller.
+pub fn pack(kind: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    let mut stored = vec![0; cluster.len() - 1];
+    let len = match kind {
+        Compression::Zlib => deflate(cluster, &mut stored)?,
+        Compression::Zstd => zstd(cluster, &mut stored)?,
+    };
+    stored.truncate(len);
+    // They are kept until they are written, many of them.
+    stored.shrink_to_fit();
+    Some(stored)
+}
+
+/// The length of what fits; none if it does not.
+fn deflate(cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
+    thread_local! {
+        /// It takes longer to make one than to pack a small cluster.
+        static STREAM: RefCell<flate2::Compress> = RefCell::new(flate2::Compress::new_with_window_bits(
+            flate2::Compression::new(DEFLATE_LEVEL),
+            false,
+            DEFLATE_WINDOW_BITS,
+        ));
+    }
+    STREAM.with_borrow_mut(|stream| {
+        stream.reset();
+        match stream.compress(cluster, stored, flate2::FlushCompress::Finish) {
+            Ok(flate2::Status::StreamEnd) => Some(stream.total_out() as usize),
+            _ => None,
+        }
+    })
+}
+
+fn zstd(cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
+    thread_local! {
+        static PACKER: RefCell<Option<zstd::bulk::Compressor<'static>>> =
+            RefCell::new(zstd::bulk::Compressor::new(ZSTD_LEVEL).ok());
+    }
+    PACKER.with_borrow_mut(|packer| packer.as_mut()?.compress_to_buffer(cluster, stored).ok())
 }
 
 /// A raw deflate stream, without a header.
@@ -81,6 +132,27 @@ mod tests {
         let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), Level::default());
         encoder.write_all(bytes).unwrap();
         encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn what_is_packed_is_unpacked_and_never_larger() {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for kind in [Compression::Zlib, Compression::Zstd] {
+            for bits in 9..=21 {
+                let alphabet = rng.u8(1..=80);
+                let cluster: Vec<u8> = (0..1 << bits).map(|_| rng.u8(0..alphabet)).collect();
+                let stored = pack(kind, &cluster).expect("it has little in it");
+                assert!(stored.len() < cluster.len());
+                assert!(
+                    unpack(kind, &stored, cluster.len()).unwrap() == cluster,
+                    "{kind:?} {bits}"
+                );
+            }
+            let noise: Vec<u8> = (0..65536).map(|_| rng.u8(..)).collect();
+            assert_eq!(pack(kind, &noise), None, "{kind:?}");
+        }
     }
 
     #[test]

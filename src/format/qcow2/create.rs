@@ -16,6 +16,7 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
     create: |creation, map| Box::pin(create(creation, map)),
     measure: None,
+    compresses: true,
 };
 
 const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {

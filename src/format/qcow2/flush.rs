@@ -5,6 +5,7 @@
 //! it becomes free.
 
 use super::Qcow2;
+use super::alloc::Run;
 use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
 use super::order::Lock;
@@ -80,10 +81,13 @@ impl Qcow2 {
         }
         self.flush_all().await?;
         self.check_sound().await?;
+        let packing = self.packing.lock().await.drain();
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
-        let unused = self.pool.lock().drain();
+        let free = refcounts.release(self, &packing).await?;
+        let mut unused = self.pool.lock().drain();
         refcounts.release(self, &unused).await?;
+        unused.extend(free.iter().map(|&first| Run { first, count: 1, is_fresh: true }));
         self.cut_file(&unused).await;
         drop(refcounts);
         let mut header = self.header.lock().await;
@@ -98,7 +102,7 @@ impl Qcow2 {
     }
 
     /// Takes off the end of the file what was reserved there and is free again.
-    async fn cut_file(&self, unused: &[super::alloc::Run]) {
+    async fn cut_file(&self, unused: &[Run]) {
         let bits = self.geometry.cluster_bits;
         let file = self.file();
         let mut end = file.driver().len() >> bits;

@@ -432,6 +432,39 @@ impl Header {
     }
 }
 
+impl Header {
+    /// Where the backing file's name is stored, in bytes; empty if there is none.
+    pub fn name_range(&self) -> std::ops::Range<usize> {
+        let (at, name) = (self.backing_file_offset as usize, self.backing_file.as_deref());
+        at..at + name.map_or(0, <[u8]>::len)
+    }
+
+    /// Where the extensions are stored, in bytes.
+    pub fn extensions_range(&self) -> std::ops::Range<usize> {
+        let start = self.header_length as usize;
+        start..start + extensions::encode(&self.extensions).len()
+    }
+
+    /// As [`Header::encode`], the backing file's name at `at`, behind the extensions.
+    pub fn encode_with_name_at(&mut self, at: usize) -> Result<Vec<u8>, Error> {
+        let mut out = self.encode()?;
+        let now = self.name_range();
+        if now.is_empty() || now.start == at {
+            return Ok(out);
+        }
+        if at < now.start || at + now.len() > out.len() {
+            return Err(Error::new("qcow2 header exceeds cluster size")
+                .with_errno(crate::io::Errno(libc::ENOSPC)));
+        }
+        out[now.clone()].fill(0);
+        out[at..at + now.len()].copy_from_slice(self.backing_file.as_deref().unwrap_or_default());
+        self.backing_file_offset = at as u64;
+        let fields = self.fields();
+        out[..fields.len()].copy_from_slice(&fields);
+        Ok(out)
+    }
+}
+
 /// Numbers taken off the front.
 struct Fields<'a> {
     bytes: &'a [u8],

@@ -15,17 +15,21 @@
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
 //! | `batch`, `tables` | entries, tables and the header on their way to the kernel |
+//! | `packed` | where compressed clusters are put |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
 //! | `flush` | flushing and closing |
+//! | `backing`, `empty` | another backing file; giving up all that the image has |
 //! | `corrupt` | what is said of an image that makes no sense |
 
 mod alloc;
+mod backing;
 mod batch;
 pub mod bitmaps;
 pub mod check;
 mod compressed;
 mod corrupt;
 mod create;
+mod empty;
 pub mod extensions;
 mod flush;
 mod freed;
@@ -39,6 +43,7 @@ mod new_image;
 mod open;
 mod options;
 pub mod order;
+mod packed;
 mod read;
 mod refcounts;
 pub mod snapshots;
@@ -60,6 +65,7 @@ use l2_cache::{L2Cache, SliceNo};
 use layout::Geometry;
 use lookup::Found;
 use order::{Lock, LockGuard, Ranges, Visits};
+use packed::Packing;
 use refcounts::Refcounts;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -132,6 +138,7 @@ pub struct Qcow2 {
     /// None when the image is read-only.
     counts: Option<Lock<Refcounts>>,
     pool: Mutex<Pool>,
+    packing: Lock<Packing>,
     freed: Freed,
     snapshots: snapshots::State,
 }
@@ -281,6 +288,25 @@ impl Driver for Qcow2 {
     fn image(&self) -> Option<&dyn Image> {
         Some(self)
     }
+
+    fn compress(&self) -> Option<&dyn Compress> {
+        Some(self)
+    }
+}
+
+impl Compress for Qcow2 {
+    fn unit(&self) -> u64 {
+        self.geometry.cluster_size()
+    }
+
+    fn packer(&self) -> Packer {
+        let kind = self.compression;
+        Arc::new(move |cluster| compressed::pack(kind, cluster))
+    }
+
+    fn store<'a>(&'a self, at: u64, units: &'a [&'a [u8]]) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.store_units(at, units))
+    }
 }
 
 impl Image for Qcow2 {
@@ -324,6 +350,21 @@ impl Image for Qcow2 {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn set_backing<'a>(
+        &'a self,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<(), Error>> {
+        Box::pin(self.change_backing(name, format))
+    }
+
+    fn make_empty(&self) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let failed = |errno| Error::os("Could not change the mapping", errno);
+            self.give_up_all().await.map_err(failed)
+        })
     }
 
     fn info(&self) -> ImageInfo {

@@ -118,6 +118,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         is_stopped: Default::default(),
         counts,
         pool: Default::default(),
+        packing: Lock::new(Default::default()),
         freed: Default::default(),
         snapshots: snapshots::State::new(snapshots),
     }))

@@ -12,6 +12,8 @@
 //!   if the cluster does not already read, durably, as the disk did there (zeroes in fresh
 //!   clusters), it is made *durable*; then the L2 entry is written; then the entry is shown to
 //!   readers, and only then the guest is answered.
+//! * **Compressed**: the references to every host cluster that the stream touches are durable, and so
+//!   is the stream, before the L2 entry ([`super::packed`]).
 //! * **Tables**: a new L2 table or refcount block is durable before the entry that names it. A table
 //!   that moves is copied, made durable, named by one write of a sector, durable, and freed.
 //! * **Free**: the entry that dropped the reference is durable before the refcount is lowered, and

@@ -197,6 +197,20 @@ impl Refcounts {
         }
     }
 
+    /// Counts `more` references to clusters that have some, durably. The caller knows that there is
+    /// room for so many.
+    pub async fn raise(&mut self, image: &Qcow2, runs: &[Run], more: u64) -> IoResult {
+        for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
+            let count = self.get(image, cluster).await?;
+            if count == 0 || count > self.geometry.refcount_max() - more {
+                return Err(corrupt::bad_refcount(image, cluster));
+            }
+            self.set(image, cluster, count + more).await?;
+        }
+        self.write(image).await?;
+        if image.has_lazy_refcounts { Ok(()) } else { image.file().flush().await }
+    }
+
     async fn count_reserved(&mut self, image: &Qcow2, clusters: &[u64]) -> IoResult {
         for &cluster in clusters {
             self.set(image, cluster, 1).await?;

@@ -3,6 +3,7 @@
 use super::turns::Signal;
 use super::{Copy, Trouble};
 use crate::block::{Precision, Status};
+use crate::io::Errno;
 use crate::io::sync::Mutex;
 use crate::tools::extents::{self, Run};
 
@@ -23,10 +24,8 @@ pub struct Piece {
     /// Counts pieces from 0, in the order of their offsets.
     pub ticket: u64,
     pub kind: Kind,
-    pub source: usize,
-    /// Offsets in the source and in the target, in bytes.
-    pub from: u64,
-    pub to: u64,
+    /// In the target, in bytes; the sources lie there one behind the other.
+    pub at: u64,
     pub len: u64,
 }
 
@@ -43,11 +42,8 @@ pub struct Plan {
 #[derive(Clone, Default)]
 struct Place {
     ticket: u64,
-    source: usize,
-    /// Offset in the source, in bytes.
+    /// In the target, in bytes.
     at: u64,
-    /// Where the source begins in the target, in bytes.
-    start: u64,
     /// What is known of what comes next, but not dealt out yet.
     known: Option<(Option<Kind>, u64)>,
 }
@@ -87,56 +83,71 @@ impl Plan {
 
 impl Place {
     async fn next(&mut self, copy: &Copy, most: u64) -> Result<Option<Piece>, Trouble> {
-        loop {
-            let Some(source) = copy.sources.get(self.source) else { return Ok(None) };
-            let left = source.len() - self.at;
-            if left == 0 {
-                self.start += source.len();
-                self.source += 1;
-                self.at = 0;
-                continue;
-            }
-            let (kind, run) = match self.known.take() {
+        let (end, unit) = (copy.len(), copy.unit());
+        while self.at < end {
+            let (known, run) = match self.known.take() {
                 Some(known) => known,
-                None => self.look(copy, left).await?,
+                None => self.look(copy).await?,
             };
-            let len = if kind == Some(Kind::Zeroes) { run } else { run.min(most) };
+            let (kind, len) = match unit {
+                Some(unit) => in_units(known, run, unit, (end - self.at, most)),
+                None if known == Some(Kind::Zeroes) => (known, run),
+                None => (known, run.min(most)),
+            };
             if len < run {
-                self.known = Some((kind, run - len));
+                self.known = Some((known, run - len));
             }
-            let from = self.at;
+            let at = self.at;
             self.at += len;
             let Some(kind) = kind else { continue };
-            let piece = Piece {
-                ticket: self.ticket,
-                kind,
-                source: self.source,
-                from,
-                to: self.start + from,
-                len,
-            };
+            let piece = Piece { ticket: self.ticket, kind, at, len };
             self.ticket += 1;
             return Ok(Some(piece));
         }
+        Ok(None)
     }
 
     /// What comes next, and how long it is. None is nothing to do.
-    async fn look(&self, copy: &Copy, left: u64) -> Result<(Option<Kind>, u64), Trouble> {
-        let node = copy.sources[self.source].node();
-        let looked = extents::look(node, self.at, left, Precision::Zeroes, None).await;
+    async fn look(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
+        let failed = |errno| Trouble::Status(self.at, errno);
+        let (source, from, left) = copy.source_at(self.at).ok_or(failed(Errno::EIO))?;
+        let looked =
+            extents::look(source.node(), from, left, Precision::Zeroes, copy.base.as_ref()).await;
         let run = match looked {
             Ok(run) => run,
             // Reading will tell.
             Err(_) if copy.salvage => return Ok((Some(Kind::Data), left.min(copy.chunk()))),
-            Err(errno) => return Err(Trouble::Status(self.start + self.at, errno)),
+            Err(errno) => return Err(failed(errno)),
         };
         Ok((kind_of(copy, &run), run.len))
     }
 }
 
+/// What is done with the whole units at the beginning of a run, which is at the beginning of one, and
+/// how long they are. `left` bytes are left in all; of data, at most `most` are wanted.
+fn in_units(
+    kind: Option<Kind>,
+    run: u64,
+    unit: u64,
+    (left, most): (u64, u64),
+) -> (Option<Kind>, u64) {
+    let whole = if run >= left { left } else { run / unit * unit };
+    match kind {
+        Some(Kind::Data) => (kind, run.min(most).next_multiple_of(unit).min(left)),
+        // A unit of which only a part is so.
+        _ if whole == 0 => (Some(Kind::Data), unit.min(left)),
+        Some(Kind::WrittenZeroes) => (kind, whole.min(most)),
+        _ => (kind, whole),
+    }
+}
+
 fn kind_of(copy: &Copy, run: &Run) -> Option<Kind> {
-    let from_backing = !run.has(Status::ALLOCATED) || run.depth > 0;
-    if copy.has_backing && from_backing {
+    let is_own = run.has(Status::ALLOCATED);
+    let is_left_out = match &copy.base {
+        Some(_) => !is_own,
+        None => copy.has_backing && !(is_own && run.depth == 0),
+    };
+    if is_left_out {
         return None;
     }
     match (run.has(Status::ZERO), copy.sparse) {
@@ -144,5 +155,28 @@ fn kind_of(copy: &Copy, run: &Run) -> Option<Kind> {
         (true, Some(_)) if copy.target_is_zero => None,
         (true, Some(_)) => Some(Kind::Zeroes),
         (false, _) => Some(Kind::Data),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compressed_goes_in_whole_units_and_a_unit_with_any_data_is_data() {
+        let (data, zeroes) = (Some(Kind::Data), Some(Kind::Zeroes));
+        for (kind, run, left, most, wanted) in [
+            (data, 100, 1000, 256, (data, 128)),
+            (data, 1000, 1000, 256, (data, 256)),
+            (data, 10, 40, 256, (data, 40)),
+            (zeroes, 300, 1000, 256, (zeroes, 256)),
+            (zeroes, 63, 1000, 256, (data, 64)),
+            (zeroes, 63, 63, 256, (zeroes, 63)),
+            (zeroes, 10, 40, 256, (data, 40)),
+            (None, 200, 1000, 64, (None, 192)),
+            (Some(Kind::WrittenZeroes), 200, 1000, 64, (Some(Kind::WrittenZeroes), 64)),
+        ] {
+            assert_eq!(in_units(kind, run, 64, (left, most)), wanted, "{kind:?} {run} {left}");
+        }
     }
 }

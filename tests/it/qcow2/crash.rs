@@ -79,9 +79,22 @@ const CASES: &[Case] = &[
     },
 ];
 
-/// Requests side by side on different sectors, flushes among them.
-async fn work(node: std::sync::Arc<Node>, disk: SimDisk, model: Rc<RefCell<Model>>, seed: u64) {
+/// Requests side by side on different sectors, flushes among them. With `packs`, clusters that nothing
+/// was written to are written compressed.
+async fn work(
+    node: std::sync::Arc<Node>,
+    disk: SimDisk,
+    model: Rc<RefCell<Model>>,
+    seed: u64,
+    packs: bool,
+) {
     let mut rng = fastrand::Rng::with_seed(seed);
+    let unit = (node.compression_unit().unwrap() / SECTOR) as usize;
+    let mut fresh: Vec<usize> = (0..SECTORS / unit).collect();
+    rng.shuffle(&mut fresh);
+    if !packs {
+        fresh.clear();
+    }
     let now = |model: &mut Model| {
         let at = disk.log().changes().len();
         let allowed = model.allowed.clone();
@@ -89,6 +102,20 @@ async fn work(node: std::sync::Arc<Node>, disk: SimDisk, model: Rc<RefCell<Model
     };
     let mut number = 0u8;
     for _ in 0..6 {
+        for _ in 0..rng.usize(0..4) {
+            let Some(cluster) = fresh.pop() else { break };
+            number += 1;
+            let sectors = cluster * unit..(cluster + 1) * unit;
+            {
+                let mut model = model.borrow_mut();
+                model.allowed[sectors].iter_mut().for_each(|sector| sector.push(number));
+                now(&mut model);
+            }
+            let bytes = vec![number; unit * SECTOR as usize];
+            let at = (cluster * unit) as u64 * SECTOR;
+            let from = IoVec::from_ref(&bytes);
+            node.write_compressed(at, &from, WriteFlags::empty()).await.unwrap();
+        }
         // Each of a few at once takes its own part of the disk.
         let lanes = rng.usize(1..=4);
         let per_lane = SECTORS / lanes;
@@ -99,6 +126,8 @@ async fn work(node: std::sync::Arc<Node>, disk: SimDisk, model: Rc<RefCell<Model
             let first = lane * per_lane + rng.usize(0..per_lane);
             let count = rng.usize(1..=((lane + 1) * per_lane - first).min(20));
             let sectors = first..first + count;
+            let overlaps = |c: usize| c * unit < first + count && first < (c + 1) * unit;
+            fresh.retain(|&cluster| !overlaps(cluster));
             let kind = rng.u8(0..8);
             let value = if kind >= 6 { 0 } else { number };
             {
@@ -129,6 +158,8 @@ async fn work(node: std::sync::Arc<Node>, disk: SimDisk, model: Rc<RefCell<Model
         if rng.u8(0..3) == 0 {
             let first = rng.usize(0..SECTORS);
             let count = rng.usize(1..=(SECTORS - first).min(40));
+            let overlaps = |c: usize| c * unit < first + count && first < (c + 1) * unit;
+            fresh.retain(|&cluster| !overlaps(cluster));
             {
                 let mut model = model.borrow_mut();
                 model.allowed[first..first + count].iter_mut().for_each(|sector| {
@@ -158,7 +189,7 @@ async fn work(node: std::sync::Arc<Node>, disk: SimDisk, model: Rc<RefCell<Model
     }
 }
 
-fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
+fn run(case: &Case, seed: u64, crashes: usize, sample: usize, packs: bool) {
     let bytes = image(LEN, case.create);
     let mut rng = fastrand::Rng::with_seed(seed);
     let shape = |options: &mut SimOptions| {
@@ -194,7 +225,7 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
         let (model, disk) = (model.clone(), disk_.clone());
         async move {
             let image = Image::open(&options).await;
-            work(image.node.clone(), disk.clone(), model.clone(), seed).await;
+            work(image.node.clone(), disk.clone(), model.clone(), seed, packs).await;
             image.close().await;
             let mut model = model.borrow_mut();
             let at = disk.log().changes().len();
@@ -243,6 +274,60 @@ fn no_crash_corrupts_an_image_or_invents_what_nobody_wrote() {
     let seed = seed();
     for (n, case) in CASES.iter().enumerate() {
         println!("{} {} {:?}", case.create, case.garbage, case.backing);
-        run(case, seed.wrapping_add(n as u64), 6, 101);
+        run(case, seed.wrapping_add(n as u64), 6, 101, false);
+    }
+}
+
+#[test]
+fn no_crash_corrupts_an_image_that_compressed_clusters_are_written_to() {
+    let seed = seed();
+    for (n, case) in CASES.iter().enumerate() {
+        println!("{} {} {:?}", case.create, case.garbage, case.backing);
+        run(case, seed.wrapping_add(n as u64), 3, 101, true);
+    }
+}
+
+#[test]
+fn an_image_that_gives_up_what_its_backing_file_has_too_never_shows_anything_else() {
+    let seed = seed();
+    for (n, create) in ["cluster_size=4k", "cluster_size=512", "cluster_size=16k,extended_l2=on"]
+        .into_iter()
+        .enumerate()
+    {
+        let bytes = image(LEN, create);
+        let (disk_, options) = disk(&bytes, MOST, |options| options.log = true);
+        let (_, below_it) = disk(&vec![7; LEN as usize], LEN, |_| {});
+        let backing = below("backing", &below_it);
+        let options = format!("driver=qcow2,discard=unmap{}{backing}", below("file", &options));
+        let seed = seed.wrapping_add(n as u64);
+        let disorder = Disorder { short: 0.0, ..Disorder::wild(seed) };
+        let from = Rc::new(RefCell::new(0));
+        simulated(disorder, |_| {
+            let (disk, from) = (disk_.clone(), from.clone());
+            async move {
+                let image = Image::open(&options).await;
+                let bytes = vec![7; LEN as usize / 2];
+                for at in [0, LEN / 2] {
+                    image
+                        .node
+                        .write(at, &IoVec::from_ref(&bytes), WriteFlags::empty())
+                        .await
+                        .unwrap();
+                }
+                image.node.flush().await.unwrap();
+                *from.borrow_mut() = disk.log().changes().len();
+                image.node.driver().image().unwrap().make_empty().await.unwrap();
+                let extent = image.node.status(0, LEN, Precision::Allocation).await.unwrap();
+                assert!(!extent.status.contains(Status::ALLOCATED) && extent.len == LEN);
+                image.close().await;
+            }
+        });
+        let log = disk_.log();
+        for crash in log.crashes(seed, 6).filter(|crash| crash.prefix >= *from.borrow()) {
+            let state = log.image(&crash);
+            let at = format!("{create}, seed {seed}, after {}", crash.prefix);
+            consistency::check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+            assert!(contents(&state, &backing).iter().all(|&byte| byte == 7), "{at}");
+        }
     }
 }

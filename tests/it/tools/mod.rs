@@ -2,6 +2,8 @@
 //! names and through Debian's qemu-img and qemu-io on equal files, must print the same, end with the
 //! same exit code and leave the same files.
 
+mod chains;
+mod compressed;
 mod files;
 mod lines;
 
@@ -77,6 +79,35 @@ impl Place {
     }
 }
 
+impl Place {
+    /// As [`Place::files`], for images what a guest would see of them, and where it comes from.
+    fn disks(&self) -> BTreeMap<String, (Vec<u8>, u64)> {
+        let mut files = self.files();
+        let run = |arguments: &[&str]| {
+            let output = Command::new("qemu-img").args(arguments).current_dir(self.path()).output();
+            let output = output.unwrap();
+            output.status.success().then_some(output.stdout)
+        };
+        for (name, file) in files.iter_mut().filter(|(name, _)| name.ends_with(".qcow2")) {
+            let Some(map) = run(&["map", "--output=json", name]) else {
+                *file = (Vec::new(), 0);
+                continue;
+            };
+            assert!(run(&["check", "-q", name]).is_some(), "{name} is not sound");
+            let map = String::from_utf8(map).unwrap();
+            let map = map.lines().map(|line| line.split(", \"offset\"").next().unwrap_or_default());
+            let mut seen: Vec<u8> =
+                map.flat_map(|line| line.trim_end_matches("},").bytes()).collect();
+            let contents = self.links.path().join("contents.raw");
+            run(&["convert", "-O", "raw", name, contents.to_str().unwrap()]).unwrap();
+            seen.extend(std::fs::read(&contents).unwrap());
+            std::fs::remove_file(contents).unwrap();
+            *file = (seen, 0);
+        }
+        files
+    }
+}
+
 /// How many bytes of a file are no holes.
 fn stored(file: &std::fs::File) -> u64 {
     let (mut at, mut sum) = (0, 0);
@@ -133,6 +164,20 @@ fn mask(text: &str) -> String {
 /// Runs each line in fresh places, behind the same preparation, and compares everything. All
 /// differences are told at once.
 pub fn assert_same(prepare: &[&str], lines: &[&str]) {
+    assert_alike(prepare, lines, |place| place.files());
+}
+
+/// As [`assert_same`], but of qcow2 images the contents are compared, as qemu-img reads them, and what
+/// layer they come from; the images must be sound.
+pub fn assert_same_disks(prepare: &[&str], lines: &[&str]) {
+    assert_alike(prepare, lines, Place::disks);
+}
+
+fn assert_alike(
+    prepare: &[&str],
+    lines: &[&str],
+    left: impl Fn(&Place) -> BTreeMap<String, (Vec<u8>, u64)>,
+) {
     let mut wrong = String::new();
     for line in lines {
         let both = [true, false].map(|ours| {
@@ -146,7 +191,7 @@ pub fn assert_same(prepare: &[&str], lines: &[&str]) {
             }
             let place = Place { dir: theirs.dir, links: place.links, ours };
             let ended: Vec<Ended> = line.split(" && ").map(|step| place.run(step)).collect();
-            (ended, place.files())
+            (ended, left(&place))
         });
         let [(ours, our_files), (theirs, their_files)] = both;
         if ours != theirs {

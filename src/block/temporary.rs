@@ -1,0 +1,78 @@
+//! Disks whose changes are thrown away: an overlay in a file of its own, whose name is gone as soon as
+//! it is open.
+
+use super::{Creation, Error, Registry};
+use crate::io::{Errno, offload};
+use crate::options::{Map, Value};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Where such files are made, if TMPDIR does not say.
+const FOLDER: &str = "/var/tmp";
+
+/// An empty image that has its name until this is dropped.
+pub struct TemporaryImage {
+    path: PathBuf,
+    format: &'static str,
+}
+
+impl TemporaryImage {
+    /// Makes an image of a disk of `len` bytes, which nobody but the user of this process can open.
+    pub async fn create(
+        registry: &'static Registry,
+        format: &'static str,
+        len: u64,
+    ) -> Result<TemporaryImage, Error> {
+        let folder = std::env::var_os("TMPDIR").unwrap_or_else(|| FOLDER.into());
+        let path = offload(move || make_file(Path::new(&folder))).await?;
+        let image = TemporaryImage { path, format };
+        let file = Map::from_iter([("driver", "file"), ("filename", image.name()?)]);
+        Creation::new(registry, format, (image.name()?, file), Map::new(), Some(len))?
+            .run()
+            .await?;
+        Ok(image)
+    }
+
+    /// The options of its node, `name`, which stands on the node `base`.
+    pub fn options(&self, name: &str, base: &str) -> Result<Map, Error> {
+        let on = |keys: &[&str]| {
+            Value::Map(keys.iter().map(|&key| (key, Value::Text("on".into()))).collect())
+        };
+        let mut file = Map::from_iter([("driver", "file"), ("filename", self.name()?)]);
+        // Nobody else knows the file, and a process that comes later does not find it.
+        file.insert("locking", "off");
+        let mut node = Map::from_iter([("driver", self.format), ("node-name", name)]);
+        node.insert("backing", base);
+        node.insert("discard", "unmap");
+        node.insert("cache", on(&["no-flush"]));
+        node.insert("file", Value::Map(file));
+        Ok(node)
+    }
+
+    fn name(&self) -> Result<&str, Error> {
+        self.path.to_str().ok_or_else(|| Error::new("TMPDIR is no UTF-8 text"))
+    }
+}
+
+fn make_file(folder: &Path) -> Result<PathBuf, Error> {
+    loop {
+        let letters: String = (0..6).map(|_| fastrand::alphanumeric()).collect();
+        let path = folder.join(format!("vl.{letters}"));
+        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+            Ok(_) => return Ok(path),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                let what = format!("Could not open temporary file '{}'", path.display());
+                return Err(Error::os(what, Errno::from(error)));
+            }
+        }
+    }
+}
+
+impl Drop for TemporaryImage {
+    fn drop(&mut self) {
+        // If it is gone already, that is what was wanted.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,58 @@
+//! Giving up everything that an image has, so that its backing file shows.
+//!
+//! Cluster by cluster, in the order of every change of the mapping ([`super::order`]): each entry that is
+//! gone before a crash shows the backing file, which has the same contents by then.
+
+use super::Qcow2;
+use super::layout::L2Entry;
+use crate::io::{Errno, IoResult};
+
+impl Qcow2 {
+    pub(super) async fn give_up_all(&self) -> IoResult {
+        if self.has_raw_data {
+            return Err(Errno::ENOTSUP);
+        }
+        self.prepare_writing().await?;
+        let bits = self.geometry.cluster_bits;
+        let end = self.geometry.clusters(self.size());
+        let entries = self.l2.entries() as u64;
+        let mut first = 0;
+        while first < end {
+            let guest = first << bits;
+            let index = self.geometry.l1_index(guest);
+            if self.l1.get(index).l2_table() == 0 {
+                first = (index + 1) * self.geometry.l2_entries();
+                continue;
+            }
+            let stop = end.min((first | (entries - 1)) + 1);
+            self.give_up(first, stop).await?;
+            first = stop;
+        }
+        self.flush_all().await
+    }
+
+    /// Guest clusters of one slice, whose L2 table is there.
+    async fn give_up(&self, first: u64, stop: u64) -> IoResult {
+        let guest = first << self.geometry.cluster_bits;
+        let _range = self.ranges.lock(first..stop).await;
+        let _visit = self.visits.enter();
+        self.ensure_table(guest).await?;
+        let mut releases = Vec::new();
+        let mut is_changed = false;
+        {
+            let pinned = self.pin(guest).await?;
+            let (_, index) = self.slice_of(guest);
+            for n in 0..(stop - first) as usize {
+                let old = pinned.get(index + n);
+                is_changed |= old != L2Entry::UNALLOCATED;
+                releases.extend(self.releases_of(old, true));
+            }
+        }
+        if is_changed {
+            let empty = vec![L2Entry::UNALLOCATED; (stop - first) as usize];
+            self.change_entries(guest, &empty).await?;
+            self.free(&releases).await;
+        }
+        Ok(())
+    }
+}
