@@ -60,7 +60,8 @@ struct Source {
 impl Source {
     /// The lines without their comments and texts, and whether each is of a test.
     fn code(&self) -> Vec<(usize, String, bool)> {
-        let all_tests = self.path.starts_with("tests/") || self.path.ends_with("tests.rs");
+        let folder = |folder: &str| self.path.split('/').any(|part| part == folder);
+        let all_tests = folder("tests") || self.path.ends_with("tests.rs");
         let mut in_tests = false;
         let mut lines = Vec::new();
         for (n, line) in self.text.lines().enumerate() {

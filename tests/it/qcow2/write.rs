@@ -89,13 +89,8 @@ fn images_of_every_kind_are_written_and_qemu_agrees() {
         println!("{what}");
         let images = Images::new();
         let mut rng = fastrand::Rng::with_seed(seed);
-        let cluster = cluster_size(kind);
-        let size = cluster * clusters - 512;
-        images.create("a", size, kind);
-        images.io(
-            "a",
-            &random_commands(&mut rng, size, 512, cluster, true, kind.contains("extended_l2")),
-        );
+        let size = cluster_size(kind) * clusters - 512;
+        images.fill("a", size, kind, &mut rng, false);
         let has_snapshot = !kind.contains("refcount_bits") || kind.contains("refcount_bits=64");
         let before = images.contents("a");
         if has_snapshot {
