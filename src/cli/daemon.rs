@@ -4,6 +4,7 @@
 //! then all others strictly in the order in which they were given.
 
 use super::confine::{self, SandboxArgs, SandboxPathArgs, Wanted};
+use super::log::LogArgs;
 use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use crate::block::{DriverEntry, Error};
@@ -68,7 +69,7 @@ pub fn command() -> Command {
                 .value_parser(clap::value_parser!(metrics::Address))
                 .help("offer metrics there: unix:PATH, or ADDRESS:PORT of the loopback interface"),
         );
-    let command = PolicyArgs::augment_args(command);
+    let command = LogArgs::augment_args(PolicyArgs::augment_args(command));
     SandboxPathArgs::augment_args(SandboxArgs::augment_args(command))
 }
 
@@ -89,7 +90,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     }
     let signals = EndSignals::block();
     let background = if matches.get_flag("daemonize") { Some(Background::enter()?) } else { None };
-    super::start_log(0);
+    super::log::start(0, LogArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?);
     // After the fork: a signalfd tells of the process that made it.
     let stop = signals.descriptor()?;
     let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
@@ -124,6 +125,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     drop(service);
     drop(pid_file);
     sandbox::tell_refused();
+    ::log::logger().flush();
     Ok(())
 }
 

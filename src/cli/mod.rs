@@ -9,6 +9,7 @@ mod generate;
 mod getopt;
 mod img;
 mod io;
+mod log;
 mod nvme;
 mod policy;
 mod process;
@@ -137,23 +138,8 @@ fn report(program: &str, outcome: Outcome) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { line, hint }) => {
-            eprintln!("{program}: {line}");
-            if let Some(hint) = hint {
-                eprintln!("{hint}");
-            }
+            log::tell_failure(program, &line, hint.as_deref());
             ExitCode::FAILURE
         }
     }
-}
-
-/// Logs to standard error: warnings, and with `verbosity` more. RUST_LOG has the last word.
-fn start_log(verbosity: u8) {
-    let level = match verbosity {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let environment = env_logger::Env::default().default_filter_or(level);
-    env_logger::Builder::from_env(environment).format_target(false).init();
 }

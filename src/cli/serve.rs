@@ -1,6 +1,7 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
 use super::confine::{self, SandboxArgs, Wanted};
+use super::log::LogArgs;
 use super::policy::PolicyArgs;
 use super::process::{EndSignals, Manager, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
@@ -92,6 +93,8 @@ pub struct Serve {
     /// Say more; twice for even more
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
+    #[command(flatten)]
+    log: LogArgs,
     /// Whether to print nothing on standard output.
     #[arg(skip)]
     quiet: bool,
@@ -134,6 +137,7 @@ impl Serve {
     }
 
     pub fn run(self) -> super::Outcome {
+        super::log::start(self.verbose, self.log);
         if self.images.len() != self.sockets.len() {
             let (images, sockets) = (self.images.len(), self.sockets.len());
             return Err(format!("{images} images but {sockets} sockets: give one for each").into());
@@ -144,7 +148,6 @@ impl Serve {
         let signals = EndSignals::block();
         let stop = signals.descriptor()?;
         let mut descriptors = Descriptors::new();
-        super::start_log(self.verbose);
         let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
         service.wait_for_locks(Some(EndSignals::have_come));
         let observed = self.metrics.is_some().then(|| service.observe());
@@ -176,6 +179,7 @@ impl Serve {
         drop(metrics);
         drop(service);
         sandbox::tell_refused();
+        ::log::logger().flush();
         Ok(())
     }
 

@@ -337,7 +337,8 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
         failures: Default::default(),
     };
     let start = QueueStart {
-        name: "queue 0".into(),
+        export: String::new(),
+        index: 0,
         recorder: None,
         disk: Arc::new(request::Disk::new(opened, options)),
         ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),

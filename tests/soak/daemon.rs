@@ -29,7 +29,7 @@ impl Daemon {
             .args(["--sandbox", "on", "--sandbox-path"])
             .arg(dir)
             .args(options)
-            .env("RUST_LOG", "info")
+            .env("RUST_LOG", "debug")
             .stdin(Stdio::null())
             .stdout(file.try_clone().unwrap())
             .stderr(file)

@@ -25,7 +25,7 @@ impl CutOff {
     /// Closes the connection, and logs why if it is the first to do so.
     pub fn cut(&self, why: &str) {
         if !self.done.swap(true, Ordering::Relaxed) {
-            log::warn!("{}: connection closed: {why}", self.name);
+            log::warn!(export = &*self.name; "connection closed: {why}");
             let _ = self.stream.shutdown(Shutdown::Both);
         }
     }

@@ -109,9 +109,10 @@ impl DirtyLog {
     #[cold]
     fn exceed(&self, guest: u64, len: u64) {
         if !self.exceeded.swap(true, Ordering::Relaxed) {
-            let (name, holds) = (&self.name, self.pages / 8);
+            let holds = self.pages / 8;
             log::error!(
-                "{name}: the dirty log's {holds} bytes end before {len} bytes at {guest:#x}, which \
+                export = &*self.name;
+                "the dirty log's {holds} bytes end before {len} bytes at {guest:#x}, which \
                  were written: a guest that is migrated now is not the same"
             );
         }

@@ -91,7 +91,7 @@ fn accept(listener: &UnixListener, name: &str, stop: RawFd) -> Option<UnixStream
             Ok((stream, _)) => return Some(stream),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                log::error!("{name}: accept: {error}");
+                log::error!(export = name; "accept: {error}");
                 // Out of descriptors, most likely: do not spin on it.
                 std::thread::sleep(Duration::from_millis(100));
             }
@@ -112,7 +112,8 @@ fn connect(path: &Path, name: &str, stop: RawFd) -> Option<UnixStream> {
             Err(error) => error,
         };
         if told != Some(error.kind()) {
-            log::warn!("{name}: no front end at '{}': {error}: trying on", path.display());
+            let path = path.display();
+            log::warn!(export = name; "no front end at '{path}': {error}: trying on");
             told = Some(error.kind());
         }
         wait = (wait * 2).min(longest);

@@ -73,10 +73,10 @@ impl HandOver {
         }
         let given = worker.block_on(move || async move { activity.inactivate().await });
         match given {
-            Ok(()) => log::info!("{name}: the guest has moved: the disk is given up"),
+            Ok(()) => log::info!(export = name; "the guest has moved: the disk is given up"),
             Err(error) => {
                 self.active.store(true, Ordering::SeqCst);
-                log::error!("{name}: the guest has moved, but the disk is kept: {error}");
+                log::error!(export = name; "the guest has moved, but the disk is kept: {error}");
             }
         }
     }
@@ -103,7 +103,7 @@ impl Wait {
         }
         if waited >= TELL_AFTER && !self.told {
             self.told = true;
-            log::warn!("{name}: no ring starts while another process has the disk: {error}");
+            log::warn!(export = name; "no ring starts while another process has the disk: {error}");
         }
         Ok(())
     }

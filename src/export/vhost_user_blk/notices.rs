@@ -108,7 +108,7 @@ impl<'a> Channel<'a> {
             return;
         }
         let errno = if sent < 0 { Errno::last() } else { Errno(libc::EMSGSIZE) };
-        log::warn!("{}: the front end was not told of the disk's new size: {errno}", self.name);
+        log::warn!(export = self.name; "the front end was not told of the disk's new size: {errno}");
         // What has taken a part of a message, or takes none, is of no more use.
         if errno.0 != libc::EAGAIN {
             self.socket = None;

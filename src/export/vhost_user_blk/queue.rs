@@ -54,7 +54,9 @@ const HELD_SEGMENTS: usize = 1 << 15;
 
 /// A queue at work. Owned by its worker.
 pub struct Queue {
-    name: String,
+    /// For the log: the export's name and the queue's number.
+    export: String,
+    index: usize,
     disk: Arc<Disk>,
     memory: Arc<Memory>,
     loss: LossWatch,
@@ -147,8 +149,9 @@ pub struct QueueLog {
 
 /// What a queue is started with.
 pub struct QueueStart {
-    /// For the log: export and queue number.
-    pub name: String,
+    /// For the log: the export's name and the queue's number.
+    pub export: String,
+    pub index: usize,
     pub recorder: Option<Recorder>,
     pub disk: Arc<Disk>,
     pub memory: Arc<Memory>,
@@ -180,7 +183,8 @@ impl Queue {
         held.iter().for_each(|&head| slots[head as usize].busy = true);
         start.disk.failures.hold(held.len());
         let mut queue = Queue {
-            name: start.name,
+            export: start.export,
+            index: start.index,
             disk: start.disk,
             memory: start.memory,
             loss: LossWatch::default(),
@@ -288,7 +292,7 @@ impl Queue {
         if self.loss.is_lost(&self.memory) {
             return;
         }
-        log::warn!("{}: stopped: {why}", self.name);
+        log::warn!(export = &*self.export; "queue {}: stopped: {why}", self.index);
         if let Some(err) = &self.err {
             let _ = (&**err).write(&1u64.to_ne_bytes());
         }

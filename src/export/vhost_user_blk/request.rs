@@ -267,24 +267,21 @@ impl Disk {
         action
     }
 
-    /// At a rate that a guest cannot turn into a flood.
     pub fn log_failure(&self, failure: &Failure, in_vain: bool) {
         let seen = self.counters.errors.fetch_add(1, Ordering::Relaxed) + 1;
-        // The first ones, then each power of two.
-        if seen <= 8 || seen.is_power_of_two() {
-            let name = self.node.name();
-            let Failure { operation, offset, len, errno } = failure;
-            let operation = operation.name();
-            let why = if in_vain {
-                "; it is reported, not held: after a failed fsync the kernel says yes to the next \
-                 one, and what did not land is lost all the same"
-            } else {
-                ""
-            };
-            log::warn!(
-                "{name}: {operation} of {len} bytes at {offset} failed: {errno} (error {seen}){why}"
-            );
-        }
+        let (export, node) = (self.failures.export(), self.node.name());
+        let Failure { operation, offset, len, errno } = failure;
+        let operation = operation.name();
+        let why = if in_vain {
+            "; it is reported, not held: after a failed fsync the kernel says yes to the next one, \
+             and what did not land is lost all the same"
+        } else {
+            ""
+        };
+        log::warn!(
+            export;
+            "{node}: {operation} of {len} bytes at {offset} failed: {errno} (error {seen}){why}"
+        );
     }
 }
 

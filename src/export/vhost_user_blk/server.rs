@@ -163,8 +163,8 @@ impl Drop for Export {
         self.shared.disk.lingering.wait(&self.shared.name);
         let Counters { requests, slow, flushes, errors } = &self.shared.disk.counters;
         log::info!(
-            "{}: ended: requests={} slow={} flushes={} errors={}",
-            self.shared.name,
+            export = &*self.shared.name;
+            "ended: requests={} slow={} flushes={} errors={}",
             requests.load(Ordering::Relaxed),
             slow.load(Ordering::Relaxed),
             flushes.load(Ordering::Relaxed),
@@ -204,7 +204,7 @@ impl Shared {
     }
 
     fn serve_one(&self, stream: UnixStream) {
-        log::info!("{}: front end connected", self.name);
+        log::info!(export = &*self.name; "front end connected");
         if let Some(metrics) = &self.disk.metrics {
             metrics.connections.fetch_add(1, Ordering::Relaxed);
             metrics.connected.store(true, Ordering::Relaxed);
@@ -262,20 +262,20 @@ impl Shared {
         drop((channel, handler, session));
         match end {
             Some(error) if !self.stopping.load(Ordering::SeqCst) => {
-                log::warn!("{}: connection ended: {error}", self.name)
+                log::warn!(export = &*self.name; "connection ended: {error}")
             }
-            _ => log::info!("{}: front end disconnected", self.name),
+            _ => log::info!(export = &*self.name; "front end disconnected"),
         }
     }
 
     /// The I/O of earlier connections has ended: the rings of this one may begin.
     fn go_on(&self) {
-        log::info!("{}: I/O of an earlier connection has ended", self.name);
+        log::info!(export = &*self.name; "I/O of an earlier connection has ended");
         let front_end = self.current.lock().front_end.as_ref().map(|(_, session)| session.clone());
         if let Some(session) = front_end
             && let Err(error) = lock(&session).start_waiting()
         {
-            log::warn!("{}: connection closed: {error}", self.name);
+            log::warn!(export = &*self.name; "connection closed: {error}");
             if let Some((stream, _)) = &self.current.lock().front_end {
                 let _ = stream.shutdown(std::net::Shutdown::Both);
             }

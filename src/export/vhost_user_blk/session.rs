@@ -228,13 +228,17 @@ impl Session {
                 let again = tracker.to_replay();
                 split.go_on_behind(again);
                 if again > 0 {
-                    log::info!("{}: queue {index}: {again} requests are begun again", self.name);
+                    log::info!(
+                        export = &*self.name;
+                        "queue {index}: {again} requests are begun again"
+                    );
                 }
                 Some(tracker)
             }
         };
         let start = QueueStart {
-            name: format!("{}: queue {index}", self.name),
+            export: self.name.clone(),
+            index,
             recorder: self.disk.metrics.as_ref().and_then(|metrics| metrics.recorder(index)),
             disk: self.disk.clone(),
             memory: self.memory.clone(),
@@ -376,8 +380,8 @@ impl Session {
                     if waited >= told {
                         told += STOP_PATIENCE;
                         log::warn!(
-                            "{}: queue {index}: I/O in flight has not ended for {} s",
-                            self.name,
+                            export = &*self.name;
+                            "queue {index}: I/O in flight has not ended for {} s",
                             waited.as_secs()
                         );
                     }

@@ -84,10 +84,10 @@ impl Watch {
         Duration::from_nanos(self.period.saturating_mul(u64::from(age.saturating_sub(1))))
     }
 
-    /// Something hangs. Says so and closes the connection, once.
-    pub fn hangs(&mut self, what: &str) {
+    /// Something of an export hangs. Says so and closes the connection, once.
+    pub fn hangs(&mut self, export: &str, what: &str) {
         if !std::mem::replace(&mut self.is_hung, true) {
-            log::error!("{what}");
+            log::error!(export; "{what}");
             self.hung.store(true, Ordering::SeqCst);
             if let Some(cut_off) = &self.cut_off {
                 cut_off.cut("a request of it does not end");
@@ -121,7 +121,7 @@ impl Lingering {
     /// Returns when there are none.
     pub fn wait(&self, name: &str) {
         if self.any() {
-            log::warn!("{name}: waits for I/O that has not ended");
+            log::warn!(export = name; "waits for I/O that has not ended");
         }
         while self.any() {
             std::thread::sleep(Duration::from_millis(10));

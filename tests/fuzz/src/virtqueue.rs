@@ -287,7 +287,8 @@ impl Guest {
             }
         };
         *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
-            name: "fuzz".to_owned(),
+            export: "fuzz".to_owned(),
+            index: 0,
             recorder: ExportMetrics::new("fuzz", "node", true, 0, 1).recorder(0),
             disk: opened.disk.clone(),
             memory: guest.memory.memory.clone(),

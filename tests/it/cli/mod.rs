@@ -2,6 +2,7 @@
 //! its process, and `vublk serve`.
 
 mod beside_qsd;
+mod log;
 mod process;
 mod sandbox;
 mod serve;

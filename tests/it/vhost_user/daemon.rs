@@ -118,7 +118,7 @@ impl Daemon {
 /// Starts a daemon, and returns once its pid file is there.
 fn spawn(program: &[String], pid_file: &Path) -> Server {
     let mut command = Command::new(&program[0]);
-    command.args(&program[1..]).arg("--pidfile").arg(pid_file).env("RUST_LOG", "info");
+    command.args(&program[1..]).arg("--pidfile").arg(pid_file).env("RUST_LOG", "debug");
     let mut server = Server::spawn(command).unwrap();
     server.wait_pidfile(pid_file, LIMIT).unwrap();
     server

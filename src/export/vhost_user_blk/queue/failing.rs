@@ -97,7 +97,8 @@ impl Queue {
         io.tick_by(at);
         if let Some(delay) = first {
             let seconds = delay / 1_000_000_000;
-            log::warn!("{}: held, and tried again in {seconds} s", self.name);
+            let index = self.index;
+            log::warn!(export = &*self.export; "queue {index}: held, and tried again in {seconds} s");
         }
         if let Some((_, AtStop::Fail)) = self.stop {
             self.fail_held();
@@ -125,14 +126,14 @@ impl Queue {
                 Some(Kind::WriteZeroes) => "write zeroes",
                 Some(Kind::GetId) | None => "request",
             };
-            let (name, seconds) = (&self.name, self.watch.elapsed(age).as_secs());
+            let (index, seconds) = (self.index, self.watch.elapsed(age).as_secs());
             let Slot { len, offset, .. } = slot;
             let line = format!(
-                "{name}: {what} of {len} bytes at {offset} has not ended for {seconds} s; {} requests \
+                "queue {index}: {what} of {len} bytes at {offset} has not ended for {seconds} s; {} requests \
                  are in flight",
                 self.in_flight
             );
-            self.watch.hangs(&line);
+            self.watch.hangs(&self.export, &line);
         }
     }
 }

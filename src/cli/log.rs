@@ -1,0 +1,301 @@
+//! The log: lines on standard error, for people or as JSON, and no more of them than can be read.
+//!
+//! The rule held here: whatever guests, front ends and failing storage do, the log stays small. One
+//! limiter holds for all lines: of each place in the program, and of each export there, [`BURST`] lines
+//! come at once, then one in each [`PERIOD`], with the number of those left out. Who asks for debug
+//! lines is spared nothing.
+
+use crate::options::{Map, Value, json};
+use ::log::{Level, LevelFilter, Metadata, Record};
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Lines of a kind that come at once.
+const BURST: u32 = 8;
+
+/// After those, one comes in this time.
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// Kinds of lines that are remembered. Places are few, but exports come and go.
+const KINDS: usize = 4096;
+
+/// How the log is written; the same for all commands that serve disks.
+#[derive(clap::Args, Clone, Copy, Debug, Default)]
+pub struct LogArgs {
+    /// How log lines are written
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    /// For people
+    #[default]
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// The program's last words are JSON as well.
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// Logs to standard error from now on: warnings, and with `verbosity` more. RUST_LOG has the last word.
+pub fn start(verbosity: u8, args: LogArgs) {
+    let level = match verbosity {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let wanted = std::env::var("RUST_LOG").unwrap_or_else(|_| level.into());
+    let mut builder = env_filter::Builder::new();
+    let wrong = builder.try_parse(&wanted).err();
+    if wrong.is_some() {
+        // A level is always right.
+        let _ = builder.try_parse(level);
+    }
+    let filter = builder.build();
+    let most = filter.filter();
+    let limiter = (most < LevelFilter::Debug).then(Mutex::default);
+    let log = Log { filter, format: args.log_format, limiter };
+    if ::log::set_boxed_logger(Box::new(log)).is_ok() {
+        ::log::set_max_level(most);
+    }
+    if args.log_format == LogFormat::Json {
+        JSON.store(true, Ordering::Relaxed);
+        std::panic::set_hook(Box::new(|info| ::log::error!("{info}")));
+    }
+    if let Some(error) = wrong {
+        ::log::warn!("RUST_LOG: {error}");
+    }
+}
+
+/// Tells why the program ends: its name, the line, and advice.
+pub fn tell_failure(program: &str, line: &str, hint: Option<&str>) {
+    if JSON.load(Ordering::Relaxed) {
+        let message = [Some(line), hint].into_iter().flatten().collect::<Vec<_>>().join(" ");
+        return write(LogFormat::Json, Level::Error, "vublk", None, &message);
+    }
+    eprintln!("{program}: {line}");
+    if let Some(hint) = hint {
+        eprintln!("{hint}");
+    }
+}
+
+struct Log {
+    filter: env_filter::Filter,
+    format: LogFormat,
+    /// `None`: all lines come.
+    limiter: Option<Mutex<Limiter>>,
+}
+
+impl ::log::Log for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.filter.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.filter.matches(record) {
+            return;
+        }
+        let export = record.key_values().get("export".into()).map(|export| export.to_string());
+        let export = export.filter(|export| !export.is_empty());
+        let export = export.as_deref();
+        let (level, target) = (record.level(), record.target());
+        if let Some(limiter) = &self.limiter {
+            let mut limiter = limiter.lock().unwrap_or_else(PoisonError::into_inner);
+            let place = Place { target: target.into(), line: record.line().unwrap_or(0) };
+            let verdict = limiter.ask((place, export.map(Into::into)), Instant::now());
+            drop(limiter);
+            match verdict {
+                Verdict::Say { suppressed: 0 } => {}
+                Verdict::Say { suppressed } => {
+                    let line = format!("{suppressed} more suppressed of lines like the next");
+                    write(self.format, level, target, export, &line);
+                }
+                Verdict::Suppress => return,
+            }
+        }
+        write(self.format, level, target, export, &record.args().to_string());
+    }
+
+    /// What was left out and not told yet.
+    fn flush(&self) {
+        let Some(limiter) = &self.limiter else { return };
+        let untold = limiter.lock().unwrap_or_else(PoisonError::into_inner).take_suppressed();
+        for ((Place { target, line }, export), suppressed) in untold {
+            let line = format!("{suppressed} more suppressed of lines from {target}, line {line}");
+            write(self.format, Level::Info, &target, export.as_deref(), &line);
+        }
+    }
+}
+
+/// Writes a line, in one piece. Nobody is told where it cannot be written.
+fn write(format: LogFormat, level: Level, target: &str, export: Option<&str>, message: &str) {
+    let line = match format {
+        LogFormat::Text => {
+            let export = export.map_or(String::new(), |export| format!("{export}: "));
+            format!("[{level:<5}] {export}{message}\n")
+        }
+        LogFormat::Json => {
+            let level = level.as_str().to_ascii_lowercase();
+            let mut object = Map::from_iter([
+                ("time", Value::from(time())),
+                ("level", Value::from(level)),
+                ("target", Value::from(target)),
+                ("message", Value::from(message)),
+            ]);
+            if let Some(export) = export {
+                object.insert("export", export);
+            }
+            json::to_text(&Value::Map(object)) + "\n"
+        }
+    };
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// Now, as RFC 3339 has it.
+fn time() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = now.as_secs() as libc::time_t;
+    // SAFETY: all zeroes are a valid tm, and both places are locals.
+    let tm = unsafe {
+        let mut tm = std::mem::zeroed::<libc::tm>();
+        libc::gmtime_r(&seconds, &mut tm);
+        tm
+    };
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
+        tm.tm_year + 1900,
+        tm.tm_mon + 1,
+        tm.tm_mday,
+        tm.tm_hour,
+        tm.tm_min,
+        tm.tm_sec,
+        now.subsec_millis()
+    )
+}
+
+/// Where a line comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    target: String,
+    line: u32,
+}
+
+type Kind = (Place, Option<String>);
+
+/// How many lines of each kind may still come.
+#[derive(Default)]
+struct Limiter {
+    kinds: HashMap<Kind, Allowance>,
+}
+
+struct Allowance {
+    left: u32,
+    /// Since when what is left grows.
+    since: Instant,
+    /// Lines left out since the last that came.
+    suppressed: u64,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Say { suppressed: u64 },
+    Suppress,
+}
+
+impl Limiter {
+    fn ask(&mut self, kind: Kind, now: Instant) -> Verdict {
+        if self.kinds.len() >= KINDS && !self.kinds.contains_key(&kind) {
+            self.kinds.retain(|_, allowance| !allowance.is_full(now));
+            // So many that have all said much of late: nothing new is heard meanwhile.
+            if self.kinds.len() >= KINDS {
+                return Verdict::Suppress;
+            }
+        }
+        let full = || Allowance { left: BURST, since: now, suppressed: 0 };
+        let allowance = self.kinds.entry(kind).or_insert_with(full);
+        allowance.grow(now);
+        if allowance.left == 0 {
+            allowance.suppressed += 1;
+            return Verdict::Suppress;
+        }
+        allowance.left -= 1;
+        Verdict::Say { suppressed: std::mem::take(&mut allowance.suppressed) }
+    }
+
+    fn take_suppressed(&mut self) -> Vec<(Kind, u64)> {
+        let untold = self.kinds.iter_mut().filter(|(_, allowance)| allowance.suppressed > 0);
+        untold.map(|(kind, all)| (kind.clone(), std::mem::take(&mut all.suppressed))).collect()
+    }
+}
+
+impl Allowance {
+    fn grow(&mut self, now: Instant) {
+        let periods = now.duration_since(self.since).as_nanos() / PERIOD.as_nanos();
+        let periods = u32::try_from(periods).unwrap_or(u32::MAX);
+        if self.left.saturating_add(periods) >= BURST {
+            (self.left, self.since) = (BURST, now);
+        } else {
+            self.left += periods;
+            self.since += PERIOD * periods;
+        }
+    }
+
+    /// Whether forgetting it changes nothing.
+    fn is_full(&self, now: Instant) -> bool {
+        let missing = BURST - self.left;
+        self.suppressed == 0 && now.duration_since(self.since) >= PERIOD * missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(line: u32, export: &str) -> Kind {
+        (Place { target: "here".into(), line }, Some(export.into()))
+    }
+
+    const SAY: Verdict = Verdict::Say { suppressed: 0 };
+
+    #[test]
+    fn of_a_flood_a_burst_comes_and_then_a_line_now_and_then_with_the_number_of_the_others() {
+        let (mut limiter, began) = (Limiter::default(), Instant::now());
+        let mut ask = |after, line, export| limiter.ask(kind(line, export), began + after);
+        for _ in 0..BURST {
+            assert_eq!(ask(Duration::ZERO, 1, "a"), SAY);
+        }
+        for _ in 0..1000 {
+            assert_eq!(ask(PERIOD / 2, 1, "a"), Verdict::Suppress);
+        }
+        // Others have their own.
+        assert_eq!([ask(PERIOD / 2, 1, "b"), ask(PERIOD / 2, 2, "a")], [SAY, SAY]);
+        assert_eq!(ask(PERIOD, 1, "a"), Verdict::Say { suppressed: 1000 });
+        assert_eq!(ask(PERIOD, 1, "a"), Verdict::Suppress);
+        assert_eq!(ask(PERIOD * 2, 1, "a"), Verdict::Say { suppressed: 1 });
+        // After a quiet time there is a burst again.
+        let later = PERIOD * (2 + BURST);
+        for _ in 0..BURST {
+            assert_eq!(ask(later, 1, "a"), SAY);
+        }
+        assert_eq!(ask(later, 1, "a"), Verdict::Suppress);
+        assert_eq!(limiter.take_suppressed(), [(kind(1, "a"), 1)]);
+        assert_eq!(limiter.take_suppressed(), []);
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let (mut limiter, now) = (Limiter::default(), Instant::now());
+        for export in 0..2 * KINDS {
+            limiter.ask(kind(0, &export.to_string()), now);
+        }
+        assert_eq!(limiter.kinds.len(), KINDS);
+        assert_eq!(limiter.ask(kind(1, "new"), now + PERIOD), SAY);
+        assert_eq!(limiter.kinds.len(), 1);
+    }
+}
