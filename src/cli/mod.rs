@@ -16,6 +16,7 @@ mod process;
 mod serve;
 mod signals;
 mod sockets;
+mod top;
 mod vhost_user_block;
 
 use crate::block::Error;
@@ -45,6 +46,7 @@ enum Command {
     },
     /// Ask or change a running daemon through its monitor
     Ctl(ctl::Ctl),
+    Top(top::Top),
     Nvme(nvme::Nvme),
     /// Write the man pages and shell completions that this program's command line defines
     #[command(hide = true)]
@@ -121,6 +123,7 @@ pub fn main() -> ExitCode {
         Command::Serve(serve) => serve.run(),
         Command::Daemon { arguments } => daemon::run("vublk daemon", arguments),
         Command::Ctl(ctl) => ctl.run(),
+        Command::Top(top) => top.run(),
         Command::Nvme(nvme) => nvme.run(),
         Command::Generate(generate) => generate.run(command_line()),
     };

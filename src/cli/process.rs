@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The signals that end the program, kept from doing so until they are waited for.
 pub struct EndSignals(libc::sigset_t);
@@ -69,6 +70,14 @@ pub fn wait_unless_ended(stop: &OwnedFd, other: RawFd) -> bool {
             return false;
         }
     }
+}
+
+/// Sleeps for `time`. True if one of [`EndSignals`] came, whose descriptor is `stop`.
+pub fn ended_within(stop: &OwnedFd, time: Duration) -> bool {
+    let mut fd = libc::pollfd { fd: stop.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let milliseconds = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one entry, which lives through the call.
+    unsafe { libc::poll(&mut fd, 1, milliseconds) > 0 }
 }
 
 /// The service manager that started the program, if it wants to know how it gets on (`sd_notify(3)`).

@@ -2,6 +2,7 @@
 
 mod clients;
 mod counts;
+mod shown;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
