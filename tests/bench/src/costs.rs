@@ -17,6 +17,8 @@ pub enum What {
     Tracking,
     /// The server is in its sandbox.
     Sandbox,
+    /// It offers metrics.
+    Metrics,
 }
 
 /// One load, with and without.
@@ -114,6 +116,10 @@ fn servers_for(
             let with = Setup { sandbox: true, ..one.clone() };
             Ok((start(one)?, Some(start(with)?)))
         }
+        What::Metrics => {
+            let with = Setup { metrics: true, ..one.clone() };
+            Ok((start(one)?, Some(start(with)?)))
+        }
     }
 }
 
@@ -133,6 +139,7 @@ impl Compared {
         let option = match self.option {
             What::Tracking => "tracking",
             What::Sandbox => "sandbox",
+            What::Metrics => "metrics",
         };
         Verdict {
             what: format!("{}: CPU with {option} ÷ without", self.what),

@@ -312,6 +312,8 @@ fn busiest(server: &Server, work: impl FnOnce() -> Result<()>) -> Result<i32> {
 /// What a hundred connected disks cost while nothing happens.
 pub struct Idle {
     pub kind: Kind,
+    /// It offers metrics.
+    pub metrics: bool,
     pub disks: usize,
     pub seconds: f64,
     pub cpu_ms: f64,
@@ -324,8 +326,10 @@ pub fn idle(plan: &Plan) -> Result<Vec<Idle>> {
     let seconds = if plan.quick { 1.0 } else { 3.0 };
     let disks = 100;
     let mut all = Vec::new();
-    for kind in plan.kinds(&[Kind::Vublk, Kind::Qsd]) {
-        let setup = Setup { disks, ..Setup::one(Content::Null) };
+    let kinds = plan.kinds(&[Kind::Vublk, Kind::Qsd]);
+    let with = kinds.iter().filter(|kind| **kind == Kind::Vublk).map(|kind| (*kind, true));
+    for (kind, metrics) in kinds.iter().map(|kind| (*kind, false)).chain(with) {
+        let setup = Setup { disks, metrics, ..Setup::one(Content::Null) };
         let running = servers::start(&plan.programs, kind, &setup, None)?;
         let options = Options { layout: MemoryLayout::single(1 << 20), ..Options::default() };
         let mut open = Vec::new();
@@ -342,6 +346,7 @@ pub fn idle(plan: &Plan) -> Result<Vec<Idle>> {
         let resident = running.server.resident()?;
         all.push(Idle {
             kind,
+            metrics,
             disks: open.len(),
             seconds,
             cpu_ms: cpu as f64 / 1e6,

@@ -97,6 +97,8 @@ enum Group {
     Allocating,
     /// qcow2: a check of 1 TiB
     Check,
+    /// CPU with metrics offered
+    Metrics,
 }
 
 fn main() -> ExitCode {
@@ -193,6 +195,10 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         let (table, more) = qcow2::check(&plan, &cli.dir)?;
         println!("{table}");
         verdicts.extend(under("qcow2", more));
+    }
+    if chosen(Group::Metrics) {
+        headline("CPU per request, with metrics offered or not (ns)");
+        verdicts.extend(cost(&plan, What::Metrics)?);
     }
     conclude(&verdicts);
     Ok(())
@@ -301,8 +307,13 @@ fn report_idle(all: &[Idle]) -> Vec<Verdict> {
     let mut verdicts = Vec::new();
     for idle in all {
         println!(
-            "| {} | {} | {} | {:.3} | {:.1} |",
-            idle.kind, idle.disks, idle.seconds, idle.cpu_ms, idle.resident_mib
+            "| {}{} | {} | {} | {:.3} | {:.1} |",
+            idle.kind,
+            if idle.metrics { ", with metrics" } else { "" },
+            idle.disks,
+            idle.seconds,
+            idle.cpu_ms,
+            idle.resident_mib
         );
         if idle.kind == Kind::Vublk {
             verdicts.push(Verdict {

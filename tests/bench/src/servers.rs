@@ -64,13 +64,16 @@ pub struct Setup {
     pub locking: bool,
     /// Whether vublk is in its sandbox.
     pub sandbox: bool,
+    /// Whether it offers metrics.
+    pub metrics: bool,
 }
 
 impl Setup {
     pub fn one(content: Content) -> Setup {
         let (disks, queues, workers) = (1, 1, 1);
-        let (io_uring, writable, locking, sandbox) = (true, true, false, false);
-        Setup { content, disks, queues, workers, io_uring, writable, locking, sandbox }
+        let (io_uring, writable, locking) = (true, true, false);
+        let (sandbox, metrics) = (false, false);
+        Setup { content, disks, queues, workers, io_uring, writable, locking, sandbox, metrics }
     }
 }
 
@@ -162,6 +165,10 @@ pub fn vublk_args(dir: &Path, setup: &Setup) -> Vec<String> {
     args.extend(daemon_args(dir, setup));
     if setup.sandbox {
         args.extend(["--sandbox".to_owned(), "on".to_owned()]);
+    }
+    if setup.metrics {
+        let at = format!("unix:{}", dir.join("metrics").display());
+        args.extend(["--metrics".to_owned(), at]);
     }
     args
 }
