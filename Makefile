@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test test-without-io-uring bench bench-nvme fuzz install
+.PHONY: help setup demo test test-without-io-uring bench bench-nvme fuzz install install-files package
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
@@ -14,6 +14,7 @@ help:
 	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
 	@echo 'make soak   a guest under load through kills, upgrades, resizes, hot-plug and migration, SOAK_SECONDS=3600'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
+	@echo 'make package  a Debian package, target/debian/vublk_*.deb'
 
 setup:
 	@tests/setup.sh
@@ -65,17 +66,29 @@ soak: setup
 PREFIX ?= /usr/local
 DESTDIR ?=
 
+# What `install` installs, and where its man pages and completions are made.
+PROGRAM = target/release/vublk
+GENERATED = target/generated
+
 install:
 	$(CARGO) build --release --locked -p vublk
-	target/release/vublk generate target/generated
-	install -D -t $(DESTDIR)$(PREFIX)/bin target/release/vublk
+	@$(MAKE) --no-print-directory install-files
+
+# Of a program that is built.
+install-files:
+	$(PROGRAM) generate $(GENERATED)
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(PROGRAM)
 	install -d $(DESTDIR)$(PREFIX)/libexec
 	ln -sf ../bin/vublk $(DESTDIR)$(PREFIX)/libexec/vhost-user-block
 	install -d $(DESTDIR)$(PREFIX)/share/qemu/vhost-user
 	sed 's|/usr/libexec|$(PREFIX)/libexec|' dist/50-vublk.json > $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/50-vublk.json
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/generated/*.1
-	install -D -m 644 target/generated/vublk.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/vublk
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/site-functions target/generated/_vublk
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d target/generated/vublk.fish
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 $(GENERATED)/*.1
+	install -D -m 644 $(GENERATED)/vublk.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/vublk
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(GENERATED)/_vublk
+	install -D -m 644 $(GENERATED)/vublk.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vublk.fish
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|/usr/bin/vublk|$(PREFIX)/bin/vublk|' dist/vublk@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/vublk@.service
+
+package:
+	$(CARGO) build --release --locked -p vublk
+	@dist/deb/build.sh $(PROGRAM) target/debian

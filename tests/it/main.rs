@@ -18,6 +18,7 @@ mod model;
 mod monitor;
 mod node;
 mod nvme;
+mod package;
 mod qcow2;
 mod qcow2_format;
 mod threads;
