@@ -21,12 +21,21 @@ pub fn vublk_serve(images: &[&Path], options: &[&str]) -> Serve {
 
 /// The same behind a command that runs it somewhere else.
 pub fn vublk_serve_in(enter: &[String], images: &[&Path], options: &[&str]) -> Serve {
+    serve_as(enter, "raw", images, options)
+}
+
+/// A `vublk serve` of images of some format.
+pub fn vublk_serve_as(format: &str, images: &[&Path], options: &[&str]) -> Serve {
+    serve_as(&[], format, images, options)
+}
+
+fn serve_as(enter: &[String], format: &str, images: &[&Path], options: &[&str]) -> Serve {
     let dir = tempfile::tempdir().unwrap();
     let sockets: Vec<_> = (0..images.len()).map(|i| dir.path().join(format!("{i}.sock"))).collect();
     let words = enter.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_vublk")]);
     let words: Vec<_> = words.collect();
     let mut command = tied_to_this_thread(words[0]);
-    command.args(&words[1..]).args(["serve", "-f", "raw"]).args(options);
+    command.args(&words[1..]).args(["serve", "-f", format]).args(options);
     for (image, socket) in images.iter().zip(&sockets) {
         command.arg(image).arg("--socket").arg(socket);
     }
