@@ -83,6 +83,9 @@ pub trait BitmapStore: Send + Sync {
     /// when it is closed are stored.
     fn bitmaps(&self) -> &Arc<Bitmaps>;
 
+    /// Whether the image can have bitmaps, which it says by its version.
+    fn is_available(&self) -> bool;
+
     /// Whether a bitmap of this name could be kept.
     ///
     /// # Errors
@@ -149,7 +152,7 @@ impl Bitmap {
     /// # Errors
     /// In QEMU's words.
     fn check(&self, allowed: Allowed) -> Result<(), Error> {
-        let (name, flags) = (&self.name, self.flags());
+        let (name, flags) = (shown(&self.name), self.flags());
         if flags.busy {
             let text = format!(
                 "Bitmap '{name}' is currently in use by another operation and cannot be used"
@@ -160,7 +163,7 @@ impl Bitmap {
             return Err(Error::new(format!("Bitmap '{name}' is readonly and cannot be modified")));
         }
         if flags.inconsistent && !allowed.inconsistent {
-            return Err(inconsistent(name));
+            return Err(inconsistent(&self.name));
         }
         Ok(())
     }
@@ -184,8 +187,19 @@ struct Allowed {
     inconsistent: bool,
 }
 
+/// A name as errors have it: on one line.
+fn shown(name: &str) -> String {
+    let plain = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+    name.chars().map(plain).collect()
+}
+
+fn already_exists(name: &str) -> Error {
+    Error::new(format!("Bitmap already exists: {}", shown(name)))
+}
+
 /// The error of whoever needs a bitmap that the image does not vouch for.
 pub fn inconsistent(name: &str) -> Error {
+    let name = shown(name);
     Error::new(format!("Bitmap '{name}' is inconsistent and cannot be used"))
         .with_hint("Try block-dirty-bitmap-remove to delete this bitmap from disk")
 }
@@ -203,7 +217,7 @@ impl Bitmaps {
     pub fn find(&self, name: &str) -> Result<Arc<Bitmap>, Error> {
         let list = self.list.lock();
         let found = list.iter().find(|bitmap| bitmap.name == name).cloned();
-        found.ok_or_else(|| Error::new(format!("Dirty bitmap '{name}' not found")))
+        found.ok_or_else(|| Error::new(format!("Dirty bitmap '{}' not found", shown(name))))
     }
 
     /// Adds a bitmap. `members` are those who may be on the fast road of the node.
@@ -213,7 +227,7 @@ impl Bitmaps {
     pub fn add(&self, bitmap: Bitmap, members: &[Arc<Member>]) -> Result<(), Error> {
         let mut list = self.list.lock();
         if list.iter().any(|other| other.name == bitmap.name) {
-            return Err(Error::new(format!("Bitmap already exists: {}", bitmap.name)));
+            return Err(already_exists(&bitmap.name));
         }
         let bits = |bitmap: &Bitmap| bitmap.bits().words().len() as u64 * 64;
         let together = list.iter().map(|bitmap| bits(bitmap)).sum::<u64>() + bits(&bitmap);

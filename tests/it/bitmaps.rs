@@ -70,6 +70,7 @@ async fn change(node: &Node, model: &mut Model, rng: &mut fastrand::Rng) {
             node.enable_bitmap(name, model.recording).await.unwrap();
         }
     }
+    node.settle_bitmaps().await;
 }
 
 /// Random requests and changes, some side by side, checked when all is at rest.

@@ -98,7 +98,13 @@ impl Bits {
 
     /// The words as they are now.
     pub fn words(&self) -> impl ExactSizeIterator<Item = u64> {
-        self.used().iter().map(|word| word.load(Ordering::Relaxed))
+        self.words_from(0)
+    }
+
+    /// The words from `first` on, as they are now.
+    pub fn words_from(&self, first: usize) -> impl ExactSizeIterator<Item = u64> {
+        let words = self.used().get(first..).unwrap_or_default();
+        words.iter().map(|word| word.load(Ordering::Relaxed))
     }
 
     /// Sets what is set in `words`, from word `first` on; bits that there are not are left out.

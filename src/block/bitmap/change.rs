@@ -1,9 +1,10 @@
 //! Adding, removing and changing a node's bitmaps, as QMP and the tools do.
 //!
-//! What begins to record here, or is cleared, is complete when the call returns: fast writes that
-//! began before it have ended by then, and slow ones record their end.
+//! What begins to record here, or is cleared, is complete once [`Node::settle_bitmaps`] has passed:
+//! fast writes that began before it have ended by then, and slow ones record their end. While a node
+//! may be closed by others, changes go through [`crate::block::Graph::change_bitmaps`].
 
-use super::{Allowed, Bitmap, BitmapFlags, Bits};
+use super::{Allowed, Bitmap, BitmapFlags, Bits, already_exists, shown};
 use crate::block::{Error, Node};
 use crate::io::{Errno, epoch};
 use std::sync::Arc;
@@ -39,20 +40,18 @@ impl Node {
             return Err(Error::new(text));
         }
         if self.bitmaps().find(&name).is_ok() {
-            return Err(Error::new(format!("Bitmap already exists: {name}")));
+            return Err(already_exists(&name));
         }
         if persistent {
             self.check_persistent(&name, granularity)?;
         }
         if name.len() > NAME_LIMIT {
-            return Err(Error::new(format!("Bitmap name too long: {name}")));
+            return Err(Error::new(format!("Bitmap name too long: {}", shown(&name))));
         }
         let bits = Bits::new(self.len(), granularity.trailing_zeros())?;
         self.begin_change(persistent).await?;
         let flags = BitmapFlags { recording: !disabled, persistent, ..BitmapFlags::default() };
-        self.bitmaps().add(Bitmap::new(name, bits, flags), &self.members())?;
-        self.settle_bitmaps().await;
-        Ok(())
+        self.bitmaps().add(Bitmap::new(name, bits, flags), &self.members())
     }
 
     fn default_granularity(&self) -> u64 {
@@ -66,7 +65,7 @@ impl Node {
             let what = format!("Can't store persistent bitmaps to {node}");
             return Err(Error::os(what, Errno::ENOTSUP));
         };
-        let at = format!("Can't make bitmap '{name}' persistent in '{node}'");
+        let at = format!("Can't make bitmap '{}' persistent in '{node}'", shown(name));
         store.can_store(name, granularity).map_err(|error| error.at(at))
     }
 
@@ -85,7 +84,7 @@ impl Node {
     }
 
     /// Waits until nobody is on the fast road who has not seen the bitmaps as they are now.
-    async fn settle_bitmaps(&self) {
+    pub async fn settle_bitmaps(&self) {
         epoch::synchronize(&self.members()).await;
     }
 
@@ -114,7 +113,6 @@ impl Node {
         bitmap.check(Allowed::default())?;
         self.begin_change(bitmap.flags().persistent).await?;
         bitmap.bits().clear();
-        self.settle_bitmaps().await;
         Ok(())
     }
 
@@ -128,7 +126,6 @@ impl Node {
         let flags = bitmap.flags();
         self.begin_change(flags.persistent && !flags.read_only).await?;
         self.bitmaps().change(&bitmap, &self.members(), |flags| flags.recording = enable);
-        self.settle_bitmaps().await;
         Ok(())
     }
 

@@ -153,6 +153,25 @@ impl Graph {
         }
     }
 
+    /// Changes a node's bitmaps while nobody else changes the graph.
+    ///
+    /// # Errors
+    /// The node has been deleted, or what the change says.
+    pub async fn change_bitmaps(
+        &self,
+        node: &Arc<Node>,
+        change: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        {
+            let _turn = self.turn().await;
+            self.0.state.lock().id(node)?;
+            change(node).await?;
+        }
+        // Storage that does not answer holds up only who waits for it.
+        node.settle_bitmaps().await;
+        Ok(())
+    }
+
     /// The registered users of a node and of all nodes above it.
     fn users_above(&self, node: &Arc<Node>) -> Result<Vec<Arc<dyn User>>, Error> {
         let state = self.0.state.lock();

@@ -108,6 +108,11 @@ impl Qcow2 {
         }
     }
 
+    /// Clusters that were taken in another way, and go back to what is reserved if they are not kept.
+    pub(super) fn hold(&self, run: Run) -> Taken<'_> {
+        Taken { image: self, run }
+    }
+
     /// `count` host clusters side by side, counted and inside the file. They hold anything, and are
     /// leaked if they are neither named nor given back ([`super::refcounts::Refcounts::release`]).
     pub(super) async fn take_run(&self, count: u64) -> IoResult<Run> {

@@ -1,6 +1,22 @@
-//! The bitmap directory.
+//! Persistent dirty bitmaps: the bitmap directory, and what of it is on disk and in memory.
+//!
+//! The rules held here, which a crash at any moment must not break:
+//!
+//! * Before the first guest write, and before a bitmap of the image changes, the flag IN_USE of all of
+//!   them is durable ([`store`]). Who finds it set knows that the bitmap is out of date.
+//! * It is cleared by a new directory: first all tables and data are durable, then the directory that
+//!   names them, then the header that names it. Only then are the old ones freed.
+//! * A bitmap that was found with IN_USE set keeps it: it can be looked at and removed.
+
+mod load;
+mod store;
 
 use super::layout::{Geometry, MAX_BITMAPS};
+use super::order::Lock;
+use crate::block::{Bitmaps, Error, Node};
+use crate::io::sync::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Bytes of an entry before its extra data.
 const FIXED: usize = 24;
@@ -34,25 +50,109 @@ bitflags::bitflags! {
     }
 }
 
-/// Reads a whole directory.
+/// The bitmaps of an open image.
+pub(super) struct ImageBitmaps {
+    /// Those in memory.
+    node: Arc<Bitmaps>,
+    stored: Lock<Stored>,
+    /// The directory as it is on disk, for those who only look.
+    shown: Mutex<Vec<StoredBitmap>>,
+    /// Something was written: there is something to do when the image is closed.
+    is_touched: AtomicBool,
+}
+
+impl ImageBitmaps {
+    /// The directory as it is on disk.
+    pub fn shown(&self) -> Vec<StoredBitmap> {
+        self.shown.lock().clone()
+    }
+}
+
+/// What is on disk.
+#[derive(Clone, Default)]
+struct Stored {
+    entries: Vec<StoredBitmap>,
+    /// Where the directory is, and how long, in bytes; of no length if there is none.
+    directory: (u64, u64),
+}
+
+/// Reads a whole directory of `n` bitmaps.
 ///
 /// # Errors
-/// The name of the entry that breaks a rule, or none if there is no such entry.
+/// In QEMU's words.
 pub fn parse_directory(
     mut bytes: &[u8],
     n: u32,
     geometry: &Geometry,
-) -> Result<Vec<StoredBitmap>, Option<String>> {
+) -> Result<Vec<StoredBitmap>, Error> {
+    let broken = || Error::new("Broken bitmap directory");
+    let number =
+        |more: &str| Error::new(format!("{more} bitmaps found than specified in header extension"));
     let mut found = Vec::new();
-    for _ in 0..n.min(MAX_BITMAPS) {
-        let (bitmap, len) = StoredBitmap::parse(bytes).ok_or(None)?;
-        if !bitmap.is_sane(geometry) {
-            return Err(Some(String::from_utf8_lossy(&bitmap.name).escape_debug().to_string()));
+    while !bytes.is_empty() {
+        if found.len() >= n.min(MAX_BITMAPS) as usize {
+            return Err(number("More"));
         }
+        let (bitmap, len) = StoredBitmap::parse(bytes).ok_or_else(broken)?;
+        bitmap.check(geometry)?;
         found.push(bitmap);
-        bytes = bytes.get(len..).unwrap_or_default();
+        bytes = bytes.get(len..).ok_or_else(broken)?;
     }
-    if bytes.is_empty() { Ok(found) } else { Err(None) }
+    if found.len() < n as usize { Err(number("Less")) } else { Ok(found) }
+}
+
+/// What the directory looks like on disk.
+fn encode_directory(entries: &[StoredBitmap]) -> Vec<u8> {
+    entries.iter().flat_map(StoredBitmap::encode).collect()
+}
+
+/// The entries of the table of a bitmap for a disk of `len` bytes.
+fn table_len(geometry: &Geometry, granularity_bits: u8, len: u64) -> u64 {
+    geometry.clusters(len.div_ceil(1 << granularity_bits).div_ceil(8))
+}
+
+/// The bytes that the bitmaps of `granularities` (logarithms), with names so long, take in an image of
+/// a disk of `len` bytes: data, tables, and the directory. As [`crate::block::Measurement`] has it.
+fn stored_bytes(geometry: &Geometry, bitmaps: impl Iterator<Item = (u8, usize)>, len: u64) -> u64 {
+    let (mut clusters, mut directory) = (0, 0);
+    for (granularity_bits, name) in bitmaps {
+        let data = table_len(geometry, granularity_bits, len);
+        clusters += data + geometry.clusters(data * 8);
+        directory += (FIXED + name).next_multiple_of(8) as u64;
+    }
+    (clusters + geometry.clusters(directory)) << geometry.cluster_bits
+}
+
+/// What the persistent bitmaps of `source` take in an image of this geometry, in bytes, as
+/// [`crate::block::Measurement`] has it; none if the source can have no bitmaps.
+pub fn measure(geometry: &Geometry, source: &Node) -> Option<u64> {
+    source.driver().bitmap_store().filter(|store| store.is_available())?;
+    let all = source.bitmaps().all();
+    let persistent = all.iter().filter(|bitmap| bitmap.flags().persistent);
+    let sizes =
+        persistent.map(|bitmap| (bitmap.granularity().trailing_zeros() as u8, bitmap.name().len()));
+    Some(stored_bytes(geometry, sizes, source.len()))
+}
+
+/// Where the data of an entry of a bitmap table is; none if it is not a valid one.
+fn decode_table_entry(geometry: &Geometry, entry: u64) -> Option<TableEntry> {
+    const OFFSET: u64 = super::layout::OFFSET_MASK;
+    match entry {
+        0 => Some(TableEntry::Zeroes),
+        1 => Some(TableEntry::Ones),
+        _ if entry & !OFFSET == 0 && geometry.is_cluster_start(entry) => {
+            Some(TableEntry::Data(entry))
+        }
+        _ => None,
+    }
+}
+
+/// What a cluster of bitmap data holds, or where it is, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TableEntry {
+    Zeroes,
+    Ones,
+    Data(u64),
 }
 
 impl StoredBitmap {
@@ -76,12 +176,93 @@ impl StoredBitmap {
         Some((bitmap, end.next_multiple_of(8)))
     }
 
-    fn is_sane(&self, geometry: &Geometry) -> bool {
-        let known = BitmapFlags::all().contains(self.flags);
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(FIXED + self.extra.len() + self.name.len());
+        out.extend(self.table_offset.to_be_bytes());
+        out.extend(self.table_size.to_be_bytes());
+        out.extend(self.flags.bits().to_be_bytes());
+        // A dirty tracking bitmap.
+        out.extend([1, self.granularity_bits]);
+        out.extend((self.name.len() as u16).to_be_bytes());
+        out.extend((self.extra.len() as u32).to_be_bytes());
+        out.extend(&self.extra);
+        out.extend(&self.name);
+        out.resize(out.len().next_multiple_of(8), 0);
+        out
+    }
+
+    fn check(&self, geometry: &Geometry) -> Result<(), Error> {
+        let shown = String::from_utf8_lossy(&self.name).escape_debug().to_string();
+        let flags = self.flags;
+        if !self.extra.is_empty() && !flags.contains(BitmapFlags::EXTRA_DATA_COMPATIBLE) {
+            return Err(Error::new("Bitmap extra data is not supported"));
+        }
+        let known = BitmapFlags::all().contains(flags);
         let name = !self.name.is_empty() && self.name.len() <= NAME_LIMIT;
         let table = geometry.is_cluster_start(self.table_offset)
             && self.table_offset != 0
             && (1..=MAX_TABLE).contains(&self.table_size);
-        known && name && table && GRANULARITY_BITS.contains(&self.granularity_bits)
+        match known && name && table && GRANULARITY_BITS.contains(&self.granularity_bits) {
+            true => Ok(()),
+            false => Err(Error::new(format!("Bitmap '{shown}' doesn't satisfy the constraints"))),
+        }
+    }
+
+    /// As users name it.
+    pub fn name(&self) -> String {
+        String::from_utf8_lossy(&self.name).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::qcow2::header::Header;
+
+    #[test]
+    fn a_directory_comes_out_as_it_went_in() {
+        let geometry = Header::new(16, 1 << 30).geometry();
+        let entry = |name: &str, flags, extra: &[u8]| StoredBitmap {
+            table_offset: 0x50000,
+            table_size: 1,
+            flags,
+            granularity_bits: 16,
+            name: name.into(),
+            extra: extra.into(),
+        };
+        let both = BitmapFlags::IN_USE | BitmapFlags::AUTO;
+        let compatible = BitmapFlags::EXTRA_DATA_COMPATIBLE;
+        let entries = [
+            entry("a", both, b""),
+            entry("names", BitmapFlags::empty(), b""),
+            entry("c", compatible, b"unknown"),
+        ];
+        let bytes = encode_directory(&entries);
+        assert_eq!(parse_directory(&bytes, 3, &geometry).unwrap(), entries);
+        let error = |bytes: &[u8], n| parse_directory(bytes, n, &geometry).unwrap_err().to_string();
+        assert_eq!(error(&bytes, 2), "More bitmaps found than specified in header extension");
+        assert_eq!(error(&bytes, 4), "Less bitmaps found than specified in header extension");
+        assert_eq!(error(&bytes[..bytes.len() - 8], 3), "Broken bitmap directory");
+        assert_eq!(error(&bytes[..40], 3), "Broken bitmap directory");
+        let bad = encode_directory(&[entry("d", BitmapFlags::from_bits_retain(8), b"")]);
+        assert_eq!(error(&bad, 1), "Bitmap 'd' doesn't satisfy the constraints");
+        let bad = encode_directory(&[entry("d", BitmapFlags::empty(), b"x")]);
+        assert_eq!(error(&bad, 1), "Bitmap extra data is not supported");
+    }
+
+    #[test]
+    fn table_entries_are_an_offset_or_all_one_value() {
+        let geometry = Header::new(16, 1 << 30).geometry();
+        for (entry, wanted) in [
+            (0, Some(TableEntry::Zeroes)),
+            (1, Some(TableEntry::Ones)),
+            (0x50000, Some(TableEntry::Data(0x50000))),
+            (0x50001, None),
+            (0x50200, None),
+            (2, None),
+            (1 << 56 | 0x50000, None),
+        ] {
+            assert_eq!(decode_table_entry(&geometry, entry), wanted, "{entry:#x}");
+        }
     }
 }

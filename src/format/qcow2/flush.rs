@@ -76,11 +76,19 @@ impl Qcow2 {
 
     /// Brings the image to a rest: nothing is in flight.
     pub(super) async fn close_image(&self) -> IoResult {
-        if !self.is_writable || !self.is_prepared.load(Ordering::Acquire) {
+        let is_written = self.is_prepared.load(Ordering::Acquire) || self.has_touched_bitmaps();
+        if !self.is_writable || !is_written {
             return Ok(());
         }
         self.flush_all().await?;
         self.check_sound().await?;
+        if let Err(error) = self.store_bitmaps().await {
+            // The image says so itself.
+            log::error!(
+                "Lost persistent bitmaps during inactivation of node '{}': {error}",
+                self.name
+            );
+        }
         let packing = self.packing.lock().await.drain();
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;

@@ -402,18 +402,50 @@ impl Header {
     /// # Errors
     /// ENOSPC when all that does not fit into the cluster; EINVAL when the name is too long for any.
     pub fn encode(&mut self) -> Result<Vec<u8>, Error> {
+        let header_length = match self.version {
+            2 => V2_LEN,
+            _ => KNOWN_LEN + self.unknown_fields.len(),
+        };
+        self.encode_with(header_length, 0)
+    }
+
+    /// The same, but all that can stays where it is. The name does, or goes behind that place if the extensions reach so
+    /// far: so that it is never written over before the header names another place. Where the cluster
+    /// has no room for that, it goes behind the extensions.
+    ///
+    /// # Errors
+    /// As [`Header::encode`].
+    pub fn encode_keeping_name(&mut self) -> Result<Vec<u8>, Error> {
+        let range = self.name_range();
+        let end = self.header_length as usize + extensions::encode(&self.extensions).len();
+        let behind = end > range.start;
+        let least = if behind { range.end.next_multiple_of(8) } else { range.start };
+        if least + range.len() > 1 << self.cluster_bits {
+            return self.encode();
+        }
+        self.encode_with(self.header_length as usize, least)
+    }
+
+    /// Where the backing file's name is, in bytes; empty if there is none.
+    pub fn name_range(&self) -> std::ops::Range<usize> {
+        let start = self.backing_file_offset as usize;
+        start..start + self.backing_file.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Makes the name's place that of `other`.
+    pub fn move_name(&mut self, other: &Header) {
+        self.backing_file_offset = other.backing_file_offset;
+    }
+
+    fn encode_with(&mut self, header_length: usize, least: usize) -> Result<Vec<u8>, Error> {
         use crate::io::Errno;
         let cluster_size = 1 << self.cluster_bits;
         let name = self.backing_file.as_deref().unwrap_or_default();
         if name.len() > BACKING_NAME_LIMIT {
             return Err(Error::new("Backing file name too long").with_errno(Errno(libc::EINVAL)));
         }
-        let header_length = match self.version {
-            2 => V2_LEN,
-            _ => KNOWN_LEN + self.unknown_fields.len(),
-        };
         let extensions = extensions::encode(&self.extensions);
-        let name_offset = header_length + extensions.len();
+        let name_offset = (header_length + extensions.len()).max(least);
         if name_offset + name.len() > cluster_size {
             return Err(
                 Error::new("qcow2 header exceeds cluster size").with_errno(Errno(libc::ENOSPC))
@@ -426,6 +458,7 @@ impl Header {
             out.extend(self.unknown_fields.iter().skip(FIXED_LEN - KNOWN_LEN));
         }
         out.extend(extensions);
+        out.resize(name_offset.max(out.len()), 0);
         out.extend(self.backing_file.as_deref().unwrap_or_default());
         out.resize(cluster_size, 0);
         Ok(out)

@@ -1,12 +1,13 @@
 //! What an image says of itself.
 
+use super::bitmaps::{BitmapFlags, StoredBitmap};
 use super::extensions::Extension;
 use super::header::{Autoclear, CRYPT_NONE, Compatible, Header, Incompatible};
 use crate::block::ImageInfo;
 use crate::options::{Map, Value};
 
-/// As ImageInfo of QMP has it, without snapshots; the names of bitmaps are not told.
-pub fn info(header: &Header) -> ImageInfo {
+/// As ImageInfo of QMP has it, without snapshots.
+pub fn info(header: &Header, bitmaps: &[StoredBitmap]) -> ImageInfo {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let extension = |of: fn(&Extension) -> Option<&Vec<u8>>| {
         header.extensions.iter().find_map(of).map(|name| text(name))
@@ -27,11 +28,12 @@ pub fn info(header: &Header) -> ImageInfo {
                 Extension::DataFile(name) => Some(name),
                 _ => None,
             }),
+            bitmaps,
         )),
     }
 }
 
-fn specific(header: &Header, data_file: Option<String>) -> Value {
+fn specific(header: &Header, data_file: Option<String>, bitmaps: &[StoredBitmap]) -> Value {
     let mut data = Map::new();
     let is_new = header.version >= 3;
     data.insert("compat", Value::Str(if is_new { "1.1" } else { "0.10" }.to_owned()));
@@ -39,6 +41,9 @@ fn specific(header: &Header, data_file: Option<String>) -> Value {
     if is_new {
         let lazy = header.compatible.contains(Compatible::LAZY_REFCOUNTS);
         data.insert("lazy-refcounts", Value::Bool(lazy));
+    }
+    if !bitmaps.is_empty() {
+        data.insert("bitmaps", Value::List(bitmaps.iter().map(bitmap).collect()));
     }
     data.insert("refcount-bits", Value::Int(1 << header.refcount_order));
     if is_new {
@@ -57,4 +62,15 @@ fn specific(header: &Header, data_file: Option<String>) -> Value {
     specific.insert("type", Value::Str("qcow2".to_owned()));
     specific.insert("data", Value::Map(data));
     Value::Map(specific)
+}
+
+fn bitmap(stored: &StoredBitmap) -> Value {
+    let flags = [(BitmapFlags::IN_USE, "in-use"), (BitmapFlags::AUTO, "auto")];
+    let flags = flags.iter().filter(|(flag, _)| stored.flags.contains(*flag));
+    let flags = flags.map(|(_, name)| Value::Str((*name).to_owned())).collect();
+    Value::Map(Map::from_iter([
+        ("flags", Value::List(flags)),
+        ("name", Value::Str(stored.name())),
+        ("granularity", Value::Int(1 << stored.granularity_bits)),
+    ]))
 }

@@ -11,10 +11,10 @@
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
 //! | `create`, `new_image` | making images |
 //! | `snapshots` | internal snapshots |
-//! | `bitmaps` | the table of stored bitmaps |
+//! | `bitmaps` | persistent dirty bitmaps: loaded, marked as in use, stored |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
-//! | `batch`, `tables` | entries, tables and the header on their way to the kernel |
+//! | `batch`, `tables`, `header_cluster` | entries, tables and the header on their way to the kernel |
 //! | `packed` | where compressed clusters are put |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
 //! | `flush` | flushing and closing |
@@ -34,6 +34,7 @@ pub mod extensions;
 mod flush;
 mod freed;
 pub mod header;
+mod header_cluster;
 pub mod info;
 pub mod l1;
 pub mod l2_cache;
@@ -58,6 +59,7 @@ use crate::io::sync::Mutex;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use alloc::Pool;
 use batch::Batches;
+use bitmaps::ImageBitmaps;
 use freed::Freed;
 use header::{Compression, Header};
 use l1::L1Table;
@@ -102,8 +104,6 @@ pub struct Qcow2 {
     slice_bytes: u64,
     visits: Visits,
     is_corrupt: AtomicBool,
-    /// As it was when the image was opened.
-    info: ImageInfo,
 
     is_writable: bool,
     /// What has to be on disk before the first write is.
@@ -141,6 +141,7 @@ pub struct Qcow2 {
     packing: Lock<Packing>,
     freed: Freed,
     snapshots: snapshots::State,
+    bitmaps: ImageBitmaps,
 }
 
 impl Qcow2 {
@@ -289,6 +290,10 @@ impl Driver for Qcow2 {
         Some(self)
     }
 
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        Some(self)
+    }
+
     fn compress(&self) -> Option<&dyn Compress> {
         Some(self)
     }
@@ -370,6 +375,6 @@ impl Image for Qcow2 {
     fn info(&self) -> ImageInfo {
         // Who wants to know why there is no list asks for it.
         let snapshots = Snapshots::list(self).unwrap_or_default();
-        ImageInfo { snapshots, ..self.info.clone() }
+        ImageInfo { snapshots, ..info::info(&self.header_now(), &self.bitmaps.shown()) }
     }
 }

@@ -1,5 +1,6 @@
 //! Opening an image: the header, the tables that are kept in memory, the children.
 
+use super::bitmaps::ImageBitmaps;
 use super::extensions::Extension;
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
 use super::l1::L1Table;
@@ -73,6 +74,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
 
     let snapshots = snapshots::Table::read(&node, &header).await;
 
+    let bitmaps = ImageBitmaps::load(opening.name(), &node, &header, is_writable).await?;
     let mut children = vec![file];
     let backing = backing.map(|child| {
         children.push(child);
@@ -97,7 +99,6 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         slice_bytes: caches.l2_slice,
         visits: Default::default(),
         is_corrupt: Default::default(),
-        info: super::info::info(&header),
         children,
         is_writable,
         is_prepared: Default::default(),
@@ -121,6 +122,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         packing: Lock::new(Default::default()),
         freed: Default::default(),
         snapshots: snapshots::State::new(snapshots),
+        bitmaps,
     }))
 }
 

@@ -81,9 +81,7 @@ impl Qcow2 {
     pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
         let bytes = new.fields();
         self.is_header_in_doubt.store(true, Ordering::SeqCst);
-        *self.fixed_tables.lock() = fixed_tables(&new);
-        *self.header_copy.lock() = new.clone();
-        *current = new;
+        self.show_header(current, new);
         let file = self.file();
         file.write(0, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         file.flush().await?;
@@ -105,8 +103,14 @@ impl Qcow2 {
         self.write_header(&mut header, same).await
     }
 
-    /// What has to be on disk before the first write: that promises of others are not kept, and, with
-    /// lazy refcounts, that the refcounts may be wrong.
+    pub(super) fn show_header(&self, current: &mut Header, new: Header) {
+        *self.fixed_tables.lock() = fixed_tables(&new);
+        *self.header_copy.lock() = new.clone();
+        *current = new;
+    }
+
+    /// What has to be on disk before the first write: that promises of others are not kept, that
+    /// stored bitmaps are out of date, and, with lazy refcounts, that the refcounts may be wrong.
     pub(super) async fn prepare_writing(&self) -> IoResult {
         self.check_sound().await?;
         if self.is_prepared.load(Ordering::Acquire) {
@@ -114,19 +118,15 @@ impl Qcow2 {
         }
         let mut header = self.header.lock().await;
         let mut new = header.clone();
-        new.autoclear &= Autoclear::KNOWN - Autoclear::BITMAPS;
-        if header.autoclear.contains(Autoclear::BITMAPS) {
-            log::warn!(
-                "{}: the image has dirty bitmaps, which are inconsistent after this write",
-                self.name
-            );
-        }
+        new.autoclear &= Autoclear::KNOWN;
         if self.has_lazy_refcounts {
             new.incompatible |= Incompatible::DIRTY;
         }
         if new != *header || self.is_header_in_doubt.load(Ordering::SeqCst) {
             self.write_header(&mut header, new).await?;
         }
+        drop(header);
+        self.set_bitmaps_in_use().await?;
         self.is_prepared.store(true, Ordering::Release);
         Ok(())
     }

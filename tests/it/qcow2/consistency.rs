@@ -2,7 +2,9 @@
 //! what is marked as referred to once is so. Clusters may leak.
 
 use std::collections::BTreeMap;
-use vublk::format::qcow2::header::Header;
+use vublk::format::qcow2::bitmaps;
+use vublk::format::qcow2::extensions::Extension;
+use vublk::format::qcow2::header::{Autoclear, Header};
 use vublk::format::qcow2::layout::{self, Cluster, Geometry, L1Entry, L2Entry};
 
 struct Check<'a> {
@@ -56,6 +58,7 @@ pub fn check(bytes: &[u8], has_snapshots: bool) -> Result<(), String> {
         copied.push((table, entry.is_copied()));
         check.l2_table(table, &mut copied)?;
     }
+    check.bitmaps(&header)?;
     for (&cluster, &references) in &check.references {
         let count = check.refcount(cluster);
         if count < references {
@@ -87,6 +90,34 @@ impl Check<'_> {
         for cluster in at / size..(at + len).div_ceil(size) {
             *self.references.entry(cluster).or_default() += 1;
         }
+    }
+
+    /// Those that the header vouches for.
+    fn bitmaps(&mut self, header: &Header) -> Result<(), String> {
+        let pointer = header.extensions.iter().find_map(|extension| match extension {
+            Extension::Bitmaps(pointer) => Some(pointer),
+            _ => None,
+        });
+        let Some(at) = pointer.filter(|_| header.autoclear.contains(Autoclear::BITMAPS)) else {
+            return Ok(());
+        };
+        self.refer(at.directory_offset, at.directory_size);
+        let end = (at.directory_offset + at.directory_size) as usize;
+        let directory = self.bytes.get(at.directory_offset as usize..end);
+        let directory = directory.ok_or("a directory of bitmaps past the end")?;
+        let all = bitmaps::parse_directory(directory, at.nb_bitmaps, &self.geometry);
+        let size = self.geometry.cluster_size();
+        for bitmap in all.map_err(|error| error.to_string())? {
+            self.refer(bitmap.table_offset, u64::from(bitmap.table_size) * 8);
+            for entry in self.words(bitmap.table_offset, bitmap.table_size.into()) {
+                match entry {
+                    0 | 1 => {}
+                    _ if entry.is_multiple_of(size) => self.refer(entry, size),
+                    _ => return Err(format!("a bitmap table entry {entry:#x}")),
+                }
+            }
+        }
+        Ok(())
     }
 
     fn refcount(&self, cluster: u64) -> u64 {

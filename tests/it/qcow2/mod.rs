@@ -1,5 +1,6 @@
 //! qcow2 beside QEMU: images that qemu-img and qemu-io have made, read, written and checked by both.
 
+mod bitmap_crash;
 mod consistency;
 mod crash;
 mod failing;

@@ -28,7 +28,7 @@ fn an_image_says_of_itself_what_qemu_img_says_of_it() {
         let theirs = qemu_img(dir.path(), &["info", "--output=json", "image"]);
         let theirs: serde_json::Value = serde_json::from_str(&theirs).unwrap();
 
-        let ours = info(&Header::parse(&image[..65536]).unwrap());
+        let ours = info(&Header::parse(&image[..65536]).unwrap(), &[]);
         let specific: serde_json::Value =
             serde_json::from_str(&json::to_text(&ours.specific.unwrap())).unwrap();
         assert_eq!(specific, theirs["format-specific"], "{options}");

@@ -282,11 +282,7 @@ impl Check<'_> {
         self.refer(refs, at.directory_offset, at.directory_size)?;
         let mut directory = vec![0; at.directory_size as usize];
         read_or_zero(self.file, at.directory_offset, &mut directory).await.map_err(failed)?;
-        let bitmaps = bitmaps::parse_directory(&directory, at.nb_bitmaps, &self.geometry);
-        let bitmaps = bitmaps.map_err(|bad| match bad {
-            Some(name) => Error::new(format!("Bitmap '{name}' doesn't satisfy the constraints")),
-            None => Error::new("Broken bitmap directory"),
-        })?;
+        let bitmaps = bitmaps::parse_directory(&directory, at.nb_bitmaps, &self.geometry)?;
         for bitmap in bitmaps {
             let len = bitmap.table_size as u64 * 8;
             let before = self.report.corruptions;

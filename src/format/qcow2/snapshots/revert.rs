@@ -1,11 +1,9 @@
 //! Turning the disk back to a snapshot, for good or for a look.
 
 use super::{Snapshot, unsettled};
-use crate::block::{Error, SnapshotKey, WriteFlags};
+use crate::block::{BitmapStore, Error, SnapshotKey, WriteFlags};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::Run;
-use crate::format::qcow2::extensions::Extension;
-use crate::format::qcow2::header::Autoclear;
 use crate::format::qcow2::layout::{L1Entry, MAX_L1_BYTES};
 use crate::format::qcow2::refcounts::Change;
 use crate::io::{Errno, IoResult, IoVec};
@@ -15,7 +13,8 @@ impl Qcow2 {
     pub(super) async fn apply_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {
         let failed = |errno| Error::os("the snapshot could not be applied", errno);
         let table = self.snapshot_table()?;
-        if self.has_bitmaps() {
+        // They do not follow what the disk becomes.
+        if !self.bitmaps().all().is_empty() {
             return Err(Error::new("Device has active dirty bitmaps"));
         }
         let index = table.find(which).ok_or_else(super::not_found)?;
@@ -36,13 +35,6 @@ impl Qcow2 {
             self.leave_to_repair("taking back the references of the disk as it was", errno);
         }
         Ok(())
-    }
-
-    /// Whether bitmaps in the image follow what is written to the disk.
-    fn has_bitmaps(&self) -> bool {
-        let header = self.header_now();
-        let is_stored = |extension: &Extension| matches!(extension, Extension::Bitmaps(_));
-        header.autoclear.contains(Autoclear::BITMAPS) && header.extensions.iter().any(is_stored)
     }
 
     /// A snapshot's L1 table as one of a disk of `size` bytes; none if there can be no such disk.
