@@ -321,7 +321,8 @@ fn write_pretty(out: &mut String, value: &Value, depth: usize) {
         (0..depth).for_each(|_| out.push_str("    "));
     };
     match value {
-        Value::List(l) if !l.is_empty() => {
+        // In QEMU's way, an empty one inside of something has two lines, too.
+        Value::List(l) if depth > 0 || !l.is_empty() => {
             out.push('[');
             for (i, v) in l.iter().enumerate() {
                 line(out, i, depth + 1);
@@ -428,7 +429,8 @@ mod tests {
             "    \"a\": [",
             "        1,",
             "        {",
-            "            \"b\": []",
+            "            \"b\": [",
+            "            ]",
             "        }",
             "    ],",
             "    \"c\": {}",

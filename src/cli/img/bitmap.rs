@@ -1,9 +1,11 @@
-//! `bitmap`: the persistent bitmaps of an image. No driver here keeps any yet.
+//! `bitmap`: the persistent bitmaps of an image.
 
 use super::arguments::{self, IMAGE_OPTS, OBJECT, PLAIN_FORMAT};
 use super::{Context, Ended, Failed, Tool};
+use crate::block::{Error, NewBitmap, Node};
 use crate::cli::getopt::{Line, long_switch, long_valued, valued};
-use crate::tools::Wanted;
+use crate::tools::{Images, Opened, Wanted};
+use std::sync::Arc;
 
 pub static TOOL: Tool = Tool {
     name: "bitmap",
@@ -31,15 +33,17 @@ const ACTIONS: [&str; 6] = ["add", "remove", "clear", "enable", "disable", "merg
 
 async fn run(context: &Context, line: Line) -> Ended {
     let granularity = line.get("g").map(|text| arguments::any_number(text, "granularity"));
-    let granularity = granularity.transpose()?;
+    // None is asked for with 0; of others, QMP has 32 bits.
+    let granularity = granularity.transpose()?.filter(|&size| size > 0);
+    let granularity = granularity.map(|size| u64::from(size as u32));
     let mut actions = line.iter().filter(|(option, _)| ACTIONS.contains(option));
-    let Some((action, _)) = actions.next() else {
+    if actions.next().is_none() {
         return Err(
             "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge".into(),
         );
-    };
+    }
     for (wrong, text) in [
-        (granularity.is_some() && !line.has("add"), "granularity only supported with --add"),
+        (line.has("g") && !line.has("add"), "granularity only supported with --add"),
         (line.has("F") && !line.has("b"), "-F only supported with -b"),
         (
             line.has("b") && !line.has("merge"),
@@ -56,18 +60,71 @@ async fn run(context: &Context, line: Line) -> Ended {
     if arguments::objects(&line)? {
         return Ok(0);
     }
-    let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
     let images = context.images();
+    let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
     let image = images.open(&Wanted { writable: true, ..wanted }).await?;
-    let node = image.node().name().to_owned();
-    images.close(image).await?;
-    images.end().await;
-    let why = match (action, granularity) {
-        ("add", Some(size)) if size < 512 || !size.is_power_of_two() => {
-            "Granularity must be power of 2 and at least 512".to_owned()
+    let source = match open_source(&images, &line).await {
+        Ok(source) => source,
+        Err(error) => {
+            images.close(image).await?;
+            return Err(error.into());
         }
-        ("add", _) => format!("Can't store persistent bitmaps to {node}: Operation not supported"),
-        _ => format!("Dirty bitmap '{bitmap}' not found"),
     };
-    Err(Failed::from(format!("Operation {action} on bitmap {bitmap} failed: {why}")))
+    let ended = change(&image, source.as_ref(), &line, bitmap, granularity).await;
+    // What came before a failure stays.
+    let stored = store(image.node()).await;
+    for opened in [Some(image), source].into_iter().flatten() {
+        images.close(opened).await?;
+    }
+    images.end().await;
+    ended?;
+    stored?;
+    Ok(0)
+}
+
+/// The image of `-b`.
+async fn open_source(images: &Images, line: &Line) -> Result<Option<Opened>, Error> {
+    let Some(name) = line.get("b") else { return Ok(None) };
+    let wanted = Wanted { name, format: line.get("F"), exclusive: true, ..Wanted::default() };
+    images.open(&wanted).await.map(Some)
+}
+
+/// Does what the command line says, in its order.
+async fn change(
+    image: &Opened,
+    source: Option<&Opened>,
+    line: &Line,
+    bitmap: &str,
+    granularity: Option<u64>,
+) -> Result<(), Failed> {
+    let node = image.node();
+    let actions = line.iter().filter(|(option, _)| ACTIONS.contains(option));
+    for (action, value) in actions {
+        let done = match action {
+            "add" => {
+                let name = bitmap.to_owned();
+                let new = NewBitmap { name, granularity, persistent: true, disabled: false };
+                node.add_bitmap(new).await
+            }
+            "remove" => node.remove_bitmap(bitmap).await,
+            "clear" => node.clear_bitmap(bitmap).await,
+            "enable" | "disable" => node.enable_bitmap(bitmap, action == "enable").await,
+            _ => {
+                let from = source.unwrap_or(image).node().clone();
+                node.merge_bitmaps(bitmap, &[(from, value.to_owned())]).await
+            }
+        };
+        done.map_err(|e| {
+            Failed::from(e.at(format!("Operation {action} on bitmap {bitmap} failed")))
+        })?;
+    }
+    Ok(())
+}
+
+/// Stores an image's persistent bitmaps: before it is closed, so that a failure is known.
+pub async fn store(node: &Arc<Node>) -> Result<(), Error> {
+    match node.driver().bitmap_store() {
+        Some(store) if !node.options().read_only => store.store().await,
+        _ => Ok(()),
+    }
 }

@@ -3,7 +3,7 @@
 use super::arguments::{
     self, CACHE, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,
 };
-use super::{Context, Ended, Failed, Tool, option_help};
+use super::{Context, Ended, Failed, Tool, bitmap_copy, option_help};
 use crate::block::{ZeroFlags, create_options};
 
 use crate::cli::getopt::{Line, long_switch, switch, valued};
@@ -169,6 +169,9 @@ async fn convert(
     target: &str,
 ) -> Ended {
     let cache = arguments::cache(line, "T", "source cache", Cache::WRITEBACK)?;
+    if line.has("bitmaps") && names.len() > 1 {
+        return Err("Copying bitmaps only possible with single source".into());
+    }
     let mut sources = Vec::new();
     for name in names {
         let wanted = arguments::wanted(line, name, "f", "image-opts")?;
@@ -185,6 +188,9 @@ async fn convert(
     let Some(target) = open_target(images, line, target, options, len, &sources).await? else {
         return Ok(0);
     };
+    if line.has("bitmaps") {
+        bitmap_copy::check_target(target.node())?;
+    }
     if target.len() < len {
         return Err("output file is smaller than input file".into());
     }
@@ -228,6 +234,9 @@ async fn convert(
     }
     progress.end();
     copied.map_err(describe)?;
+    if line.has("bitmaps") {
+        bitmap_copy::copy(context, sources[0].node(), target.node()).await?;
+    }
     for image in [target].into_iter().chain(sources) {
         if let Ok(image) = Arc::try_unwrap(image) {
             images.close(image).await?;
@@ -301,8 +310,8 @@ async fn open_target(
             return Err("Compression and preallocation not supported at the same time".into());
         }
     }
-    if line.has("bitmaps") && sources.iter().all(|source| source.format() == "raw") {
-        return Err("Source lacks bitmap support".into());
+    if line.has("bitmaps") {
+        bitmap_copy::check_source(sources[0].node(), line.has("skip-broken-bitmaps"))?;
     }
     let cache = arguments::cache(line, "t", "cache", Cache::UNSAFE)?;
     if let (false, Some(format)) = (line.has("n"), format) {

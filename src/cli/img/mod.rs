@@ -7,6 +7,7 @@ mod amend;
 mod arguments;
 mod bench;
 mod bitmap;
+mod bitmap_copy;
 mod check;
 mod commit;
 mod compare;
