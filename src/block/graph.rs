@@ -18,7 +18,7 @@ pub use drain::{Drained, User};
 use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
-use super::{Abilities, Error, Node, NodeOptions, Perm, Perms, SnapshotInfo};
+use super::{Abilities, BitmapInfo, Error, Node, NodeOptions, Perm, Perms, SnapshotInfo};
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
@@ -108,6 +108,8 @@ pub struct NodeInfo {
     pub snapshots: Vec<SnapshotInfo>,
     /// Role and name of what it stands on.
     pub children: Vec<(&'static str, String)>,
+    /// Newest first.
+    pub bitmaps: Vec<BitmapInfo>,
 }
 
 impl Graph {
@@ -411,6 +413,7 @@ impl NodeInfo {
                 .map(|image| image.info().snapshots)
                 .unwrap_or_default(),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
+            bitmaps: node.bitmaps().all().iter().rev().map(|bitmap| bitmap.info()).collect(),
         }
     }
 }

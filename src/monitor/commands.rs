@@ -198,7 +198,8 @@ fn query_commands(_: &mut Service, arguments: Map) -> Outcome {
 
 /// `BlockDeviceInfo` of QEMU's schema.
 pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
-    let NodeInfo { name, driver, read_only, active, options, len, filename, snapshots, .. } = info;
+    let NodeInfo { name, driver, read_only, active, options, len, filename, .. } = info;
+    let NodeInfo { snapshots, bitmaps, .. } = info;
     let filename = filename.unwrap_or_else(|| format!("json:{{\"driver\": \"{driver}\"}}"));
     let mut image = Map::from_iter([
         ("virtual-size", Value::from(len)),
@@ -240,6 +241,10 @@ pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
     }
     for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
         node.insert(limit, 0u64);
+    }
+    if !bitmaps.is_empty() {
+        let list = bitmaps.into_iter().map(super::bitmaps::describe).collect();
+        node.insert("dirty-bitmaps", Value::List(list));
     }
     Value::Map(node)
 }

@@ -9,10 +9,12 @@
 //! | `commands` | what each command does |
 //! | `slow` | those that wait for storage or guests |
 //! | `snapshots` | those for internal snapshots |
+//! | `bitmaps` | those that change bitmaps, which do, too |
 //!
 //! The rule held here: one thread, which no guest's requests go through, serves all monitors; what a
 //! client can make it keep is bounded, and a client that does not read holds up nobody else.
 
+mod bitmaps;
 mod chardev;
 mod commands;
 mod control;

@@ -1,6 +1,7 @@
 //! Commands that wait for storage, for guests, or for a lock: begun by the monitors' thread, which
 //! looks now and then whether they have ended and serves other clients meanwhile.
 
+use super::bitmaps;
 use super::commands::{self, CommandError, Outcome, done};
 use super::snapshots;
 use crate::block::Error;
@@ -16,6 +17,12 @@ type Begin = fn(&mut Service, Map) -> Result<Later, CommandError>;
 
 /// By name.
 pub const COMMANDS: &[(&str, Begin)] = &[
+    ("block-dirty-bitmap-add", bitmaps::add),
+    ("block-dirty-bitmap-clear", bitmaps::clear),
+    ("block-dirty-bitmap-disable", bitmaps::disable),
+    ("block-dirty-bitmap-enable", bitmaps::enable),
+    ("block-dirty-bitmap-merge", bitmaps::merge),
+    ("block-dirty-bitmap-remove", bitmaps::remove),
     ("block-export-add", block_export_add),
     ("block_resize", block_resize),
     ("blockdev-add", blockdev_add),
@@ -23,6 +30,7 @@ pub const COMMANDS: &[(&str, Begin)] = &[
     ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
     ("blockdev-snapshot-internal-sync", snapshots::create),
     ("query-named-block-nodes", query_named_block_nodes),
+    ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
 ];
 
 /// How long the thread itself waits. Nearly all commands take less.

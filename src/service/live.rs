@@ -192,6 +192,18 @@ impl Service {
         Pending::start(&self.control, move || async move { graph.resize(&node, len).await })
     }
 
+    /// Changes the bitmaps of a node.
+    pub fn change_bitmaps<F>(&self, node: Arc<Node>, change: F) -> Pending<Result<(), Error>>
+    where
+        F: AsyncFnOnce(&Arc<Node>) -> Result<(), Error> + Send + 'static,
+    {
+        let graph = self.graph.clone();
+        Pending::start(
+            &self.control,
+            move || async move { graph.change_bitmaps(&node, change).await },
+        )
+    }
+
     /// Deletes an object that nothing uses.
     pub fn object_del(&mut self, id: &str) -> Result<(), Error> {
         let shown = id.escape_debug();

@@ -402,16 +402,20 @@ impl Header {
     /// # Errors
     /// ENOSPC when all that does not fit into the cluster; EINVAL when the name is too long for any.
     pub fn encode(&mut self) -> Result<Vec<u8>, Error> {
-        let header_length = match self.version {
-            2 => V2_LEN,
-            _ => KNOWN_LEN + self.unknown_fields.len(),
-        };
-        self.encode_with(header_length, 0)
+        self.encode_with(self.full_length(), 0)
     }
 
-    /// The same, but all that can stays where it is. The name does, or goes behind that place if the extensions reach so
-    /// far: so that it is never written over before the header names another place. Where the cluster
-    /// has no room for that, it goes behind the extensions.
+    /// Of the structure with all fields that are known, in bytes.
+    fn full_length(&self) -> usize {
+        match self.version {
+            2 => V2_LEN,
+            _ => KNOWN_LEN + self.unknown_fields.len(),
+        }
+    }
+
+    /// The same, but all that can stays where it is. The name does, or goes behind that place if the
+    /// extensions reach so far: so that it is never written over before the header names another
+    /// place. Where the cluster has no room for that, it goes behind the extensions.
     ///
     /// # Errors
     /// As [`Header::encode`].
@@ -424,12 +428,6 @@ impl Header {
             return self.encode();
         }
         self.encode_with(self.header_length as usize, least)
-    }
-
-    /// Where the backing file's name is, in bytes; empty if there is none.
-    pub fn name_range(&self) -> std::ops::Range<usize> {
-        let start = self.backing_file_offset as usize;
-        start..start + self.backing_file.as_ref().map_or(0, Vec::len)
     }
 
     /// Makes the name's place that of `other`.
@@ -480,21 +478,12 @@ impl Header {
 
     /// As [`Header::encode`], the backing file's name at `at`, behind the extensions.
     pub fn encode_with_name_at(&mut self, at: usize) -> Result<Vec<u8>, Error> {
-        let mut out = self.encode()?;
-        let now = self.name_range();
-        if now.is_empty() || now.start == at {
-            return Ok(out);
+        let bytes = self.encode_with(self.full_length(), at)?;
+        match self.name_range() {
+            name if name.is_empty() || name.start == at => Ok(bytes),
+            _ => Err(Error::new("qcow2 header exceeds cluster size")
+                .with_errno(crate::io::Errno(libc::ENOSPC))),
         }
-        if at < now.start || at + now.len() > out.len() {
-            return Err(Error::new("qcow2 header exceeds cluster size")
-                .with_errno(crate::io::Errno(libc::ENOSPC)));
-        }
-        out[now.clone()].fill(0);
-        out[at..at + now.len()].copy_from_slice(self.backing_file.as_deref().unwrap_or_default());
-        self.backing_file_offset = at as u64;
-        let fields = self.fields();
-        out[..fields.len()].copy_from_slice(&fields);
-        Ok(out)
     }
 }
 

@@ -1,6 +1,7 @@
 //! QMP: `vublk daemon`'s monitor, by itself and beside qemu-storage-daemon's.
 
 mod beside_qsd;
+mod bitmaps;
 pub mod client;
 mod clients;
 mod ctl;

@@ -1,0 +1,142 @@
+//! Dirty bitmaps: the commands that add, remove and change them, and what listings tell.
+
+use super::commands::{CommandError, object};
+use super::slow::{Later, when_done};
+use crate::block::{BitmapInfo, Error, NewBitmap, Node};
+use crate::options::{self, Map, Value};
+use crate::service::Service;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+
+/// `BlockDirtyInfo` of QEMU's schema.
+pub fn describe(info: BitmapInfo) -> Value {
+    let BitmapInfo { name, flags, granularity, count } = info;
+    let mut map = Map::from_iter([
+        ("name", Value::from(name)),
+        ("recording", Value::from(flags.recording)),
+        ("persistent", Value::from(flags.persistent)),
+        ("busy", Value::from(flags.busy)),
+        ("granularity", Value::from(granularity)),
+        ("count", Value::from(count)),
+    ]);
+    if flags.inconsistent {
+        map.insert("inconsistent", true);
+    }
+    Value::Map(map)
+}
+
+fn find(service: &Service, node: &str) -> Result<Arc<Node>, CommandError> {
+    let missing = |_| CommandError::new(format!("Node '{}' not found", node.escape_debug()));
+    service.graph().find(node).map_err(missing)
+}
+
+pub fn add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        node: String,
+        name: String,
+        granularity: Option<u32>,
+        persistent: Option<bool>,
+        disabled: Option<bool>,
+    }
+    let Arguments { node, name, granularity, persistent, disabled } = options::from_map(arguments)?;
+    let missing = |_| {
+        let node = node.escape_debug();
+        CommandError::new(format!("Cannot find device='{node}' nor node-name='{node}'"))
+    };
+    let node = service.graph().find(&node).map_err(missing)?;
+    let new = NewBitmap {
+        name,
+        granularity: granularity.map(u64::from),
+        persistent: persistent.unwrap_or(false),
+        disabled: disabled.unwrap_or(false),
+    };
+    let change = async move |node: &Arc<Node>| node.add_bitmap(new).await;
+    Ok(when_done(service.change_bitmaps(node, change)))
+}
+
+/// A bitmap of a node, by their names.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    node: String,
+    name: String,
+}
+
+pub fn remove(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let Named { node, name } = options::from_map(arguments)?;
+    let node = find(service, &node)?;
+    let change = async move |node: &Arc<Node>| node.remove_bitmap(&name).await;
+    Ok(when_done(service.change_bitmaps(node, change)))
+}
+
+pub fn clear(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let Named { node, name } = options::from_map(arguments)?;
+    let node = find(service, &node)?;
+    let change = async move |node: &Arc<Node>| node.clear_bitmap(&name).await;
+    Ok(when_done(service.change_bitmaps(node, change)))
+}
+
+pub fn enable(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    record(service, arguments, true)
+}
+
+pub fn disable(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    record(service, arguments, false)
+}
+
+fn record(service: &mut Service, arguments: Map, enable: bool) -> Result<Later, CommandError> {
+    let Named { node, name } = options::from_map(arguments)?;
+    let node = find(service, &node)?;
+    let change = async move |node: &Arc<Node>| node.enable_bitmap(&name, enable).await;
+    Ok(when_done(service.change_bitmaps(node, change)))
+}
+
+pub fn merge(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        node: String,
+        target: String,
+        bitmaps: Vec<Value>,
+    }
+    let Arguments { node, target, bitmaps } = options::from_map(arguments)?;
+    let node = find(service, &node)?;
+    // As in QEMU, the target is looked for first.
+    node.bitmaps().find(&target).map_err(CommandError::from)?;
+    let mut sources = Vec::with_capacity(bitmaps.len());
+    for bitmap in bitmaps {
+        sources.push(match bitmap {
+            Value::Str(name) => (node.clone(), name),
+            Value::Map(map) => {
+                let Named { node, name } = options::from_map(map)?;
+                (find(service, &node)?, name)
+            }
+            _ => {
+                let text = "Invalid parameter type for 'null', expected: BlockDirtyBitmapOrStr";
+                return Err(CommandError::new(text));
+            }
+        });
+    }
+    let change = async move |node: &Arc<Node>| node.merge_bitmaps(&target, &sources).await;
+    Ok(when_done(service.change_bitmaps(node, change)))
+}
+
+/// What a bitmap has recorded, as a number that tests can compare with QEMU's: of its bits in whole
+/// words of 64, the first the lowest, at least one.
+pub fn sha256(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let Named { node, name } = options::from_map(arguments)?;
+    let bitmap = find(service, &node)?.bitmaps().find(&name);
+    let bits = bitmap.map_err(|error: Error| CommandError::from(error))?.bits();
+    let mut hash = Sha256::new();
+    bits.words().for_each(|word| hash.update(word.to_le_bytes()));
+    if bits.is_empty() {
+        hash.update([0; 8]);
+    }
+    let digits: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let answer = object([("sha256", Value::from(digits))]);
+    let mut answer = Some(answer);
+    Ok(Box::new(move |_| answer.take().map(Ok)))
+}
