@@ -126,3 +126,8 @@ fn a_hostile_qcow2_header_is_refused_or_kept() {
 fn a_damaged_qcow2_image_is_checked_and_what_is_repaired_is_sound() {
     with_seeds(600, bytes, |input, _| targets::qcow2_check::run(input));
 }
+
+#[test]
+fn damaged_bitmaps_of_a_qcow2_image_are_refused_or_kept() {
+    with_seeds(600, bytes, |input, _| targets::qcow2_bitmaps::run(input));
+}

@@ -7,6 +7,7 @@ mod guest;
 mod inflight;
 mod input;
 pub mod options;
+pub mod qcow2_bitmaps;
 pub mod qcow2_check;
 pub mod qcow2_header;
 mod scribbler;

@@ -1,0 +1,147 @@
+//! A small qcow2 image with persistent bitmaps whose directory, tables or pointer are changed: opened,
+//! written, its bitmaps changed in every way, closed. No panic, an end, and errors of one line.
+
+use super::input::Input;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+use vublk::block::{Error, Graph, NewBitmap, Node, Perm, Perms, WriteFlags, ZeroFlags};
+use vublk::io::{IoVec, Worker, WorkerOptions};
+use vublk::options::{Map, Value, qemuopts};
+
+static WORKER: LazyLock<Worker> =
+    LazyLock::new(|| Worker::start("bitmaps", WorkerOptions::default()).expect("a worker"));
+
+/// Where the images of this process are.
+fn path() -> PathBuf {
+    std::env::temp_dir().join(format!("vublk-fuzz-bitmaps-{}.qcow2", std::process::id()))
+}
+
+/// An image, and where in it the pointer to the directory, the directory, and a table are.
+struct Image {
+    bytes: Vec<u8>,
+    pointer: usize,
+    directory: usize,
+    table: usize,
+}
+
+static IMAGES: LazyLock<[Image; 2]> =
+    LazyLock::new(|| ["cluster_size=512", "cluster_size=4k,refcount_bits=2"].map(image));
+
+fn image(options: &str) -> Image {
+    let path = path().to_str().expect("a name").to_owned();
+    let given = qemuopts::parse(&format!("{options},size=200k"), None).expect("options").options;
+    let file = Map::from_iter([("driver", "file"), ("filename", &path)]);
+    let registry = vublk::drivers::registry();
+    let creation = vublk::block::Creation::new(registry, "qcow2", (&path, file), given, None);
+    let creation = creation.expect("an image to make");
+    WORKER.block_on(move || async move { creation.run().await }).expect("an image");
+    with_image(|node| {
+        Box::pin(async move {
+            for (name, granularity) in [("a", 512), ("bb", 4096)] {
+                let granularity = Some(granularity);
+                let new =
+                    NewBitmap { name: name.into(), granularity, persistent: true, disabled: false };
+                node.add_bitmap(new).await?;
+            }
+            let from = IoVec::from_ref(&[1; 70_000]);
+            node.write(1000, &from, WriteFlags::empty()).await.map_err(|e| Error::os("write", e))
+        })
+    })
+    .expect("bitmaps");
+    let bytes = std::fs::read(&path).expect("an image");
+    // The extension's number, its length, then how many bitmaps there are.
+    let magic = [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24];
+    let found = bytes.windows(8).position(|window| window == magic).expect("the extension");
+    let word =
+        |at: usize| bytes[at..].first_chunk().map_or(0, |word| u64::from_be_bytes(*word)) as usize;
+    let (pointer, directory) = (found + 8, word(found + 24));
+    let table = word(directory);
+    Image { pointer, directory, table, bytes }
+}
+
+/// Changes one of the images as the input says, and uses it.
+pub fn run(data: &[u8]) {
+    let mut input = Input::new(data);
+    let image = &IMAGES[input.below(2) as usize];
+    let mut bytes = image.bytes.clone();
+    for _ in 0..1 + input.u8() % 4 {
+        let (start, len) = match input.u8() % 8 {
+            0 => (image.pointer, 24),
+            1 => (image.table, 64),
+            2 => (88, 8),
+            _ => (image.directory, 64),
+        };
+        let value = match input.u8() % 4 {
+            0 => input.edgy(),
+            1 => input.below(1 << 10) << 9,
+            2 => input.below(256),
+            _ => u64::from(input.u8()) << 56 | input.below(1 << 20),
+        };
+        let at = start + input.below(len) as usize;
+        let count = 1 + input.below(8) as usize;
+        let target = &mut bytes[at..(at + count).min(image.bytes.len())];
+        target.copy_from_slice(&value.to_be_bytes()[8 - target.len()..]);
+    }
+    if input.one_in(8) {
+        bytes.truncate(input.below(bytes.len() as u64) as usize);
+    }
+    std::fs::write(path(), &bytes).expect("a file");
+    for _ in 0..2 {
+        let steps: Vec<u8> = (0..input.u8() % 8).map(|_| input.u8()).collect();
+        let used = with_image(|node| Box::pin(use_bitmaps(node, steps)));
+        if let Err(error) = used {
+            let text = error.to_string();
+            assert!(!text.contains('\n') && text.len() < 2000, "{text:?}");
+        }
+    }
+    let _ = std::fs::remove_file(path());
+}
+
+async fn use_bitmaps(node: Arc<Node>, steps: Vec<u8>) -> Result<(), Error> {
+    for (n, step) in steps.into_iter().enumerate() {
+        let all = node.bitmaps().all();
+        let name = all.get(step as usize % 3).map_or("none", |bitmap| bitmap.name()).to_owned();
+        let at = u64::from(step) * 700;
+        // Whether they succeed depends on what was changed.
+        let _ = match step % 8 {
+            0 => {
+                let new =
+                    NewBitmap { name: format!("n{n}"), persistent: true, ..NewBitmap::default() };
+                node.add_bitmap(new).await
+            }
+            1 => node.remove_bitmap(&name).await,
+            2 => node.clear_bitmap(&name).await,
+            3 => node.enable_bitmap(&name, step > 100).await,
+            4 => node.merge_bitmaps(&name, &[(node.clone(), "a".into())]).await,
+            5 => {
+                let _ = node.zero(at, 1000, ZeroFlags::UNMAP).await;
+                Ok(())
+            }
+            _ => {
+                let _ = node.write(at, &IoVec::from_ref(&[step; 900]), WriteFlags::empty()).await;
+                Ok(())
+            }
+        };
+    }
+    Ok(())
+}
+
+type Use<'a> = vublk::block::LocalFuture<'a, Result<(), Error>>;
+
+/// Opens the image, uses it and closes it.
+fn with_image(work: impl FnOnce(Arc<Node>) -> Use<'static> + Send + 'static) -> Result<(), Error> {
+    let name = path().to_str().expect("a name").to_owned();
+    WORKER.block_on(move || async move {
+        let graph = Graph::new(vublk::drivers::registry());
+        let file = Map::from_iter([("driver", "file"), ("filename", &*name)]);
+        let mut options = Map::from_iter([("driver", "qcow2"), ("node-name", "image")]);
+        options.insert("file", Value::Map(file));
+        let node = graph.open(options).await?;
+        let held = Perm::CONSISTENT_READ | Perm::WRITE;
+        let hold = graph.attach(&node, "a target", Perms { held, shared: Perm::all() }, None)?;
+        let result = work(node).await;
+        drop(hold);
+        graph.close().await;
+        result
+    })
+}
