@@ -12,7 +12,7 @@ help:
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
 	@echo 'make bench-nvme  measure the NVMe driver in a guest, beside qemu-storage-daemon and the kernel'
 	@echo 'make fuzz   run the fuzz targets, FUZZ_SECONDS=60 each'
-	@echo 'make soak   a guest under load through kills, upgrades, resizes, hot-plug and migration, SOAK_SECONDS=3600'
+	@echo 'make soak   a guest under load through kills, upgrades, resizes, hot-plug and migration, and a warm chain of images, SOAK_SECONDS=3600'
 	@echo 'make install PREFIX=/usr/local  the program, its man pages, completions and systemd unit'
 	@echo 'make package  a Debian package, target/debian/vublk_*.deb'
 

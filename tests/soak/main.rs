@@ -5,6 +5,7 @@
 #[allow(dead_code, reason = "shared with tests/it, which uses more of it")]
 #[path = "../it/guest/boot.rs"]
 mod boot;
+mod chain;
 #[allow(dead_code, reason = "shared with tests/it, which uses more of it")]
 #[path = "../it/monitor/client.rs"]
 mod client;
@@ -40,6 +41,17 @@ fn a_guest_keeps_its_data_through_all_that_production_does() {
             panic!("FAILED with VUBLK_SEED={seed}; logs in {}", logs.display());
         }
     }
+}
+
+/// A twelfth of the time; what is written grows with it, up to 4 GiB.
+#[test]
+fn a_warm_chain_of_images_keeps_what_four_queues_write() {
+    let seconds = number("SOAK_SECONDS").unwrap_or(120) / 12;
+    let seed = number("VUBLK_SEED").unwrap_or_else(|| fastrand::u64(..));
+    println!("VUBLK_SEED={seed}, {seconds} s");
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let size = (seconds << 24).clamp(128 << 20, 4 << 30);
+    chain::soak(&dir, size, Duration::from_secs(seconds), seed);
 }
 
 /// Every kind of step once, then as the dice fall until the time is over.
