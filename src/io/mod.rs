@@ -5,6 +5,7 @@
 //! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead.
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
+//! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
 //! * [`op`]: operations on descriptors; `slots`: those in flight, and whom to tell of their end.
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
@@ -15,6 +16,7 @@
 //!
 //! The engine knows nothing of disks, graphs or transports.
 
+pub mod device;
 pub mod epoch;
 pub mod errno;
 pub mod iovec;

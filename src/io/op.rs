@@ -11,6 +11,18 @@ pub struct Token {
     pub tag: u32,
 }
 
+impl Token {
+    /// The token as one number.
+    pub fn to_bits(self) -> u64 {
+        u64::from(self.source.0) << 32 | u64::from(self.tag)
+    }
+
+    /// The way back of [`Token::to_bits`].
+    pub fn from_bits(bits: u64) -> Token {
+        Token { source: super::SourceId((bits >> 32) as u32), tag: bits as u32 }
+    }
+}
+
 /// One operation on a file descriptor.
 ///
 /// Transfers are whole or they fail: the worker resubmits what a short transfer left, and fills what

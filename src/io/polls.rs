@@ -1,12 +1,12 @@
 //! Waiting for descriptors with epoll, for rings that are not the kernel's.
 
 use super::errno::Errno;
-use super::ring::{Completion, Submission};
+use super::ring::{Completion, Kind, Submission};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Polls that go on until they are ended.
+/// Polls that go on until they are ended, and such that end with their first completion.
 pub(super) struct Polls {
     epoll: Epoll,
     polls: Vec<Option<Poll>>,
@@ -16,6 +16,7 @@ pub(super) struct Polls {
 struct Poll {
     user_data: u64,
     file: OwnedFd,
+    once: bool,
 }
 
 impl Polls {
@@ -28,7 +29,8 @@ impl Polls {
     /// # Errors
     /// The completion that tells why it could not.
     pub fn start(&mut self, submission: Submission) -> Result<(), Completion> {
-        let Submission { user_data, fd, .. } = submission;
+        let Submission { user_data, fd, kind } = submission;
+        let once = matches!(kind, Kind::PollOnce);
         // SAFETY: the descriptor is only borrowed for the call; if it is not open the call fails.
         let file = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned();
         let free = self.polls.iter().position(Option::is_none);
@@ -40,7 +42,7 @@ impl Polls {
             Ok(file)
         });
         let poll = match added {
-            Ok(file) => Some(Poll { user_data, file }),
+            Ok(file) => Some(Poll { user_data, file, once }),
             Err(error) => {
                 return Err(Completion { user_data, result: -Errno::from(error).0, more: false });
             }
@@ -57,9 +59,13 @@ impl Polls {
         let mut all = self.polls.iter_mut();
         let found = all.find(|poll| poll.as_ref().is_some_and(|poll| poll.user_data == user_data));
         let Some(poll) = found.and_then(Option::take) else { return false };
+        self.forget(&poll);
+        true
+    }
+
+    fn forget(&self, poll: &Poll) {
         let event = EpollEvent::default();
         let _ = self.epoll.ctl(ControlOperation::Delete, poll.file.as_raw_fd(), event);
-        true
     }
 
     /// Gives what has become readable, without waiting.
@@ -68,9 +74,15 @@ impl Polls {
         // Interrupted: as if nothing had come.
         let count = self.epoll.wait(0, &mut events).unwrap_or(0);
         out.extend(events[..count].iter().filter_map(|event| {
-            let poll = self.polls.get(event.data() as usize)?.as_ref()?;
-            let result = libc::POLLIN as i32;
-            Some(Completion { user_data: poll.user_data, result, more: true })
+            let place = self.polls.get_mut(event.data() as usize)?;
+            let poll = place.take()?;
+            let (user_data, more) = (poll.user_data, !poll.once);
+            if more {
+                *place = Some(poll);
+            } else {
+                self.forget(&poll);
+            }
+            Some(Completion { user_data, result: libc::POLLIN as i32, more })
         }));
     }
 

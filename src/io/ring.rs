@@ -43,6 +43,8 @@ pub enum Kind {
     },
     /// A completion whenever the descriptor becomes readable, again and again.
     PollMany,
+    /// One completion when the descriptor is, or becomes, readable.
+    PollOnce,
     /// Ends the poll that carries this user data.
     PollEnd(u64),
 }
@@ -215,6 +217,7 @@ impl Uring {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
             Kind::PollMany => opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build(),
+            Kind::PollOnce => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
             Kind::PollEnd(user_data) => opcode::PollRemove::new(user_data).build(),
         };
         entry.user_data(submission.user_data)

@@ -160,7 +160,9 @@ impl SimRing {
     fn start_queued(&mut self) {
         for submission in std::mem::take(&mut self.queued) {
             match submission.kind {
-                Kind::PollMany => self.ready.extend(self.polls.start(submission).err()),
+                Kind::PollMany | Kind::PollOnce => {
+                    self.ready.extend(self.polls.start(submission).err());
+                }
                 Kind::PollEnd(user_data) => self.end_poll(submission, user_data),
                 _ => {
                     let longest = self.disorder.max_delay.as_nanos() as u64;
@@ -238,7 +240,7 @@ impl SimRing {
                 SimOp::Write { offset, from: self.part(segments, block), durable }
             }
             Kind::Fallocate { mode, offset, len } => SimOp::Allocate { mode, offset, len },
-            Kind::Fsync | Kind::PollMany | Kind::PollEnd(_) => SimOp::Sync,
+            Kind::Fsync | Kind::PollMany | Kind::PollOnce | Kind::PollEnd(_) => SimOp::Sync,
         }
     }
 

@@ -39,6 +39,12 @@ pub trait Source: Any {
         false
     }
 
+    /// Whether the worker may end while the source is attached, because nothing is in flight and nobody
+    /// but the worker's own tasks brings anything.
+    fn may_be_left(&self) -> bool {
+        false
+    }
+
     /// Whether `poll` finds nothing until a message or a completion has come, so that a source
     /// without kicks need not be looked at.
     fn rests(&self) -> bool {

@@ -69,7 +69,7 @@ impl Job for Operation {
             Kind::Fsync => calls::sync(fd),
             Kind::Fallocate { mode, offset, len } => calls::allocate(fd, mode, offset, len),
             // Never handed to a thread.
-            Kind::PollMany | Kind::PollEnd(_) => Err(Errno(libc::EINVAL)),
+            Kind::PollMany | Kind::PollOnce | Kind::PollEnd(_) => Err(Errno(libc::EINVAL)),
         };
         // One transfer moves less than 2 GiB.
         let result = result.map_or_else(|errno| -errno.0, |count| count as i32);
@@ -117,7 +117,7 @@ impl Threads {
     fn start_queued(&mut self) {
         let Threads { queued, polls, ready, done, .. } = self;
         queued.retain(|&submission| match submission.kind {
-            Kind::PollMany => {
+            Kind::PollMany | Kind::PollOnce => {
                 ready.extend(polls.start(submission).err());
                 false
             }

@@ -61,10 +61,22 @@ pub struct Local {
 
 struct Entry {
     source: Box<dyn Source>,
-    /// The number of the poll of its kick descriptor; `None` without one.
-    watch: Option<(u32, RawFd)>,
+    /// `None` without a kick descriptor.
+    watch: Option<Watch>,
     active: bool,
     idle_turns: u32,
+}
+
+/// How a source's kick descriptor is polled.
+#[derive(Clone, Copy)]
+struct Watch {
+    /// The poll's.
+    number: u32,
+    fd: RawFd,
+    /// It is polled when the source has been armed, for one event; otherwise all the time.
+    once: bool,
+    /// The poll is under way.
+    pending: bool,
 }
 
 impl Local {
@@ -92,6 +104,12 @@ impl Local {
     /// Adds a source, polls it at once, and from then on whenever `kick` becomes readable. Without
     /// a kick descriptor it is polled all the time.
     pub fn attach(&mut self, source: Box<dyn Source>, kick: Option<RawFd>) -> SourceId {
+        let id = self.insert(source);
+        self.watch(id, kick);
+        id
+    }
+
+    fn insert(&mut self, source: Box<dyn Source>) -> SourceId {
         let entry = Entry { source, watch: None, active: false, idle_turns: 0 };
         let index = match self.free.pop() {
             Some(index) => {
@@ -103,9 +121,20 @@ impl Local {
                 self.sources.len() as u32 - 1
             }
         };
-        let id = SourceId(index);
-        self.watch(id, kick);
-        id
+        SourceId(index)
+    }
+
+    /// Takes in what tasks have attached ([`Io::attach_device`]).
+    fn take_devices(&mut self) {
+        while let Some((source, event)) = self.io.next_device() {
+            let id = self.insert(source);
+            self.watches = (self.watches + 1) & 0xff_ffff;
+            let watch = Watch { number: self.watches, fd: event, once: true, pending: false };
+            if let Some(Some(entry)) = self.sources.get_mut(id.0 as usize) {
+                entry.watch = Some(watch);
+            }
+            self.activate(id.0);
+        }
     }
 
     /// Gives a source another kick descriptor, or none. The ring holds the file, so the descriptor
@@ -115,7 +144,7 @@ impl Local {
         self.watches = (self.watches + 1) & 0xff_ffff;
         let number = self.watches;
         if let Some(Some(entry)) = self.sources.get_mut(id.0 as usize) {
-            entry.watch = kick.map(|fd| (number, fd));
+            entry.watch = kick.map(|fd| Watch { number, fd, once: false, pending: true });
             if let Some(fd) = kick {
                 self.poll_many(tag::pack(tag::KICK, number, id.0), fd);
             }
@@ -132,7 +161,7 @@ impl Local {
 
     fn unwatch(&mut self, index: u32) {
         let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
-        if let Some((number, _)) = entry.watch.take() {
+        if let Some(Watch { number, pending: true, .. }) = entry.watch.take() {
             let user_data = tag::pack(tag::NONE, 0, 0);
             let kind = Kind::PollEnd(tag::pack(tag::KICK, number, index));
             // SAFETY: names no memory.
@@ -145,6 +174,20 @@ impl Local {
         unsafe {
             self.io.ring.borrow_mut().push(Submission { user_data, fd, kind: Kind::PollMany })
         };
+    }
+
+    /// A source has been armed: its kick is waited for, if that is not so all the time.
+    fn await_kick(&mut self, index: u32) {
+        let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
+        if let Some(watch) = &mut entry.watch
+            && watch.once
+            && !std::mem::replace(&mut watch.pending, true)
+        {
+            let user_data = tag::pack(tag::KICK, watch.number, index);
+            let submission = Submission { user_data, fd: watch.fd, kind: Kind::PollOnce };
+            // SAFETY: names no memory.
+            unsafe { self.io.ring.borrow_mut().push(submission) };
+        }
     }
 
     fn activate(&mut self, index: u32) {
@@ -187,6 +230,7 @@ impl Local {
             }
             at += 1;
         }
+        busy |= self.deliver();
         if !io.run_queue.is_empty() {
             io.run_queue.run();
             busy = true;
@@ -207,6 +251,20 @@ impl Local {
             self.retire_lazy();
         }
         busy
+    }
+
+    /// Tells sources of the ends that devices have told of.
+    fn deliver(&mut self) -> bool {
+        let io = self.io.clone();
+        let mut any = false;
+        while let Some((token, result)) = io.next_delivered() {
+            any = true;
+            if let Some(Some(entry)) = self.sources.get_mut(token.source.0 as usize) {
+                entry.source.complete(&io, token.tag, result);
+                self.activate(token.source.0);
+            }
+        }
+        any
     }
 
     /// Lets the sources look at the clock, if it is time. True if one of them is to be polled.
@@ -233,6 +291,7 @@ impl Local {
 
     fn wake_ready(&mut self) -> bool {
         let mut any = false;
+        self.take_devices();
         loop {
             let Some(id) = self.io.ready.borrow_mut().pop() else { return any };
             any = true;
@@ -285,12 +344,15 @@ impl Local {
 
     fn kicked(&mut self, index: u32, number: u32, completion: Completion) {
         let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
-        let Some((watch, fd)) = entry.watch else { return };
-        if watch != number {
+        let Some(watch) = &mut entry.watch else { return };
+        if watch.number != number {
             return;
         }
         entry.source.kicked();
-        if !completion.more {
+        let fd = watch.fd;
+        if watch.once {
+            watch.pending = false;
+        } else if !completion.more {
             if completion.result < 0 {
                 let errno = Errno(-completion.result);
                 log::error!("{}: the kick descriptor of a queue: {errno}", self.io.shared.name);
@@ -315,7 +377,8 @@ impl Local {
                 Some(entry) if entry.idle_turns > LAZY_TURNS && entry.watch.is_some() => {
                     if entry.source.arm() {
                         entry.active = false;
-                        self.active.swap_remove(at);
+                        let index = self.active.swap_remove(at);
+                        self.await_kick(index);
                         continue;
                     }
                     entry.source.disarm();
@@ -380,6 +443,7 @@ impl Local {
             }
             entry.active = false;
             self.active.swap_remove(at);
+            self.await_kick(index);
         }
         true
     }
@@ -406,7 +470,7 @@ impl Local {
     fn may_stop(&self) -> bool {
         self.io.shared.stopping.load(Ordering::Relaxed)
             && self.io.tasks.get() == 0
-            && self.sources.iter().all(Option::is_none)
+            && self.sources.iter().flatten().all(|entry| entry.source.may_be_left())
             && !self.io.shared.mail.load(Ordering::SeqCst)
     }
 

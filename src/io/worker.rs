@@ -1,6 +1,7 @@
 //! A worker: one thread, one ring, a slab of operations, and the queues dealt to it. Here are its
 //! parts and the handle that other threads hold; [`super::turn`] is what the thread does.
 
+use super::device::Devices;
 use super::ring::{Completion, Ring, Wait};
 use super::slots::Ops;
 use super::spare;
@@ -113,6 +114,7 @@ pub struct Io {
     pub(super) run_queue: RunQueue,
     pub(super) tasks: Cell<usize>,
     pub(super) timers: Timers,
+    pub(super) devices: Devices,
     /// When the sources want to look at the clock, in nanoseconds; [`NEVER`].
     pub(super) tick: Cell<u64>,
     /// What [`Io::turn_time`] gives; [`NEVER`]: the clock was not read yet.
@@ -133,6 +135,7 @@ impl Io {
             run_queue: RunQueue::default(),
             tasks: Cell::new(0),
             timers: Timers::default(),
+            devices: Devices::default(),
             tick: Cell::new(NEVER),
             turn_time: Cell::new(NEVER),
             shared,
