@@ -302,6 +302,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// What lets its device reach a guest's memory, if it has one that does.
+    fn memory(&self) -> Option<&dyn super::DeviceMemory> {
+        None
+    }
+
     /// What hears the events of the requests that pass ([`super::event`]).
     fn debugger(&self) -> Option<&dyn super::Debugger> {
         None

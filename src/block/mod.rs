@@ -11,6 +11,7 @@
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
+//! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
 //! * [`error`]: one line for whoever opened the disk.
 //!
@@ -25,6 +26,7 @@ pub mod error;
 pub mod event;
 pub mod graph;
 pub mod image;
+pub mod memory;
 pub mod node;
 pub mod open;
 pub mod overlap;
@@ -47,6 +49,7 @@ pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
 pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};
+pub use memory::{Admission, DeviceMemory, GuestRegion};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
 pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};

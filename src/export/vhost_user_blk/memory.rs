@@ -1,12 +1,14 @@
 //! Guest memory: the regions that the front end shares, and the way from its addresses to ours.
 //!
 //! A region is mapped when it comes and unmapped when the last user of the table that holds it has
-//! gone, so a table must be kept as long as I/O into it is in flight.
+//! gone, so a table must be kept as long as I/O into it is in flight. Devices that reach it themselves
+//! let go of it before that.
 
+use crate::block::{Admission, GuestRegion, Node};
 use crate::io::SharedMapping;
 use crate::io::iovec::iovec;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 /// Regions at most; what QEMU's back ends take too.
@@ -20,6 +22,8 @@ pub struct Region {
     user: u64,
     /// Bytes.
     len: u64,
+    /// What devices were told of it. They let go of it before it is unmapped.
+    admissions: OnceLock<Vec<Admission>>,
     mapping: SharedMapping,
 }
 
@@ -47,7 +51,23 @@ impl Region {
         }
         let mapping = SharedMapping::map(&file, mmap_offset, len)
             .map_err(|e| format!("{}: {e}", describe()))?;
-        Ok(Region { guest: guest_phys_addr, user: user_addr, len: memory_size, mapping })
+        let admissions = OnceLock::new();
+        Ok(Region {
+            guest: guest_phys_addr,
+            user: user_addr,
+            len: memory_size,
+            admissions,
+            mapping,
+        })
+    }
+
+    /// Lets the devices below a disk reach the memory, for as long as it is mapped. Once.
+    pub fn admit(&self, node: &Node) {
+        self.admissions.get_or_init(|| {
+            // SAFETY: mapped until `self` is dropped, and the admissions are dropped first.
+            let region = unsafe { GuestRegion::new(self.mapping.as_ptr(), self.len as usize) };
+            region.map(|region| node.admit(region)).unwrap_or_default()
+        });
     }
 
     pub fn is(&self, region: &VhostUserMemoryRegion) -> bool {

@@ -443,6 +443,7 @@ impl Session {
         let running: Vec<usize> =
             (0..self.rings.len()).filter(|&i| self.rings[i].running.is_some()).collect();
         self.stop_rings(running.iter().copied(), AtStop::Leave)?;
+        memory.regions().iter().for_each(|region| region.admit(&self.disk.node));
         self.memory = Arc::new(memory);
         running.into_iter().try_for_each(|index| self.start_ring(index))
     }
