@@ -63,7 +63,8 @@ impl Default for Options {
         Options {
             io_timeout: Duration::from_secs(30),
             admin_timeout: Duration::from_secs(30),
-            max_pairs: threads.min(64) as u16,
+            // One for each worker, as a rule, and for those who do the work of the control plane.
+            max_pairs: (threads + 2).min(64) as u16,
             look: Duration::from_secs(1),
         }
     }
@@ -277,10 +278,6 @@ impl Inner {
 }
 
 impl Controller {
-    pub(crate) fn of(inner: Arc<Inner>) -> Controller {
-        Controller(inner)
-    }
-
     /// Takes a device over: stops whatever it was doing, and starts it.
     ///
     /// # Errors
@@ -348,8 +345,8 @@ impl Controller {
         };
         let id = at as u16 + 1;
         let event = inner.events.get(at + 1).map(EventFd::try_clone);
-        let event = event.unwrap_or_else(|| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
-        let event = event.map_err(|error| Error::os("an eventfd", &error))?;
+        let event = event.unwrap_or_else(|| Err(std::io::Error::from_raw_os_error(libc::ENOENT)));
+        let event = event.map_err(|error| Error::os(format_args!("interrupt {id}"), &error))?;
         let entries = inner.capabilities.max_entries().min(ENTRIES);
         let link = Arc::new(Link::new(id, entries, event, &inner.space, inner.page())?);
         // Known from here on: a reset in the middle makes its queues, too, and creating them then fails.

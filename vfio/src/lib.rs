@@ -68,5 +68,5 @@ pub use dma::{HostRange, Segments};
 pub use error::Error;
 pub use function::{PciAddress, PciFunction};
 pub use namespace::Namespace;
-pub use queue_pair::{Done, QueuePair, Request};
+pub use queue_pair::{Done, PairWaker, QueuePair, Request};
 pub use space::{Registration, Space};

@@ -12,8 +12,8 @@
 
 mod bounce;
 
+use crate::controller::Inner;
 use crate::controller::link::{Link, State};
-use crate::controller::{Controller, Inner};
 use crate::dma::Segments;
 use crate::function::Registers;
 use crate::prp::{self, List};
@@ -55,6 +55,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// The same request, with another token.
+    pub fn with_token(self, token: u64) -> Request {
+        Request { token, ..self }
+    }
+
     pub(crate) fn without_data(command: Command, token: u64) -> Request {
         Request { command, segments: Segments::NONE, len: 0, direction: Direction::None, token }
     }
@@ -265,8 +270,13 @@ impl QueuePair {
     /// Whether [`QueuePair::reap`] would find something.
     #[inline]
     pub fn has_work(&self) -> bool {
-        self.link.state() != State::Running && self.link.state() != State::Halted
-            || self.completions.has_entry()
+        match self.link.state() {
+            State::Running => self.completions.has_entry(),
+            // The controller is being reset: what lies in the queue means nothing.
+            State::Halted => false,
+            State::Halt | State::Restart => true,
+            State::Dead => self.in_flight() > 0,
+        }
     }
 
     /// Takes what has completed, tells `done` of each, and starts what was waiting. Also where a reset
@@ -468,9 +478,20 @@ impl QueuePair {
         !self.has_work()
     }
 
-    /// The controller that it belongs to.
-    pub fn controller(&self) -> Controller {
-        Controller::of(self.inner.clone())
+    /// What makes [`QueuePair::event`] readable, for other threads.
+    pub fn waker(&self) -> PairWaker {
+        PairWaker(self.link.clone())
+    }
+}
+
+/// Wakes who waits for a queue pair's event.
+#[derive(Clone)]
+pub struct PairWaker(Arc<Link>);
+
+impl PairWaker {
+    pub fn wake(&self) {
+        // Full means that it is readable already.
+        let _ = self.0.event().write(1);
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Memory of others is mapped in pieces of this many bytes: few enough for the kernel's limit on the
 /// number of mappings (`dma_entry_limit`, 65535), small enough for one to be given up in a moment.
-pub const PIECE: usize = 256 << 20;
+pub const PIECE: usize = 64 << 20;
 /// The alignment of what is mapped: huge pages of the host stay huge in the IOMMU.
 const HUGE: u64 = 2 << 20;
 const PAGE: u64 = 4096;

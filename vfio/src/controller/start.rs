@@ -39,8 +39,9 @@ pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Arc<Inn
     let space = Space::new(function.clone())?;
     let admin = Admin::new(&space, 1 << page_shift, capabilities.doorbell_stride())?;
     let vectors = function.vectors();
-    if vectors == 0 {
-        return Err(Error::new("it has no MSI-X interrupts"));
+    if vectors < 2 {
+        let text = format!("it has {vectors} MSI-X interrupts, and at least 2 are needed");
+        return Err(Error::new(text));
     }
     let event = || {
         EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
@@ -220,9 +221,8 @@ impl Inner {
 
     /// How many queue pairs the controller grants, as far as there are interrupts for them.
     fn ask_for_queues(&self) -> Result<u16, Failure> {
-        // The first vector is the admin queue's. A device with one only cannot tell of completions, and
-        // is polled.
-        let most = (self.events.len() as u16 - 1).max(1);
+        // The first vector is the admin queue's.
+        let most = self.events.len() as u16 - 1;
         let wanted = u32::from(most) - 1;
         let command = Command::admin(AdminOpcode::SetFeatures)
             .with_dword(10, feature::NUMBER_OF_QUEUES)
@@ -272,7 +272,13 @@ impl Drop for Inner {
         // The thread ends when it finds nobody here.
         let _ = self.wake.write(1);
         match life {
-            RUNNING => self.shut_down(),
+            RUNNING => {
+                self.shut_down();
+                // Whoever still has memory registered need not keep it locked.
+                if let Err(error) = self.space.cut() {
+                    log::error!("{}: taking its memory away: {error}", self.name);
+                }
+            }
             // What was begun is stopped, so that no memory is freed under the device's hands.
             STARTING if self.disable().is_err() => {
                 let _ = self.function.set_bus_master(false);

@@ -224,7 +224,11 @@ impl Inner {
             let blocks = if same { found.blocks } else { 0 };
             if blocks != before {
                 changed = true;
-                log::warn!("{}: namespace {id}: {before} blocks before, {blocks} now", self.name);
+                log::warn!(
+                    "{}: namespace {id} had {before} blocks and has {blocks} now: block_resize makes it \
+                     known to guests",
+                    self.name
+                );
                 entry.blocks.store(blocks, Ordering::Release);
             }
         }

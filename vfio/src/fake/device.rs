@@ -404,7 +404,11 @@ impl Device {
         }
         if let Some(mut rogue) = self.rogue.take() {
             rogue.act(self);
-            self.rogue = Some(rogue);
+            if rogue.is_over() {
+                while !self.holding && self.release_one(0) {}
+            } else {
+                self.rogue = Some(rogue);
+            }
         }
     }
 
@@ -542,6 +546,12 @@ impl Device {
             self.counts.interrupts += 1;
             let _ = event.write(1);
         }
+    }
+
+    /// Whether a completion would be written at once.
+    pub fn has_room(&self, id: usize) -> bool {
+        let queue = self.completions.get(id).and_then(Option::as_ref);
+        queue.is_some_and(|queue| (queue.tail + 1) % queue.entries != queue.head)
     }
 
     pub fn resize(&mut self, namespace: u32, blocks: u64) {

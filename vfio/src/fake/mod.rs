@@ -208,10 +208,10 @@ impl Fake {
         let _ = self.0.request.write(1);
     }
 
-    /// From now on, with a seed: completions of commands that were not given, twice, in any order, with
-    /// any status, events without end.
-    pub fn go_rogue(&self, seed: u64) {
-        self.device().rogue = Some(rogue::Rogue::new(seed));
+    /// From now on, as long as `script` has bytes to decide by: completions of commands that were not
+    /// given, twice, in any order, with any status or never, events without end.
+    pub fn go_rogue(&self, script: &[u8]) {
+        self.device().rogue = Some(rogue::Rogue::new(script));
     }
 
     /// Bytes of a namespace.
@@ -240,6 +240,14 @@ impl Fake {
     /// The commands that are held: for tests that look at what they name.
     pub fn held_commands(&self) -> Vec<Command> {
         self.device().held.iter().map(|held| held.command).collect()
+    }
+
+    /// The length of the mapping that an address of the device's lies in.
+    pub fn mapping_len(&self, iova: u64) -> Option<usize> {
+        let device = self.device();
+        let mut mappings = device.mappings.iter();
+        let inside = |at: u64, len: usize| iova.checked_sub(at).is_some_and(|n| n < len as u64);
+        mappings.find(|(at, memory)| inside(*at, memory.len())).map(|(_, memory)| memory.len())
     }
 
     /// Whether the device reaches anything.

@@ -146,6 +146,11 @@ impl Command {
         (self.0[n / 2] >> (n % 2 * 32)) as u32
     }
 
+    /// The first and second PRP entry.
+    pub fn data(&self) -> (u64, u64) {
+        (self.0[3], self.0[4])
+    }
+
     pub fn lba(&self) -> u64 {
         self.0[5]
     }

@@ -1,6 +1,6 @@
 //! A controller that misbehaves costs errors: no panic, no hang.
 
-use crate::fixture::{Disk, Guest, options, segments};
+use crate::fixture::{Disk, Guest, options, pattern, segments};
 use std::time::{Duration, Instant};
 use vublk_vfio::fake::{Config, Fake};
 use vublk_vfio::{Controller, Done, Options};
@@ -19,7 +19,7 @@ fn misbehave(seed: u64) {
     let mut disk = Disk::new(Config { max_entries: 16, ..Config::default() });
     let guest = Guest::new(64 << 10);
     let lists: Vec<_> = (0..64).map(|n| [guest.iovec(n * 1024, 512)]).collect();
-    disk.fake.go_rogue(seed);
+    disk.fake.go_rogue(&pattern(seed, 600));
     for (n, list) in (0..).zip(&lists) {
         disk.pair.submit(disk.namespace.read(n * 512, 512, segments(list), n));
         disk.pair.ring();
