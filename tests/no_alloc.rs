@@ -22,6 +22,8 @@ use vublk::options::keyval;
 use vublk_testkit::ring::{Desc, RingLayout};
 use vublk_testkit::spec::{desc_flag, protocol, status};
 use vublk_testkit::{Disk, Memory, Options};
+use vublk_vfio::PciAddress;
+use vublk_vfio::fake::{Config, Fake, Media};
 
 thread_local! {
     static ALLOCATED: Cell<u64> = const { Cell::new(0) };
@@ -221,6 +223,15 @@ fn costs_nothing_with(options: &str, pending: bool, bitmaps: &'static [u64]) {
     let node = graph.open_on(&worker, map).unwrap();
     let perms = Perms { held: Perm::CONSISTENT_READ | Perm::WRITE, shared: Perm::all() };
     let _attachment: Attachment = graph.attach(&node, "a load", perms, None).unwrap();
+    if options.contains("driver=nvme") {
+        // A worker gets its queue pair with its first request.
+        let node = node.clone();
+        let read = worker.block_on(move || async move {
+            let mut bytes = [0; 512];
+            node.read(0, &IoVec::from_mut(&mut bytes)).await
+        });
+        read.unwrap();
+    }
     if options.contains("driver=qcow2") {
         // Clusters are made by the first write.
         let node = node.clone();
@@ -279,6 +290,18 @@ fn requests_to_a_file_through_raw_allocate_nothing_and_lock_nothing() {
         let options = format!("driver=raw,file.driver=file,file.filename={path}");
         costs_nothing(&format!("{options},cache.direct={direct}"), true);
     }
+}
+
+#[test]
+fn requests_to_an_nvme_controller_allocate_nothing_and_lock_nothing() {
+    // The fake controller works in the worker's own thread, and must cost nothing either.
+    let namespaces = vec![Media::null(1 << 20, 9)];
+    let fake = Fake::new(Config { namespaces, ..Config::default() });
+    let address: PciAddress = "1:00:00.0".parse().unwrap();
+    vublk::protocol::nvme::adopt(address, fake.function());
+    costs_nothing(&format!("driver=raw,file.driver=nvme,file.device={address}"), true);
+    let counts = fake.counts();
+    assert!(counts.submission_doorbells * 8 < counts.commands, "{counts:?}");
 }
 
 #[test]

@@ -2,9 +2,11 @@
 
 pub mod file;
 pub mod null;
+pub mod nvme;
 pub mod sim;
 
 use crate::block::DriverEntry;
 
 /// All protocols.
-pub static LIST: &[&DriverEntry] = &[&file::FILE, &file::HOST_DEVICE, &null::CO, &null::AIO];
+pub static LIST: &[&DriverEntry] =
+    &[&file::FILE, &file::HOST_DEVICE, &null::CO, &null::AIO, &nvme::ENTRY];

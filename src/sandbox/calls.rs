@@ -142,7 +142,15 @@ const REQUESTS: &[libc::Ioctl] = &[
     libc::FS_IOC_SETFLAGS,
     libc::_IOR::<[u8; 28]>(b'X' as u32, 31), // FS_IOC_FSGETXATTR
     libc::_IOW::<[u8; 28]>(b'X' as u32, 32), // FS_IOC_FSSETXATTR
+    // What an NVMe controller that is open is reset with and given memory by (vfio/src/real.rs).
+    libc::_IO(VFIO, 110), // VFIO_DEVICE_SET_IRQS
+    libc::_IO(VFIO, 111), // VFIO_DEVICE_RESET
+    libc::_IO(VFIO, 113), // VFIO_IOMMU_MAP_DMA
+    libc::_IO(VFIO, 114), // VFIO_IOMMU_UNMAP_DMA
+    libc::_IO(VFIO, 105), // VFIO_GROUP_UNSET_CONTAINER
 ];
+
+const VFIO: u32 = b';' as u32;
 
 /// IORING_REGISTER_ENABLE_RINGS: a worker takes a ring that was made ahead.
 const ENABLE_RINGS: u64 = 12;

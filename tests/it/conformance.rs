@@ -3,7 +3,7 @@
 //! Requests of all alignments against the bytes that they should leave; `status`, the fast road and
 //! `read` say the same of every byte; what is outside the disk or not permitted is refused.
 
-use crate::disks::{REGISTRY, file_on_disk, open, open_holding, sim_disk, simulated};
+use crate::disks::{REGISTRY, file_on_disk, nvme_disk, open, open_holding, sim_disk, simulated};
 use crate::fast_road::FastRoad;
 use crate::qcow2;
 use std::collections::BTreeSet;
@@ -13,6 +13,7 @@ use vublk::block::*;
 use vublk::io::sim::Disorder;
 use vublk::io::{AlignedBuf, Errno, IoVec, Local, Worker, WorkerOptions};
 use vublk::protocol::sim::{SimDisk, SimOptions};
+use vublk_vfio::fake::{Config, Fake, Media};
 
 const LEN: u64 = 48 << 10;
 
@@ -22,17 +23,27 @@ struct Case {
     /// Whether writes are kept.
     keeps: bool,
     /// What the disk lives in.
-    _hold: Hold,
+    hold: Hold,
 }
 
 enum Hold {
     Nothing,
     Sim { _disk: SimDisk },
     File { _file: tempfile::NamedTempFile },
+    Nvme { fake: Fake },
+}
+
+impl Case {
+    /// The device found nothing that a driver must not do.
+    fn check_device(&self) {
+        if let Hold::Nvme { fake } = &self.hold {
+            assert_eq!(fake.complaints(), Vec::<String>::new(), "{}", self.options);
+        }
+    }
 }
 
 fn case(options: String, hold: Hold) -> Case {
-    Case { options, keeps: true, _hold: hold }
+    Case { options, keeps: true, hold }
 }
 
 /// Everything that stands at the bottom of a graph.
@@ -55,6 +66,13 @@ fn bottoms(len: u64) -> Vec<Case> {
             cases.push(case(options, Hold::Sim { _disk: disk }));
         }
     }
+    for (block_shift, mdts, able) in [(9, 2, true), (12, 0, true), (12, 1, false)] {
+        let namespaces = vec![Media::new(len, block_shift)];
+        let optional_commands = if able { Config::default().optional_commands } else { 0 };
+        let config = Config { namespaces, mdts, optional_commands, ..Config::default() };
+        let (fake, options) = nvme_disk(config);
+        cases.push(case(options, Hold::Nvme { fake }));
+    }
     for direct in ["off", "on"] {
         let file = file_on_disk(len);
         let path = file.path().display();
@@ -71,7 +89,7 @@ fn bottoms(len: u64) -> Vec<Case> {
     for name in ["null-co", "null-aio"] {
         for latency in [0, 1000] {
             let options = format!("driver={name},size={len},read-zeroes=on,latency-ns={latency}");
-            cases.push(Case { options, keeps: false, _hold: Hold::Nothing });
+            cases.push(Case { options, keeps: false, hold: Hold::Nothing });
         }
     }
     cases
@@ -142,7 +160,8 @@ fn cases() -> Vec<Case> {
         let upper = format!("driver=blkdebug{limits}");
         for lower in bottoms(LEN) {
             // Limits that do not suit what is below are refused, which a test of blkdebug shows.
-            if !limits.ends_with("max-discard=512") || !lower.options.contains("sim") {
+            let has_limits = ["sim", "nvme"].iter().any(|name| lower.options.contains(name));
+            if !limits.ends_with("max-discard=512") || !has_limits {
                 cases.push(over_as("image", &upper, lower));
             }
         }
@@ -175,6 +194,7 @@ fn all_drivers_keep_the_contract_on_a_simulated_ring() {
         println!("{}", case.options);
         let (options, keeps) = (case.options.clone(), case.keeps);
         simulated(Disorder::wild(1), |local| suite(local, options, keeps));
+        case.check_device();
     }
 }
 
@@ -194,6 +214,7 @@ fn all_drivers_keep_the_contract_on_a_real_worker() {
         });
         let done = receiver.recv_timeout(Duration::from_secs(60));
         done.unwrap_or_else(|_| panic!("{}: see the worker's message", case.options));
+        case.check_device();
     }
 }
 

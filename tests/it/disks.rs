@@ -14,7 +14,10 @@ use vublk::block::*;
 use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{InFlight, IoResult, IoVec, Local, run_local};
 use vublk::options::{NodeRef, keyval};
+use vublk::protocol::nvme;
 use vublk::protocol::sim::{self, SimDisk, SimOptions};
+use vublk_vfio::PciAddress;
+use vublk_vfio::fake::{Config, Fake};
 
 pub static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
     let tests: &[&DriverEntry] = &[&sim::ENTRY, &SUSPEND, &crate::layer::ENTRY];
@@ -41,6 +44,17 @@ pub fn sim_disk(options: SimOptions) -> (SimDisk, String) {
     let (disk, name) = (SimDisk::new(options), unique());
     disk.publish(&name);
     (disk, format!("driver=sim,disk={name}"))
+}
+
+/// A new NVMe controller in memory, and the options that open its first namespace.
+pub fn nvme_disk(config: Config) -> (Fake, String) {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let (domain, bus) = (0x1_0000 + (number >> 8) as u32, number as u8);
+    let address = PciAddress { domain, bus, device: 0, function: 0 };
+    let fake = Fake::new(config);
+    nvme::adopt(address, fake.function());
+    (fake, format!("driver=nvme,device={address}"))
 }
 
 /// Runs a test on a simulated ring.

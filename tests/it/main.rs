@@ -18,6 +18,7 @@ mod model;
 mod monitor;
 mod node;
 mod nvme;
+mod nvme_fake;
 mod package;
 mod qcow2;
 mod qcow2_format;

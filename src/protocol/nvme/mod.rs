@@ -1,0 +1,243 @@
+//! The driver `nvme`: a namespace of an NVMe controller that this process drives itself, without the
+//! kernel in between ([`vublk_vfio`]).
+//!
+//! | file | it holds |
+//! |---|---|
+//! | `entry` | options, the name `nvme://…`, the entry in the list of drivers |
+//! | `shared` | the controllers of this process, shared by the nodes on them |
+//! | `lane` | a worker's queue pair: starting, polling, sleeping, ending |
+//! | `way` | requests of the slow road: by this worker's queue pair or another's |
+//!
+//! The fast road ends here as it ends at a file, once the worker has a queue pair. A guest's memory is
+//! reached by the device where it is; what it does not reach, or NVMe cannot name, is copied.
+
+mod entry;
+mod lane;
+mod shared;
+mod way;
+
+pub use entry::{ENTRY, NvmeOptions};
+pub use shared::adopt;
+
+use crate::block::{
+    Abilities, Access, Admission, DeviceMemory, Driver, Error, Extent, GuestRegion, Image, Leaf,
+    LocalFuture, Mapping, NodeOptions, Perms, Place, Precision, Status, Target, Traits, Transfer,
+    WriteFlags, ZeroFlags,
+};
+use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
+use lane::Lane;
+use shared::{Claim, Shared};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vublk_vfio::{HostRange, Namespace, Segments};
+
+/// An open namespace.
+pub struct Nvme {
+    filename: String,
+    namespace: Namespace,
+    /// Bytes, as the users of the node know it: when the namespace changes, a resize makes it known.
+    len: AtomicU64,
+    traits: Traits,
+    /// `cache.no-flush`: nothing needs to be durable.
+    no_flush: bool,
+    /// There is a cache that loses what it has when the power fails.
+    has_cache: bool,
+    guest_dma: bool,
+    /// Dropped last: with it goes the controller, if no other node is on it.
+    claim: Claim,
+}
+
+impl Nvme {
+    fn new(
+        claim: Claim,
+        namespace: Namespace,
+        options: &NvmeOptions,
+        node: &NodeOptions,
+    ) -> Result<Nvme, Error> {
+        let (identity, limits) = (*namespace.identity(), namespace.limits());
+        let controller = claim.shared().controller()?;
+        let block = namespace.block_size();
+        let mut abilities = Abilities::FUA;
+        abilities.set(Abilities::ZERO, limits.zero > 0);
+        abilities.set(Abilities::ZERO_UNMAP, limits.zero > 0 && identity.zeroes_deallocate);
+        abilities.set(Abilities::DISCARD, limits.discard > 0);
+        abilities.set(Abilities::READ_ONLY, node.read_only || identity.is_protected);
+        let traits = Traits {
+            request_align: block,
+            // What NVMe cannot name is copied.
+            buffer_align: 1,
+            max_transfer: limits.transfer,
+            zero_align: block,
+            max_zero: limits.zero.max(u64::from(block)),
+            discard_align: block,
+            max_discard: limits.discard.max(u64::from(block)),
+            optimal_io: identity.write_granularity.unwrap_or(0).saturating_mul(block),
+            abilities,
+            ..Traits::default()
+        };
+        Ok(Nvme {
+            filename: options.filename(),
+            len: AtomicU64::new(namespace.len()),
+            namespace,
+            traits,
+            no_flush: node.no_flush,
+            has_cache: controller.identity().has_write_cache,
+            guest_dma: options.guest_dma,
+            claim,
+        })
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        self.claim.shared()
+    }
+}
+
+impl Driver for Nvme {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    fn filename(&self) -> Option<String> {
+        Some(self.filename.clone())
+    }
+
+    fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, _: Access) -> Mapping<'a> {
+        // A worker gets its queue pair with its first request of the slow road.
+        if !Lane::is_here(self.shared()) {
+            return Mapping::slow(want);
+        }
+        Mapping { len: want, target: Target::Data { leaf: self, offset: at } }
+    }
+
+    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(way::run(self.shared(), into, move |segments, token| {
+            self.namespace.read(at, into.len() as u32, segments, token)
+        }))
+    }
+
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        flags: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        let durable = flags.contains(WriteFlags::FUA) && !self.no_flush;
+        Box::pin(way::run(self.shared(), from, move |segments, token| {
+            self.namespace.write(at, from.len() as u32, segments, durable, token)
+        }))
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        let durable = flags.contains(ZeroFlags::FUA) && !self.no_flush;
+        let unmap = flags.contains(ZeroFlags::UNMAP);
+        Box::pin(way::run_without_data(self.shared(), move |token| {
+            self.namespace.zero(at, len, unmap, durable, token)
+        }))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(async move {
+            let range = self.namespace.discard_range(at, len).map(u64::to_le_bytes).concat();
+            way::run(self.shared(), &IoVec::from_ref(&range), |segments, token| {
+                self.namespace.discard(segments, 1, token)
+            })
+            .await
+        })
+    }
+
+    /// The controller's own order (NVM Express Base Specification 2.0, section 7.1): what was
+    /// completed before, on whatever queue, is durable.
+    fn flush(&self) -> LocalFuture<'_, IoResult> {
+        if !self.has_cache {
+            return Box::pin(std::future::ready(Ok(())));
+        }
+        Box::pin(way::run_without_data(self.shared(), |token| self.namespace.flush(token)))
+    }
+
+    fn status(&self, at: u64, len: u64, _: Precision) -> LocalFuture<'_, IoResult<Extent>> {
+        let place = Some(Place { child: None, offset: at });
+        let extent = Extent { len, status: Status::DATA | Status::ALLOCATED, place };
+        Box::pin(std::future::ready(Ok(extent)))
+    }
+
+    /// Who takes the controller over stops it first, and nobody can while this process has it.
+    fn is_fenced(&self, _: Perms) -> bool {
+        true
+    }
+
+    fn leaf(&self) -> Option<&dyn Leaf> {
+        Some(self)
+    }
+
+    fn memory(&self) -> Option<&dyn DeviceMemory> {
+        self.guest_dma.then_some(self)
+    }
+
+    fn image(&self) -> Option<&dyn Image> {
+        Some(self)
+    }
+
+    /// Shuts the controller down, if no other node is on it.
+    fn close(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.claim.give_up())
+    }
+}
+
+impl Leaf for Nvme {
+    unsafe fn start(&self, io: &Io, transfer: Transfer<'_>, token: Token) -> Started {
+        // `map` has answered that there is one.
+        let Some(lane) = Lane::of(io, self.shared()) else {
+            return Started::Done(Err(Errno::EIO));
+        };
+        // SAFETY: the caller keeps the list in place and the memory mapped until the completion.
+        let segments = unsafe { Segments::new(transfer.segments) };
+        let (at, len, token) = (transfer.offset, transfer.len, token.to_bits());
+        let request = match transfer.access {
+            Access::Read => self.namespace.read(at, len, segments, token),
+            access => {
+                let durable = access == Access::DurableWrite && !self.no_flush;
+                self.namespace.write(at, len, segments, durable, token)
+            }
+        };
+        lane.submit(io, request);
+        Started::Pending
+    }
+}
+
+impl DeviceMemory for Nvme {
+    fn admit(&self, region: GuestRegion) -> Result<Admission, Error> {
+        // SAFETY: the region stays mapped until the admission, which holds the registration, is gone.
+        // It is a guest's: nobody holds references to it.
+        let Some(memory) = (unsafe { HostRange::new(region.as_ptr(), region.len()) }) else {
+            return Err(Error::new("memory at address zero"));
+        };
+        let registration = self.shared().register(memory)?;
+        Ok(Box::new(registration))
+    }
+}
+
+impl Image for Nvme {
+    /// A namespace has the length it has; asking for it makes a change known.
+    fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
+        let found = self.namespace.len();
+        self.len.store(found, Ordering::Relaxed);
+        let result = match len.cmp(&found) {
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => Err(Error::new("Cannot grow device files")),
+            std::cmp::Ordering::Less => Err(Error::new("Cannot resize device files")),
+        };
+        Box::pin(std::future::ready(result))
+    }
+
+    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+}

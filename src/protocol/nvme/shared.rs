@@ -1,0 +1,252 @@
+//! The controllers that this process has: each is opened once, shared by the nodes on it, and let go of
+//! when the last of them is closed.
+
+use super::entry::from_driver;
+use super::lane::Host;
+use crate::block::Error;
+use crate::io::sync::Mutex;
+use crate::io::{self, Errno, IoResult};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use vublk_vfio::real::Vfio;
+use vublk_vfio::{Controller, HostRange, Options, PciAddress, PciFunction, Registration};
+
+/// How long one waits for a controller that is being let go of: longer than that takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(1);
+
+static CONTROLLERS: Mutex<BTreeMap<PciAddress, Weak<Shared>>> = Mutex::new(BTreeMap::new());
+static ADOPTED: Mutex<BTreeMap<PciAddress, Arc<dyn PciFunction>>> = Mutex::new(BTreeMap::new());
+
+/// From now on the device of this address is `function`, not one that the kernel gives: for drivers of
+/// other buses, and the fake controller.
+pub fn adopt(address: PciAddress, function: Arc<dyn PciFunction>) {
+    ADOPTED.lock().insert(address, function);
+}
+
+/// A controller of this process.
+pub struct Shared {
+    address: PciAddress,
+    /// None before it is open and once it is being let go of.
+    controller: Mutex<Option<Controller>>,
+    /// Namespaces that nodes are on.
+    claimed: Mutex<BTreeSet<u32>>,
+    /// No node is on it any more: lanes end.
+    closing: AtomicBool,
+    /// Workers that have a queue pair, for those that get none.
+    hosts: Mutex<Vec<Host>>,
+    next_host: AtomicUsize,
+    registered: Mutex<Vec<(HostRange, Weak<Registration>)>>,
+}
+
+impl Shared {
+    /// # Errors
+    /// When it is being let go of.
+    pub fn controller(&self) -> Result<Controller, Error> {
+        let controller = self.controller.lock().clone();
+        controller.ok_or_else(|| Error::new(format!("{}: it is being closed", self.address)))
+    }
+
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    /// A worker has a queue pair now.
+    pub fn add_host(&self, host: Host) {
+        self.hosts.lock().push(host);
+        if self.is_closing() {
+            self.wake_hosts();
+        }
+    }
+
+    pub fn remove_host(&self, queue: u16) {
+        self.hosts.lock().retain(|host| host.queue != queue);
+    }
+
+    /// One of the workers that have a queue pair, in turns.
+    pub fn host(&self) -> Option<Host> {
+        let hosts = self.hosts.lock();
+        let next = self.next_host.fetch_add(1, Ordering::Relaxed);
+        hosts.get(next % hosts.len().max(1)).cloned()
+    }
+
+    fn wake_hosts(&self) {
+        self.hosts.lock().iter().for_each(|host| host.waker.wake());
+    }
+
+    /// Lets the device reach a guest's memory; once, however many nodes ask.
+    pub fn register(&self, memory: HostRange) -> Result<Arc<Registration>, Error> {
+        let controller = self.controller()?;
+        let mut registered = self.registered.lock();
+        registered.retain(|(_, registration)| registration.strong_count() > 0);
+        let known = registered.iter().find(|(known, _)| *known == memory);
+        if let Some(registration) = known.and_then(|(_, registration)| registration.upgrade()) {
+            return Ok(registration);
+        }
+        let registration = Arc::new(controller.register(memory).map_err(from_driver)?);
+        registered.push((memory, Arc::downgrade(&registration)));
+        Ok(registration)
+    }
+}
+
+/// A node's hold on a namespace of a controller.
+pub struct Claim {
+    shared: Arc<Shared>,
+    namespace: u32,
+    given_up: AtomicBool,
+}
+
+impl Claim {
+    /// Opens the controller, or joins those who have it open.
+    pub async fn take(address: PciAddress, namespace: u32) -> Result<Claim, Error> {
+        let began = Instant::now();
+        loop {
+            match Shared::find(address).and_then(|shared| Claim::join(shared, namespace)) {
+                Some(Ok(claim)) => {
+                    claim.open().await?;
+                    return Ok(claim);
+                }
+                Some(Err(error)) => return Err(error),
+                // On its way out; what comes next has it anew.
+                None if began.elapsed() < PATIENCE => io::sleep(PAUSE).await,
+                None => {
+                    let text = format!("{address}: still being closed");
+                    return Err(Error::new(text).with_errno(Errno(libc::EBUSY)));
+                }
+            }
+        }
+    }
+
+    /// None if the controller is being let go of.
+    fn join(shared: Arc<Shared>, namespace: u32) -> Option<Result<Claim, Error>> {
+        let mut claimed = shared.claimed.lock();
+        if shared.closing.load(Ordering::SeqCst) {
+            return None;
+        }
+        let is_new = claimed.insert(namespace);
+        drop(claimed);
+        Some(if is_new {
+            Ok(Claim { shared, namespace, given_up: AtomicBool::new(false) })
+        } else {
+            let address = shared.address;
+            let text = format!("{address}: namespace {namespace} is open in this process already");
+            Err(Error::new(text).with_errno(Errno(libc::EBUSY)))
+        })
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    async fn open(&self) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        let opened = io::offload(move || shared.open()).await;
+        if opened.is_err() {
+            let _ = self.give_up().await;
+        }
+        opened
+    }
+
+    fn release(&self) -> bool {
+        if self.given_up.swap(true, Ordering::SeqCst) {
+            return false;
+        }
+        let mut claimed = self.shared.claimed.lock();
+        claimed.remove(&self.namespace);
+        let last = claimed.is_empty();
+        if last {
+            self.shared.closing.store(true, Ordering::SeqCst);
+        }
+        drop(claimed);
+        if last {
+            self.shared.wake_hosts();
+        }
+        last
+    }
+
+    /// Lets go of the namespace. If nobody else is on the controller, it has been shut down when this
+    /// is done.
+    pub async fn give_up(&self) -> IoResult {
+        if !self.release() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        while !self.shared.hosts.lock().is_empty() {
+            if began.elapsed() > PATIENCE {
+                log::error!("{}: its queues are still in use", self.shared.address);
+                return Err(Errno(libc::ETIMEDOUT));
+            }
+            io::sleep(PAUSE).await;
+        }
+        let shared = self.shared.clone();
+        io::offload(move || {
+            drop(shared.controller.lock().take());
+            shared.forget();
+        })
+        .await;
+        Ok(())
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+impl Shared {
+    /// The controller of this address, open or not. None while one is being let go of.
+    fn find(address: PciAddress) -> Option<Arc<Shared>> {
+        let mut controllers = CONTROLLERS.lock();
+        if let Some(known) = controllers.get(&address) {
+            return known.upgrade();
+        }
+        let shared = Arc::new(Shared {
+            address,
+            controller: Mutex::default(),
+            claimed: Mutex::default(),
+            closing: AtomicBool::new(false),
+            hosts: Mutex::default(),
+            next_host: AtomicUsize::new(0),
+            registered: Mutex::default(),
+        });
+        controllers.insert(address, Arc::downgrade(&shared));
+        Some(shared)
+    }
+
+    /// The address is free for a new one.
+    fn forget(&self) {
+        let mut controllers = CONTROLLERS.lock();
+        let is_me = |known: &Weak<Shared>| std::ptr::eq(known.as_ptr(), self);
+        if controllers.get(&self.address).is_some_and(is_me) {
+            controllers.remove(&self.address);
+        }
+    }
+
+    /// Opens the controller unless it is open. Blocks.
+    fn open(&self) -> Result<(), Error> {
+        // Held throughout: who comes second waits for the first, and has it open.
+        let mut controller = self.controller.lock();
+        if controller.is_some() {
+            return Ok(());
+        }
+        let adopted = ADOPTED.lock().get(&self.address).cloned();
+        let function = match adopted {
+            Some(function) => function,
+            None => Arc::new(Vfio::open(self.address).map_err(from_driver)?),
+        };
+        let opened = Controller::open(function, &Options::default()).map_err(from_driver)?;
+        *controller = Some(opened);
+        Ok(())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The address is free only when the controller has been shut down.
+        drop(self.controller.lock().take());
+        self.forget();
+    }
+}

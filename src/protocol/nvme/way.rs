@@ -1,0 +1,151 @@
+//! Requests of the slow road: futures over the worker's own queue pair or, where the controller grants
+//! fewer than there are workers, over that of another.
+
+use super::entry::from_driver;
+use super::lane::{Host, Lane, Remote, result};
+use super::shared::Shared;
+use crate::io::sync::Mutex;
+use crate::io::{self, Errno, Io, IoResult, IoVec};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+use vublk_vfio::spec::Status;
+use vublk_vfio::{Request, Segments};
+
+const PAUSE: Duration = Duration::from_micros(50);
+
+enum Way {
+    Here(Rc<Lane>),
+    There(Host),
+}
+
+/// Stands in for a lane that is being made, so that one worker makes one.
+struct Making;
+
+/// How this worker's requests reach the controller. Made with the first.
+async fn find(shared: &Arc<Shared>) -> IoResult<Way> {
+    let io = io::current();
+    let making = Arc::as_ptr(shared) as usize + 1;
+    loop {
+        if let Some(lane) = Lane::of(&io, shared) {
+            return Ok(Way::Here(lane));
+        }
+        if shared.is_closing() {
+            return Err(Errno(libc::ENODEV));
+        }
+        if !io.keeps(making) {
+            break;
+        }
+        io::sleep(PAUSE).await;
+    }
+    io.keep(making, Rc::new(Making));
+    let made = make(&io, shared).await;
+    io.let_go(making);
+    made
+}
+
+async fn make(io: &Rc<Io>, shared: &Arc<Shared>) -> IoResult<Way> {
+    let controller = shared.controller().map_err(|_| Errno(libc::ENODEV))?;
+    match io::offload(move || controller.queue_pair()).await {
+        Ok(pair) => Ok(Way::Here(Lane::attach(io, shared, pair))),
+        Err(error) if error.errno() == libc::EBUSY => {
+            shared.host().map(Way::There).ok_or(Errno(libc::EBUSY))
+        }
+        Err(error) => {
+            let error = from_driver(error);
+            log::error!("{error}");
+            Err(error.errno().unwrap_or(Errno::EIO))
+        }
+    }
+}
+
+/// Runs a request on the memory of `list`. `make` makes it of the memory and a token.
+pub async fn run(
+    shared: &Arc<Shared>,
+    list: &IoVec<'_>,
+    make: impl FnOnce(Segments, u64) -> Request,
+) -> IoResult {
+    // SAFETY: the list and its memory are borrowed until this future is done or dropped, and `Running`
+    // waits for the request's end when it is dropped.
+    let segments = unsafe { Segments::new(list.as_raw()) };
+    run_without_data(shared, move |token| make(segments, token)).await
+}
+
+/// Runs a request that names no memory.
+pub async fn run_without_data(shared: &Arc<Shared>, make: impl FnOnce(u64) -> Request) -> IoResult {
+    let status = match find(shared).await? {
+        Way::Here(lane) => here(lane, make).await,
+        Way::There(host) => there(&host, make).await?,
+    };
+    result(status)
+}
+
+async fn here(lane: Rc<Lane>, make: impl FnOnce(u64) -> Request) -> Status {
+    /// A request that is waited for to its end even if nobody wants to know.
+    struct Running {
+        io: Rc<Io>,
+        lane: Rc<Lane>,
+        slot: Option<u32>,
+    }
+    impl Drop for Running {
+        fn drop(&mut self) {
+            if let Some(slot) = self.slot {
+                self.lane.drain_task(&self.io, slot);
+            }
+        }
+    }
+    let io = io::current();
+    let slot = lane.submit_task(&io, make);
+    let mut running = Running { io, lane, slot: Some(slot) };
+    let status = poll_fn(|cx| running.lane.poll_task(slot, cx)).await;
+    running.slot = None;
+    status
+}
+
+#[derive(Default)]
+struct Answer {
+    status: Option<Status>,
+    waker: Option<Waker>,
+}
+
+async fn there(host: &Host, make: impl FnOnce(u64) -> Request) -> IoResult<Status> {
+    struct Running(Arc<Mutex<Answer>>);
+    impl Drop for Running {
+        fn drop(&mut self) {
+            while self.0.lock().status.is_none() {
+                std::thread::sleep(PAUSE);
+            }
+        }
+    }
+    let answer = Arc::new(Mutex::new(Answer::default()));
+    let theirs = answer.clone();
+    let done = Box::new(move |status| {
+        let mut answer = theirs.lock();
+        answer.status = Some(status);
+        let waker = answer.waker.take();
+        drop(answer);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    });
+    // The token is the other worker's to choose.
+    if host.requests.send(Remote::new(make(0), done)).is_err() {
+        return Err(Errno(libc::ENODEV));
+    }
+    host.waker.wake();
+    let running = Running(answer);
+    let status = poll_fn(|cx| {
+        let mut answer = running.0.lock();
+        match answer.status {
+            Some(status) => Poll::Ready(status),
+            None => {
+                answer.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    })
+    .await;
+    Ok(status)
+}
