@@ -131,3 +131,8 @@ fn a_damaged_qcow2_image_is_checked_and_what_is_repaired_is_sound() {
 fn damaged_bitmaps_of_a_qcow2_image_are_refused_or_kept() {
     with_seeds(600, bytes, |input, _| targets::qcow2_bitmaps::run(input));
 }
+
+#[test]
+fn whatever_a_controller_completes_each_request_ends_once() {
+    with_seeds(100, bytes, |input, _| targets::nvme::run(input));
+}

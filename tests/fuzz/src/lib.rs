@@ -6,6 +6,7 @@ mod disk;
 mod guest;
 mod inflight;
 mod input;
+pub mod nvme;
 pub mod options;
 pub mod qcow2_bitmaps;
 pub mod qcow2_check;

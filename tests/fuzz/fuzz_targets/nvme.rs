@@ -1,0 +1,5 @@
+//! The fuzzer's door to `nvme`: a hostile controller against its driver.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vublk_fuzz::nvme::run(data));
