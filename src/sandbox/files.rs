@@ -3,9 +3,9 @@
 //! What is open stays usable whatever the rules say. They name what may be opened again: the images
 //! themselves, and where nodes may be added their folders, to be written to only if an image there is.
 //!
-//! A driver that opens device files of its own while it serves (VFIO's, say) names them by
-//! [`Driver::filename`](crate::block::Driver::filename) of a node without children, or they are given
-//! as `--sandbox-path`; the requests that it makes to them belong into [`super::calls`].
+//! A driver that opens files of its own again while it serves names them by
+//! [`Driver::filename`](crate::block::Driver::filename) of a node without children. What a monitor adds
+//! beside images (VFIO's devices, say) is given as `--sandbox-path /dev/vfio`.
 
 use super::{Place, Plan};
 use landlock::{

@@ -52,6 +52,11 @@ fn try_all(dir: &Path, listener: &std::net::SocketAddr) {
         assert_eq!(failed(libc::syscall(libc::SYS_io_uring_setup, 1, 0)), eperm);
         assert_eq!(failed(libc::syscall(libc::SYS_unshare, libc::CLONE_NEWUSER)), eperm);
         assert_eq!(failed(libc::kill(1, 0).into()), eperm);
+        assert_eq!(failed(libc::ioctl(-1, libc::TIOCSTI, 0).into()), eperm);
+        let ebadf = Some(libc::EBADF);
+        assert_eq!(failed(libc::ioctl(-1, libc::BLKSSZGET, 0).into()), ebadf);
+        let vfio_iommu_map_dma = libc::_IO(b';'.into(), 100 + 13);
+        assert_eq!(failed(libc::ioctl(-1, vfio_iommu_map_dma, 0).into()), ebadf);
         assert_eq!(failed(libc::prctl(libc::PR_SET_DUMPABLE, 1).into()), eperm);
         let (size, prot) = (4096, libc::PROT_READ | libc::PROT_EXEC);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

@@ -91,9 +91,19 @@ impl Drop for EndPid {
 
 #[test]
 fn a_daemon_in_the_background_is_ready_when_its_parent_ends() {
+    in_the_background("off");
+}
+
+#[test]
+fn a_daemon_in_the_background_is_in_its_sandbox_when_its_parent_ends() {
+    in_the_background("on");
+}
+
+fn in_the_background(sandbox: &str) {
     let dir = directory();
     let arguments = ["--blockdev", NODE, "--export", EXPORT, "--pidfile", "pid", "--daemonize"];
-    let output = run(dir.path(), &[VUBLK, "daemon"], &arguments);
+    let program = [VUBLK, "daemon", "--sandbox", sandbox];
+    let output = run(dir.path(), &program, &arguments);
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
     let pid_file = dir.path().join("pid");
     let pid: i32 = std::fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
@@ -102,6 +112,8 @@ fn a_daemon_in_the_background_is_ready_when_its_parent_ends() {
     disk.read(0, &mut [0; 512]).unwrap();
     drop(disk);
     let proc = Path::new("/proc").join(pid.to_string());
+    let status = std::fs::read_to_string(proc.join("status")).unwrap();
+    assert!(sandbox == "off" || status.contains("Seccomp:\t2"), "{status}");
     assert_eq!(std::fs::read_link(proc.join("cwd")).unwrap(), Path::new("/"));
     for fd in ["0", "1", "2"] {
         let target = std::fs::read_link(proc.join("fd").join(fd)).unwrap();
