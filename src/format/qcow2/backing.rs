@@ -3,7 +3,8 @@
 //!
 //! Name and format lie in the header's cluster, in several sectors, of which a crash keeps any. The first
 //! sector says where everything is, and is written last. What the old one refers to stays as it is until
-//! then: the new name has a place of its own, and where extensions move in later sectors, the old header
+//! then: the new name has a place of its own, the old one moves out of the way if it has to, and where
+//! extensions move in later sectors, the old header
 //! first does without the table of feature names, which is for people, so that its extensions end in the
 //! first sector. Should they not even then (a data file with a very long name), the cluster is written
 //! at once, as QEMU does.
@@ -14,6 +15,7 @@ use super::read::read_padded;
 use super::{Qcow2, tables};
 use crate::block::{Error, SECTOR, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoVec};
+use std::sync::atomic::Ordering;
 
 const FIRST: usize = SECTOR as usize;
 
@@ -52,10 +54,13 @@ impl Qcow2 {
         *self.fixed_tables.lock() = tables::fixed_tables(&new);
         *self.header_copy.lock() = new.clone();
         *header = new;
+        // Between two steps fields that were written alone could name what is not there.
+        self.is_header_lost.store(true, Ordering::SeqCst);
         for (at, bytes) in &steps {
             file.write(*at, &IoVec::from_ref(bytes), WriteFlags::empty()).await.map_err(failed)?;
             file.flush().await.map_err(failed)?;
         }
+        self.is_header_lost.store(false, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -84,6 +89,15 @@ fn steps(old: &Header, disk: &[u8], new: &mut Header) -> Result<Steps, Error> {
         cluster = merged(&apart, &bytes);
         *new = apart;
     }
+    let clashes = |used: std::ops::Range<usize>| {
+        let later = used.start.max(FIRST)..used.end;
+        !later.is_empty() && cluster.get(later.clone()) != disk.get(later)
+    };
+    if clashes(old.name_range())
+        && let Some(moved) = move_old_name(old, disk, new)
+    {
+        return moved;
+    }
     let end = new.extensions_range().end.max(new.name_range().end).next_multiple_of(FIRST);
     let first = (0, cluster[..FIRST].to_vec());
     if end == FIRST {
@@ -102,6 +116,27 @@ fn steps(old: &Header, disk: &[u8], new: &mut Header) -> Result<Steps, Error> {
         return Ok(vec![(0, bytes[..FIRST].to_vec()), rest, first]);
     }
     Ok(vec![(0, cluster[..end].to_vec())])
+}
+
+/// The steps that take the old name out of the new header's way first, behind all else; none where the
+/// cluster has no room for that.
+fn move_old_name(old: &Header, disk: &[u8], new: &mut Header) -> Option<Result<Steps, Error>> {
+    let name = old.backing_file.as_deref()?;
+    let used = [old, &*new].map(|of| of.extensions_range().end.max(of.name_range().end));
+    let place = used[0].max(used[1]).next_multiple_of(8);
+    let mut there = disk.to_vec();
+    there.get_mut(place..place + name.len())?.copy_from_slice(name);
+    let sectors = place / FIRST * FIRST..(place + name.len()).next_multiple_of(FIRST);
+    let copied = (sectors.start as u64, there.get(sectors)?.to_vec());
+    let mut moved = old.clone();
+    moved.set_name_place(place);
+    let fields = moved.fields();
+    there[..fields.len()].copy_from_slice(&fields);
+    let mut all = vec![copied, (0, there[..FIRST].to_vec())];
+    Some(steps(&moved, &there, new).map(|rest| {
+        all.extend(rest);
+        all
+    }))
 }
 
 #[cfg(test)]

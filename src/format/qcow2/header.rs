@@ -430,6 +430,11 @@ impl Header {
         self.encode_with(self.header_length as usize, least)
     }
 
+    /// Says that the name lies `at` bytes into the cluster.
+    pub fn set_name_place(&mut self, at: usize) {
+        self.backing_file_offset = at as u64;
+    }
+
     /// Makes the name's place that of `other`.
     pub fn move_name(&mut self, other: &Header) {
         self.backing_file_offset = other.backing_file_offset;

@@ -122,6 +122,8 @@ pub struct Qcow2 {
     header_copy: Mutex<Header>,
     /// Whether the disk may have another one than is in memory.
     is_header_in_doubt: AtomicBool,
+    /// Its cluster was being written anew and that failed: it stays as it is until the next start.
+    is_header_lost: AtomicBool,
     /// Tables that lie where the header says.
     fixed_tables: Mutex<Vec<(&'static str, u64, u64)>>,
     /// Held while an L1 entry changes.

@@ -109,6 +109,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         file_align: node.traits().request_align.into(),
         header_copy: Mutex::new(header.clone()),
         is_header_in_doubt: false.into(),
+        is_header_lost: false.into(),
         fixed_tables: Mutex::new(tables::fixed_tables(&header)),
         header: Lock::new(header),
         tables: Lock::new(()),

@@ -79,6 +79,9 @@ impl Qcow2 {
     /// When it fails the disk may have it or not: it holds in memory, and [`Self::settle_header`]
     /// writes it again.
     pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
+        if self.is_header_lost.load(Ordering::SeqCst) {
+            return Err(Errno::EIO);
+        }
         let bytes = new.fields();
         self.is_header_in_doubt.store(true, Ordering::SeqCst);
         self.show_header(current, new);

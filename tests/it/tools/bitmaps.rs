@@ -22,7 +22,7 @@ fn shown(ended: Ended) -> (Option<i32>, String) {
 
 /// Runs lines one after the other with both, in places that begin with the same files.
 fn assert_same_words(prepare: &[&str], lines: &[&str]) {
-    let both = [true, false].map(|ours| Place::new(ours));
+    let both = [true, false].map(Place::new);
     let theirs = Place::new(false);
     for step in prepare {
         let ended = theirs.run(step);
