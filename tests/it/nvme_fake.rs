@@ -116,7 +116,7 @@ fn a_namespace_that_has_grown_is_longer_once_a_resize_has_asked_for_it() {
     };
     wait_until("it has been heard", || resize(128 << 20).is_ok());
     assert_eq!(node.len(), 128 << 20);
-    write(&worker, &node, 100 << 20, 1).err().expect("nobody holds the permission");
+    write(&worker, &node, 100 << 20, 1).expect_err("nobody holds the permission");
     let held = hold(&graph, &node);
     write(&worker, &node, 100 << 20, 1).unwrap();
     assert_eq!(resize(1 << 30).unwrap_err().to_string(), "Cannot grow device files");
