@@ -65,6 +65,8 @@ pub struct SimOptions {
     pub len: u64,
     /// The most that it can be resized to, in bytes; at least `len`.
     pub max_len: u64,
+    /// It has the length it has, as a device.
+    pub fixed: bool,
     pub traits: Traits,
     /// Whether it has a fast road.
     pub fast: bool,
@@ -84,7 +86,7 @@ impl SimOptions {
             | Abilities::FUA
             | Abilities::GROW;
         let traits = Traits { abilities, ..Traits::default() };
-        SimOptions { len, max_len: len, traits, fast: true, log: false, seed: 0 }
+        SimOptions { len, max_len: len, fixed: false, traits, fast: true, log: false, seed: 0 }
     }
 }
 
@@ -599,7 +601,9 @@ impl Leaf for Sim {
 impl Image for Sim {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
         let old = self.len();
-        let result = if len > self.disk.options.max_len {
+        let result = if self.disk.options.fixed && len != old {
+            Err(Error::os("cannot resize a device", Errno::ENOSPC))
+        } else if len > self.disk.options.max_len {
             Err(Error::os(format!("cannot grow to {len} bytes"), Errno::ENOSPC))
         } else if len < old && !shrink {
             Err(Error::new(format!("shrinking from {old} to {len} bytes was not allowed")))

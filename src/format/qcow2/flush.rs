@@ -18,6 +18,7 @@ const SUSPECTS: usize = 4;
 
 impl Qcow2 {
     pub(super) async fn flush_all(&self) -> IoResult {
+        self.settle_header().await?;
         if !self.is_prepared.load(Ordering::Acquire) {
             // Nothing has been written.
             return Ok(());

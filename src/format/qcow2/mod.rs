@@ -16,6 +16,7 @@
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
 //! | `batch`, `tables`, `header_cluster` | entries, tables and the header on their way to the kernel |
 //! | `packed` | where compressed clusters are put |
+//! | `resize`, `preallocate` | another length of the disk |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
 //! | `flush` | flushing and closing |
 //! | `backing`, `empty` | another backing file; giving up all that the image has |
@@ -45,8 +46,10 @@ mod open;
 mod options;
 pub mod order;
 mod packed;
+mod preallocate;
 mod read;
 mod refcounts;
+mod resize;
 pub mod snapshots;
 mod status;
 mod tables;
@@ -317,10 +320,12 @@ impl Compress for Qcow2 {
 }
 
 impl Image for Qcow2 {
-    fn resize(&self, _: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(std::future::ready(Err(Error::new(
-            "Resizing 'qcow2' images is not supported yet",
-        ))))
+    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.resize_to(len, shrink, Preallocation::Off))
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.resize_to(len, false, preallocation))
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {

@@ -34,7 +34,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         header = repair(opening.name(), &node).await?;
     }
     let geometry = header.geometry();
-    let caches = options.caches(&geometry, header.size)?;
+    let caches = options.caches(&geometry, header.size, !opening.options().read_only)?;
 
     let recorded = header.backing_file.as_deref().map(String::from_utf8_lossy);
     let format = header.extensions.iter().find_map(|extension| match extension {

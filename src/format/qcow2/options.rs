@@ -58,7 +58,13 @@ pub struct CacheSizes {
 }
 
 impl Options {
-    pub fn caches(&self, geometry: &Geometry, size: u64) -> Result<CacheSizes, Error> {
+    /// For a disk of `size` bytes, which may become longer while it is open or not.
+    pub fn caches(
+        &self,
+        geometry: &Geometry,
+        size: u64,
+        may_grow: bool,
+    ) -> Result<CacheSizes, Error> {
         let cluster = geometry.cluster_size();
         let refused = |text: &str| Err(Error::new(text));
         // All L2 tables that the disk can have.
@@ -100,8 +106,10 @@ impl Options {
         if l2 > i32::MAX as u64 * slice || refcounts > i32::MAX as u64 * cluster {
             return refused("Cache size too big");
         }
+        // Slices take memory when they are read.
+        let useful = if may_grow { all.max(DEFAULT_L2_CACHE) } else { all };
         let sizes = CacheSizes {
-            l2: l2.min(all).max(2 * slice),
+            l2: l2.min(useful).max(2 * slice),
             l2_slice: slice,
             refcounts: refcounts.max(min_refcounts),
         };

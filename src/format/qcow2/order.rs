@@ -30,6 +30,8 @@
 //!   it, with the disk's size; then the references of the old one are given back. (Version 2 has no
 //!   dirty bit: after a crash meanwhile flags and refcounts do not agree, as if by QEMU, until a
 //!   repair; no data depends on it.)
+//! * **Resizing**: what the disk's new length relies on is durable before the header that tells it
+//!   ([`super::resize`]).
 //! * **External data file**: it is flushed before the L2 entry that names what was copied to it.
 //!
 //! In memory: who changes the mapping of guest clusters holds their range ([`Ranges`]), so that

@@ -1,9 +1,10 @@
-//! L2 tables and the header, on their way to the disk: new tables, tables that a snapshot shares,
-//! the bits of the header that say what state the image is in.
+//! Tables and the header, on their way to the disk: new L2 tables, those that a snapshot shares, a
+//! longer L1 table, the bits of the header that say what state the image is in.
 
+use super::alloc::Run;
 use super::freed::Release;
 use super::header::{Autoclear, Header, Incompatible};
-use super::layout::L1Entry;
+use super::layout::{self, L1Entry};
 use super::read::read_padded;
 use super::{Qcow2, corrupt};
 use crate::block::WriteFlags;
@@ -67,6 +68,56 @@ impl Qcow2 {
         }
         file.write(host, &table.io_vec(), WriteFlags::empty()).await?;
         file.flush().await
+    }
+
+    /// Makes the L1 table so long that it has `entries`: where it is, if its clusters have the room, or
+    /// in a larger place. New entries are empty.
+    pub(super) async fn grow_l1(&self, entries: u64) -> IoResult {
+        let _turn = self.tables.lock().await;
+        let now = self.header_now();
+        let (old, len) = (u64::from(now.l1_size) * 8, entries * 8);
+        if len <= old {
+            return Ok(());
+        }
+        if len > layout::MAX_L1_BYTES {
+            return Err(Errno(libc::EFBIG));
+        }
+        let bits = self.geometry.cluster_bits;
+        let held = self.geometry.clusters(old);
+        let place = match len <= held << bits {
+            true => {
+                // The file may end where the table does.
+                self.grow_file(now.l1_table_offset + (held << bits)).await?;
+                let empty = vec![0; (len - old) as usize];
+                self.write_table(now.l1_table_offset + old, &empty).await?;
+                now.l1_table_offset
+            }
+            false => {
+                let clusters = self.geometry.clusters(len);
+                let run = self.refcounts().await?.reserve_run(self, clusters).await?;
+                let place = run.first << bits;
+                let table = self.l1.encode(0, (clusters << bits) / 8);
+                if let Err(errno) = self.write_table(place, &table).await {
+                    // It is leaked at worst.
+                    let _ = self.refcounts().await?.release(self, &[run]).await;
+                    return Err(errno);
+                }
+                place
+            }
+        };
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        (new.l1_table_offset, new.l1_size) = (place, entries as u32);
+        // The disk may have either from here on, and new entries go to the new place.
+        self.l1.grow(entries);
+        self.write_header(&mut header, new).await?;
+        drop(header);
+        if place != now.l1_table_offset && held > 0 {
+            let first = now.l1_table_offset >> bits;
+            let run = Run { first, count: held, is_fresh: false };
+            self.refcounts().await?.release(self, &[run]).await?;
+        }
+        Ok(())
     }
 
     /// The header as it is on disk, but for what is being written.
@@ -136,6 +187,7 @@ impl Qcow2 {
 
     /// Fails if the image was found to be corrupt, or metadata could not be written; a corrupt image says so itself from then on.
     pub(super) async fn check_sound(&self) -> IoResult {
+        self.settle_header().await?;
         if !self.is_corrupt.load(Ordering::SeqCst) {
             return match self.is_stopped.load(Ordering::SeqCst) {
                 true => Err(Errno::EIO),

@@ -14,13 +14,15 @@ const CHUNK: u64 = 1 << 20;
 
 /// What a range is to become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     /// Zeroes; the host clusters are kept.
     Zero,
     /// Zeroes; the host clusters are given back.
     Unmap,
     /// Nothing that matters.
     Discard,
+    /// Beyond the end of the disk, or soon to be: nothing at all.
+    Crop,
 }
 
 impl Qcow2 {
@@ -68,7 +70,7 @@ impl Qcow2 {
         if may_write { self.write_zeroes(part).await } else { Err(Errno::ENOTSUP) }
     }
 
-    async fn write_zeroes(&self, range: Range<u64>) -> IoResult {
+    pub(super) async fn write_zeroes(&self, range: Range<u64>) -> IoResult {
         let most = (range.end - range.start).min(CHUNK);
         let mut zeroes = AlignedBuf::new(most as usize, 4096).ok_or(Errno::ENOMEM)?;
         let mut at = range.start;
@@ -183,7 +185,7 @@ impl Qcow2 {
     }
 
     /// Changes the mapping of whole (sub)clusters of one slice, whose range the caller holds.
-    async fn change_slice(&self, range: Range<u64>, kind: Kind) -> IoResult {
+    pub(super) async fn change_slice(&self, range: Range<u64>, kind: Kind) -> IoResult {
         let bits = self.geometry.cluster_bits;
         self.ensure_table(range.start).await?;
         let (first, last) = (range.start >> bits, (range.end - 1) >> bits);
@@ -232,8 +234,10 @@ impl Qcow2 {
         if self.geometry.extended_l2 {
             return Ok(self.emptied_extended(old, cluster, inside, (own, whole), kind));
         }
-        let zero =
-            if self.geometry.zero_flag { L2Entry::zero(None, false) } else { L2Entry::UNALLOCATED };
+        let zero = match self.geometry.zero_flag && kind != Kind::Crop {
+            true => L2Entry::zero(None, false),
+            false => L2Entry::UNALLOCATED,
+        };
         Ok(match (cluster, kind) {
             (Cluster::Unallocated, Kind::Discard) if self.backing.is_none() => (old, false),
             (Cluster::Unallocated | Cluster::Zero { host: None }, _) => (zero, false),
@@ -259,7 +263,8 @@ impl Qcow2 {
         kind: Kind,
     ) -> (L2Entry, bool) {
         const ALL: u64 = u32::MAX as u64;
-        let empty = L2Entry { word: 0, bitmap: ALL << 32 };
+        let bitmap = if kind == Kind::Crop { 0 } else { ALL << 32 };
+        let empty = L2Entry { word: 0, bitmap };
         let (host, allocated, zero) = match cluster {
             Cluster::Subclusters { host, allocated, zero } => (host, allocated as u64, zero as u64),
             // What is left of a compressed cluster cannot stay compressed: only whole ones get here.

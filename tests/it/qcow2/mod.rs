@@ -7,5 +7,7 @@ mod failing;
 mod images;
 mod model;
 mod read;
+mod resize;
+mod resize_crash;
 pub mod sim;
 mod write;

@@ -56,6 +56,11 @@ impl Image {
         Image { graph, node, attachment }
     }
 
+    /// Sets the disk's length, as `block_resize` does.
+    pub async fn resize(&self, len: u64) -> Result<(), Error> {
+        self.graph.resize(&self.node, len).await
+    }
+
     pub async fn close(self) {
         let Image { graph, node, attachment } = self;
         drop(attachment);

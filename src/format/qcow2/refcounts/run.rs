@@ -1,6 +1,7 @@
-//! Clusters that have to lie side by side: tables of several clusters, and the refcounts' own.
+//! Clusters that have to lie side by side: tables of several clusters, and the refcounts' own; and
+//! where the last cluster in use is.
 
-use super::{Qcow2, Refcounts};
+use super::{Block, Qcow2, Refcounts};
 use crate::block::WriteFlags;
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout;
@@ -155,5 +156,23 @@ impl Refcounts {
             is_fresh: false,
         };
         self.release(image, &[freed]).await.map(drop)
+    }
+
+    /// The cluster behind the last one in use, of those below `end`.
+    pub async fn end_of_use(&mut self, image: &Qcow2, mut end: u64) -> IoResult<u64> {
+        let order = self.geometry.refcount_order;
+        while end > 0 {
+            let (index, at) = self.place(end - 1);
+            let first = end - 1 - at as u64;
+            let block = self.block(image, index).await?;
+            let in_use = |block: &mut Block| {
+                (0..=at).rev().find(|&n| layout::refcount(&block.bytes, order, n) != 0)
+            };
+            if let Some(last) = block.and_then(in_use) {
+                return Ok(first + last as u64 + 1);
+            }
+            end = first;
+        }
+        Ok(0)
     }
 }

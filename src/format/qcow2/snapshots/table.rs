@@ -124,7 +124,7 @@ impl Qcow2 {
         Ok(gone)
     }
 
-    async fn write_table(&self, at: u64, bytes: &[u8]) -> IoResult {
+    pub(in crate::format::qcow2) async fn write_table(&self, at: u64, bytes: &[u8]) -> IoResult {
         let file = self.file();
         if !bytes.is_empty() {
             file.write(at, &IoVec::from_ref(bytes), WriteFlags::empty()).await?;

@@ -1,0 +1,249 @@
+//! Another length of the disk.
+//!
+//! What the orders of [`super::order`] make of it. **Longer**: what lies beyond the old end (of a
+//! machine's state, or of a shrink that was cut off) is unmapped, and what a backing file would show
+//! there is zeroed, before the header's new length is written; whatever a crash leaves of it lies
+//! beyond the end. **Shorter**: what lies beyond the new end is unmapped first, as by a discard, then
+//! the header is written, then the L1 entries beyond are dropped. Where unmapping would show the
+//! backing file (version 2), the header comes first.
+
+use super::Qcow2;
+use super::extensions::Extension;
+use super::freed::Release;
+use super::header::Autoclear;
+use super::l2_cache::SliceNo;
+use super::layout::L1Entry;
+use super::zero::Kind;
+use crate::block::*;
+use crate::io::{Errno, IoResult, IoVec, epoch};
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+impl Qcow2 {
+    /// As [`Image::resize`] and [`Image::grow`]; nothing else is in flight.
+    pub(super) async fn resize_to(
+        &self,
+        len: u64,
+        shrink: bool,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        self.check_resize(len, shrink, preallocation)?;
+        let failed = |errno| Error::os("Could not resize the image", errno);
+        self.prepare_writing().await.map_err(failed)?;
+        let old = self.size();
+        if len < old {
+            return self.shorten(len).await;
+        }
+        let grown = self.lengthen(old, len, preallocation).await;
+        if grown.is_err() {
+            // What was mapped beyond the end does no harm there, but takes room.
+            let _ = self.unmap(old, Kind::Crop).await;
+        }
+        grown
+    }
+
+    /// What can be said before anything changes, in QEMU's order.
+    fn check_resize(
+        &self,
+        len: u64,
+        shrink: bool,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        let refused = |text: &str| Err(Error::new(text));
+        let header = self.header_now();
+        if !self.is_writable {
+            return refused("Image is read-only");
+        }
+        if !len.is_multiple_of(SECTOR) {
+            return refused("The new size must be a multiple of 512");
+        }
+        if header.nb_snapshots > 0 && header.version < 3 {
+            return refused("Can't resize a v2 image which has snapshots");
+        }
+        let is_bitmaps = |extension: &Extension| matches!(extension, Extension::Bitmaps(_));
+        if header.autoclear.contains(Autoclear::BITMAPS) && header.extensions.iter().any(is_bitmaps)
+        {
+            return refused(
+                "Cannot resize qcow2 with persistent bitmaps that were not loaded into memory",
+            );
+        }
+        let old = self.size();
+        if len < old && preallocation != Preallocation::Off {
+            return refused("Preallocation can't be used for shrinking an image");
+        }
+        if len < old && !shrink {
+            return Err(Error::new(format!(
+                "{len} bytes are less than the disk's {old}, and shrinking was not asked for"
+            )));
+        }
+        let uncovered = old.next_multiple_of(self.geometry.cluster_size()) < len;
+        let hides = matches!(preallocation, Preallocation::Falloc | Preallocation::Full);
+        if !self.geometry.zero_flag && uncovered && !hides && self.shows_backing(old..len) {
+            return Err(Error::os("Failed to zero out new clusters", Errno::ENOTSUP));
+        }
+        Ok(())
+    }
+
+    /// Whether the backing file has something to show in a range that is not mapped.
+    fn shows_backing(&self, guest: Range<u64>) -> bool {
+        self.backing().is_some_and(|backing| !guest.is_empty() && backing.len() > guest.start)
+    }
+
+    async fn lengthen(&self, old: u64, new: u64, mode: Preallocation) -> Result<(), Error> {
+        let failed = |what: &'static str| move |errno| Error::os(what, errno);
+        let cluster_end = old.next_multiple_of(self.geometry.cluster_size());
+        let zeroing = failed("Failed to zero out new clusters");
+        self.unmap(old, Kind::Crop).await.map_err(zeroing)?;
+        let entries = self.geometry.l1_entries_for(new);
+        self.grow_l1(entries).await.map_err(failed("Failed to grow the L1 table"))?;
+        let data = self.lengthen_data_file(old, new).await;
+        data.map_err(failed("Failed to resize the data file"))?;
+        self.zero_tail(old..cluster_end.min(new)).await.map_err(zeroing)?;
+        let hides = self.shows_backing(old..new);
+        if hides && self.geometry.zero_flag && cluster_end < new {
+            let len = new - cluster_end;
+            self.zero_range(cluster_end, len, ZeroFlags::NO_FALLBACK).await.map_err(zeroing)?;
+        }
+        if mode != Preallocation::Off {
+            self.preallocate(old..new, mode, hides)
+                .await
+                .map_err(failed("Could not allocate new clusters"))?;
+        }
+        self.write_size(new).await.map_err(failed("Failed to update the image size"))
+    }
+
+    /// The bytes behind the disk's end in its last cluster may be anything.
+    async fn zero_tail(&self, tail: Range<u64>) -> IoResult {
+        let is_zero = {
+            let _visit = self.visits.enter();
+            self.reads_zero(tail.clone()).await?
+        };
+        if is_zero { Ok(()) } else { self.write_zeroes(tail).await }
+    }
+
+    /// A file of its own for the data is as long as the disk, and, if it is to be a disk image by
+    /// itself, reads as zeroes where the disk does.
+    async fn lengthen_data_file(&self, old: u64, new: u64) -> IoResult {
+        if !self.geometry.external_data {
+            return Ok(());
+        }
+        let data = self.data();
+        let there = data.len();
+        self.grow(&data, new).await?;
+        let stale = old..new.min(there);
+        if self.has_raw_data && !stale.is_empty() {
+            data.zero(stale.start, stale.end - stale.start, ZeroFlags::UNMAP).await?;
+        }
+        Ok(())
+    }
+
+    async fn shorten(&self, new: u64) -> Result<(), Error> {
+        let failed = |what: &'static str| move |errno| Error::os(what, errno);
+        let discarding = failed("Failed to discard cropped clusters");
+        let sizing = failed("Failed to update the image size");
+        let shows = self.shows_backing(new..self.size());
+        match (shows, self.geometry.zero_flag) {
+            (false, _) => {
+                self.unmap(new, Kind::Crop).await.map_err(discarding)?;
+                self.write_size(new).await.map_err(sizing)?;
+            }
+            (true, true) => {
+                self.unmap(new, Kind::Unmap).await.map_err(discarding)?;
+                self.write_size(new).await.map_err(sizing)?;
+            }
+            (true, false) => {
+                self.write_size(new).await.map_err(sizing)?;
+                self.unmap(new, Kind::Crop).await.map_err(discarding)?;
+            }
+        }
+        self.shrink_l1(new).await.map_err(failed("Failed to reduce the number of L2 tables"))?;
+        self.cut_to_use().await.map_err(failed("Failed to discard unused clusters"))?;
+        if self.geometry.external_data
+            && let Some(image) = self.data().driver().image()
+        {
+            // A device keeps its length.
+            let _ = image.resize(new, true).await;
+        }
+        Ok(())
+    }
+
+    /// Empties the entries of all guest clusters that begin at `from` or behind, as far as the L1 table
+    /// reaches.
+    async fn unmap(&self, from: u64, kind: Kind) -> IoResult {
+        let bits = self.geometry.cluster_bits;
+        let slice = (self.l2.entries() as u64) << bits;
+        let coverage = self.geometry.l2_coverage();
+        let mut at = from.next_multiple_of(self.geometry.cluster_size());
+        while self.geometry.l1_index(at) < self.l1.entries() {
+            if self.l1.get(self.geometry.l1_index(at)).l2_table() == 0 {
+                at = (at / coverage + 1) * coverage;
+                continue;
+            }
+            let end = (at / slice + 1) * slice;
+            let _range = self.ranges.lock(at >> bits..end >> bits).await;
+            let _visit = self.visits.enter();
+            self.change_slice(at..end, kind).await?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Writes the disk's length, when all that it relies on is durable; then it holds.
+    async fn write_size(&self, size: u64) -> IoResult {
+        self.flush_all().await?;
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        new.size = size;
+        self.write_header(&mut header, new).await?;
+        self.size.store(size, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Drops the L1 entries beyond a disk of `len` bytes, whose tables name no clusters any more.
+    async fn shrink_l1(&self, len: u64) -> IoResult {
+        let turn = self.tables.lock().await;
+        let first = self.geometry.l1_entries_for(len);
+        let tables: Vec<u64> = (first..self.l1.entries())
+            .map(|index| self.l1.get(index).l2_table())
+            .filter(|&table| table != 0)
+            .collect();
+        if tables.is_empty() {
+            return Ok(());
+        }
+        let count = self.l1.entries() - first;
+        let empty = vec![0; count as usize * 8];
+        let place = self.header_now().l1_table_offset + first * 8;
+        let empty = IoVec::from_ref(&empty);
+        let written = self.file().write(place, &empty, WriteFlags::empty()).await;
+        // Also if it has failed: the disk may have either, and nothing goes to the old tables.
+        (first..self.l1.entries()).for_each(|index| self.l1.set(index, L1Entry(0)));
+        // A table that is made there later has other entries.
+        let per_table = self.geometry.l2_entries() / self.l2.entries() as u64;
+        self.l2.forget(|SliceNo(slice)| slice >= first * per_table);
+        drop(turn);
+        written?;
+        let release = |&table: &u64| Release { run: self.run_of(table), discard: true };
+        self.free(&tables.iter().map(release).collect::<Vec<_>>()).await;
+        Ok(())
+    }
+
+    /// Gives back what is free, and cuts the file behind the last cluster in use.
+    async fn cut_to_use(&self) -> IoResult {
+        self.flush_all().await?;
+        epoch::synchronize(&self.data().members()).await;
+        let mut refcounts = self.refcounts().await?;
+        self.reap(&mut refcounts).await;
+        let unused = self.pool.lock().drain();
+        refcounts.release(self, &unused).await?;
+        let file = self.file();
+        let end = self.geometry.clusters(file.driver().len());
+        let used = refcounts.end_of_use(self, end).await?;
+        if used < end
+            && let Some(image) = file.driver().image()
+        {
+            // A longer file does no harm, and a device keeps its length.
+            let _ = image.resize(used << self.geometry.cluster_bits, true).await;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,238 @@
+//! Crashes of a machine while a disk becomes longer and shorter: it has the old length or the new one,
+//! nothing is corrupt, what the disk had is there, and what it gets is zeroes.
+
+use super::consistency;
+use super::sim::{Image, below, check, disk, image};
+use crate::disks::{open_holding, seed, simulated};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+use vublk::block::*;
+use vublk::format::qcow2::header::Header;
+use vublk::io::IoVec;
+use vublk::io::sim::Disorder;
+use vublk::protocol::sim::SimOptions;
+
+/// At the beginning, in sectors.
+const START: usize = 96;
+const FILE: u64 = 1 << 20;
+const BACKING: u8 = 250;
+
+#[derive(Clone, Default)]
+struct Known {
+    /// From which length of the log on.
+    from: usize,
+    /// What each sector may hold, beyond the end, too: what is found there once the disk has it.
+    allowed: Vec<Vec<u8>>,
+    /// Lengths that the disk may have, in sectors.
+    sizes: Vec<usize>,
+}
+
+struct Case {
+    create: &'static str,
+    /// The most that the disk gets, in sectors.
+    most: usize,
+    garbage: bool,
+    has_backing: bool,
+    /// Of requests to the disk below. With 1, no transfer comes out short, as a short one would tear
+    /// an entry.
+    align: u32,
+}
+
+const CASES: &[Case] = &[
+    Case { create: "cluster_size=4k", most: 512, garbage: false, has_backing: false, align: 512 },
+    Case { create: "cluster_size=4k", most: 512, garbage: true, has_backing: false, align: 1 },
+    Case { create: "cluster_size=4k", most: 512, garbage: false, has_backing: true, align: 512 },
+    // The L1 table moves.
+    Case { create: "cluster_size=512", most: 4500, garbage: false, has_backing: false, align: 1 },
+    Case {
+        create: "cluster_size=512,refcount_bits=64",
+        most: 4500,
+        garbage: true,
+        has_backing: true,
+        align: 512,
+    },
+    Case {
+        create: "cluster_size=16k,extended_l2=on",
+        most: 512,
+        garbage: true,
+        has_backing: true,
+        align: 512,
+    },
+    // What would show the backing file is refused.
+    Case {
+        create: "cluster_size=4k,compat=0.10",
+        most: 512,
+        garbage: false,
+        has_backing: true,
+        align: 1,
+    },
+];
+
+#[derive(Default)]
+struct Model {
+    now: Known,
+    history: Vec<Known>,
+}
+
+impl Model {
+    fn book(&mut self, log: usize) {
+        self.now.from = log;
+        self.history.push(self.now.clone());
+    }
+}
+
+fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
+    let bytes = image(START as u64 * SECTOR, case.create);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let shape = |options: &mut SimOptions| {
+        options.log = true;
+        options.fixed = case.garbage;
+        options.traits.request_align = case.align;
+        options.traits.buffer_align = case.align;
+    };
+    let (disk_, options) = if case.garbage {
+        let mut device = bytes.clone();
+        device.resize(bytes.len().next_multiple_of(65536), 0);
+        device.resize_with(FILE as usize, || rng.u8(240..250));
+        disk(&device, FILE, shape)
+    } else {
+        disk(&bytes, FILE, shape)
+    };
+    let mut options = format!("driver=qcow2,discard=unmap{}", below("file", &options));
+    let mut backing = String::new();
+    if case.has_backing {
+        // Longer than the disk is most of the time.
+        let len = 4096 * SECTOR;
+        backing = below("backing", &disk(&vec![BACKING; len as usize], len, |_| {}).1);
+        options += &backing;
+    }
+    let shown = if case.has_backing { BACKING } else { 0 };
+    let mut allowed = vec![vec![shown]; START];
+    allowed.resize(case.most, vec![0]);
+    let now = Known { from: 0, allowed, sizes: vec![START] };
+    let model = Rc::new(RefCell::new(Model { history: vec![now.clone()], now }));
+    let what = format!("{}, garbage {}, seed {seed}", case.create, case.garbage);
+    let short = if case.align == 1 { 0.0 } else { 0.2 };
+    let most = case.most;
+    simulated(Disorder { short, ..Disorder::wild(seed) }, |_| {
+        let (model, disk) = (model.clone(), disk_.clone());
+        async move {
+            let image = Image::open(&options).await;
+            let mut now = model.take();
+            for number in 1..=10 {
+                let log = || disk.log().changes().len();
+                one_step(&image, &mut now, &log, number, (&mut rng, most)).await;
+            }
+            image.close().await;
+            model.replace(now);
+        }
+    });
+    let (log, model) = (disk_.log(), model.borrow());
+    for (n, crash) in log.crashes(seed, crashes).enumerate() {
+        let state = log.image(&crash);
+        let at = format!("{what}, after {} of {} changes", crash.prefix, log.changes().len());
+        consistency::check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+        if n % sample == 0 {
+            check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+        }
+        let known = model.history.iter().rev().find(|known| known.from <= crash.prefix);
+        let Known { allowed, sizes, .. } = known.expect("the first holds from the beginning");
+        let found = contents(&state, &backing);
+        let count = found.len() / SECTOR as usize;
+        assert!(sizes.contains(&count), "{at}: {count} sectors, not one of {sizes:?}");
+        for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
+            let whole = sector.iter().all(|&b| b == sector[0]);
+            assert!(
+                whole && allowed[n].contains(&sector[0]),
+                "{at}: sector {n} of {count} holds {}, not one of {:?}",
+                sector[0],
+                allowed[n]
+            );
+        }
+    }
+}
+
+async fn one_step(
+    image: &Image,
+    model: &mut Model,
+    log: &dyn Fn() -> usize,
+    number: u8,
+    (rng, most): (&mut fastrand::Rng, usize),
+) {
+    let old = model.now.sizes[0];
+    let first = rng.usize(0..old);
+    let count = rng.usize(1..=(old - first).min(30));
+    let (at, len) = (first as u64 * SECTOR, count as u64 * SECTOR);
+    let kind = rng.u8(0..10);
+    let value = if kind == 4 { 0 } else { number };
+    if kind < 5 {
+        let sectors = &mut model.now.allowed[first..first + count];
+        sectors.iter_mut().for_each(|sector| sector.push(value));
+        model.book(log());
+    }
+    match kind {
+        4 => image.node.zero(at, len, ZeroFlags::UNMAP).await.unwrap(),
+        0..4 => {
+            let bytes = vec![value; len as usize];
+            let from = IoVec::from_ref(&bytes);
+            image.node.write(at, &from, WriteFlags::empty()).await.unwrap();
+        }
+        5 => {
+            image.node.flush().await.unwrap();
+            let last = |sector: &mut Vec<u8>| *sector = vec![sector[sector.len() - 1]];
+            model.now.allowed.iter_mut().for_each(last);
+            model.book(log());
+        }
+        _ => {
+            let new = match rng.bool() {
+                true => rng.usize(1..most),
+                false => rng.usize(1..=old),
+            };
+            let cropped = &mut model.now.allowed[new.min(old)..old];
+            cropped.iter_mut().for_each(|sector| sector.push(0));
+            model.now.sizes = vec![old, new];
+            model.book(log());
+            let resized = image.resize(new as u64 * SECTOR).await;
+            let new = match resized {
+                Ok(()) => new,
+                Err(error) => {
+                    let what = error.to_string();
+                    assert!(what.starts_with("Failed to zero out new clusters"), "{what}");
+                    old
+                }
+            };
+            let end = old.max(new);
+            model.now.allowed[new.min(old)..end].iter_mut().for_each(|sector| *sector = vec![0]);
+            model.now.sizes = vec![new];
+            model.book(log());
+        }
+    }
+}
+
+fn contents(state: &[u8], backing: &str) -> Vec<u8> {
+    let (_disk, options) = disk(state, state.len() as u64, |_| {});
+    let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
+    let mut head = state
+        [..Header::cluster_bits(state.first_chunk().unwrap()).map_or(512, |b| 1 << b)]
+        .to_vec();
+    head.resize(head.len().max(512), 0);
+    let len = Header::parse(&head).unwrap().size;
+    let orderly = Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 };
+    simulated(orderly, |_| async move {
+        let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
+        assert_eq!(opened.node.len(), len);
+        let mut found = vec![0xee; len as usize];
+        opened.node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();
+        found
+    })
+}
+
+#[test]
+fn no_crash_while_a_disk_is_resized_corrupts_it_or_shows_what_was_not_there() {
+    let seed = seed();
+    for (n, case) in CASES.iter().enumerate() {
+        println!("{} {} {}", case.create, case.garbage, case.has_backing);
+        run(case, seed.wrapping_add(n as u64), 4, 101);
+    }
+}
