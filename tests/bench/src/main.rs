@@ -1,6 +1,7 @@
 //! Measures vublk beside qemu-storage-daemon, a stock vhost-user-backend server and fio, in turns in
 //! one run, and prints medians, ratios and whether the project's targets are met.
 
+mod convert;
 mod costs;
 mod fio;
 mod groups;
@@ -99,6 +100,8 @@ enum Group {
     Check,
     /// CPU with metrics offered
     Metrics,
+    /// convert: raw to qcow2 and back, compressed
+    Convert,
 }
 
 fn main() -> ExitCode {
@@ -199,6 +202,12 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
     if chosen(Group::Metrics) {
         headline("CPU per request, with metrics offered or not (ns)");
         verdicts.extend(cost(&plan, What::Metrics)?);
+    }
+    if chosen(Group::Convert) {
+        headline(&format!("convert in {}", cli.dir.display()));
+        let (table, more) = convert::convert(&plan, &cli.dir)?;
+        println!("{table}");
+        verdicts.extend(more);
     }
     conclude(&verdicts);
     Ok(())

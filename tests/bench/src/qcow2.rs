@@ -19,10 +19,10 @@ const US: Who = Who::Server(Kind::Vublk);
 const QSD: Who = Who::Server(Kind::Qsd);
 
 /// A file that goes when it is dropped.
-struct Scratch(PathBuf);
+pub struct Scratch(pub PathBuf);
 
 impl Scratch {
-    fn new(dir: &Path, name: &str) -> Result<Scratch> {
+    pub fn new(dir: &Path, name: &str) -> Result<Scratch> {
         let io = |e| Error::Io(format!("directory {}", dir.display()), e);
         std::fs::create_dir_all(dir).map_err(io)?;
         // The servers have other working directories.
@@ -37,7 +37,8 @@ impl Drop for Scratch {
     }
 }
 
-fn qemu_img(arguments: &[&str]) -> Result<()> {
+/// Runs qemu-img.
+pub fn qemu_img(arguments: &[&str]) -> Result<()> {
     let out = Command::new("qemu-img").args(arguments).output();
     let out = out.map_err(|e| Error::Io("qemu-img".into(), e))?;
     match out.status.success() {
@@ -50,7 +51,8 @@ fn qemu_img(arguments: &[&str]) -> Result<()> {
     }
 }
 
-fn text(path: &Path) -> &str {
+/// A path that is text.
+pub fn text(path: &Path) -> &str {
     path.to_str().unwrap_or_default()
 }
 
@@ -292,9 +294,9 @@ fn once(plan: &Plan, kind: Kind, content: Content, load: &Once) -> Result<Measur
 }
 
 /// What a program that ran to its end has used.
-struct Used {
-    seconds: f64,
-    cpu_seconds: f64,
+pub struct Used {
+    pub seconds: f64,
+    pub cpu_seconds: f64,
     resident_mib: f64,
 }
 
@@ -350,7 +352,7 @@ pub fn check(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
 }
 
 /// Runs a program to its end.
-fn used(command: &mut Command) -> Result<Used> {
+pub fn used(command: &mut Command) -> Result<Used> {
     let began = Instant::now();
     let child = command.stdin(Stdio::null()).spawn().map_err(|e| Error::Io("a check".into(), e))?;
     let mut status = 0;
