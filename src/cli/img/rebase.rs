@@ -49,7 +49,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     if let Err(failed) = &ended {
         context.fail(failed);
     }
-    if ended.is_ok() || line.get("b") == Some("") {
+    if ended.is_ok() {
         progress.set(100.0);
     }
     progress.end();

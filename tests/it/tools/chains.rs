@@ -73,8 +73,8 @@ fn a_committed_image_is_in_its_base_and_empty() {
         &[
             "qemu-img create -q -f qcow2 -o extended_l2=on -b a.raw -F raw sub.qcow2",
             "qemu-io -c 'write -P 3 100k 2k' -c 'write -z 64k 2k' -c 'discard 200k 100k' sub.qcow2",
-            "qemu-img create -q -f qcow2 -o compat=0.10,cluster_size=4k -b a.raw -F raw old.qcow2",
-            "qemu-io -c 'write -P 3 100k 2k' -c 'write -c -P 8 200k 4k' old.qcow2",
+            "qemu-img create -q -f qcow2 -o compat=0.10 -b a.raw -F raw old.qcow2",
+            "qemu-io -c 'write -P 3 100k 2k' -c 'write -c -P 8 256k 64k' old.qcow2",
         ],
         &["qemu-img commit sub.qcow2", "qemu-img commit old.qcow2"],
     );
