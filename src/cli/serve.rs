@@ -269,9 +269,16 @@ impl Serve {
         cache.insert("no-flush", Value::Bool(self.cache == Cache::Unsafe));
         let discard = if self.discard == Discard::Unmap { "unmap" } else { "ignore" };
         let mut file = Map::new();
-        file.insert("driver", if device { "host_device" } else { "file" });
         file.insert("filename", filename);
-        file.insert("aio", "io_uring");
+        match protocol(filename) {
+            Some(driver) => {
+                file.insert("driver", driver);
+            }
+            None => {
+                file.insert("driver", if device { "host_device" } else { "file" });
+                file.insert("aio", "io_uring");
+            }
+        }
         let mut node = Map::new();
         node.insert("driver", &**format);
         node.insert("node-name", name);
@@ -309,6 +316,13 @@ fn parse_mode(text: &str) -> Result<u32, String> {
         Ok(mode) if mode <= 0o777 => Ok(mode),
         _ => Err(format!("'{text}' is not an octal mode such as 660")),
     }
+}
+
+/// The driver of a name such as `nvme://…`. Other colons are part of a file's name.
+fn protocol(name: &str) -> Option<&'static str> {
+    let (prefix, _) = name.split_once("://")?;
+    let driver = drivers::registry().by_prefix(prefix)?.name;
+    (!matches!(driver, "file" | "host_device")).then_some(driver)
 }
 
 /// `USER[:GROUP]`; the group is the user's number if it is not given.
