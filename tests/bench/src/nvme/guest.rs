@@ -107,7 +107,9 @@ fn open(vublk: &Path, who: Who, dir: &Path) -> Result<Server> {
         let export = "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,writable=on,num-queues=2";
         let socket = socket(dir, 0);
         let export = format!("{export},iothread=io,addr.path={}", socket.display());
-        command.args(["--object", "iothread,id=io", "--blockdev", &format!("{node},node-name=n")]);
+        // Long enough for an emulated controller: who is busy shall not go to sleep.
+        let thread = "iothread,id=io,poll-max-ns=4000000";
+        command.args(["--object", thread, "--blockdev", &format!("{node},node-name=n")]);
         command.args(["--export", &export]).arg("--pidfile").arg(&pidfile);
         let mut server = Server::spawn(command)?;
         match server.wait_pidfile(&pidfile, OPEN_LIMIT) {
