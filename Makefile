@@ -3,11 +3,12 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test test-without-io-uring bench bench-nvme fuzz install install-files package
+.PHONY: help setup demo test test-nvme test-without-io-uring bench bench-nvme fuzz install install-files package
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
 	@echo 'make test   all tests, as CI runs them'
+	@echo 'make test-nvme  the tests of NVMe controllers alone, in memory and in guests with an IOMMU'
 	@echo 'make test-without-io-uring  the tests of disks where threads do the I/O'
 	@echo 'make bench  measure vublk beside qemu-storage-daemon'
 	@echo 'make bench-nvme  measure the NVMe driver in a guest, beside qemu-storage-daemon and the kernel'
@@ -28,6 +29,10 @@ test: setup
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) test --workspace --locked
 	@$(MAKE) --no-print-directory test-without-io-uring THREADS_TESTS='vhost_user:: file:: monitor::resize'
+
+test-nvme: setup
+	$(CARGO) test --locked -p vublk-vfio
+	$(CARGO) test --locked -p vublk --test it nvme
 
 # What a command line prints is compared word by word, and has the warning then.
 THREADS_TESTS ?= --skip cli:: --skip monitor::ctl

@@ -1,7 +1,7 @@
 //! `vublk nvme list`, `bind` and `unbind` with a real kernel: what is in use stays where it is, and what
 //! is given back is as it was.
 
-use super::{Drives, lab, prelude};
+use super::{Drives, MORE_TIME, lab, prelude};
 use crate::guest::boot::{Console, Guest};
 use serde_json::{Value, json};
 
@@ -100,7 +100,7 @@ fn controllers_in_use_stay_with_the_kernel_and_others_come_and_go() {
     for device in CONTROLLERS {
         guest = guest.qemu(&["-device", device]);
     }
-    let console = guest.run(&(prelude() + REFUSALS + COMINGS_AND_GOINGS));
+    let console = guest.for_more(MORE_TIME).run(&(prelude() + REFUSALS + COMINGS_AND_GOINGS));
     check_refusals(&console);
     check_comings_and_goings(&console);
 }

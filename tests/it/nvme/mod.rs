@@ -3,14 +3,21 @@
 //! what cargo has built.
 
 mod bind;
+mod inside;
+mod io;
+mod served;
 
 use crate::cli::VUBLK;
 use crate::guest::boot::Guest;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
+
+/// These guests do more than others, one thing after another.
+const MORE_TIME: Duration = Duration::from_secs(400);
 
 /// A guest with an IOMMU in which this machine's programs and what cargo has built are at hand.
 fn lab() -> Guest {
@@ -25,6 +32,11 @@ fn with_programs(guest: Guest) -> Guest {
 /// What a script in the lab's guest begins with: the program's name, and the kernel's drivers.
 fn prelude() -> String {
     format!("vublk={VUBLK}\nmodprobe nvme\nmodprobe vfio_iommu_type1\nmodprobe dm_mod\n")
+}
+
+/// What a script goes on with: so many controllers given to vfio-pci.
+fn bound(addresses: &str) -> String {
+    format!("modprobe vfio-pci && $vublk nvme bind {addresses} || exit 1\n")
 }
 
 /// The files behind a guest's drives; QEMU knows them as d0, d1 and so on.
@@ -49,10 +61,16 @@ impl Drives {
     }
 
     /// A guest that has them, on no controllers yet.
-    fn attach(&self, mut guest: Guest) -> Guest {
-        for index in 0..self.count {
+    fn attach(&self, guest: Guest) -> Guest {
+        self.attach_some(guest, self.count)
+    }
+
+    /// The same with the first `count` of them.
+    fn attach_some(&self, mut guest: Guest, count: usize) -> Guest {
+        for index in 0..count {
             let path = self.path(index);
-            let drive = format!("if=none,id=d{index},format=raw,file={}", path.display());
+            let drive =
+                format!("if=none,id=d{index},format=raw,discard=unmap,file={}", path.display());
             guest = guest.qemu(&["-drive", &drive]);
         }
         guest

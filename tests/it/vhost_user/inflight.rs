@@ -50,12 +50,12 @@ fn begun_again(daemon: &Daemon) -> usize {
 }
 
 /// Blocks of 4 KiB that one queue writes and reads back, each with at most one request in flight.
-struct Lane {
+pub struct Lane {
     sector: u64,
     /// In every sector of the block: what was written last, or is being written.
     stamp: u64,
     /// The request in flight, and whether it reads.
-    pending: Option<(u64, bool)>,
+    pub pending: Option<(u64, bool)>,
 }
 
 const BLOCK: usize = 4096;
@@ -70,14 +70,14 @@ fn stamped(sector: u64, stamp: u64) -> Vec<u8> {
 }
 
 /// The load of one queue.
-struct Load {
-    queue: usize,
-    lanes: Vec<Lane>,
-    done: u64,
+pub struct Load {
+    pub queue: usize,
+    pub lanes: Vec<Lane>,
+    pub done: u64,
 }
 
 impl Load {
-    fn new(queue: usize) -> Load {
+    pub fn new(queue: usize) -> Load {
         let lane = |n: usize| Lane {
             sector: ((queue * 48 + n) * BLOCK / 512) as u64,
             stamp: 0,
@@ -87,7 +87,7 @@ impl Load {
     }
 
     /// Begins something on the idle lanes, some of them.
-    fn submit(&mut self, disk: &mut Disk, random: &mut fastrand::Rng) {
+    pub fn submit(&mut self, disk: &mut Disk, random: &mut fastrand::Rng) {
         let queue = disk.queue(self.queue);
         for lane in self.lanes.iter_mut().filter(|lane| lane.pending.is_none()) {
             if random.u8(..4) == 0 {
@@ -107,7 +107,7 @@ impl Load {
     }
 
     /// Takes what has come back; each request once, with its data.
-    fn reap(&mut self, disk: &mut Disk) {
+    pub fn reap(&mut self, disk: &mut Disk) {
         while let Some(done) = disk.queue(self.queue).reap().unwrap() {
             assert_eq!(done.status, status::OK);
             let lane = self

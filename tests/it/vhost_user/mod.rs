@@ -7,7 +7,7 @@ mod differential;
 mod dirty_log;
 mod hand_over;
 mod hostile;
-mod inflight;
+pub mod inflight;
 mod layouts;
 mod lifecycle;
 mod lost_memory;

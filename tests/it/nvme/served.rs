@@ -1,0 +1,57 @@
+//! A disk on an NVMe controller served over vhost-user, and what may befall the controller meanwhile.
+//! The work is done inside the guest by the tests of [`super::inside`].
+
+use super::{Drives, MIB, MORE_TIME, bound, lab, prelude};
+use crate::guest::boot::Guest;
+use serde_json::json;
+use std::fs;
+
+/// The controller behind a root port: 01:00.0.
+fn guest(drives: &Drives, controller: &str) -> Guest {
+    let guest = drives.attach(lab().memory("1G").for_more(MORE_TIME));
+    let port = "pcie-root-port,id=rp0,chassis=1,slot=1,addr=0x1c";
+    guest.qemu(&["-device", port, "-device", &format!("nvme,id=c,serial=N,bus=rp0,{controller}")])
+}
+
+/// The script that runs tests of [`super::inside`], one after another.
+fn inside(tests: &[&str]) -> String {
+    let program = std::env::current_exe().unwrap();
+    let mut script = prelude() + &bound("0000:01:00.0") + "export RUST_LOG=info\n";
+    if let Ok(seed) = std::env::var("VUBLK_SEED") {
+        script += &format!("export VUBLK_SEED={seed}\n");
+    }
+    for test in tests {
+        let program = program.display();
+        script += &format!(
+            "{program} --ignored --exact --nocapture --test-threads=1 nvme::inside::{test} || exit 1\n\
+             echo 'passed {test}'\n"
+        );
+    }
+    script
+}
+
+#[test]
+fn what_befalls_a_controller_costs_no_request_or_is_told() {
+    let drives = Drives::new(1, 64);
+    let tests = [
+        "killed_and_started_again",
+        "reset_by_somebody_else",
+        "gone_and_back",
+        "copied_where_the_device_may_not_reach_guests_memory",
+        "queues_of_two_workers",
+        "asked_for_by_the_host",
+    ];
+    let mut guest = guest(&drives, "drive=d0,mdts=5,max_ioqpairs=2").boot(&inside(&tests));
+    guest.wait_for("unplug-me");
+    guest.monitor().run("device_del", json!({"id": "c"}));
+    guest.finish();
+    let bytes = fs::read(drives.path(0)).unwrap();
+    for number in 4..16u64 {
+        let (at, len) = ((number * MIB) as usize, 512 << (number - 4));
+        let mut wanted = vec![number as u8; len];
+        if number == 15 {
+            wanted[4096..8192].fill(0);
+        }
+        assert!(bytes[at..at + len] == wanted, "MiB {number}");
+    }
+}
