@@ -442,7 +442,7 @@ impl Queue {
     #[inline]
     fn start(&mut self, io: &Rc<Io>, me: SourceId, turn: &Turn<'_>, head: u16, readable: usize) {
         let slot = &mut self.slots[head as usize];
-        let header = Header::parse(read_header(&slot.segments[..readable]));
+        let header = Header::parse(Header::read(&slot.segments[..readable]));
         slot.kind = header.kind();
         let Some(kind) = slot.kind else {
             return self.finish(head, Status::Unsupported, 0);
@@ -669,24 +669,6 @@ fn start_fast(
             Some(Started::Done(Ok(())))
         }
         _ => None,
-    }
-}
-
-/// Copies the header from the front of `out`, which holds that much.
-#[inline]
-fn read_header(out: &[libc::iovec]) -> [u8; HEADER_LEN] {
-    match out {
-        [first, ..] if first.iov_len >= HEADER_LEN => {
-            // SAFETY: the segment is mapped and holds that many bytes; the guest may have put it at
-            // any address, and may be writing to it.
-            unsafe { first.iov_base.cast_const().cast::<[u8; HEADER_LEN]>().read_volatile() }
-        }
-        _ => {
-            let mut header = [0; HEADER_LEN];
-            // SAFETY: the segments are mapped guest memory.
-            unsafe { IoVec::from_raw(out) }.copy_to(&mut header);
-            header
-        }
     }
 }
 

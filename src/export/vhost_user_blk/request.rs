@@ -100,6 +100,24 @@ pub struct Header {
 pub const HEADER_LEN: usize = 16;
 
 impl Header {
+    /// Copies the header from the front of `out`, which holds that much.
+    #[inline]
+    pub fn read(out: &[libc::iovec]) -> [u8; HEADER_LEN] {
+        match out {
+            [first, ..] if first.iov_len >= HEADER_LEN => {
+                // SAFETY: the segment is mapped and holds that many bytes; the guest may have put it at
+                // any address, and may be writing to it.
+                unsafe { first.iov_base.cast_const().cast::<[u8; HEADER_LEN]>().read_volatile() }
+            }
+            _ => {
+                let mut header = [0; HEADER_LEN];
+                // SAFETY: the segments are mapped guest memory.
+                unsafe { IoVec::from_raw(out) }.copy_to(&mut header);
+                header
+            }
+        }
+    }
+
     pub fn parse(bytes: [u8; HEADER_LEN]) -> Header {
         let [a, b, c, d, _, _, _, _, sector @ ..] = bytes;
         let sector = u64::from_le_bytes(sector);
