@@ -306,6 +306,12 @@ impl Controller {
         self.0.space.register(memory).map_err(|error| error.at(&self.0.name))
     }
 
+    /// Shuts the controller down, whoever still has a clone; the queue pairs are gone. What is asked of
+    /// it afterwards fails. Blocks.
+    pub fn close(&self) {
+        self.0.end();
+    }
+
     /// How many queue pairs there can be at a time.
     pub fn max_pairs(&self) -> usize {
         usize::from(lock(&self.0.pairs).granted)

@@ -180,12 +180,10 @@ impl Claim {
             }
             io::sleep(PAUSE).await;
         }
-        let shared = self.shared.clone();
-        io::offload(move || {
-            drop(shared.controller.lock().take());
-            shared.forget();
-        })
-        .await;
+        // The address is free for others when the node is gone: it still has the device open.
+        if let Some(controller) = self.shared.controller.lock().take() {
+            io::offload(move || controller.close()).await;
+        }
         Ok(())
     }
 }

@@ -266,8 +266,9 @@ impl Inner {
     }
 }
 
-impl Drop for Inner {
-    fn drop(&mut self) {
+impl Inner {
+    /// Shuts the controller down and takes its memory away, once. Blocks.
+    pub(super) fn end(&self) {
         let life = self.life.swap(DEAD, Ordering::AcqRel);
         // The thread ends when it finds nobody here.
         let _ = self.wake.write(1);
@@ -286,5 +287,11 @@ impl Drop for Inner {
             }
             _ => {}
         }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.end();
     }
 }
