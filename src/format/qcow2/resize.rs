@@ -8,9 +8,7 @@
 //! backing file (version 2), the header comes first.
 
 use super::Qcow2;
-use super::extensions::Extension;
 use super::freed::Release;
-use super::header::Autoclear;
 use super::l2_cache::SliceNo;
 use super::layout::L1Entry;
 use super::zero::Kind;
@@ -59,13 +57,6 @@ impl Qcow2 {
         }
         if header.nb_snapshots > 0 && header.version < 3 {
             return refused("Can't resize a v2 image which has snapshots");
-        }
-        let is_bitmaps = |extension: &Extension| matches!(extension, Extension::Bitmaps(_));
-        if header.autoclear.contains(Autoclear::BITMAPS) && header.extensions.iter().any(is_bitmaps)
-        {
-            return refused(
-                "Cannot resize qcow2 with persistent bitmaps that were not loaded into memory",
-            );
         }
         let old = self.size();
         if len < old && preallocation != Preallocation::Off {

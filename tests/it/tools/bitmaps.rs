@@ -106,6 +106,8 @@ fn bitmaps_are_added_changed_and_refused_in_the_same_words() {
         bitmap --add v2.qcow2 x
         bitmap --add -g 512 huge.qcow2 x
         info a.qcow2
+        resize a.qcow2 +1M
+        info a.qcow2
         bitmap --remove a.qcow2 b0
         bitmap --remove a.qcow2 b1
         bitmap --remove a.qcow2 b2
@@ -277,7 +279,9 @@ fn bitmaps_that_either_program_has_written_say_the_same_to_both() {
                 "qemu-img bitmap --merge c i.qcow2 fine",
                 "qemu-img bitmap --merge fine i.qcow2 c",
                 "qemu-img bitmap --remove --add -g 1k i.qcow2 b",
-            ][rng.usize(0..6)];
+                "qemu-img resize i.qcow2 +1M",
+                "qemu-img resize --shrink i.qcow2 -512k",
+            ][rng.usize(0..8)];
             for line in [&format!("{line} i.qcow2"), change] {
                 assert_eq!(theirs.run(line).code, Some(0), "{line}");
                 // The same file, by turns.
