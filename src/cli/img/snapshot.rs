@@ -16,7 +16,7 @@ pub static TOOL: Tool = Tool {
         IMAGE_OPTS,
         FORCE_SHARE,
         QUIET,
-        switch("l", "", "list (the default)"),
+        switch("l", "", "list"),
         valued("a", "", "SNAPSHOT", "turn the disk back to it"),
         valued("c", "", "SNAPSHOT", "make it"),
         valued("d", "", "SNAPSHOT", "delete it"),
@@ -44,7 +44,8 @@ async fn run(context: &Context, line: Line) -> Ended {
         Some(("a", snapshot)) => apply(&image, snapshot).await,
         Some(("c", snapshot)) => create(&image, snapshot).await,
         Some(("d", snapshot)) => delete(&image, snapshot).await,
-        _ => list(&image, name),
+        Some(_) => list(&image, name),
+        None => Ok(0),
     };
     images.close(image).await?;
     images.end().await;

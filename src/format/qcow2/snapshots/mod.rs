@@ -23,7 +23,7 @@ pub use entry::{MAX_ENTRY, Snapshot};
 pub use table::Table;
 
 use super::Qcow2;
-use super::header::{Header, Incompatible};
+use super::header::{Autoclear, Header, Incompatible};
 use super::layout::L1Entry;
 use super::read::read_padded;
 use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
@@ -76,8 +76,14 @@ impl Qcow2 {
         }
     }
 
+    /// What has to be on disk before the snapshots change. The disk does not, so that bitmaps stay
+    /// true.
     async fn prepare_snapshots(&self) -> IoResult {
-        if self.is_writable { self.prepare_writing().await } else { Err(Errno::EPERM) }
+        if !self.is_writable {
+            return Err(Errno::EPERM);
+        }
+        self.check_sound().await?;
+        self.change_header(|header| header.autoclear &= Autoclear::KNOWN).await
     }
 
     /// Reads a snapshot's L1 table.
@@ -107,30 +113,31 @@ impl Qcow2 {
     /// Before references are counted anew: says that the refcounts may be wrong, durably.
     async fn unsettle(&self) -> IoResult {
         self.begin_counting();
-        let mut header = self.header.lock().await;
-        let mut new = header.clone();
-        unsettled(&mut new);
-        match new == *header {
-            true => Ok(()),
-            false => self.write_header(&mut header, new).await,
-        }
+        self.change_header(unsettled).await
     }
 
     /// Makes the refcounts durable, and says that they are right again.
     async fn settle(&self) -> IoResult {
         self.write_refcounts().await?;
+        self.change_header(|header| self.settled(header)).await
+    }
+
+    /// Writes the header, durably, if something changes in it.
+    async fn change_header(&self, change: impl FnOnce(&mut Header)) -> IoResult {
         let mut header = self.header.lock().await;
         let mut new = header.clone();
-        self.settled(&mut new);
-        match new == *header {
-            true => Ok(()),
-            false => self.write_header(&mut header, new).await,
+        change(&mut new);
+        if new != *header || self.is_header_in_doubt.load(Ordering::SeqCst) {
+            self.write_header(&mut header, new).await?;
         }
+        Ok(())
     }
 
     fn settled(&self, header: &mut Header) {
         self.end_counting();
-        if !self.has_lazy_refcounts && !self.snapshots.needs_repair() {
+        // With lazy refcounts they are right when the image is closed, after guests' writes.
+        let lazy = self.has_lazy_refcounts && self.is_prepared.load(Ordering::SeqCst);
+        if !lazy && !self.snapshots.needs_repair() {
             header.incompatible -= Incompatible::DIRTY;
         }
     }

@@ -23,6 +23,7 @@ impl Qcow2 {
         let size = snapshot.disk_size().unwrap_or(self.size());
         let l1 = self.l1_for(&theirs, size).ok_or_else(|| failed(Errno(libc::EFBIG)))?;
         self.prepare_snapshots().await.map_err(failed)?;
+        self.prepare_writing().await.map_err(failed)?;
         // What the tables say is on disk.
         self.flush_all().await.map_err(failed)?;
         let mine = self.active_l1();
