@@ -123,6 +123,11 @@ fn a_hostile_qcow2_header_is_refused_or_kept() {
 }
 
 #[test]
+fn the_snapshots_of_a_damaged_qcow2_image_are_worked_on() {
+    with_seeds(600, bytes, |input, _| targets::qcow2_snapshots::run(input));
+}
+
+#[test]
 fn a_damaged_qcow2_image_is_checked_and_what_is_repaired_is_sound() {
     with_seeds(600, bytes, |input, _| targets::qcow2_check::run(input));
 }

@@ -6,6 +6,7 @@
 pub mod boot;
 mod migration;
 pub mod server;
+mod snapshots;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;

@@ -139,6 +139,45 @@ impl Model {
     }
 }
 
+/// What is kept of a disk for later: what could be read at some moment between two.
+impl Run {
+    /// From now on, what is kept may show the disk.
+    pub fn begin_kept(&self) -> u64 {
+        self.model().begin_read()
+    }
+
+    pub fn now(&self) -> u64 {
+        self.model().tick()
+    }
+
+    /// It is not looked at.
+    pub fn forget_kept(&self, began: u64) {
+        self.model().reads.retain(|&read| read != began);
+    }
+
+    /// Whether the whole disk was kept between these moments: no sector holds what was replaced
+    /// before, nor what came after.
+    pub fn check_kept(&self, began: u64, ended: u64, bytes: &[u8]) -> Result<(), String> {
+        let model = self.model();
+        for (n, bytes) in bytes.chunks_exact(8).enumerate() {
+            let sector = n as u64 * 8 / SECTOR;
+            let found = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
+            let fits = |written: &Written| {
+                let there = written.replaced > began && written.began <= ended;
+                there && written.value.allows(found, sector)
+            };
+            if !model.sectors[sector as usize].iter().any(fits) {
+                return Err(format!(
+                    "found write {} of sector {} in sector {sector}",
+                    found >> 16,
+                    found & 0xffff
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What clients share, on whatever worker they are.
 #[derive(Clone)]
 pub struct Run {

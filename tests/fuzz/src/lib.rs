@@ -11,6 +11,7 @@ pub mod options;
 pub mod qcow2_bitmaps;
 pub mod qcow2_check;
 pub mod qcow2_header;
+pub mod qcow2_snapshots;
 mod scribbler;
 pub mod vhost_user_messages;
 pub mod virtqueue;

@@ -8,6 +8,7 @@ mod ctl;
 mod live;
 mod resize;
 pub mod slow;
+mod snapshots;
 
 use crate::vhost_user::Daemon;
 pub use client::Client;

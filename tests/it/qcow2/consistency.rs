@@ -6,6 +6,7 @@ use vublk::format::qcow2::bitmaps;
 use vublk::format::qcow2::extensions::Extension;
 use vublk::format::qcow2::header::{Autoclear, Header};
 use vublk::format::qcow2::layout::{self, Cluster, Geometry, L1Entry, L2Entry};
+use vublk::format::qcow2::snapshots::Snapshot;
 
 struct Check<'a> {
     bytes: &'a [u8],
@@ -17,8 +18,7 @@ struct Check<'a> {
     table: Vec<u64>,
 }
 
-/// What is wrong, if something is. Internal snapshots are not looked at, but for their clusters being
-/// counted more than once.
+/// What is wrong, if something is. With snapshots, clusters may have more than one reference.
 pub fn check(bytes: &[u8], has_snapshots: bool) -> Result<(), String> {
     let bits = Header::cluster_bits(bytes.first_chunk().ok_or("too short")?);
     let bits = bits.map_err(|error| error.to_string())?;
@@ -59,6 +59,7 @@ pub fn check(bytes: &[u8], has_snapshots: bool) -> Result<(), String> {
         check.l2_table(table, &mut copied)?;
     }
     check.bitmaps(&header)?;
+    check.snapshots(&header)?;
     for (&cluster, &references) in &check.references {
         let count = check.refcount(cluster);
         if count < references {
@@ -83,6 +84,27 @@ impl Check<'_> {
     fn words(&self, at: u64, count: u64) -> Vec<u64> {
         let byte = |n: u64| u64::from(self.bytes.get(n as usize).copied().unwrap_or(0));
         (0..count).map(|n| (0..8).fold(0, |word, b| word << 8 | byte(at + n * 8 + b))).collect()
+    }
+
+    /// What snapshots refer to.
+    fn snapshots(&mut self, header: &Header) -> Result<(), String> {
+        let mut at = header.snapshots_offset as usize;
+        for n in 0..header.nb_snapshots {
+            let bytes = self.bytes.get(at..).unwrap_or_default();
+            let (snapshot, len) = Snapshot::parse(bytes).ok_or(format!("snapshot {n}"))?;
+            at += len;
+            self.refer(snapshot.l1_table_offset, snapshot.l1_size as u64 * 8);
+            for word in self.words(snapshot.l1_table_offset, snapshot.l1_size.into()) {
+                let table = L1Entry(word).l2_table();
+                if table != 0 {
+                    self.refer(table, self.geometry.cluster_size());
+                    // Flags mean nothing here.
+                    self.l2_table(table, &mut Vec::new())?;
+                }
+            }
+        }
+        self.refer(header.snapshots_offset, at as u64 - header.snapshots_offset);
+        Ok(())
     }
 
     fn refer(&mut self, at: u64, len: u64) {

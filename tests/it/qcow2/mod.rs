@@ -10,4 +10,7 @@ mod read;
 mod resize;
 mod resize_crash;
 pub mod sim;
+mod snapshot_crash;
+mod snapshot_model;
+mod snapshots;
 mod write;

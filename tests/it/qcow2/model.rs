@@ -25,7 +25,7 @@ const KINDS: &[&str] = &[
 
 /// What is below the image.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Ground {
+pub enum Ground {
     /// A file that grows with zeroes, and takes requests of any alignment.
     Grows,
     /// A device of fixed length, full of garbage.
@@ -38,7 +38,7 @@ enum Ground {
 
 const MOST: u64 = 2 << 20;
 
-fn setup(kind: &str, ground: Ground, seed: u64) -> (Vec<SimDisk>, String) {
+pub fn setup(kind: &str, ground: Ground, seed: u64) -> (Vec<SimDisk>, String) {
     let bytes = image(LEN, kind);
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut disks = Vec::new();
@@ -78,7 +78,7 @@ fn setup(kind: &str, ground: Ground, seed: u64) -> (Vec<SimDisk>, String) {
 }
 
 /// Where a transfer can be cut anywhere, none is: two writes side by side would share a word.
-fn disorder(ground: Ground, seed: u64) -> Disorder {
+pub fn disorder(ground: Ground, seed: u64) -> Disorder {
     let short = if ground == Ground::Grows { 0.0 } else { 0.2 };
     Disorder { short, ..Disorder::wild(seed) }
 }

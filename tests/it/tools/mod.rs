@@ -7,6 +7,7 @@ mod chains;
 mod compressed;
 mod files;
 mod lines;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;

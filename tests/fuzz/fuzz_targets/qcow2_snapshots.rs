@@ -1,0 +1,5 @@
+//! The fuzzer's door to `qcow2_snapshots`: images with snapshots and bytes changed, worked on.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vublk_fuzz::qcow2_snapshots::run(data));

@@ -1,0 +1,164 @@
+//! A small qcow2 image with snapshots and arbitrary bytes changed, whose snapshots are listed, made,
+//! applied, shown and deleted: no panic, an end, and an image that was sound stays so.
+
+use super::input::Input;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+use vublk::block::{
+    Creation, Error, Fix, Graph, NewSnapshot, Node, Perm, Perms, SnapshotKey, Snapshots, WriteFlags,
+};
+use vublk::format::qcow2::snapshots::Snapshot;
+use vublk::io::{IoVec, Worker, WorkerOptions};
+use vublk::options::{Map, qemuopts};
+
+static WORKER: LazyLock<Worker> =
+    LazyLock::new(|| Worker::start("snapshots", WorkerOptions::default()).expect("a worker"));
+
+const NAMES: [&str; 4] = ["one", "two", "3", ""];
+
+fn path() -> PathBuf {
+    let name = format!("vublk-fuzz-snapshots-{}.qcow2", std::process::id());
+    std::env::temp_dir().join(name)
+}
+
+/// Images with two snapshots, and their disk changed since.
+static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
+    [
+        "cluster_size=512,refcount_bits=2",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=1k,compat=0.10",
+    ]
+    .map(|options| {
+        let path = path().to_str().expect("a name").to_owned();
+        let given = qemuopts::parse(&format!("{options},size=100k"), None);
+        let file = Map::from_iter([("driver", "file"), ("filename", &path)]);
+        let registry = vublk::drivers::registry();
+        let given = given.expect("options").options;
+        let creation = Creation::new(registry, "qcow2", (&path, file), given, None);
+        let creation = creation.expect("an image to make");
+        WORKER.block_on(move || async move { creation.run().await }).expect("an image");
+        let made = with_image(async |node| {
+            for (n, name) in NAMES[..2].iter().enumerate() {
+                let bytes = vec![n as u8 + 1; 40_000];
+                let from = IoVec::from_ref(&bytes);
+                node.write(n as u64 * 7000, &from, WriteFlags::empty()).await.expect("room");
+                snapshots(node).create(new(name)).await?;
+            }
+            Ok(())
+        });
+        made.expect("snapshots");
+        std::fs::read(path).expect("an image")
+    })
+});
+
+fn new(name: &str) -> NewSnapshot<'_> {
+    NewSnapshot { name, date: Duration::from_secs(1), icount: None }
+}
+
+fn snapshots(node: &Node) -> &dyn Snapshots {
+    node.driver().image().and_then(|image| image.snapshots()).expect("qcow2 has snapshots")
+}
+
+/// Opens the image, for writing, and closes it.
+fn with_image(
+    work: impl AsyncFnOnce(&Node) -> Result<(), Error> + Send + 'static,
+) -> Result<(), Error> {
+    let path = path().to_str().expect("a name").to_owned();
+    WORKER.block_on(move || async move {
+        let graph = Graph::new(vublk::drivers::registry());
+        let options = Map::from_iter([
+            ("driver", "qcow2"),
+            ("file.driver", "file"),
+            ("file.filename", &*path),
+            ("node-name", "image"),
+        ]);
+        let node = graph.open(options.crumple()?).await?;
+        let held = Perm::CONSISTENT_READ | Perm::WRITE;
+        let hold = graph.attach(&node, "a test", Perms { held, shared: Perm::all() }, None)?;
+        let result = work(&node).await;
+        drop((node, hold));
+        graph.close().await;
+        result
+    })
+}
+
+/// Changes one of the images as the input says, and works on its snapshots.
+pub fn run(data: &[u8]) {
+    let mut input = Input::new(data);
+    entry(&mut input);
+    let mut image = IMAGES[input.below(3) as usize].clone();
+    let changes = input.u8() % 6;
+    for _ in 0..changes {
+        let words = image.len() as u64 / 8;
+        let table =
+            image.get(64..72).and_then(|w| w.first_chunk()).map_or(0, |w| u64::from_be_bytes(*w));
+        let at = match input.one_in(2) {
+            // Around the snapshot table.
+            true => (table / 8 + input.below(32)).min(words - 1),
+            false => input.below(words),
+        } as usize
+            * 8;
+        let value = match input.u8() % 3 {
+            0 => input.edgy(),
+            1 => 1 << 63 | input.below(1 << 10) << 9,
+            _ => input.below(1 << 19),
+        };
+        image[at..][..8].copy_from_slice(&value.to_be_bytes());
+    }
+    std::fs::write(path(), &image).expect("a file");
+    let steps: Vec<(u8, usize)> =
+        (0..1 + input.u8() % 5).map(|_| (input.u8() % 4, input.below(4) as usize)).collect();
+    let is_sound = changes == 0;
+    let worked = with_image(async move |node| {
+        for (step, name) in steps {
+            let (snapshots, name) = (snapshots(node), NAMES[name]);
+            let _ = snapshots.list();
+            let _ = match step {
+                0 => snapshots.create(new(name)).await.map(drop),
+                1 => snapshots.delete(SnapshotKey::Name(name)).await.map(drop),
+                2 => snapshots.apply(SnapshotKey::IdOrName(name)).await,
+                _ => {
+                    let bytes = vec![9; 20_000];
+                    let from = IoVec::from_ref(&bytes);
+                    // A damaged image refuses it.
+                    let _ = node.write(3000, &from, WriteFlags::empty()).await;
+                    Ok(())
+                }
+            };
+        }
+        Ok(())
+    });
+    if is_sound {
+        worked.expect("the image is sound");
+        let checked = with_image(async |node| {
+            let mut said = String::new();
+            let mut say = |line: &str| said += line;
+            let image = node.driver().image().expect("an image");
+            let report = image.check(Fix::Nothing, &mut say).await?;
+            assert_eq!(
+                (report.corruptions, report.leaks, report.check_errors),
+                (0, 0, 0),
+                "{said}"
+            );
+            Ok(())
+        });
+        checked.expect("it is checked");
+    }
+    let _ = std::fs::remove_file(path());
+}
+
+/// What is read as an entry is written as it was.
+fn entry(input: &mut Input) {
+    let mut bytes = vec![0; 40 + input.below(80) as usize];
+    for _ in 0..input.u8() % 8 {
+        let at = input.below(bytes.len() as u64) as usize;
+        bytes[at] = input.u8();
+    }
+    if let Some((mut snapshot, len)) = Snapshot::parse(&bytes) {
+        assert_eq!(Snapshot::parse(&snapshot.encode()), Some((snapshot.clone(), len)));
+        let told = snapshot.info();
+        snapshot.complete(1 << 20);
+        assert_eq!((snapshot.info(), snapshot.is_complete()), (told, true));
+    }
+}
