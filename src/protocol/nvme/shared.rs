@@ -181,7 +181,8 @@ impl Claim {
             io::sleep(PAUSE).await;
         }
         // The address is free for others when the node is gone: it still has the device open.
-        if let Some(controller) = self.shared.controller.lock().take() {
+        let controller = self.shared.controller.lock().take();
+        if let Some(controller) = controller {
             io::offload(move || controller.close()).await;
         }
         Ok(())
