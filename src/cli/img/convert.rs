@@ -248,8 +248,8 @@ async fn convert(
 /// Workers beside the one that the tool runs on.
 pub(super) fn helpers(lanes: usize) -> Vec<Worker> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    // Some wait for the storage.
-    let count = (2 * processors).min(lanes) - 1;
+    // One waits for the storage, or for another that writes to the same file; more would wait in turn.
+    let count = (processors + 1).min(lanes) - 1;
     let options = WorkerOptions { may_block: true, ..WorkerOptions::default() };
     // Fewer are slower, and that is all.
     (0..count).map_while(|_| Worker::start("convert", options).ok()).collect()

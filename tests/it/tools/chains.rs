@@ -65,6 +65,7 @@ fn a_committed_image_is_in_its_base_and_empty() {
             "qemu-img commit -b top.qcow2 top.qcow2",
             "qemu-img commit -r 100M -t none top.qcow2",
             "qemu-img commit -b a.raw long.qcow2",
+            "qemu-img commit long.qcow2",
             "qemu-img commit mid.qcow2 && qemu-img commit mid.qcow2",
             "qemu-img commit mid.qcow2 && qemu-io -c 'write -P 9 0 64k' mid.qcow2 && qemu-img commit mid.qcow2",
         ],
