@@ -29,6 +29,7 @@ use link::{Link, State};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -116,6 +117,8 @@ pub(crate) struct Inner {
     pairs: Mutex<Pairs>,
     life: AtomicU8,
     wants: Mutex<Wants>,
+    /// The thread that looks after it, until it is waited for.
+    watcher: Mutex<Option<JoinHandle<()>>>,
     /// Wakes the thread.
     wake: EventFd,
     /// Open namespaces, and how many blocks they have.

@@ -244,8 +244,10 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The address is free only when the controller has been shut down.
-        drop(self.controller.lock().take());
+        // The address is free only when the controller has been shut down, whoever still looks after it.
+        if let Some(controller) = self.controller.lock().take() {
+            controller.close();
+        }
         self.forget();
     }
 }

@@ -63,6 +63,7 @@ pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Arc<Inn
         pairs: Mutex::new(Pairs::default()),
         life: AtomicU8::new(STARTING),
         wants: Mutex::default(),
+        watcher: Mutex::default(),
         wake: event()?,
         namespaces: Mutex::default(),
         listeners: Mutex::default(),
@@ -73,7 +74,8 @@ pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Arc<Inn
     inner.disable()?;
     inner.start()?;
     inner.life.store(RUNNING, Ordering::Release);
-    watch::spawn(&inner)?;
+    let watcher = watch::spawn(&inner)?;
+    *lock(&inner.watcher) = Some(watcher);
     Ok(inner)
 }
 
@@ -269,9 +271,20 @@ impl Inner {
 impl Inner {
     /// Shuts the controller down and takes its memory away, once. Blocks.
     pub(super) fn end(&self) {
-        let life = self.life.swap(DEAD, Ordering::AcqRel);
-        // The thread ends when it finds nobody here.
+        let before = self.life.swap(DEAD, Ordering::AcqRel);
         let _ = self.wake.write(1);
+        // The thread may be in the middle of something, a reset even. It may also be the last that has
+        // this.
+        let watcher = lock(&self.watcher).take();
+        if let Some(watcher) = watcher
+            && watcher.thread().id() != std::thread::current().id()
+        {
+            let _ = watcher.join();
+        }
+        let life = match self.life.swap(DEAD, Ordering::AcqRel) {
+            DEAD => before,
+            after_reset => after_reset,
+        };
         match life {
             RUNNING => {
                 self.shut_down();

@@ -13,6 +13,7 @@ use crate::spec::{AdminOpcode, Command, log_page};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -24,7 +25,7 @@ const RESETS: u32 = 3;
 /// After how long without one, resets are no longer in a row.
 const ROW: Duration = Duration::from_secs(60);
 
-pub fn spawn(inner: &Arc<Inner>) -> Result<(), Error> {
+pub fn spawn(inner: &Arc<Inner>) -> Result<JoinHandle<()>, Error> {
     let failed = |error: std::io::Error| Error::os("starting its thread", &error);
     let epoll = Epoll::new().map_err(failed)?;
     let mut events = Vec::new();
@@ -39,7 +40,7 @@ pub fn spawn(inner: &Arc<Inner>) -> Result<(), Error> {
     let (weak, look) = (Arc::downgrade(inner), inner.options.look);
     let thread = std::thread::Builder::new().name("nvme-watch".into());
     let watch = Watch { weak, epoll, events, look, row: 0, last: None };
-    thread.spawn(move || watch.run()).map(drop).map_err(failed)
+    thread.spawn(move || watch.run()).map_err(failed)
 }
 
 struct Watch {

@@ -24,7 +24,7 @@ fn with(namespaces: Vec<Media>) -> Config {
 #[test]
 fn a_controller_is_stopped_then_given_interrupts_then_enabled_and_in_the_end_shut_down() {
     let fake = Fake::new(Config::default());
-    drop(open(&fake));
+    open(&fake).close();
     let events = fake.events();
     let at = |event: Event| {
         let found = events.iter().position(|other| *other == event);

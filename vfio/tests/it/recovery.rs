@@ -200,7 +200,8 @@ fn a_queue_pair_that_is_dropped_with_commands_in_flight_deletes_its_queues_first
     pair.submit(namespace.read(0, 512, segments(&list), 5));
     pair.ring();
     assert_eq!(wait(&mut pair, 1), [(5, Status::SUCCESS)]);
-    drop((pair, controller));
+    drop(pair);
+    controller.close();
     assert_eq!(fake.complaints(), Vec::<String>::new());
     assert!(!fake.has_mappings());
 }
