@@ -89,11 +89,16 @@ impl Qcow2 {
         self.grow_l1(entries).await.map_err(failed("Failed to grow the L1 table"))?;
         let data = self.lengthen_data_file(old, new).await;
         data.map_err(failed("Failed to resize the data file"))?;
-        self.zero_tail(old..cluster_end.min(new)).await.map_err(zeroing)?;
         let hides = self.shows_backing(old..new);
-        if hides && self.geometry.zero_flag && cluster_end < new {
-            let len = new - cluster_end;
-            self.zero_range(cluster_end, len, ZeroFlags::NO_FALLBACK).await.map_err(zeroing)?;
+        // With zero clusters, what begins behind the end needs nothing written.
+        let written = match hides && self.geometry.zero_flag {
+            true => old.next_multiple_of(self.geometry.subcluster_size()).min(new),
+            false => cluster_end.min(new),
+        };
+        self.zero_tail(old..written).await.map_err(zeroing)?;
+        if hides && self.geometry.zero_flag && written < new {
+            let zeroed = self.zero_range(written, new - written, ZeroFlags::empty()).await;
+            zeroed.map_err(zeroing)?;
         }
         if mode != Preallocation::Off {
             self.preallocate(old..new, mode, hides)
@@ -105,11 +110,19 @@ impl Qcow2 {
 
     /// The bytes behind the disk's end in its last cluster may be anything.
     async fn zero_tail(&self, tail: Range<u64>) -> IoResult {
-        let is_zero = {
-            let _visit = self.visits.enter();
-            self.reads_zero(tail.clone()).await?
-        };
-        if is_zero { Ok(()) } else { self.write_zeroes(tail).await }
+        let mut at = tail.start;
+        while at < tail.end {
+            let (stop, is_zero) = {
+                let _visit = self.visits.enter();
+                let stop = at + self.lookup(at, tail.end - at).await?.len;
+                (stop, self.reads_zero(at..stop).await?)
+            };
+            if !is_zero {
+                self.write_zeroes(at..stop).await?;
+            }
+            at = stop;
+        }
+        Ok(())
     }
 
     /// A file of its own for the data is as long as the disk, and, if it is to be a disk image by
@@ -160,17 +173,24 @@ impl Qcow2 {
 
     /// Empties the entries of all guest clusters that begin at `from` or behind, as far as the L1 table
     /// reaches.
-    async fn unmap(&self, from: u64, kind: Kind) -> IoResult {
+    pub(super) async fn unmap(&self, from: u64, kind: Kind) -> IoResult {
+        let end = self.l1.entries() * self.geometry.l2_coverage();
+        let from = from.next_multiple_of(self.geometry.cluster_size());
+        self.empty(from..end, kind).await
+    }
+
+    /// Empties the entries of whole guest clusters, as far as there are tables for them.
+    pub(super) async fn empty(&self, clusters: Range<u64>, kind: Kind) -> IoResult {
         let bits = self.geometry.cluster_bits;
         let slice = (self.l2.entries() as u64) << bits;
         let coverage = self.geometry.l2_coverage();
-        let mut at = from.next_multiple_of(self.geometry.cluster_size());
-        while self.geometry.l1_index(at) < self.l1.entries() {
+        let mut at = clusters.start;
+        while at < clusters.end {
             if self.l1.get(self.geometry.l1_index(at)).l2_table() == 0 {
                 at = (at / coverage + 1) * coverage;
                 continue;
             }
-            let end = (at / slice + 1) * slice;
+            let end = ((at / slice + 1) * slice).min(clusters.end);
             let _range = self.ranges.lock(at >> bits..end >> bits).await;
             let _visit = self.visits.enter();
             self.change_slice(at..end, kind).await?;
