@@ -81,6 +81,12 @@ impl Opening {
         self.auto_read_only
     }
 
+    /// Whether the image will be ours when it is open; else it is another process's, which may be
+    /// changing it.
+    pub fn is_active(&self) -> bool {
+        self.active
+    }
+
     /// The policy of the graph that the node will be in.
     pub fn policy(&self) -> &OpenPolicy {
         self.graph.policy()

@@ -15,6 +15,9 @@ pub struct OpenPolicy {
     /// Whether other processes may write to a raw image that is only read here. Tools look at the
     /// disks of running guests; a guest's own disk is not to change under it.
     pub readers_share: bool,
+    /// Images are opened to be checked: what is wrong with them is found and repaired by the check,
+    /// and does not keep them from being written by it.
+    pub for_check: bool,
 }
 
 /// What is done about a backing file that an image names and the options do not.

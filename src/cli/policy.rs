@@ -35,6 +35,6 @@ impl PolicyArgs {
             read_write: self.rw_whitelist.unwrap_or_default(),
             read_only: self.ro_whitelist.unwrap_or_default(),
         });
-        OpenPolicy { backing, whitelist, readers_share: false }
+        OpenPolicy { backing, whitelist, ..OpenPolicy::default() }
     }
 }

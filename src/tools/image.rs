@@ -73,9 +73,23 @@ pub struct Opened {
 
 impl Images {
     pub fn new(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
+        Images::with_policy(registry, false, warn)
+    }
+
+    /// Images that are opened to be checked, and do nothing else.
+    pub fn for_check(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
+        Images::with_policy(registry, true, warn)
+    }
+
+    fn with_policy(
+        registry: &'static Registry,
+        for_check: bool,
+        warn: impl Fn(&str) + 'static,
+    ) -> Images {
         let policy = OpenPolicy {
             backing: FollowBacking::Probe,
             readers_share: true,
+            for_check,
             ..OpenPolicy::default()
         };
         let graph = Graph::with_policy(registry, policy);

@@ -53,7 +53,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     let cache = arguments::cache(&line, "T", "source cache", Cache::WRITEBACK)?;
     let wanted = arguments::wanted(&line, name, "format", "image-opts")?;
     let writable = fix != Fix::Nothing;
-    let images = context.images();
+    let images = context.images_to_check();
     let image = images.open(&Wanted { writable, cache, no_backing: true, ..wanted }).await?;
     let ended = check(&images, image, &line, fix, json).await;
     images.end().await;

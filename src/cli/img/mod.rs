@@ -160,14 +160,23 @@ impl Context {
 
     /// The images that a tool opens.
     pub fn images(&self) -> Images {
+        Images::new(drivers::registry(), self.warner())
+    }
+
+    /// An image that is opened to be checked.
+    pub fn images_to_check(&self) -> Images {
+        Images::for_check(drivers::registry(), self.warner())
+    }
+
+    fn warner(&self) -> impl Fn(&str) + 'static {
         let program = self.program.clone();
-        Images::new(drivers::registry(), move |text| {
+        move |text| {
             // What QEMU's block layer says itself stands without the program's name.
             match text.starts_with("WARNING: ") {
                 true => eprintln!("{text}"),
                 false => eprintln!("{program}: warning: {text}"),
             }
-        })
+        }
     }
 }
 

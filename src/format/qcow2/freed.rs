@@ -53,6 +53,11 @@ impl Freed {
         state.clusters += releases.iter().map(|release| release.run.count).sum::<u64>();
         state.clusters > WAITING_LIMIT
     }
+
+    /// Nothing is to be freed any more.
+    pub fn forget(&self) {
+        *self.state.lock() = State::default();
+    }
 }
 
 impl Qcow2 {

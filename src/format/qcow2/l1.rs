@@ -21,12 +21,20 @@ impl L1Table {
     pub fn new(bytes: &[u8]) -> L1Table {
         let pieces = (0..PIECES).map(|_| OnceLock::new()).collect();
         let table = L1Table { pieces, len: AtomicU64::new(0) };
-        table.grow(bytes.len() as u64 / 8);
+        table.replace(bytes);
+        table
+    }
+
+    /// Takes another table's place, stored as [`L1Table::new`] says. Nobody else uses it meanwhile.
+    pub fn replace(&self, bytes: &[u8]) {
+        let (old, len) = (self.entries(), bytes.len() as u64 / 8);
+        self.grow(len);
         for (index, entry) in bytes.chunks_exact(8).enumerate() {
             let word = entry.iter().fold(0, |word, &byte| word << 8 | byte as u64);
-            table.set(index as u64, L1Entry(word));
+            self.set(index as u64, L1Entry(word));
         }
-        table
+        (len..old).for_each(|index| self.set(index, L1Entry(0)));
+        self.len.store(len, Ordering::Release);
     }
 
     pub fn entries(&self) -> u64 {

@@ -18,7 +18,7 @@
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
-//! | `flush` | flushing and closing |
+//! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `empty` | another backing file; giving up all that the image has |
 //! | `corrupt` | what is said of an image that makes no sense |
 
@@ -34,6 +34,7 @@ mod empty;
 pub mod extensions;
 mod flush;
 mod freed;
+mod hand_over;
 pub mod header;
 mod header_cluster;
 pub mod info;
@@ -105,6 +106,8 @@ pub struct Qcow2 {
     l2: L2Cache,
     /// Of what is in the L2 cache at once, in bytes.
     slice_bytes: u64,
+    /// Of refcount blocks that are kept, in bytes.
+    refcount_cache: u64,
     visits: Visits,
     is_corrupt: AtomicBool,
 
@@ -297,6 +300,14 @@ impl Driver for Qcow2 {
 
     fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
         Some(self)
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        // Bitmaps in memory would have to be loaded anew.
+        match hand_over::has_bitmaps(&self.header_now()) {
+            true => None,
+            false => Some(self),
+        }
     }
 
     fn compress(&self) -> Option<&dyn Compress> {

@@ -27,7 +27,10 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let node = file.node();
     let mut header = read_header(&node).await?;
     check_known(&header)?;
-    let may_repair = held.contains(Perm::WRITE)
+    let for_check = opening.policy().for_check;
+    let may_repair = !for_check
+        && opening.is_active()
+        && held.contains(Perm::WRITE)
         && header.incompatible & (Incompatible::DIRTY | Incompatible::CORRUPT)
             == Incompatible::DIRTY;
     if may_repair {
@@ -46,27 +49,16 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let backing = opening.backing(options.backing, recorded, &file).await?;
     let data_file = data_file(opening, options.data_file, &header).await?;
 
-    let l1_bytes = header.l1_size as u64 * 8;
-    if l1_bytes > 0 && header.l1_table_offset >= node.len() {
-        return Err(Error::os("Could not read L1 table", Errno::EIO));
-    }
-    let mut table = AlignedBuf::new(l1_bytes as usize, 4096)
-        .ok_or_else(|| Error::os("Could not allocate L1 table", Errno::ENOMEM))?;
-    if l1_bytes > 0 {
-        read_padded(&node, header.l1_table_offset, &table.io_vec())
-            .await
-            .map_err(|e| Error::os("Could not read L1 table", e))?;
-    }
-    let l1 = L1Table::new(&table[..l1_bytes as usize]);
+    let l1 = L1Table::new(&load_l1(&node, &header).await?);
 
     let is_writable = is_writable(opening, &node, &header)?;
     let lazy = lazy_refcounts(&options.lazy_refcounts, &header)?;
-    let counts = match is_writable {
+    // A check reads them itself, and may find that there are none.
+    let counts = match is_writable && !for_check {
         true => {
             let place = (header.refcount_table_offset, header.refcount_table_clusters);
             let counts = Refcounts::load(&node, geometry, place, caches.refcounts).await;
-            let counts =
-                counts.map_err(|e| Error::os("Could not initialize refcount handling", e))?;
+            let counts = counts.map_err(no_refcounts)?;
             Some(Lock::new(counts))
         }
         false => None,
@@ -97,6 +89,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         l1,
         l2: L2Cache::new(caches.l2, caches.l2_slice, words),
         slice_bytes: caches.l2_slice,
+        refcount_cache: caches.refcounts,
         visits: Default::default(),
         is_corrupt: Default::default(),
         children,
@@ -127,7 +120,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     }))
 }
 
-async fn read_header(file: &Node) -> Result<Header, Error> {
+pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
     let failed = |e| Error::os("Could not read qcow2 header", e);
     let mut head = [0; header::FIXED_LEN];
     read_padded(file, 0, &IoVec::from_mut(&mut head)).await.map_err(failed)?;
@@ -137,8 +130,28 @@ async fn read_header(file: &Node) -> Result<Header, Error> {
     Header::parse(&cluster)
 }
 
+pub(super) fn no_refcounts(errno: Errno) -> Error {
+    Error::os("Could not initialize refcount handling", errno)
+}
+
+/// The active L1 table as it is stored.
+pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<u8>, Error> {
+    let len = header.l1_size as usize * 8;
+    if len > 0 && header.l1_table_offset >= file.len() {
+        return Err(Error::os("Could not read L1 table", Errno::EIO));
+    }
+    let mut table = AlignedBuf::new(len, 4096)
+        .ok_or_else(|| Error::os("Could not allocate L1 table", Errno::ENOMEM))?;
+    if len > 0 {
+        read_padded(file, header.l1_table_offset, &table.io_vec())
+            .await
+            .map_err(|e| Error::os("Could not read L1 table", e))?;
+    }
+    Ok(table[..len].to_vec())
+}
+
 /// Counts the references of an image anew that was not closed cleanly; the header afterwards.
-async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
+pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
     log::info!("{name}: qcow2: the image was not closed cleanly: repairing its refcounts");
     let mut say = |line: &str| log::debug!("{name}: {line}");
     let repaired = check::check(file, Fix::All, &mut say).await;
@@ -160,6 +173,15 @@ fn is_writable(opening: &Opening, file: &Node, header: &Header) -> Result<bool, 
     if opening.options().read_only || opening.auto_read_only() && file_is_read_only {
         return Ok(false);
     }
+    // What another process does to the image meanwhile will be looked at when it is ours.
+    if !opening.policy().for_check && opening.is_active() {
+        check_writable(header)?;
+    }
+    Ok(true)
+}
+
+/// Whether an image may be written as it is.
+pub(super) fn check_writable(header: &Header) -> Result<(), Error> {
     if header.incompatible.contains(Incompatible::CORRUPT) {
         return Err(Error::new("qcow2: Image is corrupt; cannot be opened read/write"));
     }
@@ -169,7 +191,7 @@ fn is_writable(opening: &Opening, file: &Node, header: &Header) -> Result<bool, 
              'check -r all'",
         ));
     }
-    Ok(true)
+    Ok(())
 }
 
 fn lazy_refcounts(given: &Option<bool>, header: &Header) -> Result<bool, Error> {

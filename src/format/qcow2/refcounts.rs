@@ -69,6 +69,17 @@ impl Refcounts {
         })
     }
 
+    /// As [`Refcounts::load`], of an image that somebody else has written.
+    pub async fn read_anew(
+        &mut self,
+        file: &Node,
+        place: (u64, u32),
+        cache_bytes: u64,
+    ) -> IoResult {
+        *self = Refcounts::load(file, self.geometry, place, cache_bytes).await?;
+        Ok(())
+    }
+
     fn place(&self, cluster: u64) -> (usize, usize) {
         let bits = self.geometry.refcount_block_bits();
         ((cluster >> bits) as usize, (cluster & ((1 << bits) - 1)) as usize)

@@ -1,6 +1,7 @@
 //! qcow2 images as files: what we make and repair beside what qemu-img makes and repairs.
 
 mod check;
+mod check_lines;
 mod create;
 mod info;
 

@@ -15,11 +15,12 @@ use crate::monitor::client::Client;
 const ACTIVE: bool = true;
 const INACTIVE: bool = false;
 
-/// A daemon that serves an image by a raw node, and a null disk; with a monitor.
+/// A daemon that serves an image by a node of its format, and a null disk; with a monitor.
 fn daemon(image: &Path, active: bool) -> Daemon {
     let (node, export) = if active { ("", "") } else { (",active=off", ",allow-inactive=on") };
     let file = format!("file.driver=file,file.filename={}", image.display());
-    let node = format!("driver=raw,node-name=d0,{file}{node}");
+    let format = if image.extension().is_some_and(|end| end == "qcow2") { "qcow2" } else { "raw" };
+    let node = format!("driver={format},node-name=d0,{file}{node}");
     let export = format!("{},writable=on,num-queues=2{export}", export_of("d0", 0));
     let null = format!("{},writable=on", export_of("d1", 1));
     let monitor = "socket,id=m,path=DIR/m.sock,server=on,wait=off";
@@ -287,4 +288,51 @@ fn requests_in_flight_are_tracked_at_the_destination_too() {
     let mut disk = there.open(&Options { protocol, ..options() });
     assert_ne!(disk.connection().offered_protocol() & protocol::INFLIGHT_SHMFD, 0);
     disk.write(0, &pattern(512, 1)).unwrap();
+}
+
+/// Runs one of QEMU's tools.
+fn qemu_img(arguments: &[&str]) -> String {
+    let output = std::process::Command::new("qemu-img").args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {text}{error}");
+    text
+}
+
+#[test]
+fn a_qcow2_image_goes_with_the_guest_and_each_finds_what_the_other_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.qcow2");
+    let (name, len) = (image.to_str().unwrap(), SIZE.to_string());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", name, &len]);
+    let mut daemons = [daemon(&image, ACTIVE), daemon(&image, INACTIVE)];
+    let mut disk = daemons[0].open(&options());
+    let memory = disk.memory().clone();
+    let mut expected = vec![0; 256 << 10];
+    for round in 0..6u8 {
+        let (here, there) = (usize::from(round) % 2, 1 - usize::from(round) % 2);
+        // New clusters, and some of those that the other one has made.
+        for n in 0..10 {
+            let at = (n * 7 + usize::from(round) * 3) % 64 * 4096;
+            let data = pattern(4096, round * 20 + n as u8);
+            disk.write(at as u64 / 512, &data).unwrap();
+            expected[at..at + 4096].copy_from_slice(&data);
+        }
+        let log = new_log();
+        disk.start_logging(&log).unwrap();
+        disk.stop().unwrap();
+        daemons[here].wait_log("the disk is given up", usize::from(round) / 2 + 1);
+        assert!(!is_locked(&image));
+        let said = qemu_img(&["check", "-f", "qcow2", name]);
+        assert!(said.contains("No errors were found"), "{said}");
+        if round == 3 {
+            qemu_img(&["resize", "-q", "-f", "qcow2", name, "+64M"]);
+        }
+        let socket = daemons[there].socket(0);
+        disk = Disk::open_with_memory(&socket, &options(), memory.clone()).unwrap();
+        let mut data = vec![0; expected.len()];
+        disk.read(0, &mut data).unwrap();
+        assert!(data == expected, "round {round}");
+    }
+    assert_eq!(disk.connection().config().unwrap().capacity_sectors * 512, SIZE + (64 << 20));
 }

@@ -53,6 +53,13 @@ impl State {
         }
     }
 
+    /// Takes what an image has that somebody else has written.
+    pub fn replace(&self, table: Result<Table, Error>) {
+        *self.table.lock() = table;
+        self.is_counting.store(false, Ordering::SeqCst);
+        self.is_wrong.store(false, Ordering::SeqCst);
+    }
+
     pub fn is_frozen(&self) -> bool {
         self.is_frozen.load(Ordering::SeqCst)
     }

@@ -1,0 +1,79 @@
+//! An image that goes to another process, as its guest is migrated, and comes from one.
+//!
+//! Giving it up is what closing does: everything is written, nothing is reserved any more, and the
+//! image says so. Nothing that was known of it holds when it comes: header, tables and refcounts are
+//! read anew, and what can only be the same is compared.
+
+use super::extensions::Extension;
+use super::header::{Header, Incompatible};
+use super::{Qcow2, open, snapshots, tables};
+use crate::block::{Error, HandOver, LocalFuture};
+use crate::io::{IoResult, epoch};
+use std::sync::atomic::Ordering;
+
+/// Whether the image names dirty bitmaps.
+pub(super) fn has_bitmaps(header: &Header) -> bool {
+    header.extensions.iter().any(|extension| matches!(extension, Extension::Bitmaps(_)))
+}
+
+impl HandOver for Qcow2 {
+    fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.look_anew())
+    }
+
+    fn inactivate(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move {
+            // So that all that was freed is given back.
+            self.flush_all().await?;
+            epoch::synchronize(&self.data().members()).await;
+            self.close_image().await?;
+            self.is_prepared.store(false, Ordering::SeqCst);
+            Ok(())
+        })
+    }
+}
+
+impl Qcow2 {
+    async fn look_anew(&self) -> Result<(), Error> {
+        let file = self.file();
+        let mut header = open::read_header(&file).await?;
+        let bad = Incompatible::DIRTY | Incompatible::CORRUPT;
+        if self.is_writable && header.incompatible & bad == Incompatible::DIRTY {
+            header = open::repair(&self.name, &file).await?;
+        }
+        if self.is_writable {
+            open::check_writable(&header)?;
+        }
+        if has_bitmaps(&header) {
+            return Err(Error::new("an image with dirty bitmaps cannot be handed over"));
+        }
+        let mut current = self.header.lock().await;
+        let same = header.geometry() == self.geometry
+            && header.compression == self.compression
+            && header.backing_file == current.backing_file;
+        if !same {
+            return Err(Error::new(
+                "the image has another layout or backing file than when it was opened",
+            ));
+        }
+        self.l1.replace(&open::load_l1(&file, &header).await?);
+        self.l2.forget(|_| true);
+        if let Some(counts) = &self.counts {
+            let mut counts = counts.lock().await;
+            let place = (header.refcount_table_offset, header.refcount_table_clusters);
+            let read = counts.read_anew(&file, place, self.refcount_cache).await;
+            read.map_err(open::no_refcounts)?;
+        }
+        self.snapshots.replace(snapshots::Table::read(&file, &header).await);
+        self.size.store(header.size, Ordering::SeqCst);
+        *self.fixed_tables.lock() = tables::fixed_tables(&header);
+        *self.header_copy.lock() = header.clone();
+        *current = header;
+        drop(current);
+        // What it was going to give back is somebody else's by now, or leaked.
+        self.pool.lock().drain();
+        self.freed.forget();
+        self.is_prepared.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+}
