@@ -17,6 +17,9 @@ pub struct CreateEntry {
     pub measure: Option<MeasureFn>,
     /// Images of the format can store data compressed ([`super::Compress`]).
     pub compresses: bool,
+    /// What can be changed of an image that is there ([`Image::amend`](super::Image::amend)); empty
+    /// where nothing can.
+    pub amend: &'static [CreateOption],
 }
 
 /// Tells how long a new image's file would be, from what was given of the format's and the file's
@@ -359,6 +362,7 @@ mod tests {
             create: |creation, options| Box::pin(creation.create_file(options)),
             measure: None,
             compresses: false,
+            amend: &[],
         }),
     );
     static STORE: DriverEntry = entry(
@@ -376,6 +380,7 @@ mod tests {
             },
             measure: None,
             compresses: false,
+            amend: &[],
         }),
     );
     static FIXED: DriverEntry = entry("fixed", None);

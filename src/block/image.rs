@@ -3,7 +3,7 @@
 
 use super::{Error, LocalFuture, SnapshotInfo, Snapshots};
 use crate::io::{Errno, IoResult};
-use crate::options::Value;
+use crate::options::{Map, Value};
 use serde::Deserialize;
 
 /// Operations on the disk as a whole. What a driver does not have, it refuses.
@@ -20,6 +20,19 @@ pub trait Image: Send + Sync {
         }
         let name = preallocation.name();
         let error = Error::new(format!("Unsupported preallocation mode: {name}"));
+        Box::pin(std::future::ready(Err(error)))
+    }
+
+    /// Changes options that the image was made with, given in their types, of those that its format
+    /// lists ([`CreateEntry::amend`](super::create::CreateEntry::amend)). Called with no other request
+    /// in flight on a writable node; nothing is written to it afterwards until it is opened again.
+    ///
+    /// # Errors
+    /// In QEMU's words what cannot be, before anything has changed; or I/O failed halfway, and the
+    /// image is sound.
+    fn amend(&self, changes: Map) -> LocalFuture<'_, Result<(), Error>> {
+        let _ = changes;
+        let error = Error::new("This image format does not support option amendment");
         Box::pin(std::future::ready(Err(error)))
     }
 

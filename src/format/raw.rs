@@ -29,6 +29,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
             default: None,
         }],
         create: |creation, options| Box::pin(create(creation, options)),
+        amend: &[],
         measure: Some(|_, size, source| {
             let bytes = source.map_or(size, |node| node.len()).next_multiple_of(SECTOR);
             let measured = Measurement { required: bytes, fully_allocated: bytes, bitmaps: None };

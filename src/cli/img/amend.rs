@@ -1,12 +1,14 @@
-//! `amend`: changes the options that an image was made with, where its format can do that. None here
-//! can yet.
+//! `amend`: changes the options that an image was made with, where its format can do that.
 
 use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET};
-use super::{Context, Ended, Failed, Tool};
+use super::{Context, Ended, Failed, Tool, option_help};
+use crate::block::CreateOption;
+use crate::block::create::take_options;
 use crate::cli::getopt::{Line, long_switch, valued};
 use crate::drivers;
-use crate::options::qemuopts;
-use crate::tools::{Cache, Wanted};
+use crate::options::Map;
+use crate::options::qemuopts::{self, SIZE_HINT};
+use crate::tools::{Cache, Progress, Wanted};
 
 pub static TOOL: Tool = Tool {
     name: "amend",
@@ -19,7 +21,7 @@ pub static TOOL: Tool = Tool {
         PLAIN_FORMAT,
         CACHE,
         long_switch("force", "allow what is not safe"),
-        valued("o", "", "OPTIONS", "NAME=VALUE,…"),
+        valued("o", "", "OPTIONS", "NAME=VALUE,…; help lists them"),
     ],
     operands: "FILE",
     takes_last: false,
@@ -28,21 +30,19 @@ pub static TOOL: Tool = Tool {
 
 async fn run(context: &Context, line: Line) -> Ended {
     let mut wants_help = false;
+    let mut given = Map::new();
     for text in line.all("o") {
         arguments::check_option_list(text)?;
         let parsed = qemuopts::parse(text, None).map_err(|e| e.to_string())?;
         wants_help |= parsed.help;
+        given.merge(parsed.options).map_err(|e| e.to_string())?;
     }
     if !line.has("o") {
         return Err(Failed::usage("Must specify options (-o)"));
     }
-    let refused = |format: &str| {
-        Failed::from(format!("Format driver '{format}' does not support option amendment"))
-    };
     if let (true, Some(format)) = (wants_help, line.get("f")) {
-        let driver = drivers::registry().get(format);
-        driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
-        return Err(refused(format));
+        option_help::print_amend(format, changeable(format)?);
+        return Ok(0);
     }
     let name = match &*line.operands {
         [name] => name,
@@ -54,9 +54,68 @@ async fn run(context: &Context, line: Line) -> Ended {
     let cache = arguments::cache(&line, "t", "cache", Cache::WRITEBACK)?;
     let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
     let images = context.images();
-    let image = images.open(&Wanted { writable: true, cache, ..wanted }).await?;
+    let image = images.open(&Wanted { writable: true, resize: true, cache, ..wanted }).await?;
     let format = image.format();
+    let options = changeable(format)?;
+    if wants_help {
+        option_help::print_amend(format, options);
+    } else {
+        let changes = changes(format, options, given)?;
+        let progress = Progress::new(context.progress(&line));
+        progress.set(0.0);
+        let amended = match image.node().driver().image() {
+            Some(image) => image.amend(changes).await,
+            None => return Err(refused(format)),
+        };
+        if amended.is_ok() {
+            progress.set(100.0);
+        }
+        progress.end();
+        amended?;
+    }
     images.close(image).await?;
     images.end().await;
-    Err(refused(format))
+    Ok(0)
+}
+
+fn refused(format: &str) -> Failed {
+    Failed::from(format!("Format driver '{format}' does not support option amendment"))
+}
+
+/// The options of a format that can be changed.
+fn changeable(format: &str) -> Result<&'static [CreateOption], Failed> {
+    let driver = drivers::registry().get(format);
+    let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+    match driver.create.map_or(&[][..], |create| create.amend) {
+        [] => Err(refused(format)),
+        options => Ok(options),
+    }
+}
+
+/// What was given, in types; what new images alone can be given is told apart from what nobody knows.
+fn changes(format: &str, options: &[CreateOption], given: Map) -> Result<Map, Failed> {
+    let hint = |lines: String, hint: &str| Failed { lines, hint: Some(hint.into()), code: 1 };
+    let create = drivers::registry().get(format).and_then(|entry| entry.create);
+    let is_known = |all: &[CreateOption], name: &str| all.iter().any(|o| o.name == name);
+    let at_creation = given.iter().find(|(name, _)| {
+        !is_known(options, name) && create.is_some_and(|create| is_known(create.options, name))
+    });
+    if let Some((name, _)) = at_creation {
+        return Err(hint(
+            format!("Invalid parameter '{name}'"),
+            "This option is only supported for image creation",
+        ));
+    }
+    let changes = take_options(options, given).map_err(|error| {
+        let lines = error.to_string();
+        let is_size = lines.ends_with("expects a non-negative number below 2^64");
+        Failed { lines, hint: is_size.then(|| SIZE_HINT.to_owned()), code: 1 }
+    })?;
+    if changes.iter().any(|(name, _)| name.starts_with("backing_")) {
+        return Err(hint(
+            "Cannot amend the backing file".into(),
+            "You can use 'qemu-img rebase' instead.",
+        ));
+    }
+    Ok(changes)
 }

@@ -28,6 +28,11 @@ pub fn print(format: &str, filename: Option<&str>) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Prints the options of a format that `amend` can change.
+pub fn print_amend(format: &str, options: &[CreateOption]) {
+    list(&format!("Amend options for '{format}':"), options.to_vec());
+}
+
 /// Prints options in the order of their names.
 fn list(head: &str, mut options: Vec<CreateOption>) {
     options.sort_by_key(|option| option.name);

@@ -66,7 +66,7 @@ impl Qcow2 {
 }
 
 /// From `old`, of which `disk` is the cluster, to `new`, which is told where its name is.
-fn steps(old: &Header, disk: &[u8], new: &mut Header) -> Result<Steps, Error> {
+pub(super) fn steps(old: &Header, disk: &[u8], new: &mut Header) -> Result<Steps, Error> {
     let mut cluster = new.encode()?;
     let is_kept = |cluster: &[u8], of: &Header| {
         let used = [of.extensions_range(), of.name_range()];

@@ -45,6 +45,49 @@ pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<C
     Ok(check.report)
 }
 
+/// Counts the references of a sound image anew, in refcounts of `1 << order` bits; no other request is
+/// in flight.
+///
+/// # Errors
+/// The image is not sound, a cluster has more references than there is room for, or I/O failed; the
+/// image is as it was then, but for clusters that may be leaked.
+pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
+    let mut header = read_header(file).await?;
+    header.refcount_order = order;
+    let geometry = header.geometry();
+    let mut say = |line: &str| log::debug!("counting references anew: {line}");
+    let mut check = Check {
+        file,
+        header,
+        geometry,
+        fix: Fix::All,
+        say: &mut say,
+        report: CheckReport::default(),
+        must_rebuild: false,
+        is_incomplete: false,
+    };
+    let mut references = check.count_references().await?;
+    if check.report.corruptions > 0 || check.report.check_errors > 0 {
+        return Err(Error::new("The image is corrupt: repair it first, with 'check -r all'"));
+    }
+    let (bits, most) = (geometry.refcount_bits(), geometry.refcount_max());
+    for cluster in 0..geometry.clusters(file.driver().len()) {
+        let found = references.get(cluster);
+        if found > most {
+            return Err(Error::new(format!(
+                "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {:#x} has a \
+                 refcount of {found}",
+                cluster << geometry.cluster_bits
+            )));
+        }
+    }
+    check.rebuild(&mut references).await?;
+    // What the old structure took is free now.
+    let references = check.count_references().await?;
+    let mut refcounts = Refcounts::read(file, &check.header).await?;
+    check.compare(&references, &mut refcounts, Fix::Leaks).await
+}
+
 /// The header as it is on disk.
 async fn read_header(file: &Node) -> Result<Header, Error> {
     let mut head = [0; super::header::FIXED_LEN];

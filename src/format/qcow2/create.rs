@@ -17,6 +17,7 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     create: |creation, map| Box::pin(create(creation, map)),
     measure: None,
     compresses: true,
+    amend: super::amend::OPTIONS,
 };
 
 const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {

@@ -9,7 +9,7 @@
 //! | `l1`, `l2_cache` | the tables in memory, read without a lock |
 //! | `lookup` | where a guest's bytes are |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
-//! | `create`, `new_image` | making images |
+//! | `create`, `new_image`, `amend` | making images, and making them others |
 //! | `snapshots` | internal snapshots |
 //! | `bitmaps` | persistent dirty bitmaps: loaded, marked as in use, stored |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
@@ -23,6 +23,7 @@
 //! | `corrupt` | what is said of an image that makes no sense |
 
 mod alloc;
+mod amend;
 mod backing;
 mod batch;
 pub mod bitmaps;
@@ -61,6 +62,7 @@ use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::options::Map;
 use alloc::Pool;
 use batch::Batches;
 use bitmaps::ImageBitmaps;
@@ -337,6 +339,10 @@ impl Image for Qcow2 {
 
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(self.resize_to(len, false, preallocation))
+    }
+
+    fn amend(&self, changes: Map) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move { self.amend_to(&changes).await })
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {

@@ -35,6 +35,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
         }],
         compresses: false,
         create: |creation, map| Box::pin(create(creation, map)),
+        amend: &[],
         measure: None,
     }),
     probe: None,

@@ -1,5 +1,6 @@
 //! qcow2 images as files: what we make and repair beside what qemu-img makes and repairs.
 
+mod amend;
 mod check;
 mod check_lines;
 mod create;

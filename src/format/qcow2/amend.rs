@@ -1,0 +1,270 @@
+//! Other options than the image was made with.
+//!
+//! All that is asked for is checked before anything changes. The order then: what the open image can
+//! do goes first; then the image is brought to a rest, as when it is closed, and what changes how its
+//! tables are to be read is changed in the file: the width of refcounts, the version. Version 2 has no
+//! zero clusters, so these become unallocated, or data where a backing file would show.
+
+use super::extensions::{self, Extension};
+use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
+use super::layout;
+use super::lookup::Found;
+use super::read::read_padded;
+use super::zero::Kind;
+use super::{Qcow2, backing, check, hand_over};
+use crate::block::create::{CreateOption, ValueType};
+use crate::block::{Error, WriteFlags};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::options::{Map, Value};
+use std::sync::atomic::Ordering;
+
+const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {
+    CreateOption { name, value, help, default: None }
+}
+
+/// In the order in which they are shown.
+pub(super) const OPTIONS: &[CreateOption] = &[
+    option("backing_file", ValueType::Str, "File name of a base image"),
+    option("backing_fmt", ValueType::Str, "Image format of the base image"),
+    option("compat", ValueType::Str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    option("data_file", ValueType::Str, "File name of an external data file"),
+    option(
+        "data_file_raw",
+        ValueType::Bool,
+        "The external data file must stay valid as a raw image",
+    ),
+    option("encrypt.iter-time", ValueType::Number, "Time to spend in PBKDF in milliseconds"),
+    option("encrypt.keyslot", ValueType::Number, "Select a single keyslot to modify explicitly"),
+    option(
+        "encrypt.new-secret",
+        ValueType::Str,
+        "New secret to set in the matching keyslots. Empty string to erase",
+    ),
+    option("encrypt.old-secret", ValueType::Str, "Select all keyslots that match this password"),
+    option(
+        "encrypt.state",
+        ValueType::Str,
+        "Select new state of affected keyslots (active/inactive)",
+    ),
+    option("lazy_refcounts", ValueType::Bool, "Postpone refcount updates"),
+    option("refcount_bits", ValueType::Number, "Width of a reference count entry in bits"),
+    option("size", ValueType::Size, "Virtual disk size"),
+];
+
+const NEWER: &str = "compatibility level 1.1 and above (use compat=1.1 or greater)";
+
+/// What was asked for.
+struct Wanted {
+    version: u32,
+    refcount_order: u32,
+    lazy_refcounts: Option<bool>,
+    /// An empty name is none.
+    data_file: Option<String>,
+    data_file_raw: Option<bool>,
+    size: Option<u64>,
+}
+
+fn refused<T>(text: impl Into<String>) -> Result<T, Error> {
+    Err(Error::new(text))
+}
+
+impl Wanted {
+    /// Reads the changes, and checks them against the image in QEMU's words.
+    fn take(header: &Header, changes: &Map) -> Result<Wanted, Error> {
+        let text = |name: &str| changes.get(name).and_then(Value::as_str).map(str::to_owned);
+        let on = |name: &str| changes.get(name).map(|value| *value == Value::Bool(true));
+        let number = |name: &str| match changes.get(name) {
+            Some(Value::Int(n)) => Some(u64::try_from(*n).unwrap_or(0)),
+            _ => None,
+        };
+        let version = match text("compat").as_deref() {
+            None => header.version,
+            Some("0.10" | "v2") => 2,
+            Some("1.1" | "v3") => 3,
+            Some(other) => {
+                return refused(format!("Unknown compatibility level {}", other.escape_debug()));
+            }
+        };
+        if changes.iter().any(|(name, _)| name.starts_with("encrypt.")) {
+            return refused("Can't amend encryption options - encryption not present");
+        }
+        if changes.iter().any(|(name, _)| name.starts_with("backing_")) {
+            return refused("Cannot amend the backing file");
+        }
+        let bits = number("refcount_bits");
+        let refcount_order = match bits {
+            None => header.refcount_order,
+            Some(bits) if bits.is_power_of_two() && bits <= 1 << layout::MAX_REFCOUNT_ORDER => {
+                bits.trailing_zeros()
+            }
+            Some(_) => {
+                return refused("Refcount width must be a power of two and may not exceed 64 bits");
+            }
+        };
+        let wanted = Wanted {
+            version,
+            refcount_order,
+            lazy_refcounts: on("lazy_refcounts"),
+            data_file: text("data_file"),
+            data_file_raw: on("data_file_raw"),
+            size: number("size"),
+        };
+        wanted.check(header, bits.is_some())?;
+        Ok(wanted)
+    }
+
+    fn check(&self, header: &Header, names_width: bool) -> Result<(), Error> {
+        let has_data_file = header.incompatible.contains(Incompatible::DATA_FILE);
+        if self.data_file.is_some() && !has_data_file {
+            return refused("data-file can only be set for images that use an external data file");
+        }
+        if self.data_file_raw == Some(true) && !header.autoclear.contains(Autoclear::RAW_DATA_FILE)
+        {
+            return refused("data-file-raw cannot be set on existing images");
+        }
+        if self.lazy_refcounts == Some(true) && self.version < 3 {
+            return refused(format!("Lazy refcounts only supported with {NEWER}"));
+        }
+        if self.version < 3 && self.refcount_order != 4 {
+            return match names_width {
+                true => refused(
+                    "Refcount widths other than 16 bits require compatibility level 1.1 or above \
+                     (use compat=1.1 or greater)",
+                ),
+                false => refused("compat=0.10 requires refcount_bits=16"),
+            };
+        }
+        if self.version < header.version {
+            if has_data_file {
+                return refused("Cannot downgrade an image with a data file");
+            }
+            let mut features = header.incompatible - Incompatible::DIRTY;
+            // QEMU forgets how clusters were packed.
+            features.set(Incompatible::COMPRESSION, header.compression != Compression::Zlib);
+            if !features.is_empty() {
+                return refused(format!(
+                    "Cannot downgrade an image with incompatible features 0x{:x} set",
+                    features.bits()
+                ));
+            }
+        }
+        if self.version != header.version && header.nb_snapshots > 0 {
+            let way = if self.version < header.version { "downgrade" } else { "upgrade" };
+            return refused(format!("Internal snapshots prevent {way} of image"));
+        }
+        Ok(())
+    }
+}
+
+impl Qcow2 {
+    /// As [`Image::amend`](crate::block::Image::amend).
+    pub(super) async fn amend_to(&self, changes: &Map) -> Result<(), Error> {
+        let old = self.header_now();
+        let wanted = Wanted::take(&old, changes)?;
+        let failed = |errno| Error::os("Failed to amend the image", errno);
+        if let Some(size) = wanted.size.filter(|&size| size != self.size()) {
+            if hand_over::has_bitmaps(&old) {
+                // They would have to be resized, too, which is the node's to do.
+                return refused(
+                    "The size of an image with dirty bitmaps is not amended: resize it",
+                );
+            }
+            self.resize_to(size, true, Default::default()).await?;
+        }
+        if wanted.version < old.version {
+            let expanded = self.expand_zeroes().await;
+            expanded.map_err(|errno| Error::os("Failed to turn zero into data clusters", errno))?;
+        }
+        self.close_image().await.map_err(failed)?;
+        // From here on the file is not as this node has it in memory.
+        self.is_stopped.store(true, Ordering::SeqCst);
+        self.is_prepared.store(false, Ordering::SeqCst);
+        // Version 2 has one width only.
+        if wanted.version >= old.version {
+            self.rewrite_header(&wanted).await?;
+        }
+        if wanted.refcount_order != old.refcount_order {
+            check::set_refcount_width(&self.file(), wanted.refcount_order).await?;
+        }
+        match wanted.version < old.version {
+            true => self.rewrite_header(&wanted).await,
+            false => Ok(()),
+        }
+    }
+
+    /// Leaves no zero cluster.
+    async fn expand_zeroes(&self) -> IoResult {
+        self.prepare_writing().await?;
+        self.unmap(self.size(), Kind::Crop).await?;
+        let cluster = self.geometry.cluster_size();
+        let end = self.size();
+        let mut at = 0;
+        while at < end {
+            let piece = {
+                let _visit = self.visits.enter();
+                self.lookup(at, end - at).await?
+            };
+            let stop = at + piece.len;
+            if matches!(piece.found, Found::Zero { .. }) {
+                match self.backing().is_some() {
+                    true => self.write_zeroes(at..stop).await?,
+                    false => {
+                        let stop = stop.next_multiple_of(cluster);
+                        self.empty(at..stop, Kind::Crop).await?;
+                    }
+                }
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Writes the header that all this comes to, durably.
+    async fn rewrite_header(&self, wanted: &Wanted) -> Result<(), Error> {
+        let file = self.file();
+        let mut new = super::open::read_header(&file).await?;
+        let old = new.clone();
+        new.version = wanted.version;
+        if let Some(lazy) = wanted.lazy_refcounts {
+            new.compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
+        }
+        if wanted.data_file_raw == Some(false) {
+            new.autoclear -= Autoclear::RAW_DATA_FILE;
+        }
+        if let Some(name) = &wanted.data_file {
+            new.extensions.retain(|extension| !matches!(extension, Extension::DataFile(_)));
+            if !name.is_empty() {
+                new.extensions.push(Extension::DataFile(name.clone().into_bytes()));
+            }
+        }
+        let is_names = |extension: &Extension| matches!(extension, Extension::FeatureNames(_));
+        if new.version < 3 {
+            new.compatible = Compatible::empty();
+            new.autoclear = Autoclear::empty();
+            new.incompatible = Incompatible::empty();
+            new.extensions.retain(|extension| !is_names(extension));
+        } else if old.version < 3 && new.cluster_bits > extensions::FEATURE_NAMES_MIN_CLUSTER_BITS {
+            new.extensions.push(extensions::feature_names());
+        }
+        if new == old {
+            return Ok(());
+        }
+        let failed = |errno| Error::os("Failed to update the image header", errno);
+        // Where only fields change they are one write, which is done or not.
+        let steps = match new.version != old.version || new.extensions != old.extensions {
+            true => {
+                let size = self.geometry.cluster_size() as usize;
+                let mut disk = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM).map_err(failed)?;
+                read_padded(&file, 0, &disk.io_vec()).await.map_err(failed)?;
+                backing::steps(&old, &disk, &mut new)?
+            }
+            false => vec![(0, new.fields())],
+        };
+        for (at, bytes) in &steps {
+            let bytes = IoVec::from_ref(bytes);
+            file.write(*at, &bytes, WriteFlags::empty()).await.map_err(failed)?;
+            file.flush().await.map_err(failed)?;
+        }
+        Ok(())
+    }
+}
