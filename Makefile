@@ -51,7 +51,7 @@ bench-nvme: setup
 	$(CARGO) run --release --locked -p vublk-bench -- nvme $(BENCH)
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= virtqueue vhost_user_messages options nvme
+FUZZ_TARGETS ?= virtqueue vhost_user_messages options nvme qcow2_header qcow2_check qcow2_snapshots qcow2_bitmaps
 FUZZ_LIMITS = -timeout=20 -rss_limit_mb=2048 -max_len=4096 -len_control=0
 
 # The sanitizers are an unstable part of the compiler: RUSTC_BOOTSTRAP lets a stable one have them.
