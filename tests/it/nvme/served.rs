@@ -31,6 +31,7 @@ fn inside(tests: &[&str]) -> String {
 }
 
 #[test]
+#[ignore = "minutes of guests: make test-nvme"]
 fn what_befalls_a_controller_costs_no_request_or_is_told() {
     let drives = Drives::new(1, 64);
     let tests = [
