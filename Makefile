@@ -33,7 +33,6 @@ test: setup
 test-nvme: setup
 	$(CARGO) test --locked -p vublk-vfio
 	$(CARGO) test --locked -p vublk --test it nvme
-	$(CARGO) test --locked -p vublk --test it -- --ignored --exact nvme::served::what_befalls_a_controller_costs_no_request_or_is_told
 
 # What a command line prints is compared word by word, and has the warning then.
 THREADS_TESTS ?= --skip cli:: --skip monitor::ctl

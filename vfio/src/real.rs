@@ -9,8 +9,9 @@ use crate::mmio::Mmio;
 use crate::{Error, PciAddress};
 use std::fs;
 use std::io::ErrorKind;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use vfio_bindings::bindings::vfio::{
@@ -32,9 +33,9 @@ const INFO: usize = 4096;
 /// A function of this process's.
 pub struct Vfio {
     address: PciAddress,
-    // Dropped in this order: what is mapped, the device, the container.
     registers: Mutex<Option<Arc<dyn Registers>>>,
-    device: VfioDevice,
+    /// Let go of by hand, in `drop`.
+    device: ManuallyDrop<VfioDevice>,
     container: Arc<VfioContainer>,
     /// The host wants it back.
     request: Option<EventFd>,
@@ -73,7 +74,7 @@ fn open(address: PciAddress) -> Result<Vfio, Error> {
     let mut vfio = Vfio {
         address,
         registers: Mutex::new(None),
-        device,
+        device: ManuallyDrop::new(device),
         container,
         request: None,
         ranges,
@@ -212,6 +213,22 @@ fn info(container: &VfioContainer) -> Result<(Vec<Range<u64>>, Option<u32>), Err
         ranges.push(0..crate::iova::LIMIT);
     }
     Ok((ranges, mappings))
+}
+
+impl Drop for Vfio {
+    /// What is mapped goes first, then the device, then its group and the container.
+    ///
+    /// [`VfioDevice`]'s own end closes the device, and then asks sysfs for its group and panics where
+    /// there is none: the host may have waited for just this to remove the device. So what it holds, the
+    /// descriptor and its share of the container, is given back here.
+    fn drop(&mut self) {
+        *self.registers.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        // SAFETY: the descriptor is the device's own, and nothing uses the device from here on.
+        drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
+        // SAFETY: `open` gave the device a clone of this very container, which it never drops now. Ours
+        // goes after this, and with it the container and the groups in it.
+        unsafe { Arc::decrement_strong_count(Arc::as_ptr(&self.container)) };
+    }
 }
 
 impl Vfio {
