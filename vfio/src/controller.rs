@@ -194,7 +194,7 @@ impl Inner {
         &self.admin
     }
 
-    fn identity(&self) -> &ControllerIdentity {
+    pub fn identity(&self) -> &ControllerIdentity {
         self.identity.get_or_init(|| ControllerIdentity::parse(&[]))
     }
 

@@ -19,7 +19,7 @@
 //! * [`mmio`], [`dma`]: registers, and memory that the device reads and writes; with `real` the only
 //!   places with unsafe code. [`space`], [`iova`]: what it reaches, and at which addresses.
 //! * [`spec`]: what the registers, commands and data structures look like.
-//! * `queue`, [`prp`]: submission and completion queues; how a command says where its data lies.
+//! * `queue`, [`prp`], [`sgl`]: submission and completion queues; how a command says where its data lies.
 //! * [`controller`], [`queue_pair`], [`namespace`]: the driver.
 //! * [`error`]: errors of the control plane; on the data path it is a [`spec::Status`].
 //!
@@ -60,6 +60,7 @@ pub mod prp;
 mod queue;
 pub mod queue_pair;
 pub mod real;
+pub mod sgl;
 pub mod space;
 pub mod spec;
 

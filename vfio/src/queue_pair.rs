@@ -11,13 +11,17 @@
 #![forbid(unsafe_code)]
 
 mod bounce;
+mod request;
+
+pub use request::{Direction, Done, Request};
 
 use crate::controller::Inner;
 use crate::controller::link::{Link, State};
-use crate::dma::Segments;
+use crate::dma::HostRange;
 use crate::function::Registers;
 use crate::prp::{self, List};
 use crate::queue::{CompletionQueue, SubmissionQueue};
+use crate::sgl;
 use crate::space::{Memory, Space, Table};
 use crate::spec::{Command, Status};
 use bounce::{Bounce, Chain};
@@ -35,50 +39,14 @@ const ATTEMPTS: u8 = 4;
 const ABORT_AGE: u8 = 4;
 const RESET_AGE: u8 = 8;
 
-/// Which way the data of a command goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    None,
-    ToDevice,
-    FromDevice,
-}
-
-/// What is asked of a controller: made by [`Namespace`](crate::Namespace).
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    pub(crate) command: Command,
-    pub(crate) segments: Segments,
-    /// Bytes of data.
-    pub(crate) len: u32,
-    pub(crate) direction: Direction,
-    pub(crate) token: u64,
-}
-
-impl Request {
-    /// The same request, with another token.
-    pub fn with_token(self, token: u64) -> Request {
-        Request { token, ..self }
-    }
-
-    pub(crate) fn without_data(command: Command, token: u64) -> Request {
-        Request { command, segments: Segments::NONE, len: 0, direction: Direction::None, token }
-    }
-}
-
-/// The end of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Done {
-    /// As the request had it.
-    pub token: u64,
-    pub status: Status,
-}
-
 /// What a queue pair has done since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub commands: u64,
     /// Commands whose data went through bounce buffers.
     pub bounced: u64,
+    /// Commands with a scatter gather list, because pages could not tell where their data lies.
+    pub scattered: u64,
     pub submission_doorbells: u64,
     pub completion_doorbells: u64,
     pub retries: u64,
@@ -96,6 +64,8 @@ pub struct QueuePair {
     completions: CompletionQueue,
     table: (u64, Arc<Table>),
     page: u64,
+    /// The alignment of scatter gather lists, if the controller knows them.
+    sgl_align: Option<u8>,
     /// By command identifier.
     slots: Vec<Slot>,
     free: Vec<u16>,
@@ -148,6 +118,7 @@ impl QueuePair {
             completions: CompletionQueue::new(link.completions(), entries, completion_bell),
             table: space.table(),
             page: page as u64,
+            sgl_align: inner.identity().sgl_align,
             slots: vec![slot; slots],
             free: (0..slots as u16).rev().collect(),
             lists,
@@ -204,30 +175,18 @@ impl QueuePair {
         }
         let Some(&id) = self.free.last() else { return false };
         let mut chain = Chain::NONE;
-        let data = if request.len == 0 {
-            (0, 0)
-        } else if let Some(data) = self.direct(id, request) {
-            data
-        } else {
-            let Some(taken) = self.bounce.take(request.len as usize) else { return false };
+        let command = if request.len == 0 {
+            request.command
+        } else if let Some(command) = self.direct(id, request) {
+            command
+        } else if let Some((taken, command)) = self.copied(id, request) {
             chain = taken;
-            self.counts.bounced += 1;
-            if request.direction == Direction::ToDevice {
-                self.bounce.fill(chain, request.segments);
-            }
-            let list = self.list(id);
-            match prp::build(self.bounce.pieces(chain, request.len as usize), self.page, list) {
-                Some(data) => data,
-                // A request longer than the limits that were told: not one of `Namespace`'s.
-                None => {
-                    self.bounce.give_back(chain);
-                    return false;
-                }
-            }
+            command
+        } else {
+            return false;
         };
         self.free.pop();
-        let mut request = *request;
-        request.command = request.command.with_id(id).with_data(data.0, data.1);
+        let request = Request { command: command.with_id(id), ..*request };
         self.submissions.push(&request.command);
         self.counts.commands += 1;
         self.slots[id as usize] =
@@ -243,18 +202,43 @@ impl QueuePair {
         List { memory, iova: self.lists.iova() + at }
     }
 
-    /// The data's entries, if the device reaches the memory where it is.
+    /// The command with its data where it is, if the device reaches that.
     #[inline]
-    fn direct(&mut self, id: u16, request: &Request) -> Option<(u64, u64)> {
+    fn direct(&mut self, id: u16, request: &Request) -> Option<Command> {
         if self.space.generation() != self.table.0 {
             self.table = self.space.table();
         }
+        let list = self.list(id);
         let table = &self.table.1;
-        let pieces = request
-            .segments
-            .iter()
-            .map(|piece| Some((table.find(piece.address(), piece.len())?, piece.len())));
-        prp::build(pieces, self.page, self.list(id))
+        let pieces = || {
+            let find = |piece: HostRange| table.find(piece.address(), piece.len());
+            request.segments.iter().map(move |piece| Some((find(piece)?, piece.len())))
+        };
+        if let Some((first, second)) = prp::build(pieces(), self.page, list) {
+            return Some(request.command.with_data(first, second));
+        }
+        // Only here, because devices are quicker with pages.
+        let align = u64::from(self.sgl_align?);
+        let descriptor = sgl::build(pieces(), align, self.page, list)?;
+        self.counts.scattered += 1;
+        Some(request.command.with_sgl(descriptor))
+    }
+
+    /// The command with its data in bounce buffers; `None` while there are none.
+    fn copied(&mut self, id: u16, request: &Request) -> Option<(Chain, Command)> {
+        let len = request.len as usize;
+        let chain = self.bounce.take(len)?;
+        let Some(data) = prp::build(self.bounce.pieces(chain, len), self.page, self.list(id))
+        else {
+            // A request longer than the limits that were told: not one of `Namespace`'s.
+            self.bounce.give_back(chain);
+            return None;
+        };
+        self.counts.bounced += 1;
+        if request.direction == Direction::ToDevice {
+            self.bounce.fill(chain, request.segments);
+        }
+        Some((chain, request.command.with_data(data.0, data.1)))
     }
 
     /// Tells the controller of what was submitted since the last time, with one doorbell.

@@ -8,7 +8,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use vublk_testkit::request::{Request, Shape};
+use vublk_testkit::request::{Cut, Request, Shape};
 use vublk_testkit::spec::{protocol, status};
 use vublk_testkit::{Disk, Options};
 
@@ -90,11 +90,15 @@ fn queues_of_two_workers() {
     loads.run(&mut disk, &mut random, 1500);
     loads.drain(&mut disk);
     // What the host looks for: every MiB from the fourth on begins with its own number, over a queue
-    // of its own, in requests of all sizes.
+    // of its own, in requests of all sizes; every other lies in pieces that pages cannot tell.
     for number in 4..16u64 {
         let len = 512 << (number - 4);
         let data = vec![number as u8; len];
         let queue = disk.queue(number as usize % QUEUES);
+        if number % 2 == 1 {
+            let cut = Cut::Each(len / 20 + 13);
+            queue.shape = Shape { readable: cut.clone(), writable: cut, ..Shape::default() };
+        }
         queue.write(number * MIB / 512, &data).unwrap();
         let mut back = vec![0; len];
         queue.read(number * MIB / 512, &mut back).unwrap();

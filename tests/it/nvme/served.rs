@@ -31,7 +31,6 @@ fn inside(tests: &[&str]) -> String {
 }
 
 #[test]
-#[ignore = "minutes of guests: make test-nvme"]
 fn what_befalls_a_controller_costs_no_request_or_is_told() {
     let drives = Drives::new(1, 64);
     let tests = [
@@ -42,7 +41,10 @@ fn what_befalls_a_controller_costs_no_request_or_is_told() {
         "queues_of_two_workers",
         "asked_for_by_the_host",
     ];
-    let mut guest = guest(&drives, "drive=d0,mdts=5,max_ioqpairs=2").boot(&inside(&tests));
+    let lists = drives.dir.path().join("lists");
+    let guest = guest(&drives, "drive=d0,mdts=5,max_ioqpairs=2");
+    let trace = ["-D", lists.to_str().unwrap(), "-trace", "pci_nvme_map_sgl"];
+    let mut guest = guest.qemu(&trace).boot(&inside(&tests));
     guest.wait_for("unplug-me");
     guest.monitor().run("device_del", json!({"id": "c"}));
     guest.finish();
@@ -55,4 +57,6 @@ fn what_befalls_a_controller_costs_no_request_or_is_told() {
         }
         assert!(bytes[at..at + len] == wanted, "MiB {number}");
     }
+    let lists = fs::read_to_string(lists).unwrap();
+    assert!(lists.contains("pci_nvme_map_sgl"), "the controller was given no list");
 }

@@ -74,6 +74,7 @@ impl Device {
                 put(516, &(self.media.len() as u32).to_le_bytes());
                 put(520, &config.optional_commands.to_le_bytes());
                 put(525, &[u8::from(config.write_cache)]);
+                put(536, &config.sgls.to_le_bytes());
             }
             cns::NAMESPACE => {
                 let Some(media) = self.media.get(command.namespace().wrapping_sub(1) as usize)

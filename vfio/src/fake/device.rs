@@ -5,6 +5,7 @@ use super::rogue::Rogue;
 use super::{Broken, Config, Counts, Event, Fault};
 use crate::Error;
 use crate::dma::HostRange;
+use crate::sgl;
 use crate::spec::command::{CQE, RANGE, SQE};
 use crate::spec::registers::{self, ENABLE, FATAL, READY};
 use crate::spec::{Command, Completion, IoOpcode, Status};
@@ -274,11 +275,58 @@ impl Device {
         4096 << (self.configuration >> 7 & 0xf)
     }
 
-    /// The pieces of memory that a command's PRPs name, `len` bytes in all (section 4.1.1).
-    pub fn prps(&mut self, command: &Command, len: usize) -> Result<Vec<HostRange>, Status> {
+    /// The pieces of memory that a command names, `len` bytes in all.
+    pub fn pieces(&mut self, command: &Command, len: usize) -> Result<Vec<HostRange>, Status> {
+        match (command.sgl_kind(), self.config.sgls & 3) {
+            (0, _) => self.prps(command, len),
+            (1, 1 | 2) => self.sgl(command, len),
+            (kind, _) => {
+                self.complain(format!("a command with a list of kind {kind}"));
+                Err(Status::INVALID_FIELD)
+            }
+        }
+    }
+
+    /// The same of a scatter gather list (section 4.1.2).
+    fn sgl(&mut self, command: &Command, len: usize) -> Result<Vec<HostRange>, Status> {
+        let first = [command.0[3], command.0[4]];
+        let mut blocks = Vec::new();
+        if (first[1] >> 56) as u8 == sgl::LAST_SEGMENT {
+            let (at, bytes) = (first[0], first[1] & 0xffff_ffff);
+            if at % 8 != 0 || bytes == 0 || bytes % sgl::DESCRIPTOR != 0 {
+                return Err(Status::INVALID_SEGMENT);
+            }
+            for at in (at..at + bytes).step_by(sgl::DESCRIPTOR as usize) {
+                let longs = (self.long(at), self.long(at + 8));
+                let (Some(address), Some(rest)) = longs else { return Err(Status::TRANSFER_ERROR) };
+                blocks.push([address, rest]);
+            }
+        } else {
+            blocks.push(first);
+        }
+        let (mut pieces, mut all) = (Vec::new(), 0);
+        for [at, rest] in blocks {
+            let bytes = (rest & 0xffff_ffff) as usize;
+            let aligned = self.config.sgls & 3 == 1 || (at | rest) % 4 == 0;
+            if (rest >> 32) as u32 != u32::from(sgl::DATA_BLOCK) << 24 || !aligned || bytes == 0 {
+                self.complain(format!("a descriptor {at:#x} {rest:#x}"));
+                return Err(Status::INVALID_DESCRIPTOR);
+            }
+            all += bytes;
+            pieces.push(self.reach(at, bytes).ok_or(Status::TRANSFER_ERROR)?);
+        }
+        if all != len {
+            self.complain(format!("a list of {all} bytes for {len}"));
+            return Err(Status::INVALID_DATA_LENGTH);
+        }
+        Ok(pieces)
+    }
+
+    /// The same of PRPs (section 4.1.1).
+    fn prps(&mut self, command: &Command, len: usize) -> Result<Vec<HostRange>, Status> {
         let page = self.page();
         let (first, second) = (command.0[3], command.0[4]);
-        if command.uses_sgl() || first % 4 != 0 {
+        if first % 4 != 0 {
             return Err(Status::INVALID_PRP);
         }
         let mut pieces = Vec::new();
@@ -316,7 +364,7 @@ impl Device {
 
     /// Copies `bytes` to where a command wants them.
     pub fn give(&mut self, command: &Command, bytes: &[u8]) -> Status {
-        match self.prps(command, bytes.len()) {
+        match self.pieces(command, bytes.len()) {
             Ok(pieces) => {
                 let mut done = 0;
                 for piece in pieces {
@@ -475,7 +523,7 @@ impl Device {
                     self.complain(format!("a transfer of {len} bytes, more than MDTS"));
                     return Status::INVALID_FIELD;
                 }
-                let pieces = match self.prps(command, len) {
+                let pieces = match self.pieces(command, len) {
                     Ok(pieces) => pieces,
                     Err(status) => return status,
                 };
@@ -498,7 +546,7 @@ impl Device {
             DISCARD => {
                 let len = ((command.dword(10) & 0xff) as usize + 1) * RANGE;
                 let mut ranges = Vec::new();
-                match self.prps(command, len) {
+                match self.pieces(command, len) {
                     Ok(pieces) => {
                         for piece in pieces {
                             let mut bytes = vec![0; piece.len()];

@@ -42,6 +42,8 @@ pub struct Config {
     /// ONCS.
     pub optional_commands: u16,
     pub write_cache: bool,
+    /// SGLS.
+    pub sgls: u32,
     /// WZSL, DMRSL; `None` for a controller that does not know the structure.
     pub limits: Option<(u8, u32)>,
     /// From number 1 on.
@@ -61,6 +63,7 @@ impl Default for Config {
             mdts: 0,
             optional_commands: 1 << 2 | 1 << 3,
             write_cache: true,
+            sgls: 0,
             limits: Some((0, 0)),
             namespaces: vec![Media::new(64 << 20, 9)],
         }

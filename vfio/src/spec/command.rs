@@ -109,6 +109,14 @@ impl Command {
         self
     }
 
+    /// A scatter gather list instead (bits 7:6 of the flags: data only), by its first descriptor.
+    #[inline]
+    pub fn with_sgl(mut self, descriptor: [u64; 2]) -> Command {
+        self.0[0] |= 1 << 14;
+        (self.0[3], self.0[4]) = descriptor.into();
+        self
+    }
+
     /// Dword `n`, from 10 to 15.
     #[inline]
     pub fn with_dword(mut self, n: usize, value: u32) -> Command {
@@ -137,9 +145,9 @@ impl Command {
         (self.0[0] >> 32) as u32
     }
 
-    /// Bits 7:6 of the flags: whether SGLs are used instead of PRPs.
-    pub fn uses_sgl(&self) -> bool {
-        self.0[0] >> 14 & 3 != 0
+    /// Bits 7:6 of the flags: 0 for PRPs, 1 for a scatter gather list.
+    pub fn sgl_kind(&self) -> u8 {
+        (self.0[0] >> 14 & 3) as u8
     }
 
     pub fn dword(&self, n: usize) -> u32 {

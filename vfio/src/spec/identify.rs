@@ -47,6 +47,9 @@ pub struct ControllerIdentity {
     pub has_write_cache: bool,
     /// Blocks that are written whole or not at all when the power fails.
     pub atomic_blocks: u32,
+    /// Scatter gather lists may be used in I/O commands; addresses and lengths of data blocks are
+    /// multiples of this (SGLS bits 1:0).
+    pub sgl_align: Option<u8>,
 }
 
 impl ControllerIdentity {
@@ -67,6 +70,11 @@ impl ControllerIdentity {
             has_write_zeroes: optional & 1 << 3 != 0,
             has_write_cache: le(data, 525, 1) & 1 != 0,
             atomic_blocks: le(data, 528, 2) as u32 + 1,
+            sgl_align: match le(data, 536, 4) & 3 {
+                1 => Some(1),
+                2 => Some(4),
+                _ => None,
+            },
         }
     }
 

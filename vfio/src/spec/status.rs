@@ -17,6 +17,9 @@ impl Status {
     pub const ABORTED: Status = Status(0x07);
     pub const QUEUE_DELETED: Status = Status(0x08);
     pub const INVALID_NAMESPACE: Status = Status(0x0b);
+    pub const INVALID_SEGMENT: Status = Status(0x0d);
+    pub const INVALID_DATA_LENGTH: Status = Status(0x0f);
+    pub const INVALID_DESCRIPTOR: Status = Status(0x11);
     pub const INVALID_PRP: Status = Status(0x13);
     pub const INTERRUPTED: Status = Status(0x21);
     pub const OUT_OF_RANGE: Status = Status(0x80);
@@ -85,6 +88,10 @@ impl Status {
             0x07 => "abort requested",
             0x08 => "aborted due to submission queue deletion",
             0x0b => "invalid namespace or format",
+            0x0d => "invalid SGL segment descriptor",
+            0x0e => "invalid number of SGL descriptors",
+            0x0f => "invalid data SGL length",
+            0x11 => "invalid SGL descriptor type",
             0x13 => "invalid PRP offset",
             0x15 => "operation denied",
             0x1d => "sanitize in progress",

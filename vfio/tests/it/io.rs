@@ -35,45 +35,99 @@ fn what_was_written_is_read_through_bounce_buffers_and_from_registered_memory() 
     }
 }
 
+/// How the data of a command gets to the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Road {
+    /// It is reached where it is, by pages.
+    Pages,
+    /// By pages or, with this alignment, by a scatter gather list.
+    List(u64),
+    Bounce,
+}
+
+/// What a controller whose SGLS has `sgls` makes of data that is `best` reached so.
+fn road(best: Road, sgls: u32) -> Road {
+    match (best, sgls) {
+        (Road::List(_), 1) => best,
+        (Road::List(4), 2) => best,
+        (Road::List(_), _) => Road::Bounce,
+        (best, _) => best,
+    }
+}
+
 #[test]
 fn scattered_memory_of_any_alignment_is_read_and_written_whole() {
-    let mut disk = disk();
-    let guest = Guest::new(1 << 20);
+    let cases: &[(&[(usize, usize)], Road)] = &[
+        (&[(0, 4096), (0x8000, 4096), (0x4000, 512)], Road::Pages),
+        (&[(0x0e00, 512), (0x3000, 4096), (0x9000, 1024)], Road::Pages),
+        (&[(0, 512), (0x200, 512), (0x400, 7168)], Road::Pages),
+        (&[(0, 512), (0x8000, 512)], Road::List(4)),
+        (&[(0x204, 1020), (0x8000, 4), (0x9000, 1024)], Road::List(4)),
+        (&[(1, 1023), (0x8000, 1), (0x9003, 4096 - 1024)], Road::List(1)),
+        (&[(0x10002, 512)], Road::List(1)),
+        (&[(0x10000, 100), (0, 0), (0x20000, 412)], Road::List(4)),
+    ];
+    for sgls in [0, 1, 2, 3] {
+        let mut disk = Disk::new(Config { sgls, ..Config::default() });
+        let guest = Guest::new(1 << 20);
+        let _registration = disk.controller.register(guest.range()).unwrap();
+        disk.controller.space().settle();
+        for (seed, (parts, best)) in (10..).zip(cases) {
+            let before = disk.pair.counts();
+            goes_and_comes_back(&mut disk, &guest, parts, seed);
+            let (counts, road) = (disk.pair.counts(), road(*best, sgls));
+            let told = (counts.bounced - before.bounced, counts.scattered - before.scattered);
+            let wanted = match road {
+                Road::Pages => (0, 0),
+                Road::List(_) => (0, 2),
+                Road::Bounce => (2, 0),
+            };
+            assert_eq!(told, wanted, "SGLS {sgls}: {parts:x?}");
+        }
+        disk.check();
+    }
+}
+
+#[test]
+fn what_the_device_does_not_reach_is_copied_whatever_lists_it_knows() {
+    let mut disk = Disk::new(Config { sgls: 1, ..Config::default() });
+    let bytes = pattern(3, 8192);
+    disk.write(512, &bytes);
+    assert_eq!(disk.read(512, 8192), bytes);
+    let counts = disk.pair.counts();
+    assert_eq!((counts.bounced, counts.scattered), (2, 0));
+    // More pieces than a list's page holds.
+    let guest = Guest::new(4 << 20);
     let _registration = disk.controller.register(guest.range()).unwrap();
     disk.controller.space().settle();
-    let cases: &[(&[(usize, usize)], bool)] = &[
-        (&[(0, 4096), (0x8000, 4096), (0x4000, 512)], false),
-        (&[(0x0e00, 512), (0x3000, 4096), (0x9000, 1024)], false),
-        (&[(0, 512), (0x200, 512), (0x400, 7168)], false),
-        (&[(0, 512), (0x8000, 512)], true),
-        (&[(1, 1023), (0x8000, 1), (0x9003, 4096 - 1024)], true),
-        (&[(0x10000, 100), (0, 0), (0x20000, 412)], true),
-    ];
-    for (seed, (parts, bounces)) in (10..).zip(cases) {
-        let list: Vec<_> = parts.iter().map(|&(at, len)| guest.iovec(at, len)).collect();
-        let len: usize = parts.iter().map(|part| part.1).sum();
-        let bytes = pattern(seed, len);
-        let mut done = 0;
-        for &(at, len) in *parts {
-            guest.fill(at, &bytes[done..done + len]);
-            done += len;
-        }
-        let before = disk.pair.counts().bounced;
-        let request = disk.namespace.write(8192, len as u32, segments(&list), false, 1);
-        assert_eq!(disk.one(request), Status::SUCCESS, "{parts:x?}");
-        assert_eq!(disk.fake.bytes(1, 8192, len), bytes, "{parts:x?}");
-        guest.range().zero();
-        let request = disk.namespace.read(8192, len as u32, segments(&list), 1);
-        assert_eq!(disk.one(request), Status::SUCCESS, "{parts:x?}");
-        let mut done = 0;
-        for &(at, len) in *parts {
-            assert_eq!(guest.bytes(at, len), bytes[done..done + len], "{parts:x?}");
-            done += len;
-        }
-        let bounced = disk.pair.counts().bounced - before;
-        assert_eq!(bounced, if *bounces { 2 } else { 0 }, "{parts:x?}");
-    }
+    let parts: Vec<_> = (0..512).map(|n| (n * 8192 + 16, 64)).collect();
+    goes_and_comes_back(&mut disk, &guest, &parts, 4);
+    let counts = disk.pair.counts();
+    assert_eq!((counts.bounced, counts.scattered), (4, 0));
     disk.check();
+}
+
+/// Writes from the parts of a guest's memory, and reads into them.
+fn goes_and_comes_back(disk: &mut Disk, guest: &Guest, parts: &[(usize, usize)], seed: u64) {
+    let list: Vec<_> = parts.iter().map(|&(at, len)| guest.iovec(at, len)).collect();
+    let len: usize = parts.iter().map(|part| part.1).sum();
+    let bytes = pattern(seed, len);
+    let mut done = 0;
+    for &(at, len) in parts {
+        guest.fill(at, &bytes[done..done + len]);
+        done += len;
+    }
+    let request = disk.namespace.write(8192, len as u32, segments(&list), false, 1);
+    assert_eq!(disk.one(request), Status::SUCCESS, "{parts:x?}");
+    assert_eq!(disk.fake.bytes(1, 8192, len), bytes, "{parts:x?}");
+    guest.range().zero();
+    let request = disk.namespace.read(8192, len as u32, segments(&list), 1);
+    assert_eq!(disk.one(request), Status::SUCCESS, "{parts:x?}");
+    let mut done = 0;
+    for &(at, len) in parts {
+        assert_eq!(guest.bytes(at, len), bytes[done..done + len], "{parts:x?}");
+        done += len;
+    }
 }
 
 #[test]
