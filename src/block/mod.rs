@@ -5,6 +5,7 @@
 //! * [`driver`], [`image`], [`snapshot`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
 //! * [`bitmap`]: which parts of a node were written.
+//! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`compress`]: storing data compressed.
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
@@ -24,6 +25,7 @@ pub mod create;
 pub mod driver;
 pub mod error;
 pub mod event;
+pub mod extents;
 pub mod graph;
 pub mod image;
 pub mod memory;

@@ -266,7 +266,11 @@ fn join(path: &str, role: &str) -> String {
 
 impl From<options::Error> for Error {
     fn from(error: options::Error) -> Error {
-        Error::new(error.to_string())
+        let told = Error::new(error.to_string());
+        match error.hint() {
+            Some(hint) => told.with_hint(hint),
+            None => told,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! The sentences are those `qemu-storage-daemon` prints, because scripts match on them.
 
+use super::{qemuopts, size};
 use std::fmt;
 
 /// What is wrong with one parameter, or with the text it came in.
@@ -29,6 +30,8 @@ pub(super) enum Kind {
     WrongType(&'static str),
     /// The value does not convert, or is out of range: `integer`, `size`, `uint16_t` …
     Expects(&'static str),
+    /// The value is no size in bytes.
+    NotASize,
     /// The value is not one of the names allowed.
     BadValue(Box<str>),
     /// The key is no valid parameter name.
@@ -82,6 +85,11 @@ impl Error {
         &self.path
     }
 
+    /// Lines of advice that QEMU prints below the error.
+    pub fn hint(&self) -> Option<&'static str> {
+        (self.kind == Kind::NotASize).then_some(qemuopts::SIZE_HINT)
+    }
+
     /// True when the parameter was left out.
     pub fn is_missing(&self) -> bool {
         self.kind == Kind::Missing
@@ -100,6 +108,9 @@ impl fmt::Display for Error {
                 write!(f, "Invalid parameter type for '{path}', expected: {wanted}")
             }
             Kind::Expects(wanted) => write!(f, "Parameter '{path}' expects {wanted}"),
+            Kind::NotASize => {
+                write!(f, "Parameter '{path}' {}", size::BadSize::NotASize)
+            }
             Kind::BadValue(value) => {
                 // QEMU names only the last part of the path in this one sentence.
                 let name = Line(self.path.rsplit('.').next().unwrap_or_default());

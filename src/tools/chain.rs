@@ -1,7 +1,7 @@
 //! A backing chain, opened layer by layer, so that a layer below the top can be written to.
 
-use super::extents;
 use super::{Images, Opened, Wanted};
+use crate::block::extents;
 use crate::block::{Error, Node};
 use crate::options::{Map, Value, filename};
 use std::sync::Arc;

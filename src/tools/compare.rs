@@ -1,8 +1,9 @@
 //! Whether two disks have the same contents. Where both read as zeroes, nothing is read; where a
 //! longer one goes on, it must read as zeroes.
 
-use super::extents::{self, Run, is_zero};
+use super::zeroes::is_zero;
 use super::{Opened, Progress};
+use crate::block::extents::{self, Run};
 use crate::block::{Precision, SECTOR, Status};
 use crate::io::{AlignedBuf, Errno};
 

@@ -10,7 +10,7 @@
 mod plan;
 mod turns;
 
-use super::extents::{is_zero, zero_prefix};
+use super::zeroes::{is_zero, zero_prefix};
 use super::{Opened, Progress};
 use crate::block::{Node, Packed, WriteFlags, ZeroFlags};
 use crate::io::sync::Mutex;

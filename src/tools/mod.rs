@@ -3,7 +3,7 @@
 //!
 //! * [`image`]: an image that a tool has open; `naming`: from what the user wrote to options of nodes.
 //! * [`cache`]: the cache modes (`-t`, `-T`) and what they mean.
-//! * [`extents`]: what is stored where, through a whole backing chain.
+//! * `zeroes`: which sectors are zero.
 //! * [`bench`]: how long requests take.
 //! * [`compare`]: whether two disks have the same contents; [`copy`]: the copy engine.
 //! * [`rebase`]: other backing files under an image; `chain`: images by layers.
@@ -15,13 +15,13 @@ pub mod cache;
 pub mod chain;
 pub mod compare;
 pub mod copy;
-pub mod extents;
 pub mod image;
 mod naming;
 pub mod nvme;
 pub mod output;
 pub mod progress;
 pub mod rebase;
+mod zeroes;
 
 pub use cache::Cache;
 pub use image::{Images, Opened, Wanted};

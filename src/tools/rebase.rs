@@ -1,8 +1,8 @@
 //! Standing an image on another backing file: what would be read differently is copied into the image
 //! first, and is durable before the header names the new file.
 
-use super::extents;
 use super::{Opened, Progress};
+use crate::block::extents;
 use crate::block::{Node, Precision, SECTOR, Status, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::Arc;

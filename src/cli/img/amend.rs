@@ -7,7 +7,7 @@ use crate::block::create::take_options;
 use crate::cli::getopt::{Line, long_switch, valued};
 use crate::drivers;
 use crate::options::Map;
-use crate::options::qemuopts::{self, SIZE_HINT};
+use crate::options::qemuopts;
 use crate::tools::{Cache, Progress, Wanted};
 
 pub static TOOL: Tool = Tool {
@@ -106,11 +106,7 @@ fn changes(format: &str, options: &[CreateOption], given: Map) -> Result<Map, Fa
             "This option is only supported for image creation",
         ));
     }
-    let changes = take_options(options, given).map_err(|error| {
-        let lines = error.to_string();
-        let is_size = lines.ends_with("expects a non-negative number below 2^64");
-        Failed { lines, hint: is_size.then(|| SIZE_HINT.to_owned()), code: 1 }
-    })?;
+    let changes = take_options(options, given).map_err(crate::block::Error::from)?;
     if changes.iter().any(|(name, _)| name.starts_with("backing_")) {
         return Err(hint(
             "Cannot amend the backing file".into(),

@@ -2,11 +2,11 @@
 
 use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET};
 use super::{Context, Ended, Tool, convert, outln};
-use crate::block::Error;
+use crate::block::{Error, extents};
 use crate::cli::getopt::{Line, switch, valued};
 use crate::tools::chain::{self, Layers};
 use crate::tools::copy::{Copy, copy};
-use crate::tools::{Cache, Images, Opened, Progress, Wanted, extents};
+use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
 /// Pieces on their way at the same time.

@@ -3,9 +3,9 @@
 use super::arguments::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
 use super::{Context, Ended, Failed, Tool, out, outln};
 use crate::block::Status;
+use crate::block::extents::{self, Run};
 use crate::cli::getopt::{Line, valued};
 use crate::tools::Opened;
-use crate::tools::extents::{self, Run};
 
 pub static TOOL: Tool = Tool {
     name: "map",

@@ -2,7 +2,7 @@
 
 use super::arguments::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, OUTPUT, PLAIN_FORMAT};
 use super::{Context, Ended, Failed, Tool, outln};
-use crate::block::Measurement;
+use crate::block::{Error, Measurement};
 use crate::cli::getopt::{Line, long_valued, valued};
 use crate::drivers;
 use crate::options::{Map, Value, json, qemuopts};
@@ -13,7 +13,7 @@ pub static TOOL: Tool = Tool {
     about: "Tell the size that a new image's file would have",
     options: &[
         OUTPUT,
-        valued("O", "", "FORMAT", "the new image's format (raw)"),
+        valued("O", "", "FORMAT", "the new image's format: raw or qcow2 (raw)"),
         valued("o", "", "OPTIONS", "options of the new image: NAME=VALUE,…"),
         long_valued("size", "N", "the size of a new, empty disk"),
         OBJECT,
@@ -84,10 +84,10 @@ async fn run(context: &Context, line: Line) -> Ended {
     }
     let file = registry.get("file");
     let known = crate::block::create_options(driver, file)?;
-    let invalid =
-        |e: String| Failed::from(format!("{e}\nInvalid options for file format '{format}'"));
-    let options =
-        crate::block::create::take_options(&known, given).map_err(|e| invalid(e.to_string()))?;
+    let options = crate::block::create::take_options(&known, given).map_err(|error| {
+        context.fail(&Failed::from(Error::from(error)));
+        format!("Invalid options for file format '{format}'")
+    })?;
     let Some(measure) = create.measure else {
         return Err(format!("Block driver '{format}' does not support size measurement").into());
     };

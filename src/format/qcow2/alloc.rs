@@ -53,6 +53,20 @@ impl Pool {
         Some(run)
     }
 
+    /// Exactly `count`, side by side.
+    fn take_run(&mut self, count: u64) -> Option<Run> {
+        let index = self.runs.iter().position(|run| run.count >= count)?;
+        let found = &mut self.runs[index];
+        let run = Run { count, ..*found };
+        found.first += count;
+        found.count -= count;
+        if found.count == 0 {
+            self.runs.remove(index);
+        }
+        self.taken += count;
+        Some(run)
+    }
+
     /// All that is left.
     pub fn drain(&mut self) -> Vec<Run> {
         self.runs.drain(..).collect()
@@ -116,6 +130,10 @@ impl Qcow2 {
     /// `count` host clusters side by side, counted and inside the file. They hold anything, and are
     /// leaked if they are neither named nor given back ([`super::refcounts::Refcounts::release`]).
     pub(super) async fn take_run(&self, count: u64) -> IoResult<Run> {
+        // Behind what is reserved they would keep the file from being cut there when it is closed.
+        if let Some(run) = self.pool.lock().take_run(count) {
+            return Ok(run);
+        }
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
         refcounts.reserve_run(self, count).await

@@ -125,7 +125,7 @@ impl Wanted {
         if self.lazy_refcounts == Some(true) && self.version < 3 {
             return refused(format!("Lazy refcounts only supported with {NEWER}"));
         }
-        if self.version < 3 && self.refcount_order != 4 {
+        if self.version < 3 && self.refcount_order != layout::DEFAULT_REFCOUNT_ORDER {
             return match names_width {
                 true => refused(
                     "Refcount widths other than 16 bits require compatibility level 1.1 or above \

@@ -6,6 +6,7 @@
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
+use super::measure::measure;
 use super::new_image::NewImage;
 use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
 use crate::block::{Error, Node, SECTOR, WriteFlags, ZeroFlags};
@@ -15,7 +16,7 @@ use crate::options::{Map, Value};
 pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
     create: |creation, map| Box::pin(create(creation, map)),
-    measure: None,
+    measure: Some(|options, size, source| Box::pin(measure(options, size, source))),
     compresses: true,
     amend: super::amend::OPTIONS,
 };
@@ -101,7 +102,7 @@ struct Wanted {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Preallocation {
+pub(super) enum Preallocation {
     Off,
     Metadata,
     Falloc,
@@ -109,6 +110,16 @@ enum Preallocation {
 }
 
 impl Preallocation {
+    pub(super) fn parse(name: &str) -> Option<Preallocation> {
+        Some(match name {
+            "off" => Preallocation::Off,
+            "metadata" => Preallocation::Metadata,
+            "falloc" => Preallocation::Falloc,
+            "full" => Preallocation::Full,
+            _ => return None,
+        })
+    }
+
     /// What the file that holds the data is asked for.
     fn of_file(self) -> Option<&'static str> {
         match self {
@@ -129,18 +140,59 @@ fn not_accepted<T>(parameter: &str, value: &str) -> Result<T, Error> {
     refused(format!("Parameter '{parameter}' does not accept value '{value}'"))
 }
 
+pub(super) fn is_on(options: &Map, name: &str) -> bool {
+    options.get(name) == Some(&Value::Bool(true))
+}
+
+fn number(options: &Map, name: &str) -> u64 {
+    match options.get(name) {
+        Some(Value::Int(n)) => u64::try_from(*n).unwrap_or(0),
+        _ => 0,
+    }
+}
+
+pub(super) fn refuse_encryption(options: &Map) -> Result<(), Error> {
+    let is_about_it = |name: &str| name.starts_with("encrypt.");
+    if is_on(options, "encryption") || options.iter().any(|(name, _)| is_about_it(name)) {
+        return refused("Encryption of qcow2 images is not supported");
+    }
+    Ok(())
+}
+
+pub(super) fn cluster_bits(options: &Map) -> Result<u32, Error> {
+    let size = number(options, "cluster_size");
+    let bits = layout::MIN_CLUSTER_BITS..=layout::MAX_CLUSTER_BITS;
+    match size.is_power_of_two() && bits.contains(&size.trailing_zeros()) {
+        true => Ok(size.trailing_zeros()),
+        false => refused("Cluster size must be a power of two between 512 and 2048k"),
+    }
+}
+
+/// Whether clusters are large enough to have subclusters.
+pub(super) fn check_extended(cluster_bits: u32) -> Result<(), Error> {
+    if cluster_bits < layout::MIN_EXTENDED_CLUSTER_BITS {
+        return refused(format!(
+            "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+            1 << layout::MIN_EXTENDED_CLUSTER_BITS
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn refcount_order(options: &Map) -> Result<u32, Error> {
+    let bits = number(options, "refcount_bits");
+    match bits.is_power_of_two() && bits.trailing_zeros() <= layout::MAX_REFCOUNT_ORDER {
+        true => Ok(bits.trailing_zeros()),
+        false => refused("Refcount width must be a power of two and may not exceed 64 bits"),
+    }
+}
+
 impl Wanted {
     /// Reads the options, and checks them in QEMU's order.
     fn take(creation: &Creation, options: &Map) -> Result<Wanted, Error> {
         let text = |name: &str| options.get(name).and_then(Value::as_str);
-        let on = |name: &str| options.get(name) == Some(&Value::Bool(true));
-        let number = |name: &str| match options.get(name) {
-            Some(Value::Int(n)) => u64::try_from(*n).unwrap_or(0),
-            _ => 0,
-        };
-        if on("encryption") || options.iter().any(|(name, _)| name.starts_with("encrypt.")) {
-            return refused("Encryption of qcow2 images is not supported");
-        }
+        let on = |name: &str| is_on(options, name);
+        refuse_encryption(options)?;
         let version = match text("compat") {
             Some("0.10" | "v2") => 2,
             None | Some("1.1" | "v3") => 3,
@@ -152,11 +204,11 @@ impl Wanted {
             Some(other) => return not_accepted("compression-type", other),
         };
         let preallocation = match text("preallocation") {
-            None | Some("off") => Preallocation::Off,
-            Some("metadata") => Preallocation::Metadata,
-            Some("falloc") => Preallocation::Falloc,
-            Some("full") => Preallocation::Full,
-            Some(other) => return not_accepted("preallocation", other),
+            None => Preallocation::Off,
+            Some(name) => match Preallocation::parse(name) {
+                Some(mode) => mode,
+                None => return not_accepted("preallocation", name),
+            },
         };
         let backing_format = text("backing_fmt").map(str::to_owned);
         if let Some(format) = &backing_format
@@ -164,13 +216,11 @@ impl Wanted {
         {
             return not_accepted("backing-fmt", format);
         }
-        let cluster_size = number("cluster_size");
-        let refcount_bits = number("refcount_bits");
         let mut wanted = Wanted {
-            size: number("size"),
+            size: number(options, "size"),
             version,
-            cluster_bits: cluster_size.trailing_zeros(),
-            refcount_order: refcount_bits.trailing_zeros(),
+            cluster_bits: cluster_bits(options)?,
+            refcount_order: 0,
             compression,
             preallocation,
             extended_l2: on("extended_l2"),
@@ -180,7 +230,7 @@ impl Wanted {
             data_file: text("data_file").map(str::to_owned),
             data_file_raw: on("data_file_raw"),
         };
-        wanted.check(cluster_size, refcount_bits)?;
+        wanted.check(options)?;
         if wanted.data_file_raw && wanted.preallocation == Preallocation::Off {
             // Every byte of the data file is the disk's from the start.
             wanted.preallocation = Preallocation::Metadata;
@@ -188,23 +238,13 @@ impl Wanted {
         Ok(wanted)
     }
 
-    fn check(&mut self, cluster_size: u64, refcount_bits: u64) -> Result<(), Error> {
+    fn check(&mut self, options: &Map) -> Result<(), Error> {
         const NEWER: &str = "compatibility level 1.1 and above (use version=v3 or greater)";
-        let cluster_bits = layout::MIN_CLUSTER_BITS..=layout::MAX_CLUSTER_BITS;
-        if !cluster_size.is_power_of_two() || !cluster_bits.contains(&self.cluster_bits) {
-            return refused("Cluster size must be a power of two between 512 and 2048k");
-        }
         if self.extended_l2 {
             if self.version < 3 {
                 return refused(format!("Extended L2 entries are only supported with {NEWER}"));
             }
-            if self.cluster_bits < layout::MIN_EXTENDED_CLUSTER_BITS {
-                let least = 1 << layout::MIN_EXTENDED_CLUSTER_BITS;
-                return refused(format!(
-                    "Extended L2 entries are only supported with cluster sizes of at least \
-                     {least} bytes"
-                ));
-            }
+            check_extended(self.cluster_bits)?;
         }
         if self.backing_file.is_some()
             && self.preallocation != Preallocation::Off
@@ -221,10 +261,8 @@ impl Wanted {
         if self.lazy_refcounts && self.version < 3 {
             return refused(format!("Lazy refcounts only supported with {NEWER}"));
         }
-        if !refcount_bits.is_power_of_two() || self.refcount_order > layout::MAX_REFCOUNT_ORDER {
-            return refused("Refcount width must be a power of two and may not exceed 64 bits");
-        }
-        if self.refcount_order != 4 && self.version < 3 {
+        self.refcount_order = refcount_order(options)?;
+        if self.refcount_order != layout::DEFAULT_REFCOUNT_ORDER && self.version < 3 {
             return refused(
                 "Different refcount widths than 16 bits require compatibility level 1.1 or above \
                  (use version=v3 or greater)",

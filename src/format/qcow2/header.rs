@@ -132,7 +132,7 @@ impl Header {
             incompatible: Incompatible::empty(),
             compatible: Compatible::empty(),
             autoclear: Autoclear::empty(),
-            refcount_order: 4,
+            refcount_order: layout::DEFAULT_REFCOUNT_ORDER,
             compression: Compression::Zlib,
             backing_file: None,
             extensions: Vec::new(),

@@ -11,7 +11,8 @@ pub const MAX_CLUSTER_BITS: u32 = 21;
 pub const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
 /// Subclusters of a cluster, with extended L2 entries.
 pub const SUBCLUSTERS: u64 = 32;
-/// Refcounts of up to 64 bits.
+/// Refcounts of 16 bits, if nothing else is asked for, and of up to 64 bits.
+pub const DEFAULT_REFCOUNT_ORDER: u32 = 4;
 pub const MAX_REFCOUNT_ORDER: u32 = 6;
 
 // QEMU's own limits. Images beyond them cannot be opened by anybody.

@@ -10,6 +10,7 @@
 //! | `lookup` | where a guest's bytes are |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
 //! | `create`, `new_image`, `amend` | making images, and making them others |
+//! | `measure` | how long the file of a new image has to be |
 //! | `snapshots` | internal snapshots |
 //! | `bitmaps` | persistent dirty bitmaps: loaded, marked as in use, stored |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
@@ -43,6 +44,7 @@ pub mod l1;
 pub mod l2_cache;
 pub mod layout;
 mod lookup;
+mod measure;
 mod new_image;
 mod open;
 mod options;

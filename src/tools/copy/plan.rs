@@ -2,10 +2,10 @@
 
 use super::turns::Signal;
 use super::{Copy, Trouble};
+use crate::block::extents::{self, Run};
 use crate::block::{Precision, Status};
 use crate::io::Errno;
 use crate::io::sync::Mutex;
-use crate::tools::extents::{self, Run};
 
 /// What is done with a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

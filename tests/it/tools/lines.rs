@@ -332,6 +332,7 @@ fn convert() {
             "qemu-img convert -O raw -o help a.raw b.raw",
             "qemu-img convert -O raw -o '?' a.raw b.raw",
             "qemu-img convert -o bogus=1 a.raw b.raw",
+            "qemu-img convert -O qcow2 -o cluster_size=x a.raw b.raw",
             "qemu-img convert -o size=5M a.raw b.raw",
             "qemu-img convert -o size=512 a.raw b.raw",
             "qemu-img convert -o preallocation=full a.raw b.raw",

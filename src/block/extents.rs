@@ -1,7 +1,7 @@
 //! What is stored where: block status through a whole backing chain, and in runs as long as they are
 //! alike.
 
-use crate::block::{Node, Precision, SECTOR, Status};
+use super::{Node, Precision, Status};
 use crate::io::IoResult;
 use std::sync::Arc;
 
@@ -99,23 +99,4 @@ pub async fn run(node: &Arc<Node>, start: u64, len: u64) -> IoResult<Run> {
         all.len += next.len;
     }
     Ok(all)
-}
-
-/// The length of the longest prefix of `bytes` whose sectors are all zero or all not, and which of
-/// both it is. `bytes` is not empty; a last sector may be cut short.
-pub fn zero_prefix(bytes: &[u8]) -> (bool, usize) {
-    let mut sectors = bytes.chunks(SECTOR as usize);
-    let first = sectors.next().is_some_and(is_zero);
-    let alike = sectors.take_while(|sector| is_zero(sector) == first).count();
-    (first, bytes.len().min((alike + 1) * SECTOR as usize))
-}
-
-/// Whether all bytes are zero.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    // By words of eight, eight at a time, so that the compiler has something to make wide.
-    let (chunks, rest) = bytes.as_chunks::<64>();
-    chunks.iter().all(|chunk| {
-        let words = chunk.as_chunks::<8>().0.iter();
-        words.fold(0, |all, word| all | u64::from_ne_bytes(*word)) == 0
-    }) && rest.iter().all(|&byte| byte == 0)
 }
