@@ -312,6 +312,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// The length of its storage, if that changes by itself.
+    fn own_length(&self) -> Option<&dyn super::OwnLength> {
+        None
+    }
+
     /// Operations on the disk as a whole.
     fn image(&self) -> Option<&dyn Image> {
         None

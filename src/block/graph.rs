@@ -6,6 +6,7 @@
 
 mod activity;
 mod drain;
+mod length;
 mod permissions;
 mod turns;
 

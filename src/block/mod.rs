@@ -12,6 +12,7 @@
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
+//! * [`length`]: storage whose length changes by itself.
 //! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
 //! * [`error`]: one line for whoever opened the disk.
@@ -28,6 +29,7 @@ pub mod event;
 pub mod extents;
 pub mod graph;
 pub mod image;
+pub mod length;
 pub mod memory;
 pub mod node;
 pub mod open;
@@ -51,6 +53,7 @@ pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
 pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};
+pub use length::{LengthNotice, OwnLength};
 pub use memory::{Admission, DeviceMemory, GuestRegion};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
 pub use open::{Inherit, Opening, RecordedBacking};

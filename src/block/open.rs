@@ -213,6 +213,7 @@ impl Graph {
                 let _ = node.driver().close().await;
                 return Err(error);
             }
+            self.follow_length(&node);
             Ok(node)
         })
     }

@@ -1,13 +1,17 @@
 //! The driver `nvme` over a controller in memory: what several workers, nodes and guests share.
 
 use crate::disks::{REGISTRY, nvme_disk};
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vhost::vhost_user::VhostUserFrontend;
 use vublk::block::{Access, Error, Graph, Node, Perm, Perms, Precision, WriteFlags};
 use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
 use vublk::io::{AlignedBuf, Errno, IoVec, Worker, WorkerOptions};
 use vublk::options::keyval;
+use vublk_testkit::spec::protocol;
 use vublk_testkit::{Disk, Options};
 use vublk_vfio::fake::{Broken, Config, Fake, Media};
 
@@ -20,9 +24,12 @@ fn open_on(graph: &Graph, worker: &Worker, name: &str, options: &str) -> Result<
     graph.open_on(worker, map)
 }
 
+fn perms() -> Perms {
+    Perms { held: Perm::CONSISTENT_READ | Perm::WRITE, shared: Perm::all() }
+}
+
 fn hold(graph: &Graph, node: &Arc<Node>) -> vublk::block::Attachment {
-    let perms = Perms { held: Perm::CONSISTENT_READ | Perm::WRITE, shared: Perm::all() };
-    graph.attach(node, "a test", perms, None).unwrap()
+    graph.attach(node, "a test", perms(), None).unwrap()
 }
 
 fn write(worker: &Worker, node: &Arc<Node>, at: u64, byte: u8) -> Result<(), Errno> {
@@ -105,16 +112,53 @@ fn a_device_that_goes_costs_errors_and_the_graph_can_be_closed() {
 }
 
 #[test]
-fn a_namespace_that_has_grown_is_longer_once_a_resize_has_asked_for_it() {
+fn a_namespace_that_changes_has_its_new_length_for_everybody_above_without_being_asked() {
+    let (fake, options) = nvme_disk(Config::default());
+    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
+    let leaf = open_on(&graph, &worker, "leaf", &options).unwrap();
+    let node = open_on(&graph, &worker, "disk", "driver=raw,file=leaf").unwrap();
+    let held = hold(&graph, &node);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let export = serve(&node, &worker, &path).start(|| ()).unwrap();
+    let attached = graph.attach(&node, "export 'disk'", perms(), Some(export.user())).unwrap();
+    let protocol = protocol::DEFAULT | protocol::BACKEND_REQ;
+    let mut disk = Disk::open(&path, &Options { protocol, ..Options::default() }).unwrap();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    disk.connection().vhost().set_backend_request_fd(&theirs).unwrap();
+    // Longer, shorter, and back.
+    for mib in [128, 16, 64] {
+        fake.resize(1, mib << 11);
+        // VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
+        let mut header = [0; 12];
+        ours.read_exact(&mut header).unwrap();
+        assert_eq!(header, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(disk.connection().config().unwrap().capacity_sectors, mib << 11);
+        assert_eq!((leaf.len(), node.len()), (mib << 20, mib << 20));
+        let last = (mib << 11) - 8;
+        disk.write(last, &[mib as u8; 4096]).unwrap();
+        assert_eq!(fake.bytes(1, (last * 512) as usize, 4096), vec![mib as u8; 4096]);
+        disk.write(last + 8, &[1; 4096]).unwrap_err();
+    }
+    disk.stop().unwrap();
+    drop((disk, export, attached, held, node, leaf));
+    close(&graph, &worker);
+    assert_eq!(fake.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn a_change_that_no_event_tells_of_is_known_once_a_resize_has_asked_for_it() {
     let (fake, options) = nvme_disk(Config::default());
     let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
     let node = open_on(&graph, &worker, "disk", &options).unwrap();
-    fake.resize(1, 1 << 18);
+    fake.resize_silently(1, 1 << 18);
     let resize = |len| {
         let (graph, node) = (graph.clone(), node.clone());
         worker.block_on(move || async move { graph.resize(&node, len).await })
     };
-    wait_until("it has been heard", || resize(128 << 20).is_ok());
+    assert_eq!(node.len(), 64 << 20);
+    resize(128 << 20).unwrap();
     assert_eq!(node.len(), 128 << 20);
     write(&worker, &node, 100 << 20, 1).expect_err("nobody holds the permission");
     let held = hold(&graph, &node);

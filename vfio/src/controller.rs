@@ -399,6 +399,12 @@ impl Controller {
         listeners.push(Arc::downgrade(listener));
     }
 
+    /// Asks for the lengths of all open namespaces, as when the controller says that one has changed: for
+    /// those that do not say so. Blocks.
+    pub fn refresh(&self) {
+        self.0.refresh();
+    }
+
     /// Resets the controller: everything that it has in flight is given to it again.
     pub fn reset(&self) {
         self.0.want_reset();

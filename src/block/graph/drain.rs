@@ -25,6 +25,12 @@ pub trait User: Send + Sync {
     fn resized(&self) {}
 }
 
+/// A node and its registered users.
+pub(super) struct Used {
+    pub node: Arc<Node>,
+    pub users: Vec<Arc<dyn User>>,
+}
+
 /// The graph at rest around a node, until it is dropped: its users are paused, and nobody else
 /// changes the graph.
 pub struct Drained<'a> {
@@ -174,23 +180,30 @@ impl Graph {
 
     /// The registered users of a node and of all nodes above it.
     fn users_above(&self, node: &Arc<Node>) -> Result<Vec<Arc<dyn User>>, Error> {
+        Ok(self.above(node)?.into_iter().flat_map(|used| used.users).collect())
+    }
+
+    /// A node and all nodes above it.
+    pub(super) fn above(&self, node: &Arc<Node>) -> Result<Vec<Used>, Error> {
         let state = self.0.state.lock();
         let mut pending = vec![state.id(node)?];
         let mut seen = BTreeSet::new();
-        let mut users = Vec::new();
+        let mut found = Vec::new();
         while let Some(id) = pending.pop() {
             if !seen.insert(id) {
                 continue;
             }
-            for one in &state.entry(id).uses {
+            let (entry, mut users) = (state.entry(id), Vec::new());
+            for one in &entry.uses {
                 match &one.by {
                     By::Node { id, .. } => pending.push(*id),
                     By::User { user, .. } => users.extend(user.as_ref().and_then(|u| u.upgrade())),
                     By::Opening { .. } => {}
                 }
             }
+            found.push(Used { node: entry.node.clone(), users });
         }
-        Ok(users)
+        Ok(found)
     }
 }
 

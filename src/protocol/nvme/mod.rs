@@ -21,8 +21,8 @@ pub use shared::adopt;
 
 use crate::block::{
     Abilities, Access, Admission, DeviceMemory, Driver, Error, Extent, GuestRegion, Image, Leaf,
-    LocalFuture, Mapping, NodeOptions, Perms, Place, Precision, Status, Target, Traits, Transfer,
-    WriteFlags, ZeroFlags,
+    LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place, Precision, Status,
+    Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
 use lane::Lane;
@@ -35,8 +35,11 @@ use vublk_vfio::{HostRange, Namespace, Segments};
 pub struct Nvme {
     filename: String,
     namespace: Namespace,
-    /// Bytes, as the users of the node know it: when the namespace changes, a resize makes it known.
+    /// Bytes, as the users of the node know it.
     len: AtomicU64,
+    length: Arc<LengthNotice>,
+    /// Called by the controller when a namespace has changed.
+    _listener: Arc<dyn Fn() + Send + Sync>,
     traits: Traits,
     /// `cache.no-flush`: nothing needs to be durable.
     no_flush: bool,
@@ -75,10 +78,17 @@ impl Nvme {
             abilities,
             ..Traits::default()
         };
+        let length = LengthNotice::new()?;
+        let theirs = length.clone();
+        let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || theirs.tell());
+        // Before the length is asked for: what changes later is told.
+        controller.listen(&listener);
         Ok(Nvme {
             filename: options.filename(),
             len: AtomicU64::new(namespace.len()),
             namespace,
+            length,
+            _listener: listener,
             traits,
             no_flush: node.no_flush,
             has_cache: controller.identity().has_write_cache,
@@ -181,6 +191,10 @@ impl Driver for Nvme {
         self.guest_dma.then_some(self)
     }
 
+    fn own_length(&self) -> Option<&dyn OwnLength> {
+        Some(self)
+    }
+
     fn image(&self) -> Option<&dyn Image> {
         Some(self)
     }
@@ -224,17 +238,41 @@ impl DeviceMemory for Nvme {
     }
 }
 
+impl OwnLength for Nvme {
+    fn notice(&self) -> Arc<LengthNotice> {
+        self.length.clone()
+    }
+
+    fn found(&self) -> u64 {
+        self.namespace.len()
+    }
+
+    fn take(&self) {
+        self.len.store(self.namespace.len(), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Nvme {
+    fn drop(&mut self) {
+        // Who follows the length sees that there is none any more.
+        self.length.tell();
+    }
+}
+
 impl Image for Nvme {
-    /// A namespace has the length it has; asking for it makes a change known.
+    /// A namespace has the length it has; asking for it makes a change known that the controller did
+    /// not tell of.
     fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
-        let found = self.namespace.len();
-        self.len.store(found, Ordering::Relaxed);
-        let result = match len.cmp(&found) {
-            std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => Err(Error::new("Cannot grow device files")),
-            std::cmp::Ordering::Less => Err(Error::new("Cannot resize device files")),
-        };
-        Box::pin(std::future::ready(result))
+        Box::pin(async move {
+            let controller = self.shared().controller()?;
+            crate::io::offload(move || controller.refresh()).await;
+            self.take();
+            match len.cmp(&self.len()) {
+                std::cmp::Ordering::Equal => Ok(()),
+                std::cmp::Ordering::Greater => Err(Error::new("Cannot grow device files")),
+                std::cmp::Ordering::Less => Err(Error::new("Cannot resize device files")),
+            }
+        })
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {

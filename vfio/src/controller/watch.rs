@@ -203,7 +203,7 @@ impl Inner {
     }
 
     /// Asks for the sizes of all open namespaces, and tells who listens if one has changed.
-    fn refresh(&self) {
+    pub(super) fn refresh(&self) {
         let ids: Vec<u32> = lock(&self.namespaces).keys().copied().collect();
         let mut changed = false;
         for id in ids {
@@ -226,8 +226,7 @@ impl Inner {
             if blocks != before {
                 changed = true;
                 log::warn!(
-                    "{}: namespace {id} had {before} blocks and has {blocks} now: block_resize makes it \
-                     known to guests",
+                    "{}: namespace {id} had {before} blocks and has {blocks} now",
                     self.name
                 );
                 entry.blocks.store(blocks, Ordering::Release);

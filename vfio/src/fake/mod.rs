@@ -206,6 +206,13 @@ impl Fake {
         self.device().resize(namespace, blocks);
     }
 
+    /// The same of a controller that tells nobody.
+    pub fn resize_silently(&self, namespace: u32, blocks: u64) {
+        if let Some(media) = self.device().media(namespace) {
+            media.set_blocks(blocks);
+        }
+    }
+
     /// Asks for the device back.
     pub fn request_back(&self) {
         let _ = self.0.request.write(1);

@@ -1,0 +1,60 @@
+//! Storage whose length changes by itself, as a device's does, and how the graph hears of it.
+//!
+//! The graph follows such a node ([`Graph::open`](super::Graph::open)): when the driver tells that the
+//! storage is longer or shorter, the node's users are paused, its new length is taken, and they are told,
+//! as if somebody had resized it.
+
+use super::Error;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Of a driver whose storage has a length of its own.
+pub trait OwnLength: Send + Sync {
+    /// What the driver tells of changes by, for as long as it is open.
+    fn notice(&self) -> Arc<LengthNotice>;
+
+    /// The length that the storage has now, in bytes: what [`Driver::len`](super::Driver::len) told
+    /// last, or another.
+    fn found(&self) -> u64;
+
+    /// From now on `len` tells what `found` does. No request is in flight on the node.
+    fn take(&self);
+}
+
+/// Tells the graph to look at a node's length. Its thread-safe half is the driver's.
+pub struct LengthNotice {
+    told: AtomicBool,
+    event: EventFd,
+}
+
+impl LengthNotice {
+    pub fn new() -> Result<Arc<LengthNotice>, Error> {
+        let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let event = event.map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(LengthNotice { told: AtomicBool::new(false), event }))
+    }
+
+    /// The length may have changed, or the driver is gone.
+    pub fn tell(&self) {
+        self.told.store(true, Ordering::SeqCst);
+        // Full means that it is readable already.
+        let _ = self.event.write(1);
+    }
+
+    pub(super) fn is_told(&self) -> bool {
+        self.told.load(Ordering::SeqCst)
+    }
+
+    /// Whether it was told since this was last asked.
+    pub(super) fn take(&self) -> bool {
+        // What is told after this is read makes it readable again.
+        let _ = self.event.read();
+        self.told.swap(false, Ordering::SeqCst)
+    }
+
+    pub(super) fn event(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
