@@ -158,6 +158,7 @@ impl Service {
         let graph = Graph::with_policy(registry, policy);
         let ended = Ended::new()?;
         let io_errors = ended.io_errors()?;
+        ended.listen(graph.notices())?;
         let (iothreads, exports) = (Vec::new(), Vec::new());
         let patience = Some((|| false) as fn() -> bool);
         Ok(Service {

@@ -19,7 +19,7 @@ pub use drain::{Drained, User};
 use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
-use super::{Abilities, BitmapInfo, Error, Node, NodeOptions, Perm, Perms, SnapshotInfo};
+use super::{Abilities, BitmapInfo, Error, Node, NodeOptions, Notices, Perm, Perms, SnapshotInfo};
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
@@ -38,6 +38,7 @@ struct Inner {
     /// Changes are made by whose turn it is.
     turns: Turns,
     state: Mutex<State>,
+    notices: Arc<Notices>,
 }
 
 #[derive(Default)]
@@ -119,8 +120,8 @@ impl Graph {
     }
 
     pub fn with_policy(registry: &'static Registry, policy: OpenPolicy) -> Graph {
-        let (turns, state) = (Turns::default(), Mutex::default());
-        Graph(Arc::new(Inner { registry, policy, turns, state }))
+        let (turns, state, notices) = Default::default();
+        Graph(Arc::new(Inner { registry, policy, turns, state, notices }))
     }
 
     pub fn policy(&self) -> &OpenPolicy {
@@ -129,6 +130,11 @@ impl Graph {
 
     pub fn registry(&self) -> &'static Registry {
         self.0.registry
+    }
+
+    /// What its nodes have to tell.
+    pub fn notices(&self) -> &Arc<Notices> {
+        &self.0.notices
     }
 
     /// The node of this name.

@@ -15,6 +15,7 @@
 //! * [`length`]: storage whose length changes by itself.
 //! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
+//! * [`notice`]: what befalls nodes, for whoever watches the graph.
 //! * [`error`]: one line for whoever opened the disk.
 //!
 //! Nothing here names a format, a protocol or a transport.
@@ -32,6 +33,7 @@ pub mod image;
 pub mod length;
 pub mod memory;
 pub mod node;
+pub mod notice;
 pub mod open;
 pub mod overlap;
 pub mod perm;
@@ -56,6 +58,7 @@ pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};
 pub use length::{LengthNotice, OwnLength};
 pub use memory::{Admission, DeviceMemory, GuestRegion};
 pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
+pub use notice::{Corrupted, Notice, Notices};
 pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};
 pub use policy::{FollowBacking, OpenPolicy, Whitelist};

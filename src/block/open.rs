@@ -11,7 +11,7 @@ pub use backing::RecordedBacking;
 use super::graph::{By, Graph};
 use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
-use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Perms};
+use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Notices, Perms};
 use crate::options::{self, Map, NodeRef};
 use backing::Chain;
 use serde::Deserialize;
@@ -90,6 +90,11 @@ impl Opening {
     /// The policy of the graph that the node will be in.
     pub fn policy(&self) -> &OpenPolicy {
         self.graph.policy()
+    }
+
+    /// Where the node may tell what befalls it.
+    pub fn notices(&self) -> Arc<Notices> {
+        self.graph.notices().clone()
     }
 
     /// Reads the driver's options, whole.

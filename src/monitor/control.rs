@@ -1,9 +1,9 @@
 //! The loop that serves all monitors of a process until it is to end.
 
 use super::chardev::{Chardev, Endpoint, MonitorOptions};
-use super::commands;
 use super::poll::{Polled, accept, poll, polled};
 use super::session::{Session, Step};
+use super::{commands, events};
 use crate::block::Error;
 use crate::options::{Map, Value};
 use crate::sandbox;
@@ -117,6 +117,10 @@ impl Control {
             sandbox::tell_refused();
             for error in service.take_io_errors() {
                 self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
+            }
+            for notice in service.take_notices() {
+                let (event, data) = events::of_notice(notice);
+                self.tell(event, &data);
             }
             for (index, polled) in fds[2..].iter().enumerate() {
                 self.monitors[index].transfer(polled.revents);

@@ -18,6 +18,7 @@ mod bitmaps;
 mod chardev;
 mod commands;
 mod control;
+mod events;
 mod framing;
 mod poll;
 mod session;

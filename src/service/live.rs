@@ -5,7 +5,7 @@
 
 use super::{Pending, Served, Service, State};
 use crate::block::graph::NodeInfo;
-use crate::block::{Abilities, Error, Node};
+use crate::block::{Abilities, Error, Node, Notice, Notices};
 use crate::export::vhost_user_blk::{Export, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
 use crate::options::Map;
@@ -50,6 +50,15 @@ impl Ended {
     pub(super) fn tell(&self, id: String) {
         self.ids.lock().push(id);
         let _ = self.notice.write(1);
+    }
+
+    /// Makes a sign of it when `notices` has something to give.
+    pub(super) fn listen(&self, notices: &Notices) -> Result<(), Error> {
+        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        notices.on_notice(move || {
+            let _ = notice.write(1);
+        });
+        Ok(())
     }
 
     /// What the storage fails; noticed in the same way.
@@ -145,7 +154,13 @@ impl Service {
         self.io_errors.take()
     }
 
-    /// Readable while [`Service::take_ended`] or [`Service::take_io_errors`] has something to give.
+    /// What nodes have had to tell since this was last asked.
+    pub fn take_notices(&self) -> Vec<Notice> {
+        self.graph.notices().take()
+    }
+
+    /// Readable while [`Service::take_ended`], [`Service::take_io_errors`] or
+    /// [`Service::take_notices`] has something to give.
     pub fn ended_notice(&self) -> RawFd {
         self.ended.notice.as_raw_fd()
     }

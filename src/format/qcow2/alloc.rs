@@ -4,8 +4,7 @@
 //! more was taken, the more is reserved at once: a reservation costs a flush, and a crash leaks what
 //! is left of it. Closing gives back what is left.
 
-use super::layout::L1Entry;
-use super::{Qcow2, corrupt};
+use super::Qcow2;
 use crate::block::{Error, Node};
 use crate::io::{Errno, IoResult};
 use std::collections::VecDeque;
@@ -70,6 +69,21 @@ impl Pool {
     /// All that is left.
     pub fn drain(&mut self) -> Vec<Run> {
         self.runs.drain(..).collect()
+    }
+
+    /// Whether one of these clusters is reserved; they are sorted if that has to be looked for.
+    pub fn reserves(&self, clusters: &mut [u64]) -> bool {
+        let low = clusters.iter().copied().min().unwrap_or(u64::MAX);
+        let high = clusters.iter().copied().max().unwrap_or(0);
+        let is_near = |run: &&Run| run.first <= high && low < run.first + run.count;
+        if !self.runs.iter().any(|run| is_near(&run)) {
+            return false;
+        }
+        clusters.sort_unstable();
+        self.runs.iter().filter(is_near).any(|run| {
+            let next = clusters.partition_point(|&cluster| cluster < run.first);
+            clusters.get(next).is_some_and(|&cluster| cluster < run.first + run.count)
+        })
     }
 
     pub fn put_back(&mut self, run: Run) {
@@ -157,26 +171,5 @@ impl Qcow2 {
         let image = node.driver().image().ok_or(Errno::ENOSPC)?;
         let refused = |error: Error| error.errno().unwrap_or(Errno::ENOSPC);
         image.resize(len, false).await.map_err(refused)
-    }
-
-    /// Whether clusters that the refcounts call free can be so: no table that we know may lie there.
-    pub(super) fn check_free(&self, runs: &[Run], refcount_table: &[u64]) -> IoResult {
-        let bits = self.geometry.cluster_bits;
-        let hit = |offset: u64, len: u64| {
-            let (first, last) = (offset >> bits, (offset + len.max(1) - 1) >> bits);
-            runs.iter().any(|run| first < run.first + run.count && run.first <= last)
-        };
-        let tables = self.fixed_tables.lock().clone();
-        if let Some((what, _, _)) = tables.iter().find(|(_, offset, len)| hit(*offset, *len)) {
-            return Err(corrupt::not_free(self, what));
-        }
-        if refcount_table.iter().any(|&block| block != 0 && hit(block, 1)) {
-            return Err(corrupt::not_free(self, "refcount block"));
-        }
-        let in_l1 = |entry: L1Entry| entry.l2_table() != 0 && hit(entry.l2_table(), 1);
-        if (0..self.l1.entries()).any(|index| in_l1(self.l1.get(index))) {
-            return Err(corrupt::not_free(self, "L2 table"));
-        }
-        Ok(())
     }
 }

@@ -9,10 +9,10 @@
 //! first sector. Should they not even then (a data file with a very long name), the cluster is written
 //! at once, as QEMU does.
 
+use super::Qcow2;
 use super::extensions::Extension;
 use super::header::Header;
 use super::read::read_padded;
-use super::{Qcow2, tables};
 use crate::block::{Error, SECTOR, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoVec};
 use std::sync::atomic::Ordering;
@@ -51,7 +51,7 @@ impl Qcow2 {
         }
         let steps = steps(&header, &disk, &mut new)?;
         // The disk may have it even if writing fails.
-        *self.fixed_tables.lock() = tables::fixed_tables(&new);
+        self.note_header(&new);
         *self.header_copy.lock() = new.clone();
         *header = new;
         // Between two steps fields that were written alone could name what is not there.

@@ -8,6 +8,7 @@
 use super::Qcow2;
 use super::l2_cache::{Pinned, SliceNo};
 use super::layout::L2Entry;
+use super::overlap::Kinds;
 use crate::block::WriteFlags;
 use crate::io::sync::Mutex;
 use crate::io::{Errno, IoResult, IoVec};
@@ -169,6 +170,7 @@ impl Qcow2 {
         let at = self.slice_offset(guest)?;
         let (start, bytes) = self.encode_changes(pinned, changes);
         let bytes = IoVec::from_ref(&bytes);
+        self.check_write(at + start, bytes.len(), Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
         self.file().write(at + start, &bytes, WriteFlags::empty()).await?;
         pinned.publish(changes);
         Ok(())

@@ -9,6 +9,7 @@ use super::alloc::Run;
 use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
 use super::order::Lock;
+use super::overlap::Kinds;
 use crate::block::WriteFlags;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
@@ -140,6 +141,7 @@ impl Qcow2 {
             return Err(Errno::EIO);
         }
         let at = self.slice_offset(guest)?;
+        self.check_write(at, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
         self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
     }
 }

@@ -6,7 +6,7 @@
 
 use super::extensions::Extension;
 use super::header::{Header, Incompatible};
-use super::{Qcow2, open, snapshots, tables};
+use super::{Qcow2, open, snapshots};
 use crate::block::{Error, HandOver, LocalFuture};
 use crate::io::{IoResult, epoch};
 use std::sync::atomic::Ordering;
@@ -66,10 +66,10 @@ impl Qcow2 {
         }
         self.snapshots.replace(snapshots::Table::read(&file, &header).await);
         self.size.store(header.size, Ordering::SeqCst);
-        *self.fixed_tables.lock() = tables::fixed_tables(&header);
         *self.header_copy.lock() = header.clone();
         *current = header;
         drop(current);
+        self.note_metadata().await;
         // What it was going to give back is somebody else's by now, or leaked.
         self.pool.lock().drain();
         self.freed.forget();

@@ -176,6 +176,22 @@ impl L2Cache {
         self.slots[slot].tag.load(Ordering::Relaxed)
     }
 
+    /// The words of each slice that is there, one after the other.
+    pub fn for_each_slice(&self, mut look: impl FnMut(&[u64])) {
+        let mut words = Vec::new();
+        for (n, slot) in self.slots.iter().enumerate() {
+            // Nothing changes meanwhile.
+            let state = self.state.lock();
+            if self.tag(n) != EMPTY {
+                let data = slot.data.get().map_or(&[][..], |data| data);
+                words.clear();
+                words.extend(data.iter().map(|word| word.load(Ordering::Relaxed)));
+                drop(state);
+                look(&words);
+            }
+        }
+    }
+
     /// Forgets the slices that nobody has pinned and that `which` chooses.
     pub fn forget(&self, which: impl Fn(SliceNo) -> bool) {
         let state = self.state.lock();

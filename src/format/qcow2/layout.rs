@@ -256,6 +256,16 @@ impl L2Entry {
         self.word & COPIED != 0
     }
 
+    /// Whether the flag is set that makes a standard entry read as zeroes.
+    pub fn reads_zero(self) -> bool {
+        self.word & ZERO != 0
+    }
+
+    /// The field of the host cluster, of all but compressed ones.
+    pub fn offset(self) -> u64 {
+        self.word & OFFSET_MASK
+    }
+
     pub fn is_compressed(self) -> bool {
         self.word & COMPRESSED != 0
     }

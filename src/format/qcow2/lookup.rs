@@ -36,6 +36,9 @@ pub struct Piece {
     pub found: Found,
 }
 
+/// An entry that makes no sense, and why.
+pub type Bad = (L2Entry, BadEntry);
+
 /// What memory knows of a guest cluster.
 enum Known {
     Entry(L2Entry),
@@ -62,7 +65,7 @@ impl Qcow2 {
     }
 
     /// What is at `at`, of at most `want` bytes, as far as memory tells.
-    pub(super) fn piece(&self, at: u64, want: u64) -> Option<Result<Piece, BadEntry>> {
+    pub(super) fn piece(&self, at: u64, want: u64) -> Option<Result<Piece, Bad>> {
         let mut piece = match self.piece_of_cluster(at, want)? {
             Ok(piece) => piece,
             Err(error) => return Some(Err(error)),
@@ -78,7 +81,7 @@ impl Qcow2 {
     }
 
     /// As [`Qcow2::piece`], up to the end of the cluster, or of the L2 table that is not there.
-    fn piece_of_cluster(&self, at: u64, want: u64) -> Option<Result<Piece, BadEntry>> {
+    fn piece_of_cluster(&self, at: u64, want: u64) -> Option<Result<Piece, Bad>> {
         let rest_of = |size: u64| size - (at & (size - 1));
         match self.known(at) {
             Known::Absent => None,
@@ -88,7 +91,8 @@ impl Qcow2 {
             }
             Known::Entry(entry) => {
                 let want = want.min(rest_of(self.geometry.cluster_size()));
-                Some(self.geometry.decode(entry).map(|cluster| self.part(entry, cluster, at, want)))
+                let cluster = self.geometry.decode(entry).map_err(|error| (entry, error));
+                Some(cluster.map(|cluster| self.part(entry, cluster, at, want)))
             }
         }
     }
@@ -123,13 +127,19 @@ impl Qcow2 {
     /// What is at `at`, of at most `want` bytes; reads what memory does not hold. The bytes stay
     /// where they are told to be as long as the caller's visit lasts ([`super::order::Visits`]).
     pub(super) async fn lookup(&self, at: u64, want: u64) -> IoResult<Piece> {
+        let found = self.find(at, want).await?;
+        found.map_err(|(entry, error)| corrupt::bad_entry(self, at, entry, error))
+    }
+
+    /// As [`Qcow2::lookup`]; an entry that makes no sense is for the caller to tell of.
+    pub(super) async fn find(&self, at: u64, want: u64) -> IoResult<Result<Piece, Bad>> {
         loop {
             if let Some(found) = self.piece(at, want) {
-                return found.map_err(|error| corrupt::bad_entry(self, at, error));
+                return Ok(found);
             }
             let pinned = self.pin(at).await?;
             if let Some(found) = self.piece(at, want) {
-                return found.map_err(|error| corrupt::bad_entry(self, at, error));
+                return Ok(found);
             }
             drop(pinned);
         }
@@ -156,30 +166,8 @@ impl Qcow2 {
                 .chunks_exact(8)
                 .map(|word| word.iter().fold(0u64, |word, &byte| word << 8 | u64::from(byte))),
         );
-        self.check_slice(&list)?;
+        self.check_slice(&list);
         Ok(list)
-    }
-
-    /// Looks for data clusters that lie over tables, before any of them can be written.
-    fn check_slice(&self, words: &[u64]) -> IoResult {
-        if !self.is_writable || self.geometry.external_data {
-            return Ok(());
-        }
-        let tables = self.fixed_tables.lock().clone();
-        let size = self.geometry.cluster_size();
-        for entry in words.chunks_exact(self.geometry.l2_entry_size() as usize / 8) {
-            let entry = L2Entry { word: entry[0], bitmap: entry.get(1).map_or(0, |&word| word) };
-            let host = match self.geometry.decode(entry) {
-                Ok(Cluster::Normal { host } | Cluster::Zero { host: Some(host) }) => host,
-                Ok(Cluster::Subclusters { host: Some(host), .. }) => host,
-                _ => continue,
-            };
-            let over = |&&(_, at, len): &&(_, u64, u64)| host < at + len && at < host + size;
-            if let Some((what, _, _)) = tables.iter().find(over) {
-                return Err(corrupt::overlaps(self, what));
-            }
-        }
-        Ok(())
     }
 
     /// Where the slice of a guest offset is in the file.

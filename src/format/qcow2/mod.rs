@@ -21,7 +21,7 @@
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `empty` | another backing file; giving up all that the image has |
-//! | `corrupt` | what is said of an image that makes no sense |
+//! | `overlap`, `corrupt` | what must not be written over; what is told of an image that makes no sense |
 
 mod alloc;
 mod amend;
@@ -49,6 +49,7 @@ mod new_image;
 mod open;
 mod options;
 pub mod order;
+mod overlap;
 mod packed;
 mod preallocate;
 mod read;
@@ -68,6 +69,7 @@ use crate::options::Map;
 use alloc::Pool;
 use batch::Batches;
 use bitmaps::ImageBitmaps;
+use corrupt::Corruption;
 use freed::Freed;
 use header::{Compression, Header};
 use l1::L1Table;
@@ -75,6 +77,7 @@ use l2_cache::{L2Cache, SliceNo};
 use layout::Geometry;
 use lookup::Found;
 use order::{Lock, LockGuard, Ranges, Visits};
+use overlap::Overlaps;
 use packed::Packing;
 use refcounts::Refcounts;
 use std::collections::BTreeMap;
@@ -113,7 +116,8 @@ pub struct Qcow2 {
     /// Of refcount blocks that are kept, in bytes.
     refcount_cache: u64,
     visits: Visits,
-    is_corrupt: AtomicBool,
+    corruption: Corruption,
+    overlaps: Overlaps,
 
     is_writable: bool,
     /// What has to be on disk before the first write is.
@@ -134,8 +138,6 @@ pub struct Qcow2 {
     is_header_in_doubt: AtomicBool,
     /// Its cluster was being written anew and that failed: it stays as it is until the next start.
     is_header_lost: AtomicBool,
-    /// Tables that lie where the header says.
-    fixed_tables: Mutex<Vec<(&'static str, u64, u64)>>,
     /// Held while an L1 entry changes.
     tables: Lock<()>,
     /// Held while a child grows.
@@ -172,20 +174,10 @@ impl Qcow2 {
         }
     }
 
-    /// Says once that the image is corrupt.
-    fn signal_corruption(&self, what: &str) {
-        if !self.is_corrupt.swap(true, Ordering::SeqCst) {
-            log::error!(
-                "{}: qcow2: Image is corrupt: {what}; further non-fatal corruption events will be \
-                 suppressed",
-                self.name
-            );
-        }
-    }
-
     fn may_write_fast(&self) -> bool {
         self.is_prepared.load(Ordering::Acquire)
-            && !self.is_corrupt.load(Ordering::Acquire)
+            && !self.corruption.is_fatal()
+            && !self.overlaps.is_met()
             && !self.is_stopped.load(Ordering::Acquire)
             && !self.snapshots.is_frozen()
     }
@@ -254,7 +246,7 @@ impl Driver for Qcow2 {
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.read_range(at, into))
+        Box::pin(async move { self.marked(self.read_range(at, into).await).await })
     }
 
     fn write<'a>(
@@ -263,27 +255,27 @@ impl Driver for Qcow2 {
         from: &'a IoVec<'a>,
         _: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.write_range(at, from))
+        Box::pin(async move { self.marked(self.write_range(at, from).await).await })
     }
 
     fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.zero_range(at, len, flags))
+        Box::pin(async move { self.marked(self.zero_range(at, len, flags).await).await })
     }
 
     fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.discard_range(at, len))
+        Box::pin(async move { self.marked(self.discard_range(at, len).await).await })
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(self.flush_all())
+        Box::pin(async move { self.marked(self.flush_all().await).await })
     }
 
     fn close(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(self.close_image())
+        Box::pin(async move { self.marked(self.close_image().await).await })
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(self.status_of(at, len, precision))
+        Box::pin(async move { self.marked(self.status_of(at, len, precision).await).await })
     }
 
     fn child_perms(&self, child: usize, own: Perms) -> Perms {
@@ -330,7 +322,7 @@ impl Compress for Qcow2 {
     }
 
     fn store<'a>(&'a self, at: u64, units: &'a [&'a [u8]]) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.store_units(at, units))
+        Box::pin(async move { self.marked(self.store_units(at, units).await).await })
     }
 }
 

@@ -1,15 +1,17 @@
 //! Opening an image: the header, the tables that are kept in memory, the children.
 
 use super::bitmaps::ImageBitmaps;
+use super::corrupt::Corruption;
 use super::extensions::Extension;
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
 use super::l1::L1Table;
 use super::l2_cache::L2Cache;
 use super::options::Options;
 use super::order::Lock;
+use super::overlap::{Kinds, Overlaps};
 use super::read::read_padded;
 use super::refcounts::Refcounts;
-use super::{Qcow2, check, snapshots, tables};
+use super::{Qcow2, check, snapshots};
 use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec};
@@ -36,6 +38,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     if may_repair {
         header = repair(opening.name(), &node).await?;
     }
+    let overlap_check = options.overlap_check().map_err(|error| opening.error(error))?;
     let geometry = header.geometry();
     let caches = options.caches(&geometry, header.size, !opening.options().read_only)?;
 
@@ -78,7 +81,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     });
     let words = geometry.l2_entry_size() as usize / 8;
     let traits = traits(children[data].node().traits(), &geometry, is_writable);
-    Ok(Box::new(Qcow2 {
+    let image = Qcow2 {
         name: opening.name().to_owned(),
         geometry,
         compression: header.compression,
@@ -91,7 +94,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         slice_bytes: caches.l2_slice,
         refcount_cache: caches.refcounts,
         visits: Default::default(),
-        is_corrupt: Default::default(),
+        corruption: Corruption::new(opening.notices()),
+        overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
         children,
         is_writable,
         is_prepared: Default::default(),
@@ -103,7 +107,6 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         header_copy: Mutex::new(header.clone()),
         is_header_in_doubt: false.into(),
         is_header_lost: false.into(),
-        fixed_tables: Mutex::new(tables::fixed_tables(&header)),
         header: Lock::new(header),
         tables: Lock::new(()),
         growing: Lock::new(()),
@@ -117,7 +120,9 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         freed: Default::default(),
         snapshots: snapshots::State::new(snapshots),
         bitmaps,
-    }))
+    };
+    image.note_metadata().await;
+    Ok(Box::new(image))
 }
 
 pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {

@@ -4,9 +4,10 @@
 //! anything of them takes effect.
 
 use super::layout::Geometry;
+use super::overlap::Kinds;
 use crate::block::{Error, OptionHelp};
-use crate::options::NodeRef;
 use crate::options::node_ref::NodeRefOrNull;
+use crate::options::{self, Map, NodeRef, Value};
 use serde::Deserialize;
 
 pub static HELP: &[OptionHelp] = &[
@@ -18,6 +19,17 @@ pub static HELP: &[OptionHelp] = &[
     help("l2-cache-entry-size", "int", "Bytes of L2 tables that are read at once"),
     help("refcount-cache-size", "int", "Bytes for refcount blocks"),
     help("lazy-refcounts", "on|off", "Refcounts may be wrong after a crash, and are repaired then"),
+    help("overlap-check", "str", "What is not written over: none, constant, cached (default), all"),
+    help("overlap-check.template", "str", "The same, if kinds of metadata are given by themselves"),
+    help("overlap-check.main-header", "on|off", ""),
+    help("overlap-check.active-l1", "on|off", ""),
+    help("overlap-check.active-l2", "on|off", ""),
+    help("overlap-check.refcount-table", "on|off", ""),
+    help("overlap-check.refcount-block", "on|off", ""),
+    help("overlap-check.snapshot-table", "on|off", ""),
+    help("overlap-check.inactive-l1", "on|off", ""),
+    help("overlap-check.inactive-l2", "on|off", ""),
+    help("overlap-check.bitmap-directory", "on|off", ""),
     help("pass-discard-request", "on|off", "The storage is told of what guests discard"),
     help("pass-discard-snapshot", "on|off", "The storage is told of what deleted snapshots free"),
 ];
@@ -46,6 +58,65 @@ pub struct Options {
     pub lazy_refcounts: Option<bool>,
     pub pass_discard_request: Option<bool>,
     pub pass_discard_snapshot: Option<bool>,
+    overlap_check: Option<Value>,
+}
+
+/// What the kinds that are not given are.
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Template {
+    None,
+    Constant,
+    #[default]
+    Cached,
+    All,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct OverlapTemplate {
+    overlap_check: Template,
+}
+
+/// `Qcow2OverlapCheckFlags` of QEMU's schema.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct OverlapFlags {
+    template: Option<Template>,
+    main_header: Option<bool>,
+    active_l1: Option<bool>,
+    active_l2: Option<bool>,
+    refcount_table: Option<bool>,
+    refcount_block: Option<bool>,
+    snapshot_table: Option<bool>,
+    inactive_l1: Option<bool>,
+    inactive_l2: Option<bool>,
+    bitmap_directory: Option<bool>,
+}
+
+impl OverlapFlags {
+    fn kinds(&self) -> Kinds {
+        let mut kinds = match self.template.unwrap_or_default() {
+            Template::None => Kinds::empty(),
+            Template::Constant => Kinds::CONSTANT,
+            Template::Cached => Kinds::CACHED,
+            Template::All => Kinds::all(),
+        };
+        for (kind, given) in [
+            (Kinds::MAIN_HEADER, self.main_header),
+            (Kinds::ACTIVE_L1, self.active_l1),
+            (Kinds::ACTIVE_L2, self.active_l2),
+            (Kinds::REFCOUNT_TABLE, self.refcount_table),
+            (Kinds::REFCOUNT_BLOCK, self.refcount_block),
+            (Kinds::SNAPSHOT_TABLE, self.snapshot_table),
+            (Kinds::INACTIVE_L1, self.inactive_l1),
+            (Kinds::INACTIVE_L2, self.inactive_l2),
+            (Kinds::BITMAP_DIRECTORY, self.bitmap_directory),
+        ] {
+            kinds.set(kind, given.unwrap_or(kinds.contains(kind)));
+        }
+        kinds
+    }
 }
 
 /// How much of the tables is kept in memory, in bytes.
@@ -58,6 +129,23 @@ pub struct CacheSizes {
 }
 
 impl Options {
+    /// What must not be written over.
+    pub fn overlap_check(&self) -> Result<Kinds, options::Error> {
+        const KEY: &str = "overlap-check";
+        let flags = match &self.overlap_check {
+            None => OverlapFlags::default(),
+            Some(Value::Map(map)) => {
+                options::from_map(map.clone()).map_err(|error| error.under(KEY))?
+            }
+            Some(value) => {
+                let map = Map::from_iter([(KEY, value.clone())]);
+                let OverlapTemplate { overlap_check } = options::from_map(map)?;
+                OverlapFlags { template: Some(overlap_check), ..OverlapFlags::default() }
+            }
+        };
+        Ok(flags.kinds())
+    }
+
     /// For a disk of `size` bytes, which may become longer while it is open or not.
     pub fn caches(
         &self,

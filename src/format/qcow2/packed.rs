@@ -112,9 +112,10 @@ impl Qcow2 {
         let pinned = self.pin(guest).await?;
         let (_, index) = self.slice_of(guest);
         for n in 0..most {
-            let cluster = self.geometry.decode(pinned.get(index + n));
+            let entry = pinned.get(index + n);
+            let cluster = self.geometry.decode(entry);
             let at = guest + ((n as u64) << self.geometry.cluster_bits);
-            match cluster.map_err(|error| corrupt::bad_entry(self, at, error))? {
+            match cluster.map_err(|error| corrupt::bad_entry_to_write(self, at, entry, error))? {
                 Cluster::Unallocated
                 | Cluster::Zero { host: None }
                 | Cluster::Subclusters { host: None, .. } => {}

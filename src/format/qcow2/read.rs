@@ -53,7 +53,7 @@ impl Qcow2 {
     pub(super) async fn unpack(&self, at: u64, place: Compressed) -> IoResult<Vec<u8>> {
         let file = self.file();
         if place.host >= file.len() || self.geometry.external_data {
-            return Err(corrupt::outside(self, "Compressed cluster", place.host));
+            return Err(corrupt::data_outside(self, "Compressed cluster", place.host));
         }
         let mut stored = AlignedBuf::new(place.len as usize, 4096).ok_or(Errno::ENOMEM)?;
         read_padded(&file, place.host, &stored.io_vec()).await?;

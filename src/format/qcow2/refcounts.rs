@@ -8,6 +8,7 @@ mod run;
 
 use super::alloc::Run;
 use super::layout::{self, Geometry};
+use super::overlap::Kinds;
 use super::read::read_padded;
 use super::{Qcow2, corrupt};
 use crate::block::{Node, WriteFlags};
@@ -78,6 +79,11 @@ impl Refcounts {
     ) -> IoResult {
         *self = Refcounts::load(file, self.geometry, place, cache_bytes).await?;
         Ok(())
+    }
+
+    /// Where the blocks are that the table names, in bytes.
+    pub fn blocks_named(&self) -> impl Iterator<Item = u64> {
+        self.table.iter().copied().filter(|&block| block != 0)
     }
 
     fn place(&self, cluster: u64) -> (usize, usize) {
@@ -161,7 +167,9 @@ impl Refcounts {
             let len = block.bytes.len();
             let range = range.start / align * align..range.end.next_multiple_of(align).min(len);
             let bytes = IoVec::from_ref(&block.bytes[range.clone()]);
-            image.file().write(offset + range.start as u64, &bytes, WriteFlags::empty()).await?;
+            let at = offset + range.start as u64;
+            image.check_write(at, bytes.len(), Kinds::REFCOUNT_BLOCK)?;
+            image.file().write(at, &bytes, WriteFlags::empty()).await?;
             block.dirty = None;
         }
         Ok(())
@@ -177,7 +185,7 @@ impl Refcounts {
         if runs.is_empty() {
             return Err(Errno::ENOSPC);
         }
-        image.check_free(&runs, &self.table)?;
+        image.check_reserved(&runs)?;
         let clusters = |runs: &[Run]| {
             runs.iter().flat_map(|run| run.first..run.first + run.count).collect::<Vec<_>>()
         };
@@ -279,7 +287,7 @@ impl Refcounts {
     async fn make_blocks(&mut self, image: &Qcow2, at: u64, blocks: u64, more: u64) -> IoResult {
         let used = at..at + blocks + more;
         let run = Run { first: at, count: blocks + more, is_fresh: false };
-        image.check_free(&[run], &self.table)?;
+        image.check_reserved(&[run])?;
         image.grow_file(used.end << self.geometry.cluster_bits).await?;
         let (first, _) = self.place(at);
         let size = self.geometry.cluster_size() as usize;

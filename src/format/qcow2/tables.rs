@@ -5,6 +5,7 @@ use super::alloc::Run;
 use super::freed::Release;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::{self, L1Entry};
+use super::overlap::Kinds;
 use super::read::read_padded;
 use super::{Qcow2, corrupt};
 use crate::block::WriteFlags;
@@ -33,6 +34,8 @@ impl Qcow2 {
         let entry = L1Entry::new(host, true);
         let place = self.header_now().l1_table_offset + index * 8;
         let bytes = entry.0.to_be_bytes();
+        self.check_write(place, bytes.len() as u64, Kinds::ACTIVE_L1)?;
+        self.overlaps.note(Kinds::ACTIVE_L2, taken.run.first..taken.run.first + 1);
         // Whether the write fails or not, the entry may be there.
         taken.keep();
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
@@ -158,7 +161,7 @@ impl Qcow2 {
     }
 
     pub(super) fn show_header(&self, current: &mut Header, new: Header) {
-        *self.fixed_tables.lock() = fixed_tables(&new);
+        self.note_header(&new);
         *self.header_copy.lock() = new.clone();
         *current = new;
     }
@@ -185,40 +188,16 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Fails if the image was found to be corrupt, or metadata could not be written; a corrupt image says so itself from then on.
+    /// Fails if the image was found to be corrupt, or metadata could not be written.
     pub(super) async fn check_sound(&self) -> IoResult {
         self.settle_header().await?;
-        if !self.is_corrupt.load(Ordering::SeqCst) {
-            return match self.is_stopped.load(Ordering::SeqCst) {
-                true => Err(Errno::EIO),
-                false => Ok(()),
-            };
+        if self.corruption.is_fatal() {
+            self.mark_corrupt().await;
+            return Err(Errno::EIO);
         }
-        if self.is_writable {
-            let mut header = self.header.lock().await;
-            if !header.incompatible.contains(Incompatible::CORRUPT) && header.version >= 3 {
-                let mut new = header.clone();
-                new.incompatible |= Incompatible::CORRUPT;
-                let _ = self.write_header(&mut header, new).await;
-            }
+        match self.is_stopped.load(Ordering::SeqCst) {
+            true => Err(Errno::EIO),
+            false => Ok(()),
         }
-        Err(Errno::EIO)
     }
-}
-
-/// Tables whose place the header tells: what, where, how many bytes.
-pub fn fixed_tables(header: &Header) -> Vec<(&'static str, u64, u64)> {
-    let mut tables = vec![
-        ("header", 0, 1 << header.cluster_bits),
-        ("active L1 table", header.l1_table_offset, header.l1_size as u64 * 8),
-        (
-            "refcount table",
-            header.refcount_table_offset,
-            u64::from(header.refcount_table_clusters) << header.cluster_bits,
-        ),
-    ];
-    if header.nb_snapshots > 0 {
-        tables.push(("snapshot table", header.snapshots_offset, 1));
-    }
-    tables
 }

@@ -5,11 +5,13 @@
 //! only then changes the mapping; the order is that of [`super::order`]. Different clusters are
 //! written in parallel.
 
+use super::Qcow2;
 use super::alloc::{Run, Taken};
+use super::corrupt::{self, bad_entry_to_write};
 use super::freed::Release;
 use super::layout::{Cluster, L2Entry};
 use super::lookup::Found;
-use super::{Qcow2, corrupt};
+use super::overlap::Kinds;
 use crate::block::WriteFlags;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
@@ -56,7 +58,8 @@ impl Qcow2 {
         if self.snapshots.is_frozen() {
             return Ok(0);
         }
-        let piece = self.lookup(at, from.len()).await?;
+        let found = self.find(at, from.len()).await?;
+        let piece = found.map_err(|(entry, error)| bad_entry_to_write(self, at, entry, error))?;
         let Found::Data { host, copied: true } = piece.found else { return Ok(0) };
         self.write_data(host, &from.slice(0, piece.len)).await?;
         Ok(piece.len)
@@ -64,6 +67,9 @@ impl Qcow2 {
 
     async fn write_data(&self, host: u64, from: &IoVec<'_>) -> IoResult {
         let data = self.data();
+        if self.overlaps.is_met() {
+            self.check_write(host, from.len(), Kinds::empty())?;
+        }
         let end = host + from.len();
         if end > data.len() {
             // A data file that was never that long; or the file ends inside its last cluster.
@@ -71,7 +77,7 @@ impl Qcow2 {
             match self.geometry.external_data {
                 true => self.grow(&data, end.max(self.size())).await?,
                 false if end <= most => self.grow(&data, most).await?,
-                false => return Err(corrupt::outside(self, "Data cluster", host)),
+                false => return Err(corrupt::data_outside(self, "Data cluster", host)),
             }
         }
         data.write(host, from, WriteFlags::empty()).await
@@ -117,7 +123,7 @@ impl Qcow2 {
             let entry = pinned.get(index + n as usize);
             let guest = (first + n) << bits;
             let cluster = self.geometry.decode(entry);
-            let cluster = cluster.map_err(|error| corrupt::bad_entry(self, guest, error))?;
+            let cluster = cluster.map_err(|error| bad_entry_to_write(self, guest, entry, error))?;
             let this = self.need_of(entry, cluster);
             match (n, this) {
                 (0, Need::Cluster) => {}

@@ -228,7 +228,8 @@ impl Qcow2 {
         kind: Kind,
     ) -> IoResult<(L2Entry, bool)> {
         let cluster = self.geometry.decode(old);
-        let cluster = cluster.map_err(|error| corrupt::bad_entry(self, guest, error))?;
+        let cluster =
+            cluster.map_err(|error| corrupt::bad_entry_to_write(self, guest, old, error))?;
         let own = old.is_copied() || self.geometry.external_data;
         let whole = self.end_of_cluster(guest);
         if self.geometry.extended_l2 {

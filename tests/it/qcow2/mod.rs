@@ -3,6 +3,7 @@
 mod bitmap_crash;
 mod consistency;
 mod crash;
+mod damaged;
 mod failing;
 mod images;
 mod model;

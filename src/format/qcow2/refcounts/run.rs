@@ -5,6 +5,7 @@ use super::{Block, Qcow2, Refcounts};
 use crate::block::WriteFlags;
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout;
+use crate::format::qcow2::overlap::Kinds;
 use crate::io::{Errno, IoResult, IoVec};
 use std::ops::Range;
 
@@ -21,7 +22,7 @@ impl Refcounts {
             return Ok(Run { first, count, is_fresh: false });
         };
         let run = Run { first, count, is_fresh: false };
-        image.check_free(&[run], &self.table)?;
+        image.check_reserved(&[run])?;
         image.grow_file((first + count) << self.geometry.cluster_bits).await?;
         let clusters: Vec<u64> = (first..first + count).collect();
         if let Err(errno) = self.count_reserved(image, &clusters).await {
@@ -85,6 +86,7 @@ impl Refcounts {
             return Err(Errno(libc::EFBIG));
         }
         self.make_blocks(image, at, blocks, table_clusters + more).await?;
+        image.overlaps.note(Kinds::REFCOUNT_BLOCK, at..at + blocks);
         let entries = (0..blocks).map(|n| (at + n) << self.geometry.cluster_bits).collect();
         match table_clusters {
             0 => self.name_blocks(image, index, entries).await?,

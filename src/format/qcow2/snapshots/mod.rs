@@ -69,6 +69,11 @@ impl State {
         self.is_counting.load(Ordering::SeqCst) || self.is_wrong.load(Ordering::SeqCst)
     }
 
+    /// Of the table on disk, if it can be read.
+    pub fn table_bytes(&self) -> Option<u64> {
+        self.table.lock().as_ref().ok().map(|table| table.bytes)
+    }
+
     fn table(&self) -> Result<Table, Error> {
         self.table.lock().clone()
     }
@@ -76,7 +81,7 @@ impl State {
 
 impl Qcow2 {
     /// The snapshots. What is in another file cannot be shared.
-    fn snapshot_table(&self) -> Result<Table, Error> {
+    pub(super) fn snapshot_table(&self) -> Result<Table, Error> {
         match self.geometry.external_data {
             true => Err(Error::os("the image has an external data file", Errno::ENOTSUP)),
             false => self.snapshots.table(),
@@ -94,7 +99,7 @@ impl Qcow2 {
     }
 
     /// Reads a snapshot's L1 table.
-    async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<L1Entry>, Error> {
+    pub(super) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<L1Entry>, Error> {
         if !snapshot.has_sane_l1_size() {
             let error = Error::new("Snapshot L1 table too large");
             return Err(error.with_errno(Errno(libc::EFBIG)));

@@ -77,7 +77,7 @@ impl Qcow2 {
             let entry = L2Entry { word: word(&bytes[..8]), bitmap: word(&bytes[8..]) };
             if let Err(error) = self.geometry.decode(entry) {
                 let guest = guest + ((n as u64) << self.geometry.cluster_bits);
-                return Err(corrupt::bad_entry(self, guest, error));
+                return Err(corrupt::bad_entry(self, guest, entry, error));
             }
             if let Some(release) = self.releases_of(entry, false) {
                 let Run { first, count, .. } = release.run;

@@ -123,6 +123,7 @@ impl Qcow2 {
         for index in 0..self.l1.entries() {
             self.l1.set(index, l1.get(index as usize).copied().unwrap_or(L1Entry(0)));
         }
+        self.note_l2_tables();
         self.l2.forget(|_| true);
     }
 

@@ -120,6 +120,9 @@ impl Qcow2 {
         };
         let written = self.write_header(&mut header, changed).await;
         *self.snapshots.table.lock() = Ok(new);
+        drop(header);
+        self.note_header(&self.header_now());
+        self.note_snapshots().await;
         written.map_err(|errno| (true, errno))?;
         Ok(gone)
     }

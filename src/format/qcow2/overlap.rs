@@ -1,0 +1,346 @@
+//! Overlap checks: nothing that is not metadata of the same kind is written over metadata.
+//!
+//! What is looked at costs the fast road nothing. An entry comes into the cache of L2 tables only
+//! through [`Qcow2::check_slice`], and a cluster into use only through [`Qcow2::check_reserved`]:
+//!
+//! * An entry that names a cluster where metadata is, or that is reserved, or that lies past the end of
+//!   the file, ends the fast road for writes, for the whole image; from then on each write is looked
+//!   at before it reaches the file. Reading goes on.
+//! * What is reserved is neither metadata nor named by an entry in the cache. So metadata that is made
+//!   later lies where no cached entry points.
+//!
+//! Tables are looked at where they are written ([`Qcow2::check_write`]).
+//!
+//! What is known of the places of metadata is kept by cluster, and is a hint: before an image is called
+//! corrupt, the tables in memory are asked whether it is still so.
+
+use super::alloc::Run;
+use super::extensions::Extension;
+use super::header::Header;
+use super::layout::{Cluster, L2Entry};
+use super::{Qcow2, corrupt};
+use crate::io::IoResult;
+use crate::io::sync::Mutex;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+bitflags::bitflags! {
+    /// Kinds of metadata, in the order in which they are asked for.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+    pub struct Kinds: u16 {
+        const MAIN_HEADER = 1;
+        const ACTIVE_L1 = 1 << 1;
+        const ACTIVE_L2 = 1 << 2;
+        const REFCOUNT_TABLE = 1 << 3;
+        const REFCOUNT_BLOCK = 1 << 4;
+        const SNAPSHOT_TABLE = 1 << 5;
+        const INACTIVE_L1 = 1 << 6;
+        const INACTIVE_L2 = 1 << 7;
+        const BITMAP_DIRECTORY = 1 << 8;
+
+        /// Those whose places the header tells.
+        const CONSTANT = Self::MAIN_HEADER.bits() | Self::ACTIVE_L1.bits()
+            | Self::REFCOUNT_TABLE.bits() | Self::SNAPSHOT_TABLE.bits()
+            | Self::BITMAP_DIRECTORY.bits();
+        /// And those whose places are in memory.
+        const CACHED = Self::CONSTANT.bits() | Self::ACTIVE_L2.bits()
+            | Self::REFCOUNT_BLOCK.bits() | Self::INACTIVE_L1.bits();
+    }
+}
+
+impl Kinds {
+    /// As QEMU's messages call the first of them.
+    pub fn name(self) -> &'static str {
+        match self.iter().next() {
+            Some(Kinds::MAIN_HEADER) => "qcow2_header",
+            Some(Kinds::ACTIVE_L1) => "active L1 table",
+            Some(Kinds::ACTIVE_L2) => "active L2 table",
+            Some(Kinds::REFCOUNT_TABLE) => "refcount table",
+            Some(Kinds::REFCOUNT_BLOCK) => "refcount block",
+            Some(Kinds::SNAPSHOT_TABLE) => "snapshot table",
+            Some(Kinds::INACTIVE_L1) => "inactive L1 table",
+            Some(Kinds::INACTIVE_L2) => "inactive L2 table",
+            _ => "bitmap directory",
+        }
+    }
+}
+
+/// What is looked for, and where it may be.
+pub struct Overlaps {
+    kinds: Kinds,
+    places: Mutex<Places>,
+    /// An entry was seen that writes must not follow.
+    is_met: AtomicBool,
+}
+
+/// By host cluster.
+type Places = HashMap<u64, Kinds, BuildHasherDefault<ClusterHash>>;
+
+/// A slice has hundreds of entries, each of which is looked up.
+#[derive(Default)]
+struct ClusterHash(u64);
+
+impl Hasher for ClusterHash {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("clusters are numbers");
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        self.0 = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+}
+
+impl Overlaps {
+    pub fn new(kinds: Kinds) -> Overlaps {
+        Overlaps { kinds, places: Mutex::default(), is_met: AtomicBool::new(false) }
+    }
+
+    pub fn looks_for(&self, kind: Kinds) -> bool {
+        self.kinds.contains(kind)
+    }
+
+    /// Writes have to be looked at one by one.
+    pub fn is_met(&self) -> bool {
+        self.is_met.load(Ordering::Acquire)
+    }
+
+    /// Metadata is there, or is about to be.
+    pub fn note(&self, kind: Kinds, clusters: Range<u64>) {
+        if self.looks_for(kind) {
+            let mut places = self.places.lock();
+            clusters.for_each(|cluster| *places.entry(cluster).or_default() |= kind);
+        }
+    }
+
+    /// Nothing is known of a kind any more.
+    pub fn forget(&self, kind: Kinds) {
+        self.places.lock().retain(|_, kinds| {
+            *kinds -= kind;
+            !kinds.is_empty()
+        });
+    }
+
+    fn forget_at(&self, cluster: u64, kind: Kinds) {
+        if let Some(kinds) = self.places.lock().get_mut(&cluster) {
+            *kinds -= kind;
+        }
+    }
+
+    /// What may be in these clusters, but for `own`.
+    fn look(&self, mut clusters: Range<u64>, own: Kinds) -> Option<(u64, Kinds)> {
+        let places = self.places.lock();
+        clusters.find_map(|cluster| {
+            let kinds = *places.get(&cluster)? - own;
+            (!kinds.is_empty()).then_some((cluster, kinds))
+        })
+    }
+}
+
+impl Qcow2 {
+    /// The clusters that some bytes of the file touch.
+    fn clusters_of(&self, offset: u64, len: u64) -> Range<u64> {
+        let bits = self.geometry.cluster_bits;
+        offset >> bits..(offset.saturating_add(len)).div_ceil(1 << bits)
+    }
+
+    // ---- What is known
+
+    /// Notes all tables that are known from the start, and again where all of them may be others.
+    pub(super) async fn note_metadata(&self) {
+        if self.overlaps.kinds.is_empty() {
+            return;
+        }
+        self.note_header(&self.header_now());
+        self.note_l2_tables();
+        if let Some(counts) = &self.counts {
+            let counts = counts.lock().await;
+            self.overlaps.forget(Kinds::REFCOUNT_BLOCK);
+            for block in counts.blocks_named() {
+                self.overlaps.note(Kinds::REFCOUNT_BLOCK, self.clusters_of(block, 1));
+            }
+        }
+        self.note_snapshots().await;
+    }
+
+    pub(super) fn note_header(&self, header: &Header) {
+        for (kind, offset, len) in self.fixed_tables(header) {
+            self.overlaps.note(kind, self.clusters_of(offset, len));
+        }
+    }
+
+    pub(super) fn note_l2_tables(&self) {
+        if !self.overlaps.looks_for(Kinds::ACTIVE_L2) {
+            return;
+        }
+        for table in (0..self.l1.entries()).map(|index| self.l1.get(index).l2_table()) {
+            if table != 0 {
+                self.overlaps.note(Kinds::ACTIVE_L2, self.clusters_of(table, 1));
+            }
+        }
+    }
+
+    /// The tables of snapshots. Those that cannot be read are left out.
+    pub(super) async fn note_snapshots(&self) {
+        let Ok(table) = self.snapshot_table() else { return };
+        for snapshot in &table.list {
+            let place = self.clusters_of(snapshot.l1_table_offset, u64::from(snapshot.l1_size) * 8);
+            self.overlaps.note(Kinds::INACTIVE_L1, place);
+        }
+        // Freed ones would not be told from those in use.
+        self.overlaps.forget(Kinds::INACTIVE_L2);
+        if self.overlaps.looks_for(Kinds::INACTIVE_L2) {
+            for snapshot in &table.list {
+                for entry in self.snapshot_l1(snapshot).await.unwrap_or_default() {
+                    let table = entry.l2_table();
+                    if table != 0 {
+                        self.overlaps.note(Kinds::INACTIVE_L2, self.clusters_of(table, 1));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tables whose place the header tells: what, where, how many bytes.
+    fn fixed_tables(&self, header: &Header) -> Vec<(Kinds, u64, u64)> {
+        let cluster = self.geometry.cluster_size();
+        let refcounts = u64::from(header.refcount_table_clusters) * cluster;
+        let mut tables = vec![
+            (Kinds::MAIN_HEADER, 0, cluster),
+            (Kinds::ACTIVE_L1, header.l1_table_offset, u64::from(header.l1_size) * 8),
+            (Kinds::REFCOUNT_TABLE, header.refcount_table_offset, refcounts),
+        ];
+        if header.nb_snapshots > 0 {
+            let bytes = self.snapshots.table_bytes().unwrap_or(1);
+            tables.push((Kinds::SNAPSHOT_TABLE, header.snapshots_offset, bytes));
+        }
+        for extension in &header.extensions {
+            if let Extension::Bitmaps(at) = extension {
+                tables.push((Kinds::BITMAP_DIRECTORY, at.directory_offset, at.directory_size));
+            }
+        }
+        tables
+    }
+
+    /// Whether a table of this kind is in a cluster, as far as memory tells now.
+    fn is_there(&self, kind: Kinds, cluster: u64) -> bool {
+        let covers = |offset, len| self.clusters_of(offset, len).contains(&cluster);
+        match kind {
+            Kinds::ACTIVE_L2 => {
+                let offset = cluster << self.geometry.cluster_bits;
+                (0..self.l1.entries()).any(|index| self.l1.get(index).l2_table() == offset)
+            }
+            Kinds::INACTIVE_L1 => self.snapshot_table().is_ok_and(|table| {
+                let mut all = table.list.iter();
+                all.any(|one| covers(one.l1_table_offset, u64::from(one.l1_size) * 8))
+            }),
+            // They stay where they are, and are forgotten when they go.
+            Kinds::REFCOUNT_BLOCK | Kinds::INACTIVE_L2 => true,
+            _ => {
+                let mut all = self.fixed_tables(&self.header_now()).into_iter();
+                all.any(|(one, offset, len)| one == kind && covers(offset, len))
+            }
+        }
+    }
+
+    /// The first kind of metadata that is in one of these clusters, but for `own`.
+    fn metadata_in(&self, clusters: Range<u64>, own: Kinds) -> Option<Kinds> {
+        while let Some((cluster, kinds)) = self.overlaps.look(clusters.clone(), own) {
+            for kind in kinds.iter() {
+                if self.is_there(kind, cluster) {
+                    return Some(kind);
+                }
+                self.overlaps.forget_at(cluster, kind);
+            }
+        }
+        None
+    }
+
+    // ---- Checks
+
+    /// Refuses to write `len` bytes at `offset` of the file over metadata that is not of the kinds
+    /// `own`.
+    pub(super) fn check_write(&self, offset: u64, len: u64, own: Kinds) -> IoResult {
+        match self.metadata_in(self.clusters_of(offset, len), own) {
+            Some(kind) => Err(corrupt::overlaps(self, offset, len, kind)),
+            None => Ok(()),
+        }
+    }
+
+    /// Looks at the words of a slice, before an entry of it can be followed.
+    pub(super) fn check_slice(&self, words: &[u64]) {
+        let is_off = self.overlaps.kinds.is_empty();
+        if is_off || !self.is_writable || self.geometry.external_data || self.overlaps.is_met() {
+            return;
+        }
+        let end = self.geometry.clusters(self.file().len());
+        let mut hosts: Vec<u64> = self.hosts(words).collect();
+        let hits = |hosts: &[u64]| {
+            let places = self.overlaps.places.lock();
+            hosts.iter().copied().filter(|host| places.contains_key(host)).collect::<Vec<_>>()
+        };
+        let is_met = hosts.iter().any(|&host| host >= end)
+            || hits(&hosts)
+                .into_iter()
+                .any(|host| self.metadata_in(host..host + 1, Kinds::empty()).is_some())
+            || self.pool.lock().reserves(&mut hosts);
+        if is_met {
+            self.overlaps.is_met.store(true, Ordering::Release);
+        }
+    }
+
+    /// The clusters of the file that entries name as their own.
+    fn hosts(&self, words: &[u64]) -> impl Iterator<Item = u64> {
+        let entries = words.chunks_exact(self.geometry.l2_entry_size() as usize / 8);
+        entries.filter_map(|words| {
+            let entry = L2Entry { word: words[0], bitmap: words.get(1).map_or(0, |&word| word) };
+            let host = match self.geometry.decode(entry) {
+                Ok(Cluster::Normal { host } | Cluster::Zero { host: Some(host) }) => host,
+                Ok(Cluster::Subclusters { host: Some(host), .. }) => host,
+                _ => return None,
+            };
+            Some(host >> self.geometry.cluster_bits)
+        })
+    }
+
+    /// Refuses to take clusters into use that count no reference but are metadata, or are named by an
+    /// entry in memory.
+    pub(super) fn check_reserved(&self, runs: &[Run]) -> IoResult {
+        let bits = self.geometry.cluster_bits;
+        for run in runs {
+            let clusters = run.first..run.first + run.count;
+            // An entry that names it names nothing.
+            let kind = match clusters.start {
+                0 => Some(Kinds::MAIN_HEADER),
+                _ => self.metadata_in(clusters, Kinds::empty()),
+            };
+            if let Some(kind) = kind {
+                let size = self.geometry.cluster_size();
+                return Err(corrupt::overlaps(self, run.first << bits, run.count * size, kind));
+            }
+        }
+        // What lies past the end of the file is named by no entry in the cache.
+        let mut reused: Vec<_> = runs.iter().filter(|run| !run.is_fresh).collect();
+        if self.overlaps.kinds.is_empty() || reused.is_empty() || self.geometry.external_data {
+            return Ok(());
+        }
+        reused.sort_unstable_by_key(|run| run.first);
+        let is_reserved = |host: u64| {
+            let next = reused.partition_point(|run| run.first <= host);
+            next > 0 && host < reused[next - 1].first + reused[next - 1].count
+        };
+        let mut named = None;
+        self.l2.for_each_slice(|words| {
+            named = named.or_else(|| self.hosts(words).find(|&host| is_reserved(host)));
+        });
+        match named {
+            Some(cluster) => Err(corrupt::in_use(self, cluster)),
+            None => Ok(()),
+        }
+    }
+}
