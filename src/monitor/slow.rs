@@ -5,9 +5,12 @@ use super::bitmaps;
 use super::commands::{self, CommandError, Outcome, done};
 use super::snapshots;
 use crate::block::Error;
+use crate::io::Errno;
 use crate::options::{self, Map, Value};
+use crate::sandbox::files;
 use crate::service::{Pending, Service, is_locked};
 use serde::Deserialize;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What is left of a command: gives its outcome once there is one.
@@ -57,13 +60,45 @@ fn blockdev_add(service: &mut Service, arguments: Map) -> Result<Later, CommandE
             opening.take().unwrap_or_else(|| service.blockdev_open(arguments.clone()));
         match opening_now.poll(std::mem::take(&mut wait)) {
             Some(Err(error)) if is_locked(&error) && Instant::now() < end => None,
-            Some(result) => Some(done(result.map(drop))),
+            Some(result) => Some(done(explained(result.map(drop), &arguments))),
             None => {
                 opening = Some(opening_now);
                 None
             }
         }
     }))
+}
+
+/// Says of what was refused for want of permission that it was the sandbox, if it was.
+fn explained(result: Result<(), Error>, arguments: &Map) -> Result<(), Error> {
+    let Err(error) = &result else { return result };
+    if error.errno() != Some(Errno(libc::EACCES)) {
+        return result;
+    }
+    let mut paths = Vec::new();
+    paths_in(arguments, &mut paths);
+    let kept_out = paths.into_iter().find(|(path, is_socket)| {
+        let place = if *is_socket { path.parent().unwrap_or(path) } else { path };
+        files::keeps_out(place, true, *is_socket)
+    });
+    let Some((path, _)) = kept_out else { return result };
+    let place = path.parent().unwrap_or(path).display();
+    Err(Error::new(format!(
+        "{error}: the sandbox keeps it out, unless --sandbox-path {place} is given"
+    )))
+}
+
+/// The files that arguments name, and whether each is a socket.
+fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(&'a Path, bool)>) {
+    for (key, value) in arguments.iter() {
+        match value {
+            Value::Map(map) => paths_in(map, found),
+            Value::Str(path) | Value::Text(path) if key == "filename" || key == "path" => {
+                found.push((Path::new(path), key == "path"));
+            }
+            _ => {}
+        }
+    }
 }
 
 fn block_export_add(_: &mut Service, arguments: Map) -> Result<Later, CommandError> {
@@ -80,7 +115,7 @@ fn block_export_add(_: &mut Service, arguments: Map) -> Result<Later, CommandErr
     let end = Instant::now() + GRACE;
     Ok(Box::new(move |service| match service.export_add(arguments.clone()) {
         Err(error) if is_locked(&error) && Instant::now() < end => None,
-        result => Some(done(result)),
+        result => Some(done(explained(result, &arguments))),
     }))
 }
 

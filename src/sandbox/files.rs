@@ -16,6 +16,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// The newest version that this was tried with. An older kernel leaves out what it does not know.
 const VERSION: ABI = ABI::V7;
@@ -34,6 +35,32 @@ fn rights(writable: bool) -> Rights {
 fn folder_rights(writable: bool) -> Rights {
     let made = make_bitflags!(AccessFs::{MakeReg | MakeSock | RemoveFile});
     if writable { rights(true) | made } else { rights(false) }
+}
+
+/// What the process may open, once it is confined.
+static ALLOWED: OnceLock<Vec<(PathBuf, Rights)>> = OnceLock::new();
+
+/// From now on [`keeps_out`] answers by these rules.
+pub(super) fn keep(plan: &Plan) {
+    let _ = ALLOWED.set(allowed(plan));
+}
+
+/// Whether it is the sandbox that keeps the process from opening a file, or, with `makes`, from making
+/// a socket there.
+pub fn keeps_out(path: &Path, writable: bool, makes: bool) -> bool {
+    let Some(all) = ALLOWED.get() else { return false };
+    let needed = match makes {
+        true => AccessFs::MakeSock.into(),
+        false if writable => AccessFs::ReadFile | AccessFs::WriteFile,
+        false => AccessFs::ReadFile.into(),
+    };
+    // The rules are about files, the names of which may lead elsewhere; those of rules too.
+    let real = |path: &Path| fs::canonicalize(path).or_else(|_| std::path::absolute(path)).ok();
+    let Some(path) = real(path) else { return false };
+    let places = all.iter().filter_map(|(place, rights)| Some((real(place)?, *rights)));
+    let has = places.filter(|(place, _)| path.starts_with(place));
+    let has = has.fold(Rights::empty(), |has, (_, rights)| has | rights);
+    !has.contains::<Rights>(needed)
 }
 
 /// The rules for a process.

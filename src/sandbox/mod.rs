@@ -66,7 +66,10 @@ pub fn confine(plan: &Plan) -> Result<Vec<String>, String> {
         user.become_it()?;
     }
     match ruleset {
-        Ok(ruleset) => threads::restrict_all(ruleset)?,
+        Ok(ruleset) => {
+            threads::restrict_all(ruleset)?;
+            files::keep(plan);
+        }
         Err(why) => missing.push(format!("files are not confined ({why})")),
     }
     io::make_last_rings(if plan.grows { SPARE_RINGS } else { 0 });

@@ -111,7 +111,12 @@ fn a_daemon_in_the_sandbox_grows_inside_its_folders_only() {
     let node =
         |name: &str, file: &Path| json!({"driver": "file", "node-name": name, "filename": file});
     let refused = client.ask("blockdev-add", node("d1", &outside));
-    let words = format!("Could not open '{}': Permission denied", outside.display());
+    let words = format!(
+        "Could not open '{}': Permission denied: the sandbox keeps it out, unless --sandbox-path {} \
+         is given",
+        outside.display(),
+        outside.parent().unwrap().display()
+    );
     assert_eq!(refused["error"]["desc"], words, "{refused}");
     new_image(&daemon.path("more.img"), SIZE);
     let done = json!({"return": {}});
