@@ -10,6 +10,7 @@ use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
 use super::lookup::Found;
 use super::read::read_padded;
+use super::standing::Stop;
 use super::zero::Kind;
 use super::{Qcow2, backing, check, hand_over};
 use crate::block::create::{CreateOption, ValueType};
@@ -177,7 +178,7 @@ impl Qcow2 {
         }
         self.close_image().await.map_err(failed)?;
         // From here on the file is not as this node has it in memory.
-        self.is_stopped.store(true, Ordering::SeqCst);
+        self.stopped.stop(Stop::ForGood);
         self.is_prepared.store(false, Ordering::SeqCst);
         // Version 2 has one width only.
         if wanted.version >= old.version {

@@ -13,9 +13,9 @@ use super::Qcow2;
 use super::extensions::Extension;
 use super::header::Header;
 use super::read::read_padded;
+use super::standing::OnDisk;
 use crate::block::{Error, SECTOR, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoVec};
-use std::sync::atomic::Ordering;
 
 const FIRST: usize = SECTOR as usize;
 
@@ -55,12 +55,12 @@ impl Qcow2 {
         *self.header_copy.lock() = new.clone();
         *header = new;
         // Between two steps fields that were written alone could name what is not there.
-        self.is_header_lost.store(true, Ordering::SeqCst);
+        self.header_state.set(OnDisk::Lost);
         for (at, bytes) in &steps {
             file.write(*at, &IoVec::from_ref(bytes), WriteFlags::empty()).await.map_err(failed)?;
             file.flush().await.map_err(failed)?;
         }
-        self.is_header_lost.store(false, Ordering::SeqCst);
+        self.header_state.set(OnDisk::Same);
         Ok(())
     }
 }

@@ -126,6 +126,7 @@ impl Qcow2 {
     ///
     /// When it fails the disk may have the old entries or the new; readers go on with the old.
     pub(super) async fn change_entries(&self, guest: u64, entries: &[L2Entry]) -> IoResult {
+        self.check_sound().await?;
         let (slice, first) = self.slice_of(guest);
         let pinned = self.pin(guest).await?;
         let changes: Changes =
@@ -166,7 +167,7 @@ impl Qcow2 {
     }
 
     async fn write_batch(&self, guest: u64, pinned: &Pinned<'_>, changes: &Changes) -> IoResult {
-        self.check_sound().await?;
+        self.check_intact().await?;
         let at = self.slice_offset(guest)?;
         let (start, bytes) = self.encode_changes(pinned, changes);
         let bytes = IoVec::from_ref(&bytes);

@@ -10,12 +10,22 @@ use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
 use super::order::Lock;
 use super::overlap::Kinds;
+use super::standing::Stop;
 use crate::block::WriteFlags;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
 
 /// So many slices may be in doubt before writing stops: they take room in the cache.
 const SUSPECTS: usize = 4;
+
+/// A slice that is in doubt.
+#[derive(Clone, Copy)]
+pub(super) struct Suspect {
+    /// An offset that it maps.
+    guest: u64,
+    /// It is kept in the cache.
+    stays: bool,
+}
 
 impl Qcow2 {
     pub(super) async fn flush_all(&self) -> IoResult {
@@ -52,27 +62,29 @@ impl Qcow2 {
         if suspects.contains_key(&slice) {
             return;
         }
-        if suspects.len() >= SUSPECTS {
-            // Until a flush has put things right.
-            self.is_stopped.store(true, Ordering::SeqCst);
-            return;
+        let stays = suspects.len() < SUSPECTS;
+        suspects.insert(slice, Suspect { guest, stays });
+        match stays {
+            true => pinned.stay(),
+            // Whoever reads it anew meanwhile finds what the disk has.
+            false => self.stopped.stop(Stop::Doubts),
         }
-        suspects.insert(slice, guest);
-        pinned.stay();
     }
 
     /// Writes slices of which the disk may have another state than readers were shown.
-    async fn write_suspects(&self) -> IoResult {
-        let list: Vec<_> = self.suspects.lock().iter().map(|(&slice, &at)| (slice, at)).collect();
-        for (slice, guest) in list {
+    pub(super) async fn write_suspects(&self) -> IoResult {
+        let list: Vec<_> = self.suspects.lock().iter().map(|(&slice, &one)| (slice, one)).collect();
+        for (slice, Suspect { guest, stays }) in list {
             let pinned = self.pin(guest).await?;
             // What is being changed now would be written over: it goes through the same turns.
             self.rewrite_slice(slice, guest, &pinned).await?;
-            if self.suspects.lock().remove(&slice).is_some() {
+            if self.suspects.lock().remove(&slice).is_some() && stays {
                 pinned.stay_no_longer();
             }
         }
-        self.is_stopped.store(false, Ordering::SeqCst);
+        if self.suspects.lock().is_empty() {
+            self.stopped.go_on();
+        }
         Ok(())
     }
 

@@ -12,10 +12,10 @@ use super::extensions::{BitmapsPointer, Extension};
 use super::header::{Autoclear, Header};
 use super::order::LockGuard;
 use super::read::read_padded;
+use super::standing::OnDisk;
 use crate::block::{Error, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 const SECTOR: usize = 512;
 
@@ -43,6 +43,9 @@ impl Qcow2 {
         mut new: Header,
     ) -> Result<(), Error> {
         let failed = |errno| Error::os("Failed to update the header", errno);
+        if self.header_state.get() == OnDisk::Lost {
+            return Err(failed(Errno::EIO));
+        }
         let size = self.geometry.cluster_size() as usize;
         let mut old = AlignedBuf::new(size, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
         read_padded(&self.file(), 0, &old.io_vec()).await.map_err(failed)?;
@@ -58,9 +61,13 @@ impl Qcow2 {
             let at = if changed.len() > 1 { 0..SECTOR } else { last.clone() };
             // If it fails, the fields are written again as they are now.
             let has_fields = at.start == 0;
-            self.is_header_in_doubt.fetch_or(has_fields, Ordering::SeqCst);
+            if has_fields {
+                self.header_state.set(OnDisk::InDoubt);
+            }
             self.write_part(&bytes, at).await.map_err(failed)?;
-            self.is_header_in_doubt.fetch_and(!has_fields, Ordering::SeqCst);
+            if has_fields {
+                self.header_state.set(OnDisk::Same);
+            }
         }
         self.show_header(header, new);
         Ok(())

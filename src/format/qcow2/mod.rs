@@ -19,6 +19,7 @@
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
+//! | `standing` | what the disk has of the header, and whether anything may be written |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `empty` | another backing file; giving up all that the image has |
 //! | `overlap`, `corrupt` | what must not be written over; what is told of an image that makes no sense |
@@ -56,6 +57,7 @@ mod read;
 mod refcounts;
 mod resize;
 pub mod snapshots;
+mod standing;
 mod status;
 mod tables;
 mod write;
@@ -80,6 +82,7 @@ use order::{Lock, LockGuard, Ranges, Visits};
 use overlap::Overlaps;
 use packed::Packing;
 use refcounts::Refcounts;
+use standing::{HeaderState, Stop, Stopped};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -134,10 +137,7 @@ pub struct Qcow2 {
     header: Lock<Header>,
     /// What `header` guards, for those who only look.
     header_copy: Mutex<Header>,
-    /// Whether the disk may have another one than is in memory.
-    is_header_in_doubt: AtomicBool,
-    /// Its cluster was being written anew and that failed: it stays as it is until the next start.
-    is_header_lost: AtomicBool,
+    header_state: HeaderState,
     /// Held while an L1 entry changes.
     tables: Lock<()>,
     /// Held while a child grows.
@@ -145,10 +145,9 @@ pub struct Qcow2 {
     /// Guest clusters whose mapping is being changed.
     ranges: Ranges,
     batches: Batches,
-    /// Slices, and a guest offset in each, of which the disk may have another state.
-    suspects: Mutex<BTreeMap<SliceNo, u64>>,
-    /// Too many of them: nothing is written until a flush succeeds.
-    is_stopped: AtomicBool,
+    /// Slices of which the disk may have another state.
+    suspects: Mutex<BTreeMap<SliceNo, flush::Suspect>>,
+    stopped: Stopped,
     /// None when the image is read-only.
     counts: Option<Lock<Refcounts>>,
     pool: Mutex<Pool>,
@@ -178,7 +177,7 @@ impl Qcow2 {
         self.is_prepared.load(Ordering::Acquire)
             && !self.corruption.is_fatal()
             && !self.overlaps.is_met()
-            && !self.is_stopped.load(Ordering::Acquire)
+            && self.stopped.get() == Stop::Not
             && !self.snapshots.is_frozen()
     }
 
@@ -366,7 +365,7 @@ impl Image for Qcow2 {
             }
             // A repair changes what this node has in memory: until it is opened again, nothing is
             // written.
-            self.is_stopped.store(true, Ordering::SeqCst);
+            self.stopped.stop(Stop::ForGood);
             check::check(&self.file(), fix, say).await
         })
     }

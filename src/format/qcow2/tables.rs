@@ -7,6 +7,7 @@ use super::header::{Autoclear, Header, Incompatible};
 use super::layout::{self, L1Entry};
 use super::overlap::Kinds;
 use super::read::read_padded;
+use super::standing::{OnDisk, Stop};
 use super::{Qcow2, corrupt};
 use crate::block::WriteFlags;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
@@ -133,27 +134,27 @@ impl Qcow2 {
     /// When it fails the disk may have it or not: it holds in memory, and [`Self::settle_header`]
     /// writes it again.
     pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
-        if self.is_header_lost.load(Ordering::SeqCst) {
+        if self.header_state.get() == OnDisk::Lost {
             return Err(Errno::EIO);
         }
         let bytes = new.fields();
-        self.is_header_in_doubt.store(true, Ordering::SeqCst);
+        self.header_state.set(OnDisk::InDoubt);
         self.show_header(current, new);
         let file = self.file();
         file.write(0, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         file.flush().await?;
-        self.is_header_in_doubt.store(false, Ordering::SeqCst);
+        self.header_state.set(OnDisk::Same);
         Ok(())
     }
 
     /// Sees to it that the disk has the header that is in memory.
     pub(super) async fn settle_header(&self) -> IoResult {
-        if !self.is_header_in_doubt.load(Ordering::SeqCst) {
+        if self.header_state.get() != OnDisk::InDoubt {
             return Ok(());
         }
         let mut header = self.header.lock().await;
         // Whoever had it may have written it meanwhile.
-        if !self.is_header_in_doubt.load(Ordering::SeqCst) {
+        if self.header_state.get() != OnDisk::InDoubt {
             return Ok(());
         }
         let same = header.clone();
@@ -169,6 +170,9 @@ impl Qcow2 {
     /// What has to be on disk before the first write: that promises of others are not kept, that
     /// stored bitmaps are out of date, and, with lazy refcounts, that the refcounts may be wrong.
     pub(super) async fn prepare_writing(&self) -> IoResult {
+        if self.stopped.get() == Stop::Doubts {
+            self.write_suspects().await?;
+        }
         self.check_sound().await?;
         if self.is_prepared.load(Ordering::Acquire) {
             return Ok(());
@@ -179,7 +183,7 @@ impl Qcow2 {
         if self.has_lazy_refcounts {
             new.incompatible |= Incompatible::DIRTY;
         }
-        if new != *header || self.is_header_in_doubt.load(Ordering::SeqCst) {
+        if new != *header || self.header_state.get() == OnDisk::InDoubt {
             self.write_header(&mut header, new).await?;
         }
         drop(header);
@@ -190,14 +194,20 @@ impl Qcow2 {
 
     /// Fails if the image was found to be corrupt, or metadata could not be written.
     pub(super) async fn check_sound(&self) -> IoResult {
+        self.check_intact().await?;
+        match self.stopped.get() {
+            Stop::Not => Ok(()),
+            Stop::Doubts | Stop::ForGood => Err(Errno::EIO),
+        }
+    }
+
+    /// Fails if the image was found to be corrupt. The header is on the disk then, if it can be.
+    pub(super) async fn check_intact(&self) -> IoResult {
         self.settle_header().await?;
         if self.corruption.is_fatal() {
             self.mark_corrupt().await;
             return Err(Errno::EIO);
         }
-        match self.is_stopped.load(Ordering::SeqCst) {
-            true => Err(Errno::EIO),
-            false => Ok(()),
-        }
+        Ok(())
     }
 }

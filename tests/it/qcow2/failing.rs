@@ -2,7 +2,7 @@
 //! anything that relies on it.
 
 use super::sim::{Image, below, check, disk, image};
-use crate::disks::simulated;
+use crate::disks::{open_holding, seed, simulated};
 use vublk::block::*;
 use vublk::io::sim::Disorder;
 use vublk::io::{Errno, IoVec};
@@ -70,4 +70,69 @@ fn the_dirty_bit_that_could_not_be_written_is_written_before_the_first_cluster_i
     });
     assert_eq!(big_endian(&lower.bytes(), 72) & 1, 0);
     check(&lower.bytes(), true).unwrap();
+}
+
+#[test]
+fn what_many_tables_that_could_not_be_written_have_stopped_goes_on_without_a_flush() {
+    let seed = seed();
+    for seed in (0..8).map(|n| seed.wrapping_add(n)) {
+        let bytes = image(LEN, "cluster_size=512");
+        let (lower, options) = disk(&bytes, 4 << 20, |options| {
+            options.seed = seed;
+            options.traits.request_align = 512;
+        });
+        let options = format!("driver=qcow2,l2-cache-entry-size=512{}", below("file", &options));
+        let faulty = lower.clone();
+        let found =
+            simulated(Disorder { short: 0.0, ..Disorder::wild(seed) }, move |_| async move {
+                let image = Image::open(&options).await;
+                let node = &image.node;
+                let write = async |at: u64, byte: u8| {
+                    let data = [byte; 512];
+                    node.write(at, &IoVec::from_ref(&data), WriteFlags::empty()).await
+                };
+                // One L2 table for every 32 KiB.
+                let tables = (0..LEN).step_by(32 << 10);
+                for at in tables.clone() {
+                    write(at, 1).await.unwrap();
+                    write(at + 512, 2).await.unwrap();
+                }
+                let now = faulty.bytes();
+                for n in 0..LEN >> 15 {
+                    let table = big_endian(&now, big_endian(&now, 40) as usize + n as usize * 8);
+                    let table = table & 0x00ff_ffff_ffff_fe00;
+                    let fault = Fault::new(Kinds::WRITE, Effect::Tear(Errno::EIO));
+                    faulty.inject(fault.within(table..table + 512));
+                }
+                let mut failed = 0;
+                for at in tables.clone() {
+                    failed += u32::from(write(at + 1024, 3).await.is_err());
+                }
+                assert!(failed > 4, "{failed}");
+                assert_eq!(write(0, 4).await, Err(Errno::EIO), "nothing is written meanwhile");
+                faulty.heal();
+                for at in tables {
+                    assert_eq!(write(at, 5).await, Ok(()), "{at}, seed {seed}");
+                }
+                let mut found = vec![0xee; LEN as usize];
+                node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();
+                node.flush().await.unwrap();
+                // As if the machine had crashed now.
+                let state = faulty.bytes();
+                image.close().await;
+                (found, state)
+            });
+        let (found, state) = found;
+        check(&state, false).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let (_disk, options) = disk(&state, state.len() as u64, |_| ());
+        let options = format!("driver=qcow2,read-only=on{}", below("file", &options));
+        let kept = simulated(Disorder::wild(1), |_| async move {
+            let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
+            let mut kept = vec![0xee; LEN as usize];
+            opened.node.read(0, &IoVec::from_mut(&mut kept)).await.unwrap();
+            kept
+        });
+        assert!(kept == found, "seed {seed}");
+        check(&lower.bytes(), false).unwrap();
+    }
 }

@@ -26,6 +26,7 @@ use super::Qcow2;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::L1Entry;
 use super::read::read_padded;
+use super::standing::OnDisk;
 use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult};
@@ -139,7 +140,7 @@ impl Qcow2 {
         let mut header = self.header.lock().await;
         let mut new = header.clone();
         change(&mut new);
-        if new != *header || self.is_header_in_doubt.load(Ordering::SeqCst) {
+        if new != *header || self.header_state.get() == OnDisk::InDoubt {
             self.write_header(&mut header, new).await?;
         }
         Ok(())
