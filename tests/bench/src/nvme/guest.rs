@@ -107,8 +107,9 @@ fn open(vublk: &Path, who: Who, dir: &Path) -> Result<Server> {
         let export = "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,writable=on,num-queues=2";
         let socket = socket(dir, 0);
         let export = format!("{export},iothread=io,addr.path={}", socket.display());
-        // Long enough for an emulated controller: who is busy shall not go to sleep.
-        let thread = "iothread,id=io,poll-max-ns=4000000";
+        // Long enough for an emulated controller on a busy machine: who has something in flight shall not
+        // go to sleep.
+        let thread = "iothread,id=io,poll-max-ns=64000000";
         command.args(["--object", thread, "--blockdev", &format!("{node},node-name=n")]);
         command.args(["--export", &export]).arg("--pidfile").arg(&pidfile);
         let mut server = Server::spawn(command)?;
