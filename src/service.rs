@@ -362,6 +362,7 @@ impl Service {
         let export = export.start(move || ended.tell(name))?;
         if let (Some(observed), Some(metrics)) = (&self.observed, metrics) {
             observed.add(metrics);
+            observed.add_drives(node.drives());
         }
         let state = State::Serving(Box::new(export), attachment);
         self.exports.push(Served { id, node_name: node.name().to_owned(), socket, state });

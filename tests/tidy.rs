@@ -44,6 +44,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/sandbox/", "what the kernel is asked to forbid, and the signal handlers of that"),
     ("src/monitor/poll.rs", "poll(2), accept4(2), and descriptors from the command line"),
     ("src/cli/", "what a process does once: signals, forking"),
+    ("src/tools/nvme/passthrough.rs", "a command to a controller of the kernel's"),
     ("src/service.rs", "what a process does once: signals, forking"),
     ("vfio/src/dma.rs", "memory that a device reads and writes"),
     ("vfio/src/mmio.rs", "a device's registers"),

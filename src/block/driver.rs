@@ -307,6 +307,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// The drive that it works on itself, if that tells of its health.
+    fn drive(&self) -> Option<std::sync::Arc<dyn super::Drive>> {
+        None
+    }
+
     /// What hears the events of the requests that pass ([`super::event`]).
     fn debugger(&self) -> Option<&dyn super::Debugger> {
         None

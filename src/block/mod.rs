@@ -13,6 +13,7 @@
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
 //! * [`length`]: storage whose length changes by itself.
+//! * [`drive`]: the health of drives.
 //! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
 //! * [`notice`]: what befalls nodes, for whoever watches the graph.
@@ -24,6 +25,7 @@ pub mod bitmap;
 pub mod child;
 pub mod compress;
 pub mod create;
+pub mod drive;
 pub mod driver;
 pub mod error;
 pub mod event;
@@ -47,6 +49,7 @@ pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
 pub use child::Child;
 pub use compress::{Compress, Packed, Packer};
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
+pub use drive::{Drive, DriveHealth};
 pub use driver::{
     Abilities, Access, Driver, Extent, HandOver, Leaf, LocalFuture, Locks, Mapping, Place,
     Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,

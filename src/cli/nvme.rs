@@ -2,7 +2,7 @@
 
 use crate::options::{Map, Value, json, size};
 use crate::tools::nvme::{
-    self, Address, Controller, Function, Group, Machine, Namespace, Obstacle, Use, limits,
+    self, Address, Controller, Function, Group, Machine, Namespace, Obstacle, Use, health, limits,
 };
 use std::path::PathBuf;
 
@@ -41,7 +41,7 @@ struct List {
     /// How to print it
     #[arg(long, value_enum, default_value_t)]
     output: Output,
-    /// Say more: identity, IOMMU group, limits
+    /// Say more: identity, health, errors, IOMMU group, limits
     #[arg(short, long)]
     verbose: bool,
 }
@@ -87,8 +87,10 @@ impl List {
                 .map(|&address| Controller::at(machine, address))
                 .collect::<Result<_, _>>()?,
         };
-        let found: Vec<_> =
-            controllers.into_iter().map(|controller| Found::new(machine, controller)).collect();
+        let found: Vec<_> = controllers
+            .into_iter()
+            .map(|controller| Found::new(machine, controller, self.verbose))
+            .collect();
         match self.output {
             Output::Human if found.is_empty() => println!("no NVMe controllers"),
             Output::Human => {
@@ -110,13 +112,20 @@ struct Found {
     controller: Controller,
     uses: Vec<Use>,
     obstacles: Vec<Obstacle>,
+    /// What it tells of its health, where it was asked and somebody has it who could.
+    told: Option<Result<health::Told, String>>,
 }
 
 impl Found {
-    fn new(machine: &Machine, controller: Controller) -> Found {
+    fn new(machine: &Machine, controller: Controller, verbose: bool) -> Found {
         let uses = nvme::uses(machine, &controller);
         let obstacles = nvme::obstacles(machine, &controller, &[]);
-        Found { controller, uses, obstacles }
+        let mut found = Found { controller, uses, obstacles, told: None };
+        if verbose {
+            let is_used = found.state() != "ready";
+            found.told = health::ask(machine, &found.controller, is_used).transpose();
+        }
+        found
     }
 
     /// One word for scripts.
@@ -174,6 +183,11 @@ impl Found {
         if let Some(driver) = driver_override {
             println!("    driver_override: {driver}");
         }
+        match &self.told {
+            Some(Ok(told)) => print_health(told),
+            Some(Err(error)) => println!("    health: {error}"),
+            None => {}
+        }
         let Some(Group { number, functions }) = group else { return };
         for Function { address, class, driver } in functions {
             let driver = driver.as_deref().unwrap_or("none");
@@ -209,6 +223,9 @@ impl Found {
             map.insert("serial", identity.serial.clone());
             map.insert("firmware", identity.firmware.clone());
         }
+        if let Some(Ok(told)) = &self.told {
+            map.insert("health", Value::Map(health_json(told)));
+        }
         map.insert("driver", text(driver));
         map.insert("driver-override", text(driver_override));
         map.insert(
@@ -240,4 +257,54 @@ impl Found {
         map.insert("obstacles", lines(self.obstacles.iter().map(Obstacle::to_string).collect()));
         map
     }
+}
+
+/// Errors of its log that are shown.
+const ERRORS: usize = 4;
+
+fn print_health(told: &health::Told) {
+    let health = &told.health;
+    println!("    health: {health}");
+    let bytes =
+        |units: u128| size::human(units.saturating_mul(512_000).min(u64::MAX.into()) as u64);
+    println!(
+        "    in its life: {} written, {} read, {} hours, {} errors logged",
+        bytes(health.units_written),
+        bytes(health.units_read),
+        health.power_on_hours,
+        health.error_entries
+    );
+    for error in told.errors.iter().take(ERRORS) {
+        println!("    {error}");
+    }
+}
+
+fn health_json(told: &health::Told) -> Map {
+    let health = &told.health;
+    let number = |number: u128| Value::from(number.min(u64::MAX.into()) as u64);
+    let small = |number: u8| Value::from(u64::from(number));
+    let errors = told.errors.iter().map(|error| {
+        Value::Map(Map::from_iter([
+            ("number", Value::from(error.number)),
+            ("queue", u64::from(error.queue).into()),
+            ("status", u64::from(error.status.code()).into()),
+            ("nsid", u64::from(error.namespace).into()),
+            ("block", error.lba.into()),
+        ]))
+    });
+    Map::from_iter([
+        ("critical-warning", small(health.warnings)),
+        ("temperature-kelvin", u64::from(health.temperature).into()),
+        ("spare-percent", small(health.spare)),
+        ("spare-threshold-percent", small(health.spare_threshold)),
+        ("used-percent", small(health.used)),
+        ("data-units-read", number(health.units_read)),
+        ("data-units-written", number(health.units_written)),
+        ("power-on-hours", number(health.power_on_hours)),
+        ("power-cycles", number(health.power_cycles)),
+        ("unsafe-shutdowns", number(health.unsafe_shutdowns)),
+        ("media-errors", number(health.media_errors)),
+        ("logged-errors", number(health.error_entries)),
+        ("errors", Value::List(errors.collect())),
+    ])
 }

@@ -266,7 +266,8 @@ impl Watcher {
             cpu_ns: process_cpu_ns(),
             resident_bytes: self.status.as_ref().and_then(resident).unwrap_or(0),
         };
-        http::answer(request, &text::page(request.format, process, &self.observed.exports()))
+        let (exports, drives) = (self.observed.exports(), self.observed.drives());
+        http::answer(request, &text::page(request.format, process, &exports, &drives))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The page: Prometheus's text format 0.0.4, or OpenMetrics 1.0, which differs in little.
 
+use crate::block::DriveHealth;
 use crate::export::vhost_user_blk::ExportMetrics;
 use crate::export::vhost_user_blk::metrics::{
     BUCKETS, OPERATIONS, OperationMetrics, QueueMetrics, bound,
@@ -34,13 +35,19 @@ pub struct Process {
 }
 
 /// The whole page.
-pub fn page(format: Format, process: Process, exports: &[Arc<ExportMetrics>]) -> String {
+pub fn page(
+    format: Format,
+    process: Process,
+    exports: &[Arc<ExportMetrics>],
+    drives: &[(String, DriveHealth)],
+) -> String {
     let mut page = Page { text: String::new(), format };
     page.process(process);
     page.exports(exports);
     page.requests(exports);
     page.latencies(exports);
     page.queues(exports);
+    page.drives(drives);
     if format == Format::OpenMetrics {
         page.text.push_str("# EOF\n");
     }
@@ -214,6 +221,44 @@ impl Page {
             }
         }
     }
+
+    fn drives(&mut self, drives: &[(String, DriveHealth)]) {
+        // Only where there are any: most disks are files.
+        if drives.is_empty() {
+            return;
+        }
+        let mut each = |name: &str, kind: &str, help: &str, of: fn(&DriveHealth) -> f64| {
+            let name = format!("vublk_drive_{name}");
+            self.family(&name, kind, help);
+            for (drive, health) in drives {
+                self.sample(&name, &[("drive", drive)], of(health));
+            }
+        };
+        each("temperature_celsius", "gauge", "Composite temperature.", |h| h.celsius.into());
+        let help = "Part of the expected life that is used; may be over 1.";
+        each("used_ratio", "gauge", help, |h| ratio(h.used_percent));
+        let help = "Spare capacity that is left.";
+        each("spare_ratio", "gauge", help, |h| ratio(h.spare_percent));
+        let help = "What the spare capacity should not fall below.";
+        each("spare_threshold_ratio", "gauge", help, |h| ratio(h.spare_threshold_percent));
+        let help =
+            "Bits: 1 spare low, 2 temperature, 4 unreliable, 8 read-only, 16 backup of the cache.";
+        each("critical_warning", "gauge", help, |h| h.warnings.into());
+        let help = "Bytes that hosts have read, in its whole life.";
+        each("read_bytes_total", "counter", help, |h| h.bytes_read as f64);
+        let help = "Bytes that hosts have written, in its whole life.";
+        each("written_bytes_total", "counter", help, |h| h.bytes_written as f64);
+        let help = "Unrecovered errors of the media.";
+        each("media_errors_total", "counter", help, |h| h.media_errors as f64);
+        let help = "Times that power was lost before it was shut down.";
+        each("unsafe_shutdowns_total", "counter", help, |h| h.unsafe_shutdowns as f64);
+        let help = "Errors that its log has counted.";
+        each("logged_errors_total", "counter", help, |h| h.logged_errors as f64);
+    }
+}
+
+fn ratio(percent: u8) -> f64 {
+    f64::from(percent) / 100.0
 }
 
 fn read(counter: &AtomicU64) -> u64 {
@@ -253,9 +298,16 @@ mod tests {
         read.buckets[BUCKETS - 1].store(1, Ordering::Relaxed);
         read.latency_ns.store(2_500_000_000, Ordering::Relaxed);
         queue.kicks.store(u64::MAX, Ordering::Relaxed);
+        let health =
+            DriveHealth { celsius: -3, used_percent: 250, media_errors: 7, ..Default::default() };
+        let drives = [("0000:01:00.0".to_owned(), health)];
         for format in [Format::Prometheus, Format::OpenMetrics] {
-            let text =
-                page(format, Process { cpu_ns: 1_500_000_000, ..Process::default() }, &exports);
+            let text = page(
+                format,
+                Process { cpu_ns: 1_500_000_000, ..Process::default() },
+                &exports,
+                &drives,
+            );
             assert_eq!(text.ends_with("# EOF\n"), format == Format::OpenMetrics);
             let samples = parse(&text).unwrap();
             let value = |name: &str, labels: &[(&str, &str)]| {
@@ -268,6 +320,10 @@ mod tests {
             };
             assert_eq!(value("process_cpu_seconds_total", &[]), 1.5);
             assert_eq!(value("vublk_export_size_bytes", &[("export", "plain")]), 1048576.0);
+            let drive = [("drive", "0000:01:00.0")];
+            assert_eq!(value("vublk_drive_temperature_celsius", &drive), -3.0);
+            assert_eq!(value("vublk_drive_used_ratio", &drive), 2.5);
+            assert_eq!(value("vublk_drive_media_errors_total", &drive), 7.0);
             let read = [("export", "od\"d\\\n"), ("queue", "1"), ("operation", "read")];
             assert_eq!(value("vublk_queue_requests_total", &read), 4.0);
             assert_eq!(value("vublk_queue_latency_seconds_sum", &read), 2.5);
@@ -284,7 +340,7 @@ mod tests {
 
     #[test]
     fn of_an_export_without_queues_there_are_no_requests() {
-        let text = page(Format::Prometheus, Process::default(), &[export("e")]);
+        let text = page(Format::Prometheus, Process::default(), &[export("e")], &[]);
         assert!(text.contains("vublk_export_connected{export=\"e\"} 0\n"), "{text}");
         assert!(!text.contains("vublk_queue_requests_total{"), "{text}");
     }

@@ -1,15 +1,17 @@
 //! What those who watch a service can see of it. Apart from the service itself, so that they hold up
 //! nobody and nothing, and keep nothing alive.
 
+use crate::block::{Drive, DriveHealth};
 use crate::export::vhost_user_blk::ExportMetrics;
 use crate::io::sync::Mutex;
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};
 
-/// The exports that can be watched.
+/// The exports that can be watched, and the drives below them.
 #[derive(Default)]
 pub struct Observed {
     exports: Mutex<Vec<Weak<ExportMetrics>>>,
+    drives: Mutex<Vec<Weak<dyn Drive>>>,
 }
 
 impl Observed {
@@ -18,6 +20,27 @@ impl Observed {
         let mut exports = self.exports.lock();
         exports.retain(|export| export.strong_count() > 0);
         exports.push(Arc::downgrade(&export));
+    }
+
+    /// What an export stands on, until it is closed.
+    pub(super) fn add_drives(&self, found: Vec<Arc<dyn Drive>>) {
+        let mut drives = self.drives.lock();
+        drives.retain(|drive| drive.strong_count() > 0);
+        for drive in found {
+            // Has it asked, so that there is something to tell when somebody looks.
+            drive.health();
+            let drive = Arc::downgrade(&drive);
+            if !drives.iter().any(|known| known.ptr_eq(&drive)) {
+                drives.push(drive);
+            }
+        }
+    }
+
+    /// The drives that have told of their health.
+    pub fn drives(&self) -> Vec<(String, DriveHealth)> {
+        let drives = self.drives.lock();
+        let drives = drives.iter().filter_map(Weak::upgrade);
+        drives.filter_map(|drive| Some((drive.name(), drive.health()?))).collect()
     }
 
     /// Those that have not ended, oldest first. Of those that bear a name one after the other there is

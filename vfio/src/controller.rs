@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `start` | enabling, disabling, shutdown; what is asked of the controller first |
 //! | `admin` | the admin queue |
+//! | `health` | what it says of its health |
 //! | `link` | how queue pairs stop and go on when the controller is reset |
 //! | `watch` | the thread that resets it, aborts commands, hears events, notices that it is gone |
 
 #![forbid(unsafe_code)]
 
 pub(crate) mod admin;
+mod health;
 pub(crate) mod link;
 mod start;
 mod watch;
@@ -18,11 +20,9 @@ use crate::function::{PciFunction, Registers};
 use crate::namespace::{Limits, Namespace};
 use crate::queue_pair::QueuePair;
 use crate::space::Space;
-use crate::spec::identify::{
-    self, CommandLimits, ControllerIdentity, Health, NamespaceIdentity, cns, csi,
-};
+use crate::spec::identify::{self, CommandLimits, ControllerIdentity, NamespaceIdentity, cns, csi};
 use crate::spec::registers::{self, Capabilities};
-use crate::spec::{AdminOpcode, Command, Status, log_page};
+use crate::spec::{AdminOpcode, Command, Status};
 use crate::{Error, HostRange, Registration};
 use admin::{Admin, Data, Reply};
 use link::{Link, State};
@@ -117,6 +117,7 @@ pub(crate) struct Inner {
     pairs: Mutex<Pairs>,
     life: AtomicU8,
     wants: Mutex<Wants>,
+    sample: Mutex<health::Sample>,
     /// The thread that looks after it, until it is waited for.
     watcher: Mutex<Option<JoinHandle<()>>>,
     /// Wakes the thread.
@@ -145,6 +146,7 @@ struct Pairs {
 #[derive(Default)]
 struct Wants {
     reset: bool,
+    health: bool,
     /// Queue and command identifiers.
     aborts: Vec<(u16, u16)>,
 }
@@ -382,13 +384,6 @@ impl Controller {
     /// Opens a namespace.
     pub fn namespace(&self, id: u32) -> Result<Namespace, Error> {
         self.0.namespace(id).map_err(|error| error.at(&self.0.name))
-    }
-
-    /// SMART and health information.
-    pub fn health(&self) -> Result<Health, Error> {
-        let page = self.0.log_page(log_page::HEALTH, Health::LEN);
-        page.map(|page| Health::parse(&page))
-            .map_err(|failure| failure.error("reading its health").at(&self.0.name))
     }
 
     /// Has `listener` called when a namespace has changed or the controller is gone, on a thread of

@@ -20,9 +20,9 @@ pub use entry::{ENTRY, NvmeOptions};
 pub use shared::adopt;
 
 use crate::block::{
-    Abilities, Access, Admission, DeviceMemory, Driver, Error, Extent, GuestRegion, Image, Leaf,
-    LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place, Precision, Status,
-    Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, GuestRegion, Image,
+    Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place, Precision,
+    Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
 use lane::Lane;
@@ -189,6 +189,10 @@ impl Driver for Nvme {
 
     fn memory(&self) -> Option<&dyn DeviceMemory> {
         self.guest_dma.then_some(self)
+    }
+
+    fn drive(&self) -> Option<Arc<dyn Drive>> {
+        Some(self.shared().clone())
     }
 
     fn own_length(&self) -> Option<&dyn OwnLength> {

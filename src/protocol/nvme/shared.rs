@@ -3,7 +3,7 @@
 
 use super::entry::from_driver;
 use super::lane::Host;
-use crate::block::Error;
+use crate::block::{Drive, DriveHealth, Error};
 use crate::io::sync::Mutex;
 use crate::io::{self, Errno, IoResult};
 use std::collections::{BTreeMap, BTreeSet};
@@ -88,6 +88,30 @@ impl Shared {
         let registration = Arc::new(controller.register(memory).map_err(from_driver)?);
         registered.push((memory, Arc::downgrade(&registration)));
         Ok(registration)
+    }
+}
+
+impl Drive for Shared {
+    fn name(&self) -> String {
+        self.address.to_string()
+    }
+
+    fn health(&self) -> Option<DriveHealth> {
+        /// Bytes of a data unit.
+        const UNIT: u128 = 512_000;
+        let health = self.controller.lock().as_ref()?.last_health()?;
+        Some(DriveHealth {
+            warnings: health.warnings,
+            celsius: i32::from(health.temperature) - 273,
+            used_percent: health.used,
+            spare_percent: health.spare,
+            spare_threshold_percent: health.spare_threshold,
+            bytes_read: health.units_read.saturating_mul(UNIT),
+            bytes_written: health.units_written.saturating_mul(UNIT),
+            media_errors: health.media_errors,
+            unsafe_shutdowns: health.unsafe_shutdowns,
+            logged_errors: health.error_entries,
+        })
     }
 }
 

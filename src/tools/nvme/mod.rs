@@ -6,14 +6,17 @@
 //! * [`usage`]: who uses it. A controller in use is never taken from its driver.
 //! * [`obstacles`]: what else keeps it from being used, and what to do about that; [`limits`]: how much of
 //!   it one process gets.
+//! * [`health`]: what it tells of its health, by the kernel's driver ([`passthrough`]) or by ours.
 //! * [`mod@bind`]: to vfio-pci and back.
 
 pub mod address;
 pub mod bind;
 pub mod controller;
+pub mod health;
 pub mod limits;
 pub mod machine;
 pub mod obstacles;
+pub mod passthrough;
 #[cfg(test)]
 mod tests;
 pub mod usage;

@@ -77,6 +77,7 @@ const COMINGS_AND_GOINGS: &str = r#"
     echo "bound $(driver $a) $(cat /sys/bus/pci/devices/$a/driver_override)"
     echo "again $($vublk nvme bind $a)"
     echo "list $($vublk nvme list $a | tail -n 1)"
+    $vublk nvme list -v | sed 's/^ *health: /health /'
     echo "both $($vublk nvme bind $b $c)"
     echo "drivers $(driver $b) $(driver $c)"
 
@@ -166,6 +167,12 @@ fn check_comings_and_goings(console: &Console) {
     ] {
         assert_eq!(console.value(name), value);
     }
+    // One bound to vfio-pci, and three of the kernel's.
+    let health: Vec<_> = console.values("health").collect();
+    assert!(
+        health.len() == 4 && health.iter().all(|line| line.starts_with("50 C, 0% used, ")),
+        "{health:?}"
+    );
     let taken = console.value("taken");
     let before = "vublk: 0000:00:10.0: in use: process ";
     assert!(taken.starts_with(before) && taken.contains(" has vfio/"), "{taken}");

@@ -37,9 +37,15 @@ const WORK: &str = r#"
         grep -q -i 'verification failed\|error' /tmp/said && { cat /tmp/said; exit 1; }
         $vublk info nvme://$disk | sed "s|^|info $disk |"
     done
-    $vublk serve -f raw nvme://0000:00:10.0/1 --socket /tmp/disk.sock >/tmp/served 2>&1 &
+    ip link set lo up
+    $vublk serve -f raw nvme://0000:00:10.0/1 --socket /tmp/disk.sock --metrics 127.0.0.1:9100 \
+        >/tmp/served 2>&1 &
     for try in $(seq 600); do [ -S /tmp/disk.sock ] && break; sleep 0.1; done
     echo "serve: $([ -S /tmp/disk.sock ] && echo listens; grep -v '^ *-' /tmp/served | head -n 1)"
+    for try in $(seq 100); do
+        wget -q -O - http://127.0.0.1:9100/metrics | grep '^vublk_drive_[tsm]' && break
+        sleep 0.1
+    done
     kill $! && wait $!
     echo "served: $?"
     "#;
@@ -134,6 +140,13 @@ fn the_tools_write_and_read_namespaces_of_all_kinds() {
     let console = guest.for_more(MORE_TIME).run(&(script + WORK + ERRORS + IMAGES + REFUSALS));
     check_work(&drives, &console);
     check_images(&drives, &console);
+    // The address is the guest's, and so is what the drive says: QEMU's are all like this.
+    for (name, value) in
+        [("temperature_celsius", "50"), ("spare_ratio", "0"), ("media_errors_total", "0")]
+    {
+        let name = format!("vublk_drive_{name}{{drive=\"0000:00:10.0\"}}");
+        assert_eq!(console.value(&name), value);
+    }
     for (name, part) in [
         ("serve", "listens"),
         ("served", "0"),

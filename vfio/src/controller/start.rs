@@ -63,6 +63,7 @@ pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Arc<Inn
         pairs: Mutex::new(Pairs::default()),
         life: AtomicU8::new(STARTING),
         wants: Mutex::default(),
+        sample: Mutex::default(),
         watcher: Mutex::default(),
         wake: event()?,
         namespaces: Mutex::default(),

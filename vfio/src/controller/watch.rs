@@ -7,9 +7,9 @@ use super::admin::Data;
 use super::link::State;
 use super::{DEAD, Inner, STARTING, lock};
 use crate::Error;
-use crate::spec::identify::{Health, NamespaceIdentity, cns};
+use crate::spec::identify::{NamespaceIdentity, cns};
 use crate::spec::registers::{self, FATAL, READY};
-use crate::spec::{AdminOpcode, Command, log_page};
+use crate::spec::{AdminOpcode, Command, Health, log_page};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -98,6 +98,9 @@ impl Watch {
             inner.abort(queue, command);
         }
         inner.hear();
+        if wants.health {
+            inner.sample_health();
+        }
     }
 
     fn reset(&mut self, inner: &Inner, why: &str) {

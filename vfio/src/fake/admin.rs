@@ -70,6 +70,7 @@ impl Device {
                 put(80, &0x0002_0000u32.to_le_bytes());
                 put(92, &(1u32 << 8).to_le_bytes());
                 put(258, &[3, 3]);
+                put(262, &[63]);
                 put(512, &[0x66, 0x44]);
                 put(516, &(self.media.len() as u32).to_le_bytes());
                 put(520, &config.optional_commands.to_le_bytes());
@@ -220,12 +221,9 @@ impl Device {
         let len = ((command.dword(10) >> 16) as usize + 1) * 4;
         let mut data = vec![0; len.min(LEN)];
         match command.dword(10) as u8 {
-            log_page::ERRORS | log_page::CHANGED_NAMESPACES => {}
-            log_page::HEALTH => {
-                let kelvin = 300u16.to_le_bytes();
-                data[1..3].copy_from_slice(&kelvin);
-                data[3] = 100;
-            }
+            log_page::CHANGED_NAMESPACES => {}
+            log_page::ERRORS => fill(&mut data, &self.config.errors),
+            log_page::HEALTH => fill(&mut data, &self.config.health),
             _ => return Status::INVALID_LOG,
         }
         self.give(command, &data)
@@ -246,6 +244,11 @@ impl Device {
             self.complete(0, &command, Status::SUCCESS, event);
         }
     }
+}
+
+/// What a log page begins with.
+fn fill(page: &mut [u8], bytes: &[u8]) {
+    page.iter_mut().zip(bytes).for_each(|(place, byte)| *place = *byte);
 }
 
 /// The identifier and entries of a queue to be made.

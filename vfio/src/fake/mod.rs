@@ -46,6 +46,10 @@ pub struct Config {
     pub sgls: u32,
     /// WZSL, DMRSL; `None` for a controller that does not know the structure.
     pub limits: Option<(u8, u32)>,
+    /// The SMART / health log page.
+    pub health: Vec<u8>,
+    /// The error log, whole entries.
+    pub errors: Vec<u8>,
     /// From number 1 on.
     pub namespaces: Vec<Media>,
 }
@@ -64,6 +68,9 @@ impl Default for Config {
             optional_commands: 1 << 2 | 1 << 3,
             write_cache: true,
             sgls: 0,
+            // 300 K, all of the spare.
+            health: vec![0, 0x2c, 0x01, 100],
+            errors: Vec::new(),
             limits: Some((0, 0)),
             namespaces: vec![Media::new(64 << 20, 9)],
         }

@@ -1,7 +1,6 @@
-//! What Identify (section 5.17) and log pages (5.16) say.
+//! What Identify (section 5.17) says.
 
 use super::{le, text};
-use std::fmt;
 
 /// Bytes of every Identify data structure.
 pub const LEN: usize = 4096;
@@ -38,6 +37,8 @@ pub struct ControllerIdentity {
     pub async_events: u32,
     /// Abort commands at a time.
     pub aborts: u32,
+    /// Entries that the error log keeps.
+    pub error_entries: u32,
     /// The largest namespace identifier.
     pub namespaces: u32,
     pub has_compare: bool,
@@ -64,6 +65,7 @@ impl ControllerIdentity {
             version: le(data, 80, 4) as u32,
             async_events: le(data, 92, 4) as u32,
             aborts: le(data, 258, 1) as u32 + 1,
+            error_entries: le(data, 262, 1) as u32 + 1,
             namespaces: le(data, 516, 4) as u32,
             has_compare: optional & 1 != 0,
             has_dataset_management: optional & 1 << 2 != 0,
@@ -166,61 +168,6 @@ pub fn command_set(data: &[u8]) -> u8 {
     csi::NVM
 }
 
-/// SMART / Health Information (5.16.1.3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Health {
-    /// Critical Warning bits.
-    pub warnings: u8,
-    /// Kelvin.
-    pub temperature: u16,
-    /// Percent.
-    pub spare: u8,
-    pub spare_threshold: u8,
-    /// Percent of the expected life; may be over 100.
-    pub used: u8,
-    /// Thousands of 512 bytes.
-    pub units_read: u128,
-    pub units_written: u128,
-    pub power_cycles: u128,
-    pub power_on_hours: u128,
-    pub unsafe_shutdowns: u128,
-    pub media_errors: u128,
-    pub error_entries: u128,
-}
-
-impl Health {
-    pub const LEN: usize = 512;
-
-    pub fn parse(data: &[u8]) -> Health {
-        let wide = |at| u128::from(le(data, at, 8)) | u128::from(le(data, at + 8, 8)) << 64;
-        Health {
-            warnings: le(data, 0, 1) as u8,
-            temperature: le(data, 1, 2) as u16,
-            spare: le(data, 3, 1) as u8,
-            spare_threshold: le(data, 4, 1) as u8,
-            used: le(data, 5, 1) as u8,
-            units_read: wide(32),
-            units_written: wide(48),
-            power_cycles: wide(112),
-            power_on_hours: wide(128),
-            unsafe_shutdowns: wide(144),
-            media_errors: wide(160),
-            error_entries: wide(176),
-        }
-    }
-}
-
-impl fmt::Display for Health {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let celsius = i32::from(self.temperature) - 273;
-        write!(
-            f,
-            "{celsius} C, {}% used, {}% spare, {} media errors, {} unsafe shutdowns, warnings {:#x}",
-            self.used, self.spare, self.media_errors, self.unsafe_shutdowns, self.warnings
-        )
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -248,7 +195,6 @@ mod tests {
             ControllerIdentity::parse(&data);
             NamespaceIdentity::parse(&data);
             CommandLimits::parse(&data);
-            let _ = Health::parse(&data).to_string();
             command_set(&data);
         }
     }

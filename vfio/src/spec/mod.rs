@@ -7,10 +7,12 @@
 
 pub mod command;
 pub mod identify;
+pub mod log;
 pub mod registers;
 pub mod status;
 
 pub use command::{AdminOpcode, Command, Completion, IoOpcode, feature, log_page};
+pub use log::{ErrorEntry, Health};
 pub use status::Status;
 
 /// The little-endian number at `at`; zero where the bytes end before.

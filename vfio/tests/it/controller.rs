@@ -161,3 +161,26 @@ fn a_wish_for_the_device_is_heard() {
     fake.request_back();
     wait_until("it is wanted back", || controller.is_wanted_back());
 }
+
+#[test]
+fn health_and_errors_are_told_and_who_may_not_wait_is_told_what_was_said_last() {
+    let mut health = vec![0; 512];
+    health[1..6].copy_from_slice(&[0x37, 0x01, 97, 10, 3]);
+    let mut errors = vec![0; 2 * 64];
+    errors[0] = 1;
+    errors[12..14].copy_from_slice(&(0x281u16 << 1).to_le_bytes());
+    let fake = Fake::new(Config { health, errors, ..Config::default() });
+    let controller = open(&fake);
+    let told = controller.health().unwrap();
+    assert_eq!((told.temperature, told.spare, told.spare_threshold, told.used), (311, 97, 10, 3));
+    let errors: Vec<_> = controller.errors().unwrap().iter().map(ToString::to_string).collect();
+    assert_eq!(errors, ["error 1: queue 0, namespace 0, block 0: unrecovered read error (0x281)"]);
+    assert_eq!(controller.last_health(), None, "nobody has asked yet");
+    wait_until("the controller has answered", || controller.last_health() == Some(told));
+    let asked = || fake.events().iter().filter(|event| **event == Event::Admin(2)).count();
+    let before = asked();
+    (0..100).for_each(|_| assert_eq!(controller.last_health(), Some(told)));
+    assert_eq!(asked(), before, "what is fresh is not asked for again");
+    fake.break_down(Broken { mute_admin: true, ..Broken::default() });
+    assert_eq!(controller.last_health(), Some(told));
+}

@@ -1,0 +1,59 @@
+//! A controller's SMART / health and error logs: by the kernel's driver where that has it, and by ours
+//! where vfio-pci has it and nobody uses it. One that another process drives is not asked.
+
+use super::machine::names;
+use super::{Controller, Machine, passthrough};
+use std::sync::Arc;
+use vublk_vfio::real::Vfio;
+use vublk_vfio::spec::{ErrorEntry, Health, log_page};
+use vublk_vfio::{Options, PciAddress};
+
+/// Entries of the error log that are asked for: the newest.
+const ENTRIES: usize = 16;
+
+/// What a controller tells.
+pub struct Told {
+    pub health: Health,
+    /// Newest first.
+    pub errors: Vec<ErrorEntry>,
+}
+
+/// Asks a controller that is not in use, or that the kernel's driver has. `None`: nobody that could be
+/// asked has it.
+///
+/// # Errors
+/// One line that says why it does not tell.
+pub fn ask(
+    machine: &Machine,
+    controller: &Controller,
+    is_used: bool,
+) -> Result<Option<Told>, String> {
+    let folder = machine.function(controller.address).join("nvme");
+    if let Some(name) = names(&folder).first() {
+        return by_kernel(machine, name).map(Some);
+    }
+    if !controller.has_vfio() || is_used {
+        return Ok(None);
+    }
+    by_vfio(&controller.address.to_string()).map(Some).map_err(|error| error.to_string())
+}
+
+fn by_kernel(machine: &Machine, name: &str) -> Result<Told, String> {
+    let device = machine.path("/dev").join(name);
+    let page = |page, len| {
+        passthrough::log_page(&device, page, len)
+            .map_err(|error| format!("{}: {}", device.display(), crate::io::Errno::from(error)))
+    };
+    let health = page(log_page::HEALTH, Health::LEN)?;
+    let errors = page(log_page::ERRORS, ENTRIES * ErrorEntry::LEN)?;
+    Ok(Told { health: Health::parse(&health), errors: ErrorEntry::parse_all(&errors) })
+}
+
+fn by_vfio(address: &str) -> Result<Told, vublk_vfio::Error> {
+    let address: PciAddress = address.parse()?;
+    let function = Arc::new(Vfio::open(address)?);
+    let controller = vublk_vfio::Controller::open(function, &Options::default())?;
+    let told = Told { health: controller.health()?, errors: controller.errors()? };
+    controller.close();
+    Ok(told)
+}
