@@ -33,44 +33,52 @@ const LOADS: [(u16, bool, Mode); 5] = [
 
 pub fn run(vublk: &Path, seconds: f64, who: &[Who]) -> Result<()> {
     for &who in who {
-        let dir = tempfile::tempdir().map_err(Error::io("directory for sockets"))?;
-        let mut server = open(vublk, who, dir.path())?;
-        for (depth, write, mode) in LOADS {
-            let verb = if write { "write" } else { "read" };
-            let polled = if mode == Mode::Poll { ", polled" } else { "" };
-            let load = Load {
-                // The second one carries the marks.
-                queues: 2,
-                chains: Chains { depth, block: 4096, write, indirect: true },
-                random: true,
-                mode,
-                event_idx: true,
-                tracked: false,
-                cpus: [LOAD_CPU; 2],
-                warm_up: Duration::from_secs_f64(seconds * 0.2),
-                time: Duration::from_secs_f64(seconds),
-            };
-            let mut disk = load.open(&socket(dir.path(), 0))?;
-            let plain = marked(&load, &mut disk, &server)?;
-            drop(disk);
-            let mut disk = load.open(&socket(dir.path(), 0))?;
-            let calls = calls(&server, dir.path(), || marked(&load, &mut disk, &server))?;
-            let report = Report {
-                who,
-                load: format!("4 KiB random {verb}, depth {depth}{polled}"),
-                per_second: plain.per_second(),
-                cpu_ns: plain.cpu_ns,
-                calls,
-            };
-            let text = serde_json::to_string(&report);
-            println!("report {}", text.map_err(|e| Error::Peer(e.to_string()))?);
+        for mode in [Mode::Poll, Mode::Wait] {
+            serve(vublk, seconds, who, mode)?;
         }
-        // qemu-storage-daemon does not always end when it is asked to.
-        server.signal(libc::SIGTERM)?;
-        if let Err(error) = server.wait_exit(OPEN_LIMIT) {
-            println!("{error}: killed");
-            server.kill();
-        }
+    }
+    Ok(())
+}
+
+/// One server, for all loads that wait in that way.
+fn serve(vublk: &Path, seconds: f64, who: Who, mode: Mode) -> Result<()> {
+    let dir = tempfile::tempdir().map_err(Error::io("directory for sockets"))?;
+    let mut server = open(vublk, who, mode, dir.path())?;
+    for (depth, write, _) in LOADS.into_iter().filter(|load| load.2 == mode) {
+        let verb = if write { "write" } else { "read" };
+        let polled = if mode == Mode::Poll { ", polled" } else { "" };
+        let load = Load {
+            // The second one carries the marks.
+            queues: 2,
+            chains: Chains { depth, block: 4096, write, indirect: true },
+            random: true,
+            mode,
+            event_idx: true,
+            tracked: false,
+            cpus: [LOAD_CPU; 2],
+            warm_up: Duration::from_secs_f64(seconds * 0.2),
+            time: Duration::from_secs_f64(seconds),
+        };
+        let mut disk = load.open(&socket(dir.path(), 0))?;
+        let plain = marked(&load, &mut disk, &server)?;
+        drop(disk);
+        let mut disk = load.open(&socket(dir.path(), 0))?;
+        let calls = calls(&server, dir.path(), || marked(&load, &mut disk, &server))?;
+        let report = Report {
+            who,
+            load: format!("4 KiB random {verb}, depth {depth}{polled}"),
+            per_second: plain.per_second(),
+            cpu_ns: plain.cpu_ns,
+            calls,
+        };
+        let text = serde_json::to_string(&report);
+        println!("report {}", text.map_err(|e| Error::Peer(e.to_string()))?);
+    }
+    // qemu-storage-daemon does not always end when it is asked to.
+    server.signal(libc::SIGTERM)?;
+    if let Err(error) = server.wait_exit(OPEN_LIMIT) {
+        println!("{error}: killed");
+        server.kill();
     }
     Ok(())
 }
@@ -85,7 +93,7 @@ fn marked(load: &Load, disk: &mut Disk, server: &Server) -> Result<Measured> {
 }
 
 /// Starts a server on its controller, as often as that takes.
-fn open(vublk: &Path, who: Who, dir: &Path) -> Result<Server> {
+fn open(vublk: &Path, who: Who, mode: Mode, dir: &Path) -> Result<Server> {
     let pidfile = dir.join("pid");
     let mut tried = 0;
     loop {
@@ -107,10 +115,11 @@ fn open(vublk: &Path, who: Who, dir: &Path) -> Result<Server> {
         let export = "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,writable=on,num-queues=2";
         let socket = socket(dir, 0);
         let export = format!("{export},iothread=io,addr.path={}", socket.display());
-        // Long enough for an emulated controller on a busy machine: who has something in flight shall not
-        // go to sleep.
-        let thread = "iothread,id=io,poll-max-ns=64000000";
-        command.args(["--object", thread, "--blockdev", &format!("{node},node-name=n")]);
+        // Where system calls are counted, who has something in flight on an emulated controller shall not
+        // go to sleep; where processor time is, it is the default.
+        let poll_max_ns = if mode == Mode::Poll { 64_000_000 } else { 32_768 };
+        let thread = format!("iothread,id=io,poll-max-ns={poll_max_ns}");
+        command.args(["--object", &thread, "--blockdev", &format!("{node},node-name=n")]);
         command.args(["--export", &export]).arg("--pidfile").arg(&pidfile);
         let mut server = Server::spawn(command)?;
         match server.wait_pidfile(&pidfile, OPEN_LIMIT) {
