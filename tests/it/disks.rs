@@ -33,15 +33,6 @@ pub fn seed() -> u64 {
     seed
 }
 
-/// As [`seed`], but the same each time unless `VUBLK_SEED` says another: for tests beside QEMU of which
-/// some seeds are known to find a difference that is not mended yet.
-pub fn steady_seed() -> u64 {
-    match std::env::var("VUBLK_SEED") {
-        Ok(_) => seed(),
-        Err(_) => 7,
-    }
-}
-
 /// A name that no other disk of this process has.
 pub fn unique() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);

@@ -169,15 +169,19 @@ impl Check<'_> {
             self.must_rebuild = false;
             self.report = CheckReport::default();
             let references = self.count_references().await?;
+            let counted = self.report.corruptions;
             refcounts = Refcounts::read(self.file, &self.header).await?;
             self.compare(&references, &mut refcounts, Fix::Leaks).await?;
+            if self.must_rebuild {
+                self.say("ERROR rebuilt refcount structure is still broken".into());
+            }
             let left = self.report;
             self.report = CheckReport {
                 corruptions: left.corruptions,
                 leaks: left.leaks,
                 check_errors: left.check_errors,
                 corruptions_fixed: found.corruptions_fixed
-                    + found.corruptions.saturating_sub(left.corruptions),
+                    + found.corruptions.saturating_sub(counted),
                 leaks_fixed: found.leaks_fixed + found.leaks,
                 image_end_offset: left.image_end_offset,
                 ..found

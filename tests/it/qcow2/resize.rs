@@ -3,7 +3,7 @@
 use super::images::{Images, random_commands};
 use super::read::{KINDS, cluster_size};
 use crate::cli::VUBLK;
-use crate::disks::steady_seed;
+use crate::disks::seed;
 use std::process::Command;
 
 /// Runs `resize` in the images' folder; what it printed, and how it ended.
@@ -27,9 +27,16 @@ fn map(images: &Images, name: &str) -> Vec<(u64, bool)> {
     runs.collect::<Vec<_>>().concat()
 }
 
+fn is_sound(images: &Images) -> bool {
+    let check = ["check", "-f", "qcow2", "a.qcow2"];
+    let check = Command::new("qemu-img").args(check).current_dir(images.path("")).output().unwrap();
+    print!("{}", String::from_utf8_lossy(&check.stdout));
+    check.status.success()
+}
+
 #[test]
 fn images_are_resized_as_qemu_resizes_them() {
-    let seed = steady_seed();
+    let seed = seed();
     for (n, &(kind, clusters)) in KINDS.iter().enumerate() {
         let seed = seed.wrapping_add(n as u64);
         let mut rng = fastrand::Rng::with_seed(seed);
@@ -75,10 +82,12 @@ fn images_are_resized_as_qemu_resizes_them() {
             if ended[0].0 == Some(0) {
                 size = new;
             }
-            for images in &both {
-                let said = images.run("qemu-img", &["check", "-f", "qcow2", "a.qcow2"]);
-                assert!(said.contains("No errors were found"), "{what}: {arguments:?}: {said}");
+            // QEMU 7.2 at times leaks what it cuts off; such an image says nothing of ours.
+            if !is_sound(&both[0]) {
+                println!("{what}: QEMU has spoilt its image");
+                break;
             }
+            assert!(is_sound(&both[1]), "{what}: {arguments:?}");
             let [a, b] = &both;
             assert!(a.contents("a.qcow2") == b.contents("a.qcow2"), "{what}: {arguments:?}");
             assert!(map(a, "a.qcow2") == map(b, "a.qcow2"), "{what}: {arguments:?}");

