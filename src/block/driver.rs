@@ -25,11 +25,58 @@
 
 use super::{Child, Image};
 use crate::io::{Errno, InFlight, IoResult, IoVec, Started};
+use std::fs::File;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 /// A future that stays on the worker it was made on.
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// How the next process knows that a killed one's I/O has ended. What the kernel or a server were still
+/// doing for it when it died could otherwise undo what comes later.
+#[derive(Clone, Debug)]
+pub enum Fence {
+    /// It does not.
+    Never,
+    /// The I/O ends with the workers' rings; nothing of this storage tells when these have ended.
+    Rings,
+    /// As `Rings`; and the next process needs locks that belong to these open files. While a ring keeps
+    /// the files ([`crate::io::Local::attach_pinned`]), the locks outlive all that is in flight in it,
+    /// on whichever storage.
+    Locks(Vec<Arc<File>>),
+    /// Whoever opens the storage waits for it.
+    Storage,
+}
+
+impl Fence {
+    /// Of two storages that one request may need.
+    pub fn and(self, other: Fence) -> Fence {
+        match (self, other) {
+            (Fence::Never, _) | (_, Fence::Never) => Fence::Never,
+            (Fence::Locks(mut all), Fence::Locks(more)) => {
+                all.extend(more);
+                Fence::Locks(all)
+            }
+            (Fence::Locks(files), _) | (_, Fence::Locks(files)) => Fence::Locks(files),
+            (Fence::Rings, _) | (_, Fence::Rings) => Fence::Rings,
+            (Fence::Storage, Fence::Storage) => Fence::Storage,
+        }
+    }
+
+    /// Whether the next process does know.
+    pub fn holds(&self) -> bool {
+        matches!(self, Fence::Locks(_) | Fence::Storage)
+    }
+
+    /// The files that rings with I/O of the storage have to keep open.
+    pub fn files(&self) -> &[Arc<File>] {
+        match self {
+            Fence::Locks(files) => files,
+            _ => &[],
+        }
+    }
+}
 
 /// What a driver can do and what its requests must look like. Constant while the node is open.
 ///
@@ -275,14 +322,13 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Whether a process that opens the same storage with the same permissions after this one was
-    /// killed knows that all of this one's I/O has ended: what the kernel or a server were still
-    /// doing for it when it died could otherwise undo what comes later. `own` is what the node's
-    /// users hold and allow together; of an inactive node, what they will.
-    fn is_fenced(&self, own: super::Perms) -> bool {
+    /// How a process that opens the same storage with the same permissions after this one was killed
+    /// knows that all of this one's I/O has ended. `own` is what the node's users hold and allow
+    /// together; of an inactive node, what they will. The default is that of all children.
+    fn fence(&self, own: super::Perms) -> Fence {
         let _ = own;
-        let children = self.children();
-        !children.is_empty() && children.iter().all(|child| child.node().is_fenced())
+        let fences = self.children().iter().map(|child| child.node().fence());
+        fences.reduce(Fence::and).unwrap_or(Fence::Never)
     }
 
     /// How the image goes over to another process and comes from one. Without it the node can be

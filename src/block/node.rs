@@ -153,10 +153,10 @@ impl Node {
         self.set_perms(self.perms());
     }
 
-    /// Whether a process that opens the same storage with the same permissions after this one was
-    /// killed knows that all of this one's I/O has ended ([`Driver::is_fenced`]).
-    pub fn is_fenced(&self) -> bool {
-        self.driver.is_fenced(self.perms())
+    /// How the next process knows that all of this one's I/O of the node has ended
+    /// ([`Driver::fence`]).
+    pub fn fence(&self) -> Fence {
+        self.driver.fence(self.perms())
     }
 
     // ---- The fast road

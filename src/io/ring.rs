@@ -58,6 +58,10 @@ pub struct Completion {
     pub more: bool,
 }
 
+/// A file that is pinned, once for each [`Ring::pin`].
+#[derive(Debug)]
+pub struct Pin(u32);
+
 /// How long [`Ring::enter`] may sleep when nothing has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
@@ -89,6 +93,20 @@ pub trait Ring {
     /// Nanoseconds since some point in the past, on the ring's own clock.
     fn now(&self) -> u64;
 
+    /// Keeps the file behind `fd` open for as long as the kernel works for this ring, also when the
+    /// process has been killed, until [`Ring::unpin`]. Whoever sees the file's locks gone then knows
+    /// that nothing of the ring is in flight, whichever files it was for.
+    ///
+    /// A ring whose work keeps the process, and so all of its files, need not do anything.
+    ///
+    /// # Errors
+    /// There is no room for another file.
+    fn pin(&mut self, _fd: RawFd) -> io::Result<Pin> {
+        Ok(Pin(u32::MAX))
+    }
+
+    fn unpin(&mut self, _pin: Pin) {}
+
     /// Whether this is a simulation, with files that only it knows ([`super::sim`]).
     fn is_simulated(&self) -> bool {
         false
@@ -99,6 +117,9 @@ pub trait Ring {
 const SUBMISSIONS: u32 = 256;
 /// Completions that may wait to be reaped before the kernel has to put them aside.
 const COMPLETIONS: u32 = 4096;
+
+/// Most files that a ring pins.
+const PINS: usize = 1024;
 
 /// Turns for which a flag that led to nothing is not looked at.
 const STALE_TURNS: u32 = 64;
@@ -115,6 +136,9 @@ pub struct Uring {
     /// missed meanwhile: whoever sleeps or starts something enters the ring anyway.
     stale_turns: u32,
     began: Instant,
+    /// Which descriptors the ring's table of files has, and how often they are pinned. Nothing uses the
+    /// table: the kernel lets go of what is in it when the last request of the ring has ended.
+    pinned: Vec<Option<(RawFd, u32)>>,
 }
 
 /// All that [`Uring::entry`] makes, each without flags.
@@ -128,6 +152,17 @@ const OPERATIONS: [u8; 8] = [
     opcode::PollAdd::CODE,
     opcode::PollRemove::CODE,
 ];
+
+/// IORING_REGISTER_FILES_UPDATE.
+const REGISTER_FILES_UPDATE: u8 = 6;
+
+/// The size of a ring's table of files, which may not be larger than what the process may open.
+fn pins() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes one structure.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    limit.rlim_cur.clamp(1, PINS as u64) as usize
+}
 
 impl Uring {
     /// A ring for the calling thread alone.
@@ -159,9 +194,18 @@ impl Uring {
                     if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
                         return Err(io::Error::other("io_uring is too old (Linux 5.11 is needed)"));
                     }
-                    let mut allowed = OPERATIONS.map(Restriction::sqe_op);
+                    ring.submitter().register_files(&[-1; PINS][..pins()])?;
+                    let mut allowed: Vec<_> =
+                        OPERATIONS.into_iter().map(Restriction::sqe_op).collect();
+                    allowed.push(Restriction::register_op(REGISTER_FILES_UPDATE));
                     ring.submitter().register_restrictions(&mut allowed)?;
-                    return Ok(Uring { ring, queued: 0, stale_turns: 0, began: Instant::now() });
+                    return Ok(Uring {
+                        ring,
+                        queued: 0,
+                        stale_turns: 0,
+                        began: Instant::now(),
+                        pinned: Vec::new(),
+                    });
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),
                 Err(error) => return Err(error),
@@ -284,6 +328,34 @@ impl Ring for Uring {
     fn now(&self) -> u64 {
         self.began.elapsed().as_nanos() as u64
     }
+
+    fn pin(&mut self, fd: RawFd) -> io::Result<Pin> {
+        let has = |slot: &Option<(RawFd, u32)>| slot.is_some_and(|(pinned, _)| pinned == fd);
+        if let Some(at) = self.pinned.iter().position(has) {
+            if let Some((_, count)) = &mut self.pinned[at] {
+                *count += 1;
+            }
+            return Ok(Pin(at as u32));
+        }
+        let free = self.pinned.iter().position(Option::is_none).unwrap_or(self.pinned.len());
+        self.ring.submitter().register_files_update(free as u32, &[fd])?;
+        self.pinned.resize(self.pinned.len().max(free + 1), None);
+        self.pinned[free] = Some((fd, 1));
+        Ok(Pin(free as u32))
+    }
+
+    fn unpin(&mut self, Pin(at): Pin) {
+        let Some(slot) = self.pinned.get_mut(at as usize) else { return };
+        match slot {
+            Some((_, count)) if *count > 1 => *count -= 1,
+            _ => {
+                *slot = None;
+                if let Err(error) = self.ring.submitter().register_files_update(at, &[-1]) {
+                    log::error!("io_uring keeps a file open: {error}");
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -355,6 +427,31 @@ mod tests {
         ring.reap(&mut out);
         assert_eq!(out.len(), 1);
         assert_eq!((out[0].user_data, out[0].result), (9, -libc::ENOENT));
+    }
+
+    #[test]
+    fn a_pinned_file_is_open_until_it_is_unpinned_as_often() {
+        let Some(mut ring) = ring() else { return };
+        let (reader, writer) = io::pipe().unwrap();
+        let fd = writer.as_raw_fd();
+        let pins = [ring.pin(fd).unwrap(), ring.pin(fd).unwrap()];
+        drop(writer);
+        let is_open = || {
+            let mut poll = libc::pollfd { fd: reader.as_raw_fd(), events: 0, revents: 0 };
+            // SAFETY: one structure, which is on the stack.
+            assert!(unsafe { libc::poll(&mut poll, 1, 0) } >= 0);
+            poll.revents & libc::POLLHUP == 0
+        };
+        for pin in pins {
+            assert!(is_open());
+            ring.unpin(pin);
+        }
+        // The kernel may let go a little later.
+        while is_open() {
+            std::thread::yield_now();
+        }
+        assert!((0..PINS as i32 + 1).all(|_| ring.pin(reader.as_raw_fd()).is_ok()));
+        assert!(ring.pin(-5).is_err());
     }
 
     #[test]

@@ -5,12 +5,13 @@
 //! do it spins as long as [`Spin`] says, then asks all sources for kicks and sleeps in the ring. Idle
 //! costs nothing.
 
-use super::ring::{Completion, Kind, Ring, Submission, Wait};
+use super::ring::{Completion, Kind, Pin, Ring, Submission, Wait};
 use super::slots::Owner;
 use super::spin::Spin;
 use super::worker::{self, Io, Message, NEVER, Shared};
 use super::{Errno, Polled, Source, SourceId};
 use std::any::Any;
+use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -65,6 +66,8 @@ struct Entry {
     watch: Option<Watch>,
     active: bool,
     idle_turns: u32,
+    /// What the ring keeps open for it.
+    pins: Vec<Pin>,
 }
 
 /// How a source's kick descriptor is polled.
@@ -109,8 +112,42 @@ impl Local {
         id
     }
 
+    /// As [`Local::attach`]. `files` stay open while the source is attached, and beyond the process's
+    /// end while the kernel works for this worker ([`Ring::pin`]).
+    ///
+    /// # Errors
+    /// The kernel refuses to keep a file open; nothing is attached.
+    pub fn attach_pinned(
+        &mut self,
+        source: Box<dyn Source>,
+        kick: Option<RawFd>,
+        files: &[Arc<File>],
+    ) -> std::io::Result<SourceId> {
+        let mut pins = Vec::new();
+        for file in files {
+            let pin = self.io.ring.borrow_mut().pin(file.as_raw_fd());
+            match pin {
+                Ok(pin) => pins.push(pin),
+                Err(error) => {
+                    self.unpin(pins);
+                    return Err(error);
+                }
+            }
+        }
+        let id = self.attach(source, kick);
+        match self.sources.get_mut(id.0 as usize) {
+            Some(Some(entry)) => entry.pins = pins,
+            _ => self.unpin(pins),
+        }
+        Ok(id)
+    }
+
+    fn unpin(&self, pins: Vec<Pin>) {
+        pins.into_iter().for_each(|pin| self.io.ring.borrow_mut().unpin(pin));
+    }
+
     fn insert(&mut self, source: Box<dyn Source>) -> SourceId {
-        let entry = Entry { source, watch: None, active: false, idle_turns: 0 };
+        let entry = Entry { source, watch: None, active: false, idle_turns: 0, pins: Vec::new() };
         let index = match self.free.pop() {
             Some(index) => {
                 self.sources[index as usize] = Some(entry);
@@ -221,7 +258,9 @@ impl Local {
                 Polled::Ended => {
                     entry.source.publish();
                     self.unwatch(index);
-                    self.sources[index as usize] = None;
+                    if let Some(entry) = self.sources[index as usize].take() {
+                        self.unpin(entry.pins);
+                    }
                     self.free.push(index);
                     self.active.swap_remove(at);
                     busy = true;

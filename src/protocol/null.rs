@@ -6,9 +6,9 @@
 
 use crate::block::registry::OpenFn;
 use crate::block::{
-    Abilities, Access, Driver, DriverEntry, Error, Extent, HandOver, Kind, Leaf, LocalFuture,
-    Mapping, Opening, OptionHelp, Perms, Place, Precision, Status, Target, Traits, Transfer,
-    WriteFlags, ZeroFlags,
+    Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, HandOver, Kind, Leaf,
+    LocalFuture, Mapping, Opening, OptionHelp, Perms, Place, Precision, Status, Target, Traits,
+    Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, InFlight, IoResult, IoVec, Started};
 use crate::options::Map;
@@ -158,8 +158,8 @@ impl Driver for Null {
     }
 
     /// Nothing is stored anywhere, and what is in flight ends with the process.
-    fn is_fenced(&self, _: Perms) -> bool {
-        true
+    fn fence(&self, _: Perms) -> Fence {
+        Fence::Storage
     }
 
     fn leaf(&self) -> Option<&dyn Leaf> {

@@ -13,9 +13,9 @@ pub use fault::{Effect, Fault, Kinds};
 pub use log::{Change, Crash, WriteLog};
 
 use crate::block::{
-    Abilities, Access, Driver, DriverEntry, Error, Extent, Image, Kind, Leaf, LocalFuture, Mapping,
-    OptionHelp, Perms, Place, Precision, SECTOR, Status, Target, Traits, Transfer, WriteFlags,
-    ZeroFlags,
+    Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, Image, Kind, Leaf, LocalFuture,
+    Mapping, OptionHelp, Perms, Place, Precision, SECTOR, Status, Target, Traits, Transfer,
+    WriteFlags, ZeroFlags,
 };
 use crate::io::sim::{Executed, SimFd, SimFile, SimOp, register};
 use crate::io::sync::Mutex;
@@ -544,8 +544,8 @@ impl Driver for Sim {
     }
 
     /// What it has not done when its process dies it never does.
-    fn is_fenced(&self, _: Perms) -> bool {
-        true
+    fn fence(&self, _: Perms) -> Fence {
+        Fence::Storage
     }
 
     fn leaf(&self) -> Option<&dyn Leaf> {

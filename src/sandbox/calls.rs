@@ -154,6 +154,8 @@ const VFIO: u32 = b';' as u32;
 
 /// IORING_REGISTER_ENABLE_RINGS: a worker takes a ring that was made ahead.
 const ENABLE_RINGS: u64 = 12;
+/// IORING_REGISTER_FILES_UPDATE: a ring keeps an image's locks.
+const FILES_UPDATE: u64 = 6;
 /// PR_SET_VMA, by which the C library names its memory.
 const NAME_MEMORY: u64 = 0x5356_4d41;
 
@@ -211,7 +213,7 @@ fn listed(plan: &Plan) -> Program {
     let not_executable = || one(2, without(libc::PROT_EXEC), 0);
     rules.insert(libc::SYS_mmap, vec![not_executable()?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
-    rules.insert(libc::SYS_io_uring_register, vec![one(1, is.clone(), ENABLE_RINGS)?]);
+    rules.insert(libc::SYS_io_uring_register, any(1, &[ENABLE_RINGS, FILES_UPDATE])?);
     // A process that aborts signals itself.
     rules.insert(libc::SYS_tgkill, vec![one(0, is.clone(), std::process::id().into())?]);
     let names = [libc::PR_SET_NAME as u64, NAME_MEMORY];

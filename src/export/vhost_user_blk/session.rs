@@ -260,12 +260,16 @@ impl Session {
         let timeout = self.disk.options.failures.io_timeout;
         let watch = Watch::new(timeout, self.cut_off.clone(), self.hung.clone());
         // Every start scans the ring unprompted: a source is polled as it is attached.
+        let fence = self.disk.node.fence();
         let source = self.workers[worker].call(move |local| {
             let mut queue = Queue::new(start);
             queue.watch_loss(loss);
             queue.watch_hangs(watch);
-            local.attach(Box::new(queue), kick)
+            local.attach_pinned(Box::new(queue), kick, fence.files())
         });
+        let source = source.or_else(|why| {
+            refuse(format!("queue {index}: the kernel does not keep the image's locks: {why}"))
+        })?;
         self.rings[index].running = Some((worker, source));
         self.rings[index].held.clear();
         self.disk.running.lock().push((worker, source));

@@ -33,9 +33,9 @@ pub use options::{Aio, FileOptions, Locking};
 
 use crate::block::node::SECTOR;
 use crate::block::{
-    Access, Driver, Error, Extent, HandOver, Image, Leaf, LocalFuture, Locks, Mapping, NodeOptions,
-    Perms, Place, Preallocation, Precision, Status, Target, Traits, Transfer, WriteFlags,
-    ZeroFlags,
+    Access, Driver, Error, Extent, Fence, HandOver, Image, Leaf, LocalFuture, Locks, Mapping,
+    NodeOptions, Perms, Place, Preallocation, Precision, Status, Target, Traits, Transfer,
+    WriteFlags, ZeroFlags,
 };
 use crate::io::{
     self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
@@ -323,9 +323,13 @@ impl Driver for FileDriver {
         Some(&self.locks)
     }
 
-    /// Requests in flight hold the file's description open, and with it the locks.
-    fn is_fenced(&self, own: Perms) -> bool {
-        self.locks.exclude(own)
+    /// Requests in flight hold the file's description open, and with it the locks; those of other
+    /// files do if the ring keeps the file.
+    fn fence(&self, own: Perms) -> Fence {
+        match self.locks.exclude(own) {
+            true => Fence::Locks(vec![self.file.clone()]),
+            false => Fence::Rings,
+        }
     }
 
     fn hand_over(&self) -> Option<&dyn HandOver> {

@@ -20,9 +20,9 @@ pub use entry::{ENTRY, NvmeOptions};
 pub use shared::adopt;
 
 use crate::block::{
-    Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, GuestRegion, Image,
-    Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place, Precision,
-    Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, Fence, GuestRegion,
+    Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place,
+    Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
 use lane::Lane;
@@ -179,8 +179,8 @@ impl Driver for Nvme {
     }
 
     /// Who takes the controller over stops it first, and nobody can while this process has it.
-    fn is_fenced(&self, _: Perms) -> bool {
-        true
+    fn fence(&self, _: Perms) -> Fence {
+        Fence::Storage
     }
 
     fn leaf(&self) -> Option<&dyn Leaf> {

@@ -83,7 +83,7 @@ pub fn allocated(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
             text(&data.0),
             text(&image.0),
         ])?;
-        let content = Content::Qcow2 { path: image.0.clone(), options: "" };
+        let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: false };
         contestants.push((Who::Server(kind), kind, Setup::one(content)));
         images.push(image);
     }
@@ -133,7 +133,7 @@ pub fn cold(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
         .into_iter()
         .map(|kind| {
             let options = ",l2-cache-size=1048576,read-only=on";
-            let content = Content::Qcow2 { path: image.0.clone(), options };
+            let content = Content::Qcow2 { path: image.0.clone(), options, direct: false };
             (Who::Server(kind), kind, Setup { writable: false, ..Setup::one(content) })
         })
         .collect();
@@ -153,7 +153,7 @@ pub fn queues(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
     let data = DataFile::new(shm)?;
     let image = Scratch::new(shm, "queues.qcow2")?;
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", "0", text(&data.0), text(&image.0)])?;
-    let content = Content::Qcow2 { path: image.0.clone(), options: "" };
+    let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: false };
     let mut results = Results::default();
     let mut verdicts = Vec::new();
     for write in [false, true] {
@@ -179,23 +179,32 @@ enum Below {
 }
 
 /// A row of the allocating writes.
+#[derive(Clone, Copy)]
 struct Fill {
     what: &'static str,
     block: u32,
     below: Below,
+    /// Without the page cache.
+    direct: bool,
     /// Of qemu-storage-daemon's rate.
     target: f64,
 }
 
+impl Fill {
+    const fn new(what: &'static str, block: u32, below: Below, target: f64) -> Fill {
+        Fill { what, block, below, direct: false, target }
+    }
+}
+
 const FILLS: [Fill; 4] = [
-    Fill { what: "4 KiB into fresh clusters", block: 4096, below: Below::Nothing, target: 4.0 },
-    Fill { what: "64 KiB, fresh clusters", block: 65536, below: Below::Nothing, target: 1.2 },
-    Fill { what: "4 KiB over a raw backing file", block: 4096, below: Below::Raw, target: 1.2 },
-    Fill { what: "4 KiB over a qcow2 backing file", block: 4096, below: Below::Qcow2, target: 1.2 },
+    Fill::new("4 KiB into fresh clusters", 4096, Below::Nothing, 4.0),
+    Fill::new("64 KiB, fresh clusters", 65536, Below::Nothing, 1.2),
+    Fill::new("4 KiB over a raw backing file", 4096, Below::Raw, 1.2),
+    Fill::new("4 KiB over a qcow2 backing file", 4096, Below::Qcow2, 1.2),
 ];
 
 /// Writes that touch each cluster once, in random order, flushed at the end, on the file system of
-/// `dir`; beside them vublk's plain reads and writes of the bytes that move.
+/// `dir`, through its page cache and without; beside them vublk's plain reads and writes of the bytes that move.
 pub fn allocating(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
     let count = if plan.quick { 512 } else { FILE_SIZE / CLUSTER };
     let data = DataFile::new(dir)?;
@@ -206,7 +215,9 @@ pub fn allocating(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
          |---|--:|--:|--:|--:|--:|--:|--:|--:|\n",
     );
     let mut verdicts = Vec::new();
-    for fill in &FILLS {
+    let direct = FILLS.iter().map(|fill| Fill { direct: true, ..*fill });
+    for fill in FILLS.iter().copied().chain(direct) {
+        let what = format!("{}{}", fill.what, if fill.direct { ", cache.direct=on" } else { "" });
         let (mut ours, mut theirs, mut plain) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..plan.rounds {
             ours.push(fill.run(plan, Kind::Vublk, dir, (&data.0, &backing.0), count)?);
@@ -218,8 +229,7 @@ pub fn allocating(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
         let faster = rate(&ours) / rate(&theirs);
         let dearer = cpu(&ours) / cpu(&plain);
         table += &format!(
-            "| {} | {} | {:.1} | {} | {:.1} | {faster:.2} | {:.2} | {:.1} | {dearer:.2} |\n",
-            fill.what,
+            "| {what} | {} | {:.1} | {} | {:.1} | {faster:.2} | {:.2} | {:.1} | {dearer:.2} |\n",
             grouped(rate(&ours)),
             cpu(&ours),
             grouped(rate(&theirs)),
@@ -227,9 +237,9 @@ pub fn allocating(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
             cpu(&ours) / cpu(&theirs),
             cpu(&plain),
         );
-        verdicts.push(ratio(format!("{}: req/s ÷ qsd", fill.what), faster, fill.target, true));
-        verdicts.push(ratio(format!("{}: CPU ÷ plain", fill.what), dearer, 1.25, false));
-        eprintln!("  {}", fill.what);
+        verdicts.push(ratio(format!("{what}: req/s ÷ qsd"), faster, fill.target, true));
+        verdicts.push(ratio(format!("{what}: CPU ÷ plain"), dearer, 1.25, false));
+        eprintln!("  {what}");
     }
     Ok((table, verdicts))
 }
@@ -264,7 +274,7 @@ impl Fill {
         }
         arguments.extend([text(&image.0), &size]);
         qemu_img(&arguments)?;
-        let content = Content::Qcow2 { path: image.0.clone(), options: "" };
+        let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: self.direct };
         once(plan, kind, content, &self.once(self.block, true, count))
     }
 
@@ -274,10 +284,10 @@ impl Fill {
         let file = std::fs::File::create(&target.0).and_then(|f| f.set_len(count * CLUSTER));
         file.map_err(|e| Error::Io("a raw image".into(), e))?;
         let block = if self.below == Below::Nothing { self.block } else { CLUSTER as u32 };
-        let content = Content::File { path: target.0.clone(), direct: false };
+        let content = Content::File { path: target.0.clone(), direct: self.direct };
         let mut all = once(plan, Kind::Vublk, content, &self.once(block, true, count))?;
         if self.below != Below::Nothing {
-            let content = Content::File { path: data.to_owned(), direct: false };
+            let content = Content::File { path: data.to_owned(), direct: self.direct };
             let reads = once(plan, Kind::Vublk, content, &self.once(block, false, count))?;
             all.cpu_ns += reads.cpu_ns;
             all.seconds += reads.seconds;

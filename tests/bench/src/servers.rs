@@ -39,10 +39,12 @@ pub enum Content {
         path: PathBuf,
         direct: bool,
     },
-    /// A qcow2 image in a file that goes through the page cache, with more options of the driver.
+    /// A qcow2 image in a file, with more options of the driver.
     Qcow2 {
         path: PathBuf,
         options: &'static str,
+        /// Without the page cache.
+        direct: bool,
     },
 }
 
@@ -189,9 +191,10 @@ fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
     };
     for i in 0..setup.disks {
         match &setup.content {
-            Content::Qcow2 { path, options } => {
+            Content::Qcow2 { path, options, direct } => {
+                let direct = if *direct { "on" } else { "off" };
                 let file = format!(
-                    "driver=file,node-name=f{i},filename={},aio=io_uring,discard=unmap",
+                    "driver=file,node-name=f{i},filename={},aio=io_uring,discard=unmap,cache.direct={direct}",
                     path.display()
                 );
                 option("blockdev", file);

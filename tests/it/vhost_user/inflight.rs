@@ -17,7 +17,7 @@ use super::{Daemon, SIZE, seed};
 
 const ENTRIES: u16 = 64;
 
-fn options(num_queues: usize) -> Options {
+pub fn options(num_queues: usize) -> Options {
     let protocol = protocol::DEFAULT | protocol::INFLIGHT_SHMFD;
     Options { num_queues, queue_size: ENTRIES, protocol, limit: LIMIT, ..Options::default() }
 }
@@ -233,7 +233,7 @@ fn flags(told: &VhostUserInflight, file: &File) -> usize {
     parts.map(|part| (0..entries).filter(|n| part[16 + 16 * n] != 0).count()).sum()
 }
 
-fn wait_in_flight(disk: &Disk, count: usize) {
+pub fn wait_in_flight(disk: &Disk, count: usize) {
     let (told, file) = disk.inflight().expect("it is offered");
     while flags(told, file) != count {
         std::thread::sleep(Duration::from_millis(1));

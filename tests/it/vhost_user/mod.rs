@@ -5,6 +5,7 @@ mod config;
 mod daemon;
 mod differential;
 mod dirty_log;
+mod fence;
 mod hand_over;
 mod hostile;
 pub mod inflight;

@@ -68,7 +68,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         // What a killed daemon had given to the kernel goes on without it, and must have ended before
         // it is done again.
-        features.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node.is_fenced());
+        features.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node.fence().holds());
         Ok(features)
     }
 
