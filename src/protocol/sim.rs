@@ -63,7 +63,8 @@ static PUBLISHED: Mutex<BTreeMap<String, SimDisk>> = Mutex::new(BTreeMap::new())
 pub struct SimOptions {
     /// Bytes.
     pub len: u64,
-    /// The most that it can be resized to, in bytes; at least `len`.
+    /// The most that it can be resized to, in bytes, at least `len`: unless there is less room
+    /// ([`SimDisk::set_room`]).
     pub max_len: u64,
     /// It has the length it has, as a device.
     pub fixed: bool,
@@ -97,6 +98,7 @@ pub struct SimDisk(Arc<Disk>);
 struct Disk {
     options: SimOptions,
     len: AtomicU64,
+    room: AtomicU64,
     /// What each sector is, for the fast road.
     sectors: Box<[AtomicU8]>,
     state: Mutex<State>,
@@ -139,6 +141,7 @@ impl SimDisk {
         let base = if options.log { image.clone() } else { Vec::new() };
         SimDisk(Arc::new(Disk {
             len: AtomicU64::new(options.len),
+            room: AtomicU64::new(options.max_len),
             sectors: sectors.collect(),
             state: Mutex::new(State {
                 bytes: image,
@@ -167,6 +170,11 @@ impl SimDisk {
     pub fn inject(&self, fault: Fault) {
         self.0.waits.fetch_or(fault.waits(), Ordering::SeqCst);
         self.0.state.lock().faults.add(fault);
+    }
+
+    /// How long it can become from now on, in bytes: at most [`SimOptions::max_len`].
+    pub fn set_room(&self, len: u64) {
+        self.0.room.store(len.min(self.0.options.max_len), Ordering::SeqCst);
     }
 
     /// Forgets all faults, and releases what hangs.
@@ -224,7 +232,9 @@ impl Disk {
         *ticket = PASSED;
         let len = range.end - range.start;
         let State { faults, rng, .. } = state;
-        let Some(effect) = faults.strike(rng, kind, range) else { return Verdict::Go };
+        let is_hole = || self.has_hole(&range);
+        let strikes = faults.strike(rng, kind, range.clone(), is_hole);
+        let Some(effect) = strikes else { return Verdict::Go };
         let part = rng.u64(0..=len / self.block()) * self.block();
         match effect {
             Effect::Fail(errno) => Verdict::Partly(0, Some(errno)),
@@ -236,6 +246,16 @@ impl Disk {
                 Verdict::Wait(Executed::Hung)
             }
         }
+    }
+
+    fn room(&self) -> u64 {
+        self.room.load(Ordering::SeqCst)
+    }
+
+    fn has_hole(&self, range: &Range<u64>) -> bool {
+        let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
+        let mut sectors = sectors.map(|n| self.sectors[n as usize].load(Ordering::SeqCst));
+        sectors.any(|what| what == sector::HOLE)
     }
 
     /// Marks the sectors that lie wholly in the range (`partly`: or that it touches).
@@ -383,7 +403,7 @@ impl Sim {
     fn grow(&self, end: u64) -> IoResult {
         assert!(self.traits().abilities.contains(Abilities::GROW), "sim: it cannot grow");
         let unit = SECTOR.max(self.traits().request_align as u64);
-        if end > self.disk.options.max_len.next_multiple_of(unit) {
+        if end > self.disk.room().next_multiple_of(unit) {
             return Err(Errno::ENOSPC);
         }
         self.disk.len.fetch_max(end, Ordering::SeqCst);
@@ -603,7 +623,7 @@ impl Image for Sim {
         let old = self.len();
         let result = if self.disk.options.fixed && len != old {
             Err(Error::os("cannot resize a device", Errno::ENOSPC))
-        } else if len > self.disk.options.max_len {
+        } else if len > self.disk.room() {
             Err(Error::os(format!("cannot grow to {len} bytes"), Errno::ENOSPC))
         } else if len < old && !shrink {
             Err(Error::new(format!("shrinking from {old} to {len} bytes was not allowed")))

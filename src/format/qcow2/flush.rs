@@ -4,13 +4,13 @@
 //! cut anywhere ([`super::order`]); a flush makes it and the data durable, and what was dropped by
 //! it becomes free.
 
-use super::Qcow2;
 use super::alloc::Run;
 use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
 use super::order::Lock;
 use super::overlap::Kinds;
 use super::standing::Stop;
+use super::{Qcow2, open};
 use crate::block::WriteFlags;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
@@ -91,9 +91,18 @@ impl Qcow2 {
     /// Brings the image to a rest: nothing is in flight.
     pub(super) async fn close_image(&self) -> IoResult {
         let is_written = self.is_prepared.load(Ordering::Acquire) || self.has_touched_bitmaps();
-        if !self.is_writable || !is_written {
-            return Ok(());
+        if self.is_writable && is_written {
+            self.close_written().await?;
         }
+        // Version 2 cannot tell whoever opens it next to do it.
+        if self.is_writable && self.snapshots.needs_repair() && !self.corruption.is_fatal() {
+            let repaired = open::repair(&self.name, &self.file()).await;
+            repaired.map_err(|error| error.errno().unwrap_or(Errno::EIO))?;
+        }
+        Ok(())
+    }
+
+    async fn close_written(&self) -> IoResult {
         self.flush_all().await?;
         self.check_sound().await?;
         if let Err(error) = self.store_bitmaps().await {

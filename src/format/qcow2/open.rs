@@ -156,7 +156,7 @@ pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<u8>, Err
 
 /// Counts the references of an image anew that was not closed cleanly; the header afterwards.
 pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
-    log::info!("{name}: qcow2: the image was not closed cleanly: repairing its refcounts");
+    log::info!("{name}: qcow2: repairing the refcounts");
     let mut say = |line: &str| log::debug!("{name}: {line}");
     let repaired = check::check(file, Fix::All, &mut say).await;
     repaired.map_err(|error| error.at("Could not repair dirty image"))?;

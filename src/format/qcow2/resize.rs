@@ -205,9 +205,17 @@ impl Qcow2 {
         let mut header = self.header.lock().await;
         let mut new = header.clone();
         new.size = size;
-        self.write_header(&mut header, new).await?;
-        self.size.store(size, Ordering::SeqCst);
-        Ok(())
+        let written = self.write_header(&mut header, new).await;
+        match written {
+            Ok(()) => self.size.store(size, Ordering::SeqCst),
+            Err(_) => {
+                // The disk may have either, until the one that holds is written again.
+                let mut old = header.clone();
+                old.size = self.size();
+                self.show_header(&mut header, old);
+            }
+        }
+        written
     }
 
     /// Drops the L1 entries beyond a disk of `len` bytes, whose tables name no clusters any more.

@@ -41,11 +41,20 @@ pub struct Fault {
     spare: u64,
     times: u64,
     probability: f64,
+    on_holes: bool,
 }
 
 impl Fault {
     pub fn new(kinds: Kinds, effect: Effect) -> Fault {
-        Fault { kinds, effect, range: 0..u64::MAX, spare: 0, times: u64::MAX, probability: 1.0 }
+        Fault {
+            kinds,
+            effect,
+            range: 0..u64::MAX,
+            spare: 0,
+            times: u64::MAX,
+            probability: 1.0,
+            on_holes: false,
+        }
     }
 
     /// Only operations that touch these bytes. Flushes touch all.
@@ -56,6 +65,11 @@ impl Fault {
     /// Lets the first `spare` operations pass.
     pub fn after(self, spare: u64) -> Fault {
         Fault { spare, ..self }
+    }
+
+    /// Only operations that would take room: those that touch sectors without any.
+    pub fn on_holes(self) -> Fault {
+        Fault { on_holes: true, ..self }
     }
 
     /// Strikes at most so many times.
@@ -99,11 +113,15 @@ impl Faults {
         rng: &mut Rng,
         kind: Kinds,
         range: Range<u64>,
+        is_hole: impl Fn() -> bool,
     ) -> Option<Effect> {
         for rule in &mut self.rules {
             let touches = kind == Kinds::FLUSH
                 || rule.range.start < range.end && range.start < rule.range.end;
             if !rule.kinds.contains(kind) || !touches || rule.times == 0 {
+                continue;
+            }
+            if rule.on_holes && !is_hole() {
                 continue;
             }
             if rule.spare > 0 {
@@ -129,7 +147,7 @@ mod tests {
         let eio = Effect::Fail(Errno::EIO);
         faults.add(Fault::new(Kinds::WRITE, eio).within(100..200).after(1).times(2));
         let mut rng = Rng::with_seed(1);
-        let mut strike = |kind, range| faults.strike(&mut rng, kind, range);
+        let mut strike = |kind, range| faults.strike(&mut rng, kind, range, || false);
         assert_eq!(strike(Kinds::READ, 100..200), None);
         assert_eq!(strike(Kinds::WRITE, 0..100), None);
         assert_eq!(strike(Kinds::WRITE, 0..101), None, "one is spared");

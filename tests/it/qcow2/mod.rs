@@ -5,6 +5,7 @@ mod consistency;
 mod crash;
 mod damaged;
 mod failing;
+mod full;
 mod images;
 mod model;
 mod read;

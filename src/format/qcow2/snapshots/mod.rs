@@ -167,8 +167,8 @@ impl Qcow2 {
     fn leave_to_repair(&self, what: &str, errno: Errno) {
         self.snapshots.is_wrong.store(true, Ordering::SeqCst);
         log::error!(
-            "{}: qcow2: {what}: {errno}; clusters are leaked until the image is repaired, which opening \
-             it anew does",
+            "{}: qcow2: {what}: {errno}; clusters are leaked until the image is repaired, which closing \
+             it does, or opening it anew",
             self.name
         );
     }
