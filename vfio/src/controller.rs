@@ -301,6 +301,11 @@ impl Controller {
         self.0.identity()
     }
 
+    /// As it was opened with.
+    pub fn io_timeout(&self) -> Duration {
+        self.0.io_timeout()
+    }
+
     /// Memory that the device reaches.
     pub fn space(&self) -> &Arc<Space> {
         &self.0.space

@@ -9,6 +9,7 @@ use crate::block::{
 use crate::io::{AlignedBuf, Errno};
 use crate::options::{Map, Size};
 use serde::Deserialize;
+use std::time::Duration;
 use vublk_vfio::PciAddress;
 
 pub static ENTRY: DriverEntry = DriverEntry {
@@ -22,6 +23,11 @@ pub static ENTRY: DriverEntry = DriverEntry {
             name: "guest-dma",
             value: "on|off",
             help: "the device reads and writes guests' memory itself (on)",
+        },
+        OptionHelp {
+            name: "io-timeout",
+            value: "int",
+            help: "seconds until a request is aborted; twice that, and the controller is reset (30)",
         },
         OptionHelp { name: "namespace", value: "int", help: "which of its disks, from 1 on (1)" },
     ],
@@ -51,7 +57,11 @@ struct Written {
     filename: Option<String>,
     #[serde(default = "yes")]
     guest_dma: bool,
+    io_timeout: Option<u32>,
 }
+
+/// Seconds: time-outs of requests are shorter than this.
+const LONGEST: u32 = 3600;
 
 fn yes() -> bool {
     true
@@ -65,6 +75,8 @@ pub struct NvmeOptions {
     pub namespace: u32,
     /// The device reaches guests' memory itself.
     pub guest_dma: bool,
+    /// After which a request is aborted; `None`: what others on the controller have, or the default.
+    pub io_timeout: Option<Duration>,
 }
 
 impl NvmeOptions {
@@ -81,11 +93,11 @@ impl NvmeOptions {
         let all_digits = !namespace.is_empty() && namespace.bytes().all(|b| b.is_ascii_digit());
         let namespace = namespace.parse().ok().filter(|_| all_digits).ok_or_else(wanted)?;
         let device = device.parse().map_err(from_driver)?;
-        Ok(NvmeOptions { device, namespace, guest_dma: true })
+        Ok(NvmeOptions { device, namespace, guest_dma: true, io_timeout: None })
     }
 
     fn read(written: Written) -> Result<NvmeOptions, Error> {
-        let Written { device, namespace, filename, guest_dma } = written;
+        let Written { device, namespace, filename, guest_dma, io_timeout } = written;
         let options = match (device, filename) {
             (Some(_), Some(_)) => {
                 return Err(Error::new("'device' and 'filename' cannot be given together"));
@@ -98,10 +110,18 @@ impl NvmeOptions {
                 device: device.parse().map_err(from_driver)?,
                 namespace: namespace.unwrap_or(1),
                 guest_dma: true,
+                io_timeout: None,
             },
             (None, None) => return Err(Error::new("Parameter 'device' is missing")),
         };
-        Ok(NvmeOptions { guest_dma, ..options })
+        let io_timeout = match io_timeout {
+            Some(0 | LONGEST..) => {
+                let text = format!("'io-timeout' is from 1 to {} seconds", LONGEST - 1);
+                return Err(Error::new(text));
+            }
+            other => other.map(|seconds| Duration::from_secs(seconds.into())),
+        };
+        Ok(NvmeOptions { guest_dma, io_timeout, ..options })
     }
 }
 
@@ -124,7 +144,7 @@ async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error>
 }
 
 async fn open_namespace(options: &NvmeOptions, node: &NodeOptions) -> Result<Nvme, Error> {
-    let claim = Claim::take(options.device, options.namespace).await?;
+    let claim = Claim::take(options).await?;
     let (controller, id) = (claim.shared().controller()?, options.namespace);
     let namespace = crate::io::offload(move || controller.namespace(id)).await;
     match namespace {
@@ -172,7 +192,8 @@ mod tests {
 
     #[test]
     fn a_device_and_a_namespace_are_named_by_options_or_by_one_name() {
-        let options = read("device=0000:01:00.0,namespace=3,guest-dma=off").unwrap();
+        let options = read("device=0000:01:00.0,namespace=3,guest-dma=off,io-timeout=5").unwrap();
+        assert_eq!(options.io_timeout, Some(Duration::from_secs(5)));
         assert_eq!(
             (options.filename().as_str(), options.guest_dma),
             ("nvme://0000:01:00.0/3", false)
@@ -195,6 +216,8 @@ mod tests {
             "",
             "device=x",
             "device=01:00.0,namespace=-1",
+            "device=01:00.0,io-timeout=0",
+            "device=01:00.0,io-timeout=3600",
             "device=01:00.0,filename=nvme://01:00.0/1",
             "filename=nvme://01:00.0/1,namespace=1",
             "filename=nvme:01:00.0/1",

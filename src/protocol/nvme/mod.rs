@@ -21,8 +21,8 @@ pub use shared::adopt;
 
 use crate::block::{
     Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, Fence, GuestRegion,
-    Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place,
-    Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    HandOver, Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms,
+    Place, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
 use lane::Lane;
@@ -99,6 +99,14 @@ impl Nvme {
 
     fn shared(&self) -> &Arc<Shared> {
         self.claim.shared()
+    }
+
+    /// Asks the controller how long the namespace is.
+    async fn look_again(&self) -> Result<(), Error> {
+        let controller = self.shared().controller()?;
+        crate::io::offload(move || controller.refresh()).await;
+        self.take();
+        Ok(())
     }
 }
 
@@ -183,6 +191,10 @@ impl Driver for Nvme {
         Fence::Storage
     }
 
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
+    }
+
     fn leaf(&self) -> Option<&dyn Leaf> {
         Some(self)
     }
@@ -242,6 +254,14 @@ impl DeviceMemory for Nvme {
     }
 }
 
+/// Two processes have one namespace by a controller each, which tell nobody of the other: nothing is
+/// kept here of what is on it but its length.
+impl HandOver for Nvme {
+    fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.look_again())
+    }
+}
+
 impl OwnLength for Nvme {
     fn notice(&self) -> Arc<LengthNotice> {
         self.length.clone()
@@ -268,9 +288,7 @@ impl Image for Nvme {
     /// not tell of.
     fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
-            let controller = self.shared().controller()?;
-            crate::io::offload(move || controller.refresh()).await;
-            self.take();
+            self.look_again().await?;
             match len.cmp(&self.len()) {
                 std::cmp::Ordering::Equal => Ok(()),
                 std::cmp::Ordering::Greater => Err(Error::new("Cannot grow device files")),

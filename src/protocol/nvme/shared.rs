@@ -1,7 +1,7 @@
 //! The controllers that this process has: each is opened once, shared by the nodes on it, and let go of
 //! when the last of them is closed.
 
-use super::entry::from_driver;
+use super::entry::{NvmeOptions, from_driver};
 use super::lane::Host;
 use crate::block::{Drive, DriveHealth, Error};
 use crate::io::sync::Mutex;
@@ -124,12 +124,12 @@ pub struct Claim {
 
 impl Claim {
     /// Opens the controller, or joins those who have it open.
-    pub async fn take(address: PciAddress, namespace: u32) -> Result<Claim, Error> {
-        let began = Instant::now();
+    pub async fn take(options: &NvmeOptions) -> Result<Claim, Error> {
+        let (address, namespace, began) = (options.device, options.namespace, Instant::now());
         loop {
             match Shared::find(address).and_then(|shared| Claim::join(shared, namespace)) {
                 Some(Ok(claim)) => {
-                    claim.open().await?;
+                    claim.open(options.io_timeout).await?;
                     return Ok(claim);
                 }
                 Some(Err(error)) => return Err(error),
@@ -164,9 +164,9 @@ impl Claim {
         &self.shared
     }
 
-    async fn open(&self) -> Result<(), Error> {
+    async fn open(&self, io_timeout: Option<Duration>) -> Result<(), Error> {
         let shared = self.shared.clone();
-        let opened = io::offload(move || shared.open()).await;
+        let opened = io::offload(move || shared.open(io_timeout)).await;
         if opened.is_err() {
             let _ = self.give_up().await;
         }
@@ -249,18 +249,31 @@ impl Shared {
     }
 
     /// Opens the controller unless it is open. Blocks.
-    fn open(&self) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// Among others when it is open with another time-out than is asked for.
+    fn open(&self, io_timeout: Option<Duration>) -> Result<(), Error> {
         // Held throughout: who comes second waits for the first, and has it open.
         let mut controller = self.controller.lock();
-        if controller.is_some() {
-            return Ok(());
+        if let Some(controller) = &*controller {
+            let (theirs, ours) = (controller.io_timeout(), io_timeout);
+            return match ours.is_none_or(|ours| ours == theirs) {
+                true => Ok(()),
+                false => Err(Error::new(format!(
+                    "{}: it is open with io-timeout={}, which all its namespaces share",
+                    self.address,
+                    theirs.as_secs()
+                ))),
+            };
         }
         let adopted = ADOPTED.lock().get(&self.address).cloned();
         let function = match adopted {
             Some(function) => function,
             None => Arc::new(Vfio::open(self.address).map_err(from_driver)?),
         };
-        let opened = Controller::open(function, &Options::default()).map_err(from_driver)?;
+        let mut options = Options::default();
+        options.io_timeout = io_timeout.unwrap_or(options.io_timeout);
+        let opened = Controller::open(function, &options).map_err(from_driver)?;
         *controller = Some(opened);
         Ok(())
     }

@@ -7,10 +7,12 @@ use crate::vhost_user::{Daemon, LIMIT, seed};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use vublk_testkit::frontend::MemoryMessages;
 use vublk_testkit::request::{Cut, Request, Shape};
 use vublk_testkit::spec::{protocol, status};
-use vublk_testkit::{Disk, Options};
+use vublk_testkit::{Disk, MemoryLayout, Options, Queue, Segment};
 
 /// The controller behind a root port, which can be cut off from outside, and that port.
 const CONTROLLER: &str = "0000:01:00.0";
@@ -26,17 +28,24 @@ fn options() -> Options {
 
 /// A daemon with two workers that serves a namespace raw.
 fn daemon(more: &str) -> Daemon {
+    daemon_on(CONTROLLER, more, "", "")
+}
+
+/// The same with options of the controller, the raw node and the export.
+fn daemon_on(controller: &str, nvme: &str, raw: &str, export: &str) -> Daemon {
     let dir = tempfile::tempdir().unwrap();
-    let node = format!("driver=nvme,node-name=n0,device={CONTROLLER},namespace=1{more}");
-    let export = "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path=DIR/e0.sock,\
-        writable=on,num-queues=4,iothread.0=io0,iothread.1=io1";
+    let node = format!("driver=nvme,device={controller},namespace=1{nvme}").replace(',', ",file.");
+    let raw = format!("driver=raw,node-name=d0{raw},file.{node}");
+    let export = format!(
+        "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path=DIR/e0.sock,\
+         writable=on,num-queues=4,iothread.0=io0,iothread.1=io1{export}"
+    );
     let program = [crate::cli::VUBLK, "daemon"];
     let options = [
         ["--object", "iothread,id=io0"],
         ["--object", "iothread,id=io1"],
-        ["--blockdev", &node],
-        ["--blockdev", "driver=raw,node-name=d0,file=n0"],
-        ["--export", export],
+        ["--blockdev", &raw],
+        ["--export", &export],
     ];
     Daemon::start_in(dir, &program, options.as_flattened())
 }
@@ -233,4 +242,134 @@ fn asked_for_by_the_host() {
         assert!(Instant::now() < end, "the device is still there");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Regions of a guest's memory that come and go, and the bytes of each.
+const REGIONS: usize = 12;
+const REGION: usize = 2 * MIB as usize;
+
+#[test]
+#[ignore = "runs in a guest"]
+fn memory_comes_and_goes() {
+    let mut random = fastrand::Rng::with_seed(seed());
+    let daemon = daemon("");
+    let mut layout = vec![(0, 8 << 20)];
+    layout.extend((0..REGIONS).map(|n| (((4 + n as u64) << 30), REGION)));
+    let mut disk = daemon.open(&Options {
+        layout: MemoryLayout(layout),
+        regions: Some(1),
+        memory_messages: MemoryMessages::Slots,
+        ..options()
+    });
+    let memory = disk.memory().clone();
+    let mut queues = std::mem::take(&mut disk.queues);
+    let (crossing, loaded) = queues.split_last_mut().unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let loads = (0..).zip(loaded).map(|(number, queue)| {
+            let stop = &stop;
+            scope.spawn(move || crate::vhost_user::memory::load(queue, number, stop))
+        });
+        let loads: Vec<_> = loads.collect();
+        let mut order: Vec<usize> = (1..=REGIONS).collect();
+        for turn in 0..6 {
+            random.shuffle(&mut order);
+            for &region in &order {
+                disk.connection().add_region(&memory.regions()[region]).unwrap();
+                // At once, while it is pinned, and copied where it is not.
+                there_and_back(crossing, region, turn);
+            }
+            random.shuffle(&mut order);
+            for &region in &order {
+                there_and_back(crossing, region, turn + 100);
+                disk.connection().remove_region(&memory.regions()[region]).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        for load in loads {
+            assert!(load.join().unwrap() > 0);
+        }
+    });
+    drop(queues);
+    drop(disk);
+    daemon.end();
+}
+
+/// Writes from a region, and reads back to it.
+fn there_and_back(queue: &mut Queue, region: usize, salt: u8) {
+    let memory = queue.ring().memory().clone();
+    let (at, len) = (memory.regions()[region].guest_addr(), 192 << 10);
+    let data = crate::vhost_user::pattern(len, salt ^ region as u8);
+    let sector = 32 * MIB / 512 + region as u64 * 512;
+    let [header, ended] = [16, 1].map(|len| memory.alloc_in(0, len, 16).unwrap());
+    for writes in [true, false] {
+        header.write(&[&u64::from(writes).to_le_bytes()[..], &sector.to_le_bytes()].concat());
+        ended.write(&[0xee]);
+        memory.write(at, &if writes { data.clone() } else { vec![0; len] });
+        let piece =
+            |addr, len: usize, device_writes| Segment { addr, len: len as u32, device_writes };
+        let chain = [
+            piece(header.addr(), 16, false),
+            piece(at, len, !writes),
+            piece(ended.addr(), 1, true),
+        ];
+        queue.ring().add(&chain, false).unwrap();
+        queue.ring().publish().unwrap();
+        queue.ring().wait(LIMIT).unwrap();
+        queue.ring().pop().unwrap().unwrap();
+        assert_eq!(ended.to_vec(), [status::OK]);
+    }
+    let mut back = vec![0; len];
+    memory.read(at, &mut back);
+    assert!(back == data, "region {region}");
+}
+
+#[test]
+#[ignore = "runs in a guest"]
+fn requests_that_take_too_long() {
+    let mut random = fastrand::Rng::with_seed(seed());
+    let mut daemon = daemon(",io-timeout=2");
+    let mut disk = daemon.open(&options());
+    let mut loads = Loads::new();
+    loads.run(&mut disk, &mut random, 300);
+    println!("throttle-me");
+    let end = Instant::now() + LIMIT;
+    let text = |daemon: &Daemon| daemon.server.stderr();
+    while !text(&daemon).contains("takes longer than 2 s: aborting it") {
+        loads.turn(&mut disk, &mut random);
+        assert!(Instant::now() < end, "{}", text(&daemon));
+    }
+    println!("go-on-again");
+    // Aborted or not, reset or not: every request comes back once, with its own data.
+    loads.run(&mut disk, &mut random, 1000);
+    loads.drain(&mut disk);
+    daemon.wait_log("aborting it", 1);
+    drop(disk);
+    daemon.end();
+}
+
+/// Another controller of the same namespace.
+const SECOND: &str = "0000:00:11.0";
+
+#[test]
+#[ignore = "runs in a guest"]
+fn goes_over_to_another_controller() {
+    let mut random = fastrand::Rng::with_seed(seed());
+    let first = daemon_on("0000:00:10.0", "", "", "");
+    let second = daemon_on(SECOND, "", ",active=off", ",allow-inactive=on");
+    let mut disk = first.open(&options());
+    let mut loads = Loads::new();
+    loads.run(&mut disk, &mut random, 500);
+    loads.drain(&mut disk);
+    disk.queue(0).write(40 * MIB / 512, &[77; 65536]).unwrap();
+    drop(disk);
+    first.end();
+    let mut disk = second.open(&options());
+    let mut back = vec![0; 65536];
+    disk.queue(0).read(40 * MIB / 512, &mut back).unwrap();
+    assert!(back == [77; 65536]);
+    loads.run(&mut disk, &mut random, 500);
+    loads.drain(&mut disk);
+    drop(disk);
+    second.end();
 }

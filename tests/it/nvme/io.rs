@@ -109,6 +109,10 @@ const REFUSALS: &str = r#"
 /// A drive that fails some of what it is asked.
 const ERRORS: &str = r#"
     io() { echo "$1: $($vublk io -f raw -c "$2" nvme://0000:00:12.0/1 2>&1 | tr '\n' ' ')"; }
+    for time in first second; do
+        $vublk io -f raw -c 'write -P 1 0 4k' -c flush nvme://0000:00:12.0/1 >/tmp/said 2>&1
+        echo "$time: $? $(tr '\n' ' ' </tmp/said)"
+    done
     io read 'read 1M 4k'
     io beside 'read 1028k 4k'
     io write 'write 2M 4k'
@@ -122,6 +126,7 @@ fn bad_drive(drives: &Drives) -> [String; 4] {
         "inject-error": [
             {"event": "none", "iotype": "read", "sector": 2048, "errno": 5, "once": false},
             {"event": "none", "iotype": "write", "sector": 4096, "errno": 28, "once": false},
+            {"event": "none", "iotype": "flush", "errno": 5, "once": true},
         ],
     });
     let file = format!("driver=file,node-name=f5,filename={}", drives.path(5).display());
@@ -154,6 +159,8 @@ fn the_tools_write_and_read_namespaces_of_all_kinds() {
         ("beside", "read 4096/4096"),
         ("write", "write failed: "),
         ("again", "wrote 1048576/1048576"),
+        ("first", "1 wrote 4096/4096"),
+        ("second", "0 wrote 4096/4096"),
         ("namespace", "namespace 7"),
         ("zero", "namespace 0"),
         ("class", "not an NVMe controller"),

@@ -12,7 +12,7 @@ pub mod inflight;
 mod layouts;
 mod lifecycle;
 mod lost_memory;
-mod memory;
+pub mod memory;
 mod memory_slots;
 mod messages;
 mod negotiation;

@@ -1,19 +1,14 @@
 //! The driver `nvme` over a controller in memory: what several workers, nodes and guests share.
 
+mod served;
+
 use crate::disks::{REGISTRY, nvme_disk};
-use std::io::Read;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vhost::vhost_user::VhostUserFrontend;
 use vublk::block::{Access, Error, Graph, Node, Perm, Perms, Precision, WriteFlags};
-use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
 use vublk::io::{AlignedBuf, Errno, IoVec, Worker, WorkerOptions};
 use vublk::options::keyval;
-use vublk_testkit::spec::protocol;
-use vublk_testkit::{Disk, Options};
-use vublk_vfio::fake::{Broken, Config, Fake, Media};
+use vublk_vfio::fake::{Broken, Config, Media};
 
 fn worker(name: &str) -> Arc<Worker> {
     Arc::new(Worker::start(name, WorkerOptions::default()).unwrap())
@@ -112,42 +107,6 @@ fn a_device_that_goes_costs_errors_and_the_graph_can_be_closed() {
 }
 
 #[test]
-fn a_namespace_that_changes_has_its_new_length_for_everybody_above_without_being_asked() {
-    let (fake, options) = nvme_disk(Config::default());
-    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
-    let leaf = open_on(&graph, &worker, "leaf", &options).unwrap();
-    let node = open_on(&graph, &worker, "disk", "driver=raw,file=leaf").unwrap();
-    let held = hold(&graph, &node);
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
-    let export = serve(&node, &worker, &path).start(|| ()).unwrap();
-    let attached = graph.attach(&node, "export 'disk'", perms(), Some(export.user())).unwrap();
-    let protocol = protocol::DEFAULT | protocol::BACKEND_REQ;
-    let mut disk = Disk::open(&path, &Options { protocol, ..Options::default() }).unwrap();
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    disk.connection().vhost().set_backend_request_fd(&theirs).unwrap();
-    // Longer, shorter, and back.
-    for mib in [128, 16, 64] {
-        fake.resize(1, mib << 11);
-        // VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
-        let mut header = [0; 12];
-        ours.read_exact(&mut header).unwrap();
-        assert_eq!(header, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(disk.connection().config().unwrap().capacity_sectors, mib << 11);
-        assert_eq!((leaf.len(), node.len()), (mib << 20, mib << 20));
-        let last = (mib << 11) - 8;
-        disk.write(last, &[mib as u8; 4096]).unwrap();
-        assert_eq!(fake.bytes(1, (last * 512) as usize, 4096), vec![mib as u8; 4096]);
-        disk.write(last + 8, &[1; 4096]).unwrap_err();
-    }
-    disk.stop().unwrap();
-    drop((disk, export, attached, held, node, leaf));
-    close(&graph, &worker);
-    assert_eq!(fake.complaints(), Vec::<String>::new());
-}
-
-#[test]
 fn a_change_that_no_event_tells_of_is_known_once_a_resize_has_asked_for_it() {
     let (fake, options) = nvme_disk(Config::default());
     let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
@@ -166,71 +125,6 @@ fn a_change_that_no_event_tells_of_is_known_once_a_resize_has_asked_for_it() {
     assert_eq!(resize(1 << 30).unwrap_err().to_string(), "Cannot grow device files");
     drop((held, node));
     close(&graph, &worker);
-}
-
-/// Serves the disk to a front end.
-fn serve(node: &Arc<Node>, worker: &Arc<Worker>, path: &Path) -> Export {
-    let disk = DiskOptions {
-        writable: true,
-        write_through: false,
-        logical_block_size: 512,
-        num_queues: 1,
-        serial: String::new(),
-        failures: Default::default(),
-    };
-    let workers = vec![worker.clone()];
-    let options =
-        ExportOptions { name: "disk".into(), disk, workers, first_worker: 0, metrics: None };
-    let address = Address::Path { path: path.to_owned(), mode: None, owner: None };
-    Export::new(node.clone(), address, options).unwrap()
-}
-
-/// Writes, and tells the length of the mapping that the device takes the data from.
-fn write_from(fake: &Fake, disk: &mut Disk, bytes: &[u8]) -> Option<usize> {
-    fake.hold();
-    let theirs = fake.clone();
-    let looks = std::thread::spawn(move || {
-        wait_until("the command has come", || theirs.held() == 1);
-        let found = theirs.mapping_len(theirs.held_commands()[0].data().0);
-        theirs.release();
-        found
-    });
-    disk.write(8, bytes).unwrap();
-    looks.join().unwrap()
-}
-
-#[test]
-fn the_device_reads_and_writes_a_guest_s_memory_where_it_is_unless_that_is_switched_off() {
-    for guest_dma in [true, false] {
-        let (fake, options) = nvme_disk(Config::default());
-        let switch = if guest_dma { "on" } else { "off" };
-        let options =
-            format!("driver=raw,file.{},file.guest-dma={switch}", options.replace(",", ",file."));
-        let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
-        let node = open_on(&graph, &worker, "disk", &options).unwrap();
-        let held = hold(&graph, &node);
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("socket");
-        let export = serve(&node, &worker, &path).start(|| ()).unwrap();
-        let mut disk = Disk::open(&path, &Options::default()).unwrap();
-        let marker = crate::vhost_user::pattern(4096, 7);
-        let bounce = Some(4 << 20);
-        if guest_dma {
-            // The memory is pinned in the background.
-            wait_until("nothing is copied", || write_from(&fake, &mut disk, &marker) != bounce);
-        }
-        let found = write_from(&fake, &mut disk, &marker);
-        assert_eq!(found == bounce, !guest_dma, "{found:?}");
-        assert_eq!(fake.bytes(1, 4096, 4096), marker);
-        let mut bytes = vec![0; 4096];
-        disk.read(8, &mut bytes).unwrap();
-        assert_eq!(bytes, marker);
-        disk.stop().unwrap();
-        drop((disk, export, held, node));
-        close(&graph, &worker);
-        assert!(!fake.has_mappings());
-        assert_eq!(fake.complaints(), Vec::<String>::new());
-    }
 }
 
 #[test]
@@ -261,5 +155,66 @@ fn the_fast_road_ends_at_the_controller_once_the_worker_has_a_queue() {
         .block_on(move || async move { same.read(1, &IoVec::from_mut(&mut bytes)).await })
         .unwrap();
     drop((held, node));
+    close(&graph, &worker);
+}
+
+#[test]
+fn a_namespace_that_is_another_s_is_opened_inactive_and_looked_at_anew_when_it_becomes_ours() {
+    let (fake, options) = nvme_disk(Config::default());
+    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
+    let options = format!("driver=raw,active=off,file.{}", options.replace(",", ",file."));
+    let node = open_on(&graph, &worker, "disk", &options).unwrap();
+    let held = hold(&graph, &node);
+    assert!(!node.is_active());
+    assert!(write(&worker, &node, 0, 1).is_err());
+    assert_eq!(fake.counts().commands, 0);
+    // Who has it makes it longer.
+    fake.resize_silently(1, 1 << 18);
+    let (same, theirs) = (node.clone(), graph.clone());
+    worker.block_on(move || async move { theirs.activate(&same).await }).unwrap();
+    assert_eq!(node.len(), 128 << 20);
+    write(&worker, &node, 100 << 20, 7).unwrap();
+    assert_eq!(fake.bytes(1, 100 << 20, 4096), vec![7; 4096]);
+    drop((held, node));
+    close(&graph, &worker);
+    assert!(!fake.has_mappings());
+    assert_eq!(fake.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn an_inactive_node_lets_its_controller_go_too() {
+    let (fake, options) = nvme_disk(Config::default());
+    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
+    drop(open_on(&graph, &worker, "disk", &format!("{options},active=off")).unwrap());
+    close(&graph, &worker);
+    assert!(!fake.has_mappings());
+    drop(open_on(&graph, &worker, "again", &options).unwrap());
+    close(&graph, &worker);
+}
+
+#[test]
+fn the_time_out_of_requests_is_the_controller_s_and_all_its_namespaces_share_it() {
+    let namespaces = vec![Media::new(1 << 20, 9), Media::new(1 << 20, 9)];
+    let (fake, options) = nvme_disk(Config { namespaces, ..Config::default() });
+    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
+    let first = open_on(&graph, &worker, "first", &format!("{options},io-timeout=1")).unwrap();
+    let other = open_on(&graph, &worker, "b", &format!("{options},namespace=2,io-timeout=2"));
+    let other = other.err().expect("it has another").to_string();
+    assert!(other.ends_with("open with io-timeout=1, which all its namespaces share"), "{other}");
+    let second = open_on(&graph, &worker, "second", &format!("{options},namespace=2")).unwrap();
+    let held = [hold(&graph, &first), hold(&graph, &second)];
+    // Taken and not done: aborted in time, and given again.
+    fake.hold();
+    let waits = {
+        let (worker, first) = (worker.clone(), first.clone());
+        std::thread::spawn(move || write(&worker, &first, 0, 5))
+    };
+    let aborted =
+        |event: &vublk_vfio::fake::Event| matches!(event, vublk_vfio::fake::Event::Aborted(..));
+    wait_until("it was aborted", || fake.events().iter().any(aborted));
+    fake.release();
+    waits.join().unwrap().unwrap();
+    assert_eq!(fake.bytes(1, 0, 4096), vec![5; 4096]);
+    drop((held, first, second));
     close(&graph, &worker);
 }
