@@ -2,9 +2,12 @@
 //!
 //! What is reserved is counted already, durably, so that taking a cluster is a matter of memory. The
 //! more was taken, the more is reserved at once: a reservation costs a flush, and a crash leaks what
-//! is left of it. Closing gives back what is left.
+//! is left of it. Whoever takes the first cluster of the second half reserves more before he goes on,
+//! while the others have what is left. Closing gives back what is left.
 
 use super::Qcow2;
+use super::order::Lock;
+use super::refcounts::Refcounts;
 use crate::block::{Error, Node};
 use crate::io::{Errno, IoResult};
 use std::collections::VecDeque;
@@ -12,7 +15,7 @@ use std::collections::VecDeque;
 /// Reservations, in clusters and in bytes.
 const LEAST: u64 = 16;
 const MOST_CLUSTERS: u64 = 4096;
-const MOST_BYTES: u64 = 256 << 20;
+const MOST_BYTES: u64 = 128 << 20;
 
 /// Host clusters that lie side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub struct Pool {
     runs: VecDeque<Run>,
     /// Clusters that have been taken since the image was opened.
     taken: u64,
+    /// When `taken` comes here, half of the last reservation is used.
+    half_at: Option<u64>,
 }
 
 /// Clusters that nothing names yet: they go back if they are not kept.
@@ -50,6 +55,18 @@ impl Pool {
         }
         self.taken += count;
         Some(run)
+    }
+
+    /// What was reserved now; half of what is there lasts until it is time for more.
+    fn add(&mut self, runs: Vec<Run>) {
+        self.runs.extend(runs);
+        let left: u64 = self.runs.iter().map(|run| run.count).sum();
+        self.half_at = Some(self.taken + left / 2);
+    }
+
+    /// Whether somebody should reserve more although there is something left: it is said once.
+    fn is_half_used(&mut self) -> bool {
+        self.half_at.take_if(|at| self.taken >= *at).is_some() && !self.runs.is_empty()
     }
 
     /// Exactly `count`, side by side.
@@ -116,24 +133,36 @@ impl Qcow2 {
     /// Up to `most` host clusters, at least one, side by side.
     pub(super) async fn take(&self, most: u64) -> IoResult<Taken<'_>> {
         loop {
-            if let Some(run) = self.pool.lock().take(most) {
-                return Ok(Taken { image: self, run });
+            let (run, is_half_used) = {
+                let mut pool = self.pool.lock();
+                (pool.take(most), pool.is_half_used())
+            };
+            if let Some(run) = run {
+                let taken = Taken { image: self, run };
+                if is_half_used
+                    && let Some(mut refcounts) = self.counts.as_ref().and_then(Lock::try_lock)
+                {
+                    // If it fails there is something left, and whoever finds nothing will be told.
+                    let _ = self.reserve_more(&mut refcounts).await;
+                }
+                return Ok(taken);
             }
             let mut refcounts = self.refcounts().await?;
-            let taken = {
-                let pool = self.pool.lock();
-                // Somebody else has refilled it.
-                if !pool.runs.is_empty() {
-                    continue;
-                }
-                pool.taken
-            };
-            self.reap(&mut refcounts).await;
-            let limit = (MOST_BYTES >> self.geometry.cluster_bits).clamp(LEAST, MOST_CLUSTERS);
-            let want = taken.clamp(LEAST, limit);
-            let runs = refcounts.reserve(self, want).await?;
-            self.pool.lock().runs.extend(runs);
+            // Somebody else may have refilled it.
+            if self.pool.lock().runs.is_empty() {
+                self.reserve_more(&mut refcounts).await?;
+            }
         }
+    }
+
+    /// Adds to what is reserved.
+    async fn reserve_more(&self, refcounts: &mut Refcounts) -> IoResult {
+        let taken = self.pool.lock().taken;
+        self.reap(refcounts).await;
+        let limit = (MOST_BYTES >> self.geometry.cluster_bits).clamp(LEAST, MOST_CLUSTERS);
+        let runs = refcounts.reserve(self, taken.clamp(LEAST, limit)).await?;
+        self.pool.lock().add(runs);
+        Ok(())
     }
 
     /// Clusters that were taken in another way, and go back to what is reserved if they are not kept.
