@@ -112,6 +112,8 @@ pub struct NodeInfo {
     pub children: Vec<(&'static str, String)>,
     /// Newest first.
     pub bitmaps: Vec<BitmapInfo>,
+    /// Bytes; 0 if there is none ([`Node::set_write_threshold`]).
+    pub write_threshold: u64,
 }
 
 impl Graph {
@@ -420,6 +422,7 @@ impl NodeInfo {
                 .map(|image| image.info().snapshots)
                 .unwrap_or_default(),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
+            write_threshold: node.write_threshold(),
             bitmaps: node.bitmaps().all().iter().rev().map(|bitmap| bitmap.info()).collect(),
         }
     }

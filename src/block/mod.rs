@@ -16,7 +16,7 @@
 //! * [`drive`]: the health of drives.
 //! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
-//! * [`notice`]: what befalls nodes, for whoever watches the graph.
+//! * [`notice`]: what befalls nodes, for whoever watches the graph; [`threshold`]: writes beyond an offset.
 //! * [`error`]: one line for whoever opened the disk.
 //!
 //! Nothing here names a format, a protocol or a transport.
@@ -44,6 +44,7 @@ pub mod probe;
 pub mod registry;
 pub mod snapshot;
 pub mod temporary;
+pub mod threshold;
 
 pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
 pub use child::Child;
@@ -68,3 +69,4 @@ pub use policy::{FollowBacking, OpenPolicy, Whitelist};
 pub use registry::{DriverEntry, Kind, OptionHelp, Registry};
 pub use snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
 pub use temporary::TemporaryImage;
+pub use threshold::ThresholdExceeded;

@@ -7,7 +7,8 @@
 use super::bitmap::Bitmaps;
 use super::driver::*;
 use super::overlap::Overlap;
-use super::{Event, Perm, Perms};
+use super::threshold::WriteThreshold;
+use super::{Event, Notices, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
 use std::ops::Range;
@@ -55,6 +56,8 @@ pub struct Node {
     options: NodeOptions,
     overlap: Overlap,
     bitmaps: Arc<Bitmaps>,
+    threshold: WriteThreshold,
+    notices: Arc<Notices>,
     /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
     /// graph.
     held: AtomicU8,
@@ -69,7 +72,12 @@ pub struct Node {
 
 impl Node {
     /// A node that nobody holds a permission on yet.
-    pub fn new(name: String, driver: Box<dyn Driver>, options: NodeOptions) -> Arc<Node> {
+    pub fn new(
+        name: String,
+        driver: Box<dyn Driver>,
+        options: NodeOptions,
+        notices: Arc<Notices>,
+    ) -> Arc<Node> {
         let mut traits = driver.traits();
         if options.read_only {
             traits.abilities |= Abilities::READ_ONLY;
@@ -85,6 +93,8 @@ impl Node {
             traits,
             options,
             overlap: Overlap::default(),
+            threshold: WriteThreshold::default(),
+            notices,
             held: AtomicU8::new(0),
             perms: AtomicU16::new(0),
             active: AtomicBool::new(true),
@@ -122,6 +132,14 @@ impl Node {
     /// The bitmaps that record what is written to the node.
     pub fn bitmaps(&self) -> &Arc<Bitmaps> {
         &self.bitmaps
+    }
+
+    pub(super) fn threshold(&self) -> &WriteThreshold {
+        &self.threshold
+    }
+
+    pub(super) fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     /// What all users hold together.
@@ -176,6 +194,7 @@ impl Node {
         if access != Access::Read
             && (self.overlap.has_barrier()
                 || self.options.detect_zeroes != DetectZeroes::Off
+                || !self.threshold.allows(at + want)
                 || self.check_writable().is_err())
         {
             return Mapping::slow(want);
@@ -250,6 +269,7 @@ impl Node {
         if from.is_empty() {
             return if flags.contains(WriteFlags::FUA) { self.flush().await } else { Ok(()) };
         }
+        self.tell_threshold(at, from.len());
         let _recorded = self.record(at, from.len());
         if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from) {
             let mut zero = ZeroFlags::empty();
@@ -276,6 +296,7 @@ impl Node {
         self.check_writable()?;
         let mut flags = flags;
         flags.set(ZeroFlags::GROW, self.grows(at, len)?);
+        self.tell_threshold(at, len);
         let _recorded = self.record(at, len);
         let mut pass = flags - ZeroFlags::FUA;
         if !self.options.discard {

@@ -2,6 +2,7 @@
 //!
 //! The rule held here: nobody has to listen. What is not taken does not pile up.
 
+use super::ThresholdExceeded;
 use crate::io::sync::Mutex;
 use std::sync::OnceLock;
 
@@ -12,6 +13,8 @@ const WAITING: usize = 256;
 pub enum Notice {
     /// An image was found to make no sense.
     Corrupted(Corrupted),
+    /// A write has gone beyond what was asked to be told.
+    Exceeded(ThresholdExceeded),
 }
 
 /// QEMU's event BLOCK_IMAGE_CORRUPTED.

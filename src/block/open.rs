@@ -211,7 +211,7 @@ impl Graph {
                 let text = format!("Driver '{}' cannot be opened inactive", driver.name());
                 return Err(Error::new(text));
             }
-            let node = Node::new(opening.name.clone(), driver, node_options);
+            let node = Node::new(opening.name.clone(), driver, node_options, opening.notices());
             node.set_active(active);
             if let Err(error) = self.insert(node.clone(), opening.id) {
                 // Nothing was asked of it yet, so there is nothing that its end could lose.

@@ -52,8 +52,9 @@ pub type Outcome = Result<Value, CommandError>;
 type Act = fn(&mut Service, Map) -> Outcome;
 
 /// What [`run`] does at once, by name.
-const COMMANDS: [(&str, Act); 9] = [
+const COMMANDS: [(&str, Act); 10] = [
     ("block-export-del", block_export_del),
+    ("block-set-write-threshold", block_set_write_threshold),
     ("object-add", |service, arguments| done(service.object_add(arguments))),
     ("object-del", object_del),
     ("query-block", |_, arguments| {
@@ -127,6 +128,20 @@ fn block_export_del(service: &mut Service, arguments: Map) -> Outcome {
     let Arguments { id, mode: None | Some(Mode::Safe | Mode::Hard) } =
         options::from_map(arguments)?;
     done(service.export_del(&id))
+}
+
+fn block_set_write_threshold(service: &mut Service, arguments: Map) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+    struct Arguments {
+        node_name: String,
+        write_threshold: u64,
+    }
+    let Arguments { node_name, write_threshold } = options::from_map(arguments)?;
+    let missing = |_| CommandError::new(format!("Device '{}' not found", node_name.escape_debug()));
+    let node = service.graph().find(&node_name).map_err(missing)?;
+    node.set_write_threshold(write_threshold);
+    Ok(Value::Map(Map::new()))
 }
 
 fn object_del(service: &mut Service, arguments: Map) -> Outcome {
@@ -239,9 +254,10 @@ pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
     if !active {
         node.insert("active", false);
     }
-    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"] {
+    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
         node.insert(limit, 0u64);
     }
+    node.insert("write_threshold", info.write_threshold);
     if !bitmaps.is_empty() {
         let list = bitmaps.into_iter().map(super::bitmaps::describe).collect();
         node.insert("dirty-bitmaps", Value::List(list));

@@ -1,7 +1,7 @@
 //! Events that nodes are the cause of, as QEMU's schema has them.
 
 use super::commands::object;
-use crate::block::{Corrupted, Notice};
+use crate::block::{Corrupted, Notice, ThresholdExceeded};
 use crate::options::Value;
 
 /// The event's name and data.
@@ -20,6 +20,14 @@ pub fn of_notice(notice: Notice) -> (&'static str, Value) {
                 map.insert("size", size);
             }
             ("BLOCK_IMAGE_CORRUPTED", data)
+        }
+        Notice::Exceeded(ThresholdExceeded { node, threshold, exceeded }) => {
+            let data = object([
+                ("node-name", Value::from(node)),
+                ("amount-exceeded", Value::from(exceeded)),
+                ("write-threshold", Value::from(threshold)),
+            ]);
+            ("BLOCK_WRITE_THRESHOLD", data)
         }
     }
 }

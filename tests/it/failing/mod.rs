@@ -4,6 +4,7 @@
 //! that fails when the test says so.
 
 mod full;
+mod growing;
 mod hangs;
 mod held;
 mod policies;

@@ -9,6 +9,7 @@ mod live;
 mod resize;
 pub mod slow;
 mod snapshots;
+mod threshold;
 
 use crate::vhost_user::Daemon;
 pub use client::Client;
