@@ -202,6 +202,7 @@ impl Creation {
         let policy = OpenPolicy {
             backing: FollowBacking::Probe,
             readers_share: true,
+            for_info: true,
             ..OpenPolicy::default()
         };
         let graph = Graph::with_policy(self.registry, policy);

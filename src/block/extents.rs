@@ -44,7 +44,7 @@ pub fn backing(node: &Node) -> Option<Arc<Node>> {
 }
 
 /// What is known of the beginning of a range of `node` and of the backing files below it, down to
-/// and without `base`.
+/// and without `base`. Beyond the end of a backing file there are zeroes, and they are its own.
 pub async fn look(
     node: &Arc<Node>,
     start: u64,
@@ -52,19 +52,38 @@ pub async fn look(
     precision: Precision,
     base: Option<&Arc<Node>>,
 ) -> IoResult<Run> {
+    look_down(node, start, len, precision, (base, BeyondEnd::Allocated)).await
+}
+
+/// Who has the zeroes that are read where a backing file has ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum BeyondEnd {
+    /// The backing file.
+    Allocated,
+    /// Nobody, and they are seen where the backing file would have been asked.
+    Nowhere,
+}
+
+async fn look_down(
+    node: &Arc<Node>,
+    start: u64,
+    len: u64,
+    precision: Precision,
+    (base, beyond): (Option<&Arc<Node>>, BeyondEnd),
+) -> IoResult<Run> {
     let mut layer = node.clone();
     let mut len = len.min(MOST);
     let mut depth = 0;
     loop {
         if start >= layer.len() {
-            // Beyond the end of a backing file there are zeroes, and they are its own.
             let status = Status::ZERO | Status::ALLOCATED;
             return Ok(Run { start, len, status, depth, file: None });
         }
         let within = len.min(layer.len() - start);
         let extent = layer.status(start, within, precision).await?;
         len = extent.len;
-        let below = backing(&layer);
+        let below =
+            backing(&layer).filter(|below| beyond == BeyondEnd::Allocated || start < below.len());
         let is_base = |below: &Arc<Node>| base.is_some_and(|base| Arc::ptr_eq(base, below));
         match below {
             Some(below) if !extent.status.contains(Status::ALLOCATED) && !is_base(&below) => {
@@ -88,11 +107,13 @@ pub async fn look(
     }
 }
 
-/// The longest run of one kind at the beginning of a range.
+/// The longest run of one kind at the beginning of a range, as `map` tells it.
 pub async fn run(node: &Arc<Node>, start: u64, len: u64) -> IoResult<Run> {
-    let mut all = look(node, start, len, Precision::Zeroes, None).await?;
+    let look =
+        |start, len| look_down(node, start, len, Precision::Zeroes, (None, BeyondEnd::Nowhere));
+    let mut all = look(start, len).await?;
     while all.len < len {
-        let next = look(node, start + all.len, len - all.len, Precision::Zeroes, None).await?;
+        let next = look(start + all.len, len - all.len).await?;
         if !all.continues(&next) {
             break;
         }

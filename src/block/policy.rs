@@ -18,9 +18,13 @@ pub struct OpenPolicy {
     /// Images are opened to be checked: what is wrong with them is found and repaired by the check,
     /// and does not keep them from being written by it.
     pub for_check: bool,
+    /// Images are opened for what they say of themselves: external data files, of which nothing is read
+    /// then, need not be there.
+    pub for_info: bool,
 }
 
-/// What is done about a backing file that an image names and the options do not.
+/// What is done about a backing file that an image names and the options do not. A data file, which has no
+/// format, is opened unless all are refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FollowBacking {
     /// Refused: whatever is opened is named in the options.

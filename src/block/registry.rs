@@ -100,6 +100,12 @@ impl Registry {
         Ok(filename::parse(name, device, protocol)?)
     }
 
+    /// The driver of the protocol node for a path, whatever it looks like.
+    pub fn driver_of_path(&self, path: &str) -> &'static str {
+        let is = |entry: &DriverEntry| entry.is_device.is_some_and(|is| is(path));
+        self.iter().find(|entry| is(entry)).map_or("file", |entry| entry.name)
+    }
+
     /// The format that is surest of a file's first bytes, with its score.
     pub fn probe(&self, head: &[u8], filename: &str) -> Option<(&'static DriverEntry, u32)> {
         let head = &head[..head.len().min(PROBE_LEN)];

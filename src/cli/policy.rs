@@ -10,14 +10,14 @@ pub struct PolicyArgs {
     /// Drivers that may be used for nodes that are read-only, besides those of --rw-whitelist
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     ro_whitelist: Option<Vec<String>>,
-    /// What to do about backing files that images name themselves
+    /// What to do about backing files, and data files, that images name themselves
     #[arg(long, value_enum, value_name = "RULE", default_value_t)]
     backing_files: BackingFiles,
 }
 
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
 enum BackingFiles {
-    /// Open those whose format is recorded too
+    /// Open them, backing files if their format is recorded too
     #[default]
     Recorded,
     /// Refuse them: all files are named in options

@@ -147,7 +147,7 @@ impl SimDisk {
                 bytes: image,
                 faults: Faults::default(),
                 rng: fastrand::Rng::with_seed(options.seed),
-                log: WriteLog { base, changes: Vec::new() },
+                log: WriteLog::new(base),
             }),
             waits: AtomicBool::new(false),
             releases: AtomicU64::new(0),
@@ -293,7 +293,7 @@ impl Disk {
 
     fn log(&self, state: &mut State, change: impl FnOnce() -> Change) {
         if self.options.log {
-            state.log.changes.push(change());
+            state.log.push(change());
         }
     }
 
@@ -539,7 +539,7 @@ impl Driver for Sim {
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        let covers = self.disk.state.lock().log.changes.len();
+        let covers = self.disk.state.lock().log.changes().len();
         Box::pin(async move {
             if io::current().is_simulated() {
                 io::fsync(self.fd.as_raw_fd()).await?;

@@ -73,25 +73,27 @@ pub struct Opened {
 
 impl Images {
     pub fn new(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
-        Images::with_policy(registry, false, warn)
+        Images::with_policy(registry, OpenPolicy::default(), warn)
     }
 
     /// Images that are opened to be checked, and do nothing else.
     pub fn for_check(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
-        Images::with_policy(registry, true, warn)
+        let policy = OpenPolicy { for_check: true, ..OpenPolicy::default() };
+        Images::with_policy(registry, policy, warn)
+    }
+
+    /// Images that are opened for what they say of themselves, and not read.
+    pub fn for_info(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
+        let policy = OpenPolicy { for_info: true, ..OpenPolicy::default() };
+        Images::with_policy(registry, policy, warn)
     }
 
     fn with_policy(
         registry: &'static Registry,
-        for_check: bool,
+        policy: OpenPolicy,
         warn: impl Fn(&str) + 'static,
     ) -> Images {
-        let policy = OpenPolicy {
-            backing: FollowBacking::Probe,
-            readers_share: true,
-            for_check,
-            ..OpenPolicy::default()
-        };
+        let policy = OpenPolicy { backing: FollowBacking::Probe, readers_share: true, ..policy };
         let graph = Graph::with_policy(registry, policy);
         Images { graph, count: Cell::new(0), warn: Box::new(warn) }
     }

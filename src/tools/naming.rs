@@ -134,14 +134,17 @@ fn described(registry: &Registry, options: Map) -> Result<Named, Error> {
 
 /// Names the drivers of files below that are left open: a `filename` is a device or a plain file.
 fn complete(registry: &Registry, mut options: Map) -> Map {
-    if let Some(Value::Map(file)) = options.get_mut("file") {
-        *file = complete(registry, std::mem::take(file));
-        if !file.contains("driver")
-            && let Some(filename) = file.get("filename").and_then(Value::as_str)
+    /// The children that are storage, and the one that is another image.
+    const FILES: [&str; 3] = ["file", "data-file", "image"];
+    for key in FILES.into_iter().chain(["backing"]) {
+        let Some(Value::Map(child)) = options.get_mut(key) else { continue };
+        *child = complete(registry, std::mem::take(child));
+        if FILES.contains(&key)
+            && !child.contains("driver")
+            && let Some(filename) = child.get("filename").and_then(Value::as_str)
         {
-            let is = |entry: &&DriverEntry| entry.is_device.is_some_and(|is| is(filename));
-            let driver = registry.iter().find(is).map_or("file", |entry| entry.name);
-            file.insert("driver", Value::Text(driver.to_owned()));
+            let driver = registry.driver_of_path(filename);
+            child.insert("driver", Value::Text(driver.to_owned()));
         }
     }
     options

@@ -3,7 +3,7 @@
 
 use super::{Opened, Progress};
 use crate::block::extents;
-use crate::block::{Node, Precision, SECTOR, Status, WriteFlags};
+use crate::block::{Node, Precision, SECTOR, Status, WriteFlags, ZeroFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::Arc;
 
@@ -40,7 +40,9 @@ pub async fn make_own(
             let (before, after) = (&mut before[..n as usize], &mut after[..n as usize]);
             read(old.as_ref(), at, before).await.map_err(Trouble::ReadOld)?;
             read(new, at, after).await.map_err(Trouble::ReadNew)?;
-            write_differing(image, at, before, after).await.map_err(Trouble::Write)?;
+            let old_len = old.as_ref().map_or(0, |old| old.len());
+            let written = write_differing(image, at, before, after, old_len).await;
+            written.map_err(Trouble::Write)?;
         }
         progress.advance(n, len);
         at += n;
@@ -95,17 +97,29 @@ async fn read(node: Option<&Arc<Node>>, at: u64, bytes: &mut [u8]) -> IoResult {
     }
 }
 
-/// Writes the runs of sectors that differ.
-async fn write_differing(image: &Opened, at: u64, before: &[u8], after: &[u8]) -> IoResult {
+/// Writes the runs of sectors that differ; where the old backing file has ended, after `old_len` bytes, they
+/// are zeroed.
+async fn write_differing(
+    image: &Opened,
+    at: u64,
+    before: &[u8],
+    after: &[u8],
+    old_len: u64,
+) -> IoResult {
     let sector = SECTOR as usize;
     let differ: Vec<bool> =
         before.chunks(sector).zip(after.chunks(sector)).map(|(a, b)| a != b).collect();
     let mut done = 0;
     for run in differ.chunk_by(|a, b| a == b) {
         let end = (done + run.len() * sector).min(before.len());
-        if run[0] {
-            let from = IoVec::from_ref(&before[done..end]);
-            image.write(at + done as u64, &from, WriteFlags::empty()).await?;
+        let kept = &before[done..end];
+        let place = at + done as u64;
+        match run[0] {
+            true if place >= old_len => {
+                image.zero(place, kept.len() as u64, ZeroFlags::empty()).await?;
+            }
+            true => image.write(place, &IoVec::from_ref(kept), WriteFlags::empty()).await?,
+            false => {}
         }
         done = end;
     }

@@ -1,5 +1,5 @@
-//! The backing file of an image: given in the options, or recorded in the image and then opened as
-//! far as the graph's policy allows.
+//! The files that an image names itself: what it takes unwritten bytes from, and what its data is in. They
+//! are given in the options, or recorded in the image and then opened as far as the graph's policy allows.
 
 use super::{Inherit, Opening, path_of};
 use crate::block::policy::FollowBacking;
@@ -54,7 +54,10 @@ impl Opening {
         let options = match (given, recorded) {
             (Some(NodeRefOrNull::Null), _) | (None, None) => return Ok(None),
             (Some(NodeRefOrNull::Name(name)), _) => NodeRef::Name(name),
-            (Some(NodeRefOrNull::Inline(map)), _) => NodeRef::Inline(map),
+            (Some(NodeRefOrNull::Inline(map)), recorded) => {
+                let format = recorded.and_then(|recorded| recorded.format);
+                NodeRef::Inline(self.with_format(map, format).await?)
+            }
             (None, Some(recorded)) => {
                 let options = self.follow(recorded, file).await;
                 let options = options.map_err(|e| e.at("Could not open backing file"))?;
@@ -65,6 +68,47 @@ impl Opening {
         self.child("backing", options, Inherit::Backing, during).await.map(Some)
     }
 
+    /// The options of a file that has the image's data as it is, and that the image records. Whatever the
+    /// name looks like, it is that of a file or a device; a relative one starts at the process's own folder:
+    /// both as in QEMU.
+    ///
+    /// # Errors
+    /// The policy does not allow it.
+    pub fn recorded_file(&self, filename: &str) -> Result<NodeRef, Error> {
+        self.check_named(filename)?;
+        let driver = self.graph.registry().driver_of_path(filename);
+        Ok(NodeRef::Inline(Map::from_iter([("driver", driver), ("filename", filename)])))
+    }
+
+    /// Whether the policy allows to open what only the image names.
+    fn check_named(&self, filename: &str) -> Result<(), Error> {
+        match self.graph.policy().backing {
+            // What an image says may hold anything.
+            FollowBacking::Never => Err(Error::new(format!(
+                "'{}' is named by the image only, and the open policy wants it in the options",
+                filename.escape_debug()
+            ))),
+            FollowBacking::Recorded | FollowBacking::Probe => Ok(()),
+        }
+    }
+
+    /// Where formats are guessed: the options of a backing file with the format that is recorded, or that
+    /// its first bytes tell, if they name none.
+    async fn with_format(&mut self, mut map: Map, format: Option<&str>) -> Result<Map, Error> {
+        let guesses = self.graph.policy().backing == FollowBacking::Probe;
+        if let (true, false, Some(Value::Map(file))) =
+            (guesses, map.contains("driver"), map.get("file"))
+        {
+            let name = file.get("filename").and_then(Value::as_str).unwrap_or_default();
+            let format = match format {
+                Some(format) => format,
+                None => self.probe(name, file.clone()).await?,
+            };
+            map.insert("driver", format);
+        }
+        Ok(map)
+    }
+
     /// The options of a recorded backing file.
     async fn follow(
         &mut self,
@@ -72,14 +116,9 @@ impl Opening {
         file: &Child,
     ) -> Result<NodeRef, Error> {
         let RecordedBacking { filename, format } = recorded;
-        // What an image says may hold anything.
+        self.check_named(filename)?;
         let shown = filename.escape_debug();
         let follow = self.graph.policy().backing;
-        if follow == FollowBacking::Never {
-            return Err(Error::new(format!(
-                "'{shown}' is named by the image only, and the open policy wants it in the options"
-            )));
-        }
         let own = path_of(file);
         let name = match &own {
             Some(own) => filename::resolve(own, filename)?,

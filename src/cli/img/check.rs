@@ -151,27 +151,22 @@ fn human(report: &CheckReport) -> Vec<String> {
 /// As ImageCheck of QMP, its keys in qemu-img's order; what is nothing is left out, as there.
 fn to_json(image: &Opened, report: &CheckReport) -> Map {
     let mut map = Map::new();
-    let mut some = |key: &str, count: u64| {
+    let some = |map: &mut Map, key: &str, count: u64| {
         if count > 0 {
             map.insert(key, count);
         }
     };
-    some("image-end-offset", report.image_end_offset);
-    some("total-clusters", report.total_clusters);
-    some("corruptions-fixed", report.corruptions_fixed);
-    some("corruptions", report.corruptions);
+    some(&mut map, "image-end-offset", report.image_end_offset);
+    some(&mut map, "compressed-clusters", report.compressed_clusters);
+    some(&mut map, "total-clusters", report.total_clusters);
+    some(&mut map, "corruptions-fixed", report.corruptions_fixed);
+    some(&mut map, "corruptions", report.corruptions);
     map.insert("check-errors", report.check_errors);
-    let mut some = |key: &str, count: u64| {
-        if count > 0 {
-            map.insert(key, count);
-        }
-    };
-    some("leaks-fixed", report.leaks_fixed);
-    some("leaks", report.leaks);
-    some("allocated-clusters", report.allocated_clusters);
-    some("fragmented-clusters", report.fragmented_clusters);
-    some("compressed-clusters", report.compressed_clusters);
+    some(&mut map, "leaks-fixed", report.leaks_fixed);
+    some(&mut map, "leaks", report.leaks);
+    some(&mut map, "allocated-clusters", report.allocated_clusters);
     map.insert("filename", &*image.name);
     map.insert("format", image.format());
+    some(&mut map, "fragmented-clusters", report.fragmented_clusters);
     map
 }

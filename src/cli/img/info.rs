@@ -29,7 +29,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     if arguments::objects(&line)? {
         return Ok(0);
     }
-    let images = context.images();
+    let images = context.images_to_tell();
     let top = arguments::wanted(&line, name, "format", "image-opts")?;
     let chain = line.has("backing-chain");
     let all = collect(&images, top, chain).await;

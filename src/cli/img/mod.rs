@@ -168,6 +168,11 @@ impl Context {
         Images::for_check(drivers::registry(), self.warner())
     }
 
+    /// Images that are opened to tell about them.
+    pub fn images_to_tell(&self) -> Images {
+        Images::for_info(drivers::registry(), self.warner())
+    }
+
     fn warner(&self) -> impl Fn(&str) + 'static {
         let program = self.program.clone();
         move |text| {

@@ -17,6 +17,7 @@ impl Qcow2 {
         let end = self.geometry.clusters(self.size());
         let entries = self.l2.entries() as u64;
         let mut first = 0;
+        let mut given_up = Vec::new();
         while first < end {
             let guest = first << bits;
             let index = self.geometry.l1_index(guest);
@@ -25,14 +26,21 @@ impl Qcow2 {
                 continue;
             }
             let stop = end.min((first | (entries - 1)) + 1);
-            self.give_up(first, stop).await?;
+            if self.give_up(first, stop).await? && self.geometry.external_data {
+                given_up.push(guest..stop << bits);
+            }
             first = stop;
         }
-        self.flush_all().await
+        self.flush_all().await?;
+        // No entry that a crash can bring back shows what an external data file has there.
+        for range in given_up {
+            self.give_back_data(range).await;
+        }
+        Ok(())
     }
 
-    /// Guest clusters of one slice, whose L2 table is there.
-    async fn give_up(&self, first: u64, stop: u64) -> IoResult {
+    /// Guest clusters of one slice, whose L2 table is there; whether there was anything.
+    async fn give_up(&self, first: u64, stop: u64) -> IoResult<bool> {
         let guest = first << self.geometry.cluster_bits;
         let _range = self.ranges.lock(first..stop).await;
         let _visit = self.visits.enter();
@@ -53,6 +61,6 @@ impl Qcow2 {
             self.change_entries(guest, &empty).await?;
             self.free(&releases).await;
         }
-        Ok(())
+        Ok(is_changed)
     }
 }

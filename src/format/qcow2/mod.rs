@@ -111,6 +111,8 @@ pub struct Qcow2 {
     backing: Option<usize>,
     /// The child with the guest's data.
     data: usize,
+    /// Whether others may write to an external data file that is only read here.
+    readers_share: bool,
     traits: Traits,
     l1: L1Table,
     l2: L2Cache,
@@ -282,6 +284,10 @@ impl Driver for Qcow2 {
             return Perms::backing(own);
         }
         let mut perms = Perms::format(own);
+        if child != 0 && !self.is_writable && self.readers_share {
+            // It has nothing but the guest's data, as a raw image does.
+            perms.shared |= own.shared & Perm::WRITE;
+        }
         if self.is_writable {
             // Closing writes, too, when all users are gone.
             perms.held |= Perm::WRITE | Perm::RESIZE;

@@ -15,7 +15,7 @@ use super::{Qcow2, check, snapshots};
 use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec};
-use crate::options::Map;
+use crate::options::{Map, NodeRef, Value};
 
 pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
@@ -88,6 +88,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         size: header.size.into(),
         backing,
         data,
+        readers_share: opening.policy().readers_share,
         traits,
         l1,
         l2: L2Cache::new(caches.l2, caches.l2_slice, words),
@@ -208,26 +209,47 @@ fn lazy_refcounts(given: &Option<bool>, header: &Header) -> Result<bool, Error> 
     Ok(lazy)
 }
 
-/// The external data file, which has to be there if the image keeps its data apart, and only then.
-/// The image may name one, but whoever made the image is not who opens it.
+/// The external data file, if the image keeps its data apart: what the options say, or else what the
+/// image records.
 async fn data_file(
     opening: &mut Opening,
-    given: Option<crate::options::NodeRef>,
+    given: Option<NodeRef>,
     header: &Header,
 ) -> Result<Option<Child>, Error> {
     let needed = header.incompatible.contains(Incompatible::DATA_FILE);
     let options = match (needed, given) {
         (false, None) => return Ok(None),
+        (false, Some(_)) if opening.policy().for_info => return Ok(None),
         (false, Some(_)) => {
             return Err(Error::new(
                 "'data-file' can only be set for images with an external data file",
             ));
         }
-        (true, None) => return Err(Error::new("'data-file' is required for this image")),
+        // Whoever reads from it all the same finds nothing.
+        (true, _) if opening.policy().for_info => NodeRef::Inline(Map::from_iter([
+            ("driver", Value::from("null-co")),
+            ("size", Value::from(0u64)),
+        ])),
         (true, Some(options)) => options,
+        (true, None) => opening.recorded_file(recorded_data_file(header)?)?,
     };
     let during = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
     opening.child("data-file", options, Inherit::Storage, during).await.map(Some)
+}
+
+/// The name of the data file that an image with one records.
+fn recorded_data_file(header: &Header) -> Result<&str, Error> {
+    let recorded = header.extensions.iter().find_map(|extension| match extension {
+        Extension::DataFile(name) => Some(&name[..]),
+        _ => None,
+    });
+    match recorded {
+        None | Some([]) => Err(Error::new("'data-file' is required for this image")),
+        Some(name) => str::from_utf8(name).map_err(|_| {
+            let shown = name.escape_ascii();
+            Error::new(format!("The data file's name '{shown}' is no UTF-8 text: give 'data-file'"))
+        }),
+    }
 }
 
 /// Requests that are aligned for the data's file stay so in every cluster, as long as its blocks are

@@ -11,6 +11,7 @@ use super::Qcow2;
 use super::freed::Release;
 use super::l2_cache::SliceNo;
 use super::layout::L1Entry;
+use super::lookup::Found;
 use super::zero::Kind;
 use crate::block::*;
 use crate::io::{Errno, IoResult, IoVec, epoch};
@@ -87,19 +88,24 @@ impl Qcow2 {
         self.unmap(old, Kind::Crop).await.map_err(zeroing)?;
         let entries = self.geometry.l1_entries_for(new);
         self.grow_l1(entries).await.map_err(failed("Failed to grow the L1 table"))?;
-        let data = self.lengthen_data_file(old, new).await;
-        data.map_err(failed("Failed to resize the data file"))?;
+        let stale = self.lengthen_data_file(old, new).await;
+        let stale = stale.map_err(failed("Failed to resize the data file"))?;
         let hides = self.shows_backing(old..new);
         // With zero clusters, what begins behind the end needs nothing written.
         let written = match hides && self.geometry.zero_flag {
             true => old.next_multiple_of(self.geometry.subcluster_size()).min(new),
             false => cluster_end.min(new),
         };
-        self.zero_tail(old..written).await.map_err(zeroing)?;
+        self.zero_tail(old..written, stale).await.map_err(zeroing)?;
         if hides && self.geometry.zero_flag && written < new {
             let zeroed = self.zero_range(written, new - written, ZeroFlags::empty()).await;
             zeroed.map_err(zeroing)?;
         }
+        let mode = match mode {
+            // Every byte of the data file is the disk's from the start.
+            Preallocation::Off if self.has_raw_data => Preallocation::Metadata,
+            mode => mode,
+        };
         if mode != Preallocation::Off {
             self.preallocate(old..new, mode, hides)
                 .await
@@ -108,14 +114,18 @@ impl Qcow2 {
         self.write_size(new).await.map_err(failed("Failed to update the image size"))
     }
 
-    /// The bytes behind the disk's end in its last cluster may be anything.
-    async fn zero_tail(&self, tail: Range<u64>) -> IoResult {
+    /// The bytes behind the disk's end in its last cluster may be anything; from `stale` on, those of an
+    /// external data file are zeroes.
+    async fn zero_tail(&self, tail: Range<u64>, stale: u64) -> IoResult {
         let mut at = tail.start;
         while at < tail.end {
             let (stop, is_zero) = {
                 let _visit = self.visits.enter();
-                let stop = at + self.lookup(at, tail.end - at).await?.len;
-                (stop, self.reads_zero(at..stop).await?)
+                let end = if at < stale { tail.end.min(stale) } else { tail.end };
+                let piece = self.lookup(at, end - at).await?;
+                let stop = at + piece.len;
+                let is_zero_data = at >= stale && matches!(piece.found, Found::Data { .. });
+                (stop, is_zero_data || self.reads_zero(at..stop).await?)
             };
             if !is_zero {
                 self.write_zeroes(at..stop).await?;
@@ -126,10 +136,11 @@ impl Qcow2 {
     }
 
     /// A file of its own for the data is as long as the disk, and, if it is to be a disk image by
-    /// itself, reads as zeroes where the disk does.
-    async fn lengthen_data_file(&self, old: u64, new: u64) -> IoResult {
+    /// itself, reads as zeroes where the disk does. How far what is behind the disk's old end may be
+    /// anything.
+    async fn lengthen_data_file(&self, old: u64, new: u64) -> IoResult<u64> {
         if !self.geometry.external_data {
-            return Ok(());
+            return Ok(u64::MAX);
         }
         let data = self.data();
         let there = data.len();
@@ -137,8 +148,9 @@ impl Qcow2 {
         let stale = old..new.min(there);
         if self.has_raw_data && !stale.is_empty() {
             data.zero(stale.start, stale.end - stale.start, ZeroFlags::UNMAP).await?;
+            return Ok(old);
         }
-        Ok(())
+        Ok(there.max(old))
     }
 
     async fn shorten(&self, new: u64) -> Result<(), Error> {

@@ -5,7 +5,7 @@ use super::freed::Release;
 use super::layout::{Cluster, L2Entry};
 use super::lookup::Found;
 use super::{Qcow2, corrupt};
-use crate::block::ZeroFlags;
+use crate::block::{Precision, Status, ZeroFlags, extents};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 
@@ -61,10 +61,10 @@ impl Qcow2 {
             let cluster = part.start >> self.geometry.cluster_bits;
             let _range = self.ranges.lock(cluster..cluster + 1).await;
             let _visit = self.visits.enter();
-            if self.reads_zero(unit.start..part.start).await?
-                && self.reads_zero(part.end..unit.end).await?
+            if self.shows_zeroes(unit.start..part.start).await?
+                && self.shows_zeroes(part.end..unit.end).await?
             {
-                return self.change_slice(unit, kind).await;
+                return self.empty_units(unit, kind).await;
             }
         }
         if may_write { self.write_zeroes(part).await } else { Err(Errno::ENOTSUP) }
@@ -113,10 +113,7 @@ impl Qcow2 {
                     };
                 }
             }
-            if self.has_raw_data {
-                self.zero_data_file(range.clone()).await?;
-            }
-            self.change_slice(range.clone(), kind).await?;
+            self.empty_units(range.clone(), kind).await?;
             return Ok(range.end);
         }
         // Version 2 cannot say that a cluster is zero.
@@ -136,14 +133,70 @@ impl Qcow2 {
         }
     }
 
-    /// A raw data file says itself what reads as zeroes.
-    async fn zero_data_file(&self, range: Range<u64>) -> IoResult {
+    /// Whole (sub)clusters of one slice, whose range the caller holds, and what an external data file has
+    /// of them.
+    async fn empty_units(&self, range: Range<u64>, kind: Kind) -> IoResult {
+        if self.has_raw_data {
+            // It says itself what reads as zeroes.
+            let flags = if kind == Kind::Zero { ZeroFlags::empty() } else { ZeroFlags::UNMAP };
+            self.zero_data_file(range.clone(), flags).await?;
+        }
+        self.change_slice(range.clone(), kind).await?;
+        if self.geometry.external_data && !self.has_raw_data && self.passes_discards {
+            match kind {
+                Kind::Zero | Kind::Crop => {}
+                Kind::Unmap => self.give_back_data(range).await,
+                Kind::Discard => {
+                    let data = self.data();
+                    let end = range.end.min(data.len());
+                    if range.start < end {
+                        let _ = data.discard(range.start, end - range.start).await;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what an external data file has of a range that reads as zeroes, if that is quick. The old
+    /// entry, which a crash may bring back, shows zeroes then, too.
+    pub(super) async fn give_back_data(&self, range: Range<u64>) {
+        let _ = self.zero_data_file(range, ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK).await;
+    }
+
+    async fn zero_data_file(&self, range: Range<u64>, flags: ZeroFlags) -> IoResult {
         let data = self.data();
         let end = range.end.min(data.len());
         if end <= range.start {
             return Ok(());
         }
-        data.zero(range.start, end - range.start, ZeroFlags::UNMAP).await
+        data.zero(range.start, end - range.start, flags).await
+    }
+
+    /// Whether a range reads as zeroes, as far as that can be told without reading. What a backing file's
+    /// storage says of holes counts for this moment only.
+    async fn shows_zeroes(&self, guest: Range<u64>) -> IoResult<bool> {
+        let mut at = guest.start;
+        while at < guest.end {
+            let piece = self.lookup(at, guest.end - at).await?;
+            let mut len = piece.len;
+            let below = self.backing().filter(|backing| at < backing.len());
+            let is_zero = match (piece.found, below) {
+                (Found::Zero { .. }, _) | (Found::Unallocated, None) => true,
+                (Found::Unallocated, Some(below)) => {
+                    let there = len.min(below.len() - at);
+                    let run = extents::look(&below, at, there, Precision::Zeroes, None).await?;
+                    len = run.len;
+                    run.has(Status::ZERO)
+                }
+                _ => false,
+            };
+            if !is_zero {
+                return Ok(false);
+            }
+            at += len;
+        }
+        Ok(true)
     }
 
     pub(super) async fn discard_range(&self, at: u64, len: u64) -> IoResult {
@@ -153,9 +206,8 @@ impl Qcow2 {
         // The last cluster ends with the disk.
         let end = if end >= self.size() { end.next_multiple_of(size) } else { end / size * size };
         let mut at = at.next_multiple_of(size);
-        // Version 2 cannot say that a cluster is empty: the backing file would show. A raw data file
-        // has to say by itself what is empty, and a discard does not.
-        if !self.geometry.zero_flag && self.backing.is_some() || self.has_raw_data {
+        // Version 2 cannot say that a cluster is empty: the backing file would show.
+        if !self.geometry.zero_flag && self.backing.is_some() {
             return Err(Errno::ENOTSUP);
         }
         while at < end {
@@ -171,14 +223,7 @@ impl Qcow2 {
                 at = stop.max(((index + 1) * self.geometry.l2_coverage()).min(end) / size * size);
                 continue;
             }
-            self.change_slice(at..stop, Kind::Discard).await?;
-            if self.geometry.external_data && self.passes_discards {
-                let data = self.data();
-                let stop = stop.min(data.len());
-                if stop > at {
-                    let _ = data.discard(at, stop - at).await;
-                }
-            }
+            self.empty_units(at..stop, Kind::Discard).await?;
             at = stop;
         }
         Ok(())

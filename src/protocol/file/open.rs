@@ -73,6 +73,10 @@ pub fn open(
 ) -> Result<Opened, Error> {
     options.check(node)?;
     let filename = &options.filename;
+    if filename.is_empty() {
+        let driver = flavour.name();
+        return Err(Error::new(format!("The '{driver}' block driver requires a file name")));
+    }
     // Opening a FIFO would wait for its other end.
     if std::fs::metadata(filename).is_ok_and(|m| m.file_type().is_fifo()) {
         return Err(flavour.wrong_kind(filename));

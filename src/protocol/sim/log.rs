@@ -5,6 +5,7 @@
 
 use crate::block::SECTOR;
 use fastrand::Rng;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// One change, or a completed flush. Offsets and lengths in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,9 +62,14 @@ impl Change {
 /// The changes since the disk held `base`.
 #[derive(Clone, Debug, Default)]
 pub struct WriteLog {
-    pub(super) base: Vec<u8>,
-    pub(super) changes: Vec<Change>,
+    base: Vec<u8>,
+    changes: Vec<Change>,
+    /// When each happened, among the changes of all disks.
+    moments: Vec<u64>,
 }
+
+/// Counts the changes of all disks.
+static NOW: AtomicU64 = AtomicU64::new(0);
 
 /// One way in which a crash can turn out.
 #[derive(Clone, Debug)]
@@ -82,6 +88,16 @@ enum Kept {
 }
 
 impl WriteLog {
+    /// Of a disk that holds `base`.
+    pub(super) fn new(base: Vec<u8>) -> WriteLog {
+        WriteLog { base, ..WriteLog::default() }
+    }
+
+    pub(super) fn push(&mut self, change: Change) {
+        self.changes.push(change);
+        self.moments.push(NOW.fetch_add(1, Ordering::SeqCst));
+    }
+
     /// Everything that happened, oldest first.
     pub fn changes(&self) -> &[Change] {
         &self.changes
@@ -93,6 +109,38 @@ impl WriteLog {
     pub fn crashes(&self, seed: u64, most: usize) -> impl Iterator<Item = Crash> + '_ {
         let mut rng = Rng::with_seed(seed);
         (0..=self.changes.len()).flat_map(move |prefix| self.crashes_at(prefix, &mut rng, most))
+    }
+
+    /// As [`WriteLog::crashes`], of a machine with two disks: what is kept of one says nothing of what is kept
+    /// of the other, but both have come equally far.
+    pub fn crashes_of_two<'a>(
+        disks: [&'a WriteLog; 2],
+        seed: u64,
+        most: usize,
+    ) -> impl Iterator<Item = [Crash; 2]> + 'a {
+        let mut rng = Rng::with_seed(seed);
+        let mut moments: Vec<u64> = disks.iter().flat_map(|log| log.moments.clone()).collect();
+        moments.sort_unstable();
+        let ends = std::iter::once(0).chain(moments.into_iter().map(|moment| moment + 1));
+        ends.flat_map(move |end| {
+            let [first, second] = disks.map(|log| {
+                let prefix = log.moments.partition_point(|&moment| moment < end);
+                log.crashes_at(prefix, &mut rng, most)
+            });
+            // Nothing of one and everything of the other come first in both lists.
+            let corners = [(0, 0), (1, 1), (0, 1), (1, 0)];
+            let more = first.len().max(second.len());
+            let pairs: Vec<_> = (0..more.max(if second.len() > 1 { corners.len() } else { 0 }))
+                .map(|n| {
+                    let (a, b) = match corners.get(n) {
+                        Some(&corner) if first.len() > 1 && second.len() > 1 => corner,
+                        _ => (n, rng.usize(..second.len())),
+                    };
+                    [first[a % first.len()].clone(), second[b % second.len()].clone()]
+                })
+                .collect();
+            pairs
+        })
     }
 
     fn crashes_at(&self, prefix: usize, rng: &mut Rng, most: usize) -> Vec<Crash> {
@@ -181,6 +229,7 @@ mod tests {
                 Change::Flush { covers: 1 },
                 Change::Zero { offset: 512, len: 512, unmap: false },
             ],
+            ..WriteLog::default()
         };
         let mut found = BTreeSet::new();
         for crash in log.crashes(1, 64) {
@@ -203,9 +252,33 @@ mod tests {
     }
 
     #[test]
+    fn a_crash_of_two_disks_comes_at_one_moment_and_keeps_anything_of_either() {
+        let mut logs = [(); 2].map(|()| WriteLog { base: vec![0; 512], ..WriteLog::default() });
+        logs[0].push(write(0, 1, 512));
+        logs[1].push(write(0, 2, 512));
+        logs[1].push(Change::Flush { covers: 1 });
+        logs[0].push(write(0, 3, 512));
+        let [a, b] = &logs;
+        let found: BTreeSet<_> = WriteLog::crashes_of_two([a, b], 1, 16)
+            .map(|[x, y]| (x.prefix + y.prefix, a.image(&x)[0], b.image(&y)[0]))
+            .collect();
+        let all: BTreeSet<_> = [
+            vec![(0, 0, 0)],
+            vec![(1, 0, 0), (1, 1, 0)],
+            vec![(2, 0, 0), (2, 1, 0), (2, 0, 2), (2, 1, 2)],
+            vec![(3, 0, 2), (3, 1, 2)],
+            vec![(4, 0, 2), (4, 1, 2), (4, 3, 2)],
+        ]
+        .concat()
+        .into_iter()
+        .collect();
+        assert_eq!(found, all);
+    }
+
+    #[test]
     fn durable_writes_need_no_flush() {
         let durable = Change::Write { offset: 0, data: vec![1; 512], durable: true };
-        let log = WriteLog { base: vec![0; 512], changes: vec![durable] };
+        let log = WriteLog { base: vec![0; 512], changes: vec![durable], ..WriteLog::default() };
         let images: Vec<_> = log.crashes(1, 8).map(|crash| log.image(&crash)[0]).collect();
         assert_eq!(images, [0, 1], "once before and once after");
     }

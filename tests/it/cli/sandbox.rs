@@ -81,6 +81,32 @@ fn serve_goes_into_the_sandbox_by_itself_and_not_if_told() {
 }
 
 #[test]
+fn a_data_file_that_the_image_names_is_served_as_far_as_the_policy_goes() {
+    let dir = directory();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "data_file=data", "disk.qcow2", "8M"];
+    let made = Command::new("qemu-img").args(create).current_dir(dir.path()).status().unwrap();
+    assert!(made.success());
+    let serve = |more: &[&str]| {
+        let mut command = Command::new(VUBLK);
+        command.args(["serve", "-f", "qcow2", "disk.qcow2", "--socket", "s", "--sandbox", "on"]);
+        command.args(more).current_dir(dir.path()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let refused = serve(&["--backing-files", "never"]).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("'data' is named by the image only"), "{said}");
+    let mut server = Server::spawn(serve(&[])).unwrap();
+    server.wait_socket(&dir.path().join("s"), LIMIT).unwrap();
+    use_disk(dir.path());
+    assert_eq!(end(server), "");
+    let data = std::fs::read(dir.path().join("data")).unwrap();
+    assert_eq!(data[4096..8192], [7; 4096], "the guest's bytes are where the guest has them");
+    let mut check = Command::new("qemu-img");
+    check.args(["check", "-q", "disk.qcow2"]).current_dir(dir.path());
+    assert!(check.status().unwrap().success());
+}
+
+#[test]
 fn every_thread_of_a_server_is_in_the_sandbox() {
     let dir = directory();
     let server = serve(dir.path(), &["--workers", "3"]);

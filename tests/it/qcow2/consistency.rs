@@ -175,8 +175,15 @@ impl Check<'_> {
                 }
                 _ => continue,
             };
-            self.refer(host, size);
-            copied.push((host, entry.is_copied()));
+            match self.geometry.external_data {
+                // Nothing counts the clusters of another file, and none is shared.
+                true if entry.is_copied() => {}
+                true => return Err(format!("{entry:x?}: COPIED is clear")),
+                false => {
+                    self.refer(host, size);
+                    copied.push((host, entry.is_copied()));
+                }
+            }
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! corrupt, and each sector holds what was last flushed or something written since.
 
 use super::consistency;
-use super::sim::{Image, below, check, disk, image};
+use super::sim::{DATA, Disks, Image, below, check, disk, image};
 use crate::disks::{open_holding, seed, simulated};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use vublk::block::*;
 use vublk::io::sim::Disorder;
 use vublk::io::{self, IoVec};
-use vublk::protocol::sim::{SimDisk, SimOptions};
+use vublk::protocol::sim::SimOptions;
 
 const LEN: u64 = 64 << 10;
 const SECTORS: usize = (LEN / SECTOR) as usize;
@@ -77,13 +77,34 @@ const CASES: &[Case] = &[
         cache: "",
         align: 1,
     },
+    Case {
+        create: "cluster_size=4k,data_file=D",
+        garbage: true,
+        backing: Some(250),
+        cache: "",
+        align: 512,
+    },
+    Case {
+        create: "cluster_size=16k,extended_l2=on,data_file=D",
+        garbage: true,
+        backing: None,
+        cache: "",
+        align: 1,
+    },
+    Case {
+        create: "cluster_size=4k,data_file=D,data_file_raw=on",
+        garbage: false,
+        backing: None,
+        cache: "",
+        align: 512,
+    },
 ];
 
 /// Requests side by side on different sectors, flushes among them. With `packs`, clusters that nothing
 /// was written to are written compressed.
 async fn work(
     node: std::sync::Arc<Node>,
-    disk: SimDisk,
+    disks: Rc<Disks>,
     model: Rc<RefCell<Model>>,
     seed: u64,
     packs: bool,
@@ -96,7 +117,7 @@ async fn work(
         fresh.clear();
     }
     let now = |model: &mut Model| {
-        let at = disk.log().changes().len();
+        let at = disks.changes();
         let allowed = model.allowed.clone();
         model.history.push((at, allowed));
     };
@@ -197,7 +218,7 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize, packs: bool) {
         options.traits.request_align = case.align;
         options.traits.buffer_align = case.align;
     };
-    let (disk_, options) = if case.garbage {
+    let (image_disk, options) = if case.garbage && !case.create.contains(DATA) {
         let mut device = bytes.clone();
         device.resize(bytes.len().next_multiple_of(65536), 0);
         device.resize_with(MOST as usize, || rng.u8(240..250));
@@ -213,6 +234,14 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize, packs: bool) {
         backing = below("backing", &below_it);
         options += &backing;
     }
+    let data = case.create.contains(DATA).then(|| {
+        let bytes: Vec<u8> =
+            (0..LEN).map(|_| if case.garbage { rng.u8(240..250) } else { 0 }).collect();
+        let (data, below_it) = disk(&bytes, LEN, shape);
+        options += &below("data-file", &below_it);
+        data
+    });
+    let disks = Rc::new(Disks { image: image_disk, data });
     let model = Rc::new(RefCell::new(Model {
         allowed: vec![vec![case.backing.unwrap_or(0)]; SECTORS],
         history: Vec::new(),
@@ -222,44 +251,53 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize, packs: bool) {
     let what = format!("{}, garbage {}, seed {seed}", case.create, case.garbage);
     let short = if case.align == 1 { 0.0 } else { 0.2 };
     simulated(Disorder { short, ..Disorder::wild(seed) }, |_| {
-        let (model, disk) = (model.clone(), disk_.clone());
+        let (model, disks) = (model.clone(), disks.clone());
         async move {
             let image = Image::open(&options).await;
-            work(image.node.clone(), disk.clone(), model.clone(), seed, packs).await;
+            work(image.node.clone(), disks.clone(), model.clone(), seed, packs).await;
             image.close().await;
             let mut model = model.borrow_mut();
-            let at = disk.log().changes().len();
+            let at = disks.changes();
             let last = model.allowed.iter().map(|sector| vec![sector[sector.len() - 1]]).collect();
             model.history.push((at, last));
         }
     });
-    let log = disk_.log();
     let model = model.borrow();
-    for (n, crash) in log.crashes(seed, crashes).enumerate() {
-        let state = log.image(&crash);
-        let at = format!("{what}, after {} of {} changes", crash.prefix, log.changes().len());
-        consistency::check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+    let (mut n, all) = (0, disks.changes());
+    disks.crashes(seed, crashes, |prefix, state, data| {
+        let at = format!("{what}, after {prefix} of {all} changes");
+        consistency::check(state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
         if n % sample == 0 {
-            check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+            check(state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
         }
-        let known = model.history.iter().rev().find(|(from, _)| *from <= crash.prefix);
+        n += 1;
+        let known = model.history.iter().rev().find(|(from, _)| *from <= prefix);
         let (_, allowed) = known.expect("the first holds from the beginning");
-        let found = contents(&state, &backing);
-        for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
-            let whole = sector.iter().all(|&b| b == sector[0]);
-            assert!(
-                whole && allowed[n].contains(&sector[0]),
-                "{at}: sector {n} holds {}, not one of {:?}",
-                sector[0],
-                allowed[n]
-            );
+        let assert_allowed = |found: &[u8], whose: &str| {
+            for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
+                let whole = sector.iter().all(|&b| b == sector[0]);
+                assert!(
+                    whole && allowed[n].contains(&sector[0]),
+                    "{at}: sector {n} of {whose} holds {}, not one of {:?}",
+                    sector[0],
+                    allowed[n]
+                );
+            }
+        };
+        assert_allowed(&contents(state, data, &backing), "the disk");
+        if case.create.contains("data_file_raw=on") {
+            assert_allowed(data, "the raw data file");
         }
-    }
+    });
 }
 
-fn contents(state: &[u8], backing: &str) -> Vec<u8> {
+fn contents(state: &[u8], data: &[u8], backing: &str) -> Vec<u8> {
     let (_disk, options) = disk(state, state.len() as u64, |_| {});
-    let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
+    let mut options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
+    let data = (!data.is_empty()).then(|| disk(data, data.len() as u64, |_| {}));
+    if let Some((_, below_it)) = &data {
+        options += &below("data-file", below_it);
+    }
     let orderly = Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 };
     simulated(orderly, |_| async move {
         let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
@@ -281,7 +319,9 @@ fn no_crash_corrupts_an_image_or_invents_what_nobody_wrote() {
 #[test]
 fn no_crash_corrupts_an_image_that_compressed_clusters_are_written_to() {
     let seed = seed();
-    for (n, case) in CASES.iter().enumerate() {
+    // An external data file has none.
+    let cases = CASES.iter().filter(|case| !case.create.contains(DATA));
+    for (n, case) in cases.enumerate() {
         println!("{} {} {:?}", case.create, case.garbage, case.backing);
         run(case, seed.wrapping_add(n as u64), 3, 101, true);
     }
@@ -290,20 +330,29 @@ fn no_crash_corrupts_an_image_that_compressed_clusters_are_written_to() {
 #[test]
 fn an_image_that_gives_up_what_its_backing_file_has_too_never_shows_anything_else() {
     let seed = seed();
-    for (n, create) in ["cluster_size=4k", "cluster_size=512", "cluster_size=16k,extended_l2=on"]
-        .into_iter()
-        .enumerate()
-    {
+    let kinds = [
+        "cluster_size=4k",
+        "cluster_size=512",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=4k,data_file=D",
+    ];
+    for (n, create) in kinds.into_iter().enumerate() {
         let bytes = image(LEN, create);
-        let (disk_, options) = disk(&bytes, MOST, |options| options.log = true);
+        let (image_disk, options) = disk(&bytes, MOST, |options| options.log = true);
         let (_, below_it) = disk(&vec![7; LEN as usize], LEN, |_| {});
         let backing = below("backing", &below_it);
-        let options = format!("driver=qcow2,discard=unmap{}{backing}", below("file", &options));
+        let mut options = format!("driver=qcow2,discard=unmap{}{backing}", below("file", &options));
+        let data = create.contains(DATA).then(|| {
+            let (data, below_it) = disk(&vec![9; LEN as usize], LEN, |options| options.log = true);
+            options += &below("data-file", &below_it);
+            data
+        });
+        let disks = Rc::new(Disks { image: image_disk, data });
         let seed = seed.wrapping_add(n as u64);
         let disorder = Disorder { short: 0.0, ..Disorder::wild(seed) };
         let from = Rc::new(RefCell::new(0));
         simulated(disorder, |_| {
-            let (disk, from) = (disk_.clone(), from.clone());
+            let (disks, from) = (disks.clone(), from.clone());
             async move {
                 let image = Image::open(&options).await;
                 let bytes = vec![7; LEN as usize / 2];
@@ -315,19 +364,20 @@ fn an_image_that_gives_up_what_its_backing_file_has_too_never_shows_anything_els
                         .unwrap();
                 }
                 image.node.flush().await.unwrap();
-                *from.borrow_mut() = disk.log().changes().len();
+                *from.borrow_mut() = disks.changes();
                 image.node.driver().image().unwrap().make_empty().await.unwrap();
                 let extent = image.node.status(0, LEN, Precision::Allocation).await.unwrap();
                 assert!(!extent.status.contains(Status::ALLOCATED) && extent.len == LEN);
                 image.close().await;
             }
         });
-        let log = disk_.log();
-        for crash in log.crashes(seed, 6).filter(|crash| crash.prefix >= *from.borrow()) {
-            let state = log.image(&crash);
-            let at = format!("{create}, seed {seed}, after {}", crash.prefix);
-            consistency::check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
-            assert!(contents(&state, &backing).iter().all(|&byte| byte == 7), "{at}");
-        }
+        let from = *from.borrow();
+        disks.crashes(seed, 6, |prefix, state, data| {
+            if prefix >= from {
+                let at = format!("{create}, seed {seed}, after {prefix}");
+                consistency::check(state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+                assert!(contents(state, data, &backing).iter().all(|&byte| byte == 7), "{at}");
+            }
+        });
     }
 }

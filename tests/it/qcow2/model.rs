@@ -2,7 +2,7 @@
 //! any order of completions, with failures, on two workers. The images are whole afterwards.
 
 use super::consistency;
-use super::sim::{Image, below, check, disk, image};
+use super::sim::{DATA, Image, below, check, disk, image};
 use crate::disks::{seed, simulated};
 use crate::fast_road::FastRoad;
 use crate::model::{CLIENTS, LEN, Run, Value};
@@ -21,6 +21,9 @@ const KINDS: &[&str] = &[
     "cluster_size=16k,extended_l2=on",
     "cluster_size=4k,compat=0.10",
     "cluster_size=8k,lazy_refcounts=on",
+    "cluster_size=4k,data_file=D",
+    "cluster_size=16k,extended_l2=on,data_file=D",
+    "cluster_size=8k,data_file=D,data_file_raw=on",
 ];
 
 /// What is below the image.
@@ -66,7 +69,15 @@ pub fn setup(kind: &str, ground: Ground, seed: u64) -> (Vec<SimDisk>, String) {
     };
     disks.push(lower);
     let mut all = format!("driver=qcow2,discard=unmap{}", below("file", &options));
-    if ground == Ground::Overlay {
+    if kind.contains(DATA) {
+        // What is in it belongs to nobody, unless it is a disk by itself.
+        let is_raw = kind.contains("data_file_raw=on");
+        let bytes: Vec<u8> = (0..LEN).map(|_| if is_raw { 0 } else { rng.u8(1..) }).collect();
+        let (data, options) = disk(&bytes, LEN, shape);
+        disks.push(data);
+        all += &below("data-file", &options);
+    }
+    if ground == Ground::Overlay && !kind.contains("data_file_raw=on") {
         let (backing, options) = disk(&[], LEN, |options| options.len = LEN - 20480);
         disks.push(backing);
         all += &below("backing", &options);

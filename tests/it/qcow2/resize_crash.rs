@@ -2,7 +2,7 @@
 //! nothing is corrupt, what the disk had is there, and what it gets is zeroes.
 
 use super::consistency;
-use super::sim::{Image, below, check, disk, image};
+use super::sim::{DATA, Disks, Image, below, check, disk, image};
 use crate::disks::{open_holding, seed, simulated};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -59,6 +59,20 @@ const CASES: &[Case] = &[
         has_backing: true,
         align: 512,
     },
+    Case {
+        create: "cluster_size=4k,data_file=D",
+        most: 512,
+        garbage: true,
+        has_backing: true,
+        align: 512,
+    },
+    Case {
+        create: "cluster_size=4k,data_file=D,data_file_raw=on",
+        most: 512,
+        garbage: false,
+        has_backing: false,
+        align: 1,
+    },
     // What would show the backing file is refused.
     Case {
         create: "cluster_size=4k,compat=0.10",
@@ -87,11 +101,11 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let shape = |options: &mut SimOptions| {
         options.log = true;
-        options.fixed = case.garbage;
+        options.fixed = case.garbage && !case.create.contains(DATA);
         options.traits.request_align = case.align;
         options.traits.buffer_align = case.align;
     };
-    let (disk_, options) = if case.garbage {
+    let (image_disk, options) = if case.garbage && !case.create.contains(DATA) {
         let mut device = bytes.clone();
         device.resize(bytes.len().next_multiple_of(65536), 0);
         device.resize_with(FILE as usize, || rng.u8(240..250));
@@ -107,6 +121,15 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
         backing = below("backing", &disk(&vec![BACKING; len as usize], len, |_| {}).1);
         options += &backing;
     }
+    let data = case.create.contains(DATA).then(|| {
+        let len = START as u64 * SECTOR;
+        let bytes: Vec<u8> =
+            (0..len).map(|_| if case.garbage { rng.u8(240..250) } else { 0 }).collect();
+        let (data, below_it) = disk(&bytes, FILE, shape);
+        options += &below("data-file", &below_it);
+        data
+    });
+    let disks = Rc::new(Disks { image: image_disk, data });
     let shown = if case.has_backing { BACKING } else { 0 };
     let mut allowed = vec![vec![shown]; START];
     allowed.resize(case.most, vec![0]);
@@ -116,41 +139,47 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
     let short = if case.align == 1 { 0.0 } else { 0.2 };
     let most = case.most;
     simulated(Disorder { short, ..Disorder::wild(seed) }, |_| {
-        let (model, disk) = (model.clone(), disk_.clone());
+        let (model, disks) = (model.clone(), disks.clone());
         async move {
             let image = Image::open(&options).await;
             let mut now = model.take();
             for number in 1..=10 {
-                let log = || disk.log().changes().len();
-                one_step(&image, &mut now, &log, number, (&mut rng, most)).await;
+                one_step(&image, &mut now, &|| disks.changes(), number, (&mut rng, most)).await;
             }
             image.close().await;
             model.replace(now);
         }
     });
-    let (log, model) = (disk_.log(), model.borrow());
-    for (n, crash) in log.crashes(seed, crashes).enumerate() {
-        let state = log.image(&crash);
-        let at = format!("{what}, after {} of {} changes", crash.prefix, log.changes().len());
-        consistency::check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+    let model = model.borrow();
+    let (mut n, all) = (0, disks.changes());
+    disks.crashes(seed, crashes, |prefix, state, data| {
+        let at = format!("{what}, after {prefix} of {all} changes");
+        consistency::check(state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
         if n % sample == 0 {
-            check(&state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
+            check(state, false).unwrap_or_else(|error| panic!("{at}: {error}"));
         }
-        let known = model.history.iter().rev().find(|known| known.from <= crash.prefix);
+        n += 1;
+        let known = model.history.iter().rev().find(|known| known.from <= prefix);
         let Known { allowed, sizes, .. } = known.expect("the first holds from the beginning");
-        let found = contents(&state, &backing);
+        let found = contents(state, data, &backing);
         let count = found.len() / SECTOR as usize;
         assert!(sizes.contains(&count), "{at}: {count} sectors, not one of {sizes:?}");
-        for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
-            let whole = sector.iter().all(|&b| b == sector[0]);
-            assert!(
-                whole && allowed[n].contains(&sector[0]),
-                "{at}: sector {n} of {count} holds {}, not one of {:?}",
-                sector[0],
-                allowed[n]
-            );
+        let assert_allowed = |found: &[u8], whose: &str| {
+            for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
+                let whole = sector.iter().all(|&b| b == sector[0]);
+                assert!(
+                    whole && allowed[n].contains(&sector[0]),
+                    "{at}: sector {n} of {count} of {whose} holds {}, not one of {:?}",
+                    sector[0],
+                    allowed[n]
+                );
+            }
+        };
+        assert_allowed(&found, "the disk");
+        if case.create.contains("data_file_raw=on") {
+            assert_allowed(&data[..data.len().min(found.len())], "the raw data file");
         }
-    }
+    });
 }
 
 async fn one_step(
@@ -210,9 +239,13 @@ async fn one_step(
     }
 }
 
-fn contents(state: &[u8], backing: &str) -> Vec<u8> {
+fn contents(state: &[u8], data: &[u8], backing: &str) -> Vec<u8> {
     let (_disk, options) = disk(state, state.len() as u64, |_| {});
-    let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
+    let mut options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
+    let data = (!data.is_empty()).then(|| disk(data, data.len() as u64, |_| {}));
+    if let Some((_, below_it)) = &data {
+        options += &below("data-file", below_it);
+    }
     let mut head = state
         [..Header::cluster_bits(state.first_chunk().unwrap()).map_or(512, |b| 1 << b)]
         .to_vec();

@@ -5,11 +5,16 @@ use std::process::Command;
 use std::sync::Arc;
 use vublk::block::*;
 use vublk::options::keyval;
-use vublk::protocol::sim::{SimDisk, SimOptions};
+use vublk::protocol::sim::{SimDisk, SimOptions, WriteLog};
+
+/// Stands, in options to create an image, for an external data file.
+pub const DATA: &str = "data_file=D";
 
 /// The bytes of a new image.
 pub fn image(len: u64, create: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
+    let data = format!("data_file={}", dir.path().join("data").display());
+    let create = &*create.replace(DATA, &data);
     let path = dir.path().join("image");
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2"]);
@@ -31,6 +36,29 @@ pub fn disk(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (Si
     let name = unique();
     disk.publish(&name);
     (disk, format!("driver=sim,disk={name}"))
+}
+
+/// The disk of an image, and that of its data, if they are two.
+pub struct Disks {
+    pub image: SimDisk,
+    pub data: Option<SimDisk>,
+}
+
+impl Disks {
+    /// How many changes there were.
+    pub fn changes(&self) -> usize {
+        let of = |disk: &SimDisk| disk.log().changes().len();
+        of(&self.image) + self.data.as_ref().map_or(0, of)
+    }
+
+    /// Calls `see` with what is left after each crash: of how many changes, and the bytes of both.
+    pub fn crashes(&self, seed: u64, most: usize, mut see: impl FnMut(usize, &[u8], &[u8])) {
+        let image = self.image.log();
+        let data = self.data.as_ref().map(SimDisk::log).unwrap_or_default();
+        for [a, b] in WriteLog::crashes_of_two([&image, &data], seed, most) {
+            see(a.prefix + b.prefix, &image.image(&a), &data.image(&b));
+        }
+    }
 }
 
 /// `options` with every key below `child`.
@@ -74,7 +102,11 @@ impl Image {
 pub fn check(bytes: &[u8], leaks: bool) -> Result<(), String> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), bytes).unwrap();
-    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(file.path()).output();
+    let mut options = format!("driver=qcow2,file.filename={}", file.path().display());
+    if has_data_file(bytes) {
+        options += ",data-file.driver=null-co,data-file.size=1G";
+    }
+    let output = Command::new("qemu-img").args(["check", "--image-opts", &options]).output();
     let output = output.unwrap();
     match output.status.code() {
         Some(0) => Ok(()),
@@ -84,4 +116,11 @@ pub fn check(bytes: &[u8], leaks: bool) -> Result<(), String> {
             Err(format!("{out}{}", String::from_utf8_lossy(&output.stderr)))
         }
     }
+}
+
+/// Whether an image's bytes say that its data is elsewhere.
+fn has_data_file(bytes: &[u8]) -> bool {
+    let field =
+        |range: std::ops::Range<usize>| bytes[range].iter().fold(0, |n, &b| n << 8 | b as u64);
+    field(4..8) >= 3 && field(72..80) & 1 << 2 != 0
 }

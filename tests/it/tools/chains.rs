@@ -55,7 +55,7 @@ fn a_committed_image_is_in_its_base_and_empty() {
     assert_same_disks(
         CHAIN,
         &[
-            "qemu-img commit top.qcow2 && qemu-img info top.qcow2",
+            "qemu-img commit top.qcow2 && qemu-img map top.qcow2",
             "qemu-img commit -q top.qcow2",
             "qemu-img commit -d top.qcow2",
             "qemu-img commit -b a.raw top.qcow2",
