@@ -245,6 +245,16 @@ fn every_fsync_in_the_guest_reaches_the_file() {
     assert!(flushes >= 20, "20 fsyncs became {flushes} flushes");
 }
 
+/// Makes a qcow2 overlay in the place of an image, which becomes its backing file and is random bytes.
+fn overlay(image: &Path) {
+    let base = image.with_extension("base");
+    let mut bytes = vec![0; fs::metadata(image).unwrap().len() as usize];
+    fastrand::fill(&mut bytes);
+    fs::write(&base, bytes).unwrap();
+    let [base, image] = [&base, image].map(|path| path.to_str().unwrap());
+    output_of("qemu-img", ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, image]);
+}
+
 /// A guest writes to a disk over four queues and verifies what it wrote, again and again, while
 /// `disturb` ends its server in some way and starts it again. Calls it with the server and with how
 /// often it was called, until it says that it has been enough; then nothing may have gone wrong.
@@ -255,7 +265,7 @@ fn under_load(
     let mut random = fastrand::Rng::with_seed(crate::disks::seed());
     let (dir, [image]) = images(["disk"], 64);
     if format == "qcow2" {
-        output_of("qemu-img", ["create", "-q", "-f", "qcow2", image.to_str().unwrap(), "64M"]);
+        overlay(&image);
     }
     let mut server = vublk_serve_as(format, &[&image], &["-v"]).start();
     let guest = Guest::new().cpus(4).with_fio().for_more(kills() as u32 * LONGEST_ABSENCE);
@@ -323,7 +333,7 @@ fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_agai
 }
 
 #[test]
-fn a_guest_on_a_qcow2_image_notices_nothing_when_its_daemon_is_killed_and_started_again() {
+fn a_guest_on_an_overlay_notices_nothing_when_its_daemon_is_killed_and_started_again() {
     killed_under_load("qcow2");
 }
 
@@ -355,6 +365,28 @@ fn a_guest_under_load_notices_nothing_when_its_daemon_is_replaced_by_another() {
         assert!(!again, "something was left in flight:\n{}", server.log());
         times + 1 == 6
     });
+}
+
+#[test]
+fn what_a_guest_writes_to_a_snapshot_is_gone_with_the_daemon() {
+    let (_dir, [raw, qcow2]) = images(["raw", "qcow2"], 16);
+    overlay(&qcow2);
+    for (format, image) in [("raw", &raw), ("qcow2", &qcow2)] {
+        let before = fs::read(image).unwrap();
+        let server = vublk_serve_as(format, &[image], &["--snapshot"]).start();
+        let console = Guest::new().disk(server.socket(0)).run(
+            r#"
+            mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt || exit 1
+            dd if=/dev/urandom of=/mnt/file bs=1M count=4 conv=fsync 2>/dev/null
+            sum=$(sha256sum </mnt/file)
+            umount /mnt && echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 /dev/vda /mnt || exit 1
+            [ "$sum" = "$(sha256sum </mnt/file)" ] && echo "kept yes"
+            "#,
+        );
+        assert_eq!(console.value("kept"), "yes");
+        server.stop();
+        assert!(fs::read(image).unwrap() == before, "{format}: the image was written to");
+    }
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! A guest under load moves between two QEMU processes, each with a vublk of its own on one shared
-//! raw image, and the image's locks go with it.
+//! image, and the image's locks go with it.
 
 use super::boot::{Guest, RunningGuest};
-use super::server::{Server, outcome_of, output_of, vublk_serve};
-use super::{WRITE_LOCK, images};
+use super::server::{Server, outcome_of, output_of, vublk_serve, vublk_serve_as};
+use super::{WRITE_LOCK, images, overlay};
 use std::path::Path;
 use std::time::Duration;
 
@@ -39,53 +39,72 @@ fn loaded(server: &Server) -> RunningGuest {
 }
 
 /// Ends the load. The guest's disk and the image are the same.
-fn end(mut guest: RunningGuest, image: &Path) {
+fn end(mut guest: RunningGuest, format: &str, image: &Path) {
     guest.say("go");
     let console = guest.finish();
     for error in ["I/O error", "is not a head"] {
         assert!(!console.text().contains(error), "{error}:\n{}", console.text());
     }
-    let on_host = output_of("sha256sum", [image]);
+    let on_host = image.with_extension("copy");
+    let [from, to] = [image, &on_host].map(|path| path.to_str().unwrap());
+    // Whoever serves it does not mind.
+    output_of("qemu-img", ["convert", "-U", "-f", format, "-O", "raw", from, to]);
+    let on_host = output_of("sha256sum", [on_host]);
     assert_eq!(on_host.split(' ').next(), console.value("sum").split(' ').next());
 }
 
 /// Nobody has the image: it can be opened for writing.
-fn assert_free(image: &Path) {
-    output_of("qemu-io", ["-f", "raw", "-c", "read 0 512", image.to_str().unwrap()]);
+fn assert_free(format: &str, image: &Path) {
+    output_of("qemu-io", ["-f", format, "-c", "read 0 512", image.to_str().unwrap()]);
 }
 
 /// Somebody has the image. Those who only look at it may.
-fn assert_taken(image: &Path) {
+fn assert_taken(format: &str, image: &Path) {
     let image = image.to_str().unwrap();
-    let (opened, said) = outcome_of("qemu-io", ["-f", "raw", "-c", "read 0 512", image]);
+    let (opened, said) = outcome_of("qemu-io", ["-f", format, "-c", "read 0 512", image]);
     assert!(!opened && said.contains(WRITE_LOCK), "{said}");
-    let info = output_of("qemu-img", ["info", "-f", "raw", image]);
+    let info = output_of("qemu-img", ["info", "-U", "-f", format, image]);
     assert!(info.contains("virtual size: 64 MiB"), "{info}");
 }
 
 #[test]
 fn a_guest_under_load_moves_to_another_host_and_back() {
+    moves("raw");
+}
+
+#[test]
+fn a_guest_on_an_overlay_moves_to_another_host_and_back() {
+    moves("qcow2");
+}
+
+fn moves(format: &str) {
     let (_dir, [image]) = images(["disk"], 64);
-    let mut here = vublk_serve(&[&image], &["-v"]).start();
+    if format == "qcow2" {
+        overlay(&image);
+    }
+    let mut here = vublk_serve_as(format, &[&image], &["-v"]).start();
     // The image is locked, and it starts all the same.
-    let mut there = vublk_serve(&[&image], &["-v", "--incoming"]).start();
+    let mut there = vublk_serve_as(format, &[&image], &["-v", "--incoming"]).start();
     let mut guest = loaded(&here);
-    assert_taken(&image);
+    assert_taken(format, &image);
     guest.migrate(here.socket(0), there.socket(0));
     here.wait_for("the disk is given up", 1);
     guest.wait_for("round");
     guest.wait_for("round");
-    assert_taken(&image);
+    assert_taken(format, &image);
     guest.migrate(there.socket(0), here.socket(0));
     there.wait_for("the disk is given up", 1);
     guest.wait_for("round");
     guest.wait_for("round");
-    assert_taken(&image);
-    end(guest, &image);
+    assert_taken(format, &image);
+    end(guest, format, &image);
     here.stop();
     // The other daemon runs still, and holds nothing.
-    assert_free(&image);
+    assert_free(format, &image);
     there.stop();
+    if format == "qcow2" {
+        output_of("qemu-img", ["check", "-q", "-f", "qcow2", image.to_str().unwrap()]);
+    }
 }
 
 #[test]
@@ -96,14 +115,14 @@ fn a_migration_that_is_called_off_leaves_the_guest_its_disk() {
     let mut guest = loaded(&here);
     guest.migrate_and_cancel(here.socket(0), there.socket(0));
     guest.wait_for("round");
-    assert_taken(&image);
+    assert_taken("raw", &image);
     assert!(!here.log().contains("given up"), "{}", here.log());
     // The next attempt goes through, and leaves nothing behind here.
     guest.migrate(here.socket(0), there.socket(0));
     here.wait_for("the disk is given up", 1);
     guest.wait_for("round");
-    end(guest, &image);
+    end(guest, "raw", &image);
     there.stop();
-    assert_free(&image);
+    assert_free("raw", &image);
     here.stop();
 }
