@@ -56,6 +56,9 @@ pub struct Options {
     pub max_pairs: u16,
     /// How often it is looked whether the controller is still there.
     pub look: Duration,
+    /// How long it may seem to be gone before it is: while the host resets the function, its registers
+    /// are not to be read.
+    pub absence: Duration,
 }
 
 impl Default for Options {
@@ -67,6 +70,7 @@ impl Default for Options {
             // One for each worker, as a rule, and for those who do the work of the control plane.
             max_pairs: (threads + 2).min(64) as u16,
             look: Duration::from_secs(1),
+            absence: Duration::from_secs(3),
         }
     }
 }

@@ -23,6 +23,7 @@ pub fn run(data: &[u8]) {
         admin_timeout: Duration::from_millis(200),
         max_pairs: 1,
         look: Duration::from_millis(20),
+        absence: Duration::from_millis(100),
     };
     let controller = Controller::open(fake.function(), &options).expect("an honest controller");
     let namespace = controller.namespace(1).expect("its namespace");

@@ -196,7 +196,9 @@ impl Inner {
                 }
                 return Ok(Reply { result: completion.result, data: bytes });
             }
-            if Instant::now() >= deadline {
+            // One that is not ready any more answers nothing that it was given.
+            let is_lost = given.is_some() && !self.is_ready();
+            if is_lost || Instant::now() >= deadline {
                 if let Some(id) = given {
                     admin.slots[usize::from(id)] = Slot::Abandoned;
                     drop(admin);

@@ -120,6 +120,12 @@ impl Inner {
         self.registers.read64(registers::CAP) == self.capabilities.0
     }
 
+    /// Whether it takes commands.
+    pub(super) fn is_ready(&self) -> bool {
+        let status = self.registers.read(registers::CSTS);
+        status != registers::GONE && status & READY != 0
+    }
+
     fn wait(&self, mask: u32, value: u32, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let mut pause = Duration::from_micros(50);
@@ -128,7 +134,9 @@ impl Inner {
             if status != registers::GONE && status & mask == value {
                 return self.is_there();
             }
-            if status == registers::GONE || Instant::now() >= deadline {
+            // Disabled by somebody else it never gets ready.
+            let is_lost = value == READY && self.registers.read(registers::CC) & ENABLE == 0;
+            if status == registers::GONE || is_lost || Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(pause);
@@ -173,6 +181,9 @@ impl Inner {
         self.registers.write(registers::CC, registers::enabled(self.page_shift, all_sets));
         let timeout = self.ready_timeout();
         if !self.wait(READY, READY, timeout) {
+            if self.registers.read(registers::CC) & ENABLE == 0 {
+                return Err(Error::new("the controller was reset while it was started"));
+            }
             let status = self.registers.read(registers::CSTS);
             return Err(Error::new(format!(
                 "the controller is not ready after {} s (CSTS {status:#x})",

@@ -22,6 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 const EVENTS: usize = 16;
 /// Resets in a row, none of which has made the controller work, after which it is given up.
 const RESETS: u32 = 3;
+/// How often a device that seems to be gone is looked at.
+const ABSENT_LOOK: Duration = Duration::from_millis(20);
 /// After how long without one, resets are no longer in a row.
 const ROW: Duration = Duration::from_secs(60);
 
@@ -39,7 +41,7 @@ pub fn spawn(inner: &Arc<Inner>) -> Result<JoinHandle<()>, Error> {
     }
     let (weak, look) = (Arc::downgrade(inner), inner.options.look);
     let thread = std::thread::Builder::new().name("nvme-watch".into());
-    let watch = Watch { weak, epoll, events, look, row: 0, last: None };
+    let watch = Watch { weak, epoll, events, look, row: 0, last: None, absent: None };
     thread.spawn(move || watch.run()).map_err(failed)
 }
 
@@ -52,13 +54,16 @@ struct Watch {
     /// Resets in a row, and when the last was.
     row: u32,
     last: Option<Instant>,
+    /// Since when the device has seemed to be gone.
+    absent: Option<Instant>,
 }
 
 impl Watch {
     fn run(mut self) {
         loop {
             let mut woken = [EpollEvent::default(); 3];
-            let timeout = self.look.as_millis().try_into().unwrap_or(i32::MAX);
+            let look = if self.absent.is_some() { ABSENT_LOOK } else { self.look };
+            let timeout = look.as_millis().try_into().unwrap_or(i32::MAX);
             let count = self.epoll.wait(timeout, &mut woken).unwrap_or(0);
             let Some(inner) = self.weak.upgrade() else { return };
             for event in &woken[..count] {
@@ -81,11 +86,16 @@ impl Watch {
     }
 
     fn work(&mut self, inner: &Inner) {
-        let wants = std::mem::take(&mut *lock(&inner.wants));
         let status = inner.registers.read(registers::CSTS);
         if status == registers::GONE || !inner.is_there() {
-            return inner.lose("the device is gone");
+            let since = *self.absent.get_or_insert_with(Instant::now);
+            if since.elapsed() >= inner.options.absence {
+                inner.lose("the device is gone");
+            }
+            return;
         }
+        self.absent = None;
+        let wants = std::mem::take(&mut *lock(&inner.wants));
         if wants.reset || status & FATAL != 0 || status & READY == 0 {
             let why = match (status & FATAL != 0, status & READY != 0) {
                 (true, _) => "it reports a fatal error",
@@ -115,7 +125,12 @@ impl Watch {
         log::warn!("{}: resetting the controller: {why}", inner.name);
         match inner.reset_now() {
             Ok(()) => log::warn!("{}: the controller works again", inner.name),
-            Err(error) => inner.lose(&error.to_string()),
+            Err(error) if self.row == RESETS => inner.lose(&error.to_string()),
+            // Somebody else may have reset it in the middle of this, or be at it still.
+            Err(error) => {
+                log::warn!("{}: {error}", inner.name);
+                inner.want_reset();
+            }
         }
     }
 }

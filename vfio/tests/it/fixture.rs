@@ -13,6 +13,7 @@ pub fn options() -> Options {
         admin_timeout: Duration::from_millis(400),
         max_pairs: 8,
         look: Duration::from_millis(50),
+        absence: Duration::from_millis(500),
     }
 }
 

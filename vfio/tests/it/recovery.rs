@@ -2,6 +2,7 @@
 //! to is used again.
 
 use crate::fixture::{Disk, Guest, iovec, options, segments, wait, wait_until};
+use std::time::Duration;
 use vublk_vfio::Controller;
 use vublk_vfio::fake::{Broken, Config, Event, Fake};
 use vublk_vfio::spec::Status;
@@ -99,6 +100,50 @@ fn a_fatal_error_and_a_reset_by_others_are_recovered_from() {
     disk.fake.reset_from_outside();
     wait_until("it is noticed", || disk.controller.resets() == 2);
     assert_eq!(disk.read(0, 512), [1; 512]);
+}
+
+#[test]
+fn a_device_whose_registers_cannot_be_read_while_somebody_resets_it_is_not_gone() {
+    for registers in [u32::MAX, 0] {
+        let mut disk = disk();
+        disk.write(0, &[1; 512]);
+        disk.fake.hold();
+        let mut bytes = [0; 512];
+        let list = [iovec(&mut bytes)];
+        disk.pair.submit(disk.namespace.read(0, 512, segments(&list), 1));
+        disk.pair.ring();
+        // As the kernel does it: nothing can be read, the function is reset, and is there again.
+        disk.fake.break_down(Broken { registers: Some(registers), ..Broken::default() });
+        std::thread::sleep(Duration::from_millis(200));
+        disk.fake.reset_from_outside();
+        disk.fake.break_down(Broken::default());
+        disk.fake.release();
+        assert_eq!(disk.wait(1), [(1, Status::SUCCESS)]);
+        assert_eq!(bytes, [1; 512]);
+        assert!(!disk.controller.is_dead() && disk.controller.resets() >= 1);
+        disk.check();
+    }
+}
+
+#[test]
+fn a_reset_in_the_middle_of_ours_is_followed_by_another_of_ours() {
+    let mut disk = disk();
+    disk.write(0, &[1; 512]);
+    // It takes nothing while it is started, until it is reset once more.
+    disk.fake.break_down(Broken { never_ready: true, ..Broken::default() });
+    let before = disk.fake.events().len();
+    disk.controller.reset();
+    let theirs = disk.fake.clone();
+    let resets = std::thread::spawn(move || {
+        let enabled = || theirs.events()[before..].contains(&Event::Enabled);
+        wait_until("it is started", enabled);
+        theirs.break_down(Broken::default());
+        theirs.reset_from_outside();
+    });
+    assert_eq!(disk.read(0, 512), [1; 512]);
+    resets.join().unwrap();
+    assert!(disk.controller.resets() >= 2 && !disk.controller.is_dead());
+    disk.check();
 }
 
 #[test]
