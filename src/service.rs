@@ -59,6 +59,8 @@ pub struct Service {
     io_errors: Arc<IoErrors>,
     /// What can be watched; `None`: nothing is counted for that.
     observed: Option<Arc<Observed>>,
+    /// What exports do is counted, watched or not.
+    counts: bool,
 }
 
 struct Served {
@@ -66,6 +68,7 @@ struct Served {
     node_name: String,
     /// The socket file that it has made.
     socket: Option<PathBuf>,
+    metrics: Option<Arc<ExportMetrics>>,
     state: State,
 }
 
@@ -171,12 +174,19 @@ impl Service {
             ended,
             io_errors,
             observed: None,
+            counts: false,
         })
     }
 
     /// Exports that are made from now on can be watched through what this gives.
     pub fn observe(&mut self) -> Arc<Observed> {
         self.observed.get_or_insert_default().clone()
+    }
+
+    /// Exports that are made from now on count their requests, so that [`Service::counted`] has something
+    /// to tell.
+    pub fn count_requests(&mut self) {
+        self.counts = true;
     }
 
     pub fn graph(&self) -> &Graph {
@@ -335,9 +345,10 @@ impl Service {
         let perms = Perms { held, shared: Perm::all() };
         let first_worker = self.exports.len();
         let queues = disk.num_queues;
-        let metrics = self.observed.as_ref().map(|_| {
-            let metrics = ExportMetrics::new(&id, node.name(), disk.writable, node.len(), queues);
-            Arc::new(metrics)
+        let is_timed = self.observed.is_some();
+        let metrics = (is_timed || self.counts).then(|| {
+            let of = (node.name(), node.len());
+            Arc::new(ExportMetrics::new(&id, of, disk.writable, queues, is_timed))
         });
         let name = id.clone();
         let options = ExportOptions { name, disk, workers, first_worker, metrics: metrics.clone() };
@@ -360,12 +371,13 @@ impl Service {
         export.follow(attachment.activity());
         let (name, ended) = (id.clone(), self.ended.clone());
         let export = export.start(move || ended.tell(name))?;
-        if let (Some(observed), Some(metrics)) = (&self.observed, metrics) {
-            observed.add(metrics);
+        if let (Some(observed), Some(metrics)) = (&self.observed, &metrics) {
+            observed.add(metrics.clone());
             observed.add_drives(node.drives());
         }
         let state = State::Serving(Box::new(export), attachment);
-        self.exports.push(Served { id, node_name: node.name().to_owned(), socket, state });
+        let node_name = node.name().to_owned();
+        self.exports.push(Served { id, node_name, socket, metrics, state });
         Ok(())
     }
 

@@ -432,7 +432,8 @@ fn a_watched_guest_costs_nothing(options: &str, chains: Chains, watched: bool) {
         serial: String::new(),
         failures: Default::default(),
     };
-    let metrics = watched.then(|| Arc::new(ExportMetrics::new("disk", "top", true, node.len(), 1)));
+    let metrics =
+        watched.then(|| Arc::new(ExportMetrics::new("disk", ("top", node.len()), true, 1, true)));
     let counted = metrics.clone();
     let workers = vec![worker.clone()];
     let served = ExportOptions { name: "disk".into(), disk, workers, first_worker: 0, metrics };

@@ -19,7 +19,9 @@ pub use drain::{Drained, User};
 use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
-use super::{Abilities, BitmapInfo, Error, Node, NodeOptions, Notices, Perm, Perms, SnapshotInfo};
+use super::{
+    Abilities, BitmapInfo, Discards, Error, ImageInfo, Node, NodeOptions, Notices, Perm, Perms,
+};
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
@@ -93,7 +95,7 @@ pub struct Attachment {
 }
 
 /// What is told of a node in listings.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct NodeInfo {
     pub name: String,
     pub driver: &'static str,
@@ -106,14 +108,17 @@ pub struct NodeInfo {
     pub len: u64,
     /// As listings show it; none where there is no file.
     pub filename: Option<String>,
-    /// Internal snapshots, where its format has them.
-    pub snapshots: Vec<SnapshotInfo>,
+    /// What its driver tells of it, if it does.
+    pub image: Option<ImageInfo>,
     /// Role and name of what it stands on.
     pub children: Vec<(&'static str, String)>,
     /// Newest first.
     pub bitmaps: Vec<BitmapInfo>,
     /// Bytes; 0 if there is none ([`Node::set_write_threshold`]).
     pub write_threshold: u64,
+    /// How far it was written since it was opened, in bytes.
+    pub write_highest: u64,
+    pub discards: Discards,
 }
 
 impl Graph {
@@ -416,13 +421,11 @@ impl NodeInfo {
             options: node.options(),
             len: node.len(),
             filename: node.driver().filename(),
-            snapshots: node
-                .driver()
-                .image()
-                .map(|image| image.info().snapshots)
-                .unwrap_or_default(),
+            image: node.driver().image().map(|image| image.info()),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
             write_threshold: node.write_threshold(),
+            write_highest: node.write_highest(),
+            discards: node.discards(),
             bitmaps: node.bitmaps().all().iter().rev().map(|bitmap| bitmap.info()).collect(),
         }
     }

@@ -91,6 +91,50 @@ pub trait Image: Send + Sync {
     }
 }
 
+/// An image as listings show it.
+pub struct Listed<'a> {
+    /// As it is named there.
+    pub filename: &'a str,
+    pub format: &'a str,
+    /// Bytes of the disk.
+    pub len: u64,
+    /// Bytes that it occupies, if that is known.
+    pub allocated: Option<u64>,
+    /// Where the backing file is, seen from here.
+    pub full_backing: Option<&'a str>,
+    /// The driver tells of itself at all.
+    pub is_known: bool,
+    pub info: &'a ImageInfo,
+}
+
+impl Listed<'_> {
+    /// ImageInfo of QMP, its keys in qemu-img's order.
+    pub fn to_value(&self) -> Map {
+        let info = self.info;
+        let mut map = Map::new();
+        let mut add = |key: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                map.insert(key, value);
+            }
+        };
+        let text = |text: &String| Value::Str(text.clone());
+        let snapshots: Vec<_> = info.snapshots.iter().map(SnapshotInfo::to_value).collect();
+        add("snapshots", (!snapshots.is_empty()).then_some(Value::List(snapshots)));
+        add("backing-filename-format", info.backing_format.as_ref().map(text));
+        add("virtual-size", Some(self.len.into()));
+        add("filename", Some(self.filename.into()));
+        add("cluster-size", info.cluster_size.map(Value::from));
+        add("format", Some(self.format.into()));
+        add("actual-size", self.allocated.map(Value::from));
+        add("encrypted", info.is_encrypted.then_some(Value::Bool(true)));
+        add("format-specific", info.specific.clone());
+        add("full-backing-filename", self.full_backing.map(Value::from));
+        add("backing-filename", info.backing_filename.as_ref().map(text));
+        add("dirty-flag", self.is_known.then_some(Value::Bool(info.is_dirty)));
+        map
+    }
+}
+
 fn unsupported() -> Error {
     Error::new("Operation not supported").with_errno(Errno::ENOTSUP)
 }

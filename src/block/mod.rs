@@ -58,10 +58,10 @@ pub use driver::{
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
 pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
-pub use image::{CheckReport, Fix, Image, ImageInfo, Preallocation};
+pub use image::{CheckReport, Fix, Image, ImageInfo, Listed, Preallocation};
 pub use length::{LengthNotice, OwnLength};
 pub use memory::{Admission, DeviceMemory, GuestRegion};
-pub use node::{DetectZeroes, Node, NodeOptions, SECTOR};
+pub use node::{DetectZeroes, Discards, Node, NodeOptions, SECTOR};
 pub use notice::{Corrupted, Notice, Notices};
 pub use open::{Inherit, Opening, RecordedBacking};
 pub use perm::{Perm, Perms};

@@ -7,13 +7,13 @@
 use super::bitmap::Bitmaps;
 use super::driver::*;
 use super::overlap::Overlap;
-use super::threshold::WriteThreshold;
+use super::threshold::WriteMarks;
 use super::{Event, Notices, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 /// QEMU's sector: lengths are rounded up to it, whatever the image's is.
 pub const SECTOR: u64 = 512;
@@ -48,6 +48,36 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+/// What has become of the discards that were passed to a driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Discards {
+    pub worked: u64,
+    pub failed: u64,
+    /// Of those that worked.
+    pub bytes: u64,
+}
+
+#[derive(Default)]
+struct DiscardCounts {
+    worked: AtomicU64,
+    failed: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl DiscardCounts {
+    fn count(&self, bytes: u64, worked: bool) {
+        match worked {
+            true => {
+                self.worked.fetch_add(1, Ordering::Relaxed);
+                self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            }
+            false => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
 /// An open disk, or a layer of one. Shared by everyone who uses it.
 pub struct Node {
     name: String,
@@ -56,7 +86,8 @@ pub struct Node {
     options: NodeOptions,
     overlap: Overlap,
     bitmaps: Arc<Bitmaps>,
-    threshold: WriteThreshold,
+    marks: WriteMarks,
+    discards: DiscardCounts,
     notices: Arc<Notices>,
     /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
     /// graph.
@@ -93,7 +124,8 @@ impl Node {
             traits,
             options,
             overlap: Overlap::default(),
-            threshold: WriteThreshold::default(),
+            marks: WriteMarks::default(),
+            discards: DiscardCounts::default(),
             notices,
             held: AtomicU8::new(0),
             perms: AtomicU16::new(0),
@@ -134,12 +166,19 @@ impl Node {
         &self.bitmaps
     }
 
-    pub(super) fn threshold(&self) -> &WriteThreshold {
-        &self.threshold
+    pub(super) fn marks(&self) -> &WriteMarks {
+        &self.marks
     }
 
     pub(super) fn notices(&self) -> &Notices {
         &self.notices
+    }
+
+    /// The discards that were passed on so far.
+    pub fn discards(&self) -> Discards {
+        let DiscardCounts { worked, failed, bytes } = &self.discards;
+        let [worked, failed, bytes] = [worked, failed, bytes].map(|n| n.load(Ordering::Relaxed));
+        Discards { worked, failed, bytes }
     }
 
     /// What all users hold together.
@@ -194,8 +233,8 @@ impl Node {
         if access != Access::Read
             && (self.overlap.has_barrier()
                 || self.options.detect_zeroes != DetectZeroes::Off
-                || !self.threshold.allows(at + want)
-                || self.check_writable().is_err())
+                || self.check_writable().is_err()
+                || !self.marks.allows(at + want))
         {
             return Mapping::slow(want);
         }
@@ -269,7 +308,7 @@ impl Node {
         if from.is_empty() {
             return if flags.contains(WriteFlags::FUA) { self.flush().await } else { Ok(()) };
         }
-        self.tell_threshold(at, from.len());
+        self.mark_write(at, from.len());
         let _recorded = self.record(at, from.len());
         if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from) {
             let mut zero = ZeroFlags::empty();
@@ -296,7 +335,7 @@ impl Node {
         self.check_writable()?;
         let mut flags = flags;
         flags.set(ZeroFlags::GROW, self.grows(at, len)?);
-        self.tell_threshold(at, len);
+        self.mark_write(at, len);
         let _recorded = self.record(at, len);
         let mut pass = flags - ZeroFlags::FUA;
         if !self.options.discard {
@@ -344,7 +383,9 @@ impl Node {
         while pos < end {
             let n = (end - pos).min(self.traits.max_discard);
             let _listed = self.overlap.write(pos..pos + n).await;
-            match self.driver.discard(pos, n).await {
+            let result = self.driver.discard(pos, n).await;
+            self.discards.count(n, result.is_ok());
+            match result {
                 Err(errno) if errno.is_unsupported() => return Ok(()),
                 other => other?,
             }

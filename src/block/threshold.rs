@@ -1,8 +1,8 @@
-//! Write thresholds: who makes room for a disk on storage that grows is told when a write goes beyond an
-//! offset, once.
+//! How far a node was written, and who is told when a write goes beyond an offset: once, for whoever
+//! makes room for a disk on storage that grows.
 //!
-//! A fast request that would is sent to the slow road by [`WriteThreshold::allows`], one comparison with
-//! a value that nearly never changes; there it is told.
+//! The fast road compares the end of a write with one value, which stands still unless a disk is written
+//! further than ever before: the lesser of both marks.
 
 use super::{Node, Notice};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// No write goes beyond it.
 const NONE: u64 = u64::MAX;
 
-pub(super) struct WriteThreshold(AtomicU64);
+pub(super) struct WriteMarks {
+    /// The lesser of both. A write up to it changes nothing.
+    least: AtomicU64,
+    /// Where the write that went furthest has ended.
+    highest: AtomicU64,
+    threshold: AtomicU64,
+}
 
 /// QEMU's event BLOCK_WRITE_THRESHOLD.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,25 +29,54 @@ pub struct ThresholdExceeded {
     pub exceeded: u64,
 }
 
-impl Default for WriteThreshold {
-    fn default() -> WriteThreshold {
-        WriteThreshold(AtomicU64::new(NONE))
+impl Default for WriteMarks {
+    fn default() -> WriteMarks {
+        let (least, highest) = Default::default();
+        WriteMarks { least, highest, threshold: AtomicU64::new(NONE) }
     }
 }
 
-impl WriteThreshold {
-    /// Whether a write may end there without anything to be told.
+impl WriteMarks {
+    /// Whether a write may end there without anything to be told. Notes it if it is the furthest.
+    #[inline]
     pub fn allows(&self, end: u64) -> bool {
-        end <= self.0.load(Ordering::Relaxed)
+        end <= self.least.load(Ordering::Relaxed) || self.raise(end)
+    }
+
+    #[cold]
+    fn raise(&self, end: u64) -> bool {
+        self.highest.fetch_max(end, Ordering::SeqCst);
+        self.settle();
+        end <= self.threshold.load(Ordering::SeqCst)
+    }
+
+    /// Makes `least` what it is to be. Whoever has changed a mark does so afterwards; the last of them
+    /// sees what all have changed.
+    fn settle(&self) {
+        let least = || {
+            let highest = self.highest.load(Ordering::SeqCst);
+            highest.min(self.threshold.load(Ordering::SeqCst))
+        };
+        let mut now = least();
+        loop {
+            self.least.store(now, Ordering::SeqCst);
+            match least() {
+                same if same == now => return,
+                other => now = other,
+            }
+        }
     }
 
     /// Takes the threshold away if a write that ends there goes beyond it.
     fn take(&self, end: u64) -> Option<u64> {
-        let threshold = self.0.load(Ordering::Relaxed);
+        let threshold = self.threshold.load(Ordering::SeqCst);
+        let order = Ordering::SeqCst;
         let is_beyond = threshold != NONE && end > threshold;
-        let (once, gone) = (Ordering::SeqCst, Ordering::Relaxed);
-        (is_beyond && self.0.compare_exchange(threshold, NONE, once, gone).is_ok())
-            .then_some(threshold)
+        if !is_beyond || self.threshold.compare_exchange(threshold, NONE, order, order).is_err() {
+            return None;
+        }
+        self.settle();
+        Some(threshold)
     }
 }
 
@@ -49,24 +84,30 @@ impl Node {
     /// Has the first write tell that goes beyond `threshold` (in bytes) from now on; 0 has none tell.
     pub fn set_write_threshold(&self, threshold: u64) {
         let value = if threshold == 0 { NONE } else { threshold };
-        self.threshold().0.store(value, Ordering::SeqCst);
+        self.marks().threshold.store(value, Ordering::SeqCst);
+        self.marks().settle();
     }
 
     /// Bytes; 0 if there is none.
     pub fn write_threshold(&self) -> u64 {
-        match self.threshold().0.load(Ordering::Relaxed) {
+        match self.marks().threshold.load(Ordering::Relaxed) {
             NONE => 0,
             threshold => threshold,
         }
     }
 
+    /// Where the write that went furthest has ended, in bytes; 0 if there was none.
+    pub fn write_highest(&self) -> u64 {
+        self.marks().highest.load(Ordering::Relaxed)
+    }
+
     /// A write to this range is about to begin.
-    pub(super) fn tell_threshold(&self, at: u64, len: u64) {
+    pub(super) fn mark_write(&self, at: u64, len: u64) {
         let end = at.saturating_add(len);
-        if self.threshold().allows(end) {
+        if self.marks().allows(end) {
             return;
         }
-        if let Some(threshold) = self.threshold().take(end) {
+        if let Some(threshold) = self.marks().take(end) {
             let node = self.name().to_owned();
             let exceeded = end - threshold;
             self.notices().tell(Notice::Exceeded(ThresholdExceeded { node, threshold, exceeded }));

@@ -96,6 +96,8 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
     let mut service = Service::new(drivers::registry(), policy.policy())?;
     service.wait_for_locks(Some(EndSignals::have_come));
+    // Monitors may ask for it.
+    service.count_requests();
     let address = matches.get_one::<metrics::Address>("metrics");
     let observed = address.map(|_| service.observe());
     let mut control = Control::default();

@@ -285,7 +285,7 @@ mod tests {
     use super::*;
 
     fn export(name: &str) -> Arc<ExportMetrics> {
-        Arc::new(ExportMetrics::new(name, "node", true, 1 << 20, 2))
+        Arc::new(ExportMetrics::new(name, ("node", 1 << 20), true, 2, true))
     }
 
     #[test]

@@ -4,9 +4,7 @@
 //! program has; one that is not there is not listed.
 
 use super::slow::{self, Later};
-use crate::block::graph::NodeInfo;
-use crate::block::node::DetectZeroes;
-use crate::block::{Error, SnapshotInfo};
+use crate::block::Error;
 use crate::export::vhost_user_blk::{Failure, IoError};
 use crate::io::Errno;
 use crate::options::{self, Map, Value};
@@ -209,58 +207,4 @@ fn query_commands(_: &mut Service, arguments: Map) -> Outcome {
     let slow = slow::COMMANDS.iter().map(|(name, _)| *name);
     let names = COMMANDS.iter().map(|(name, _)| *name).chain(slow).chain(OF_THE_SESSION);
     Ok(Value::List(names.map(|name| object([("name", Value::from(name))])).collect()))
-}
-
-/// `BlockDeviceInfo` of QEMU's schema.
-pub fn node(info: NodeInfo, allocated: Option<u64>) -> Value {
-    let NodeInfo { name, driver, read_only, active, options, len, filename, .. } = info;
-    let NodeInfo { snapshots, bitmaps, .. } = info;
-    let filename = filename.unwrap_or_else(|| format!("json:{{\"driver\": \"{driver}\"}}"));
-    let mut image = Map::from_iter([
-        ("virtual-size", Value::from(len)),
-        ("filename", Value::from(&*filename)),
-        ("format", Value::from(driver)),
-        ("dirty-flag", Value::from(false)),
-    ]);
-    if !snapshots.is_empty() {
-        let list = snapshots.iter().map(SnapshotInfo::to_value).collect();
-        image.insert("snapshots", Value::List(list));
-    }
-    if let Some(allocated) = allocated {
-        image.insert("actual-size", Value::from(allocated));
-    }
-    let cache = object([
-        ("no-flush", Value::from(options.no_flush)),
-        ("direct", Value::from(options.direct)),
-        ("writeback", Value::from(true)),
-    ]);
-    let detect_zeroes = match options.detect_zeroes {
-        DetectZeroes::Off => "off",
-        DetectZeroes::On => "on",
-        DetectZeroes::Unmap => "unmap",
-    };
-    let mut node = Map::from_iter([
-        ("node-name", Value::from(name)),
-        ("drv", Value::from(driver)),
-        ("file", Value::from(filename)),
-        ("ro", Value::from(read_only)),
-        ("encrypted", Value::from(false)),
-        ("detect_zeroes", Value::from(detect_zeroes)),
-        ("backing_file_depth", Value::from(0u64)),
-        ("image", Value::Map(image)),
-        ("cache", cache),
-    ]);
-    // QEMU 7.2 does not know it, and all of its nodes are.
-    if !active {
-        node.insert("active", false);
-    }
-    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
-        node.insert(limit, 0u64);
-    }
-    node.insert("write_threshold", info.write_threshold);
-    if !bitmaps.is_empty() {
-        let list = bitmaps.into_iter().map(super::bitmaps::describe).collect();
-        node.insert("dirty-bitmaps", Value::List(list));
-    }
-    Value::Map(node)
 }

@@ -8,6 +8,7 @@
 //! | `framing` | where one JSON value ends and the next begins |
 //! | `commands` | what each command does |
 //! | `slow` | those that wait for storage or guests |
+//! | `nodes`, `events` | what is told of nodes, asked for or not |
 //! | `snapshots` | those for internal snapshots |
 //! | `bitmaps` | those that change bitmaps, which do, too |
 //!
@@ -20,6 +21,7 @@ mod commands;
 mod control;
 mod events;
 mod framing;
+mod nodes;
 mod poll;
 mod session;
 mod slow;

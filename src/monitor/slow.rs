@@ -2,7 +2,8 @@
 //! looks now and then whether they have ended and serves other clients meanwhile.
 
 use super::bitmaps;
-use super::commands::{self, CommandError, Outcome, done};
+use super::commands::{CommandError, Outcome, done};
+use super::nodes;
 use super::snapshots;
 use crate::block::Error;
 use crate::io::Errno;
@@ -32,7 +33,8 @@ pub const COMMANDS: &[(&str, Begin)] = &[
     ("blockdev-del", blockdev_del),
     ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
     ("blockdev-snapshot-internal-sync", snapshots::create),
-    ("query-named-block-nodes", query_named_block_nodes),
+    ("query-blockstats", nodes::query_blockstats),
+    ("query-named-block-nodes", nodes::query_named_block_nodes),
     ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
 ];
 
@@ -41,9 +43,6 @@ pub(super) const AT_ONCE: Duration = Duration::from_millis(20);
 
 /// How long a lock is tried that is held by somebody else, who may be about to give it up.
 const GRACE: Duration = Duration::from_millis(200);
-
-/// How long a listing waits for what the storage has to tell.
-const STORAGE: Duration = Duration::from_secs(1);
 
 /// The outcome of something that is under way.
 pub(super) fn when_done(pending: Pending<Result<(), Error>>) -> Later {
@@ -148,27 +147,4 @@ fn blockdev_del(service: &mut Service, arguments: Map) -> Result<Later, CommandE
     }
     let Arguments { node_name } = options::from_map(arguments)?;
     Ok(when_done(service.blockdev_del(&node_name)))
-}
-
-fn query_named_block_nodes(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        // There are no backing files yet, which is all that it leaves out.
-        #[serde(rename = "flat")]
-        _flat: Option<bool>,
-    }
-    let Arguments { .. } = options::from_map(arguments)?;
-    let pending = service.query_nodes();
-    let mut wait = AT_ONCE;
-    let end = Instant::now() + STORAGE;
-    Ok(Box::new(move |service| {
-        let nodes = match pending.poll(std::mem::take(&mut wait)) {
-            Some(nodes) => nodes,
-            None if Instant::now() >= end => service.list_nodes(),
-            None => return None,
-        };
-        let list = nodes.into_iter().map(|(info, allocated)| commands::node(info, allocated));
-        Some(Ok(Value::List(list.collect())))
-    }))
 }

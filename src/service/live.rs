@@ -6,7 +6,7 @@
 use super::{Pending, Served, Service, State};
 use crate::block::graph::NodeInfo;
 use crate::block::{Abilities, Error, Node, Notice, Notices};
-use crate::export::vhost_user_blk::{Export, Failure, IoError, IoErrors};
+use crate::export::vhost_user_blk::{Export, ExportMetrics, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
 use crate::options::Map;
 use std::os::fd::{AsRawFd, RawFd};
@@ -246,6 +246,11 @@ impl Service {
             }
             all
         })
+    }
+
+    /// What exports have counted, oldest first.
+    pub fn counted(&self) -> Vec<Arc<ExportMetrics>> {
+        self.exports.iter().filter_map(|served| served.metrics.clone()).collect()
     }
 
     /// The files and devices that are open, and whether for writing.

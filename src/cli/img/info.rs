@@ -2,7 +2,7 @@
 
 use super::arguments::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
 use super::{Context, Ended, Failed, Tool, outln, snapshot_list};
-use crate::block::{ImageInfo, SnapshotInfo};
+use crate::block::{ImageInfo, Listed};
 use crate::cli::getopt::{Line, long_switch};
 use crate::options::{Map, Value, filename, json, size};
 use crate::tools::{Images, Opened, Wanted};
@@ -155,30 +155,17 @@ impl About {
         }
     }
 
-    /// As ImageInfo of QMP, its keys in qemu-img's order.
     fn json(&self) -> Map {
-        let info = &self.info;
-        let mut map = Map::new();
-        let text = |text: &String| Value::Str(text.clone());
-        let mut add = |key: &str, value: Option<Value>| {
-            if let Some(value) = value {
-                map.insert(key, value);
-            }
+        let listed = Listed {
+            filename: &self.filename,
+            format: self.format,
+            len: self.virtual_size,
+            allocated: self.actual_size,
+            full_backing: self.full_backing.as_deref(),
+            is_known: self.known,
+            info: &self.info,
         };
-        let snapshots: Vec<_> = info.snapshots.iter().map(SnapshotInfo::to_value).collect();
-        add("snapshots", (!snapshots.is_empty()).then_some(Value::List(snapshots)));
-        add("backing-filename-format", info.backing_format.as_ref().map(text));
-        add("virtual-size", Some(self.virtual_size.into()));
-        add("filename", Some(text(&self.filename)));
-        add("cluster-size", info.cluster_size.map(Value::from));
-        add("format", Some(self.format.into()));
-        add("actual-size", self.actual_size.map(Value::from));
-        add("encrypted", info.is_encrypted.then_some(Value::Bool(true)));
-        add("format-specific", info.specific.clone());
-        add("full-backing-filename", self.full_backing.as_ref().map(text));
-        add("backing-filename", info.backing_filename.as_ref().map(text));
-        add("dirty-flag", self.known.then_some(Value::Bool(info.is_dirty)));
-        map
+        listed.to_value()
     }
 }
 

@@ -6,7 +6,8 @@
 //! counter newer than another.
 //!
 //! A latency runs from when the worker finds a request to when it is about to show the guest its end.
-//! The clock is read once in a turn of the worker ([`Io::turn_time`]), for all requests that ended
+//! Where nobody watches latencies the clock is not read at all, and they are 0 ([`ExportMetrics::new`]).
+//! It is read once in a turn of the worker ([`Io::turn_time`]), for all requests that ended
 //! before it and all that are taken after it.
 
 use super::request::{Kind, Status};
@@ -45,13 +46,23 @@ pub struct ExportMetrics {
     pub connected: AtomicBool,
     /// Front ends that have connected so far.
     pub connections: AtomicU64,
+    /// Latencies are measured.
+    is_timed: bool,
     /// Made when a queue of the number is first started, and kept when it stops.
     queues: Box<[OnceLock<Arc<QueueMetrics>>]>,
 }
 
 impl ExportMetrics {
-    pub fn new(name: &str, node: &str, writable: bool, size: u64, queues: u16) -> ExportMetrics {
+    /// Of an export of `node`, which has `size` bytes.
+    pub fn new(
+        name: &str,
+        (node, size): (&str, u64),
+        writable: bool,
+        queues: u16,
+        is_timed: bool,
+    ) -> ExportMetrics {
         ExportMetrics {
+            is_timed,
             name: name.to_owned(),
             node: node.to_owned(),
             writable,
@@ -71,7 +82,8 @@ impl ExportMetrics {
     /// For the worker that a queue is started on. One at a time has it, for the queue before is gone.
     pub fn recorder(&self, queue: usize) -> Option<Recorder> {
         let to = self.queues.get(queue)?.get_or_init(Arc::default).clone();
-        Some(Recorder { to, now: 0, at_once: Default::default(), any_at_once: false })
+        let is_timed = self.is_timed;
+        Some(Recorder { to, is_timed, now: 0, at_once: Default::default(), any_at_once: false })
     }
 }
 
@@ -122,6 +134,7 @@ fn add(counter: &AtomicU64, n: u64) {
 /// A running queue's pen.
 pub struct Recorder {
     to: Arc<QueueMetrics>,
+    is_timed: bool,
     /// The clock, as read last for this queue.
     now: u64,
     /// Requests that ended in the turn that took them, and their bytes: their latencies are known when
@@ -131,12 +144,17 @@ pub struct Recorder {
 }
 
 impl Recorder {
+    #[inline]
+    fn time(&self, io: &Io) -> u64 {
+        if self.is_timed { io.turn_time() } else { 0 }
+    }
+
     /// The worker looks for requests. To be called before anything of this turn is taken.
     #[inline]
     pub fn poll(&mut self, io: &Io) {
         add(&self.to.polls, 1);
         if self.any_at_once {
-            self.settle(io.turn_time());
+            self.settle(self.time(io));
         }
     }
 
@@ -144,13 +162,13 @@ impl Recorder {
     #[inline]
     pub fn begin(&mut self, io: &Io) {
         add(&self.to.batches, 1);
-        self.now = io.turn_time();
+        self.now = self.time(io);
     }
 
     /// Requests of earlier turns end now.
     #[inline]
     pub fn end(&mut self, io: &Io) {
-        let now = io.turn_time();
+        let now = self.time(io);
         if self.any_at_once && now != self.now {
             self.settle(now);
         }
@@ -186,6 +204,7 @@ impl Recorder {
 
     /// Books what has ended at once, now that the clock shows `now`.
     pub fn settle(&mut self, now: u64) {
+        let now = if self.is_timed { now } else { 0 };
         self.any_at_once = false;
         let began = std::mem::replace(&mut self.now, now);
         for (at_once, to) in self.at_once.iter_mut().zip(&self.to.operations) {
@@ -249,7 +268,7 @@ mod tests {
 
     #[test]
     fn requests_that_end_in_their_turn_are_booked_when_the_clock_is_read_next() {
-        let export = ExportMetrics::new("e", "n", true, 0, 1);
+        let export = ExportMetrics::new("e", ("n", 0), true, 1, true);
         let mut recorder = export.recorder(0).unwrap();
         let counts = || {
             let (_, queue) = export.queues().next().unwrap();

@@ -289,7 +289,7 @@ impl Guest {
         *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
             export: "fuzz".to_owned(),
             index: 0,
-            recorder: ExportMetrics::new("fuzz", "node", true, 0, 1).recorder(0),
+            recorder: ExportMetrics::new("fuzz", ("node", 0), true, 1, true).recorder(0),
             disk: opened.disk.clone(),
             memory: guest.memory.memory.clone(),
             ring,

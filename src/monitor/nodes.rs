@@ -1,0 +1,169 @@
+//! What listings tell of nodes: `query-named-block-nodes` and `query-blockstats`, as QEMU's schema has
+//! them.
+
+mod stats;
+
+pub use stats::query_blockstats;
+
+use super::commands::{CommandError, object};
+use super::slow::{AT_ONCE, Later};
+use crate::block::graph::NodeInfo;
+use crate::block::node::DetectZeroes;
+use crate::block::{Kind, Listed};
+use crate::options::{self, Map, Value, filename};
+use crate::service::Service;
+use serde::Deserialize;
+use std::time::{Duration, Instant};
+
+/// How long a listing waits for what the storage has to tell.
+const STORAGE: Duration = Duration::from_secs(1);
+
+/// All nodes, newest first, and how many bytes each occupies, if that is known.
+struct Nodes<'a> {
+    service: &'a Service,
+    list: Vec<(NodeInfo, Option<u64>)>,
+}
+
+/// Asks the storage, too, and does without where it does not answer.
+fn when_listed(
+    service: &Service,
+    mut tell: impl FnMut(Nodes<'_>) -> Vec<Value> + 'static,
+) -> Later {
+    let pending = service.query_nodes();
+    let mut wait = AT_ONCE;
+    let end = Instant::now() + STORAGE;
+    Box::new(move |service| {
+        let list = match pending.poll(std::mem::take(&mut wait)) {
+            Some(nodes) => nodes,
+            None if Instant::now() >= end => service.list_nodes(),
+            None => return None,
+        };
+        Some(Ok(Value::List(tell(Nodes { service, list }))))
+    })
+}
+
+pub fn query_named_block_nodes(
+    service: &mut Service,
+    arguments: Map,
+) -> Result<Later, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        flat: Option<bool>,
+    }
+    let Arguments { flat } = options::from_map(arguments)?;
+    let deep = !flat.unwrap_or(false);
+    Ok(when_listed(service, move |nodes| {
+        nodes.list.iter().map(|(info, _)| nodes.describe(info, deep)).collect()
+    }))
+}
+
+impl Nodes<'_> {
+    fn by_name(&self, name: &str) -> Option<&NodeInfo> {
+        self.list.iter().map(|(info, _)| info).find(|info| info.name == name)
+    }
+
+    fn child(&self, info: &NodeInfo, role: &str) -> Option<&NodeInfo> {
+        let (_, name) = info.children.iter().find(|(is, _)| *is == role)?;
+        self.by_name(name)
+    }
+
+    /// What a filter filters.
+    fn filtered(&self, info: &NodeInfo) -> Option<&NodeInfo> {
+        let entry = self.service.graph().registry().get(info.driver)?;
+        match entry.kind {
+            Kind::Filter => self.by_name(&info.children.first()?.1),
+            _ => None,
+        }
+    }
+
+    /// That, or the image that it reads where it has nothing.
+    fn below(&self, info: &NodeInfo) -> Option<&NodeInfo> {
+        self.filtered(info).or_else(|| self.child(info, "backing"))
+    }
+
+    /// `BlockDeviceInfo`; with `deep`, the image with all below it.
+    fn describe(&self, info: &NodeInfo, deep: bool) -> Value {
+        let backing = self.child(info, "backing");
+        let chain = std::iter::successors(self.below(info), |info| self.below(info));
+        // As in QEMU, flat listings do not look.
+        let depth = if deep { chain.count() as u64 } else { 0 };
+        let cache = object([
+            ("no-flush", Value::from(info.options.no_flush)),
+            ("direct", Value::from(info.options.direct)),
+            ("writeback", Value::from(true)),
+        ]);
+        let detect_zeroes = match info.options.detect_zeroes {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        };
+        let mut node = Map::from_iter([
+            ("node-name", Value::from(&*info.name)),
+            ("drv", Value::from(info.driver)),
+            ("file", Value::from(shown_filename(info))),
+            ("ro", Value::from(info.read_only)),
+            ("encrypted", Value::from(false)),
+            ("detect_zeroes", Value::from(detect_zeroes)),
+            ("backing_file_depth", Value::from(depth)),
+            ("image", Value::Map(self.image(info, deep))),
+            ("cache", cache),
+            ("write_threshold", Value::from(info.write_threshold)),
+        ]);
+        if let Some(backing) = backing {
+            node.insert("backing_file", shown_filename(backing));
+        }
+        // QEMU 7.2 does not know it, and all of its nodes are.
+        if !info.active {
+            node.insert("active", false);
+        }
+        for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
+            node.insert(limit, 0u64);
+        }
+        if !info.bitmaps.is_empty() {
+            let list = info.bitmaps.iter().cloned().map(super::bitmaps::describe).collect();
+            node.insert("dirty-bitmaps", Value::List(list));
+        }
+        Value::Map(node)
+    }
+
+    /// `ImageInfo`.
+    fn image(&self, info: &NodeInfo, deep: bool) -> Map {
+        let filename = shown_filename(info);
+        let mut image = info.image.clone().unwrap_or_default();
+        if let Some(filtered) = self.filtered(info).and_then(|filtered| filtered.image.as_ref()) {
+            image.cluster_size = filtered.cluster_size;
+            image.snapshots.clone_from(&filtered.snapshots);
+        }
+        let full = image
+            .backing_filename
+            .as_deref()
+            .map(|name| filename::resolve(&filename, name).unwrap_or_else(|_| name.to_owned()));
+        let allocated = match info.image {
+            Some(_) => {
+                let mut all = self.list.iter();
+                all.find(|(one, _)| one.name == info.name).and_then(|(_, allocated)| *allocated)
+            }
+            None => Some(0),
+        };
+        let listed = Listed {
+            filename: &filename,
+            format: info.driver,
+            len: info.len,
+            allocated,
+            full_backing: full.as_deref(),
+            is_known: info.image.is_some(),
+            info: &image,
+        };
+        let mut map = listed.to_value();
+        if deep && let Some(below) = self.below(info) {
+            map.insert("backing-image", Value::Map(self.image(below, true)));
+        }
+        map
+    }
+}
+
+fn shown_filename(info: &NodeInfo) -> String {
+    let unnamed = || format!("json:{{\"driver\": \"{}\"}}", info.driver);
+    info.filename.clone().unwrap_or_else(unnamed)
+}
