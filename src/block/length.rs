@@ -43,15 +43,21 @@ impl LengthNotice {
         let _ = self.event.write(1);
     }
 
+    /// Whether it was told since [`LengthNotice::take`].
     pub(super) fn is_told(&self) -> bool {
         self.told.load(Ordering::SeqCst)
     }
 
-    /// Whether it was told since this was last asked.
+    /// The same, and it is heard now.
     pub(super) fn take(&self) -> bool {
-        // What is told after this is read makes it readable again.
+        self.is_told() && self.told.swap(false, Ordering::SeqCst)
+    }
+
+    /// Makes the event tell of what comes from now on. False if something has come already.
+    pub(super) fn arm(&self) -> bool {
+        // `told` is set before it is written to, so what is read away here is seen.
         let _ = self.event.read();
-        self.told.swap(false, Ordering::SeqCst)
+        !self.is_told()
     }
 
     pub(super) fn event(&self) -> RawFd {

@@ -80,7 +80,7 @@ impl Source for Follower {
     fn publish(&mut self) {}
 
     fn arm(&mut self) -> bool {
-        !self.notice.is_told()
+        self.notice.arm()
     }
 
     fn disarm(&mut self) {}
