@@ -5,6 +5,7 @@
 mod bind;
 mod inside;
 mod io;
+mod readme;
 mod served;
 
 use crate::cli::VUBLK;

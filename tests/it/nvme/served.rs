@@ -96,6 +96,7 @@ fn a_drive_that_takes_too_long_costs_no_request() {
 }
 
 #[test]
+#[ignore = "half a minute more of guests: make test-nvme"]
 fn a_guest_s_disk_goes_over_to_another_controller_of_its_namespace() {
     let drives = Drives::new(1, 64);
     let mut guest = drives.attach(lab().memory("1G").for_more(MORE_TIME));
