@@ -38,9 +38,9 @@ impl Observed {
 
     /// The drives that have told of their health.
     pub fn drives(&self) -> Vec<(String, DriveHealth)> {
-        let drives = self.drives.lock();
-        let drives = drives.iter().filter_map(Weak::upgrade);
-        drives.filter_map(|drive| Some((drive.name(), drive.health()?))).collect()
+        // Not under the lock: what is let go of here may be the last of a drive, which takes its time.
+        let drives: Vec<_> = self.drives.lock().iter().filter_map(Weak::upgrade).collect();
+        drives.iter().filter_map(|drive| Some((drive.name(), drive.health()?))).collect()
     }
 
     /// Those that have not ended, oldest first. Of those that bear a name one after the other there is
