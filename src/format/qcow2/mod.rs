@@ -22,7 +22,7 @@
 //! | `standing` | what the disk has of the header, and whether anything may be written |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `empty` | another backing file; giving up all that the image has |
-//! | `overlap`, `corrupt` | what must not be written over; what is told of an image that makes no sense |
+//! | `overlap`, `places`, `corrupt` | what must not be written over, and where it is; what is told of an image that makes no sense |
 
 mod alloc;
 mod amend;
@@ -52,6 +52,7 @@ mod options;
 pub mod order;
 mod overlap;
 mod packed;
+mod places;
 mod preallocate;
 mod read;
 mod refcounts;

@@ -18,11 +18,10 @@ use super::alloc::Run;
 use super::extensions::Extension;
 use super::header::Header;
 use super::layout::{Cluster, L2Entry};
+use super::places::Places;
 use super::{Qcow2, corrupt};
 use crate::io::IoResult;
 use crate::io::sync::Mutex;
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -75,27 +74,6 @@ pub struct Overlaps {
     is_met: AtomicBool,
 }
 
-/// By host cluster.
-type Places = HashMap<u64, Kinds, BuildHasherDefault<ClusterHash>>;
-
-/// A slice has hundreds of entries, each of which is looked up.
-#[derive(Default)]
-struct ClusterHash(u64);
-
-impl Hasher for ClusterHash {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("clusters are numbers");
-    }
-
-    fn write_u64(&mut self, n: u64) {
-        self.0 = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
-    }
-}
-
 impl Overlaps {
     pub fn new(kinds: Kinds) -> Overlaps {
         Overlaps { kinds, places: Mutex::default(), is_met: AtomicBool::new(false) }
@@ -112,31 +90,29 @@ impl Overlaps {
 
     /// Metadata is there, or is about to be.
     pub fn note(&self, kind: Kinds, clusters: Range<u64>) {
+        self.note_all(kind, std::iter::once(clusters));
+    }
+
+    fn note_all(&self, kind: Kinds, places: impl Iterator<Item = Range<u64>>) {
         if self.looks_for(kind) {
-            let mut places = self.places.lock();
-            clusters.for_each(|cluster| *places.entry(cluster).or_default() |= kind);
+            self.places.lock().add(kind, places);
         }
     }
 
     /// Nothing is known of a kind any more.
     pub fn forget(&self, kind: Kinds) {
-        self.places.lock().retain(|_, kinds| {
-            *kinds -= kind;
-            !kinds.is_empty()
-        });
+        self.places.lock().remove(kind);
     }
 
     fn forget_at(&self, cluster: u64, kind: Kinds) {
-        if let Some(kinds) = self.places.lock().get_mut(&cluster) {
-            *kinds -= kind;
-        }
+        self.places.lock().remove_at(cluster, kind);
     }
 
     /// What may be in these clusters, but for `own`.
     fn look(&self, mut clusters: Range<u64>, own: Kinds) -> Option<(u64, Kinds)> {
         let places = self.places.lock();
         clusters.find_map(|cluster| {
-            let kinds = *places.get(&cluster)? - own;
+            let kinds = places.at(cluster) - own;
             (!kinds.is_empty()).then_some((cluster, kinds))
         })
     }
@@ -188,10 +164,11 @@ impl Qcow2 {
     /// The tables of snapshots. Those that cannot be read are left out.
     pub(super) async fn note_snapshots(&self) {
         let Ok(table) = self.snapshot_table() else { return };
-        for snapshot in &table.list {
-            let place = self.clusters_of(snapshot.l1_table_offset, u64::from(snapshot.l1_size) * 8);
-            self.overlaps.note(Kinds::INACTIVE_L1, place);
-        }
+        let places = table
+            .list
+            .iter()
+            .map(|one| self.clusters_of(one.l1_table_offset, u64::from(one.l1_size) * 8));
+        self.overlaps.note_all(Kinds::INACTIVE_L1, places);
         // Freed ones would not be told from those in use.
         self.overlaps.forget(Kinds::INACTIVE_L2);
         if self.overlaps.looks_for(Kinds::INACTIVE_L2) {
@@ -282,7 +259,7 @@ impl Qcow2 {
         let mut hosts: Vec<u64> = self.hosts(words).collect();
         let hits = |hosts: &[u64]| {
             let places = self.overlaps.places.lock();
-            hosts.iter().copied().filter(|host| places.contains_key(host)).collect::<Vec<_>>()
+            hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
         };
         let is_met = hosts.iter().any(|&host| host >= end)
             || hits(&hosts)
