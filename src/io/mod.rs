@@ -11,6 +11,7 @@
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share.
+//! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
 //! * [`shared_mapping`]: memory that another process may take away again.
 //! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
 //!
@@ -22,6 +23,8 @@ pub mod errno;
 pub mod iovec;
 pub mod offload;
 pub mod op;
+pub mod pages;
+pub mod periodic;
 mod polls;
 mod pool;
 pub mod ring;

@@ -140,7 +140,7 @@ impl Qcow2 {
             if let Some(run) = run {
                 let taken = Taken { image: self, run };
                 if is_half_used
-                    && let Some(mut refcounts) = self.counts.as_ref().and_then(Lock::try_lock)
+                    && let Some(mut refcounts) = self.counts.as_deref().and_then(Lock::try_lock)
                 {
                     // If it fails there is something left, and whoever finds nothing will be told.
                     let _ = self.reserve_more(&mut refcounts).await;

@@ -41,7 +41,7 @@ impl Qcow2 {
         result?;
         // Whoever has them now does it, or the next flush: this one waits for nobody.
         if self.has_freed()
-            && let Some(mut refcounts) = self.counts.as_ref().and_then(Lock::try_lock)
+            && let Some(mut refcounts) = self.counts.as_deref().and_then(Lock::try_lock)
         {
             self.reap(&mut refcounts).await;
         }

@@ -6,14 +6,15 @@
 //! another slice's entry. Readers write nothing; all changes are made under one mutex, and only
 //! memory is touched while it is held.
 //!
-//! A slot that is pinned keeps its slice: somebody is about to change it.
+//! A slot that is pinned keeps its slice: somebody is about to change it. What nobody has looked at for a
+//! while is given back, page by page, under readers who do not trust what they find there.
 
 use super::layout::L2Entry;
 use crate::io::IoResult;
+use crate::io::pages::{PAGE, Pages};
 use crate::io::sync::Mutex;
 use std::future::{Future, poll_fn};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::task::{Poll, Waker};
 
 /// Slots that a slice may be in.
@@ -33,14 +34,16 @@ pub struct L2Cache {
     /// Words of an entry: 1 or 2.
     words: usize,
     slots: Box<[Slot]>,
+    /// The slots' slices, one after the other.
+    data: Pages,
     state: Mutex<State>,
 }
 
 struct Slot {
     sequence: AtomicU32,
     tag: AtomicU64,
-    /// Made when it is first used.
-    data: OnceLock<Box<[AtomicU64]>>,
+    /// It was looked at since what is unused was last given back. Written once in between.
+    is_used: AtomicBool,
 }
 
 #[derive(Default)]
@@ -79,22 +82,26 @@ enum Begun<'a> {
 
 impl L2Cache {
     /// A cache of about `bytes`, in slices of `slice_bytes`, entries of `words` words.
-    pub fn new(bytes: u64, slice_bytes: u64, words: usize) -> L2Cache {
+    ///
+    /// # Errors
+    /// There is not so much memory.
+    pub fn new(bytes: u64, slice_bytes: u64, words: usize) -> IoResult<L2Cache> {
         let sets = (bytes / slice_bytes).div_ceil(WAYS as u64).max(1);
         let count = sets as usize * WAYS;
         let slots = (0..count).map(|_| Slot {
             sequence: AtomicU32::new(0),
             tag: AtomicU64::new(EMPTY),
-            data: OnceLock::new(),
+            is_used: AtomicBool::new(false),
         });
         let state = State { slots: vec![SlotState::default(); count], ..State::default() };
-        L2Cache {
+        Ok(L2Cache {
+            data: Pages::new(count * slice_bytes as usize / 8)?,
             sets,
             entries: slice_bytes as usize / 8 / words,
             words,
             slots: slots.collect(),
             state: Mutex::new(state),
-        }
+        })
     }
 
     /// Entries of a slice.
@@ -109,13 +116,15 @@ impl L2Cache {
 
     /// An entry, if its slice is there: no lock, no write.
     pub fn get(&self, slice: SliceNo, index: usize) -> Option<L2Entry> {
-        for slot in &self.slots[self.set(slice)] {
+        for n in self.set(slice) {
+            let slot = &self.slots[n];
             for _ in 0..RETRIES {
                 if slot.tag.load(Ordering::Acquire) != slice.0 {
                     break;
                 }
-                if let Some(words) = slot.read_of(slice, index * self.words, self.words) {
-                    return Some(words);
+                if let Some(entry) = self.read_of(n, slice, index) {
+                    slot.mark_used();
+                    return Some(entry);
                 }
             }
         }
@@ -156,6 +165,7 @@ impl L2Cache {
         let mut set = self.set(slice);
         if let Some(slot) = set.clone().find(|&n| self.tag(n) == slice.0) {
             state.slots[slot].pins += 1;
+            self.slots[slot].mark_used();
             return Some(Begun::There(Pinned { cache: self, slot }));
         }
         let oldest = set.clone().filter(|&n| state.slots[n].pins == 0);
@@ -167,8 +177,49 @@ impl L2Cache {
         state.slots[slot].pins = 1;
         state.loading.push(slice);
         // What it held until now is not there for anybody any more.
-        self.slots[slot].change(|_| self.slots[slot].tag.store(EMPTY, Ordering::Relaxed));
+        self.slots[slot].change(|| self.slots[slot].tag.store(EMPTY, Ordering::Relaxed));
         Some(Begun::Load(Loading { cache: self, slice, slot }))
+    }
+
+    /// The words of a slot.
+    fn data(&self, slot: usize) -> &[AtomicU64] {
+        let len = self.entries * self.words;
+        &self.data.words()[slot * len..][..len]
+    }
+
+    /// An entry, if nothing has changed meanwhile and the slot holds `slice`.
+    fn read_of(&self, slot: usize, slice: SliceNo, index: usize) -> Option<L2Entry> {
+        let Slot { sequence, tag, .. } = &self.slots[slot];
+        let before = sequence.load(Ordering::Acquire);
+        let same = tag.load(Ordering::Relaxed) == slice.0;
+        let (data, at) = (self.data(slot), index * self.words);
+        let word = data[at].load(Ordering::Relaxed);
+        let bitmap = if self.words == 2 { data[at + 1].load(Ordering::Relaxed) } else { 0 };
+        fence(Ordering::Acquire);
+        let still = before & 1 == 0 && sequence.load(Ordering::Relaxed) == before;
+        (same && still).then_some(L2Entry { word, bitmap })
+    }
+
+    /// Gives back the memory of slices that were not looked at since this was last called.
+    pub fn give_back_unused(&self) {
+        let len = self.entries * self.words;
+        // Slots that share a page go together.
+        let group = (PAGE / 8).div_ceil(len);
+        for first in (0..self.slots.len()).step_by(group) {
+            let slots = first..(first + group).min(self.slots.len());
+            let state = self.state.lock();
+            for n in slots.clone() {
+                let was_used = self.slots[n].is_used.swap(false, Ordering::Relaxed);
+                if !was_used && state.slots[n].pins == 0 && self.tag(n) != EMPTY {
+                    let slot = &self.slots[n];
+                    slot.change(|| slot.tag.store(EMPTY, Ordering::Relaxed));
+                }
+            }
+            let is_free = |n: usize| state.slots[n].pins == 0 && self.tag(n) == EMPTY;
+            if slots.clone().all(is_free) {
+                self.data.give_back(slots.start * len..slots.end * len);
+            }
+        }
     }
 
     /// Changes are made under the mutex, so that this is exact there.
@@ -179,13 +230,12 @@ impl L2Cache {
     /// The words of each slice that is there, one after the other.
     pub fn for_each_slice(&self, mut look: impl FnMut(&[u64])) {
         let mut words = Vec::new();
-        for (n, slot) in self.slots.iter().enumerate() {
+        for n in 0..self.slots.len() {
             // Nothing changes meanwhile.
             let state = self.state.lock();
             if self.tag(n) != EMPTY {
-                let data = slot.data.get().map_or(&[][..], |data| data);
                 words.clear();
-                words.extend(data.iter().map(|word| word.load(Ordering::Relaxed)));
+                words.extend(self.data(n).iter().map(|word| word.load(Ordering::Relaxed)));
                 drop(state);
                 look(&words);
             }
@@ -198,36 +248,25 @@ impl L2Cache {
         for (n, slot) in self.slots.iter().enumerate() {
             let tag = self.tag(n);
             if state.slots[n].pins == 0 && tag != EMPTY && which(SliceNo(tag)) {
-                slot.change(|_| slot.tag.store(EMPTY, Ordering::Relaxed));
+                slot.change(|| slot.tag.store(EMPTY, Ordering::Relaxed));
             }
         }
     }
 }
 
 impl Slot {
-    /// The entry at word `at`, if nothing has changed meanwhile and the slot holds `slice`.
-    fn read_of(&self, slice: SliceNo, at: usize, words: usize) -> Option<L2Entry> {
-        let before = self.sequence.load(Ordering::Acquire);
-        let same = self.tag.load(Ordering::Relaxed) == slice.0;
-        let data = self.data.get()?;
-        let word = data[at].load(Ordering::Relaxed);
-        let bitmap = if words == 2 { data[at + 1].load(Ordering::Relaxed) } else { 0 };
-        fence(Ordering::Acquire);
-        let still = before & 1 == 0 && self.sequence.load(Ordering::Relaxed) == before;
-        (same && still).then_some(L2Entry { word, bitmap })
-    }
-
-    /// As [`Slot::read_of`], where the slot is known to keep its slice.
-    fn read(&self, at: usize, words: usize) -> Option<L2Entry> {
-        self.read_of(SliceNo(self.tag.load(Ordering::Relaxed)), at, words)
+    fn mark_used(&self) {
+        if !self.is_used.load(Ordering::Relaxed) {
+            self.is_used.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Changes the slot while readers know not to trust it. Under the cache's mutex.
-    fn change(&self, change: impl FnOnce(&[AtomicU64])) {
+    fn change(&self, change: impl FnOnce()) {
         let sequence = self.sequence.load(Ordering::Relaxed);
         self.sequence.store(sequence.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
-        change(self.data.get().map_or(&[], |data| data));
+        change();
         self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
     }
 }
@@ -240,27 +279,15 @@ impl<'a> Loading<'a> {
         state.clock += 1;
         state.slots[slot].filled = state.clock;
         state.slots[slot].pins += 1;
-        place
-            .data
-            .get_or_init(|| (0..cache.entries * cache.words).map(AtomicU64::new_zero).collect());
-        place.change(|data| {
-            for (place, &word) in data.iter().zip(words) {
+        place.mark_used();
+        place.change(|| {
+            for (place, &word) in cache.data(slot).iter().zip(words) {
                 place.store(word, Ordering::Relaxed);
             }
             place.tag.store(self.slice.0, Ordering::Relaxed);
         });
         drop(state);
         Pinned { cache, slot }
-    }
-}
-
-trait NewZero {
-    fn new_zero(_: usize) -> Self;
-}
-
-impl NewZero for AtomicU64 {
-    fn new_zero(_: usize) -> AtomicU64 {
-        AtomicU64::new(0)
     }
 }
 
@@ -280,10 +307,9 @@ impl Pinned<'_> {
     pub fn get(&self, index: usize) -> L2Entry {
         loop {
             // Changes take a few stores under a mutex, so this ends.
-            if let Some(words) =
-                self.cache.slots[self.slot].read(index * self.cache.words, self.cache.words)
-            {
-                return words;
+            let slice = SliceNo(self.cache.tag(self.slot));
+            if let Some(entry) = self.cache.read_of(self.slot, slice, index) {
+                return entry;
             }
             std::hint::spin_loop();
         }
@@ -291,7 +317,7 @@ impl Pinned<'_> {
 
     /// All words of the slice.
     pub fn words(&self) -> &[AtomicU64] {
-        self.cache.slots[self.slot].data.get().map_or(&[], |data| data)
+        self.cache.data(self.slot)
     }
 
     /// Keeps the slice in its slot until [`Pinned::stay_no_longer`].
@@ -306,7 +332,8 @@ impl Pinned<'_> {
     /// Shows new entries to all readers.
     pub fn publish(&self, entries: &[(usize, L2Entry)]) {
         let _state = self.cache.state.lock();
-        self.cache.slots[self.slot].change(|data| {
+        let data = self.cache.data(self.slot);
+        self.cache.slots[self.slot].change(|| {
             for &(index, words) in entries {
                 let at = index * self.cache.words;
                 data[at].store(words.word, Ordering::Relaxed);
@@ -348,7 +375,7 @@ mod tests {
 
     #[test]
     fn what_was_loaded_is_read_and_what_was_published_replaces_it() {
-        let cache = L2Cache::new(4096, 512, 2);
+        let cache = L2Cache::new(4096, 512, 2).unwrap();
         assert_eq!(cache.entries(), 32);
         assert_eq!(cache.get(SliceNo(3), 1), None);
         let words: Vec<u64> = (0..64).collect();
@@ -362,7 +389,7 @@ mod tests {
 
     #[test]
     fn pinned_slices_stay_and_the_oldest_of_the_others_goes() {
-        let cache = L2Cache::new(0, 512, 1);
+        let cache = L2Cache::new(0, 512, 1).unwrap();
         let words = |n: u64| vec![n; 64];
         let first = pin_now(&cache, 0, &words(0)).unwrap();
         for n in 1..WAYS as u64 {
@@ -381,14 +408,41 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_looked_at_is_given_back_and_what_is_pinned_stays() {
+        // Eight slots to a page, and one to a page.
+        for bytes in [512, 4096] {
+            let cache = L2Cache::new(64 * bytes, bytes, 1).unwrap();
+            let words: Vec<u64> = vec![7; bytes as usize / 8];
+            let pinned = pin_now(&cache, 1, &words).unwrap();
+            (2..64).for_each(|n| drop(pin_now(&cache, n, &words).unwrap()));
+            cache.give_back_unused();
+            assert!((1..64).all(|n| cache.get(SliceNo(n), 0).is_some()), "all were used");
+            cache.give_back_unused();
+            assert_eq!(cache.get(SliceNo(9), 3).unwrap().word, 7);
+            cache.give_back_unused();
+            let there = |n| cache.get(SliceNo(n), 3).is_some();
+            let all = cache.data.words().iter();
+            let zeroes = all.filter(|word| word.load(Ordering::Relaxed) == 0).count();
+            assert!(zeroes >= 48 * words.len(), "{zeroes} words");
+            assert_eq!((1..64).filter(|&n| there(n)).collect::<Vec<_>>(), [1, 9]);
+            assert_eq!(pinned.get(3).word, 7);
+            drop(pinned);
+            assert!(pin_now(&cache, 20, &words).is_some() && there(20));
+        }
+    }
+
+    #[test]
     fn a_slot_that_is_refilled_never_gives_a_strangers_entry() {
-        let cache = L2Cache::new(0, 512, 2);
+        let cache = L2Cache::new(0, 512, 2).unwrap();
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for round in 0..20_000u64 {
                     let slice = round % 50;
                     pin_now(&cache, slice, &vec![slice + 1; 64]);
+                    if round % 64 == 0 {
+                        cache.give_back_unused();
+                    }
                 }
                 stop.store(true, Ordering::SeqCst);
             });

@@ -256,6 +256,15 @@ impl L2Entry {
         self.word & COPIED != 0
     }
 
+    /// Where its host cluster is, if it has one of its own.
+    pub fn place(self, geometry: &Geometry) -> Option<u64> {
+        match geometry.decode(self).ok()? {
+            Cluster::Normal { host } => Some(host),
+            Cluster::Zero { host } | Cluster::Subclusters { host, .. } => host,
+            Cluster::Unallocated | Cluster::Compressed(_) => None,
+        }
+    }
+
     /// Whether the flag is set that makes a standard entry read as zeroes.
     pub fn reads_zero(self) -> bool {
         self.word & ZERO != 0

@@ -6,7 +6,7 @@
 //! | `layout` | sizes, indices, table entries |
 //! | `options`, `open` | what can be asked for; opening |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
-//! | `l1`, `l2_cache` | the tables in memory, read without a lock |
+//! | `l1`, `l2_cache`, `clean` | the tables in memory, read without a lock; what was not used is given back |
 //! | `lookup` | where a guest's bytes are |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
 //! | `create`, `new_image`, `amend` | making images, and making them others |
@@ -30,6 +30,7 @@ mod backing;
 mod batch;
 pub mod bitmaps;
 pub mod check;
+mod clean;
 mod compressed;
 mod corrupt;
 mod create;
@@ -116,7 +117,7 @@ pub struct Qcow2 {
     readers_share: bool,
     traits: Traits,
     l1: L1Table,
-    l2: L2Cache,
+    l2: Arc<L2Cache>,
     /// Of what is in the L2 cache at once, in bytes.
     slice_bytes: u64,
     /// Of refcount blocks that are kept, in bytes.
@@ -135,6 +136,10 @@ pub struct Qcow2 {
     passes_discards: bool,
     /// And of those that a snapshot's end has freed.
     passes_snapshot_discards: bool,
+    /// And of what becomes free otherwise.
+    passes_other_discards: bool,
+    /// What a guest discards keeps its host cluster.
+    keeps_discarded: bool,
     /// Of requests to the file, in bytes.
     file_align: u64,
     header: Lock<Header>,
@@ -152,7 +157,7 @@ pub struct Qcow2 {
     suspects: Mutex<BTreeMap<SliceNo, flush::Suspect>>,
     stopped: Stopped,
     /// None when the image is read-only.
-    counts: Option<Lock<Refcounts>>,
+    counts: Option<Arc<Lock<Refcounts>>>,
     pool: Mutex<Pool>,
     packing: Lock<Packing>,
     freed: Freed,

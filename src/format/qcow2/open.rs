@@ -16,6 +16,7 @@ use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value};
+use std::sync::Arc;
 
 pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
@@ -39,6 +40,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         header = repair(opening.name(), &node).await?;
     }
     let overlap_check = options.overlap_check().map_err(|error| opening.error(error))?;
+    let clean_interval = options.clean_interval()?;
     let geometry = header.geometry();
     let caches = options.caches(&geometry, header.size, !opening.options().read_only)?;
 
@@ -62,7 +64,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
             let place = (header.refcount_table_offset, header.refcount_table_clusters);
             let counts = Refcounts::load(&node, geometry, place, caches.refcounts).await;
             let counts = counts.map_err(no_refcounts)?;
-            Some(Lock::new(counts))
+            Some(Arc::new(Lock::new(counts)))
         }
         false => None,
     };
@@ -80,6 +82,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         children.len() - 1
     });
     let words = geometry.l2_entry_size() as usize / 8;
+    let l2 = L2Cache::new(caches.l2, caches.l2_slice, words)
+        .map_err(|_| Error::new("Could not allocate metadata caches"))?;
     let traits = traits(children[data].node().traits(), &geometry, is_writable);
     let image = Qcow2 {
         name: opening.name().to_owned(),
@@ -91,7 +95,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         readers_share: opening.policy().readers_share,
         traits,
         l1,
-        l2: L2Cache::new(caches.l2, caches.l2_slice, words),
+        l2: Arc::new(l2),
         slice_bytes: caches.l2_slice,
         refcount_cache: caches.refcounts,
         visits: Default::default(),
@@ -104,6 +108,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
         passes_discards: options.pass_discard_request.unwrap_or(opening.options().discard),
         passes_snapshot_discards: options.pass_discard_snapshot.unwrap_or(true),
+        passes_other_discards: options.pass_discard_other.unwrap_or(false),
+        keeps_discarded: keeps_discarded(options.discard_no_unref, &header)?,
         file_align: node.traits().request_align.into(),
         header_copy: Mutex::new(header.clone()),
         header_state: Default::default(),
@@ -122,6 +128,9 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         bitmaps,
     };
     image.note_metadata().await;
+    if let Some(interval) = clean_interval {
+        image.clean_every(interval);
+    }
     Ok(Box::new(image))
 }
 
@@ -197,6 +206,14 @@ pub(super) fn check_writable(header: &Header) -> Result<(), Error> {
         ));
     }
     Ok(())
+}
+
+fn keeps_discarded(given: Option<bool>, header: &Header) -> Result<bool, Error> {
+    let keeps = given.unwrap_or(false);
+    if keeps && header.version < 3 {
+        return Err(Error::new("discard-no-unref is only supported since qcow2 version 3"));
+    }
+    Ok(keeps)
 }
 
 fn lazy_refcounts(given: &Option<bool>, header: &Header) -> Result<bool, Error> {

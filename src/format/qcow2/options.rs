@@ -9,6 +9,7 @@ use crate::block::{Error, OptionHelp};
 use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{self, Map, NodeRef, Value};
 use serde::Deserialize;
+use std::time::Duration;
 
 pub static HELP: &[OptionHelp] = &[
     help("file", "node", "The node that holds the image"),
@@ -31,6 +32,13 @@ pub static HELP: &[OptionHelp] = &[
     help("overlap-check.inactive-l2", "on|off", ""),
     help("overlap-check.bitmap-directory", "on|off", ""),
     help("pass-discard-request", "on|off", "The storage is told of what guests discard"),
+    help("pass-discard-other", "on|off", "The storage is told of what else becomes free"),
+    help("discard-no-unref", "on|off", "What guests discard keeps its place in the image"),
+    help(
+        "cache-clean-interval",
+        "int",
+        "Seconds after which unused caches are given back (600); 0: never",
+    ),
     help("pass-discard-snapshot", "on|off", "The storage is told of what deleted snapshots free"),
 ];
 
@@ -42,6 +50,8 @@ const fn help(name: &'static str, value: &'static str, help: &'static str) -> Op
 const DEFAULT_L2_CACHE: u64 = 32 << 20;
 /// Bytes of an L2 table that are read at once.
 const DEFAULT_SLICE: u64 = 4096;
+/// Seconds.
+const CLEAN_INTERVAL: i64 = 600;
 /// Refcount blocks that are kept at least.
 const MIN_REFCOUNT_CACHE: u64 = 4;
 
@@ -58,6 +68,10 @@ pub struct Options {
     pub lazy_refcounts: Option<bool>,
     pub pass_discard_request: Option<bool>,
     pub pass_discard_snapshot: Option<bool>,
+    pub pass_discard_other: Option<bool>,
+    pub discard_no_unref: Option<bool>,
+    /// Seconds.
+    cache_clean_interval: Option<i64>,
     overlap_check: Option<Value>,
 }
 
@@ -144,6 +158,16 @@ impl Options {
             }
         };
         Ok(flags.kinds())
+    }
+
+    /// After how long what was not used is given back; none for never.
+    pub fn clean_interval(&self) -> Result<Option<Duration>, Error> {
+        let seconds = self.cache_clean_interval.unwrap_or(CLEAN_INTERVAL);
+        match u32::try_from(seconds) {
+            Ok(0) => Ok(None),
+            Ok(seconds) => Ok(Some(Duration::from_secs(seconds.into()))),
+            Err(_) => Err(Error::new("Cache clean interval too big")),
+        }
     }
 
     /// For a disk of `size` bytes, which may become longer while it is open or not.

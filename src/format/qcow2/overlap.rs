@@ -17,7 +17,7 @@
 use super::alloc::Run;
 use super::extensions::Extension;
 use super::header::Header;
-use super::layout::{Cluster, L2Entry};
+use super::layout::L2Entry;
 use super::places::Places;
 use super::{Qcow2, corrupt};
 use crate::io::IoResult;
@@ -276,12 +276,7 @@ impl Qcow2 {
         let entries = words.chunks_exact(self.geometry.l2_entry_size() as usize / 8);
         entries.filter_map(|words| {
             let entry = L2Entry { word: words[0], bitmap: words.get(1).map_or(0, |&word| word) };
-            let host = match self.geometry.decode(entry) {
-                Ok(Cluster::Normal { host } | Cluster::Zero { host: Some(host) }) => host,
-                Ok(Cluster::Subclusters { host: Some(host), .. }) => host,
-                _ => return None,
-            };
-            Some(host >> self.geometry.cluster_bits)
+            Some(entry.place(&self.geometry)? >> self.geometry.cluster_bits)
         })
     }
 

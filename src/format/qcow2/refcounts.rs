@@ -26,6 +26,8 @@ pub struct Refcounts {
     /// How many blocks are kept.
     keep: usize,
     clock: u64,
+    /// When [`Refcounts::forget_unused`] was last called.
+    cleaned: u64,
     /// No cluster below is free.
     hint: u64,
 }
@@ -66,6 +68,7 @@ impl Refcounts {
             blocks: BTreeMap::new(),
             keep: (cache_bytes / geometry.cluster_size()).max(2) as usize,
             clock: 0,
+            cleaned: 0,
             hint: 0,
         })
     }
@@ -132,6 +135,12 @@ impl Refcounts {
             let Some((&oldest, _)) = clean.min_by_key(|(_, block)| block.used) else { return };
             self.blocks.remove(&oldest);
         }
+    }
+
+    /// Forgets blocks that were not used since this was last called, and are as in the file.
+    pub fn forget_unused(&mut self) {
+        let since = std::mem::replace(&mut self.cleaned, self.clock);
+        self.blocks.retain(|_, block| block.dirty.is_some() || block.used > since);
     }
 
     pub async fn get(&mut self, image: &Qcow2, cluster: u64) -> IoResult<u64> {

@@ -44,7 +44,7 @@ impl Qcow2 {
         drop(turn);
         if old.l2_table() != 0 {
             let run = self.run_of(old.l2_table());
-            self.free(&[Release { run, discard: false }]).await;
+            self.free(&[Release { run, discard: self.passes_other_discards }]).await;
         }
         Ok(())
     }

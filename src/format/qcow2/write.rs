@@ -308,8 +308,11 @@ impl Qcow2 {
         }
         self.change_entries(part.start, &entries).await?;
         if is_new {
-            let releases: Vec<_> =
-                part.old.iter().flat_map(|&old| self.releases_of(old, false)).collect();
+            let releases: Vec<_> = part
+                .old
+                .iter()
+                .flat_map(|&old| self.releases_of(old, self.passes_other_discards))
+                .collect();
             self.free(&releases).await;
         }
         Ok(())

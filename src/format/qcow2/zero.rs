@@ -5,7 +5,7 @@ use super::freed::Release;
 use super::layout::{Cluster, L2Entry};
 use super::lookup::Found;
 use super::{Qcow2, corrupt};
-use crate::block::{Precision, Status, ZeroFlags, extents};
+use crate::block::{Abilities, Precision, Status, ZeroFlags, extents};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 
@@ -235,7 +235,7 @@ impl Qcow2 {
         self.ensure_table(range.start).await?;
         let (first, last) = (range.start >> bits, (range.end - 1) >> bits);
         let (mut entries, mut releases) = (Vec::new(), Vec::new());
-        let mut is_changed = false;
+        let (mut is_changed, mut kept) = (false, Vec::new());
         {
             let pinned = self.pin(range.start).await?;
             let (_, index) = self.slice_of(range.start);
@@ -248,6 +248,8 @@ impl Qcow2 {
                 entries.push(new);
                 if frees {
                     releases.extend(self.release_if_any(old));
+                } else if new != old && self.keeps(old, kind) {
+                    kept.extend(self.unused_place(new));
                 }
             }
         }
@@ -256,6 +258,39 @@ impl Qcow2 {
         }
         self.change_entries(first << bits, &entries).await?;
         self.free(&releases).await;
+        if self.passes_discards && !kept.is_empty() {
+            self.discard_kept(&kept).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether a host cluster stays the guest's although he has no use for what is in it.
+    fn keeps(&self, old: L2Entry, kind: Kind) -> bool {
+        self.keeps_discarded
+            && matches!(kind, Kind::Discard | Kind::Unmap)
+            && old.is_copied()
+            && !self.geometry.external_data
+    }
+
+    /// The host cluster of an entry that shows nothing of what is in it.
+    fn unused_place(&self, entry: L2Entry) -> Option<u64> {
+        match self.geometry.decode(entry).ok()? {
+            Cluster::Zero { host } | Cluster::Subclusters { host, allocated: 0, .. } => host,
+            _ => None,
+        }
+    }
+
+    /// Advises the storage of clusters that stay the guest's, whose range the caller holds: nothing is
+    /// written to them meanwhile.
+    async fn discard_kept(&self, hosts: &[u64]) -> IoResult {
+        let file = self.file();
+        if !file.traits().abilities.contains(Abilities::DISCARD_ZEROES) {
+            // What is left of them must not be seen through an old entry.
+            file.flush().await?;
+        }
+        let clusters: Vec<u64> =
+            hosts.iter().map(|host| host >> self.geometry.cluster_bits).collect();
+        self.discard_clusters(&clusters).await;
         Ok(())
     }
 
@@ -289,7 +324,10 @@ impl Qcow2 {
             (Cluster::Unallocated | Cluster::Zero { host: None }, _) => (zero, false),
             // It keeps what it has.
             (Cluster::Zero { .. }, Kind::Zero) => (old, false),
-            (Cluster::Normal { host }, Kind::Zero) if own => {
+            (Cluster::Zero { host: Some(_) }, _) if self.keeps(old, kind) => (old, false),
+            (Cluster::Normal { host }, _)
+                if own && (kind == Kind::Zero || self.keeps(old, kind)) =>
+            {
                 (L2Entry::zero(Some(host), true), false)
             }
             // Another file's cluster is always at the same place.
@@ -321,7 +359,7 @@ impl Qcow2 {
         }
         if inside.start == 0 && inside.end >= whole {
             return match host {
-                Some(host) if kind == Kind::Zero && own => {
+                Some(host) if own && (kind == Kind::Zero || self.keeps(old, kind)) => {
                     (L2Entry::normal(host, true, ALL << 32), false)
                 }
                 Some(_) => (empty, true),

@@ -71,6 +71,20 @@ const CASES: &[Case] = &[
         align: 512,
     },
     Case {
+        create: "cluster_size=4k",
+        garbage: true,
+        backing: None,
+        cache: ",discard-no-unref=on",
+        align: 512,
+    },
+    Case {
+        create: "cluster_size=16k,extended_l2=on",
+        garbage: false,
+        backing: Some(250),
+        cache: ",discard-no-unref=on",
+        align: 1,
+    },
+    Case {
         create: "cluster_size=4k,compat=0.10",
         garbage: false,
         backing: None,
@@ -217,6 +231,9 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize, packs: bool) {
         options.log = true;
         options.traits.request_align = case.align;
         options.traits.buffer_align = case.align;
+        if case.garbage {
+            options.traits.abilities -= Abilities::DISCARD_ZEROES;
+        }
     };
     let (image_disk, options) = if case.garbage && !case.create.contains(DATA) {
         let mut device = bytes.clone();

@@ -1,6 +1,7 @@
 //! qcow2 beside QEMU: images that qemu-img and qemu-io have made, read, written and checked by both.
 
 mod bitmap_crash;
+mod caches;
 mod consistency;
 mod crash;
 mod damaged;
