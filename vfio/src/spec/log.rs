@@ -143,4 +143,17 @@ mod tests {
         );
         assert_eq!(ErrorEntry::parse_all(&[0xff; 100]).len(), 1, "what is cut off is left out");
     }
+
+    #[test]
+    fn whatever_a_page_holds_is_shown_in_one_line_each() {
+        for byte in 0..=255 {
+            for len in [0, 1, 63, 64, 511, 512, 4096] {
+                let page = vec![byte; len];
+                assert!(!Health::parse(&page).to_string().contains('\n'));
+                for entry in ErrorEntry::parse_all(&page) {
+                    assert!(!entry.to_string().contains('\n'));
+                }
+            }
+        }
+    }
 }
