@@ -2,7 +2,7 @@
 //!
 //! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
-//! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead.
+//! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead; `clock`: what time it is there.
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
@@ -17,6 +17,7 @@
 //!
 //! The engine knows nothing of disks, graphs or transports.
 
+mod clock;
 pub mod device;
 pub mod epoch;
 pub mod errno;

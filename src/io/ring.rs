@@ -9,11 +9,12 @@
 //! system call filter does not see what goes through a ring: without the restriction it would open
 //! files and connect sockets for whoever has taken the process over.
 
+use super::clock::Clock;
 use super::op::{Durable, Segments};
 use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 use std::io;
 use std::os::fd::RawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// An entry for the ring. `user_data` comes back with the completion.
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +136,7 @@ pub struct Uring {
     /// A worker that believed it would enter the ring for ever, and neither sleep nor end. Nothing is
     /// missed meanwhile: whoever sleeps or starts something enters the ring anyway.
     stale_turns: u32,
-    began: Instant,
+    clock: Clock,
     /// Which descriptors the ring's table of files has, and how often they are pinned. Nothing uses the
     /// table: the kernel lets go of what is in it when the last request of the ring has ended.
     pinned: Vec<Option<(RawFd, u32)>>,
@@ -203,7 +204,7 @@ impl Uring {
                         ring,
                         queued: 0,
                         stale_turns: 0,
-                        began: Instant::now(),
+                        clock: Clock::new(),
                         pinned: Vec::new(),
                     });
                 }
@@ -326,7 +327,7 @@ impl Ring for Uring {
     }
 
     fn now(&self) -> u64 {
-        self.began.elapsed().as_nanos() as u64
+        self.clock.now()
     }
 
     fn pin(&mut self, fd: RawFd) -> io::Result<Pin> {
