@@ -7,6 +7,8 @@
 
 use super::{LocalFuture, Node};
 use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::{self, StrDeserializer};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -75,6 +77,14 @@ pub enum Event {
     None,
 }
 
+impl Event {
+    /// The event of this name.
+    pub fn parse(name: &str) -> Option<Event> {
+        let name: StrDeserializer<'_, value::Error> = name.into_deserializer();
+        Event::deserialize(name).ok()
+    }
+}
+
 /// Called with the tag when a request stops at a breakpoint.
 pub type OnStop = Box<dyn Fn(&str) + Send + Sync>;
 
@@ -86,8 +96,8 @@ pub trait Debugger: Send + Sync {
     /// The next request that raises `event` stops there, and is called `tag`.
     fn break_at(&self, event: Event, tag: &str, stopped: OnStop);
 
-    /// Removes the breakpoints called `tag` and lets requests that stopped at them go on; whether
-    /// there were any.
+    /// Removes the breakpoints called `tag`, whether there were any, and lets requests that have stopped at
+    /// such go on.
     fn remove_breaks(&self, tag: &str) -> bool;
 
     /// Lets a request called `tag` go on; whether there was one.

@@ -1,5 +1,6 @@
 //! `vublk ctl`: one command to a running daemon's monitor, for people.
 
+use super::img::outln;
 use crate::monitor::Framing;
 use crate::options::{Map, Value, json, keyval, size};
 use std::io::{Read, Write};
@@ -55,7 +56,7 @@ impl Ctl {
         }
         connection.ask("qmp_capabilities", Map::new()).map_err(at)??;
         let answer = connection.ask(&self.command, arguments).map_err(at)??;
-        println!("{}", json::to_pretty_text(&answer));
+        outln!("{}", json::to_pretty_text(&answer));
         Ok(())
     }
 }

@@ -4,6 +4,7 @@
 //! then all others strictly in the order in which they were given.
 
 use super::confine::{self, SandboxArgs, SandboxPathArgs, Wanted};
+use super::img::{out, outln};
 use super::log::LogArgs;
 use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
@@ -85,7 +86,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
         }
     };
     if matches.get_flag("version") {
-        println!("qemu-storage-daemon version 7.2.0 (vublk {})", env!("CARGO_PKG_VERSION"));
+        outln!("qemu-storage-daemon version 7.2.0 (vublk {})", env!("CARGO_PKG_VERSION"));
         return Ok(());
     }
     let signals = EndSignals::block();
@@ -179,7 +180,7 @@ fn act(
         let Some(text) = help(option, options.get(implied_key.unwrap_or_default())) else {
             return Err(Error::new("Help is not available for this option"));
         };
-        print!("{text}");
+        out!("{text}");
         return Ok(Done::Help);
     }
     match option {

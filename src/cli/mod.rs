@@ -20,6 +20,7 @@ mod top;
 mod vhost_user_block;
 
 use crate::block::Error;
+use crate::tools::output;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -138,6 +139,7 @@ fn command_line() -> clap::Command {
 }
 
 fn report(program: &str, outcome: Outcome) -> ExitCode {
+    output::flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { line, hint }) => {

@@ -1,5 +1,6 @@
 //! `vublk nvme`: this machine's NVMe controllers, and giving them to processes and back.
 
+use super::img::outln;
 use crate::options::{Map, Value, json, size};
 use crate::tools::nvme::{
     self, Address, Controller, Function, Group, Machine, Namespace, Obstacle, Use, health, limits,
@@ -60,7 +61,7 @@ impl Nvme {
             Command::List(list) => list.run(&machine),
             Command::Bind { addresses } => {
                 for controller in nvme::bind(&machine, &addresses)? {
-                    println!("{}: {VFIO}: nvme://{0}/1", controller.address, VFIO = nvme::VFIO_PCI);
+                    outln!("{}: {VFIO}: nvme://{0}/1", controller.address, VFIO = nvme::VFIO_PCI);
                 }
                 Ok(())
             }
@@ -68,8 +69,8 @@ impl Nvme {
                 for address in addresses {
                     let controller = nvme::unbind(&machine, address)?;
                     match controller.driver {
-                        Some(driver) => println!("{address}: {driver}"),
-                        None => println!("{address}: no driver took it: modprobe nvme"),
+                        Some(driver) => outln!("{address}: {driver}"),
+                        None => outln!("{address}: no driver took it: modprobe nvme"),
                     }
                 }
                 Ok(())
@@ -92,7 +93,7 @@ impl List {
             .map(|controller| Found::new(machine, controller, self.verbose))
             .collect();
         match self.output {
-            Output::Human if found.is_empty() => println!("no NVMe controllers"),
+            Output::Human if found.is_empty() => outln!("no NVMe controllers"),
             Output::Human => {
                 for found in &found {
                     found.print(machine, self.verbose);
@@ -100,7 +101,7 @@ impl List {
             }
             Output::Json => {
                 let list = found.iter().map(|found| Value::Map(found.json())).collect();
-                println!("{}", json::to_pretty_text(&Value::List(list)));
+                outln!("{}", json::to_pretty_text(&Value::List(list)));
             }
         }
         Ok(())
@@ -149,61 +150,61 @@ impl Found {
             Some(group) => format!("IOMMU group {}", group.number),
             None => "no IOMMU group".to_owned(),
         };
-        println!("{address}  {name}, {driver}, {of_group}");
+        outln!("{address}  {name}, {driver}, {of_group}");
         for Namespace { id, disk, bytes, block_size, zoned } in namespaces {
             let zoned = if *zoned { ", zoned" } else { "" };
             let bytes = size::human(*bytes);
-            println!("    namespace {id}: {disk}, {bytes}, blocks of {block_size} bytes{zoned}");
+            outln!("    namespace {id}: {disk}, {bytes}, blocks of {block_size} bytes{zoned}");
         }
         if verbose {
             self.print_more(machine);
         }
         for used in &self.uses {
-            println!("    in use: {used}");
+            outln!("    in use: {used}");
         }
         for obstacle in &self.obstacles {
-            println!("    {obstacle}");
+            outln!("    {obstacle}");
         }
         match self.state() {
-            "ready" => println!("    ready: nvme://{address}/1"),
-            "free" => println!("    free: vublk nvme bind {address}"),
+            "ready" => outln!("    ready: nvme://{address}/1"),
+            "free" => outln!("    free: vublk nvme bind {address}"),
             _ => {}
         }
     }
 
     fn print_more(&self, machine: &Machine) {
         let Controller { driver_override, group, identity, numa_node, .. } = &self.controller;
-        println!("    ids: {}", self.ids());
+        outln!("    ids: {}", self.ids());
         if let Some(identity) = identity {
-            println!("    firmware: {}", identity.firmware);
+            outln!("    firmware: {}", identity.firmware);
         }
         if let Some(node) = numa_node {
-            println!("    NUMA node: {node}");
+            outln!("    NUMA node: {node}");
         }
         if let Some(driver) = driver_override {
-            println!("    driver_override: {driver}");
+            outln!("    driver_override: {driver}");
         }
         match &self.told {
             Some(Ok(told)) => print_health(told),
-            Some(Err(error)) => println!("    health: {error}"),
+            Some(Err(error)) => outln!("    health: {error}"),
             None => {}
         }
         let Some(Group { number, functions }) = group else { return };
         for Function { address, class, driver } in functions {
             let driver = driver.as_deref().unwrap_or("none");
-            println!("    in the group: {address}, class {class:06x}, driver {driver}");
+            outln!("    in the group: {address}, class {class:06x}, driver {driver}");
         }
         for (first, last, kind) in limits::reserved_regions(machine, *number) {
-            println!("    not to be mapped: {first:#x} to {last:#x} ({kind})");
+            outln!("    not to be mapped: {first:#x} to {last:#x} ({kind})");
         }
         if let Some(most) = limits::dma_entries(machine) {
-            println!("    DMA mappings: at most {most}");
+            outln!("    DMA mappings: at most {most}");
         }
         match limits::locked_memory() {
             Some(bytes) => {
-                println!("    locked memory: at most {} (ulimit -l)", size::human(bytes))
+                outln!("    locked memory: at most {} (ulimit -l)", size::human(bytes))
             }
-            None => println!("    locked memory: any (ulimit -l)"),
+            None => outln!("    locked memory: any (ulimit -l)"),
         }
     }
 
@@ -264,10 +265,10 @@ const ERRORS: usize = 4;
 
 fn print_health(told: &health::Told) {
     let health = &told.health;
-    println!("    health: {health}");
+    outln!("    health: {health}");
     let bytes =
         |units: u128| size::human(units.saturating_mul(512_000).min(u64::MAX.into()) as u64);
-    println!(
+    outln!(
         "    in its life: {} written, {} read, {} hours, {} errors logged",
         bytes(health.units_written),
         bytes(health.units_read),
@@ -275,7 +276,7 @@ fn print_health(told: &health::Told) {
         health.error_entries
     );
     for error in told.errors.iter().take(ERRORS) {
-        println!("    {error}");
+        outln!("    {error}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
 use super::confine::{self, SandboxArgs, Wanted};
+use super::img::out;
 use super::log::LogArgs;
 use super::policy::PolicyArgs;
 use super::process::{EndSignals, Manager, wait_unless_ended};
@@ -16,6 +17,7 @@ use crate::metrics;
 use crate::options::{Map, Size, Value, size};
 use crate::sandbox::{self, Plan};
 use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
+use crate::tools::output;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -165,9 +167,10 @@ impl Serve {
             if let SocketArg::Path(path) = socket
                 && !self.quiet
             {
-                print!("{}", attach_lines(path));
+                out!("{}", attach_lines(path));
             }
         }
+        output::flush();
         manager.tell(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();

@@ -1,6 +1,7 @@
 //! `vhost-user-block`: the command line that QEMU's "Backend program conventions" (the vhost-user
 //! text) lay down for programs that management software finds and starts.
 
+use super::img::outln;
 use super::serve::Serve;
 use super::sockets::SocketArg;
 use clap::Parser;
@@ -36,7 +37,7 @@ struct Arguments {
 pub fn run(arguments: Vec<OsString>) -> super::Outcome {
     // Whatever else is given is ignored then.
     if arguments.iter().any(|argument| argument == "--print-capabilities") {
-        println!("{CAPABILITIES}");
+        outln!("{CAPABILITIES}");
         return Ok(());
     }
     let program = OsString::from("vhost-user-block");

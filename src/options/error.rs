@@ -65,6 +65,11 @@ impl Error {
         Error::here(Kind::Message(text.into().into_boxed_str()))
     }
 
+    /// An error about a value that is no size in bytes.
+    pub fn not_a_size(key: &str) -> Self {
+        Error::new(key, Kind::NotASize)
+    }
+
     /// The same error seen from one level further out: `direct` under `cache` is `cache.direct`.
     ///
     /// Openers use it when they read a child's options: `from_map(child).map_err(|e| e.under("file"))`.

@@ -87,7 +87,7 @@ impl Map {
     pub fn take_size(&mut self, key: &str) -> Result<Option<u64>, Error> {
         let Some(text) = self.take_str(key)? else { return Ok(None) };
         size::parse(&text).map(Some).map_err(|bad| match bad {
-            BadSize::NotASize => Error::new(key, Kind::NotASize),
+            BadSize::NotASize => Error::not_a_size(key),
             BadSize::OutOfRange => {
                 Error::message(format!("Value '{text}' is out of range for parameter '{key}'"))
             }

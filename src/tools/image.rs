@@ -19,6 +19,9 @@ use std::sync::Arc;
 /// What temporary overlays are made in.
 const OVERLAY_FORMAT: &str = "qcow2";
 
+/// What writes to an image what is read from its backing files.
+const COPIER: &str = "copy-on-read";
+
 /// How conflicts call a tool's use of an image.
 const USER: &str = "an unnamed block device";
 
@@ -43,6 +46,8 @@ pub struct Wanted<'a> {
     pub no_backing: bool,
     /// Writes go to a file that is gone afterwards; the image stays as it is.
     pub snapshot: bool,
+    /// What is read from backing files is written to the image.
+    pub copy_on_read: bool,
     pub cache: Cache,
     /// More options of the node, that the name says nothing of.
     pub more: Map,
@@ -62,6 +67,8 @@ pub struct Opened {
     attachment: Attachment,
     /// The image itself, if this is a temporary overlay of it.
     below: Option<String>,
+    /// What is read through, if that copies.
+    copier: Option<Attachment>,
     registry: &'static Registry,
     /// As the user named it.
     pub name: String,
@@ -130,6 +137,9 @@ impl Images {
         for (key, value) in wanted.more.iter() {
             options.insert(key, value.clone());
         }
+        if !wanted.more.is_empty() {
+            naming::plain_numbers(registry, &mut options)?;
+        }
         options.insert("node-name", self.next_name());
         if wanted.no_backing && probe_has_backing(registry, &options) {
             options.insert("backing", Value::Null);
@@ -142,6 +152,10 @@ impl Images {
             guessed_raw = false;
         }
         let attachment = self.graph.attach(&node, USER, permissions(wanted), None)?;
+        let copier = match wanted.copy_on_read {
+            true => Some(self.open_copier(&node, wanted).await?),
+            false => None,
+        };
         if guessed_raw && wanted.writable {
             (self.warn)(&format!(
                 "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
@@ -154,6 +168,7 @@ impl Images {
         Ok(Opened {
             attachment,
             below,
+            copier,
             registry,
             name: wanted.name.to_owned(),
             shown,
@@ -169,6 +184,19 @@ impl Images {
         let mut options = image.options(&self.next_name(), node.name())?;
         options.insert("read-only", on_off(!wanted.writable));
         self.graph.open(options).await
+    }
+
+    /// What reads of `node` go through, so that it gets what they find in its backing files.
+    async fn open_copier(&self, node: &Node, wanted: &Wanted<'_>) -> Result<Attachment, Error> {
+        if !wanted.writable {
+            return Err(Error::new("Can't use copy-on-read on read-only device"));
+        }
+        let (name, file) = (self.next_name(), node.name().to_owned());
+        let options =
+            Map::from_iter([("driver", COPIER.into()), ("node-name", name), ("file", file)]);
+        let copier = self.graph.open(options).await?;
+        let perms = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
+        self.graph.attach(&copier, USER, perms, None)
     }
 
     /// The format of what `options` have as their `file`.
@@ -208,7 +236,11 @@ impl Images {
             false => Ok(()),
         };
         drop(node);
+        let copier = image.copier.as_ref().map(|copier| copier.node().name().to_owned());
         drop(image);
+        if let Some(copier) = copier {
+            self.graph.delete(&copier).await?;
+        }
         self.graph.delete(&name).await?;
         if let Some(below) = below {
             self.graph.delete(&below).await?;
@@ -307,7 +339,7 @@ impl Opened {
     }
 
     pub async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
-        self.node().read(at, into).await
+        self.copier.as_ref().unwrap_or(&self.attachment).node().read(at, into).await
     }
 
     pub async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {

@@ -2,7 +2,8 @@
 //! `--image-opts` a string of options.
 
 use crate::block::{DriverEntry, Error, Kind, Registry};
-use crate::options::{Map, Value, json, qemuopts, size};
+use crate::options::size::BadSize;
+use crate::options::{self, Map, Value, json, qemuopts, size};
 
 /// The options of an image, as far as they follow from its name.
 pub struct Named {
@@ -89,19 +90,21 @@ fn telling(options: &Map) -> (Map, bool) {
 }
 
 /// Numbers with a suffix, which these options may have, as plain numbers.
-fn plain_numbers(registry: &Registry, options: &mut Map) {
+pub fn plain_numbers(registry: &Registry, options: &mut Map) -> Result<(), Error> {
     if let Some(Value::Map(file)) = options.get_mut("file") {
-        plain_numbers(registry, file);
+        plain_numbers(registry, file)?;
     }
     let driver = options.get("driver").and_then(Value::as_str);
-    let Some(entry) = driver.and_then(|driver| registry.get(driver)) else { return };
+    let Some(entry) = driver.and_then(|driver| registry.get(driver)) else { return Ok(()) };
     for option in entry.options.iter().filter(|option| option.value == "int") {
-        if let Some(Value::Text(text)) = options.get_mut(option.name)
-            && let Ok(bytes) = size::parse(text)
-        {
-            *text = bytes.to_string();
+        let Some(Value::Text(text)) = options.get_mut(option.name) else { continue };
+        match size::parse(text) {
+            Ok(bytes) => *text = bytes.to_string(),
+            Err(BadSize::NotASize) => return Err(options::Error::not_a_size(option.name).into()),
+            Err(BadSize::OutOfRange) => {}
         }
     }
+    Ok(())
 }
 
 /// A node that is described by options, whose driver may be left to probing.
@@ -121,11 +124,11 @@ fn described(registry: &Registry, options: Map) -> Result<Named, Error> {
                 options = complete(registry, options);
             }
             let shown = json_name(&options);
-            plain_numbers(registry, &mut options);
+            plain_numbers(registry, &mut options)?;
             Ok(Named { shown, options, probe: false })
         }
         None if options.contains("file") => {
-            plain_numbers(registry, &mut options);
+            plain_numbers(registry, &mut options)?;
             Ok(Named { shown: None, options, probe: true })
         }
         None => Err(Error::new("Must specify either driver or file")),

@@ -3,8 +3,9 @@
 use super::words::Words;
 use super::{Said, Session};
 use crate::block::Error;
+use crate::drivers;
 use crate::options::{Map, Value, qemuopts};
-use crate::tools::{Cache, Wanted};
+use crate::tools::{Cache, Opened, Wanted};
 use std::rc::Rc;
 
 /// How an image is to be opened.
@@ -19,6 +20,8 @@ pub struct ToOpen {
     pub force_share: bool,
     /// Writes are kept apart from the image.
     pub snapshot: bool,
+    /// What is read from backing files is written to the image.
+    pub copy_on_read: bool,
     pub cache: Cache,
     /// More options of the node.
     pub more: Map,
@@ -34,6 +37,7 @@ impl Default for ToOpen {
             unmap: true,
             force_share: false,
             snapshot: false,
+            copy_on_read: false,
             cache: Cache { write_through: true, ..Cache::WRITEBACK },
             more: Map::new(),
         }
@@ -70,20 +74,24 @@ impl Session {
         match self.try_open(&wanted).await {
             Ok(()) => Some(()),
             Err(error) => {
-                // Without the name, which stands in front.
-                let text = error.to_string();
-                let outer = format!("Could not open '{}': ", wanted.name);
-                let inner = text.strip_prefix(&outer).unwrap_or(&text);
                 let device = match wanted.image_opts {
                     true => String::new(),
                     false => format!(" device {}", wanted.name),
                 };
-                self.context.error(&format!("can't open{device}: {inner}"));
-                if let Some(hint) = error.hint() {
-                    eprintln!("{hint}");
-                }
+                self.tell(&error, &wanted, &format!("can't open{device}: "));
                 None
             }
+        }
+    }
+
+    /// Tells why an image was not opened, without its name.
+    fn tell(&self, error: &Error, wanted: &ToOpen, before: &str) {
+        let text = error.to_string();
+        let outer = format!("Could not open '{}': ", wanted.name);
+        let inner = text.strip_prefix(&outer).unwrap_or(&text);
+        self.context.error(&format!("{before}{inner}"));
+        if let Some(hint) = error.hint() {
+            eprintln!("{hint}");
         }
     }
 
@@ -98,6 +106,7 @@ impl Session {
                 unmap: wanted.unmap,
                 force_share: wanted.force_share,
                 snapshot: wanted.snapshot,
+                copy_on_read: wanted.copy_on_read,
                 cache: wanted.cache,
                 more: wanted.more.clone(),
                 ..Wanted::default()
@@ -153,13 +162,17 @@ impl Session {
             self.context.error("Only one -r/-w option may be given");
             return None;
         }
-        let mut wanted = self.image.as_ref()?.1.clone();
-        if let Err(text) = change(&mut wanted, words) {
+        let (image, now) = self.image.as_ref()?;
+        let (now, mut wanted) = (now.clone(), now.clone());
+        if let Err(text) = change(&mut wanted, image, words) {
             self.context.error(&text);
             return None;
         }
         self.close().await;
-        self.open(wanted).await
+        let Err(error) = self.try_open(&wanted).await else { return Some(()) };
+        self.tell(&error, &wanted, "");
+        self.open(now).await?;
+        None
     }
 }
 
@@ -168,6 +181,7 @@ fn described(words: &Words<'_>) -> Result<ToOpen, String> {
     let mut wanted = ToOpen {
         read_only: words.has('r'),
         snapshot: words.has('s'),
+        copy_on_read: words.has('C'),
         force_share: words.has('U'),
         ..ToOpen::default()
     };
@@ -191,7 +205,7 @@ fn described(words: &Words<'_>) -> Result<ToOpen, String> {
 }
 
 /// What the options of `reopen` change.
-fn change(wanted: &mut ToOpen, words: &Words<'_>) -> Result<(), String> {
+fn change(wanted: &mut ToOpen, image: &Opened, words: &Words<'_>) -> Result<(), String> {
     if words.has('r') {
         wanted.read_only = true;
     }
@@ -204,7 +218,18 @@ fn change(wanted: &mut ToOpen, words: &Words<'_>) -> Result<(), String> {
     let Some(text) = words.get('o') else { return Ok(()) };
     let mut options = qemuopts::parse(text, None).map_err(|e| e.to_string())?.options;
     let text = |e: crate::options::Error| e.to_string();
+    if words.has('c') && options.iter().any(|(key, _)| key.starts_with("cache.")) {
+        return Err("Cannot set both -c and the cache options".into());
+    }
     if let Some(value) = options.take_opt_bool("read-only").map_err(text)? {
+        if words.has('r') || words.has('w') {
+            return Err("Cannot set both -r/-w and 'read-only'".into());
+        }
+        if value && !wanted.read_only {
+            // Only -r gives up writing.
+            let name = image.node().name();
+            return Err(format!("Read-only block node '{name}' cannot support read-write users"));
+        }
         wanted.read_only = value;
     }
     if let Some(value) = options.take_opt_bool("cache.direct").map_err(text)? {
@@ -213,8 +238,14 @@ fn change(wanted: &mut ToOpen, words: &Words<'_>) -> Result<(), String> {
     if let Some(value) = options.take_opt_bool("cache.no-flush").map_err(text)? {
         wanted.cache.no_flush = value;
     }
-    match options.iter().next() {
-        Some((key, _)) => Err(format!("Cannot change the option '{key}'")),
-        None => Ok(()),
+    let known = drivers::registry().get(image.format()).map_or(&[][..], |entry| entry.options);
+    let is_own =
+        |key: &str| known.iter().any(|option| option.name == key && option.value != "node");
+    for (key, value) in options.iter() {
+        if !matches!(key, "discard" | "detect-zeroes") && !is_own(key) {
+            return Err(format!("Cannot change the option '{key}'"));
+        }
+        wanted.more.insert(key, value.clone());
     }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! The rule held here: a command that fails is told of and the next one runs; the program's exit
 //! code says whether any failed.
 
+mod breaks;
 mod commands;
 mod images;
 mod program;
@@ -18,6 +19,7 @@ use crate::tools::{Images, Opened, output};
 use commands::{COMMANDS, Command, find};
 use images::ToOpen;
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 use words::{Words, human};
@@ -35,6 +37,8 @@ pub struct Session {
     misalign: bool,
     /// Requests that nobody has waited for.
     pending: Rc<Cell<usize>>,
+    /// What requests at breakpoints are called.
+    tags: BTreeSet<String>,
     /// The command that runs.
     command: Option<&'static Command>,
     quit: bool,
@@ -49,6 +53,7 @@ impl Session {
             image: None,
             misalign: false,
             pending: Rc::default(),
+            tags: BTreeSet::new(),
             command: None,
             quit: false,
         }
@@ -149,7 +154,7 @@ impl Session {
                 Some(())
             }
             "abort" => std::process::abort(),
-            _ => no_breakpoints(name, words),
+            _ => self.breakpoint(name, words).await,
         }
     }
 
@@ -161,6 +166,7 @@ impl Session {
     }
 
     async fn close(&mut self) {
+        self.forget_breaks();
         self.await_pending().await;
         if let Some((image, _)) = self.image.take()
             && let Ok(image) = Rc::try_unwrap(image)
@@ -276,19 +282,6 @@ impl Session {
         }
         good
     }
-}
-
-/// Breakpoints belong to a driver that no image here has on top.
-fn no_breakpoints(name: &str, words: &Words<'_>) -> Said {
-    let tag = words.operands.first().copied().unwrap_or_default();
-    let what = match name {
-        "break" => "set breakpoint".to_owned(),
-        "resume" => "resume request".to_owned(),
-        "remove_break" => format!("remove breakpoint {tag}"),
-        _ => format!("wait for breakpoint {tag}"),
-    };
-    outln!("Could not {what}: Operation not supported");
-    None
 }
 
 fn help(words: &Words<'_>) -> Said {

@@ -128,9 +128,7 @@ fn to_open(line: &Line) -> Result<Option<ToOpen>, String> {
         return Err("--image-opts and -f are mutually exclusive".into());
     }
     wanted.snapshot = line.has("snapshot");
-    if line.has("copy-on-read") {
-        return Err("copy-on-read is not available".into());
-    }
+    wanted.copy_on_read = line.has("copy-on-read");
     let Some(name) = line.operands.first() else { return Ok(None) };
     wanted.name = name.clone();
     Ok(Some(wanted))

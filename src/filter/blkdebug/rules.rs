@@ -192,11 +192,8 @@ impl Debugger for Rules {
             state.breakpoints.retain(|point| point.tag != tag);
             state.breakpoints.len() != before
         };
-        let mut released = false;
-        while self.resume(tag) {
-            released = true;
-        }
-        removed || released
+        while self.resume(tag) {}
+        removed
     }
 
     fn resume(&self, tag: &str) -> bool {

@@ -8,7 +8,7 @@
 use super::Qcow2;
 use super::order::Lock;
 use super::refcounts::Refcounts;
-use crate::block::{Error, Node};
+use crate::block::{Error, Event, Node};
 use crate::io::{Errno, IoResult};
 use std::collections::VecDeque;
 
@@ -132,6 +132,7 @@ impl Drop for Taken<'_> {
 impl Qcow2 {
     /// Up to `most` host clusters, at least one, side by side.
     pub(super) async fn take(&self, most: u64) -> IoResult<Taken<'_>> {
+        self.event(Event::ClusterAlloc).await;
         loop {
             let (run, is_half_used) = {
                 let mut pool = self.pool.lock();

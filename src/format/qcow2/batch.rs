@@ -9,7 +9,7 @@ use super::Qcow2;
 use super::l2_cache::{Pinned, SliceNo};
 use super::layout::L2Entry;
 use super::overlap::Kinds;
-use crate::block::WriteFlags;
+use crate::block::{Event, WriteFlags};
 use crate::io::sync::Mutex;
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
@@ -172,6 +172,7 @@ impl Qcow2 {
         let (start, bytes) = self.encode_changes(pinned, changes);
         let bytes = IoVec::from_ref(&bytes);
         self.check_write(at + start, bytes.len(), Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
+        self.event(Event::L2Update).await;
         self.file().write(at + start, &bytes, WriteFlags::empty()).await?;
         pinned.publish(changes);
         Ok(())

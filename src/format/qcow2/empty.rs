@@ -5,6 +5,7 @@
 
 use super::Qcow2;
 use super::layout::L2Entry;
+use crate::block::Event;
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
@@ -13,6 +14,7 @@ impl Qcow2 {
             return Err(Errno::ENOTSUP);
         }
         self.prepare_writing().await?;
+        self.event(Event::EmptyImagePrepare).await;
         let bits = self.geometry.cluster_bits;
         let end = self.geometry.clusters(self.size());
         let entries = self.l2.entries() as u64;

@@ -7,7 +7,7 @@ use super::l2_cache::{Pinned, SliceNo};
 use super::layout::{BadEntry, Cluster, Compressed, L2Entry};
 use super::read::read_padded;
 use super::{Qcow2, corrupt};
-use crate::block::Node;
+use crate::block::{Event, Node};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::Arc;
 
@@ -159,6 +159,7 @@ impl Qcow2 {
         if at >= file.len() {
             return Err(corrupt::outside(self, "L2 table", at));
         }
+        self.event(Event::L2Load).await;
         read_padded(&file, at, &bytes.io_vec()).await?;
         let mut list = Vec::with_capacity(words as usize);
         list.extend(
@@ -179,6 +180,11 @@ impl Qcow2 {
         }
         let index = self.geometry.l2_index(guest) & !(self.l2.entries() as u64 - 1);
         Ok(table + index * self.geometry.l2_entry_size())
+    }
+
+    /// Tells debugging filters below what is about to be done to the image.
+    pub(super) async fn event(&self, event: Event) {
+        self.file().event(event).await;
     }
 
     pub(super) fn file(&self) -> Arc<Node> {

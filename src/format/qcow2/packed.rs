@@ -13,7 +13,7 @@ use super::alloc::Run;
 use super::layout::{Cluster, L2Entry};
 use super::order::LockGuard;
 use super::{Qcow2, corrupt};
-use crate::block::WriteFlags;
+use crate::block::{Event, WriteFlags};
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::VecDeque;
 
@@ -137,6 +137,7 @@ impl Qcow2 {
         let parts: Vec<IoVec<'_>> = units.iter().map(|unit| IoVec::from_ref(unit)).collect();
         let parts: Vec<&IoVec<'_>> = parts.iter().collect();
         let file = self.file();
+        file.event(Event::WriteCompressed).await;
         file.write(host, &IoVec::concat(&parts), WriteFlags::empty()).await?;
         file.flush().await?;
         self.change_entries(guest, &entries).await

@@ -4,7 +4,7 @@ use super::compressed;
 use super::layout::Compressed;
 use super::lookup::{Found, Piece};
 use super::{Qcow2, corrupt};
-use crate::block::Node;
+use crate::block::{Event, Node};
 use crate::io::{self, AlignedBuf, Errno, IoResult, IoVec};
 
 impl Qcow2 {
@@ -23,7 +23,10 @@ impl Qcow2 {
     /// Reads what a lookup has found, under the visit that it was made in.
     pub(super) async fn read_piece(&self, at: u64, piece: Piece, into: &IoVec<'_>) -> IoResult {
         match piece.found {
-            Found::Data { host, .. } => read_padded(&self.data(), host, into).await,
+            Found::Data { host, .. } => {
+                self.event(Event::ReadAio).await;
+                read_padded(&self.data(), host, into).await
+            }
             Found::Zero { .. } => {
                 into.zero();
                 Ok(())
@@ -35,7 +38,10 @@ impl Qcow2 {
 
     pub(super) async fn read_backing(&self, at: u64, into: &IoVec<'_>) -> IoResult {
         match self.backing() {
-            Some(backing) => read_padded(&backing, at, into).await,
+            Some(backing) => {
+                self.event(Event::ReadBackingAio).await;
+                read_padded(&backing, at, into).await
+            }
             None => {
                 into.zero();
                 Ok(())
@@ -56,6 +62,7 @@ impl Qcow2 {
             return Err(corrupt::data_outside(self, "Compressed cluster", place.host));
         }
         let mut stored = AlignedBuf::new(place.len as usize, 4096).ok_or(Errno::ENOMEM)?;
+        self.event(Event::ReadCompressed).await;
         read_padded(&file, place.host, &stored.io_vec()).await?;
         let (kind, len) = (self.compression, self.geometry.cluster_size() as usize);
         // It takes longer than a worker may be kept from its other queues.

@@ -11,7 +11,7 @@ use super::layout::{self, Geometry};
 use super::overlap::Kinds;
 use super::read::read_padded;
 use super::{Qcow2, corrupt};
-use crate::block::{Node, WriteFlags};
+use crate::block::{Event, Node, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -119,6 +119,7 @@ impl Refcounts {
             }
             let size = self.geometry.cluster_size() as usize;
             let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
+            image.event(Event::RefblockLoad).await;
             read_padded(&file, offset, &bytes.io_vec()).await?;
             let block = Block { bytes: bytes.to_vec(), dirty: None, used: 0 };
             self.blocks.insert(index, block);
@@ -178,6 +179,7 @@ impl Refcounts {
             let bytes = IoVec::from_ref(&block.bytes[range.clone()]);
             let at = offset + range.start as u64;
             image.check_write(at, bytes.len(), Kinds::REFCOUNT_BLOCK)?;
+            image.event(Event::RefblockUpdatePart).await;
             image.file().write(at, &bytes, WriteFlags::empty()).await?;
             block.dirty = None;
         }
@@ -187,6 +189,7 @@ impl Refcounts {
     /// Takes up to `want` free clusters, at least one, in order: counted, durably, and inside the
     /// file.
     pub async fn reserve(&mut self, image: &Qcow2, want: u64) -> IoResult<Vec<Run>> {
+        image.event(Event::RefblockAlloc).await;
         self.write(image).await?;
         let end = self.geometry.clusters(image.file().len());
         let mut runs = self.find(image, want, end).await?;
@@ -298,6 +301,7 @@ impl Refcounts {
         let run = Run { first: at, count: blocks + more, is_fresh: false };
         image.check_reserved(&[run])?;
         image.grow_file(used.end << self.geometry.cluster_bits).await?;
+        image.event(Event::RefblockAllocWriteBlocks).await;
         let (first, _) = self.place(at);
         let size = self.geometry.cluster_size() as usize;
         let file = image.file();
@@ -326,6 +330,7 @@ impl Refcounts {
     /// now.
     pub async fn release(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
         let mut free = Vec::new();
+        image.event(Event::ClusterFree).await;
         for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
             let count = self.get(image, cluster).await?;
             if count == 0 {

@@ -9,7 +9,7 @@ use super::overlap::Kinds;
 use super::read::read_padded;
 use super::standing::{OnDisk, Stop};
 use super::{Qcow2, corrupt};
-use crate::block::WriteFlags;
+use crate::block::{Event, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
 
@@ -37,6 +37,7 @@ impl Qcow2 {
         let bytes = entry.0.to_be_bytes();
         self.check_write(place, bytes.len() as u64, Kinds::ACTIVE_L1)?;
         self.overlaps.note(Kinds::ACTIVE_L2, taken.run.first..taken.run.first + 1);
+        self.event(Event::L1Update).await;
         // Whether the write fails or not, the entry may be there.
         taken.keep();
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
@@ -55,6 +56,7 @@ impl Qcow2 {
 
     /// Writes the new table, durably: empty, or as the old one is.
     async fn fill_table(&self, guest: u64, old: L1Entry, host: u64, is_fresh: bool) -> IoResult {
+        self.event(Event::L2AllocWrite).await;
         if old.l2_table() == 0 && is_fresh {
             return Ok(());
         }
@@ -98,7 +100,9 @@ impl Qcow2 {
             }
             false => {
                 let clusters = self.geometry.clusters(len);
+                self.event(Event::L1GrowAllocTable).await;
                 let run = self.refcounts().await?.reserve_run(self, clusters).await?;
+                self.event(Event::L1GrowWriteTable).await;
                 let place = run.first << bits;
                 let table = self.l1.encode(0, (clusters << bits) / 8);
                 if let Err(errno) = self.write_table(place, &table).await {
@@ -114,6 +118,7 @@ impl Qcow2 {
         (new.l1_table_offset, new.l1_size) = (place, entries as u32);
         // The disk may have either from here on, and new entries go to the new place.
         self.l1.grow(entries);
+        self.event(Event::L1GrowActivateTable).await;
         self.write_header(&mut header, new).await?;
         drop(header);
         if place != now.l1_table_offset && held > 0 {

@@ -12,7 +12,7 @@ use super::freed::Release;
 use super::layout::{Cluster, L2Entry};
 use super::lookup::Found;
 use super::overlap::Kinds;
-use crate::block::WriteFlags;
+use crate::block::{Event, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 
@@ -80,6 +80,7 @@ impl Qcow2 {
                 false => return Err(corrupt::data_outside(self, "Data cluster", host)),
             }
         }
+        self.event(Event::WriteAio).await;
         data.write(host, from, WriteFlags::empty()).await
     }
 
@@ -198,6 +199,9 @@ impl Qcow2 {
             true => None,
             false => self.copy_of(part.data.end..shown.end).await?,
         };
+        if head.is_some() || tail.is_some() {
+            self.event(Event::CowWrite).await;
+        }
         let before = head.as_ref().map(|head| IoVec::from_ref(head));
         let after = tail.as_ref().map(|tail| IoVec::from_ref(tail));
         let list: Vec<&IoVec<'_>> = before.iter().chain([from]).chain(after.iter()).collect();
@@ -263,6 +267,7 @@ impl Qcow2 {
         let mut copy = AlignedBuf::new(len as usize, 4096).ok_or(Errno::ENOMEM)?;
         let there = self.size().saturating_sub(guest.start).min(len);
         if there > 0 {
+            self.event(Event::CowRead).await;
             let into = IoVec::from_mut(&mut copy[..there as usize]);
             Box::pin(self.read_range(guest.start, &into)).await?;
         }

@@ -30,6 +30,17 @@ fn ctl_prints_the_result_or_one_line_and_exits_with_one() {
 }
 
 #[test]
+fn ctl_does_not_mind_that_nobody_reads_what_it_prints() {
+    let daemon = daemon(&[]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut ctl = std::process::Command::new(VUBLK);
+    ctl.args(["ctl", "--socket"]).arg(daemon.path("m.sock")).arg("query-named-block-nodes");
+    let output = ctl.stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+}
+
+#[test]
 fn wrong_monitors_are_refused_in_qemus_words() {
     const CHARDEV: &str = "socket,id=m,path=m.sock,server=on,wait=off";
     for (line, words) in [

@@ -7,6 +7,7 @@ mod chains;
 mod compressed;
 mod data_files;
 mod files;
+mod io;
 mod lines;
 mod measure;
 mod snapshots;

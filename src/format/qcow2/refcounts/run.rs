@@ -2,7 +2,7 @@
 //! where the last cluster in use is.
 
 use super::{Block, Qcow2, Refcounts};
-use crate::block::WriteFlags;
+use crate::block::{Event, WriteFlags};
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout;
 use crate::format::qcow2::overlap::Kinds;
@@ -13,6 +13,7 @@ impl Refcounts {
     /// Takes `count` free clusters side by side: counted, durably, and inside the file. They hold
     /// anything.
     pub async fn reserve_run(&mut self, image: &Qcow2, count: u64) -> IoResult<Run> {
+        image.event(Event::RefblockAlloc).await;
         self.write(image).await?;
         let Some(first) = self.find_run(image, count).await? else {
             let per_block = self.geometry.refcount_block_entries();
@@ -103,6 +104,7 @@ impl Refcounts {
             true => named,
             false => self.unwritten.start.min(named.start)..self.unwritten.end.max(named.end),
         };
+        image.event(Event::RefblockAllocHookup).await;
         self.write_entries(image).await?;
         image.file().flush().await
     }
@@ -138,8 +140,10 @@ impl Refcounts {
         let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let offset = first << bits;
         let file = image.file();
+        image.event(Event::RefblockAllocWriteTable).await;
         file.write(offset, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         file.flush().await?;
+        image.event(Event::RefblockAllocSwitchTable).await;
         let mut header = image.header.lock().await;
         let mut new = header.clone();
         let old = new.refcount_table_offset;
