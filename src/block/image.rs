@@ -207,6 +207,8 @@ pub struct CheckReport {
 pub struct ImageInfo {
     /// Bytes.
     pub cluster_size: Option<u64>,
+    /// Where the state of a machine is kept, as seen from the disk's beginning, in bytes; 0 where it cannot be.
+    pub vm_state_offset: u64,
     /// The image was not closed cleanly.
     pub is_dirty: bool,
     pub is_encrypted: bool,

@@ -203,7 +203,7 @@ impl Session {
         let info = image.node().driver().image().map(|whole| whole.info()).unwrap_or_default();
         outln!("format name: {}", image.format());
         outln!("cluster size: {}", human(info.cluster_size.unwrap_or(0) as f64));
-        outln!("vm state offset: {}", human(0.0));
+        outln!("vm state offset: {}", human(info.vm_state_offset as f64));
         if let Some(specific) = &info.specific {
             crate::cli::img::print_specific(specific);
         }

@@ -14,6 +14,11 @@ pub fn info(header: &Header, bitmaps: &[StoredBitmap]) -> ImageInfo {
     };
     ImageInfo {
         cluster_size: Some(1 << header.cluster_bits),
+        vm_state_offset: {
+            // Behind the last L2 table that the disk needs.
+            let geometry = header.geometry();
+            geometry.l1_entries_for(header.size).saturating_mul(geometry.l2_coverage())
+        },
         is_dirty: header.incompatible.contains(Incompatible::DIRTY),
         is_encrypted: header.crypt_method != CRYPT_NONE,
         backing_filename: header.backing_file.as_deref().map(text),

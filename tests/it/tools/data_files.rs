@@ -39,7 +39,7 @@ fn what_is_told_of_them_is_the_same() {
             lines.push(format!("qemu-img {line} {image}"));
         }
         for commands in [
-            "-c map -c length",
+            "-c map -c info -c length",
             "-r -c 'read -v 65500 100'",
             "-c 'alloc 0 4M' -c 'read -P 0 2M 64k'",
         ] {

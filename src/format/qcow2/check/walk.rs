@@ -8,7 +8,8 @@ use crate::format::qcow2::extensions::Extension;
 use crate::format::qcow2::header::Autoclear;
 use crate::format::qcow2::layout;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry, OFFSET_MASK, REFTABLE_OFFSET_MASK};
-use crate::format::qcow2::snapshots::{MAX_ENTRY, Snapshot};
+use crate::format::qcow2::snapshots::{Snapshot, Table};
+use crate::io::Errno;
 
 /// Bits 9 to 55 and the flags: what a standard entry may have.
 const STANDARD: u64 = OFFSET_MASK | 1 << 63 | 1 << 62 | 1;
@@ -25,11 +26,11 @@ impl Check<'_> {
         self.refer(refs, 0, self.geometry.cluster_size())?;
         let (l1, l1_size) = (self.header.l1_table_offset, self.header.l1_size);
         self.count_l1(refs, l1, l1_size, true).await?;
-        if let Some((table_len, snapshots)) = snapshots {
-            for snapshot in &snapshots {
-                self.count_snapshot(refs, snapshot).await?;
-            }
-            self.refer(refs, self.header.snapshots_offset, table_len)?;
+        for snapshot in &snapshots.list {
+            self.count_snapshot(refs, snapshot).await?;
+        }
+        if !snapshots.list.is_empty() {
+            self.refer(refs, self.header.snapshots_offset, snapshots.bytes)?;
         }
         let extensions = std::mem::take(&mut self.header.extensions);
         for extension in &extensions {
@@ -220,34 +221,23 @@ impl Check<'_> {
 
     // ---- Snapshots and bitmaps
 
-    /// The snapshots, and how many bytes their table has. None if there are none.
-    async fn read_snapshots(&mut self) -> Result<Option<(u64, Vec<Snapshot>)>, Error> {
-        let (start, n) = (self.header.snapshots_offset, self.header.nb_snapshots);
-        let (mut at, mut snapshots) = (start, Vec::new());
-        for index in 0..n {
-            let mut found = None;
-            // Few entries are longer than this.
-            for len in [2048, MAX_ENTRY] {
-                let mut entry = vec![0; len];
-                read_or_zero(self.file, at, &mut entry).await.map_err(failed)?;
-                found = Snapshot::parse(&entry);
-                if found.is_some() {
-                    break;
+    /// The snapshots, and how many bytes their table has.
+    async fn read_snapshots(&mut self) -> Result<Table, Error> {
+        let table = Table::read(self.file, &self.header).await.map_err(|error| {
+            match error.errno() {
+                // What only a repair could do something about.
+                Some(Errno(libc::EFBIG)) | None => {
+                    Error::new(format!("ERROR failed to read the snapshot table: {error}"))
                 }
+                Some(errno) => failed(errno),
             }
-            let Some((snapshot, len)) = found else {
-                return Err(Error::new(format!(
-                    "ERROR failed to read the snapshot table: Too much extra metadata in snapshot \
-                     table entry {index}"
-                )));
-            };
+        })?;
+        for (index, snapshot) in table.list.iter().enumerate() {
             if !snapshot.is_complete() {
                 self.corruption(format!(" snapshot table entry {index} is incomplete"));
             }
-            snapshots.push(snapshot);
-            at = at.saturating_add(len as u64);
         }
-        Ok((n > 0).then_some((at - start, snapshots)))
+        Ok(table)
     }
 
     async fn count_snapshot(
