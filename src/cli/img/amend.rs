@@ -35,7 +35,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         arguments::check_option_list(text)?;
         let parsed = qemuopts::parse(text, None).map_err(|e| e.to_string())?;
         wants_help |= parsed.help;
-        given.merge(parsed.options).map_err(|e| e.to_string())?;
+        arguments::add_options(&mut given, parsed.options);
     }
     if !line.has("o") {
         return Err(Failed::usage("Must specify options (-o)"));

@@ -4,7 +4,7 @@ use super::{Context, Failed, object};
 use crate::block::SnapshotKey;
 use crate::cli::getopt::{Line, Opt, long_switch, long_valued, switch, valued};
 use crate::io::Errno;
-use crate::options::{qemuopts, size};
+use crate::options::{Map, qemuopts, size};
 use crate::tools::{Cache, Opened, Wanted};
 
 pub const OBJECT: Opt =
@@ -58,6 +58,13 @@ pub fn check_option_list(text: &str) -> Result<(), Failed> {
         return Err(format!("Invalid option list: {text}").into());
     }
     Ok(())
+}
+
+/// Adds the options of one more `-o`: of what is said twice, the last counts.
+pub fn add_options(given: &mut Map, more: Map) {
+    for (key, value) in more {
+        given.insert(&key, value);
+    }
 }
 
 /// The value of `-l`, the name of an internal snapshot: `snapshot.id=…,snapshot.name=…`, or a name or number

@@ -81,7 +81,7 @@ impl Asked {
                     arguments::check_option_list(text)?;
                     let parsed = qemuopts::parse(text, None).map_err(|e| e.to_string())?;
                     asked.wants_help |= parsed.help;
-                    asked.options.merge(parsed.options).map_err(|e| e.to_string())?;
+                    arguments::add_options(&mut asked.options, parsed.options);
                 }
                 "l" => asked.snapshot = Some(arguments::Snapshot::parse(text)?),
                 "S" => asked.sparse = parse_sparse(text)?,

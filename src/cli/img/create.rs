@@ -32,7 +32,7 @@ async fn run(_: &Context, line: Line) -> Ended {
         arguments::check_option_list(text)?;
         let parsed = qemuopts::parse(text, None).map_err(|e| e.to_string())?;
         wants_help |= parsed.help;
-        given.merge(parsed.options).map_err(|e| e.to_string())?;
+        arguments::add_options(&mut given, parsed.options);
     }
     let format = line.get("format").unwrap_or("raw");
     if wants_help {
@@ -74,6 +74,8 @@ async fn run(_: &Context, line: Line) -> Ended {
     let made = creation.run().await;
     if !quiet {
         outln!();
+        // In front of what is wrong.
+        output::flush();
     }
     made.map_err(at)?;
     Ok(0)

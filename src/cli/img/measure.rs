@@ -80,7 +80,7 @@ async fn run(context: &Context, line: Line) -> Ended {
             )
             .into());
         }
-        given.merge(parsed.options).map_err(|e| e.to_string())?;
+        arguments::add_options(&mut given, parsed.options);
     }
     let file = registry.get("file");
     let known = crate::block::create_options(driver, file)?;
