@@ -22,6 +22,8 @@ pub struct ToOpen {
     pub snapshot: bool,
     /// What is read from backing files is written to the image.
     pub copy_on_read: bool,
+    /// The kernel's older asynchronous I/O was asked for, which goes around the page cache alone.
+    pub native: bool,
     pub cache: Cache,
     /// More options of the node.
     pub more: Map,
@@ -38,6 +40,7 @@ impl Default for ToOpen {
             force_share: false,
             snapshot: false,
             copy_on_read: false,
+            native: false,
             cache: Cache { write_through: true, ..Cache::WRITEBACK },
             more: Map::new(),
         }
@@ -96,6 +99,11 @@ impl Session {
     }
 
     async fn try_open(&mut self, wanted: &ToOpen) -> Result<(), Error> {
+        if wanted.native && !wanted.cache.direct {
+            return Err(Error::new(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+            ));
+        }
         let image = self
             .images
             .open(&Wanted {
@@ -182,6 +190,7 @@ fn described(words: &Words<'_>) -> Result<ToOpen, String> {
         read_only: words.has('r'),
         snapshot: words.has('s'),
         copy_on_read: words.has('C'),
+        native: words.has('k') || words.get('i') == Some("native"),
         force_share: words.has('U'),
         ..ToOpen::default()
     };

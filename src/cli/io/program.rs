@@ -129,6 +129,7 @@ fn to_open(line: &Line) -> Result<Option<ToOpen>, String> {
     }
     wanted.snapshot = line.has("snapshot");
     wanted.copy_on_read = line.has("copy-on-read");
+    wanted.native = line.has("native-aio") || line.get("aio") == Some("native");
     let Some(name) = line.operands.first() else { return Ok(None) };
     wanted.name = name.clone();
     Ok(Some(wanted))

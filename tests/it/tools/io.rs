@@ -53,6 +53,11 @@ fn what_is_read_from_a_backing_file_is_copied() {
             "qemu-io -C --image-opts -c 'read 64k 64k' -c 'write 128k 4k' -c 'aio_read 512k 64k' -c aio_flush -c map driver=qcow2,file.filename=ov.qcow2",
             "qemu-io -C -s -c 'read 64k 64k' -c map ov.qcow2",
             "qemu-io -c 'open -C -r ov.qcow2'",
+            "qemu-io -c 'open -k b.qcow2' -c length",
+            "qemu-io -c 'open -n -k b.qcow2' -c length",
+            "qemu-io -k -c length b.qcow2",
+            "qemu-io -i native -c length b.qcow2",
+            "qemu-io -i native -n -c length b.qcow2",
         ],
     );
 }
