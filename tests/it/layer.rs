@@ -1,11 +1,12 @@
 //! `layer`: the smallest format with a backing file, for tests. Its clusters lie where they are in
 //! its file; which of them there are, it keeps in memory.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
-use vublk::io::{Errno, InFlight, IoResult, IoVec};
+use vublk::io::{self, Errno, InFlight, IoResult, IoVec};
 use vublk::options::{NodeRef, NodeRefOrNull};
 
 pub static ENTRY: DriverEntry = DriverEntry {
@@ -34,7 +35,9 @@ pub static ENTRY: DriverEntry = DriverEntry {
             let clusters = (0..node.len().div_ceil(cluster)).map(|_| AtomicU8::new(NONE));
             let (clusters, len) = (clusters.collect(), node.len());
             let children = [file].into_iter().chain(backing).collect();
-            Ok(Box::new(Layer { children, traits, cluster, len, clusters }) as Box<dyn Driver>)
+            let writing = Mutex::default();
+            let layer = Layer { children, traits, cluster, len, clusters, writing };
+            Ok(Box::new(layer) as Box<dyn Driver>)
         })
     },
     options: &[],
@@ -57,9 +60,37 @@ struct Layer {
     cluster: u64,
     len: u64,
     clusters: Box<[AtomicU8]>,
+    /// Writes that have not marked their clusters yet, and the number of the next one.
+    writing: Mutex<(Vec<u64>, u64)>,
+}
+
+/// A write that is listed, until it is dropped.
+struct Writing<'a>(&'a Layer, u64);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.writing.lock().unwrap().0.retain(|&number| number != self.1);
+    }
 }
 
 impl Layer {
+    fn begin_write(&self) -> Writing<'_> {
+        let mut writing = self.writing.lock().unwrap();
+        let number = writing.1;
+        writing.0.push(number);
+        writing.1 += 1;
+        Writing(self, number)
+    }
+
+    /// Waits for the writes that have begun. What lies in the file of a zero cluster may be anything
+    /// older: one of them must not show it.
+    async fn older_writes(&self) {
+        let now = self.writing.lock().unwrap().1;
+        while self.writing.lock().unwrap().0.iter().any(|&number| number < now) {
+            io::sleep(Duration::from_micros(20)).await;
+        }
+    }
+
     fn file(&self) -> Arc<Node> {
         self.children[0].node()
     }
@@ -158,6 +189,7 @@ impl Driver for Layer {
         _: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
+            let _writing = self.begin_write();
             let file = self.file();
             let len = from.len().min(file.len() - at);
             file.event(Event::WriteAio).await;
@@ -168,8 +200,11 @@ impl Driver for Layer {
     }
 
     fn zero<'a>(&'a self, at: u64, len: u64, _: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        self.mark(at, len, ZERO);
-        Box::pin(std::future::ready(Ok(())))
+        Box::pin(async move {
+            self.older_writes().await;
+            self.mark(at, len, ZERO);
+            Ok(())
+        })
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
