@@ -2,7 +2,7 @@
 //! itself.
 
 use super::{Error, LocalFuture, SnapshotInfo, Snapshots};
-use crate::io::{Errno, IoResult};
+use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
 use serde::Deserialize;
 
@@ -83,6 +83,25 @@ pub trait Image: Send + Sync {
     /// ENOTSUP where an image cannot.
     fn make_empty(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(std::future::ready(Err(unsupported())))
+    }
+
+    /// Reads the state of a virtual machine that the image keeps beside its disk, from byte `at` of the
+    /// state on; zeroes where nothing was written.
+    ///
+    /// # Errors
+    /// ENOTSUP where an image has no place for it.
+    fn read_machine<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        let _ = (at, into);
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    /// Writes of it. Called with no other request in flight on the node, which must be writable.
+    ///
+    /// # Errors
+    /// As for reading, or EFBIG, or I/O failed.
+    fn write_machine<'a>(&'a self, at: u64, from: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        let _ = (at, from);
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
     /// What the image says of itself. Called at any time.

@@ -88,6 +88,17 @@ fn clock(time: Duration) -> String {
     format!("{hours}:{minutes:02}:{:02}.{:02}", seconds % 60, time.subsec_millis() / 10)
 }
 
+/// What the state of a machine is read and written in.
+fn whole_sectors(offset: u64, len: u64) -> Said {
+    for (value, name) in [(offset, "offset"), (len, "count")] {
+        if !value.is_multiple_of(512) {
+            outln!("{value} is not a sector-aligned value for '{name}'");
+            return None;
+        }
+    }
+    Some(())
+}
+
 /// Offset and length; for vectors, the sum of several lengths.
 fn range(words: &Words<'_>) -> Option<(u64, u64)> {
     let [offset, lengths @ ..] = &*words.operands else { return None };
@@ -149,6 +160,9 @@ impl Session {
             return self.usage();
         }
         let (offset, len) = range(words)?;
+        if words.has('b') {
+            whole_sectors(offset, len)?;
+        }
         if pattern.is_none() && (skip.is_some() || count.is_some()) {
             return self.usage();
         }
@@ -161,9 +175,12 @@ impl Session {
         let wanted = pattern.map(|pattern| Wanted { pattern, skip, count });
         let mut memory = Memory::new(len, UNREAD, self.misalign)?;
         let request = Request::new(words, offset, len);
-        let read = match words.has('b') {
-            true => Err(Errno::ENOTSUP),
-            false => self.image()?.read(offset, &IoVec::from_mut(memory.bytes())).await,
+        let into = IoVec::from_mut(memory.bytes());
+        let image = self.image()?;
+        let read = match (words.has('b'), image.node().driver().image()) {
+            (false, _) => image.read(offset, &into).await,
+            (true, Some(image)) => image.read_machine(offset, &into).await,
+            (true, None) => Err(Errno::ENOTSUP),
         };
         if let Err(errno) = read {
             outln!("{} failed: {errno}", if vector { "readv" } else { "read" });
@@ -208,6 +225,9 @@ impl Session {
             }
         }
         let (offset, len) = range(words)?;
+        if has('b') {
+            whole_sectors(offset, len)?;
+        }
         self.check_writable()?;
         let mut memory = Memory::new(if has('z') { 0 } else { len }, FILL, self.misalign)?;
         if let Some(byte) = pattern {
@@ -219,7 +239,11 @@ impl Session {
         let request = Request::new(words, offset, len);
         let image = self.image()?;
         let written = if has('b') {
-            Err(Errno::ENOTSUP)
+            let from = IoVec::from_ref(memory.bytes());
+            match image.node().driver().image() {
+                Some(image) => image.write_machine(offset, &from).await,
+                None => Err(Errno::ENOTSUP),
+            }
         } else if has('z') {
             image.zero(offset, len, zero_flags(words)).await
         } else if has('c') {

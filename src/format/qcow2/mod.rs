@@ -18,6 +18,7 @@
 //! | `batch`, `tables`, `header_cluster` | entries, tables and the header on their way to the kernel |
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
+//! | `machine` | the state of a virtual machine, behind the disk |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
 //! | `standing` | what the disk has of the header, and whether anything may be written |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
@@ -46,6 +47,7 @@ pub mod l1;
 pub mod l2_cache;
 pub mod layout;
 mod lookup;
+mod machine;
 mod measure;
 mod new_image;
 mod open;
@@ -399,6 +401,14 @@ impl Image for Qcow2 {
             let failed = |errno| Error::os("Could not change the mapping", errno);
             self.give_up_all().await.map_err(failed)
         })
+    }
+
+    fn read_machine<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.machine_at(at, into))
+    }
+
+    fn write_machine<'a>(&'a self, at: u64, from: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.set_machine_at(at, from))
     }
 
     fn info(&self) -> ImageInfo {

@@ -37,7 +37,7 @@ impl Qcow2 {
     }
 
     pub(super) async fn read_backing(&self, at: u64, into: &IoVec<'_>) -> IoResult {
-        match self.backing() {
+        match self.backing().filter(|_| at < self.state_start()) {
             Some(backing) => {
                 self.event(Event::ReadBackingAio).await;
                 read_padded(&backing, at, into).await

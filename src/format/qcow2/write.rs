@@ -265,7 +265,10 @@ impl Qcow2 {
         }
         let len = guest.end - guest.start;
         let mut copy = AlignedBuf::new(len as usize, 4096).ok_or(Errno::ENOMEM)?;
-        let there = self.size().saturating_sub(guest.start).min(len);
+        let there = match guest.start >= self.state_start() {
+            true => len,
+            false => self.size().saturating_sub(guest.start).min(len),
+        };
         if there > 0 {
             self.event(Event::CowRead).await;
             let into = IoVec::from_mut(&mut copy[..there as usize]);

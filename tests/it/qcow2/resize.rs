@@ -137,6 +137,19 @@ fn what_a_shrunk_disk_had_does_not_come_back_when_it_grows() {
 }
 
 #[test]
+fn the_state_of_a_machine_does_not_become_the_disk() {
+    let images = Images::new();
+    images.create("a.qcow2", 1 << 20, "");
+    images.run(VUBLK, &["io", "-c", "write -b -P 7 0 64k", "a.qcow2"]);
+    // In QEMU it does: the state begins where the disk that one L2 table maps ends.
+    let (code, said) = resize(&images, true, &["a.qcow2", "1G"].map(String::from));
+    assert_eq!(code, Some(0), "{said}");
+    images.run("qemu-io", &["-c", "read -P 0 512M 64k", "a.qcow2"]);
+    images.run(VUBLK, &["io", "-c", "read -b -P 0 0 64k", "a.qcow2"]);
+    assert!(is_sound(&images));
+}
+
+#[test]
 fn a_snapshot_keeps_the_disk_that_it_has() {
     let images = Images::new();
     images.create("a.qcow2", 1 << 20, "cluster_size=4k");

@@ -100,3 +100,25 @@ fn breakpoints_that_nothing_can_reach_hold_nobody_up() {
     assert!(ended.stdout.starts_with(wanted), "{ended:?}");
     assert_eq!(ended.code, Some(1));
 }
+
+#[test]
+fn the_state_of_a_machine_lies_behind_the_disk() {
+    let shared = "qemu-io -c 'write -b -P 7 0 192k' b.qcow2 && qemu-img snapshot -c one b.qcow2";
+    let partly = "qemu-io -c 'write -b -P 9 64k 512' -c 'read -b -P 9 64k 512' -c 'read -b -P 7 66048 65024' b.qcow2";
+    let whole = "qemu-img check b.qcow2 && qemu-img snapshot -a one b.qcow2 && qemu-io -c 'read -b -P 7 0 192k' -c 'read -P 0 0 1M' b.qcow2";
+    assert_same_disks(
+        PREPARE,
+        &[
+            "qemu-io -c 'write -b -P 7 0 192k' -c 'read -b -P 7 64k 64k' -c 'read -b -P 0 1M 64k' -c map b.qcow2",
+            "qemu-io -c 'write -b -P 7 0 64k' -c 'write -b -P 8 512 512' b.qcow2 && qemu-io -c 'read -b -P 8 512 512' -c 'read -b -P 7 0 512' -c 'read -b -P 7 1k 63k' b.qcow2 && qemu-img check b.qcow2",
+            "qemu-io -c 'write -b -P 7 4k 4k' -c 'read -b -P 0 0 4k' -c 'read -b -P 0 8k 56k' ov.qcow2 && qemu-img check ov.qcow2",
+            "qemu-io -c 'write -b -P 7 600M 4k' -c 'read -b -P 7 600M 4k' b.qcow2 && qemu-img check b.qcow2",
+            "qemu-io -c 'write -b 1 512' -c 'write -b 0 100' -c 'read -b 3 512' -c 'read -b 0 1' b.qcow2",
+            "qemu-io -c 'write -b -z 0 512' -c 'write -b -f 0 512' -c 'read -b -q 0 512' b.qcow2",
+            "qemu-io -r -c 'write -b 0 512' b.qcow2",
+            "qemu-io -f raw -c 'write -b 0 512' -c 'read -b 0 512' b.raw",
+            // Shared with a snapshot, it is copied where it is written.
+            &format!("{shared} && {partly} && {whole}"),
+        ],
+    );
+}
