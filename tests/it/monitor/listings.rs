@@ -145,7 +145,8 @@ fn nodes_are_listed_with_all_that_they_stand_on_as_qemu_lists_them() {
             let end = path.split_once('.').unwrap().1;
             let unnamed = ["c", "d", "n"].contains(&path.split('.').next().unwrap());
             unnamed && ["file", "image.filename"].contains(&end)
-                || path == "d.image.actual-size"
+                // Two files with the same bytes may take a block more or less.
+                || path.ends_with("image.actual-size")
                 || path.ends_with("bitmaps[0].flags")
         };
         found.retain(|line| !is_meant(line));
