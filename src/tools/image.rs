@@ -327,11 +327,6 @@ impl Opened {
         !self.node().options().read_only
     }
 
-    /// Whether every write is durable before it completes.
-    pub fn is_write_through(&self) -> bool {
-        self.write_through
-    }
-
     /// What the image is called in listings: its file, if there is one.
     pub fn filename(&self) -> String {
         let file = || self.node().driver().filename().unwrap_or_else(|| self.name.clone());

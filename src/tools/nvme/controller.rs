@@ -179,11 +179,6 @@ impl Function {
     pub fn is_controller(&self) -> bool {
         self.class == NVME_CLASS
     }
-
-    /// Whether it is a bridge, which does no I/O of its own.
-    pub fn is_bridge(&self) -> bool {
-        self.class >> 8 == 0x06_04
-    }
 }
 
 #[cfg(test)]

@@ -47,8 +47,6 @@ pub enum IoOpcode {
 
 /// Feature identifiers (5.27.1).
 pub mod feature {
-    /// 5.27.1.4
-    pub const VOLATILE_WRITE_CACHE: u32 = 0x06;
     /// 5.27.1.5
     pub const NUMBER_OF_QUEUES: u32 = 0x07;
     /// 5.27.1.8
@@ -73,8 +71,6 @@ pub const DEALLOCATE: u32 = 1 << 25;
 pub const AD: u32 = 1 << 2;
 /// Bytes of a range of Dataset Management (NVM, 3.2.3).
 pub const RANGE: usize = 16;
-/// The most ranges of one Dataset Management command.
-pub const RANGES: usize = 256;
 
 /// A command: eight little-endian double words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -46,8 +46,6 @@ pub struct ControllerIdentity {
     pub has_write_zeroes: bool,
     /// There is a volatile write cache, so that flushes mean something.
     pub has_write_cache: bool,
-    /// Blocks that are written whole or not at all when the power fails.
-    pub atomic_blocks: u32,
     /// Scatter gather lists may be used in I/O commands; addresses and lengths of data blocks are
     /// multiples of this (SGLS bits 1:0).
     pub sgl_align: Option<u8>,
@@ -71,7 +69,6 @@ impl ControllerIdentity {
             has_dataset_management: optional & 1 << 2 != 0,
             has_write_zeroes: optional & 1 << 3 != 0,
             has_write_cache: le(data, 525, 1) & 1 != 0,
-            atomic_blocks: le(data, 528, 2) as u32 + 1,
             sgl_align: match le(data, 536, 4) & 3 {
                 1 => Some(1),
                 2 => Some(4),

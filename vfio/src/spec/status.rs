@@ -27,7 +27,6 @@ impl Status {
     pub const NOT_READY: Status = Status(0x82);
     pub const INVALID_QUEUE_ID: Status = Status(0x101);
     pub const INVALID_QUEUE_SIZE: Status = Status(0x102);
-    pub const ABORT_LIMIT: Status = Status(0x103);
     pub const EVENT_LIMIT: Status = Status(0x105);
     pub const INVALID_LOG: Status = Status(0x109);
     pub const INVALID_QUEUE: Status = Status(0x10c);
@@ -39,8 +38,6 @@ impl Status {
 
     /// Do Not Retry.
     pub const DNR: u16 = 1 << 14;
-    /// More.
-    pub const MORE: u16 = 1 << 13;
 
     pub fn is_ok(self) -> bool {
         self.code() == 0
