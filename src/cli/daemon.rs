@@ -48,7 +48,13 @@ pub fn command() -> Command {
         .disable_version_flag(true)
         .args(ordered)
         .arg(Arg::new(STRAY).hide(true).action(ArgAction::Append))
-        .arg(Arg::new("version").short('V').long("version").action(ArgAction::SetTrue))
+        .arg(
+            Arg::new("version")
+                .short('V')
+                .long("version")
+                .action(ArgAction::SetTrue)
+                .help("show the version"),
+        )
         .arg(
             Arg::new("daemonize")
                 .long("daemonize")

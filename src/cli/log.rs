@@ -22,7 +22,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Kinds of lines that are remembered. Places are few, but exports come and go.
 const KINDS: usize = 4096;
 
-/// How the log is written; the same for all commands that serve disks.
+// A doc comment here would become the description of the commands that take these options.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct LogArgs {
     /// How log lines are written

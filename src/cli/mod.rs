@@ -39,7 +39,7 @@ struct Vublk {
 enum Command {
     /// Serve disks to virtual machines
     Serve(Box<serve::Serve>),
-    /// Run as a storage daemon, with qemu-storage-daemon's command line
+    /// Serve disks to virtual machines; the options are qemu-storage-daemon's
     #[command(disable_help_flag = true)]
     Daemon {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
@@ -133,8 +133,7 @@ pub fn main() -> ExitCode {
 
 /// The whole command line, as help texts, man pages and completions show it.
 fn command_line() -> clap::Command {
-    let io = "Read and write an image with qemu-io's commands";
-    let io = getopt::command("io", io, io::OPTIONS, "FILE");
+    let io = getopt::command("io", io::ABOUT, io::OPTIONS, "FILE");
     Vublk::command().subcommands(img::TOOLS.iter().map(|tool| tool.command())).subcommand(io)
 }
 
@@ -146,5 +145,24 @@ fn report(program: &str, outcome: Outcome) -> ExitCode {
             log::tell_failure(program, &line, hint.as_deref());
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The options of a command and of the commands under it that have no help text.
+    fn unexplained(command: &clap::Command) -> Vec<String> {
+        let options = command.get_arguments().filter(|arg| !arg.is_positional());
+        let bare = options.filter(|arg| arg.get_help().is_none());
+        let bare = bare.map(|arg| format!("{}: {}", command.get_name(), arg.get_id()));
+        bare.chain(command.get_subcommands().flat_map(unexplained)).collect()
+    }
+
+    #[test]
+    fn every_option_of_every_command_is_explained() {
+        let all = command_line().mut_subcommand("daemon", |_| daemon::command());
+        assert_eq!(unexplained(&all), Vec::<String>::new());
     }
 }

@@ -212,7 +212,7 @@ pub fn find(name: &str) -> Option<&'static Tool> {
 /// Runs a subcommand with the arguments behind its name. The rest of the program.
 pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> ExitCode {
     super::signals::answer_usr1();
-    let ended = parse(tool, arguments).and_then(|line| {
+    let ended = parse(context, tool, arguments).and_then(|line| {
         if line.help {
             personality::print_help(context, Some(tool));
             return Ok(0);
@@ -236,12 +236,15 @@ pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> 
     ExitCode::from(code)
 }
 
-fn parse(tool: &Tool, arguments: Vec<OsString>) -> Result<Line, Failed> {
+fn parse(context: &Context, tool: &Tool, arguments: Vec<OsString>) -> Result<Line, Failed> {
     let text = |argument: OsString| {
         argument.into_string().map_err(|a| format!("'{}': not a UTF-8 text", a.display()))
     };
     let mut arguments = arguments.into_iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let ends_with_help = arguments.last().is_some_and(|last| last == "-h" || last == "--help");
     let last = match tool.takes_last {
+        // qemu-img takes even this for an operand.
+        true if ends_with_help && &*context.program != "qemu-img" => None,
         true if arguments.len() < 2 => return Err(Failed::usage("Not enough arguments")),
         true => arguments.pop(),
         false => None,

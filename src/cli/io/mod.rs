@@ -10,7 +10,7 @@ mod program;
 mod transfer;
 mod words;
 
-pub use program::{OPTIONS, run};
+pub use program::{ABOUT, OPTIONS, run};
 
 use crate::block::{Preallocation, Precision, Status};
 use crate::cli::img::{Context, outln};

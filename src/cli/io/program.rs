@@ -11,6 +11,9 @@ use crate::tools::{Cache, output};
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+/// What `vublk io` is for.
+pub const ABOUT: &str = "Read and write an image with qemu-io's commands";
+
 /// The program's options.
 pub const OPTIONS: &[Opt] = &[
     long_valued("object", "OBJECT", "an object that the image needs, such as a secret"),
@@ -160,8 +163,12 @@ fn words(wrong: &Wrong, arguments: &[String]) -> String {
 }
 
 fn print_help(program: &str) {
-    outln!("Usage: {program} [OPTIONS]... [-c STRING]... [file]");
-    outln!("QEMU Disk exerciser\n");
+    let (called, about) = match program {
+        "qemu-io" => (program, "QEMU Disk exerciser"),
+        _ => ("vublk io", ABOUT),
+    };
+    outln!("Usage: {called} [OPTIONS]... [-c STRING]... [file]");
+    outln!("{about}\n");
     for option in OPTIONS {
         let mut flags = Vec::new();
         if !option.short.is_empty() {

@@ -2,6 +2,7 @@
 //! its process, and `vublk serve`.
 
 mod beside_qsd;
+mod help;
 mod log;
 mod process;
 mod sandbox;
