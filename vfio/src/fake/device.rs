@@ -519,7 +519,8 @@ impl Device {
                 if matches!(media.kind, MediaKind::Null) {
                     return Status::SUCCESS;
                 }
-                if self.config.mdts > 0 && len > (self.page() as usize) << self.config.mdts {
+                let smallest = 4096 << self.config.page_shift;
+                if self.config.mdts > 0 && len > smallest << self.config.mdts {
                     self.complain(format!("a transfer of {len} bytes, more than MDTS"));
                     return Status::INVALID_FIELD;
                 }

@@ -32,12 +32,14 @@ pub struct Config {
     pub max_entries: u32,
     /// CAP.TO, half seconds.
     pub timeout: u8,
+    /// CAP.DSTRD.
     pub doorbell_stride: u32,
     /// CAP.MPSMIN, above 4 KiB.
     pub page_shift: u32,
     pub vectors: u32,
     /// I/O queue pairs that are granted.
     pub pairs: u16,
+    /// Maximum Data Transfer Size, as a power of two of the smallest page; held by the fake too.
     pub mdts: u8,
     /// ONCS.
     pub optional_commands: u16,

@@ -1,10 +1,11 @@
 //! Starting, identifying, refusing, stopping.
 
-use crate::fixture::{open, options, wait_until};
+use crate::fixture::{Disk, Guest, open, options, pattern, segments, wait_until};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vublk_vfio::Controller;
 use vublk_vfio::fake::{Broken, Config, Event, Fake, Media};
+use vublk_vfio::spec::Status;
 
 fn refused(config: Config, broken: Broken) -> String {
     let fake = Fake::new(config);
@@ -88,6 +89,46 @@ fn limits_that_a_controller_does_not_tell_are_those_of_a_transfer() {
     let none = Config { optional_commands: 0, ..Config::default() };
     let namespace = open(&Fake::new(none)).namespace(1).unwrap();
     assert_eq!((namespace.limits().zero, namespace.limits().discard), (0, 0));
+}
+
+#[test]
+fn doorbells_lie_and_pages_and_transfers_are_as_long_as_the_capabilities_say() {
+    for (doorbell_stride, page_shift) in [(0, 0), (0, 1), (2, 0), (2, 1)] {
+        let which = format!("stride {doorbell_stride}, page shift {page_shift}");
+        let config = Config { doorbell_stride, page_shift, mdts: 3, ..Config::default() };
+        let mut disk = Disk::new(config);
+        let most = u64::from(disk.namespace.limits().transfer);
+        assert_eq!(most, (4096 << page_shift) << 3, "{which}: MDTS counts in smallest pages");
+        let bytes = pattern(1, most as usize);
+        // More rounds than the queue has entries, so that both doorbells wrap.
+        for round in 0..300 {
+            let at = round % 2 * most;
+            disk.write(at, &bytes);
+            assert!(disk.read(at, bytes.len()) == bytes, "{which}: round {round}");
+        }
+        // A second pair has doorbells of its own.
+        let mut other = disk.controller.queue_pair().unwrap();
+        std::mem::swap(&mut disk.pair, &mut other);
+        assert!(disk.read(0, bytes.len()) == bytes, "{which}: the second pair");
+        std::mem::swap(&mut disk.pair, &mut other);
+        // Data that the device reaches itself begins in the middle of a page, and takes a list.
+        let guest = Guest::new(1 << 20);
+        let registration = disk.controller.register(guest.range()).unwrap();
+        disk.controller.space().settle();
+        let bounced = disk.pair.counts().bounced;
+        let list = [guest.iovec(4096 + 512, bytes.len())];
+        let request = disk.namespace.read(most, bytes.len() as u32, segments(&list), 7);
+        assert_eq!(disk.one(request), Status::SUCCESS, "{which}");
+        assert!(guest.bytes(4096 + 512, bytes.len()) == bytes, "{which}: into registered memory");
+        assert_eq!(disk.pair.counts().bounced, bounced, "{which}: no copy is made");
+        registration.end().unwrap();
+        // Nor does the controller take more.
+        disk.check();
+        let mut more = vec![0; bytes.len() + 512];
+        let list = [crate::fixture::iovec(&mut more)];
+        let request = disk.namespace.read(0, more.len() as u32, segments(&list), 8);
+        assert_eq!(disk.one(request).code(), Status::INVALID_FIELD.code(), "{which}");
+    }
 }
 
 #[test]
