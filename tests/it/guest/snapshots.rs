@@ -1,4 +1,4 @@
-//! A guest under load goes on across live snapshots of its qcow2 disk, and is turned back to one.
+//! A guest under load goes on across live snapshots of its qcow2 overlay, and is turned back to one.
 
 use super::boot::Guest;
 use super::server::output_of;
@@ -26,8 +26,9 @@ fn serve(dir: tempfile::TempDir) -> Daemon {
 fn a_guest_under_load_loses_nothing_across_live_snapshots_and_is_turned_back_to_one() {
     let images = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let image = images.path().join("disk.qcow2");
+    std::fs::File::create(&image).unwrap().set_len(96 << 20).unwrap();
+    super::overlay(&image);
     let image = image.to_str().unwrap();
-    output_of("qemu-img", ["create", "-q", "-f", "qcow2", image, "96M"]);
     // The daemon's folder goes with it.
     let links = || {
         let dir = tempfile::tempdir().unwrap();
