@@ -5,10 +5,12 @@ use crate::options::Map;
 use crate::{filter, format, protocol};
 use std::sync::LazyLock;
 
-/// All drivers that there are.
+/// All drivers that there are, and the formats that are told from theirs.
 pub fn registry() -> &'static Registry {
-    static REGISTRY: LazyLock<Registry> =
-        LazyLock::new(|| Registry::new(&[format::LIST, filter::LIST, protocol::LIST]));
+    static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
+        let drivers = Registry::new(&[format::LIST, filter::LIST, protocol::LIST]);
+        drivers.with_foreign(format::foreign::FOREIGN)
+    });
     &REGISTRY
 }
 

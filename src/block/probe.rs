@@ -1,7 +1,7 @@
 //! What a file holds, by its first bytes. Only for those who ask for it: see
 //! [`OpenPolicy`](super::OpenPolicy).
 
-use super::registry::{DriverEntry, PROBE_LEN, Registry};
+use super::registry::{DriverEntry, Guess, PROBE_LEN, Registry};
 use super::{Error, Node};
 use crate::io::IoVec;
 
@@ -9,7 +9,8 @@ use crate::io::IoVec;
 /// knows is `raw`.
 ///
 /// # Errors
-/// It cannot be read.
+/// It cannot be read, or it is of a format that there is no driver for: taken for raw bytes, its
+/// container would be the disk.
 pub async fn probe(
     registry: &'static Registry,
     node: &Node,
@@ -23,8 +24,15 @@ pub async fn probe(
             .await
             .map_err(|e| Error::os("Could not read image for determining its format", e))?;
     }
-    let found = registry.probe(head, filename).map(|(entry, _)| entry);
-    found
-        .or_else(|| registry.get("raw"))
-        .ok_or_else(|| Error::new("Could not determine image format: No compatible driver found"))
+    match registry.probe(head, filename) {
+        Some(Guess::Driver(entry)) => Ok(entry),
+        Some(Guess::Foreign(name)) => Err(Error::new(format!(
+            "'{}' looks like {name}, which vublk does not support; to take it as raw bytes, say that \
+             its format is raw (-f raw; -F raw for a backing file)",
+            filename.escape_debug()
+        ))),
+        None => registry.get("raw").ok_or_else(|| {
+            Error::new("Could not determine image format: No compatible driver found")
+        }),
+    }
 }

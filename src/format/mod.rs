@@ -2,6 +2,7 @@
 
 use crate::block::DriverEntry;
 
+pub mod foreign;
 pub mod qcow2;
 pub mod raw;
 

@@ -392,7 +392,7 @@ impl Opened {
         let len = SECTOR.min(self.len());
         self.node().read(0, &IoVec::from_mut(&mut sector[..len as usize])).await?;
         from.copy_to(&mut sector[at as usize..]);
-        let found = self.registry.probe(&sector, &self.name).map(|(entry, _)| entry.name);
-        if found.is_some_and(|name| name != "raw") { Err(Errno::EPERM) } else { Ok(()) }
+        let found = self.registry.probe(&sector, &self.name);
+        if found.is_some_and(|guess| guess.name() != "raw") { Err(Errno::EPERM) } else { Ok(()) }
     }
 }

@@ -14,7 +14,7 @@ use vublk::options::{NodeRef, NodeRefOrNull, keyval};
 
 static NOTES: LazyLock<Registry> = LazyLock::new(|| {
     let all: Vec<&'static DriverEntry> = REGISTRY.iter().collect();
-    Registry::new(&[&all, &[&NOTE]])
+    Registry::new(&[&all, &[&NOTE]]).with_foreign(vublk::format::foreign::FOREIGN)
 });
 
 static NOTE: DriverEntry = DriverEntry {
@@ -162,6 +162,19 @@ fn a_format_that_is_not_recorded_is_guessed_by_tools_only() {
         "Could not open backing file: the image records no format of 'middle': record one with \
          'rebase -u -b middle -F FORMAT', or name the backing file in the options"
     );
+}
+
+#[test]
+fn a_backing_file_of_a_format_without_a_driver_is_not_guessed_to_be_raw() {
+    let files = Files::new(&[("top", "NOTE base"), ("told", "NOTE base raw"), ("base", "KDMV")]);
+    let error = files.open(policy(FollowBacking::Probe), "top", "").unwrap_err();
+    assert_eq!(
+        error,
+        "Could not open backing file: 'base' looks like vmdk, which vublk does not support; to take it \
+         as raw bytes, say that its format is raw (-f raw; -F raw for a backing file)"
+    );
+    let chain = files.open(policy(FollowBacking::Probe), "told", "").unwrap();
+    assert_eq!(chain, ["note:told", "raw:base"]);
 }
 
 #[test]

@@ -142,9 +142,10 @@ impl Header {
         }
     }
 
-    /// Whether a file that begins so is meant to be an image of this format.
+    /// Whether a file that begins so is meant to be an image of this format, also of a version that
+    /// opening it refuses. Version 1 is another format.
     pub fn probe(head: &[u8]) -> bool {
-        head.starts_with(&MAGIC) && matches!(be32(head, 4), Some(2 | 3))
+        head.starts_with(&MAGIC) && be32(head, 4).is_some_and(|version| version >= 2)
     }
 
     /// The cluster size's logarithm, and with it how much of the file is the header's: from the

@@ -67,19 +67,6 @@ fn what_cannot_be_read_fails_or_becomes_zeroes() {
     assert_same(&[], &[&failing]);
 }
 
-#[test]
-fn a_guessed_raw_image_stays_one() {
-    assert_same(
-        &[],
-        &[
-            "qemu-io -c 'write -s magic.bin 0 512' -c 'write -P 1 512 512' a.raw",
-            "qemu-io -c 'write -s magic.bin 0 4096' a.raw",
-            "qemu-io -c 'write -s magic.bin 512 512' a.raw",
-            "qemu-io -f raw -c 'write -s magic.bin 0 512' a.raw && qemu-img info a.raw",
-        ],
-    );
-}
-
 /// Runs qemu-io with commands on its standard input.
 fn interact(place: &Place, input: &str) -> (Option<i32>, String) {
     let mut command = Command::new(place.program("qemu-io"));

@@ -7,6 +7,7 @@ mod chains;
 mod compressed;
 mod data_files;
 mod files;
+mod guessing;
 mod io;
 mod lines;
 mod measure;
@@ -250,8 +251,8 @@ fn assert_alike(
 }
 
 /// The files that command lines name: `a.raw` has data, written zeroes and holes; `b.raw` is nearly
-/// the same; `long.raw` is `a.raw` and more holes; `odd.raw` ends within a sector; `magic.bin` begins
-/// with a magic number of QEMU's formats.
+/// the same; `long.raw` is `a.raw` and more holes; `odd.raw` ends within a sector; `magic.bin`,
+/// `h.bochs` and `h.cloop` begin as images of QEMU's formats do.
 fn fixture(dir: &Path) {
     use std::os::unix::fs::FileExt;
     let make = |name: &str, len: u64, parts: &[(u64, usize, u8)]| {
@@ -270,4 +271,13 @@ fn fixture(dir: &Path) {
     make("small.raw", 1024, &[]);
     make("empty.raw", 0, &[]);
     std::fs::write(dir.join("magic.bin"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let bochs =
+        [(0, "Bochs Virtual HD Image"), (32, "Redolog"), (48, "Growing"), (64, "\0\0\x02\0")];
+    let cloop = "#!/bin/sh\n#V2.0 Format\n\
+                 modprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n";
+    for (name, parts) in [("h.bochs", &bochs[..]), ("h.cloop", &[(0, cloop)])] {
+        let file = std::fs::File::create(dir.join(name)).unwrap();
+        file.set_len(512).unwrap();
+        parts.iter().for_each(|&(at, text)| file.write_all_at(text.as_bytes(), at).unwrap());
+    }
 }

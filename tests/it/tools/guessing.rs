@@ -1,0 +1,111 @@
+//! Formats that are guessed: what is not ours is not taken for raw bytes, and a guessed raw image
+//! stays one.
+
+use super::{Place, assert_same, fixture};
+
+/// How QEMU makes an image of each format that there is no driver for. Those that it does not make are
+/// among the test's files; a `dmg` is known by its name.
+const FOREIGN: [(&str, &str); 12] = [
+    ("bochs", "h.bochs"),
+    ("cloop", "h.cloop"),
+    ("luks", "--object secret,id=s,data=x -f luks -o key-secret=s,iter-time=10 h.luks 1M"),
+    ("parallels", "-f parallels h.parallels 4M"),
+    ("qcow", "-f qcow h.qcow 4M"),
+    ("qed", "-f qed h.qed 4M"),
+    ("vdi", "-f vdi h.vdi 4M"),
+    ("vhdx", "-f vhdx h.vhdx 4M"),
+    ("vmdk", "-f vmdk h.vmdk 4M"),
+    ("vmdk", "-f vmdk -o subformat=streamOptimized h.vmdk 4M"),
+    ("vmdk", "-f vmdk -o subformat=monolithicFlat h.vmdk 4M"),
+    ("vpc", "-f vpc h.vpc 4M"),
+];
+
+/// The lines that make the image.
+fn made(how: &str) -> Vec<String> {
+    match how.contains(' ') {
+        true => vec![format!("qemu-img create -q {how}")],
+        false => Vec::new(),
+    }
+}
+
+#[test]
+fn a_guessed_raw_image_stays_one() {
+    assert_same(
+        &[],
+        &[
+            "qemu-io -c 'write -s magic.bin 0 512' -c 'write -P 1 512 512' a.raw",
+            "qemu-io -c 'write -s magic.bin 0 4096' a.raw",
+            "qemu-io -c 'write -s magic.bin 512 512' a.raw",
+            "qemu-io -f raw -c 'write -s magic.bin 0 512' a.raw && qemu-img info a.raw",
+        ],
+    );
+    for (format, how) in FOREIGN {
+        let made = made(how);
+        let made: Vec<&str> = made.iter().map(|line| &**line).collect();
+        let guarded = format!("qemu-io -c 'write -s h.{format} 0 512' a.raw");
+        let place = Place::new(true);
+        fixture(place.path());
+        made.iter().for_each(|line| assert_eq!(place.run_theirs(line).code, Some(0), "{line}"));
+        let refused = place.run(&guarded);
+        assert!(refused.stdout.contains("Operation not permitted"), "{format}: {refused:?}");
+        assert_same(
+            &made,
+            &[
+                &guarded,
+                &format!("qemu-io -f raw -c 'write -s h.{format} 0 512' a.raw"),
+                &format!("qemu-img info -f raw h.{format}"),
+                &format!("qemu-img convert -f raw h.{format} copy.raw"),
+            ],
+        );
+    }
+}
+
+#[test]
+fn a_format_without_a_driver_is_not_taken_for_raw_bytes() {
+    for (format, how) in FOREIGN.into_iter().chain([("dmg", "-f raw h.dmg 4M")]) {
+        let place = Place::new(true);
+        fixture(place.path());
+        for line in made(how) {
+            assert_eq!(place.run_theirs(&line).code, Some(0), "{line}");
+        }
+        // Theirs does not take it for raw bytes, either: it opens it, or wants more than a header.
+        let theirs = place.run_theirs(&format!("qemu-img info h.{format}"));
+        assert!(!theirs.stdout.contains("file format: raw"), "{format}: {theirs:?}");
+        let before = place.files();
+        for (line, prefix) in [
+            ("qemu-img info FILE", "qemu-img: Could not open 'FILE'"),
+            ("qemu-img convert -O raw FILE out.raw", "qemu-img: Could not open 'FILE'"),
+            ("qemu-img resize FILE +1M", "qemu-img: Could not open 'FILE'"),
+            ("qemu-img compare a.raw FILE", "qemu-img: Could not open 'FILE'"),
+            ("qemu-img create -f qcow2 -b FILE out.qcow2", "qemu-img: out.qcow2"),
+            ("qemu-io -c 'write 0 512' FILE", "qemu-io: can't open device FILE"),
+        ] {
+            let ended = place.run(&line.replace("FILE", &format!("h.{format}")));
+            let wanted = format!(
+                "{prefix}: 'FILE' looks like {format}, which vublk does not support; to take it as raw \
+                 bytes, say that its format is raw (-f raw; -F raw for a backing file)"
+            );
+            let wanted = wanted.replace("FILE", &format!("h.{format}"));
+            assert_eq!(ended.stderr.lines().next(), Some(&*wanted), "{line}");
+            assert_eq!(ended.code, Some(if line.contains("compare") { 2 } else { 1 }), "{line}");
+            assert_eq!(ended.stdout, "", "{line}");
+        }
+        assert!(before == place.files(), "{format}: a file has changed");
+    }
+}
+
+#[test]
+fn a_qcow2_image_of_a_later_version_is_refused_as_one() {
+    assert_same(
+        &["qemu-img create -q -f qcow2 v4.qcow2 4M", "qemu-io -f raw -c 'write -P 4 7 1' v4.qcow2"],
+        &[
+            "qemu-img info v4.qcow2",
+            "qemu-img convert v4.qcow2 copy.raw",
+            "qemu-img resize v4.qcow2 8M",
+            "qemu-img check v4.qcow2",
+            "qemu-img create -f qcow2 -F qcow2 -b v4.qcow2 over.qcow2",
+            "qemu-io -c 'read 0 512' v4.qcow2",
+            "qemu-io -c 'write -s v4.qcow2 0 512' a.raw",
+        ],
+    );
+}
