@@ -10,7 +10,7 @@ mod fault;
 mod log;
 
 pub use fault::{Effect, Fault, Kinds};
-pub use log::{Change, Crash, WriteLog};
+pub use log::{Change, Crash, Tries, WriteLog};
 
 use crate::block::{
     Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, Image, Kind, Leaf, LocalFuture,

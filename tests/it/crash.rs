@@ -62,7 +62,7 @@ fn what_was_flushed_survives_every_crash_of_a_raw_disk() {
 
         let log = disk.log();
         let mut crashes = 0;
-        for crash in log.crashes(seed, 24) {
+        for crash in log.crashes(seed, crate::disks::crashes(24)) {
             crashes += 1;
             // Within a request, what was allowed before it ended.
             let known = history.iter().rev().find(|(from, _)| *from <= crash.prefix);

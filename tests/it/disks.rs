@@ -15,7 +15,7 @@ use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{InFlight, IoResult, IoVec, Local, run_local};
 use vublk::options::{NodeRef, keyval};
 use vublk::protocol::nvme;
-use vublk::protocol::sim::{self, SimDisk, SimOptions};
+use vublk::protocol::sim::{self, SimDisk, SimOptions, Tries};
 use vublk_vfio::PciAddress;
 use vublk_vfio::fake::{Config, Fake};
 
@@ -31,6 +31,12 @@ pub fn seed() -> u64 {
     let seed = given.unwrap_or_else(|| fastrand::u64(..));
     println!("VUBLK_SEED={seed}");
     seed
+}
+
+/// How many crashes are tried after each change: `most`, or `VUBLK_CRASHES` if that is more.
+pub fn crashes(most: usize) -> Tries {
+    let given = std::env::var("VUBLK_CRASHES").ok().map(|text| text.parse().expect("a number"));
+    Tries::from(given.unwrap_or(0).max(most))
 }
 
 /// A name that no other disk of this process has.

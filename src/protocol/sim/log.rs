@@ -87,6 +87,23 @@ enum Kept {
     Torn(u64),
 }
 
+/// How many crashes are tried after each prefix of a log.
+#[derive(Clone, Copy, Debug)]
+pub struct Tries {
+    /// Up to so many pending changes, every subset of them is tried (and there are two to the power of
+    /// so many).
+    pub every: u32,
+    /// If those are fewer, or there are more pending changes, so many (at least two) in all, at random.
+    pub most: usize,
+}
+
+impl From<usize> for Tries {
+    /// At most (and at least two) of each: at least half of them are at random.
+    fn from(most: usize) -> Tries {
+        Tries { every: (most / 2).checked_ilog2().unwrap_or(0), most }
+    }
+}
+
 impl WriteLog {
     /// Of a disk that holds `base`.
     pub(super) fn new(base: Vec<u8>) -> WriteLog {
@@ -103,12 +120,11 @@ impl WriteLog {
         &self.changes
     }
 
-    /// The crashes after every prefix of the log, at most `most` (and at least two) of each: nothing
-    /// volatile kept, everything kept, then every subset, or as many of them at random as are
-    /// wanted, some of them torn.
-    pub fn crashes(&self, seed: u64, most: usize) -> impl Iterator<Item = Crash> + '_ {
-        let mut rng = Rng::with_seed(seed);
-        (0..=self.changes.len()).flat_map(move |prefix| self.crashes_at(prefix, &mut rng, most))
+    /// The crashes after every prefix of the log: nothing volatile kept, everything kept, then every
+    /// subset, or as many of them at random as are wanted, some of them torn.
+    pub fn crashes(&self, seed: u64, tries: impl Into<Tries>) -> impl Iterator<Item = Crash> + '_ {
+        let (mut rng, tries) = (Rng::with_seed(seed), tries.into());
+        (0..=self.changes.len()).flat_map(move |prefix| self.crashes_at(prefix, &mut rng, tries))
     }
 
     /// As [`WriteLog::crashes`], of a machine with two disks: what is kept of one says nothing of what is kept
@@ -116,16 +132,16 @@ impl WriteLog {
     pub fn crashes_of_two<'a>(
         disks: [&'a WriteLog; 2],
         seed: u64,
-        most: usize,
+        tries: impl Into<Tries>,
     ) -> impl Iterator<Item = [Crash; 2]> + 'a {
-        let mut rng = Rng::with_seed(seed);
+        let (mut rng, tries) = (Rng::with_seed(seed), tries.into());
         let mut moments: Vec<u64> = disks.iter().flat_map(|log| log.moments.clone()).collect();
         moments.sort_unstable();
         let ends = std::iter::once(0).chain(moments.into_iter().map(|moment| moment + 1));
         ends.flat_map(move |end| {
             let [first, second] = disks.map(|log| {
                 let prefix = log.moments.partition_point(|&moment| moment < end);
-                log.crashes_at(prefix, &mut rng, most)
+                log.crashes_at(prefix, &mut rng, tries)
             });
             // Nothing of one and everything of the other come first in both lists.
             let corners = [(0, 0), (1, 1), (0, 1), (1, 0)];
@@ -143,7 +159,7 @@ impl WriteLog {
         })
     }
 
-    fn crashes_at(&self, prefix: usize, rng: &mut Rng, most: usize) -> Vec<Crash> {
+    fn crashes_at(&self, prefix: usize, rng: &mut Rng, tries: Tries) -> Vec<Crash> {
         let volatile = self.volatile(prefix);
         let whole = |keep: &dyn Fn(usize) -> bool| {
             let kept = volatile.iter().enumerate().filter(|&(n, _)| keep(n));
@@ -154,11 +170,12 @@ impl WriteLog {
             return crashes;
         }
         crashes.push(whole(&|_| true));
-        let subsets = 1usize.checked_shl(volatile.len() as u32).unwrap_or(usize::MAX);
-        if subsets <= most / 2 {
-            crashes.extend((1..subsets - 1).map(|set| whole(&|n| set >> n & 1 == 1)));
+        if volatile.len() <= tries.every as usize {
+            crashes.extend(
+                (1..(1usize << volatile.len()) - 1).map(|set| whole(&|n| set >> n & 1 == 1)),
+            );
         }
-        while crashes.len() < most {
+        while crashes.len() < tries.most {
             let mut kept = Vec::new();
             for &index in &volatile {
                 match rng.u8(0..3) {
@@ -273,6 +290,20 @@ mod tests {
         .into_iter()
         .collect();
         assert_eq!(found, all);
+    }
+
+    #[test]
+    fn every_subset_of_so_many_pending_writes_is_tried_and_a_few_of_more() {
+        let mut log = WriteLog { base: vec![0; 11 * 512], ..WriteLog::default() };
+        (0..11).for_each(|n| log.push(write(n * 512, 1, 512)));
+        let mut found = vec![BTreeSet::new(); 12];
+        for crash in log.crashes(1, Tries { every: 10, most: 4 }) {
+            found[crash.prefix].insert(log.image(&crash));
+        }
+        for (pending, images) in found.iter().enumerate().take(11) {
+            assert_eq!(images.len(), 1 << pending, "{pending} pending");
+        }
+        assert!(found[11].len() <= 4);
     }
 
     #[test]

@@ -364,7 +364,7 @@ fn whatever_a_crash_leaves_of_a_growing_disk_what_was_flushed_is_there() {
         let log = disk.log();
         let ahead = log.changes().iter().filter(|change| matches!(change, Change::Zero { .. }));
         assert!(ahead.count() > 3, "nothing was preallocated");
-        for crash in log.crashes(seed, 16) {
+        for crash in log.crashes(seed, crate::disks::crashes(16)) {
             let known = flushed.iter().rev().find(|(from, _)| *from <= crash.prefix);
             let (_, allowed) = known.expect("the first holds from the beginning");
             for (n, sector) in log.image(&crash).chunks(512).enumerate() {

@@ -3,12 +3,13 @@
 
 use super::consistency;
 use super::sim::{Image, below, check, disk};
-use crate::disks::{open_holding, seed, simulated};
+use crate::disks::{crashes, open_holding, seed, simulated};
 use std::sync::Arc;
 use std::time::Duration;
 use vublk::block::*;
 use vublk::io::IoVec;
 use vublk::io::sim::Disorder;
+use vublk::protocol::sim::Tries;
 
 const LEN: u64 = 64 << 10;
 const MOST: u64 = 2 << 20;
@@ -20,22 +21,51 @@ struct Case {
     backing: Option<usize>,
     /// Of requests to the disk below.
     align: u32,
+    /// What lies past the image's end reads as garbage.
+    garbage: bool,
     /// Bitmaps that the image has to begin with.
     bitmaps: &'static [&'static str],
 }
 
 const CASES: &[Case] = &[
-    Case { create: "cluster_size=64k", backing: None, align: 1, bitmaps: &[] },
-    Case { create: "cluster_size=4k", backing: Some(9), align: 512, bitmaps: &["a"] },
-    Case { create: "cluster_size=4k", backing: Some(9), align: 1, bitmaps: &[] },
-    Case { create: "cluster_size=4k", backing: Some(600), align: 1, bitmaps: &[] },
-    Case { create: "cluster_size=1k", backing: Some(300), align: 1, bitmaps: &["a", "b"] },
-    Case { create: "cluster_size=512", backing: Some(20), align: 512, bitmaps: &["a"] },
+    Case { create: "cluster_size=64k", backing: None, align: 1, garbage: false, bitmaps: &[] },
+    Case {
+        create: "cluster_size=4k",
+        backing: Some(9),
+        align: 512,
+        garbage: false,
+        bitmaps: &["a"],
+    },
+    Case { create: "cluster_size=4k", backing: Some(9), align: 1, garbage: false, bitmaps: &[] },
+    Case { create: "cluster_size=4k", backing: Some(600), align: 1, garbage: false, bitmaps: &[] },
+    Case {
+        create: "cluster_size=1k",
+        backing: Some(300),
+        align: 1,
+        garbage: false,
+        bitmaps: &["a", "b"],
+    },
+    Case {
+        create: "cluster_size=512",
+        backing: Some(20),
+        align: 512,
+        garbage: false,
+        bitmaps: &["a"],
+    },
     Case {
         create: "cluster_size=64k,lazy_refcounts=on",
         backing: None,
         align: 512,
+        garbage: false,
         bitmaps: &["a"],
+    },
+    Case { create: "cluster_size=4k", backing: None, align: 1, garbage: true, bitmaps: &["a"] },
+    Case {
+        create: "cluster_size=512",
+        backing: Some(20),
+        align: 512,
+        garbage: true,
+        bitmaps: &["a", "b"],
     },
 ];
 
@@ -142,8 +172,13 @@ fn info(state: &[u8]) -> Result<(), String> {
     }
 }
 
-fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
-    let bytes = prepared(case);
+fn run(case: &Case, seed: u64, tries: Tries, sample: usize) {
+    let mut bytes = prepared(case);
+    if case.garbage {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        bytes.resize(bytes.len().next_multiple_of(65536), 0);
+        bytes.resize_with(MOST as usize, || rng.u8(240..250));
+    }
     let (disk_, options) = disk(&bytes, MOST, |options| {
         options.log = true;
         options.traits.request_align = case.align;
@@ -197,7 +232,7 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
             }
         }
     };
-    for (n, crash) in log.crashes(seed, crashes).enumerate() {
+    for (n, crash) in log.crashes(seed, tries).enumerate() {
         let at = format!("{what}, after {} of {} changes", crash.prefix, log.changes().len());
         let is_end = ends.contains(&crash.prefix);
         judge(&log.image(&crash), &at, is_end, is_end || n % sample == 0);
@@ -208,6 +243,6 @@ fn run(case: &Case, seed: u64, crashes: usize, sample: usize) {
 fn no_crash_leaves_a_bitmap_that_is_silently_out_of_date_or_an_image_that_is_corrupt() {
     let seed = seed();
     for (n, case) in CASES.iter().enumerate() {
-        run(case, seed.wrapping_add(n as u64), 4, 101);
+        run(case, seed.wrapping_add(n as u64), crashes(4), 101);
     }
 }

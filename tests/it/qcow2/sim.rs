@@ -1,14 +1,57 @@
 //! Images on simulated disks: made by qemu-img, written by us, checked by qemu-img again.
 
 use crate::disks::{REGISTRY, unique};
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::process::Command;
 use std::sync::Arc;
 use vublk::block::*;
 use vublk::options::keyval;
-use vublk::protocol::sim::{SimDisk, SimOptions, WriteLog};
+use vublk::protocol::sim::{SimDisk, SimOptions, Tries, WriteLog};
 
 /// Stands, in options to create an image, for an external data file.
 pub const DATA: &str = "data_file=D";
+
+/// Of a short run: every subset of up to ten pending writes, and a few of more.
+pub const EVERY: Tries = Tries { every: 10, most: 4 };
+
+/// The states that were judged, so that what many crashes leave is judged once.
+#[derive(Default)]
+pub struct Judged {
+    states: HashSet<(usize, u64)>,
+    /// The last prefix, how many crashes there were after it, and the most after any.
+    prefix: usize,
+    crashes: usize,
+    most: usize,
+}
+
+impl Judged {
+    /// Whether this state of both disks is new, among those of which the same is `known`.
+    pub fn is_new(&mut self, prefix: usize, known: usize, state: &[u8], data: &[u8]) -> bool {
+        self.crashes = if self.prefix == prefix { self.crashes + 1 } else { 1 };
+        self.prefix = prefix;
+        self.most = self.most.max(self.crashes);
+        let mut hasher = DefaultHasher::new();
+        (state, data).hash(&mut hasher);
+        self.states.insert((known, hasher.finish()))
+    }
+}
+
+/// Makes short runs, each of its own seed, in which every subset is tried: until hundreds of states
+/// were judged, and at least six writes were pending at once.
+pub fn try_every(seed: u64, mut run: impl FnMut(u64) -> Judged) {
+    let (mut states, mut most) = (0, 0);
+    for n in 0..100 {
+        let judged = run(seed.wrapping_add(n));
+        states += judged.states.len();
+        most = most.max(judged.most);
+        println!("{states} states, at most {most} crashes after one change");
+        if states >= 200 && most >= 1 << 6 {
+            return;
+        }
+    }
+    panic!("in 100 runs, {states} states, and never more than {most} crashes after one change");
+}
 
 /// The bytes of a new image.
 pub fn image(len: u64, create: &str) -> Vec<u8> {
@@ -52,10 +95,10 @@ impl Disks {
     }
 
     /// Calls `see` with what is left after each crash: of how many changes, and the bytes of both.
-    pub fn crashes(&self, seed: u64, most: usize, mut see: impl FnMut(usize, &[u8], &[u8])) {
+    pub fn crashes(&self, seed: u64, tries: Tries, mut see: impl FnMut(usize, &[u8], &[u8])) {
         let image = self.image.log();
         let data = self.data.as_ref().map(SimDisk::log).unwrap_or_default();
-        for [a, b] in WriteLog::crashes_of_two([&image, &data], seed, most) {
+        for [a, b] in WriteLog::crashes_of_two([&image, &data], seed, tries) {
             see(a.prefix + b.prefix, &image.image(&a), &data.image(&b));
         }
     }
