@@ -12,6 +12,9 @@ const TRUST: u64 = 1 << 27;
 /// Nanoseconds that the speed of the counter is measured over, at least.
 const BASELINE: u64 = 10_000_000;
 
+/// Nanoseconds that it may be ahead of the kernel's clock where it is set by that.
+const TOO_FAST: u64 = 1_000_000;
+
 /// Cycles that looking at the kernel's clock takes at most, if nothing comes in between.
 const TIGHT: u64 = 20_000;
 
@@ -82,17 +85,23 @@ impl Clock {
         let cycles = cycles();
         // What was shown last, if that was more.
         let passed = cycles.saturating_sub(self.cycles.get()).min(TRUST);
-        let now = now.max(self.ns.get() + ((passed * self.speed.get()) >> 32));
+        let kernel = now;
+        let now = kernel.max(self.ns.get() + ((passed * self.speed.get()) >> 32));
         if cycles.saturating_sub(before) > TIGHT {
             // The thread was kept waiting in between: the two do not belong together.
             self.speed.set(0);
             self.ns.set(now);
             return now;
         }
-        let (first_cycles, first) = self.first.get().unwrap_or((cycles, now));
+        if now - kernel > TOO_FAST {
+            // The counter is not what it was: its speed is measured anew.
+            self.first.set(None);
+            self.speed.set(0);
+        }
+        let (first_cycles, first) = self.first.get().unwrap_or((cycles, kernel));
         self.first.set(Some((first_cycles, first)));
-        if now - first >= BASELINE && cycles > first_cycles {
-            let speed = (u128::from(now - first) << 32) / u128::from(cycles - first_cycles);
+        if kernel - first >= BASELINE && cycles > first_cycles {
+            let speed = (u128::from(kernel - first) << 32) / u128::from(cycles - first_cycles);
             // Faster than 2^30 cycles a second, so that nothing overflows above.
             self.speed.set(u64::try_from(speed).ok().filter(|&s| s < 1 << 32).unwrap_or(0));
         }

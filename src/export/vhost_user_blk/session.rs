@@ -15,6 +15,7 @@ use super::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
 use super::watch::{Watch, linger};
+use crate::block::Fence;
 use crate::io::{Errno, SourceId, Worker};
 use std::fs::File;
 use std::io;
@@ -260,12 +261,13 @@ impl Session {
         let timeout = self.disk.options.failures.io_timeout;
         let watch = Watch::new(timeout, self.cut_off.clone(), self.hung.clone());
         // Every start scans the ring unprompted: a source is polled as it is attached.
-        let fence = self.disk.node.fence();
+        // Only who tracks requests has them begun again.
+        let fence = self.inflight.as_ref().map(|_| self.disk.node.fence());
         let source = self.workers[worker].call(move |local| {
             let mut queue = Queue::new(start);
             queue.watch_loss(loss);
             queue.watch_hangs(watch);
-            local.attach_pinned(Box::new(queue), kick, fence.files())
+            local.attach_pinned(Box::new(queue), kick, fence.as_ref().map_or(&[], Fence::files))
         });
         let source = source.or_else(|why| {
             refuse(format!("queue {index}: the kernel does not keep the image's locks: {why}"))

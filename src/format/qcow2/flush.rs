@@ -18,6 +18,9 @@ use std::sync::atomic::Ordering;
 /// So many slices may be in doubt before writing stops: they take room in the cache.
 const SUSPECTS: usize = 4;
 
+/// How often slices are written once more while writes of them fail beside that.
+const ATTEMPTS: u32 = 8;
+
 /// A slice that is in doubt.
 #[derive(Clone, Copy)]
 pub(super) struct Suspect {
@@ -25,6 +28,8 @@ pub(super) struct Suspect {
     guest: u64,
     /// It is kept in the cache.
     stays: bool,
+    /// How many writes of it have failed.
+    failures: u32,
 }
 
 impl Qcow2 {
@@ -33,6 +38,11 @@ impl Qcow2 {
         if !self.is_prepared.load(Ordering::Acquire) {
             // Nothing has been written.
             return Ok(());
+        }
+        if self.corruption.is_fatal() {
+            // What is in the cache may be wrong: a repair needs the file as it is.
+            self.flush_children().await?;
+            return Err(Errno::EIO);
         }
         self.write_suspects().await?;
         let batch = self.begin_flush();
@@ -59,11 +69,12 @@ impl Qcow2 {
     /// are written once more.
     pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: Pinned<'_>) {
         let mut suspects = self.suspects.lock();
-        if suspects.contains_key(&slice) {
+        if let Some(known) = suspects.get_mut(&slice) {
+            known.failures += 1;
             return;
         }
         let stays = suspects.len() < SUSPECTS;
-        suspects.insert(slice, Suspect { guest, stays });
+        suspects.insert(slice, Suspect { guest, stays, failures: 1 });
         match stays {
             true => pinned.stay(),
             // Whoever reads it anew meanwhile finds what the disk has.
@@ -73,19 +84,33 @@ impl Qcow2 {
 
     /// Writes slices of which the disk may have another state than readers were shown.
     pub(super) async fn write_suspects(&self) -> IoResult {
-        let list: Vec<_> = self.suspects.lock().iter().map(|(&slice, &one)| (slice, one)).collect();
-        for (slice, Suspect { guest, stays }) in list {
-            let pinned = self.pin(guest).await?;
-            // What is being changed now would be written over: it goes through the same turns.
-            self.rewrite_slice(slice, guest, &pinned).await?;
-            if self.suspects.lock().remove(&slice).is_some() && stays {
-                pinned.stay_no_longer();
+        for _ in 0..ATTEMPTS {
+            let list: Vec<(SliceNo, Suspect)> = {
+                let suspects = self.suspects.lock();
+                if suspects.is_empty() {
+                    self.stopped.go_on();
+                    return Ok(());
+                }
+                suspects.iter().map(|(&slice, &suspect)| (slice, suspect)).collect()
+            };
+            for (slice, suspect) in list {
+                let pinned = self.pin(suspect.guest).await?;
+                // What is being changed now would be written over: it goes through the same turns.
+                self.rewrite_slice(slice, suspect.guest, &pinned).await?;
+                if self.is_settled(slice, suspect) && suspect.stays {
+                    pinned.stay_no_longer();
+                }
             }
         }
-        if self.suspects.lock().is_empty() {
-            self.stopped.go_on();
-        }
-        Ok(())
+        Err(Errno::EIO)
+    }
+
+    /// Whether a suspect that was written once more is none any more: another write of it may have failed
+    /// meanwhile.
+    fn is_settled(&self, slice: SliceNo, written: Suspect) -> bool {
+        let mut suspects = self.suspects.lock();
+        let is_same = suspects.get(&slice).is_some_and(|now| now.failures == written.failures);
+        is_same && suspects.remove(&slice).is_some()
     }
 
     /// Brings the image to a rest: nothing is in flight.

@@ -404,11 +404,11 @@ impl Image for Qcow2 {
     }
 
     fn read_machine<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.machine_at(at, into))
+        Box::pin(async move { self.marked(self.machine_at(at, into).await).await })
     }
 
     fn write_machine<'a>(&'a self, at: u64, from: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.set_machine_at(at, from))
+        Box::pin(async move { self.marked(self.set_machine_at(at, from).await).await })
     }
 
     fn info(&self) -> ImageInfo {

@@ -104,8 +104,10 @@ impl Overlaps {
         self.places.lock().remove(kind);
     }
 
-    fn forget_at(&self, cluster: u64, kind: Kinds) {
-        self.places.lock().remove_at(cluster, kind);
+    /// Nothing of a kind is in these clusters.
+    pub fn forget_at(&self, kind: Kinds, clusters: Range<u64>) {
+        let mut places = self.places.lock();
+        clusters.for_each(|cluster| places.remove_at(cluster, kind));
     }
 
     /// What may be in these clusters, but for `own`.
@@ -232,7 +234,7 @@ impl Qcow2 {
                 if self.is_there(kind, cluster) {
                     return Some(kind);
                 }
-                self.overlaps.forget_at(cluster, kind);
+                self.overlaps.forget_at(kind, cluster..cluster + 1);
             }
         }
         None

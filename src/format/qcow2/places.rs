@@ -3,24 +3,45 @@
 
 use super::overlap::Kinds;
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 
 /// See the module's text.
 #[derive(Default)]
 pub struct Places {
-    single: HashMap<u64, Kinds, BuildHasherDefault<ClusterHash>>,
+    single: HashMap<u64, Kinds, ClusterHashes>,
     /// In order, and none touches another's clusters.
     ranges: Vec<(Range<u64>, Kinds)>,
 }
 
-/// A slice has hundreds of entries, each of which is looked up.
-#[derive(Default)]
-struct ClusterHash(u64);
+/// A slice has hundreds of entries, each of which is looked up. An image that was made to have all of
+/// its clusters in one bucket would have to know the factor.
+struct ClusterHashes {
+    factor: u64,
+}
+
+struct ClusterHash {
+    factor: u64,
+    hash: u64,
+}
+
+impl Default for ClusterHashes {
+    fn default() -> ClusterHashes {
+        ClusterHashes { factor: RandomState::new().hash_one(0) | 1 }
+    }
+}
+
+impl BuildHasher for ClusterHashes {
+    type Hasher = ClusterHash;
+
+    fn build_hasher(&self) -> ClusterHash {
+        ClusterHash { factor: self.factor, hash: 0 }
+    }
+}
 
 impl Hasher for ClusterHash {
     fn finish(&self) -> u64 {
-        self.0
+        self.hash
     }
 
     fn write(&mut self, _: &[u8]) {
@@ -28,7 +49,7 @@ impl Hasher for ClusterHash {
     }
 
     fn write_u64(&mut self, n: u64) {
-        self.0 = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+        self.hash = n.wrapping_mul(self.factor).rotate_left(32);
     }
 }
 

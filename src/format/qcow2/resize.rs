@@ -164,7 +164,7 @@ impl Qcow2 {
                 self.write_size(new).await.map_err(sizing)?;
             }
             (true, true) => {
-                self.unmap(new, Kind::Unmap).await.map_err(discarding)?;
+                self.unmap(new, Kind::Cut).await.map_err(discarding)?;
                 self.write_size(new).await.map_err(sizing)?;
             }
             (true, false) => {

@@ -167,8 +167,9 @@ impl Qcow2 {
     }
 
     pub(super) fn show_header(&self, current: &mut Header, new: Header) {
-        self.note_header(&new);
+        // Whoever looks at a place that is noted asks the copy whether it is still so.
         *self.header_copy.lock() = new.clone();
+        self.note_header(&new);
         *current = new;
     }
 

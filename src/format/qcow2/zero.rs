@@ -19,6 +19,8 @@ pub(super) enum Kind {
     Zero,
     /// Zeroes; the host clusters are given back.
     Unmap,
+    /// Zeroes where the disk will end; the host clusters are given back whatever is asked for.
+    Cut,
     /// Nothing that matters.
     Discard,
     /// Beyond the end of the disk, or soon to be: nothing at all.
@@ -145,11 +147,15 @@ impl Qcow2 {
         if self.geometry.external_data && !self.has_raw_data && self.passes_discards {
             match kind {
                 Kind::Zero | Kind::Crop => {}
-                Kind::Unmap => self.give_back_data(range).await,
+                Kind::Unmap | Kind::Cut => self.give_back_data(range).await,
                 Kind::Discard => {
                     let data = self.data();
                     let end = range.end.min(data.len());
                     if range.start < end {
+                        if !data.traits().abilities.contains(Abilities::DISCARD_ZEROES) {
+                            // What is left of them must not be seen through an old entry.
+                            self.file().flush().await?;
+                        }
                         let _ = data.discard(range.start, end - range.start).await;
                     }
                 }

@@ -51,6 +51,32 @@ fn a_refcount_block_whose_entry_could_not_be_written_is_entered_before_it_counts
 }
 
 #[test]
+fn any_one_write_that_fails_costs_a_request_at_most_and_the_image_stays_sound() {
+    let bytes = image(LEN, "cluster_size=512,refcount_bits=64");
+    for spare in (0..1200).step_by(61) {
+        let (lower, options) = disk(&bytes, 4 << 20, |_| ());
+        let options = format!("driver=qcow2{}", below("file", &options));
+        let faulty = lower.clone();
+        simulated(Disorder::wild(spare), move |_| async move {
+            let image = Image::open(&options).await;
+            let fault = Fault::new(Kinds::WRITE, Effect::Fail(Errno::EIO));
+            faulty.inject(fault.after(spare).once());
+            let mut failures = 0;
+            for at in (0..LEN).step_by(512) {
+                let data = [7; 512];
+                let data = IoVec::from_ref(&data);
+                while image.node.write(at, &data, WriteFlags::empty()).await.is_err() {
+                    failures += 1;
+                    assert!(failures <= 1, "write {spare} failed, and then others");
+                }
+            }
+            image.close().await;
+        });
+        check(&lower.bytes(), false).unwrap_or_else(|error| panic!("write {spare}: {error}"));
+    }
+}
+
+#[test]
 fn the_dirty_bit_that_could_not_be_written_is_written_before_the_first_cluster_is() {
     let bytes = image(LEN, "cluster_size=4k,lazy_refcounts=on");
     let (lower, options) = disk(&bytes, 4 << 20, |_| ());

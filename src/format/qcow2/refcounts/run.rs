@@ -89,10 +89,15 @@ impl Refcounts {
         self.make_blocks(image, at, blocks, table_clusters + more).await?;
         image.overlaps.note(Kinds::REFCOUNT_BLOCK, at..at + blocks);
         let entries = (0..blocks).map(|n| (at + n) << self.geometry.cluster_bits).collect();
-        match table_clusters {
-            0 => self.name_blocks(image, index, entries).await?,
-            clusters => self.move_table(image, index, entries, (at + blocks, clusters)).await?,
+        let named = match table_clusters {
+            0 => self.name_blocks(image, index, entries).await,
+            clusters => self.move_table(image, index, entries, (at + blocks, clusters)).await,
+        };
+        if named.is_err() && self.table.get(index).is_none_or(|&entry| entry == 0) {
+            // The clusters are free, and taken by the next attempt.
+            image.overlaps.forget_at(Kinds::REFCOUNT_BLOCK, at..at + blocks);
         }
+        named?;
         Ok(at + blocks + table_clusters)
     }
 

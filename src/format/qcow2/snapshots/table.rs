@@ -118,8 +118,9 @@ impl Qcow2 {
             count: self.geometry.clusters(old.bytes),
             is_fresh: false,
         };
-        let written = self.write_header(&mut header, changed).await;
+        // How long the table is goes with where it is, which counts as soon as it is being written.
         *self.snapshots.table.lock() = Ok(new);
+        let written = self.write_header(&mut header, changed).await;
         drop(header);
         self.note_header(&self.header_now());
         self.note_snapshots().await;
