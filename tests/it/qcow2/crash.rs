@@ -270,6 +270,10 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, does: Work) -> Judge
     };
     let mut options =
         format!("driver=qcow2,discard=unmap{}{}", below("file", &options), case.cache);
+    // What the image says alone makes nothing lazy.
+    if case.create.contains("lazy_refcounts=on") {
+        options += ",lazy-refcounts=on";
+    }
     let mut backing = String::new();
     if let Some(byte) = case.backing {
         let (_, below_it) = disk(&vec![byte; LEN as usize], LEN, |_| {});

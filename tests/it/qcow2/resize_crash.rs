@@ -130,6 +130,10 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, steps: u8) -> Judged
         disk(&bytes, FILE, shape)
     };
     let mut options = format!("driver=qcow2,discard=unmap{}", below("file", &options));
+    // What the image says alone makes nothing lazy.
+    if case.create.contains("lazy_refcounts=on") {
+        options += ",lazy-refcounts=on";
+    }
     let mut backing = String::new();
     if case.has_backing {
         // Longer than the disk is most of the time.

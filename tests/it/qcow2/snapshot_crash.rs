@@ -211,7 +211,11 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, rounds: usize) -> Ju
         options.traits.request_align = case.align;
         options.traits.buffer_align = case.align;
     });
-    let options = format!("driver=qcow2,discard=unmap{}", below("file", &options));
+    let mut options = format!("driver=qcow2,discard=unmap{}", below("file", &options));
+    // What the image says alone makes nothing lazy.
+    if case.create.contains("lazy_refcounts=on") {
+        options += ",lazy-refcounts=on";
+    }
     let model = Rc::new(RefCell::new(Model::default()));
     {
         let mut model = model.borrow_mut();
