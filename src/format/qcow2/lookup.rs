@@ -23,8 +23,10 @@ pub enum Found {
     Zero {
         host: Option<u64>,
     },
-    /// The backing file decides.
-    Unallocated,
+    /// The backing file decides; the place in a host cluster of which other subclusters are used.
+    Unallocated {
+        host: Option<u64>,
+    },
     Compressed(Compressed),
 }
 
@@ -87,7 +89,7 @@ impl Qcow2 {
             Known::Absent => None,
             Known::NoTable => {
                 let len = want.min(rest_of(self.geometry.l2_coverage()));
-                Some(Ok(Piece { len, found: Found::Unallocated }))
+                Some(Ok(Piece { len, found: Found::Unallocated { host: None } }))
             }
             Known::Entry(entry) => {
                 let want = want.min(rest_of(self.geometry.cluster_size()));
@@ -103,7 +105,7 @@ impl Qcow2 {
         // In an external data file nothing is ever shared.
         let copied = entry.is_copied() || self.geometry.external_data;
         let found = match cluster {
-            Cluster::Unallocated => Found::Unallocated,
+            Cluster::Unallocated => Found::Unallocated { host: None },
             Cluster::Zero { host } => Found::Zero { host: host.map(|host| host + inside) },
             Cluster::Normal { host } => Found::Data { host: host + inside, copied },
             Cluster::Compressed(place) => Found::Compressed(place),
@@ -116,7 +118,7 @@ impl Qcow2 {
                 let found = match (kind(first), place) {
                     ((1, _), Some(host)) => Found::Data { host, copied },
                     ((_, 1), host) => Found::Zero { host },
-                    _ => Found::Unallocated,
+                    (_, host) => Found::Unallocated { host },
                 };
                 return Piece { len: want.min(end - inside), found };
             }
@@ -204,11 +206,10 @@ impl Piece {
             (Found::Data { host, copied }, Found::Data { host: next, copied: same }) => {
                 next == host + self.len && copied == same
             }
-            (Found::Zero { host: None }, Found::Zero { host: None }) => true,
-            (Found::Zero { host: Some(host) }, Found::Zero { host: Some(next) }) => {
-                next == host + self.len
+            (Found::Zero { host }, Found::Zero { host: next })
+            | (Found::Unallocated { host }, Found::Unallocated { host: next }) => {
+                next == host.map(|host| host + self.len)
             }
-            (Found::Unallocated, Found::Unallocated) => true,
             _ => false,
         }
     }

@@ -249,7 +249,9 @@ impl Driver for Qcow2 {
                 data.map(inflight, host, piece.len, access)
             }
             (Found::Zero { .. }, Access::Read) => Mapping { len: piece.len, target: Target::Zero },
-            (Found::Unallocated, Access::Read) => self.map_backing(inflight, at, piece.len, access),
+            (Found::Unallocated { .. }, Access::Read) => {
+                self.map_backing(inflight, at, piece.len, access)
+            }
             _ => Mapping::slow(want),
         }
     }

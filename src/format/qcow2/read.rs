@@ -31,7 +31,7 @@ impl Qcow2 {
                 into.zero();
                 Ok(())
             }
-            Found::Unallocated => self.read_backing(at, into).await,
+            Found::Unallocated { .. } => self.read_backing(at, into).await,
             Found::Compressed(place) => self.read_compressed(at, place, into).await,
         }
     }

@@ -22,7 +22,10 @@ impl Qcow2 {
             Found::Compressed(_) => {
                 extent(Status::DATA | Status::ALLOCATED | Status::COMPRESSED, None)
             }
-            Found::Unallocated => self.status_of_backing(at, piece.len, precision).await,
+            Found::Unallocated { host } => {
+                let below = self.status_of_backing(at, piece.len, precision).await?;
+                Ok(Extent { place: host.and_then(place), ..below })
+            }
         }
     }
 

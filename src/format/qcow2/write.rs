@@ -284,7 +284,9 @@ impl Qcow2 {
             let piece = self.lookup(at, guest.end - at).await?;
             let is_zero = match piece.found {
                 Found::Zero { .. } => true,
-                Found::Unallocated => self.backing().is_none_or(|backing| backing.len() <= at),
+                Found::Unallocated { .. } => {
+                    self.backing().is_none_or(|backing| backing.len() <= at)
+                }
                 _ => false,
             };
             if !is_zero {

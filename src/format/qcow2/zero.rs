@@ -51,7 +51,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// A part of a (sub)cluster: all of it, if the rest reads as zeroes anyway.
+    /// A part of a (sub)cluster: all of it, if the rest reads as zeroes anyway; none of it, if version 2
+    /// shows zeroes there already.
     async fn zero_part(
         &self,
         part: Range<u64>,
@@ -67,6 +68,11 @@ impl Qcow2 {
                 && self.shows_zeroes(part.end..unit.end).await?
             {
                 return self.empty_units(unit, kind).await;
+            }
+        } else {
+            let _visit = self.visits.enter();
+            if self.reads_zero(part.clone()).await? {
+                return Ok(());
             }
         }
         if may_write { self.write_zeroes(part).await } else { Err(Errno::ENOTSUP) }
@@ -188,8 +194,8 @@ impl Qcow2 {
             let mut len = piece.len;
             let below = self.backing().filter(|backing| at < backing.len());
             let is_zero = match (piece.found, below) {
-                (Found::Zero { .. }, _) | (Found::Unallocated, None) => true,
-                (Found::Unallocated, Some(below)) => {
+                (Found::Zero { .. }, _) | (Found::Unallocated { .. }, None) => true,
+                (Found::Unallocated { .. }, Some(below)) => {
                     let there = len.min(below.len() - at);
                     let run = extents::look(&below, at, there, Precision::Zeroes, None).await?;
                     len = run.len;
