@@ -11,6 +11,7 @@ mod guessing;
 mod io;
 mod lines;
 mod measure;
+mod random;
 mod snapshots;
 
 use std::collections::BTreeMap;

@@ -3,7 +3,7 @@
 use super::{Ended, Place};
 
 /// When something was made, and what the file takes and where, which differ.
-fn mask(text: &str) -> String {
+pub(super) fn mask(text: &str) -> String {
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
         let key = line.trim_start().split(':').next().unwrap_or_default();
