@@ -140,9 +140,13 @@ fn a_reset_in_the_middle_of_ours_is_followed_by_another_of_ours() {
         theirs.break_down(Broken::default());
         theirs.reset_from_outside();
     });
-    assert_eq!(disk.read(0, 512), [1; 512]);
+    // A reset waits for the pair's thread, which is this one.
+    while !resets.is_finished() || disk.controller.resets() < 2 {
+        assert_eq!(disk.read(0, 512), [1; 512]);
+    }
     resets.join().unwrap();
-    assert!(disk.controller.resets() >= 2 && !disk.controller.is_dead());
+    assert_eq!(disk.read(0, 512), [1; 512]);
+    assert!(!disk.controller.is_dead());
     disk.check();
 }
 
