@@ -154,8 +154,9 @@ const OPERATIONS: [u8; 8] = [
     opcode::PollRemove::CODE,
 ];
 
-/// IORING_REGISTER_FILES_UPDATE.
-const REGISTER_FILES_UPDATE: u8 = 6;
+/// IORING_REGISTER_FILES_UPDATE, the one thing that is registered with a ring after it is enabled: a file
+/// is pinned.
+pub const REGISTER_FILES_UPDATE: u8 = 6;
 
 /// The size of a ring's table of files, which may not be larger than what the process may open.
 fn pins() -> usize {

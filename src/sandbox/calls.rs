@@ -11,6 +11,7 @@
 //! (VFIO) adds that interface's requests, for mapping guest memory is one, and it comes at any time.
 
 use super::{Plan, refused};
+use crate::io::ring::REGISTER_FILES_UPDATE;
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -154,8 +155,6 @@ const VFIO: u32 = b';' as u32;
 
 /// IORING_REGISTER_ENABLE_RINGS: a worker takes a ring that was made ahead.
 const ENABLE_RINGS: u64 = 12;
-/// IORING_REGISTER_FILES_UPDATE: a ring keeps an image's locks.
-const FILES_UPDATE: u64 = 6;
 /// PR_SET_VMA, by which the C library names its memory.
 const NAME_MEMORY: u64 = 0x5356_4d41;
 
@@ -213,7 +212,10 @@ fn listed(plan: &Plan) -> Program {
     let not_executable = || one(2, without(libc::PROT_EXEC), 0);
     rules.insert(libc::SYS_mmap, vec![not_executable()?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
-    rules.insert(libc::SYS_io_uring_register, any(1, &[ENABLE_RINGS, FILES_UPDATE])?);
+    rules.insert(
+        libc::SYS_io_uring_register,
+        any(1, &[ENABLE_RINGS, REGISTER_FILES_UPDATE.into()])?,
+    );
     // A process that aborts signals itself.
     rules.insert(libc::SYS_tgkill, vec![one(0, is.clone(), std::process::id().into())?]);
     let names = [libc::PR_SET_NAME as u64, NAME_MEMORY];

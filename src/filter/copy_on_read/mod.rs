@@ -102,8 +102,7 @@ fn below_filters(mut node: Arc<Node>) -> Arc<Node> {
 }
 
 fn backing_of(node: &Node) -> Option<Arc<Node>> {
-    let child = node.driver().children().iter().find(|child| child.role() == "backing");
-    child.map(|child| below_filters(child.node()))
+    extents::backing(node).map(below_filters)
 }
 
 impl CopyOnRead {

@@ -5,6 +5,7 @@
 //! tables are to be read is changed in the file: the width of refcounts, the version. Version 2 has no
 //! zero clusters, so these become unallocated, or data where a backing file would show.
 
+use super::create::option;
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
@@ -18,10 +19,6 @@ use crate::block::{Error, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
 use std::sync::atomic::Ordering;
-
-const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {
-    CreateOption { name, value, help, default: None }
-}
 
 /// In the order in which they are shown.
 pub(super) const OPTIONS: &[CreateOption] = &[

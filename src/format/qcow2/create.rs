@@ -21,7 +21,12 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     amend: super::amend::OPTIONS,
 };
 
-const fn option(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {
+/// An option without a default.
+pub(super) const fn option(
+    name: &'static str,
+    value: ValueType,
+    help: &'static str,
+) -> CreateOption {
     CreateOption { name, value, help, default: None }
 }
 
