@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
-use vublk::block::{Graph, Node};
+use vublk::block::{Attachment, Graph, Node};
 use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
 use vublk::io::Worker;
 use vublk_testkit::frontend::MemoryMessages;
@@ -35,6 +36,38 @@ fn serve(node: &Arc<Node>, worker: &Arc<Worker>, path: &Path) -> Export {
     Export::new(node.clone(), address, options).unwrap()
 }
 
+/// A disk of a controller that is served to a front end.
+struct Served {
+    graph: Graph,
+    worker: Arc<Worker>,
+    node: Arc<Node>,
+    held: Attachment,
+    folder: TempDir,
+    export: Export,
+}
+
+impl Served {
+    fn new(options: &str) -> Served {
+        let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
+        let node = open_on(&graph, &worker, "disk", options).unwrap();
+        let held = hold(&graph, &node);
+        let folder = tempfile::tempdir().unwrap();
+        let export = serve(&node, &worker, &folder.path().join("socket")).start(|| ()).unwrap();
+        Served { graph, worker, node, held, folder, export }
+    }
+
+    fn open(&self, options: &Options) -> Disk {
+        Disk::open(&self.folder.path().join("socket"), options).unwrap()
+    }
+
+    /// Ends all of it, the front end first.
+    fn end(self, mut disk: Disk) {
+        disk.stop().unwrap();
+        drop((disk, self.export, self.held, self.node));
+        close(&self.graph, &self.worker);
+    }
+}
+
 /// Writes, and tells the length of the mapping that the device takes the data from.
 fn write_from(fake: &Fake, disk: &mut Disk, bytes: &[u8]) -> Option<usize> {
     fake.hold();
@@ -56,13 +89,8 @@ fn the_device_reads_and_writes_a_guest_s_memory_where_it_is_unless_that_is_switc
         let switch = if guest_dma { "on" } else { "off" };
         let options =
             format!("driver=raw,file.{},file.guest-dma={switch}", options.replace(",", ",file."));
-        let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
-        let node = open_on(&graph, &worker, "disk", &options).unwrap();
-        let held = hold(&graph, &node);
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("socket");
-        let export = serve(&node, &worker, &path).start(|| ()).unwrap();
-        let mut disk = Disk::open(&path, &Options::default()).unwrap();
+        let served = Served::new(&options);
+        let mut disk = served.open(&Options::default());
         let marker = crate::vhost_user::pattern(4096, 7);
         let bounce = Some(4 << 20);
         if guest_dma {
@@ -75,9 +103,7 @@ fn the_device_reads_and_writes_a_guest_s_memory_where_it_is_unless_that_is_switc
         let mut bytes = vec![0; 4096];
         disk.read(8, &mut bytes).unwrap();
         assert_eq!(bytes, marker);
-        disk.stop().unwrap();
-        drop((disk, export, held, node));
-        close(&graph, &worker);
+        served.end(disk);
         assert!(!fake.has_mappings());
         assert_eq!(fake.complaints(), Vec::<String>::new());
     }
@@ -123,23 +149,14 @@ fn a_namespace_that_changes_has_its_new_length_for_everybody_above_without_being
 fn memory_that_a_command_in_flight_names_is_taken_back_only_when_that_has_ended() {
     const MIB: usize = 1 << 20;
     let (fake, options) = nvme_disk(Config::default());
-    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
-    let node = open_on(&graph, &worker, "disk", &options).unwrap();
-    let held = hold(&graph, &node);
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
-    let export = serve(&node, &worker, &path).start(|| ()).unwrap();
+    let served = Served::new(&options);
     // Rings in the first region, the data in the second, which comes and goes.
-    let mut disk = Disk::open(
-        &path,
-        &Options {
-            layout: MemoryLayout(vec![(0, MIB), (1 << 30, 2 * MIB)]),
-            regions: Some(1),
-            memory_messages: MemoryMessages::Slots,
-            ..Options::default()
-        },
-    )
-    .unwrap();
+    let mut disk = served.open(&Options {
+        layout: MemoryLayout(vec![(0, MIB), (1 << 30, 2 * MIB)]),
+        regions: Some(1),
+        memory_messages: MemoryMessages::Slots,
+        ..Options::default()
+    });
     let memory = disk.memory().clone();
     let region = &memory.regions()[1];
     for round in 0..4u8 {
@@ -199,9 +216,7 @@ fn memory_that_a_command_in_flight_names_is_taken_back_only_when_that_has_ended(
         assert_eq!(ended.to_vec(), [status::OK]);
         assert_eq!(fake.bytes(1, 4096, len), data);
     }
-    disk.stop().unwrap();
-    drop((disk, export, held, node));
-    close(&graph, &worker);
+    served.end(disk);
     assert!(!fake.has_mappings());
     assert_eq!(fake.complaints(), Vec::<String>::new());
 }
@@ -209,13 +224,8 @@ fn memory_that_a_command_in_flight_names_is_taken_back_only_when_that_has_ended(
 #[test]
 fn a_flush_that_the_controller_fails_is_failed_to_the_guest_and_the_next_is_asked_for_anew() {
     let (fake, options) = nvme_disk(Config::default());
-    let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
-    let node = open_on(&graph, &worker, "disk", &options).unwrap();
-    let held = hold(&graph, &node);
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
-    let export = serve(&node, &worker, &path).start(|| ()).unwrap();
-    let mut disk = Disk::open(&path, &Options::default()).unwrap();
+    let served = Served::new(&options);
+    let mut disk = served.open(&Options::default());
     disk.write(0, &[1; 4096]).unwrap();
     let flush = |disk: &mut Disk| {
         let queue = disk.queue(0);
@@ -232,7 +242,5 @@ fn a_flush_that_the_controller_fails_is_failed_to_the_guest_and_the_next_is_aske
         assert_eq!(flush(&mut disk), status::OK);
         assert_eq!(fake.flushes(1), flushes + 1);
     }
-    disk.stop().unwrap();
-    drop((disk, export, held, node));
-    close(&graph, &worker);
+    served.end(disk);
 }

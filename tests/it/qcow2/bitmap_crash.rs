@@ -2,10 +2,10 @@
 //! is corrupt, and a bitmap that does not say itself that it is out of date is right.
 
 use super::consistency;
+use super::judge::orderly;
 use super::sim::{Image, below, check, disk};
 use crate::disks::{crashes, open_holding, seed, simulated};
 use std::sync::Arc;
-use std::time::Duration;
 use vublk::block::*;
 use vublk::io::IoVec;
 use vublk::io::sim::Disorder;
@@ -121,8 +121,7 @@ type Contents = (Vec<u8>, Vec<(String, Option<Vec<bool>>)>);
 fn contents(state: &[u8], backing: &str) -> Contents {
     let (_disk, options) = disk(state, state.len() as u64, |_| {});
     let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
-    let orderly = Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 };
-    simulated(orderly, |_| async move {
+    simulated(orderly(), |_| async move {
         let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
         let mut found = vec![0xee; LEN as usize];
         opened.node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();

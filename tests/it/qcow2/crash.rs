@@ -2,9 +2,10 @@
 //! corrupt, and each sector holds what was last flushed or something written since.
 
 use super::consistency;
-use super::sim::{DATA, Disks, EVERY, Image, Judged, below, check, disk, image, try_every};
-use super::snapshot_crash::{may_be_wrong, repair};
+use super::judge::{assert_allowed, orderly, request, sound};
+use super::sim::{DATA, Disks, EVERY, Image, Judged, below, disk, image, try_every};
 use crate::disks::{crashes, open_holding, seed, simulated};
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
@@ -198,15 +199,7 @@ async fn work(
             let (node, done) = (node.clone(), done.clone());
             let (at, len) = (first as u64 * SECTOR, count as u64 * SECTOR);
             io::current().spawn(async move {
-                match kind {
-                    6 => node.zero(at, len, ZeroFlags::UNMAP).await.unwrap(),
-                    7 => node.zero(at, len, ZeroFlags::empty()).await.unwrap(),
-                    _ => {
-                        let bytes = vec![value; len as usize];
-                        let from = IoVec::from_ref(&bytes);
-                        node.write(at, &from, WriteFlags::empty()).await.unwrap();
-                    }
-                }
+                request(&node, kind, at, len, value).await;
                 *done.borrow_mut() += 1;
             });
             begun.push(sectors);
@@ -317,28 +310,12 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, does: Work) -> Judge
         if !judged.is_new(prefix, known, state, data) {
             return;
         }
-        // What is lazy may be behind until it is repaired, and is right then.
-        let is_lazy = case.create.contains("lazy_refcounts=on") && may_be_wrong(state);
-        let repaired = if is_lazy { &repair(state)[..] } else { state };
-        consistency::check(repaired, false).unwrap_or_else(|error| panic!("{at}: {error}"));
-        if n % sample == 0 {
-            check(repaired, false).unwrap_or_else(|error| panic!("{at}: {error}"));
-        }
+        let sound = sound(case.create, state, n % sample == 0, &at);
         n += 1;
         let (_, allowed) = &model.history[known];
-        let assert_allowed = |found: &[u8], whose: &str| {
-            for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
-                let whole = sector.iter().all(|&b| b == sector[0]);
-                assert!(
-                    whole && allowed[n].contains(&sector[0]),
-                    "{at}: sector {n} of {whose} holds {}, not one of {:?}",
-                    sector[0],
-                    allowed[n]
-                );
-            }
-        };
+        let assert_allowed = |found: &[u8], whose| assert_allowed(found, allowed, &at, whose);
         assert_allowed(&contents(state, data, &backing), "the disk");
-        if is_lazy {
+        if let Cow::Owned(repaired) = &sound {
             assert_allowed(&contents(repaired, data, &backing), "the repaired disk");
         }
         if case.create.contains("data_file_raw=on") {
@@ -355,8 +332,7 @@ fn contents(state: &[u8], data: &[u8], backing: &str) -> Vec<u8> {
     if let Some((_, below_it)) = &data {
         options += &below("data-file", below_it);
     }
-    let orderly = Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 };
-    simulated(orderly, |_| async move {
+    simulated(orderly(), |_| async move {
         let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
         let mut found = vec![0xee; LEN as usize];
         opened.node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();

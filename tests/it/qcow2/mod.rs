@@ -8,6 +8,7 @@ mod damaged;
 mod failing;
 mod full;
 mod images;
+mod judge;
 mod model;
 mod read;
 mod resize;

@@ -1,13 +1,12 @@
 //! Crashes of a machine while a disk becomes longer and shorter: it has the old length or the new one,
 //! nothing is corrupt, what the disk had is there, and what it gets is zeroes.
 
-use super::consistency;
-use super::sim::{DATA, Disks, EVERY, Image, Judged, below, check, disk, image, try_every};
-use super::snapshot_crash::{may_be_wrong, repair};
+use super::judge::{assert_allowed, orderly, sound};
+use super::sim::{DATA, Disks, EVERY, Image, Judged, below, disk, image, try_every};
 use crate::disks::{crashes, open_holding, seed, simulated};
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Duration;
 use vublk::block::*;
 use vublk::format::qcow2::header::Header;
 use vublk::io::IoVec;
@@ -179,34 +178,18 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, steps: u8) -> Judged
         if !judged.is_new(prefix, known, state, data) {
             return;
         }
-        // What is lazy may be behind until it is repaired, and is right then.
-        let is_lazy = case.create.contains("lazy_refcounts=on") && may_be_wrong(state);
-        let repaired = if is_lazy { &repair(state)[..] } else { state };
-        consistency::check(repaired, false).unwrap_or_else(|error| panic!("{at}: {error}"));
-        if n % sample == 0 {
-            check(repaired, false).unwrap_or_else(|error| panic!("{at}: {error}"));
-        }
+        let sound = sound(case.create, state, n % sample == 0, &at);
         n += 1;
         let Known { allowed, sizes, .. } = &model.history[known];
         let found = contents(state, data, &backing);
         let count = found.len() / SECTOR as usize;
         assert!(sizes.contains(&count), "{at}: {count} sectors, not one of {sizes:?}");
-        let assert_allowed = |found: &[u8], whose: &str| {
-            for (n, sector) in found.chunks(SECTOR as usize).enumerate() {
-                let whole = sector.iter().all(|&b| b == sector[0]);
-                assert!(
-                    whole && allowed[n].contains(&sector[0]),
-                    "{at}: sector {n} of {count} of {whose} holds {}, not one of {:?}",
-                    sector[0],
-                    allowed[n]
-                );
-            }
-        };
+        let assert_allowed = |found: &[u8], whose| assert_allowed(found, allowed, &at, whose);
         assert_allowed(&found, "the disk");
         if case.create.contains("data_file_raw=on") {
             assert_allowed(&data[..data.len().min(found.len())], "the raw data file");
         }
-        if is_lazy {
+        if let Cow::Owned(repaired) = &sound {
             let found = contents(repaired, data, &backing);
             assert_eq!(found.len() / SECTOR as usize, count, "{at}: the repaired disk's length");
             assert_allowed(&found, "the repaired disk");
@@ -284,8 +267,7 @@ fn contents(state: &[u8], data: &[u8], backing: &str) -> Vec<u8> {
         .to_vec();
     head.resize(head.len().max(512), 0);
     let len = Header::parse(&head).unwrap().size;
-    let orderly = Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 };
-    simulated(orderly, |_| async move {
+    simulated(orderly(), |_| async move {
         let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
         assert_eq!(opened.node.len(), len);
         let mut found = vec![0xee; len as usize];

@@ -3,6 +3,7 @@
 //! bit does not warn of is right.
 
 use super::consistency;
+use super::judge::{may_be_wrong, orderly, repair, request};
 use super::sim::{EVERY, Image, Judged, below, check, disk, image, try_every};
 use crate::disks::{crashes, open_holding, seed, simulated};
 use std::cell::RefCell;
@@ -98,15 +99,7 @@ impl Work {
             let (node, done) = (self.node.clone(), done.clone());
             let (at, len) = (first as u64 * SECTOR, count as u64 * SECTOR);
             io::current().spawn(async move {
-                match kind {
-                    6 => node.zero(at, len, ZeroFlags::UNMAP).await.unwrap(),
-                    7 => node.zero(at, len, ZeroFlags::empty()).await.unwrap(),
-                    _ => {
-                        let bytes = vec![value; len as usize];
-                        let from = IoVec::from_ref(&bytes);
-                        node.write(at, &from, WriteFlags::empty()).await.unwrap();
-                    }
-                }
+                request(&node, kind, at, len, value).await;
                 *done.borrow_mut() += 1;
             });
         }
@@ -257,30 +250,6 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, rounds: usize) -> Ju
         n += 1;
     }
     judged
-}
-
-/// Whether the image says that its refcounts may be wrong. Version 2 cannot say it.
-pub fn may_be_wrong(state: &[u8]) -> bool {
-    state[79] & 1 == 1 || state[7] == 2
-}
-
-/// The image after a repair.
-pub fn repair(state: &[u8]) -> Vec<u8> {
-    let (disk, options) = disk(state, state.len() as u64 + MOST, |_| {});
-    let options = format!("driver=qcow2{}", below("file", &options));
-    simulated(orderly(), |_| async move {
-        let image = Image::open(&options).await;
-        let mut said = String::new();
-        let mut say = |line: &str| said += line;
-        let report = image.node.driver().image().unwrap().check(Fix::All, &mut say).await.unwrap();
-        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{said}");
-        image.close().await;
-    });
-    disk.bytes()
-}
-
-fn orderly() -> Disorder {
-    Disorder { seed: 1, max_delay: Duration::ZERO, short: 0.0, interrupted: 0.0 }
 }
 
 /// Whether the disk and its snapshots are what they may be.
