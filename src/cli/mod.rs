@@ -108,7 +108,7 @@ pub fn main() -> ExitCode {
     if let [name, rest @ ..] = &*rest
         && let Some(tool) = name.to_str().and_then(img::find)
     {
-        let context = img::Context::new("vublk", std::io::stdout().is_terminal());
+        let context = img::Context::new("vublk", std::io::stderr().is_terminal());
         return img::run(&context, tool, rest.to_vec());
     }
     let parsed =

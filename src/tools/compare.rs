@@ -38,6 +38,7 @@ pub async fn compare(
     progress: &Progress,
     mismatch: impl FnOnce(),
 ) -> Result<Verdict, Trouble> {
+    progress.set(0.0);
     let (short, long) = (disks[0].len().min(disks[1].len()), disks[0].len().max(disks[1].len()));
     if short != long && strict {
         return Ok(Verdict::SizesDiffer);
@@ -47,7 +48,6 @@ pub async fn compare(
         buffers.push(AlignedBuf::new(CHUNK as usize, 4096).ok_or(Trouble::Memory)?);
     }
     let mut at = 0;
-    progress.set(0.0);
     while at < short {
         let a = look(disks, 0, at, short - at).await?;
         let b = look(disks, 1, at, short - at).await?;
@@ -76,7 +76,7 @@ pub async fn compare(
             }
         }
         at += len;
-        progress.advance(len, long);
+        progress.step(len, long);
     }
     if short != long {
         mismatch();
@@ -93,7 +93,7 @@ pub async fn compare(
             }
         }
         at += len;
-        progress.advance(len, long);
+        progress.step(len, long);
     }
     Ok(Verdict::Identical)
 }

@@ -210,7 +210,12 @@ impl Shared {
                 self.write(piece.at, bytes).await?;
             }
         }
-        self.progress.advance(piece.len, self.plan.total());
+        let step = self.copy.unit().unwrap_or(plan::STEP);
+        let mut left = piece.told;
+        while left > 0 {
+            self.progress.advance(left.min(step), self.plan.total());
+            left -= left.min(step);
+        }
         Ok(())
     }
 

@@ -1,7 +1,9 @@
-//! How far long work has come, for whoever waits: in steps with `-p`, or when a signal asks.
+//! How far long work has come, for whoever waits: a bar on a terminal, QEMU's lines with `-p`, or one when a
+//! signal asks.
 
 use super::output;
 use crate::io::sync::Mutex;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A signal has asked how far the work has come (SIGUSR1). Set by the signal's handler, answered at
@@ -9,36 +11,61 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Percents between two lines.
-const STEP: f32 = 2.0;
+const STEP: f32 = 1.0;
+/// The bar's steps in a percent.
+const FINE: f32 = 100.0;
+const BAR: &str = "[{wide_bar}] {percent:>3}%, {eta} left";
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Show {
+    /// Only a signal is answered.
+    Nothing,
+    /// Lines on standard output, as QEMU's tools print them.
+    Lines,
+    /// On standard error, which is a terminal; gone when the work has ended.
+    Bar,
+}
 
 /// The progress of one piece of work. Steps may come from any worker.
 pub struct Progress {
-    shown: bool,
+    shows_lines: bool,
+    bar: Option<ProgressBar>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
+    /// What [`Progress::advance`] was told of.
+    parts: u64,
     /// Percents.
     done: f32,
     printed: f32,
 }
 
 impl Progress {
-    /// `shown`: lines on standard output (`-p`). Otherwise only a signal is answered.
-    pub fn new(shown: bool) -> Progress {
-        Progress { shown, state: Mutex::default() }
+    pub fn new(show: Show) -> Progress {
+        let bar = (show == Show::Bar).then(|| {
+            let style = ProgressStyle::with_template(BAR).ok();
+            let style = style.unwrap_or_else(ProgressStyle::default_bar).progress_chars("=> ");
+            ProgressBar::new((100.0 * FINE) as u64).with_style(style)
+        });
+        Progress { shows_lines: show == Show::Lines, bar, state: Mutex::default() }
     }
 
-    /// `part` of `whole` more is done; of nothing, all.
+    /// `part` of `whole`, which is the same each time, more is done.
     pub fn advance(&self, part: u64, whole: u64) {
-        let percent = if whole == 0 { 100.0 } else { part as f32 / whole as f32 * 100.0 };
-        self.step(percent);
+        let mut state = self.state.lock();
+        state.parts += part;
+        state.done = (100.0 * state.parts as f64 / whole as f64) as f32;
+        self.tell(&mut state);
     }
 
-    /// So many percents more are done.
-    pub fn step(&self, percent: f32) {
+    /// `part` of `whole` more is done; of nothing, all. Its percents are rounded before they are added, as
+    /// QEMU does that for some work.
+    pub fn step(&self, part: u64, whole: u64) {
         let mut state = self.state.lock();
+        let percent = if whole == 0 { 100.0 } else { part as f32 / whole as f32 * 100.0 };
         state.done = (state.done + percent).min(100.0);
         self.tell(&mut state);
     }
@@ -51,9 +78,12 @@ impl Progress {
     }
 
     fn tell(&self, state: &mut State) {
-        if !self.shown {
+        if let Some(bar) = &self.bar {
+            bar.set_position((state.done * FINE) as u64);
+        }
+        if !self.shows_lines {
             if ASKED.swap(false, Ordering::Relaxed) {
-                eprintln!("    ({:.2}/100%)", state.done);
+                self.aside(|| eprintln!("    ({:.2}/100%)", state.done));
             }
             return;
         }
@@ -65,10 +95,21 @@ impl Progress {
         }
     }
 
+    /// Has `print` write to the terminal beside the progress.
+    pub fn aside<T>(&self, print: impl FnOnce() -> T) -> T {
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
     /// The work has ended, one way or another.
     pub fn end(&self) {
-        if self.shown {
+        if self.shows_lines {
             output::write(format_args!("\n"));
+        }
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
         }
     }
 }

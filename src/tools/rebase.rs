@@ -34,18 +34,32 @@ pub async fn make_own(
     let len = image.len();
     let mut at = 0;
     while at < len {
-        let n = differing(image.node(), old.as_ref(), new, at, len - at).await;
-        let (n, may_differ) = n.map_err(Trouble::Status)?;
-        if may_differ {
-            let (before, after) = (&mut before[..n as usize], &mut after[..n as usize]);
-            read(old.as_ref(), at, before).await.map_err(Trouble::ReadOld)?;
-            read(new, at, after).await.map_err(Trouble::ReadNew)?;
-            let old_len = old.as_ref().map_or(0, |old| old.len());
-            let written = write_differing(image, at, before, after, old_len).await;
-            written.map_err(Trouble::Write)?;
+        let own = image.node().status(at, len - at, Precision::Allocation).await;
+        let own = own.map_err(Trouble::Status)?;
+        if own.status.contains(Status::ALLOCATED) {
+            at += own.len;
+            continue;
         }
-        progress.advance(n, len);
-        at += n;
+        let end = at + own.len;
+        while at < end {
+            // As QEMU tells it: in steps of one size, and none where the image has its own.
+            let step = CHUNK.min(end - at);
+            let told = at + step;
+            while at < told {
+                let n = differing(old.as_ref(), new, at, told - at).await;
+                let (n, may_differ) = n.map_err(Trouble::Status)?;
+                if may_differ {
+                    let (before, after) = (&mut before[..n as usize], &mut after[..n as usize]);
+                    read(old.as_ref(), at, before).await.map_err(Trouble::ReadOld)?;
+                    read(new, at, after).await.map_err(Trouble::ReadNew)?;
+                    let old_len = old.as_ref().map_or(0, |old| old.len());
+                    let written = write_differing(image, at, before, after, old_len).await;
+                    written.map_err(Trouble::Write)?;
+                }
+                at += n;
+            }
+            progress.step(1, len / len.min(CHUNK));
+        }
     }
     match image.node().flush().await {
         Ok(()) => Ok(()),
@@ -53,19 +67,15 @@ pub async fn make_own(
     }
 }
 
-/// For how many bytes the mappings tell the same, and whether contents have to be compared.
+/// For how many bytes of those that the image has not the mappings tell the same, and whether contents
+/// have to be compared.
 async fn differing(
-    image: &Arc<Node>,
     old: Option<&Arc<Node>>,
     new: Option<&Arc<Node>>,
     at: u64,
     left: u64,
 ) -> IoResult<(u64, bool)> {
-    let own = image.status(at, left, Precision::Allocation).await?;
-    if own.status.contains(Status::ALLOCATED) {
-        return Ok((own.len, false));
-    }
-    let mut len = own.len;
+    let mut len = left;
     let mut are_zero = true;
     for node in [old, new] {
         let (there, zero) = reads_zero(node, at, len).await?;

@@ -8,7 +8,7 @@ use crate::cli::getopt::{Line, long_switch, valued};
 use crate::drivers;
 use crate::options::Map;
 use crate::options::qemuopts;
-use crate::tools::{Cache, Progress, Wanted};
+use crate::tools::{Cache, Wanted};
 
 pub static TOOL: Tool = Tool {
     name: "amend",
@@ -61,7 +61,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         option_help::print_amend(format, options);
     } else {
         let changes = changes(format, options, given)?;
-        let progress = Progress::new(context.progress(&line));
+        let progress = context.progress(&line);
         progress.set(0.0);
         let amended = match image.node().driver().image() {
             Some(image) => image.amend(changes).await,

@@ -5,7 +5,8 @@ use crate::block::SnapshotKey;
 use crate::cli::getopt::{Line, Opt, long_switch, long_valued, switch, valued};
 use crate::io::Errno;
 use crate::options::{Map, qemuopts, size};
-use crate::tools::{Cache, Opened, Wanted};
+use crate::tools::progress::Show;
+use crate::tools::{Cache, Opened, Progress, Wanted};
 
 pub const OBJECT: Opt =
     long_valued("object", "OBJECT", "an object that the image needs, such as a secret");
@@ -173,8 +174,13 @@ pub fn one_operand(line: &Line) -> Result<&str, Failed> {
 }
 
 impl Context {
-    /// Whether progress is shown.
-    pub(super) fn progress(&self, line: &Line) -> bool {
-        !line.has("quiet") && (line.has("p") || self.shows_progress)
+    /// The progress of long work, shown as the command line wants it.
+    pub(super) fn progress(&self, line: &Line) -> Progress {
+        Progress::new(match (line.has("quiet"), line.has("p")) {
+            (true, _) => Show::Nothing,
+            (false, true) => Show::Lines,
+            (false, false) if self.draws_bars => Show::Bar,
+            (false, false) => Show::Nothing,
+        })
     }
 }

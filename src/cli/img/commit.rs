@@ -42,13 +42,13 @@ async fn run(context: &Context, line: Line) -> Ended {
     let wanted = Wanted { writable: true, unmap: true, cache, ..wanted };
     let images = context.images();
     let image = images.open(&wanted).await?;
-    let progress = Arc::new(Progress::new(context.progress(&line)));
+    let progress = Arc::new(context.progress(&line));
     progress.set(0.0);
     // What is between the image and a base that was named goes on to stand where it stood.
     let keeps_top = line.has("d") || line.has("b");
     let ended = commit(&images, image, &wanted, line.get("b"), (rate, keeps_top, &progress)).await;
     if let Err(failed) = &ended {
-        context.fail(failed);
+        progress.aside(|| context.fail(failed));
     } else {
         progress.set(100.0);
     }

@@ -41,7 +41,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     }
     let cache = arguments::cache(&line, "T", "source cache", Cache::WRITEBACK);
     let cache = cache.map_err(|failed| failed.code(CANNOT_OPEN))?;
-    let progress = Progress::new(context.progress(&line));
+    let progress = context.progress(&line);
     let images = context.images();
     let ended = compare_named(&images, &line, [first, second], cache, &progress).await;
     progress.end();
@@ -66,7 +66,7 @@ async fn compare_named(
     }
     let say = |text: String| {
         if !quiet {
-            outln!("{text}");
+            progress.aside(|| outln!("{text}"));
         }
     };
     let mismatch = || say("Warning: Image size mismatch!".into());
@@ -74,7 +74,6 @@ async fn compare_named(
     let trouble = |what: String, code| Err(Failed::from(what).code(code));
     match verdict {
         Ok(Verdict::Identical) => {
-            progress.set(100.0);
             say("Images are identical.".into());
             Ok(0)
         }

@@ -11,7 +11,7 @@ use crate::drivers;
 use crate::io::{Worker, WorkerOptions};
 use crate::options::{Map, Value, qemuopts};
 use crate::tools::copy::{Copy, Trouble, copy};
-use crate::tools::{Cache, Images, Opened, Progress, Wanted};
+use crate::tools::{Cache, Images, Opened, Wanted};
 use std::sync::Arc;
 
 pub static TOOL: Tool = Tool {
@@ -203,7 +203,7 @@ async fn convert(
         let flags = ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK;
         target_is_zero = target.zero(0, len, flags).await.is_ok();
     }
-    let progress = Arc::new(Progress::new(context.progress(line)));
+    let progress = Arc::new(context.progress(line));
     progress.set(0.0);
     let work = Copy {
         sources: sources.clone(),
@@ -220,10 +220,11 @@ async fn convert(
         rate,
     };
     let quiet = line.has("quiet");
-    let told = context.clone();
+    let (told, shown) = (context.clone(), progress.clone());
     let salvaged = Box::new(move |at: u64, errno: crate::io::Errno| {
         if !quiet {
-            told.warn(&format!("error while reading offset {at}: {errno}"));
+            let text = format!("error while reading offset {at}: {errno}");
+            shown.aside(|| told.warn(&text));
         }
     });
     let helpers = helpers(lanes);

@@ -107,6 +107,7 @@ async fn copy_to_new(
     let chunk = asked.block.max(CHUNK - CHUNK % asked.block.min(CHUNK));
     let memory = chunk.min(len.max(1)) as usize;
     let mut buffer = AlignedBuf::new(memory, 4096).ok_or("Out of memory")?;
+    let progress = context.progress(line);
     let mut done = 0;
     while done < len {
         let n = (len - done).min(chunk);
@@ -121,7 +122,9 @@ async fn copy_to_new(
             .await
             .map_err(|errno| format!("error while writing to output image file: {errno}"))?;
         done += n;
+        progress.advance(n, len);
     }
+    progress.end();
     images.close(target).await?;
     Ok(0)
 }

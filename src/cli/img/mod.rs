@@ -124,13 +124,14 @@ impl From<Error> for Failed {
 pub struct Context {
     /// In front of error lines.
     program: Arc<str>,
-    /// Long work shows how far it has come even if it was not asked to.
-    pub shows_progress: bool,
+    /// Long work draws a bar without being asked to.
+    draws_bars: bool,
 }
 
 impl Context {
-    pub fn new(program: &str, shows_progress: bool) -> Context {
-        Context { program: program.into(), shows_progress }
+    /// `draws_bars`: standard error is a terminal, and the program is not one of QEMU's.
+    pub fn new(program: &str, draws_bars: bool) -> Context {
+        Context { program: program.into(), draws_bars }
     }
 
     /// What an interactive program asks for commands with.

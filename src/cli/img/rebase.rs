@@ -42,12 +42,12 @@ async fn run(context: &Context, line: Line) -> Ended {
     if arguments::objects(&line)? {
         return Ok(0);
     }
-    let progress = Progress::new(context.progress(&line));
+    let progress = context.progress(&line);
     progress.set(0.0);
     let images = context.images();
     let ended = rebase(&images, &line, name, &progress).await;
     if let Err(failed) = &ended {
-        context.fail(failed);
+        progress.aside(|| context.fail(failed));
     }
     if ended.is_ok() {
         progress.set(100.0);

@@ -27,7 +27,13 @@ pub struct Piece {
     /// In the target, in bytes; the sources lie there one behind the other.
     pub at: u64,
     pub len: u64,
+    /// How many bytes more of the copy are done with it, told in steps that people know from QEMU: of
+    /// several pieces, the last tells for all.
+    pub told: u64,
 }
+
+/// The longest step in which progress is told, in bytes. What is compressed tells of each unit.
+pub const STEP: u64 = 2 << 20;
 
 /// The pieces of a copy.
 pub struct Plan {
@@ -46,6 +52,8 @@ struct Place {
     at: u64,
     /// What is known of what comes next, but not dealt out yet.
     known: Option<(Option<Kind>, u64)>,
+    /// Bytes dealt out that no piece tells of yet.
+    untold: u64,
 }
 
 impl Plan {
@@ -100,11 +108,24 @@ impl Place {
             let at = self.at;
             self.at += len;
             let Some(kind) = kind else { continue };
-            let piece = Piece { ticket: self.ticket, kind, at, len };
+            let told = match kind {
+                Kind::Zeroes => 0,
+                Kind::Data | Kind::WrittenZeroes => self.tell(len, unit.is_some() || len == run),
+            };
+            let piece = Piece { ticket: self.ticket, kind, at, len, told };
             self.ticket += 1;
             return Ok(Some(piece));
         }
         Ok(None)
+    }
+
+    /// What a piece of data of this length tells of; `at_once`: of itself in any case.
+    fn tell(&mut self, len: u64, at_once: bool) -> u64 {
+        self.untold += len;
+        match at_once || self.untold >= STEP {
+            true => std::mem::take(&mut self.untold),
+            false => 0,
+        }
     }
 
     /// What comes next, and how long it is. None is nothing to do.

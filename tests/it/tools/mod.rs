@@ -11,6 +11,7 @@ mod guessing;
 mod io;
 mod lines;
 mod measure;
+mod progress;
 mod random;
 mod snapshots;
 
