@@ -7,8 +7,9 @@ use super::worker::Io;
 use async_task::Runnable;
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::rc::Rc;
+use std::task::Poll;
 
 #[derive(Default)]
 pub(super) struct RunQueue {
@@ -32,6 +33,19 @@ impl RunQueue {
             task.run();
         }
     }
+}
+
+/// Lets all else on this worker have its turn.
+pub async fn yield_now() {
+    let mut has_waited = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut has_waited, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
 }
 
 impl Io {

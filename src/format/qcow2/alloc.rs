@@ -31,6 +31,8 @@ pub struct Run {
 #[derive(Default)]
 pub struct Pool {
     runs: VecDeque<Run>,
+    /// What is on its way here, or from here to a table.
+    claimed: Vec<Run>,
     /// Clusters that have been taken since the image was opened.
     taken: u64,
     /// When `taken` comes here, half of the last reservation is used.
@@ -41,6 +43,12 @@ pub struct Pool {
 pub struct Taken<'a> {
     image: &'a Qcow2,
     pub run: Run,
+}
+
+/// Clusters that no entry may name, as if they were reserved, for as long as this is there.
+pub struct Claim<'a> {
+    image: &'a Qcow2,
+    pub runs: Vec<Run>,
 }
 
 impl Pool {
@@ -58,7 +66,7 @@ impl Pool {
     }
 
     /// What was reserved now; half of what is there lasts until it is time for more.
-    fn add(&mut self, runs: Vec<Run>) {
+    fn add(&mut self, runs: &[Run]) {
         self.runs.extend(runs);
         let left: u64 = self.runs.iter().map(|run| run.count).sum();
         self.half_at = Some(self.taken + left / 2);
@@ -88,16 +96,17 @@ impl Pool {
         self.runs.drain(..).collect()
     }
 
-    /// Whether one of these clusters is reserved; they are sorted if that has to be looked for.
+    /// Whether one of these clusters is reserved or claimed; they are sorted if that has to be looked for.
     pub fn reserves(&self, clusters: &mut [u64]) -> bool {
         let low = clusters.iter().copied().min().unwrap_or(u64::MAX);
         let high = clusters.iter().copied().max().unwrap_or(0);
         let is_near = |run: &&Run| run.first <= high && low < run.first + run.count;
-        if !self.runs.iter().any(|run| is_near(&run)) {
+        let all = || self.runs.iter().chain(&self.claimed);
+        if !all().any(|run| is_near(&run)) {
             return false;
         }
         clusters.sort_unstable();
-        self.runs.iter().filter(is_near).any(|run| {
+        all().filter(is_near).any(|run| {
             let next = clusters.partition_point(|&cluster| cluster < run.first);
             clusters.get(next).is_some_and(|&cluster| cluster < run.first + run.count)
         })
@@ -129,17 +138,46 @@ impl Drop for Taken<'_> {
     }
 }
 
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut pool = self.image.pool.lock();
+        for run in &self.runs {
+            let index = pool.claimed.iter().position(|claimed| claimed == run);
+            index.map(|index| pool.claimed.swap_remove(index));
+        }
+    }
+}
+
 impl Qcow2 {
+    pub(super) fn claim(&self, runs: Vec<Run>) -> Claim<'_> {
+        self.pool.lock().claimed.extend_from_slice(&runs);
+        Claim { image: self, runs }
+    }
+
     /// Up to `most` host clusters, at least one, side by side.
     pub(super) async fn take(&self, most: u64) -> IoResult<Taken<'_>> {
+        self.take_by(|pool| Some(Taken { image: self, run: pool.take(most)? })).await
+    }
+
+    /// One host cluster, claimed.
+    pub(super) async fn take_for_table(&self) -> IoResult<(Taken<'_>, Claim<'_>)> {
+        self.take_by(|pool| {
+            let run = pool.take(1)?;
+            pool.claimed.push(run);
+            Some((Taken { image: self, run }, Claim { image: self, runs: vec![run] }))
+        })
+        .await
+    }
+
+    /// What `take` gets of what is reserved. It gets something unless there is nothing.
+    async fn take_by<T>(&self, take: impl Fn(&mut Pool) -> Option<T>) -> IoResult<T> {
         self.event(Event::ClusterAlloc).await;
         loop {
-            let (run, is_half_used) = {
+            let (taken, is_half_used) = {
                 let mut pool = self.pool.lock();
-                (pool.take(most), pool.is_half_used())
+                (take(&mut pool), pool.is_half_used())
             };
-            if let Some(run) = run {
-                let taken = Taken { image: self, run };
+            if let Some(taken) = taken {
                 if is_half_used
                     && let Some(mut refcounts) = self.counts.as_deref().and_then(Lock::try_lock)
                 {
@@ -161,8 +199,8 @@ impl Qcow2 {
         let taken = self.pool.lock().taken;
         self.reap(refcounts).await;
         let limit = (MOST_BYTES >> self.geometry.cluster_bits).clamp(LEAST, MOST_CLUSTERS);
-        let runs = refcounts.reserve(self, taken.clamp(LEAST, limit)).await?;
-        self.pool.lock().add(runs);
+        let claim = refcounts.reserve(self, taken.clamp(LEAST, limit)).await?;
+        self.pool.lock().add(&claim.runs);
         Ok(())
     }
 
@@ -171,12 +209,20 @@ impl Qcow2 {
         Taken { image: self, run }
     }
 
-    /// `count` host clusters side by side, counted and inside the file. They hold anything, and are
-    /// leaked if they are neither named nor given back ([`super::refcounts::Refcounts::release`]).
-    pub(super) async fn take_run(&self, count: u64) -> IoResult<Run> {
+    /// `count` host clusters side by side, or none, counted and inside the file. They hold anything, and are
+    /// leaked if they are neither named nor given back ([`super::refcounts::Refcounts::release`]). The
+    /// claim is for whoever puts metadata there, until it can be found.
+    pub(super) async fn take_run(&self, count: u64) -> IoResult<(Run, Claim<'_>)> {
+        if count == 0 {
+            return Ok((Run { first: 0, count, is_fresh: false }, self.claim(Vec::new())));
+        }
         // Behind what is reserved they would keep the file from being cut there when it is closed.
-        if let Some(run) = self.pool.lock().take_run(count) {
-            return Ok(run);
+        let reserved = {
+            let mut pool = self.pool.lock();
+            pool.take_run(count).inspect(|run| pool.claimed.push(*run))
+        };
+        if let Some(run) = reserved {
+            return Ok((run, Claim { image: self, runs: vec![run] }));
         }
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;

@@ -6,6 +6,10 @@
 //! another slice's entry. Readers write nothing; all changes are made under one mutex, and only
 //! memory is touched while it is held.
 //!
+//! A slice is looked at before its entries can be followed, and is among those that
+//! [`L2Cache::find_slice`] shows from before that: who puts something where others look, and then
+//! looks at all slices, misses none that has not seen it.
+//!
 //! A slot that is pinned keeps its slice: somebody is about to change it. What nobody has looked at for a
 //! while is given back, page by page, under readers who do not trust what they find there.
 
@@ -13,6 +17,7 @@ use super::layout::L2Entry;
 use crate::io::IoResult;
 use crate::io::pages::{PAGE, Pages};
 use crate::io::sync::Mutex;
+use crate::io::task::yield_now;
 use std::future::{Future, poll_fn};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::task::{Poll, Waker};
@@ -22,6 +27,8 @@ const WAYS: usize = 8;
 const EMPTY: u64 = u64::MAX;
 /// How often a reader looks again before it takes the slow road.
 const RETRIES: usize = 4;
+/// So many words are looked through before others on the worker have their turn.
+const WORDS_AT_ONCE: usize = 8192;
 
 /// A slice's number: the guest's clusters, divided by the entries of a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -58,6 +65,8 @@ struct State {
 #[derive(Clone, Copy, Default)]
 struct SlotState {
     pins: u32,
+    /// It has the words of a slice that readers do not find yet.
+    is_looked_at: bool,
     /// When it was filled: the oldest goes first.
     filled: u64,
 }
@@ -132,11 +141,12 @@ impl L2Cache {
     }
 
     /// The slice, kept in its slot; read by `load` if it is not there. `load` gives as many words as
-    /// a slice has, in host order.
+    /// a slice has, in host order; `look` sees them before readers do.
     pub async fn pin(
         &self,
         slice: SliceNo,
         load: impl Future<Output = IoResult<Vec<u64>>>,
+        look: impl FnOnce(&[u64]),
     ) -> IoResult<Pinned<'_>> {
         let begun = poll_fn(|cx| {
             let mut state = self.state.lock();
@@ -153,7 +163,9 @@ impl L2Cache {
             Begun::There(pinned) => Ok(pinned),
             Begun::Load(loading) => {
                 let words = load.await?;
-                Ok(loading.fill(&words))
+                loading.place(&words);
+                look(&words);
+                Ok(loading.show())
             }
         }
     }
@@ -227,19 +239,33 @@ impl L2Cache {
         self.slots[slot].tag.load(Ordering::Relaxed)
     }
 
-    /// The words of each slice that is there, one after the other.
-    pub fn for_each_slice(&self, mut look: impl FnMut(&[u64])) {
+    /// What `look` finds first in the words of a slice, of all that are there or are being looked at.
+    pub async fn find_slice<T>(&self, mut look: impl FnMut(&[u64]) -> Option<T>) -> Option<T> {
         let mut words = Vec::new();
-        for n in 0..self.slots.len() {
-            // Nothing changes meanwhile.
-            let state = self.state.lock();
-            if self.tag(n) != EMPTY {
-                words.clear();
-                words.extend(self.data(n).iter().map(|word| word.load(Ordering::Relaxed)));
-                drop(state);
-                look(&words);
+        let (mut at, mut looked_at) = (0, 0);
+        while let Some(n) = self.copy_next(at, &mut words) {
+            if let Some(found) = look(&words) {
+                return Some(found);
+            }
+            at = n + 1;
+            looked_at += words.len();
+            if looked_at >= WORDS_AT_ONCE {
+                looked_at = 0;
+                yield_now().await;
             }
         }
+        None
+    }
+
+    /// The first slot from `at` on that has a slice, and its words.
+    fn copy_next(&self, at: usize, words: &mut Vec<u64>) -> Option<usize> {
+        // Nothing changes meanwhile.
+        let state = self.state.lock();
+        let has_words = |&n: &usize| self.tag(n) != EMPTY || state.slots[n].is_looked_at;
+        let n = (at..self.slots.len()).find(has_words)?;
+        words.clear();
+        words.extend(self.data(n).iter().map(|word| word.load(Ordering::Relaxed)));
+        Some(n)
     }
 
     /// Forgets the slices that nobody has pinned and that `which` chooses.
@@ -272,7 +298,18 @@ impl Slot {
 }
 
 impl<'a> Loading<'a> {
-    fn fill(self, words: &[u64]) -> Pinned<'a> {
+    /// Puts the words into the slot, where readers do not find them.
+    fn place(&self, words: &[u64]) {
+        let mut state = self.cache.state.lock();
+        state.slots[self.slot].is_looked_at = true;
+        self.cache.slots[self.slot].change(|| {
+            for (place, &word) in self.cache.data(self.slot).iter().zip(words) {
+                place.store(word, Ordering::Relaxed);
+            }
+        });
+    }
+
+    fn show(self) -> Pinned<'a> {
         let (cache, slot) = (self.cache, self.slot);
         let place = &cache.slots[slot];
         let mut state = cache.state.lock();
@@ -280,12 +317,7 @@ impl<'a> Loading<'a> {
         state.slots[slot].filled = state.clock;
         state.slots[slot].pins += 1;
         place.mark_used();
-        place.change(|| {
-            for (place, &word) in cache.data(slot).iter().zip(words) {
-                place.store(word, Ordering::Relaxed);
-            }
-            place.tag.store(self.slice.0, Ordering::Relaxed);
-        });
+        place.change(|| place.tag.store(self.slice.0, Ordering::Relaxed));
         drop(state);
         Pinned { cache, slot }
     }
@@ -296,6 +328,7 @@ impl Drop for Loading<'_> {
     fn drop(&mut self) {
         let mut state = self.cache.state.lock();
         state.slots[self.slot].pins -= 1;
+        state.slots[self.slot].is_looked_at = false;
         state.loading.retain(|slice| *slice != self.slice);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
@@ -366,7 +399,7 @@ mod tests {
 
     fn pin_now<'a>(cache: &'a L2Cache, slice: u64, words: &[u64]) -> Option<Pinned<'a>> {
         let load = std::future::ready(Ok(words.to_vec()));
-        let mut future = pin!(cache.pin(SliceNo(slice), load));
+        let mut future = pin!(cache.pin(SliceNo(slice), load, |_| ()));
         match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => Some(result.unwrap()),
             Poll::Pending => None,
@@ -429,6 +462,52 @@ mod tests {
             drop(pinned);
             assert!(pin_now(&cache, 20, &words).is_some() && there(20));
         }
+    }
+
+    #[test]
+    fn whoever_looks_at_all_slices_sees_one_that_is_just_being_looked_at() {
+        let cache = L2Cache::new(0, 512, 1).unwrap();
+        let seen = || {
+            let all = std::cell::RefCell::new(Vec::new());
+            let mut future = pin!(cache.find_slice(|words| {
+                all.borrow_mut().push(words[0]);
+                None::<()>
+            }));
+            let mut cx = Context::from_waker(Waker::noop());
+            assert_eq!(future.as_mut().poll(&mut cx), Poll::Ready(None));
+            all.take()
+        };
+        pin_now(&cache, 1, &[1; 64]);
+        let look = |words: &[u64]| {
+            assert_eq!((words, cache.get(SliceNo(2), 0)), (&[2; 64][..], None));
+            assert_eq!(seen(), [1, 2]);
+        };
+        let load = std::future::ready(Ok(vec![2; 64]));
+        let mut future = pin!(cache.pin(SliceNo(2), load, look));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(matches!(future.as_mut().poll(&mut cx), Poll::Ready(Ok(_))));
+        assert!(cache.get(SliceNo(2), 0).is_some());
+    }
+
+    #[test]
+    fn looking_at_all_slices_lets_others_have_their_turns_and_ends_with_what_it_finds() {
+        let cache = L2Cache::new(64 << 13, 8 << 13, 1).unwrap();
+        let words = |n: u64| vec![n; 1 << 13];
+        (0..8).for_each(|n| drop(pin_now(&cache, n, &words(n)).unwrap()));
+        let looks = std::cell::Cell::new(0);
+        let mut future = pin!(cache.find_slice(|words| {
+            looks.set(looks.get() + 1);
+            (words[0] == 5).then_some(words[0])
+        }));
+        let mut turns = 1;
+        let mut cx = Context::from_waker(Waker::noop());
+        let found = loop {
+            match future.as_mut().poll(&mut cx) {
+                Poll::Ready(found) => break found,
+                Poll::Pending => turns += 1,
+            }
+        };
+        assert_eq!((found, looks.get(), turns), (Some(5), 6, 6));
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl Qcow2 {
     /// The slice of a guest offset, read if need be. There is an L2 table.
     pub(super) async fn pin(&self, guest: u64) -> IoResult<Pinned<'_>> {
         let (slice, _) = self.slice_of(guest);
-        self.l2.pin(slice, self.load_slice(guest)).await
+        self.l2.pin(slice, self.load_slice(guest), |words| self.check_slice(words)).await
     }
 
     async fn load_slice(&self, guest: u64) -> IoResult<Vec<u64>> {
@@ -169,7 +169,6 @@ impl Qcow2 {
                 .chunks_exact(8)
                 .map(|word| word.iter().fold(0u64, |word, &byte| word << 8 | u64::from(byte))),
         );
-        self.check_slice(&list);
         Ok(list)
     }
 

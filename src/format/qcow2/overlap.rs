@@ -8,6 +8,10 @@
 //!   at before it reaches the file. Reading goes on.
 //! * What is reserved is neither metadata nor named by an entry in the cache. So metadata that is made
 //!   later lies where no cached entry points.
+//! * Clusters on their way from the refcounts to a table are claimed ([`super::alloc::Claim`]) from
+//!   before the file grows for them and the cache is looked through, until they are reserved, or until it
+//!   is known what they hold. A slice is looked at when it can be found in the cache
+//!   ([`super::l2_cache`]): whichever comes second sees the other.
 //!
 //! Tables are looked at where they are written ([`Qcow2::check_write`]).
 //!
@@ -257,6 +261,8 @@ impl Qcow2 {
         if is_off || !self.is_writable || self.geometry.external_data || self.overlaps.is_met() {
             return;
         }
+        // First the file's end, then what is claimed, then what metadata is: in the order in which
+        // clusters go from one to the next.
         let end = self.geometry.clusters(self.file().len());
         let mut hosts: Vec<u64> = self.hosts(words).collect();
         let hits = |hosts: &[u64]| {
@@ -264,10 +270,10 @@ impl Qcow2 {
             hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
         };
         let is_met = hosts.iter().any(|&host| host >= end)
+            || self.pool.lock().reserves(&mut hosts)
             || hits(&hosts)
                 .into_iter()
-                .any(|host| self.metadata_in(host..host + 1, Kinds::empty()).is_some())
-            || self.pool.lock().reserves(&mut hosts);
+                .any(|host| self.metadata_in(host..host + 1, Kinds::empty()).is_some());
         if is_met {
             self.overlaps.is_met.store(true, Ordering::Release);
         }
@@ -283,8 +289,8 @@ impl Qcow2 {
     }
 
     /// Refuses to take clusters into use that count no reference but are metadata, or are named by an
-    /// entry in memory.
-    pub(super) fn check_reserved(&self, runs: &[Run]) -> IoResult {
+    /// entry in memory. They are claimed.
+    pub(super) async fn check_reserved(&self, runs: &[Run]) -> IoResult {
         let bits = self.geometry.cluster_bits;
         for run in runs {
             let clusters = run.first..run.first + run.count;
@@ -308,11 +314,8 @@ impl Qcow2 {
             let next = reused.partition_point(|run| run.first <= host);
             next > 0 && host < reused[next - 1].first + reused[next - 1].count
         };
-        let mut named = None;
-        self.l2.for_each_slice(|words| {
-            named = named.or_else(|| self.hosts(words).find(|&host| is_reserved(host)));
-        });
-        match named {
+        let named = self.l2.find_slice(|words| self.hosts(words).find(|&host| is_reserved(host)));
+        match named.await {
             Some(cluster) => Err(corrupt::in_use(self, cluster)),
             None => Ok(()),
         }

@@ -6,7 +6,7 @@
 
 mod run;
 
-use super::alloc::Run;
+use super::alloc::{Claim, Run};
 use super::layout::{self, Geometry};
 use super::overlap::Kinds;
 use super::read::read_padded;
@@ -188,20 +188,20 @@ impl Refcounts {
 
     /// Takes up to `want` free clusters, at least one, in order: counted, durably, and inside the
     /// file.
-    pub async fn reserve(&mut self, image: &Qcow2, want: u64) -> IoResult<Vec<Run>> {
+    pub async fn reserve<'a>(&mut self, image: &'a Qcow2, want: u64) -> IoResult<Claim<'a>> {
         image.event(Event::RefblockAlloc).await;
         self.write(image).await?;
         let end = self.geometry.clusters(image.file().len());
-        let mut runs = self.find(image, want, end).await?;
+        let found = image.claim(self.find(image, want, end).await?);
+        let mut runs = found.runs.clone();
         self.fit(image, &mut runs, end).await;
         if runs.is_empty() {
             return Err(Errno::ENOSPC);
         }
-        image.check_reserved(&runs)?;
-        let clusters = |runs: &[Run]| {
-            runs.iter().flat_map(|run| run.first..run.first + run.count).collect::<Vec<_>>()
-        };
-        let clusters = clusters(&runs);
+        let claim = image.claim(runs);
+        image.check_reserved(&claim.runs).await?;
+        let runs = claim.runs.iter();
+        let clusters: Vec<u64> = runs.flat_map(|run| run.first..run.first + run.count).collect();
         let result = self.count_reserved(image, &clusters).await;
         if let Err(errno) = result {
             for &cluster in &clusters {
@@ -211,7 +211,7 @@ impl Refcounts {
             return Err(errno);
         }
         self.hint = clusters.last().map_or(0, |last| last + 1);
-        Ok(runs)
+        Ok(claim)
     }
 
     /// Makes the file long enough for all, or cuts off what does not fit into the storage.
@@ -296,10 +296,16 @@ impl Refcounts {
 
     /// Writes `blocks` new blocks from cluster `at` on, which count themselves and `more` clusters
     /// behind them, durably. They are in memory then, but not in the table.
-    async fn make_blocks(&mut self, image: &Qcow2, at: u64, blocks: u64, more: u64) -> IoResult {
+    async fn make_blocks<'a>(
+        &mut self,
+        image: &'a Qcow2,
+        at: u64,
+        blocks: u64,
+        more: u64,
+    ) -> IoResult<Claim<'a>> {
         let used = at..at + blocks + more;
-        let run = Run { first: at, count: blocks + more, is_fresh: false };
-        image.check_reserved(&[run])?;
+        let claim = image.claim(vec![self.run(image, at, blocks + more)]);
+        image.check_reserved(&claim.runs).await?;
         image.grow_file(used.end << self.geometry.cluster_bits).await?;
         image.event(Event::RefblockAllocWriteBlocks).await;
         let (first, _) = self.place(at);
@@ -322,7 +328,14 @@ impl Refcounts {
                 self.blocks.remove(&(first + n as usize));
             }
         }
-        flushed
+        flushed?;
+        Ok(claim)
+    }
+
+    /// Free clusters: fresh, if all are past the end of the file.
+    fn run(&self, image: &Qcow2, first: u64, count: u64) -> Run {
+        let end = self.geometry.clusters(image.file().len());
+        Run { first, count, is_fresh: first >= end }
     }
 
     /// Takes one reference of each cluster back. The caller has seen to it that no entry names them

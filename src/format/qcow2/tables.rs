@@ -29,19 +29,20 @@ impl Qcow2 {
         if index >= self.l1.entries() {
             return Err(Errno::EIO);
         }
-        let taken = self.take(1).await?;
+        let (taken, _claim) = self.take_for_table().await?;
         let host = taken.host();
         self.fill_table(guest, old, host, taken.run.is_fresh).await?;
         let entry = L1Entry::new(host, true);
         let place = self.header_now().l1_table_offset + index * 8;
         let bytes = entry.0.to_be_bytes();
         self.check_write(place, bytes.len() as u64, Kinds::ACTIVE_L1)?;
-        self.overlaps.note(Kinds::ACTIVE_L2, taken.run.first..taken.run.first + 1);
+        let cluster = taken.run.first;
         self.event(Event::L1Update).await;
         // Whether the write fails or not, the entry may be there.
         taken.keep();
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         self.l1.set(index, entry);
+        self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
         drop(turn);
         if old.l2_table() != 0 {
             let run = self.run_of(old.l2_table());
@@ -90,18 +91,18 @@ impl Qcow2 {
         }
         let bits = self.geometry.cluster_bits;
         let held = self.geometry.clusters(old);
-        let place = match len <= held << bits {
+        let (place, _claim) = match len <= held << bits {
             true => {
                 // The file may end where the table does.
                 self.grow_file(now.l1_table_offset + (held << bits)).await?;
                 let empty = vec![0; (len - old) as usize];
                 self.write_table(now.l1_table_offset + old, &empty).await?;
-                now.l1_table_offset
+                (now.l1_table_offset, None)
             }
             false => {
                 let clusters = self.geometry.clusters(len);
                 self.event(Event::L1GrowAllocTable).await;
-                let run = self.refcounts().await?.reserve_run(self, clusters).await?;
+                let (run, claim) = self.refcounts().await?.reserve_run(self, clusters).await?;
                 self.event(Event::L1GrowWriteTable).await;
                 let place = run.first << bits;
                 let table = self.l1.encode(0, (clusters << bits) / 8);
@@ -110,7 +111,7 @@ impl Qcow2 {
                     let _ = self.refcounts().await?.release(self, &[run]).await;
                     return Err(errno);
                 }
-                place
+                (place, Some(claim))
             }
         };
         let mut header = self.header.lock().await;

@@ -30,10 +30,14 @@ impl Bytes {
     /// Clusters of 64 KiB: two at the start of the disk, one at 4 MiB. A snapshot, and the first cluster
     /// written anew; a bitmap.
     fn new() -> Bytes {
+        Bytes::of_disk("64M")
+    }
+
+    fn of_disk(len: &str) -> Bytes {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.qcow2");
         let path = path.to_str().unwrap();
-        qemu_img(&["create", "-q", "-f", "qcow2", path, "64M"]);
+        qemu_img(&["create", "-q", "-f", "qcow2", path, len]);
         let io = |commands: &[&str]| {
             let commands = commands.iter().flat_map(|command| ["-c", command]);
             let status = Command::new("qemu-io").args(commands).arg(path).output().unwrap().status;
@@ -69,6 +73,12 @@ impl Bytes {
     fn set_refcount(&mut self, host: u64, count: u16) {
         let at = self.refcount_block + host / CLUSTER * 2;
         self.bytes[at as usize..][..2].copy_from_slice(&count.to_be_bytes());
+    }
+
+    /// The first cluster that counts no references.
+    fn first_free(&self) -> u64 {
+        let counts = self.bytes[self.refcount_block as usize..].chunks_exact(2);
+        counts.take_while(|count| *count != [0, 0]).count() as u64 * CLUSTER
     }
 
     fn snapshot_table(&self) -> u64 {
@@ -291,4 +301,39 @@ fn a_cluster_that_an_entry_names_is_not_given_out_again() {
     let message = outcome.event.unwrap()["msg"].as_str().unwrap().to_owned();
     let wanted = format!("Preventing invalid allocation of cluster {data:#x}, which is in use");
     assert_eq!(message, wanted);
+}
+
+/// Clusters on their way from the refcounts to a table: counted, reserved, written, named.
+#[test]
+fn an_entry_that_is_loaded_while_its_cluster_becomes_a_table_is_not_written_through() {
+    for event in ["refblock_update_part", "l2_alloc_write", "l1_update"] {
+        let mut image = Bytes::of_disk("1G");
+        let free = image.first_free();
+        image.point_to(free);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        std::fs::write(&path, &image.bytes).unwrap();
+        let commands = [
+            &format!("break {event} A"),
+            // Where there is no L2 table: what is free first becomes one.
+            "aio_write -P 9 512M 4k",
+            "wait_break A",
+            "read 0 4k",
+            "resume A",
+            "aio_flush",
+            "write -P 7 0 4k",
+            "read -P 9 512M 4k",
+        ];
+        let mut tool = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        tool.args(["io", "-f", "qcow2"]);
+        tool.args(commands.iter().flat_map(|command| ["-c", command]));
+        let output = tool.arg(format!("blkdebug::{}", path.display())).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8(said).unwrap();
+        assert!(said.contains("write failed: Input/output error"), "{event}: {said}");
+        assert!(!said.contains("verification failed"), "{event}: {said}");
+        image.bytes = std::fs::read(&path).unwrap();
+        assert!(image.bytes[79] & 2 != 0, "{event}: it is marked");
+        assert_eq!(image.word(image.l1 + 8), COPIED | free, "{event}");
+    }
 }

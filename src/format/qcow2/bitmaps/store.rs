@@ -4,7 +4,7 @@ use super::load::read_table;
 use super::{BitmapFlags, Stored, StoredBitmap, TableEntry, decode_table_entry};
 use crate::block::{Bitmap, BitmapStore, Bitmaps, Error, LocalFuture, WriteFlags};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::{Run, Taken};
+use crate::format::qcow2::alloc::{Claim, Run, Taken};
 use crate::format::qcow2::extensions::BitmapsPointer;
 use crate::format::qcow2::layout;
 use crate::io::{Errno, IoResult, IoVec};
@@ -132,7 +132,7 @@ impl Qcow2 {
             self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         }
         let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        let table_offset = self.write_clusters(bytes, taken).await?;
+        let (table_offset, _) = self.write_clusters(bytes, taken).await?;
         let mut flags = old.map_or(BitmapFlags::empty(), |old| old.flags);
         flags.remove(BitmapFlags::IN_USE);
         flags.set(BitmapFlags::AUTO, bitmap.flags().recording);
@@ -151,14 +151,15 @@ impl Qcow2 {
         &'a self,
         mut bytes: Vec<u8>,
         taken: &mut Vec<Taken<'a>>,
-    ) -> IoResult<u64> {
+    ) -> IoResult<(u64, Claim<'a>)> {
         let clusters = self.geometry.clusters(bytes.len() as u64).max(1);
         bytes.resize((clusters << self.geometry.cluster_bits) as usize, 0);
-        let place = self.hold(self.take_run(clusters).await?);
+        let (run, claim) = self.take_run(clusters).await?;
+        let place = self.hold(run);
         let at = place.host();
         taken.push(place);
         self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        Ok(at)
+        Ok((at, claim))
     }
 
     /// Makes `entries` those of the image: their tables and data, in clusters that were `taken`, and a
@@ -175,9 +176,10 @@ impl Qcow2 {
         if len > layout::MAX_BITMAP_DIRECTORY_BYTES {
             return Err(failed(Errno(libc::EFBIG)));
         }
-        let (mut directory, mut pointer) = ((0, 0), None);
+        let (mut directory, mut pointer, mut _claim) = ((0, 0), None, None);
         if !entries.is_empty() {
-            directory = (self.write_clusters(bytes, &mut taken).await.map_err(failed)?, len);
+            let (at, claim) = self.write_clusters(bytes, &mut taken).await.map_err(failed)?;
+            (directory, _claim) = ((at, len), Some(claim));
             pointer = Some(BitmapsPointer::new(entries.len() as u32, len, directory.0));
         }
         let mut old = self.unnamed_clusters(stored, &entries).await;

@@ -3,7 +3,7 @@
 
 use super::{Block, Qcow2, Refcounts};
 use crate::block::{Event, WriteFlags};
-use crate::format::qcow2::alloc::Run;
+use crate::format::qcow2::alloc::{Claim, Run};
 use crate::format::qcow2::layout;
 use crate::format::qcow2::overlap::Kinds;
 use crate::io::{Errno, IoResult, IoVec};
@@ -11,19 +11,23 @@ use std::ops::Range;
 
 impl Refcounts {
     /// Takes `count` free clusters side by side: counted, durably, and inside the file. They hold
-    /// anything.
-    pub async fn reserve_run(&mut self, image: &Qcow2, count: u64) -> IoResult<Run> {
+    /// anything. The claim is for whoever puts metadata there, until it can be found.
+    pub async fn reserve_run<'a>(
+        &mut self,
+        image: &'a Qcow2,
+        count: u64,
+    ) -> IoResult<(Run, Claim<'a>)> {
         image.event(Event::RefblockAlloc).await;
         self.write(image).await?;
         let Some(first) = self.find_run(image, count).await? else {
             let per_block = self.geometry.refcount_block_entries();
             let last = self.table.iter().rposition(|&block| block != 0);
             let at = last.map_or(0, |last| (last as u64 + 1) * per_block);
-            let first = self.extend(image, at, count).await?;
-            return Ok(Run { first, count, is_fresh: false });
+            return self.extend(image, at, count).await;
         };
-        let run = Run { first, count, is_fresh: false };
-        image.check_reserved(&[run])?;
+        let run = self.run(image, first, count);
+        let claim = image.claim(vec![run]);
+        image.check_reserved(&claim.runs).await?;
         image.grow_file((first + count) << self.geometry.cluster_bits).await?;
         let clusters: Vec<u64> = (first..first + count).collect();
         if let Err(errno) = self.count_reserved(image, &clusters).await {
@@ -33,7 +37,7 @@ impl Refcounts {
             }
             return Err(errno);
         }
-        Ok(run)
+        Ok((run, claim))
     }
 
     /// The first of `count` free clusters side by side, as far as there are blocks.
@@ -65,8 +69,13 @@ impl Refcounts {
 
     /// Makes the blocks that count the clusters from `at` on, which has no block yet and nothing in
     /// use behind it, and themselves; behind them a longer table, if that is needed, and `more`
-    /// clusters, which are taken. The first of these.
-    pub(super) async fn extend(&mut self, image: &Qcow2, at: u64, more: u64) -> IoResult<u64> {
+    /// clusters, which are taken, and claimed with all the others.
+    pub(super) async fn extend<'a>(
+        &mut self,
+        image: &'a Qcow2,
+        at: u64,
+        more: u64,
+    ) -> IoResult<(Run, Claim<'a>)> {
         let (index, inside) = self.place(at);
         let per_block = self.geometry.refcount_block_entries();
         let mut blocks = 1;
@@ -86,7 +95,7 @@ impl Refcounts {
         if table_clusters << self.geometry.cluster_bits > layout::MAX_REFCOUNT_TABLE_BYTES {
             return Err(Errno(libc::EFBIG));
         }
-        self.make_blocks(image, at, blocks, table_clusters + more).await?;
+        let claim = self.make_blocks(image, at, blocks, table_clusters + more).await?;
         image.overlaps.note(Kinds::REFCOUNT_BLOCK, at..at + blocks);
         let entries = (0..blocks).map(|n| (at + n) << self.geometry.cluster_bits).collect();
         let named = match table_clusters {
@@ -98,7 +107,8 @@ impl Refcounts {
             image.overlaps.forget_at(Kinds::REFCOUNT_BLOCK, at..at + blocks);
         }
         named?;
-        Ok(at + blocks + table_clusters)
+        let first = at + blocks + table_clusters;
+        Ok((Run { first, count: more, is_fresh: false }, claim))
     }
 
     /// Puts new blocks, which are durable, into the table where it is.

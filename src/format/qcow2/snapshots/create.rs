@@ -4,7 +4,7 @@
 use super::{Snapshot, Table};
 use crate::block::{Error, NewSnapshot, SnapshotInfo, WriteFlags};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::Run;
+use crate::format::qcow2::alloc::{Claim, Run};
 use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
 use crate::format::qcow2::order::RangeGuard;
 use crate::format::qcow2::refcounts::Change;
@@ -41,7 +41,7 @@ impl Qcow2 {
         // All that was answered is on disk as readers see it.
         self.flush_all().await.map_err(failed)?;
         let l1 = self.active_l1();
-        let copy = self.take_l1(l1.len()).await.map_err(failed)?;
+        let (copy, _claim) = self.take_l1(l1.len()).await.map_err(failed)?;
         let snapshot = Snapshot {
             l1_table_offset: copy.first << self.geometry.cluster_bits,
             l1_size: l1.len() as u32,
@@ -136,10 +136,7 @@ impl Qcow2 {
     }
 
     /// Clusters for an L1 table of so many entries.
-    pub(super) async fn take_l1(&self, entries: usize) -> IoResult<Run> {
-        match self.geometry.clusters(entries as u64 * 8) {
-            0 => Ok(Run { first: 0, count: 0, is_fresh: false }),
-            count => self.take_run(count).await,
-        }
+    pub(super) async fn take_l1(&self, entries: usize) -> IoResult<(Run, Claim<'_>)> {
+        self.take_run(self.geometry.clusters(entries as u64 * 8)).await
     }
 }

@@ -53,8 +53,8 @@ impl Qcow2 {
     /// Undone if it fails, unless the header may already name the new one.
     async fn share_and_turn(&self, theirs: &[L1Entry], l1: &[L1Entry], size: u64) -> IoResult<Run> {
         self.unsettle().await?;
-        let place = match self.take_l1(l1.len()).await {
-            Ok(place) => place,
+        let (place, _claim) = match self.take_l1(l1.len()).await {
+            Ok(taken) => taken,
             Err(errno) => {
                 self.settle().await?;
                 return Err(errno);

@@ -100,10 +100,8 @@ impl Qcow2 {
         if new.list.len() > MAX_SNAPSHOTS as usize || new.bytes > MAX_BYTES {
             return Err((false, Errno(libc::EFBIG)));
         }
-        let run = match new.bytes {
-            0 => Run { first: 0, count: 0, is_fresh: false },
-            n => self.take_run(self.geometry.clusters(n)).await.map_err(|errno| (false, errno))?,
-        };
+        let clusters = self.geometry.clusters(new.bytes);
+        let (run, _claim) = self.take_run(clusters).await.map_err(|errno| (false, errno))?;
         if let Err(errno) = self.write_table(run.first << bits, &bytes).await {
             self.give_back(&[run]).await;
             return Err((false, errno));
