@@ -207,35 +207,71 @@ impl Qcow2 {
         let list: Vec<&IoVec<'_>> = before.iter().chain([from]).chain(after.iter()).collect();
         let start = part.data.start - head.as_ref().map_or(0, |buf| buf.len() as u64);
         self.write_data(host + (start - part.start), &IoVec::concat(&list)).await?;
-        if was_zero { Ok(()) } else { self.data().flush().await }
+        let is_more = self.copy_apart(part, host, &shown).await?;
+        if was_zero && !is_more { Ok(()) } else { self.data().flush().await }
+    }
+
+    /// Copies what has to move of the first and of the last cluster and does not lie beside what else
+    /// is `shown`; whether there is such.
+    async fn copy_apart(&self, part: &Part, host: u64, shown: &Range<u64>) -> IoResult<bool> {
+        let unit = self.geometry.subcluster_size();
+        let (first, last) = self.outer(part);
+        let end = shown.end.next_multiple_of(self.geometry.cluster_size());
+        let mut is_more = false;
+        for (old, range) in [(first, part.start..shown.start), (last, shown.end..end)] {
+            let mut at = range.start / unit * unit;
+            while at < range.end {
+                let start = at;
+                while at < range.end && self.moves(old, at) {
+                    at += unit;
+                }
+                if let Some(copy) = self.copy_of(start..at).await? {
+                    self.event(Event::CowWrite).await;
+                    self.write_data(host + (start - part.start), &IoVec::from_ref(&copy)).await?;
+                    is_more = true;
+                }
+                at += unit;
+            }
+        }
+        Ok(is_more)
     }
 
     /// The guest bytes that the new mapping shows from the host clusters: the data, rounded out to
     /// what entries can tell apart.
     fn shown(&self, part: &Part) -> Range<u64> {
         let unit = self.geometry.subcluster_size();
-        let Range { start, end } = part.data;
-        let cluster = |guest: u64| (guest - part.start) >> self.geometry.cluster_bits;
-        let (first, last) =
-            (part.old[cluster(start) as usize], part.old[cluster(end - 1) as usize]);
-        let start = match self.whole_copy(first) {
-            true => part.start,
-            false if self.is_own_subcluster(first, start) => start,
-            false => start / unit * unit,
-        };
-        let end = match self.whole_copy(last) {
-            true => end.next_multiple_of(self.geometry.cluster_size()),
-            false if self.is_own_subcluster(last, end - 1) => end,
-            false => end.next_multiple_of(unit),
-        };
+        let Range { mut start, mut end } = part.data;
+        let (first, last) = self.outer(part);
+        if !self.is_own_subcluster(first, start) {
+            start = start / unit * unit;
+        }
+        if !self.is_own_subcluster(last, end - 1) {
+            end = end.next_multiple_of(unit);
+        }
+        // What has to move and lies beside it goes with it.
+        while start > part.start && self.moves(first, start - 1) {
+            start -= unit;
+        }
+        while self.geometry.offset_in_cluster(end) > 0 && self.moves(last, end) {
+            end += unit;
+        }
         start..end
     }
 
-    /// Whether all of a cluster has to move, because the old place does not stay.
-    fn whole_copy(&self, old: L2Entry) -> bool {
+    /// The first and the last of the old entries that the data is for.
+    fn outer(&self, part: &Part) -> (L2Entry, L2Entry) {
+        let cluster = |guest: u64| (guest - part.start) >> self.geometry.cluster_bits;
+        let Range { start, end } = part.data;
+        (part.old[cluster(start) as usize], part.old[cluster(end - 1) as usize])
+    }
+
+    /// Whether what a subcluster holds has to move if something else of its cluster does, because the
+    /// old place does not stay: what is compressed, and what is allocated in a cluster of others.
+    fn moves(&self, old: L2Entry, guest: u64) -> bool {
         match self.geometry.decode(old) {
             Ok(Cluster::Subclusters { host: Some(_), allocated, .. }) => {
-                allocated != 0 && self.need_of_entry(old) == Need::Cluster
+                allocated >> self.geometry.subcluster_index(guest) & 1 == 1
+                    && self.need_of_entry(old) == Need::Cluster
             }
             Ok(Cluster::Compressed(_)) => true,
             _ => false,

@@ -2,13 +2,15 @@
 //! only QEMU makes in them: snapshots, compressed clusters, preallocation.
 
 use super::images::{Images, random_commands};
+use super::judge::orderly;
 use super::read::{KINDS, cluster_size};
-use super::sim::Image;
+use super::sim::{Image, below, disk};
 use crate::disks::{seed, simulated};
 use std::path::Path;
 use vublk::block::*;
 use vublk::io::IoVec;
 use vublk::io::sim::Disorder;
+use vublk::protocol::sim::{Change, WriteLog};
 
 fn options_for(path: &Path) -> String {
     format!("driver=qcow2,discard=unmap,file.driver=file,file.filename={}", path.display())
@@ -181,4 +183,100 @@ fn an_image_that_was_not_closed_cleanly_is_repaired_when_it_is_opened_for_writin
     let after = change(options_for(&images.path("a")), expected, 1);
     assert_whole("after the repair", &images, "a", &after);
     assert_eq!(std::fs::read(images.path("a")).unwrap()[79] & 1, 0, "it is still dirty");
+}
+
+/// Subclusters of 4 KiB, in order: `.` where the backing file shows, `0` where there are zeroes, `1`
+/// where there is data. How many bytes the write puts into the new host cluster, and what is where
+/// afterwards.
+#[test]
+fn of_a_cluster_that_a_snapshot_shares_a_write_copies_the_subclusters_that_hold_something() {
+    const SIZE: usize = 128 << 10;
+    const BEFORE: &str = "..11............1.......00.....1";
+    const CASES: [(usize, usize, usize, &str); 9] = [
+        // Apart from the others, in part and as a whole.
+        (32 << 10, 4096, 5, "..11....1.......1.......00.....1"),
+        (33 << 10, 1024, 5, "..11....1.......1.......00.....1"),
+        // Beside one, in one, over one.
+        (16 << 10, 4096, 5, "..111...........1.......00.....1"),
+        (65 << 10, 1024, 4, "..11............1.......00.....1"),
+        (10 << 10, 60 << 10, 17, "..1111111111111111......00.....1"),
+        // In zeroes, at the ends, everywhere.
+        (100 << 10, 512, 5, "..11............1.......01.....1"),
+        (0, 512, 5, "1.11............1.......00.....1"),
+        (127 << 10, 1024, 4, "..11............1.......00.....1"),
+        (0, SIZE, 32, "11111111111111111111111111111111"),
+    ];
+    for ((at, len, units, after), base) in
+        CASES.into_iter().flat_map(|one| [(one, ""), (one, "base")])
+    {
+        let what = format!("{len} bytes at {at}, over {base:?}");
+        let images = Images::new();
+        std::fs::write(images.path("base"), vec![7; SIZE]).unwrap();
+        let mut create = "cluster_size=128k,extended_l2=on".to_owned();
+        if !base.is_empty() {
+            create += ",backing_file=base,backing_fmt=raw";
+        }
+        images.create("a", SIZE as u64, &create);
+        let commands =
+            ["write -P 1 8k 8k", "write -P 1 64k 4k", "write -z 96k 8k", "write 124k 4k"];
+        images.io("a", &commands.map(str::to_owned));
+        assert_eq!(subclusters(&images).0, BEFORE, "{what}");
+        let mut expected = images.contents("a");
+        images.run("qemu-img", &["snapshot", "-c", "one", "a"]);
+        expected[at..at + len].fill(9);
+        let log = write_once(&images, at, len, !base.is_empty());
+        assert_whole(&what, &images, "a", &expected);
+        let (found, host) = subclusters(&images);
+        assert_eq!(found, after, "{what}");
+        let written = log.changes().iter().filter_map(|change| match change {
+            Change::Write { offset, data, .. }
+                if (host..host + SIZE).contains(&(*offset as usize)) =>
+            {
+                Some(data.len())
+            }
+            _ => None,
+        });
+        // Zeroes around the data that are there already need not be written.
+        let written = written.sum::<usize>();
+        assert_eq!(written.div_ceil(4096), units, "{what}: {written} bytes");
+    }
+}
+
+/// Writes 9s to the image `a`, which may have a backing file of 7s; what became of its file.
+fn write_once(images: &Images, at: usize, len: usize, has_backing: bool) -> WriteLog {
+    let bytes = std::fs::read(images.path("a")).unwrap();
+    let (file, options) = disk(&bytes, 8 << 20, |options| options.log = true);
+    let mut options = format!("driver=qcow2{}", below("file", &options));
+    let (_backing, backing) = disk(&vec![7; 1 << 20], 1 << 20, |_| {});
+    if has_backing {
+        options += &below("backing", &backing);
+    }
+    simulated(orderly(), |_| async move {
+        let image = Image::open(&options).await;
+        let (at, bytes) = (at as u64, vec![9; len]);
+        image.node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await.unwrap();
+        image.close().await;
+    });
+    std::fs::write(images.path("a"), file.bytes()).unwrap();
+    file.log()
+}
+
+/// What qemu-img tells of the only cluster: a character for each of its subclusters, and where it is.
+fn subclusters(images: &Images) -> (String, usize) {
+    let said = images.run("qemu-img", &["map", "--output=json", "a"]);
+    let list: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let (mut kinds, mut host) = (String::new(), 0);
+    for one in list.as_array().unwrap() {
+        let number = |key: &str| one[key].as_u64().unwrap() as usize;
+        let kind = match (one["present"].as_bool(), one["data"].as_bool(), number("depth")) {
+            (Some(true), Some(true), 0) => "1",
+            (Some(true), Some(false), 0) => "0",
+            _ => ".",
+        };
+        if kind == "1" {
+            host = number("offset") - number("start");
+        }
+        kinds += &kind.repeat(number("length") / 4096);
+    }
+    (kinds, host)
 }
