@@ -5,6 +5,7 @@ mod handover;
 mod holders;
 mod live;
 mod observed;
+mod overlays;
 mod patience;
 mod pending;
 mod snapshots;
@@ -12,11 +13,12 @@ mod snapshots;
 pub use handover::wait_for_socket;
 pub use live::ExportInfo;
 pub use observed::Observed;
+pub use overlays::NewOverlay;
 pub use patience::is_locked;
 pub use pending::Pending;
 
 use crate::block::graph::{Attachment, Graph};
-use crate::block::{Abilities, Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage};
+use crate::block::{Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage};
 use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
     Address, DiskOptions, Export, ExportMetrics, ExportOptions, FailureOptions, IoErrors,
@@ -65,6 +67,7 @@ pub struct Service {
 
 struct Served {
     id: String,
+    /// Of what it served when it was told to end.
     node_name: String,
     /// The socket file that it has made.
     socket: Option<PathBuf>,
@@ -335,7 +338,7 @@ impl Service {
         if disk.num_queues > MAX_QUEUES {
             return Err(Error::new(format!("num-queues must be at most {MAX_QUEUES}")));
         }
-        if disk.writable && node.traits().abilities.contains(Abilities::READ_ONLY) {
+        if disk.writable && node.is_read_only() {
             return Err(Error::new("Cannot export read-only node as writable"));
         }
         let mut held = Perm::CONSISTENT_READ;

@@ -1,4 +1,5 @@
-//! The edge from a node to one it stands on, which graph changes can turn to another node.
+//! The edge to a node from what stands on it, a node or an export, which graph changes can turn to another
+//! node.
 //!
 //! The fast road reads the edge without a lock or a count: the in-flight record that it must show
 //! keeps the node alive, because whoever replaces a node drops the old one only after all workers
@@ -10,7 +11,7 @@ use crate::io::sync::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// An edge of the graph, owned by the parent's driver.
+/// An edge of the graph, owned by the parent's driver, or by the user that is no node.
 pub struct Child {
     role: &'static str,
     /// What `owner` holds, for readers that do not lock.
@@ -19,7 +20,7 @@ pub struct Child {
 }
 
 impl Child {
-    /// `role` is the option's name: `file`, `backing`, …
+    /// `role` is the option's name: `file`, `backing`, …; users that are no node call it `root`.
     pub fn new(role: &'static str, node: Arc<Node>) -> Child {
         let pointer = Arc::as_ptr(&node).cast_mut();
         Child { role, node: AtomicPtr::new(pointer), owner: Mutex::new(node) }
@@ -46,7 +47,7 @@ impl Child {
     ///
     /// The caller lets [`crate::io::epoch::synchronize`] pass before it drops the old node.
     #[must_use = "the old node may be dropped only after all workers have passed"]
-    pub(super) fn replace(&self, node: Arc<Node>) -> Arc<Node> {
+    pub fn replace(&self, node: Arc<Node>) -> Arc<Node> {
         let mut owner = self.owner.lock();
         self.node.store(Arc::as_ptr(&node).cast_mut(), Ordering::Release);
         std::mem::replace(&mut *owner, node)

@@ -398,6 +398,13 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// Nobody will write to the image until it is opened again, as it comes to lie below another: brings
+    /// everything to the storage, as [`Driver::close`] does, and from then on [`Driver::child_perms`] asks for
+    /// no more than reading takes. No request is in flight, and none but reads will come.
+    fn freeze(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Brings everything to a rest before the driver is dropped: metadata written, hints given. No
     /// request is in flight and none will come.
     fn close(&self) -> LocalFuture<'_, IoResult> {

@@ -7,6 +7,7 @@
 mod activity;
 mod drain;
 mod length;
+mod overlay;
 mod permissions;
 mod turns;
 
@@ -55,6 +56,8 @@ struct Entry {
     node: Arc<Node>,
     /// Opened by name at the top, and not yet deleted.
     monitor: bool,
+    /// The options by which it was opened so.
+    asked: Map,
     /// Newest last.
     uses: Vec<Use>,
     /// The nodes that it stands on, in the driver's order.
@@ -167,15 +170,20 @@ impl Graph {
     /// deleted ([`Graph::delete`]). Runs on a worker.
     pub async fn open(&self, options: Map) -> Result<Arc<Node>, Error> {
         let _turn = self.turn().await;
-        let result = self.open_node(options, String::new(), None, 1).await;
-        if let Ok(node) = &result
-            && let Some((_, entry)) = self.0.state.lock().by_name_mut(node.name())
-        {
-            entry.monitor = true;
-        }
+        let result = self.open_top(options).await;
         // What a failed opening has left, and what users have dropped meanwhile.
         self.close_unused().await;
         result
+    }
+
+    /// [`Graph::open`] for whoever has the turn.
+    async fn open_top(&self, options: Map) -> Result<Arc<Node>, Error> {
+        let node = self.open_node(options.clone(), String::new(), None, 1).await?;
+        if let Some((_, entry)) = self.0.state.lock().by_name_mut(node.name()) {
+            entry.monitor = true;
+            entry.asked = options;
+        }
+        Ok(node)
     }
 
     /// [`Graph::open`] for threads that may wait. Not to be called on a worker.
@@ -187,8 +195,7 @@ impl Graph {
     /// Deletes a node that was opened by name, and closes what nobody uses then.
     ///
     /// # Errors
-    /// `Node x is in use` by an export, `Block device x is in use` by a node, and for nodes that
-    /// belong to others.
+    /// In QEMU's words, for nodes that are in use or belong to others.
     pub async fn delete(&self, name: &str) -> Result<(), Error> {
         let _turn = self.turn().await;
         {
@@ -201,6 +208,8 @@ impl Graph {
                 return Err(Error::new(format!("Node {name} is not owned by the monitor")));
             }
             if !entry.uses.is_empty() {
+                let node = entry.node.clone();
+                state.check_not_backing(&node)?;
                 return Err(Error::new(format!("Block device {name} is in use")));
             }
             entry.monitor = false;
@@ -213,6 +222,12 @@ impl Graph {
     pub async fn close(&self) {
         let _turn = self.turn().await;
         self.0.state.lock().nodes.values_mut().for_each(|entry| entry.monitor = false);
+        self.close_unused().await;
+    }
+
+    /// Closes what users have left that nobody else has.
+    pub async fn tidy(&self) {
+        let _turn = self.turn().await;
         self.close_unused().await;
     }
 
@@ -326,7 +341,8 @@ impl Graph {
             )));
         }
         let (uses, perms) = (Vec::new(), Perms::NONE);
-        let entry = Entry { node, monitor: false, uses, children, perms, locked: perms };
+        let (monitor, asked) = (false, Map::new());
+        let entry = Entry { node, monitor, asked, uses, children, perms, locked: perms };
         // A number of its own, because children that were opened with it are older.
         state.next_id += 1;
         let id = state.next_id;
@@ -416,7 +432,7 @@ impl NodeInfo {
         NodeInfo {
             name: node.name().to_owned(),
             driver: node.driver().name(),
-            read_only: node.options().read_only,
+            read_only: node.options().read_only || node.is_frozen(),
             active: node.is_active(),
             options: node.options(),
             len: node.len(),
@@ -432,6 +448,8 @@ impl NodeInfo {
 }
 
 impl Attachment {
+    /// The node that it was made for; a registered user may have been moved to another since
+    /// ([`User::moved`]).
     pub fn node(&self) -> &Arc<Node> {
         &self.node
     }

@@ -97,6 +97,8 @@ pub struct Node {
     perms: AtomicU16,
     /// Its image is ours ([`super::graph::Activity`]); set by the graph.
     active: AtomicBool,
+    /// Nothing can be written any more ([`Driver::freeze`]); set by the graph.
+    frozen: AtomicBool,
     /// Who may have requests on the fast road through this node.
     members: Mutex<Vec<Arc<epoch::Member>>>,
 }
@@ -130,6 +132,7 @@ impl Node {
             held: AtomicU8::new(0),
             perms: AtomicU16::new(0),
             active: AtomicBool::new(true),
+            frozen: AtomicBool::new(false),
             members: Mutex::default(),
         })
     }
@@ -149,6 +152,21 @@ impl Node {
 
     pub fn options(&self) -> NodeOptions {
         self.options
+    }
+
+    /// Whether nobody can have a permission to write to it.
+    pub fn is_read_only(&self) -> bool {
+        self.traits.abilities.contains(Abilities::READ_ONLY) || self.is_frozen()
+    }
+
+    /// Whether it was opened to be written to and lies below others now.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Relaxed)
+    }
+
+    /// For the graph, which has seen to it that nobody writes.
+    pub(super) fn set_frozen(&self) {
+        self.frozen.store(true, Ordering::Relaxed);
     }
 
     /// The disk's length as its users see it: in bytes, a multiple of [`SECTOR`]. What lies between

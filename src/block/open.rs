@@ -230,7 +230,8 @@ impl Graph {
             .ok_or_else(|| options::Error::unknown_variant(&name, &[]).under("driver"))
     }
 
-    fn check_name(&self, name: String) -> Result<String, Error> {
+    /// Whether a new node can have the name.
+    pub fn check_name(&self, name: String) -> Result<String, Error> {
         if !options::is_identifier(&name) {
             return Err(Error::new(format!("Invalid node-name: '{}'", name.escape_debug())));
         }

@@ -48,6 +48,13 @@ pub struct DriverEntry {
     pub is_device: Option<fn(&str) -> bool>,
 }
 
+impl DriverEntry {
+    /// Whether its images can stand on others, which they read where they have no data.
+    pub fn has_backing(&self) -> bool {
+        self.options.iter().any(|option| option.name == "backing")
+    }
+}
+
 /// One of a driver's options, as `--blockdev driver=NAME,help` shows it.
 #[derive(Clone, Copy, Debug)]
 pub struct OptionHelp {

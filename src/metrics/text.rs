@@ -113,7 +113,7 @@ impl Page {
         self.family("vublk_export_info", "gauge", "The node that an export serves.");
         for export in exports {
             let writable = if export.writable { "on" } else { "off" };
-            let (name, node) = (&*export.name, &*export.node);
+            let (name, node) = (&*export.name, &**export.node.lock());
             let labels = [("export", name), ("node", node), ("writable", writable)];
             self.sample("vublk_export_info", &labels, 1);
         }

@@ -22,6 +22,7 @@ mod control;
 mod events;
 mod framing;
 mod nodes;
+mod overlays;
 mod poll;
 mod session;
 mod slow;

@@ -4,6 +4,7 @@
 use super::bitmaps;
 use super::commands::{CommandError, Outcome, done};
 use super::nodes;
+use super::overlays;
 use super::snapshots;
 use crate::block::Error;
 use crate::io::Errno;
@@ -31,8 +32,10 @@ pub const COMMANDS: &[(&str, Begin)] = &[
     ("block_resize", block_resize),
     ("blockdev-add", blockdev_add),
     ("blockdev-del", blockdev_del),
+    ("blockdev-snapshot", overlays::snapshot),
     ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
     ("blockdev-snapshot-internal-sync", snapshots::create),
+    ("blockdev-snapshot-sync", overlays::snapshot_sync),
     ("query-blockstats", nodes::query_blockstats),
     ("query-named-block-nodes", nodes::query_named_block_nodes),
     ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
@@ -46,8 +49,16 @@ const GRACE: Duration = Duration::from_millis(200);
 
 /// The outcome of something that is under way.
 pub(super) fn when_done(pending: Pending<Result<(), Error>>) -> Later {
+    when_explained(pending, Map::new())
+}
+
+/// The same of a command whose arguments name files.
+pub(super) fn when_explained(pending: Pending<Result<(), Error>>, arguments: Map) -> Later {
     let mut wait = AT_ONCE;
-    Box::new(move |_| pending.poll(std::mem::take(&mut wait)).map(done))
+    Box::new(move |_| {
+        let result = pending.poll(std::mem::take(&mut wait))?;
+        Some(done(explained(result, &arguments)))
+    })
 }
 
 fn blockdev_add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
@@ -92,7 +103,9 @@ fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(&'a Path, bool)>) {
     for (key, value) in arguments.iter() {
         match value {
             Value::Map(map) => paths_in(map, found),
-            Value::Str(path) | Value::Text(path) if key == "filename" || key == "path" => {
+            Value::Str(path) | Value::Text(path)
+                if ["filename", "snapshot-file", "path"].contains(&key) =>
+            {
                 found.push((Path::new(path), key == "path"));
             }
             _ => {}

@@ -2,7 +2,7 @@
 
 use super::commands::{CommandError, Outcome};
 use super::slow::{AT_ONCE, Later, when_done};
-use crate::block::{Abilities, Node};
+use crate::block::Node;
 use crate::options::{self, Map};
 use crate::service::Service;
 use serde::Deserialize;
@@ -17,7 +17,7 @@ pub fn create(service: &mut Service, arguments: Map) -> Result<Later, CommandErr
     }
     let Arguments { device, name } = options::from_map(arguments)?;
     let node = root(service, &device)?;
-    if node.options().read_only || node.traits().abilities.contains(Abilities::READ_ONLY) {
+    if node.is_read_only() {
         return Err(CommandError::new(format!("Device '{}' is read only", node.name())));
     }
     Ok(when_done(service.create_snapshot(&node, name)))

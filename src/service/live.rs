@@ -72,13 +72,13 @@ impl Service {
     /// All exports, newest first.
     pub fn exports(&self) -> Vec<ExportInfo> {
         let info = |served: &Served| {
-            let (held, errors, last_failure) = match &served.state {
-                State::Serving(export, _) => export.failures(),
-                State::Ending(_) => (0, 0, None),
+            let (node_name, (held, errors, last_failure)) = match &served.state {
+                State::Serving(export, _) => (export.node().name().to_owned(), export.failures()),
+                State::Ending(_) => (served.node_name.clone(), (0, 0, None)),
             };
             ExportInfo {
                 id: served.id.clone(),
-                node_name: served.node_name.clone(),
+                node_name,
                 shutting_down: matches!(served.state, State::Ending(_)),
                 held,
                 errors,
@@ -115,10 +115,19 @@ impl Service {
         if let State::Serving(export, attachment) =
             std::mem::replace(&mut served.state, State::Ending(thread))
         {
+            export.node().name().clone_into(&mut served.node_name);
             let _ = give.send((*export, attachment));
         }
-        let _ = told.recv_timeout(END_WAIT);
+        if told.recv_timeout(END_WAIT).is_ok() {
+            let _ = self.tidy().poll(END_WAIT);
+        }
         Ok(())
+    }
+
+    /// Closes what exports that have ended have left.
+    fn tidy(&self) -> Pending<()> {
+        let graph = self.graph.clone();
+        Pending::start(&self.control, move || async move { graph.tidy().await })
     }
 
     /// Tries the held requests of an export again now.
@@ -170,6 +179,9 @@ impl Service {
     pub fn take_ended(&mut self) -> Vec<String> {
         let _ = self.ended.notice.read();
         let ids = std::mem::take(&mut *self.ended.ids.lock());
+        if !ids.is_empty() {
+            drop(self.tidy());
+        }
         self.exports.retain(|served| {
             !(matches!(served.state, State::Ending(_)) && ids.contains(&served.id))
         });

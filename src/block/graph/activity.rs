@@ -21,22 +21,28 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub struct Activity {
     graph: Graph,
-    node: Arc<Node>,
     user: u64,
 }
 
 impl Attachment {
     pub fn activity(&self) -> Activity {
-        Activity { graph: self.graph.clone(), node: self.node.clone(), user: self.id }
+        Activity { graph: self.graph.clone(), user: self.id }
     }
 }
 
 impl Activity {
+    /// The node that the user has now.
+    fn node(&self) -> Result<Arc<Node>, Error> {
+        let mut state = self.graph.0.state.lock();
+        let found = state.user(self.user).map(|(node, _)| node);
+        found.ok_or_else(|| Error::new("The user has given its node back"))
+    }
+
     /// Whether this user needs the node, which is active then. A user that came to an inactive node
     /// does not until it says so.
     pub fn is_active(&self) -> bool {
         let mut state = self.graph.0.state.lock();
-        state.user(&self.node, self.user).is_some_and(|active| *active)
+        state.user(self.user).is_some_and(|(_, active)| *active)
     }
 
     /// Makes the node active, unless it is.
@@ -46,8 +52,9 @@ impl Activity {
     /// changed then.
     pub async fn activate(&self) -> Result<(), Error> {
         let _turn = self.graph.turn().await;
-        self.graph.activate_in_turn(&self.node).await?;
-        if let Some(active) = self.graph.0.state.lock().user(&self.node, self.user) {
+        let node = self.node()?;
+        self.graph.activate_in_turn(&node).await?;
+        if let Some((_, active)) = self.graph.0.state.lock().user(self.user) {
             *active = true;
         }
         Ok(())
@@ -61,23 +68,24 @@ impl Activity {
     /// node is active and the user needs it then, as before.
     pub async fn inactivate(&self) -> Result<(), Error> {
         let _turn = self.graph.turn().await;
+        let node = self.node()?;
         let unneeded = {
             let mut state = self.graph.0.state.lock();
-            if let Some(active) = state.user(&self.node, self.user) {
+            if let Some((_, active)) = state.user(self.user) {
                 *active = false;
             }
-            state.unneeded(&self.node)?
+            state.unneeded(&node)?
         };
         let result = bring_to_rest(&unneeded).await;
         let mut state = self.graph.0.state.lock();
         if result.is_err() {
-            if let Some(active) = state.user(&self.node, self.user) {
+            if let Some((_, active)) = state.user(self.user) {
                 *active = true;
             }
             return result;
         }
         // Somebody may have come meanwhile.
-        for node in state.unneeded(&self.node)? {
+        for node in state.unneeded(&node)? {
             let id = state.id(&node)?;
             node.set_active(false);
             let entry = state.entry_mut(id);
@@ -138,12 +146,13 @@ impl Graph {
 }
 
 impl State {
-    /// Whether a user needs the node active.
-    fn user(&mut self, node: &Arc<Node>, user: u64) -> Option<&mut bool> {
-        let id = self.id(node).ok()?;
-        let mut uses = self.entry_mut(id).uses.iter_mut();
-        uses.find(|one| matches!(one.by, By::User { id, .. } if id == user))
-            .map(|one| &mut one.active)
+    /// The node that a user has, and whether the user needs it active.
+    fn user(&mut self, user: u64) -> Option<(Arc<Node>, &mut bool)> {
+        self.nodes.values_mut().find_map(|entry| {
+            let mut uses = entry.uses.iter_mut();
+            uses.find(|one| matches!(one.by, By::User { id, .. } if id == user))
+                .map(|one| (entry.node.clone(), &mut one.active))
+        })
     }
 
     /// The inactive nodes from this one down, children before parents.

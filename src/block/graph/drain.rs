@@ -7,7 +7,7 @@
 use super::permissions::{Plan, release_locks};
 use super::turns::Turn;
 use super::{By, Graph};
-use crate::block::{Abilities, Error, LocalFuture, Node, Perm, Perms, Snapshots};
+use crate::block::{Error, LocalFuture, Node, Perm, Perms, Snapshots};
 use crate::io::epoch;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,6 +23,18 @@ pub trait User: Send + Sync {
 
     /// The length of the node has changed; called while the user is paused.
     fn resized(&self) {}
+
+    /// Another node stands where its own stood, with the same permissions for it; called while the user is
+    /// paused. It has forgotten the old one when this ends.
+    fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
+        let _ = node;
+        Box::pin(std::future::ready(()))
+    }
+
+    /// Whether [`User::moved`] does anything.
+    fn can_move(&self) -> bool {
+        false
+    }
 }
 
 /// A node and its registered users.
@@ -36,6 +48,12 @@ pub(super) struct Used {
 pub struct Drained<'a> {
     users: Vec<Arc<dyn User>>,
     _turn: Turn<'a>,
+}
+
+impl Drained<'_> {
+    pub(super) fn users(&self) -> impl Iterator<Item = &Arc<dyn User>> {
+        self.users.iter()
+    }
 }
 
 impl Drop for Drained<'_> {
@@ -113,8 +131,7 @@ impl Graph {
     /// In QEMU's words: a read-only node, a conflict with a user that does not allow resizing, or
     /// what the driver says.
     pub async fn resize(&self, node: &Arc<Node>, len: u64) -> Result<(), Error> {
-        let abilities = node.traits().abilities;
-        if node.options().read_only || abilities.contains(Abilities::READ_ONLY) {
+        if node.is_read_only() {
             return Err(Error::new("Image is read-only"));
         }
         if !node.is_active() {
@@ -209,7 +226,7 @@ impl Graph {
 
 /// Whether requests made for `old` suit `new`: what stands above has told its users what requests
 /// have to look like, and that stays as it is while they are open.
-fn check_traits(old: &Node, new: &Node) -> Result<(), Error> {
+pub(super) fn check_traits(old: &Node, new: &Node) -> Result<(), Error> {
     let (a, b) = (old.traits(), new.traits());
     let suits = b.request_align <= a.request_align
         && b.buffer_align <= a.buffer_align

@@ -6,7 +6,7 @@
 
 use super::{By, Entry, State, Use};
 use crate::block::open::DEPTH_LIMIT;
-use crate::block::{Abilities, Error, Perm, Perms};
+use crate::block::{Error, Perm, Perms};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A change that is being worked out; nothing happens before [`Plan::apply`].
@@ -61,6 +61,19 @@ impl<'a> Plan<'a> {
         children[child] = to;
         self.children.insert(parent, children);
         self.uses_mut(parent);
+    }
+
+    /// Turns all uses of a node to another, but for those by that other.
+    pub(super) fn move_uses(&mut self, from: u64, to: u64) {
+        let by_other = |by: &By| matches!(by, By::Node { id, .. } if *id == to);
+        let uses = self.uses_mut(from);
+        let moved: Vec<Use> = uses.extract_if(.., |one| !by_other(&one.by)).collect();
+        for one in moved {
+            match one.by {
+                By::Node { id, child } => self.turn_edge(id, child, to),
+                _ => self.add(to, one),
+            }
+        }
     }
 
     /// Asks a node anew what it needs of its children.
@@ -175,8 +188,7 @@ impl<'a> Plan<'a> {
     fn check(&self, node: u64, all: Perms) -> Result<(), Error> {
         let changes = Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE;
         let entry = self.state.entry(node);
-        let read_only = entry.node.traits().abilities.contains(Abilities::READ_ONLY);
-        if read_only && all.held.intersects(changes) {
+        if entry.node.is_read_only() && all.held.intersects(changes) {
             return Err(Error::new("Block node is read-only"));
         }
         let uses = self.uses(node);

@@ -140,14 +140,13 @@ pub struct Failures {
 
 struct Teller {
     export: String,
-    node: String,
     to: std::sync::Arc<IoErrors>,
 }
 
 impl Failures {
-    /// Failures are told there from now on, as those of this export and node.
-    pub fn tell(&self, export: &str, node: &str, to: std::sync::Arc<IoErrors>) {
-        let teller = Teller { export: export.to_owned(), node: node.to_owned(), to };
+    /// Failures are told there from now on, as those of this export.
+    pub fn tell(&self, export: &str, to: std::sync::Arc<IoErrors>) {
+        let teller = Teller { export: export.to_owned(), to };
         // Once, when the export is made.
         let _ = self.teller.set(teller);
     }
@@ -157,13 +156,13 @@ impl Failures {
         self.teller.get().map_or("", |teller| &teller.export)
     }
 
-    /// Keeps it as the last one, and tells of it.
-    pub fn note(&self, failure: Failure, action: Action) {
+    /// Keeps it as the last one, and tells of it, as one of a node.
+    pub fn note(&self, node: &str, failure: Failure, action: Action) {
         *self.last.lock() = Some(failure);
         let Some(teller) = self.teller.get() else { return };
         teller.to.push(IoError {
             export: teller.export.clone(),
-            node: teller.node.clone(),
+            node: node.to_owned(),
             failure,
             action,
         });
@@ -281,17 +280,17 @@ mod tests {
         let errors = Arc::new(IoErrors::new(notice.try_clone().unwrap()));
         let export = |name: &str| {
             let failures = Failures::default();
-            failures.tell(name, "node", errors.clone());
+            failures.tell(name, errors.clone());
             failures
         };
         let (a, b) = (export("a"), export("b"));
         let began = Instant::now();
         for _ in 0..100 {
-            a.note(failure(Operation::Write, Errno::EIO), Action::Stop);
-            a.note(failure(Operation::Flush, Errno::EIO), Action::Stop);
-            a.note(failure(Operation::Flush, Errno::EIO), Action::Report);
-            a.note(failure(Operation::Read, Errno::EIO), Action::Report);
-            b.note(failure(Operation::Read, Errno::EIO), Action::Report);
+            a.note("node", failure(Operation::Write, Errno::EIO), Action::Stop);
+            a.note("node", failure(Operation::Flush, Errno::EIO), Action::Stop);
+            a.note("node", failure(Operation::Flush, Errno::EIO), Action::Report);
+            a.note("node", failure(Operation::Read, Errno::EIO), Action::Report);
+            b.note("node", failure(Operation::Read, Errno::EIO), Action::Report);
         }
         let told = errors.take();
         // On a machine that stood still meanwhile there may be more.
@@ -317,8 +316,8 @@ mod tests {
         let errors = Arc::new(IoErrors::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
         for export in 0..1000 {
             let failures = Failures::default();
-            failures.tell(&export.to_string(), "node", errors.clone());
-            failures.note(failure(Operation::Read, Errno::EIO), Action::Report);
+            failures.tell(&export.to_string(), errors.clone());
+            failures.note("node", failure(Operation::Read, Errno::EIO), Action::Report);
         }
         assert_eq!(errors.take().len(), EVENTS);
     }

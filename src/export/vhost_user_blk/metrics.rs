@@ -12,6 +12,7 @@
 
 use super::request::{Kind, Status};
 use crate::io::Io;
+use crate::io::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -38,7 +39,8 @@ fn bucket_of(ns: u64) -> usize {
 /// An export as it can be watched. It holds nothing of the export alive.
 pub struct ExportMetrics {
     pub name: String,
-    pub node: String,
+    /// The name of what it serves now.
+    pub node: Mutex<String>,
     pub writable: bool,
     /// Bytes.
     pub size: AtomicU64,
@@ -64,7 +66,7 @@ impl ExportMetrics {
         ExportMetrics {
             is_timed,
             name: name.to_owned(),
-            node: node.to_owned(),
+            node: Mutex::new(node.to_owned()),
             writable,
             size: AtomicU64::new(size),
             connected: AtomicBool::new(false),

@@ -175,7 +175,7 @@ impl Queue {
     /// A queue, on the thread that will serve it.
     pub fn new(start: QueueStart) -> Queue {
         let announcer = Rc::new(Announcer::default());
-        start.disk.node.add_member(announcer.member());
+        start.disk.node().add_member(announcer.member());
         let mut slots: Vec<_> =
             std::iter::repeat_with(Slot::default).take(start.size as usize).collect();
         let mut held = start.held;
@@ -646,14 +646,15 @@ fn start_fast(
     access: Access,
     token: Token,
 ) -> Option<Started> {
-    let mapping = disk.node.map(turn.in_flight(), slot.offset, slot.len as u64, access);
+    let node = disk.root.fast(turn.in_flight());
+    let mapping = node.map(turn.in_flight(), slot.offset, slot.len as u64, access);
     if mapping.len < slot.len as u64 {
         return None;
     }
     let segments = &slot.segments[slot.data.0 as usize..slot.data.1 as usize];
     match mapping.target {
         Target::Data { leaf, offset } => {
-            let traits = disk.node.traits();
+            let traits = node.traits();
             if traits.buffer_align > 1 && !iovec::is_aligned(segments, traits.buffer_align)
                 || segments.len() > traits.max_segments as usize
             {

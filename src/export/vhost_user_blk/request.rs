@@ -7,7 +7,7 @@ use super::hand_over::HandOver;
 use super::metrics::ExportMetrics;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
-use crate::block::{Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::block::{Child, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::iovec::iovec;
 use crate::io::sync::Mutex;
 use crate::io::{Errno, IoResult, IoVec, SourceId};
@@ -36,8 +36,11 @@ impl From<IoResult> for Status {
 
 /// A disk as its queues see it, on whatever worker.
 pub struct Disk {
-    pub node: Arc<Node>,
+    /// Whose place another may take while nothing is in flight.
+    pub root: Child,
     pub options: DiskOptions,
+    /// The virtio features that guests are offered, which may not change under them.
+    pub features: u64,
     /// In sectors of 512 bytes.
     pub capacity: AtomicU64,
     /// Writes must be durable before they complete: the guest switched the write cache off, or
@@ -141,6 +144,7 @@ impl Disk {
     /// The disk that an export of `node` is.
     pub fn new(node: Arc<Node>, options: DiskOptions) -> Disk {
         Disk {
+            features: config::features(&node, &options),
             capacity: AtomicU64::new(node.len() / SECTOR),
             write_through: AtomicBool::new(options.write_through),
             write_cache: WriteCache::default(),
@@ -150,9 +154,14 @@ impl Disk {
             lingering: Lingering::default(),
             running: Mutex::default(),
             hand_over: HandOver::default(),
-            node,
+            root: Child::new("root", node),
             options,
         }
+    }
+
+    /// What the disk is on, for all but the fast road.
+    pub fn node(&self) -> Arc<Node> {
+        self.root.node()
     }
 
     /// Checks a transfer's range and gives its offset in bytes. It begins at a block and is made of
@@ -188,7 +197,7 @@ impl Disk {
                 let Some(at) = self.transfer_range(sector, len) else {
                     return Ok(Status::IoError.into());
                 };
-                self.node.read(at, &into).await.map_err(failed(Operation::Read, at, len))?;
+                self.node().read(at, &into).await.map_err(failed(Operation::Read, at, len))?;
                 ok(len as u32, len as u32)
             }
             Kind::Out => {
@@ -198,12 +207,12 @@ impl Disk {
                     _ => return Ok(Status::IoError.into()),
                 };
                 let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
-                let written = self.node.write(at, &out, flags).await;
+                let written = self.node().write(at, &out, flags).await;
                 written.map_err(failed(Operation::Write, at, len))?;
                 ok(0, len as u32)
             }
             Kind::Flush => {
-                self.node.flush().await.map_err(failed(Operation::Flush, 0, 0))?;
+                self.node().flush().await.map_err(failed(Operation::Flush, 0, 0))?;
                 ok(0, 0)
             }
             Kind::GetId => {
@@ -256,12 +265,12 @@ impl Disk {
             return Ok(Status::Unsupported.into());
         }
         let (operation, result) = match kind {
-            Kind::Discard => (Operation::Discard, self.node.discard(at, len).await),
+            Kind::Discard => (Operation::Discard, self.node().discard(at, len).await),
             _ => {
                 let mut zero = ZeroFlags::empty();
                 zero.set(ZeroFlags::UNMAP, unmap);
                 zero.set(ZeroFlags::FUA, durable);
-                (Operation::WriteZeroes, self.node.zero(at, len, zero).await)
+                (Operation::WriteZeroes, self.node().zero(at, len, zero).await)
             }
         };
         result.map_err(|errno| Failure { operation, offset: at, len, errno })?;
@@ -274,20 +283,21 @@ impl Disk {
         let durable = match failure.operation {
             Operation::Flush => true,
             Operation::Read => false,
-            _ => self.write_through.load(Ordering::Relaxed) && self.node.driver().is_poisoned(),
+            _ => self.write_through.load(Ordering::Relaxed) && self.node().driver().is_poisoned(),
         };
         let in_vain = action == Action::Stop && durable;
         if in_vain {
             action = Action::Report;
         }
         self.log_failure(&failure, in_vain);
-        self.failures.note(failure, action);
+        self.failures.note(self.node().name(), failure, action);
         action
     }
 
     pub fn log_failure(&self, failure: &Failure, in_vain: bool) {
         let seen = self.counters.errors.fetch_add(1, Ordering::Relaxed) + 1;
-        let (export, node) = (self.failures.export(), self.node.name());
+        let (export, node) = (self.failures.export(), self.node());
+        let node = node.name();
         let Failure { operation, offset, len, errno } = failure;
         let operation = operation.name();
         let why = if in_vain {

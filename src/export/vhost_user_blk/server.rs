@@ -120,7 +120,7 @@ impl Export {
     /// Requests that the storage fails are told there from now on.
     pub fn tell(&self, to: Arc<IoErrors>) {
         let Shared { name, disk, .. } = &*self.shared;
-        disk.failures.tell(name, disk.node.name(), to);
+        disk.failures.tell(name, to);
     }
 
     /// Requests that are held, requests that the storage has failed, and the last of these.
@@ -143,8 +143,8 @@ impl Export {
         &self.shared.name
     }
 
-    pub fn node(&self) -> &Arc<Node> {
-        &self.shared.disk.node
+    pub fn node(&self) -> Arc<Node> {
+        self.shared.disk.node()
     }
 }
 
@@ -301,11 +301,22 @@ impl Shared {
             let fds = [stream, self.stop.as_raw_fd()];
             return Ok(wait_readable(&fds, Some(hand_over::RETRY)) == Some(0));
         }
-        if self.disk.capacity.load(Ordering::SeqCst) != self.disk.node.len() / SECTOR {
+        if self.disk.capacity.load(Ordering::SeqCst) != self.disk.node().len() / SECTOR {
             self.resized();
         }
         lock(session).start_waiting()?;
         Ok(true)
+    }
+
+    /// Has the session go over to the node that the disk is on now. Blocks: not to be called on a worker.
+    fn change_node(&self) {
+        let current = self.current.lock();
+        if let Some((stream, session)) = &current.front_end
+            && let Err(error) = lock(session).change_node()
+        {
+            log::warn!(export = &*self.name; "connection closed: {error}");
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// The sessions' word for it blocks: not to be called on a worker.
@@ -333,8 +344,22 @@ impl User for Shared {
         }
     }
 
+    fn can_move(&self) -> bool {
+        true
+    }
+
+    fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
+        // The graph has it until all workers have passed.
+        drop(self.disk.root.replace(node.clone()));
+        if let Some(metrics) = &self.disk.metrics {
+            node.name().clone_into(&mut metrics.node.lock());
+        }
+        let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
+        Box::pin(offload(move || shared.change_node()))
+    }
+
     fn resized(&self) {
-        let sectors = self.disk.node.len() / SECTOR;
+        let sectors = self.disk.node().len() / SECTOR;
         self.disk.capacity.store(sectors, Ordering::SeqCst);
         if let Some(metrics) = &self.disk.metrics {
             metrics.size.store(sectors * SECTOR, Ordering::Relaxed);

@@ -262,7 +262,7 @@ impl Session {
         let watch = Watch::new(timeout, self.cut_off.clone(), self.hung.clone());
         // Every start scans the ring unprompted: a source is polled as it is attached.
         // Only who tracks requests has them begun again.
-        let fence = self.inflight.as_ref().map(|_| self.disk.node.fence());
+        let fence = self.inflight.as_ref().map(|_| self.disk.node().fence());
         let source = self.workers[worker].call(move |local| {
             let mut queue = Queue::new(start);
             queue.watch_loss(loss);
@@ -446,12 +446,32 @@ impl Session {
     /// their addresses looked up anew.
     fn change_memory(&mut self, regions: Vec<Arc<Region>>) -> Result<()> {
         let memory = Memory::new(regions).or_else(refuse)?;
-        let running: Vec<usize> =
-            (0..self.rings.len()).filter(|&i| self.rings[i].running.is_some()).collect();
+        let running = self.running();
         self.stop_rings(running.iter().copied(), AtStop::Leave)?;
-        memory.regions().iter().for_each(|region| region.admit(&self.disk.node));
         self.memory = Arc::new(memory);
-        running.into_iter().try_for_each(|index| self.start_ring(index))
+        self.start_on_node(running)
+    }
+
+    /// Goes over to the node that the disk is on now: rings that run are stopped and started again, so
+    /// that they keep its image's locks.
+    ///
+    /// # Errors
+    /// Those locks cannot be kept, or something in flight does not end. The rings stand.
+    pub fn change_node(&mut self) -> Result<()> {
+        let running = self.running();
+        self.stop_rings(running.iter().copied(), AtStop::Leave)?;
+        self.start_on_node(running)
+    }
+
+    fn running(&self) -> Vec<usize> {
+        (0..self.rings.len()).filter(|&i| self.rings[i].running.is_some()).collect()
+    }
+
+    /// Starts rings that were stopped, whose memory devices below the node may reach.
+    fn start_on_node(&mut self, rings: Vec<usize>) -> Result<()> {
+        let node = self.disk.node();
+        self.memory.regions().iter().for_each(|region| region.admit(&node));
+        rings.into_iter().try_for_each(|index| self.start_ring(index))
     }
 
     /// Runs `work` on a ring's queue, if it is running.

@@ -22,18 +22,21 @@ impl HandOver for Qcow2 {
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move {
-            // So that all that was freed is given back.
-            self.flush_all().await?;
-            epoch::synchronize(&self.data().members()).await;
-            self.close_image().await?;
-            self.is_prepared.store(false, Ordering::SeqCst);
-            Ok(())
-        })
+        Box::pin(self.bring_to_rest())
     }
 }
 
 impl Qcow2 {
+    /// Does what closing does, of an image that stays open.
+    pub(super) async fn bring_to_rest(&self) -> IoResult {
+        // So that all that was freed is given back.
+        self.flush_all().await?;
+        epoch::synchronize(&self.data().members()).await;
+        self.close_image().await?;
+        self.is_prepared.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
     async fn look_anew(&self) -> Result<(), Error> {
         let file = self.file();
         let mut header = open::read_header(&file).await?;

@@ -131,6 +131,8 @@ pub struct Qcow2 {
     is_writable: bool,
     /// What has to be on disk before the first write is.
     is_prepared: AtomicBool,
+    /// Nothing is written any more ([`Driver::freeze`]).
+    is_frozen: AtomicBool,
     has_lazy_refcounts: bool,
     /// The external data file is to be a disk image by itself.
     has_raw_data: bool,
@@ -281,8 +283,23 @@ impl Driver for Qcow2 {
         Box::pin(async move { self.marked(self.flush_all().await).await })
     }
 
+    fn freeze(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move {
+            if self.is_writable {
+                self.marked(self.bring_to_rest().await).await?;
+                self.is_frozen.store(true, Ordering::SeqCst);
+            }
+            Ok(())
+        })
+    }
+
     fn close(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.marked(self.close_image().await).await })
+        Box::pin(async move {
+            match self.is_frozen.load(Ordering::SeqCst) {
+                true => Ok(()),
+                false => self.marked(self.close_image().await).await,
+            }
+        })
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
@@ -298,7 +315,7 @@ impl Driver for Qcow2 {
             // It has nothing but the guest's data, as a raw image does.
             perms.shared |= own.shared & Perm::WRITE;
         }
-        if self.is_writable {
+        if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
             // Closing writes, too, when all users are gone.
             perms.held |= Perm::WRITE | Perm::RESIZE;
         }

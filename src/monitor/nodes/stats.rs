@@ -34,7 +34,7 @@ struct Operations {
 }
 
 /// By node.
-type Sums<'a> = BTreeMap<&'a str, Counts>;
+type Sums = BTreeMap<String, Counts>;
 
 impl Counts {
     fn add(&mut self, export: &ExportMetrics) {
@@ -81,7 +81,9 @@ pub fn query_blockstats(service: &mut Service, arguments: Map) -> Result<Later, 
 impl Nodes<'_> {
     fn stats_of_nodes(&self, exports: &[Arc<ExportMetrics>]) -> Vec<Value> {
         let mut sums = Sums::new();
-        exports.iter().for_each(|export| sums.entry(&export.node).or_default().add(export));
+        for export in exports {
+            sums.entry(export.node.lock().clone()).or_default().add(export);
+        }
         // Oldest first, as QEMU has them here.
         let all = self.list.iter().rev();
         all.map(|(info, _)| Value::Map(self.stats(info, &sums, false))).collect()
@@ -90,10 +92,11 @@ impl Nodes<'_> {
     /// Ours alone: qemu-storage-daemon has no devices.
     fn stats_of_exports(&self, exports: &[Arc<ExportMetrics>]) -> Vec<Value> {
         let of = |export: &Arc<ExportMetrics>| {
-            let info = self.by_name(&export.node)?;
+            let node = export.node.lock().clone();
+            let info = self.by_name(&node)?;
             let mut counts = Counts::default();
             counts.add(export);
-            let mut stats = self.stats(info, &Sums::from([(&*export.node, counts)]), true);
+            let mut stats = self.stats(info, &Sums::from([(node, counts)]), true);
             stats.insert("device", &*export.name);
             Some(Value::Map(stats))
         };
@@ -101,7 +104,7 @@ impl Nodes<'_> {
     }
 
     /// `BlockStats`, with those of what the node stands on; with `chain` of its backing files, too.
-    fn stats(&self, info: &NodeInfo, sums: &Sums<'_>, chain: bool) -> Map {
+    fn stats(&self, info: &NodeInfo, sums: &Sums, chain: bool) -> Map {
         let mut map = Map::from_iter([
             ("node-name", Value::from(&*info.name)),
             ("stats", device_stats(info.write_highest, sums.get(&*info.name))),

@@ -82,7 +82,7 @@ static SERVED: LazyLock<Mutex<Served>> = LazyLock::new(|| {
         num_queues: QUEUES,
     };
     let opened = workers[0].block_on(move || disk::open(wanted));
-    let fenced = opened.disk.node.fence().holds();
+    let fenced = opened.disk.node().fence().holds();
     assert!(fenced, "without its locks the disk is not offered inflight tracking");
     Mutex::new(Served { opened, workers })
 });

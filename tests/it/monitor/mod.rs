@@ -7,6 +7,7 @@ mod clients;
 mod ctl;
 mod listings;
 mod live;
+mod overlays;
 mod resize;
 pub mod slow;
 mod snapshots;

@@ -41,11 +41,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(config::features(&self.disk.node, &self.disk.options))
+        Ok(self.disk.features)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !config::features(&self.disk.node, &self.disk.options);
+        let unknown = features & !self.disk.features;
         if unknown != 0 {
             return refuse(format!("virtio features {unknown:#x} were not offered"));
         }
@@ -68,7 +68,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         // What a killed daemon had given to the kernel goes on without it, and must have ended before
         // it is done again.
-        features.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node.fence().holds());
+        features.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node().fence().holds());
         Ok(features)
     }
 
@@ -229,7 +229,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
         let write_cache = !self.disk.write_through.load(Ordering::Relaxed);
-        let space = config::space(&self.disk.node, &self.disk.options, write_cache);
+        let space = config::space(&self.disk.node(), &self.disk.options, write_cache);
         let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
         match offset.checked_add(size as usize) {
             Some(end) if end <= CONFIG_SIZE => Ok(space[offset..end].to_vec()),
@@ -243,8 +243,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
         let &[wce] = buf else { return refuse(format!("{} bytes of configuration", buf.len())) };
         // A driver may write before it is ready, and so before we know what it has negotiated.
-        let features =
-            self.features.unwrap_or_else(|| config::features(&self.disk.node, &self.disk.options));
+        let features = self.features.unwrap_or(self.disk.features);
         let switches = features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
         if offset != WCE_OFFSET || wce > 1 || !switches {
             return refuse(format!("configuration byte {offset} set to {wce}"));
@@ -253,7 +252,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if wce == 0 {
             // Writes that began under the old rule end before the flush that covers them.
             self.pause();
-            let node = self.disk.node.clone();
+            let node = self.disk.node();
             let flushed = self.workers[0].block_on(move || async move { node.flush().await });
             self.resume();
             if let Err(errno) = flushed {

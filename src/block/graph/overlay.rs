@@ -1,0 +1,245 @@
+//! External snapshots: an overlay takes over all who use a node, and stands on that node from then on, which
+//! keeps what was written so far.
+//!
+//! The rule held here: users are paused and the node is flushed before they are moved, so that what lies
+//! below the overlay is the disk as it was at one moment, and complete for whoever copies it. Users whose
+//! overlay cannot take them over go on with what they had.
+
+use super::drain::check_traits;
+use super::permissions::{Plan, release_locks};
+use super::{By, Drained, Graph, State, User};
+use crate::block::{DriverEntry, Error, Node, Registry};
+use crate::io::epoch;
+use crate::options::Map;
+use std::sync::Arc;
+
+/// The option that names the node below an overlay, and the role of that node.
+const BACKING: &str = "backing";
+
+impl Graph {
+    /// Puts a node that was opened by name without backing file, and that nobody uses, over `base`. It is
+    /// opened anew, with `base` below it.
+    ///
+    /// # Errors
+    /// In QEMU's words: one of the two does not suit, or cannot be had; the users have `base` then, as
+    /// before.
+    pub async fn put_over(&self, base: &Arc<Node>, overlay: &str) -> Result<(), Error> {
+        let drained = self.drain(base).await?;
+        let asked = {
+            let state = self.0.state.lock();
+            state.check_base(base)?;
+            state.check_overlay(overlay, self.registry())?
+        };
+        flush(base).await?;
+        self.forget(overlay).await;
+        let mut options = asked.clone();
+        options.insert(BACKING, base.name());
+        let mut result = self.open_top(options).await;
+        if let Ok(node) = &result
+            && let Err(error) = self.take_over(&drained, base, node).await
+        {
+            self.forget(overlay).await;
+            result = Err(error);
+        }
+        if result.is_err()
+            && let Err(error) = self.open_top(asked).await
+        {
+            log::error!("{overlay}: opening it again without '{}': {error}", base.name());
+        }
+        self.close_unused().await;
+        result.map(drop)
+    }
+
+    /// Opens a node over `base`, which stays as long as the users of `base`, who have it from then on.
+    /// `options` gives its options, with `base` as what is below it, once it is known that there can be one.
+    ///
+    /// # Errors
+    /// As [`Graph::put_over`], or what `options` says; nothing has changed then.
+    pub async fn open_over(
+        &self,
+        base: &Arc<Node>,
+        options: impl AsyncFnOnce() -> Result<Map, Error>,
+    ) -> Result<(), Error> {
+        self.0.state.lock().check_base(base)?;
+        let options = options().await?;
+        let drained = self.drain(base).await?;
+        self.0.state.lock().check_base(base)?;
+        flush(base).await?;
+        let result = match self.open_node(options, String::new(), None, 1).await {
+            Ok(node) => self.take_over(&drained, base, &node).await,
+            Err(error) => Err(error),
+        };
+        self.close_unused().await;
+        result
+    }
+
+    /// Closes a node that was opened by name.
+    async fn forget(&self, name: &str) {
+        if let Some((_, entry)) = self.0.state.lock().by_name_mut(name) {
+            entry.monitor = false;
+        }
+        self.close_unused().await;
+    }
+
+    /// Turns everyone who uses `base` to the node that stands on it.
+    async fn take_over(
+        &self,
+        drained: &Drained<'_>,
+        base: &Arc<Node>,
+        overlay: &Arc<Node>,
+    ) -> Result<(), Error> {
+        // Whoever may have fast requests through the one has them through the other from now on.
+        base.members().iter().for_each(|member| overlay.add_member(member));
+        let (parents, users) = {
+            let mut state = self.0.state.lock();
+            let mut above = state.directly_above(base)?;
+            above.0.retain(|(parent, _)| !Arc::ptr_eq(parent, overlay));
+            let (from, to) = (state.id(base)?, state.id(overlay)?);
+            if !above.0.is_empty() {
+                check_traits(base, overlay)?;
+            }
+            let mut plan = Plan::new(&mut state);
+            plan.move_uses(from, to);
+            plan.apply_keeping_locks()?;
+            above
+        };
+        let mut replaced = Vec::new();
+        for (parent, child) in parents {
+            replaced.push(parent.driver().children()[child].replace(overlay.clone()));
+        }
+        for user in users {
+            user.moved(overlay).await;
+        }
+        if base.len() != overlay.len() {
+            drained.users().for_each(|user| user.resized());
+        }
+        // Again, for those who came meanwhile and found the old node.
+        let members = base.members();
+        members.iter().for_each(|member| overlay.add_member(member));
+        epoch::synchronize(&members).await;
+        drop(replaced);
+        self.freeze(base).await;
+        release_locks(&mut self.0.state.lock());
+        Ok(())
+    }
+
+    /// Has a node and what it alone keeps its data in written to no more, so that others can read the image.
+    /// It lies below an overlay, and nothing of it is in flight.
+    async fn freeze(&self, base: &Arc<Node>) {
+        let nodes = match self.0.state.lock().stored_in(base) {
+            Ok(nodes) => nodes,
+            Err(error) => return log::error!("{}: {error}", base.name()),
+        };
+        for node in &nodes {
+            if let Err(errno) = node.driver().freeze().await {
+                // It is right all the same, but stays locked.
+                return log::error!(
+                    "{}: finishing the image below an overlay: {errno}",
+                    node.name()
+                );
+            }
+        }
+        nodes.iter().for_each(|node| node.set_frozen());
+        let mut state = self.0.state.lock();
+        let Ok(id) = state.id(base) else { return };
+        let mut plan = Plan::new(&mut state);
+        plan.settle_again(id);
+        plan.loosen();
+    }
+}
+
+async fn flush(base: &Node) -> Result<(), Error> {
+    base.flush()
+        .await
+        .map_err(|errno| Error::os(format!("Error flushing '{}'", base.name()), errno))
+}
+
+/// Nodes and the index of the child by which they use another.
+type Edges = Vec<(Arc<Node>, usize)>;
+
+impl State {
+    /// A node and those below it that nobody else uses, but for backing files: parents first.
+    fn stored_in(&self, base: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
+        let mut found = vec![self.id(base)?];
+        let mut at = 0;
+        while let Some(&id) = found.get(at) {
+            let entry = self.entry(id);
+            let children = entry.node.driver().children().iter().zip(&entry.children);
+            let own = children
+                .filter(|(child, id)| child.role() != BACKING && self.entry(**id).uses.len() == 1);
+            found.extend(own.map(|(_, id)| id));
+            at += 1;
+        }
+        Ok(found.into_iter().map(|id| self.entry(id).node.clone()).collect())
+    }
+
+    /// Whether a node can come to lie below an overlay.
+    fn check_base(&self, base: &Arc<Node>) -> Result<(), Error> {
+        let name = base.name();
+        if !base.is_active() {
+            return Err(Error::new(format!("Node '{name}' is inactive")));
+        }
+        self.check_not_backing(base)?;
+        self.directly_above(base).map(drop)
+    }
+
+    /// Refuses a node that others read where they have no data.
+    pub(super) fn check_not_backing(&self, node: &Arc<Node>) -> Result<(), Error> {
+        for one in &self.entry(self.id(node)?).uses {
+            let By::Node { id, child } = &one.by else { continue };
+            let above = &self.entry(*id).node;
+            if above.driver().children()[*child].role() == BACKING {
+                let (name, above) = (node.name(), above.name());
+                return Err(Error::new(format!(
+                    "Node '{name}' is busy: node is used as backing hd of '{above}'"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a node can be put over another; the options by which it was opened.
+    fn check_overlay(&self, name: &str, registry: &Registry) -> Result<Map, Error> {
+        let refused = |why: &str| Err(Error::new(why));
+        let Some((_, entry)) = self.by_name(name) else {
+            let name = name.escape_debug();
+            return refused(&format!("Cannot find device='{name}' nor node-name='{name}'"));
+        };
+        let driver = entry.node.driver();
+        if !entry.uses.is_empty() || !entry.monitor {
+            return refused("The overlay is already in use");
+        }
+        if driver.children().iter().any(|child| child.role() == BACKING) {
+            return refused("The overlay already has a backing image");
+        }
+        if !registry.get(driver.name()).is_some_and(DriverEntry::has_backing) {
+            return refused("The overlay does not support backing images");
+        }
+        if !entry.node.is_active() {
+            return refused(&format!("Node '{name}' is inactive"));
+        }
+        Ok(entry.asked.clone())
+    }
+
+    /// Who uses a node: other nodes, and users that are none.
+    fn directly_above(&self, node: &Arc<Node>) -> Result<(Edges, Vec<Arc<dyn User>>), Error> {
+        let (mut parents, mut users) = (Vec::new(), Vec::new());
+        for one in &self.entry(self.id(node)?).uses {
+            match &one.by {
+                By::Node { id, child } => parents.push((self.entry(*id).node.clone(), *child)),
+                By::User { what, user, .. } => {
+                    let user = user.as_ref().and_then(|user| user.upgrade());
+                    match user.filter(|user| user.can_move()) {
+                        Some(user) => users.push(user),
+                        None => {
+                            let name = node.name();
+                            return Err(Error::new(format!("Node '{name}' is in use by {what}")));
+                        }
+                    }
+                }
+                By::Opening { .. } => {}
+            }
+        }
+        Ok((parents, users))
+    }
+}
