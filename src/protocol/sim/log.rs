@@ -128,7 +128,8 @@ impl WriteLog {
     }
 
     /// As [`WriteLog::crashes`], of a machine with two disks: what is kept of one says nothing of what is kept
-    /// of the other, but both have come equally far.
+    /// of the other, but both have come equally far. Every subset is tried of what is pending on both
+    /// together.
     pub fn crashes_of_two<'a>(
         disks: [&'a WriteLog; 2],
         seed: u64,
@@ -139,10 +140,15 @@ impl WriteLog {
         moments.sort_unstable();
         let ends = std::iter::once(0).chain(moments.into_iter().map(|moment| moment + 1));
         ends.flat_map(move |end| {
-            let [first, second] = disks.map(|log| {
-                let prefix = log.moments.partition_point(|&moment| moment < end);
-                log.crashes_at(prefix, &mut rng, tries)
-            });
+            let happened =
+                disks.map(|log| (log, log.moments.partition_point(|&moment| moment < end)));
+            let pending = happened.map(|(log, prefix)| log.volatile(prefix).len());
+            let [first, second] =
+                happened.map(|(log, prefix)| log.crashes_at(prefix, &mut rng, tries));
+            if pending[0] + pending[1] <= tries.every as usize {
+                let with = |a| second.iter().map(move |b: &Crash| [Crash::clone(a), b.clone()]);
+                return first.iter().flat_map(with).collect::<Vec<_>>();
+            }
             // Nothing of one and everything of the other come first in both lists.
             let corners = [(0, 0), (1, 1), (0, 1), (1, 0)];
             let more = first.len().max(second.len());
@@ -290,6 +296,23 @@ mod tests {
         .into_iter()
         .collect();
         assert_eq!(found, all);
+    }
+
+    #[test]
+    fn every_subset_of_what_is_pending_on_two_disks_is_tried() {
+        let mut logs = [(); 2].map(|()| WriteLog { base: vec![0; 4096], ..WriteLog::default() });
+        for n in 0..7 {
+            logs[n % 2].push(write(n as u64 * 512, 1, 512));
+        }
+        let [a, b] = &logs;
+        let mut found = vec![BTreeSet::new(); 8];
+        for [x, y] in WriteLog::crashes_of_two([a, b], 1, Tries { every: 6, most: 4 }) {
+            found[x.prefix + y.prefix].insert((a.image(&x), b.image(&y)));
+        }
+        for (pending, images) in found.iter().enumerate().take(7) {
+            assert_eq!(images.len(), 1 << pending, "{pending} pending");
+        }
+        assert!(found[7].len() < 1 << 7);
     }
 
     #[test]

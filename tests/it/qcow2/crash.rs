@@ -353,8 +353,9 @@ fn no_crash_corrupts_an_image_or_invents_what_nobody_wrote() {
 fn nothing_that_a_crash_of_a_few_requests_can_leave_is_corrupt() {
     let seed = seed();
     let short = Work { rounds: 3, lanes: 2, packs: false };
-    // One that can discard and one that cannot.
-    for case in &CASES[..2] {
+    // One that can discard, one that cannot, and two with two disks.
+    let two = CASES.iter().filter(|case| case.create.starts_with("cluster_size=4k,data_file=D"));
+    for case in CASES[..2].iter().chain(two) {
         println!("{} {} {:?}", case.create, case.garbage, case.backing);
         try_every(seed, |seed| run(case, seed, EVERY, 101, short));
     }

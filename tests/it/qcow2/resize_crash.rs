@@ -288,7 +288,8 @@ fn no_crash_while_a_disk_is_resized_corrupts_it_or_shows_what_was_not_there() {
 #[test]
 fn nothing_that_a_crash_of_a_few_steps_can_leave_is_another_disk() {
     let seed = seed();
-    let create = "cluster_size=4k";
-    let case = Case { create, most: 160, garbage: false, has_backing: false, align: 512 };
-    try_every(seed, |seed| run(&case, seed, EVERY, 101, 5));
+    for create in ["cluster_size=4k", "cluster_size=4k,data_file=D"] {
+        let case = Case { create, most: 160, garbage: false, has_backing: false, align: 512 };
+        try_every(seed, |seed| run(&case, seed, EVERY, 101, 5));
+    }
 }
