@@ -191,7 +191,8 @@ fn random_scripts_come_to_the_same() {
         let script: Vec<String> =
             (0..LINES).map(|_| line(&mut rng, *cluster, compresses)).collect();
         println!("{create}\n{}", script.join("\n"));
-        compared += u32::from(run(&prepared, &script));
+        compared += usize::from(run(&prepared, &script));
     }
-    println!("{compared} of {} compared", KINDS.len());
+    // At times QEMU spoils its own image, and there is nothing to compare with; that is rare.
+    assert!(compared * 2 >= KINDS.len(), "only {compared} of {} compared", KINDS.len());
 }
