@@ -25,6 +25,7 @@ pub static TOOL: Tool = Tool {
         SOURCE_CACHE,
         PROGRESS,
         switch("u", "", "record the name, and nothing more"),
+        switch("c", "compress", "compress what is copied into the image"),
         valued("b", "", "FILE", "the new backing file; empty for none"),
         valued("F", "", "FORMAT", "the new backing file's format"),
     ],
@@ -49,9 +50,6 @@ async fn run(context: &Context, line: Line) -> Ended {
     if let Err(failed) = &ended {
         progress.aside(|| context.fail(failed));
     }
-    if ended.is_ok() {
-        progress.set(100.0);
-    }
     progress.end();
     images.end().await;
     Ok(ended.unwrap_or_else(|failed| failed.code))
@@ -65,6 +63,13 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -
     // The image itself is never shared: it is written to.
     let wanted = Wanted { writable: true, no_backing, cache, force_share: false, ..wanted };
     let image = images.open(&wanted).await?;
+    let compress = line.has("compress");
+    if compress && line.has("u") {
+        return Err("Nothing is copied with -u that could be compressed".into());
+    }
+    if compress && image.node().compression_unit().is_none() {
+        return Err("Compression not supported for this file format".into());
+    }
     let format = line.get("F");
     if let Some(format) = format
         && drivers::registry().get(format).is_none()
@@ -88,12 +93,13 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -
             None => None,
         };
         if base.is_none() || format.is_some() {
-            make_own(&image, new.as_ref(), progress).await.map_err(describe)?;
+            make_own(&image, new.as_ref(), compress, progress).await.map_err(describe)?;
         }
         if let Some(new) = new {
             images.close(new).await?;
         }
     }
+    progress.set(100.0);
     if base.is_some() && format.is_none() {
         images.close(image).await?;
         return Err(refused("backing format must be specified"));

@@ -38,6 +38,15 @@ fn rebased_images_show_the_same_and_stand_on_another_file() {
             "qemu-img rebase --image-opts -b new.raw -F raw driver=qcow2,file.filename=top.qcow2",
         ],
     );
+    // Version 2 can only write zeroes, where the old file has ended and the new one has something.
+    assert_same_disks(
+        &[
+            "qemu-img create -q -f qcow2 data.qcow2 2000k",
+            "qemu-io -c 'write -P 7 512k 1400k' data.qcow2",
+            "qemu-img create -q -f qcow2 -o compat=0.10,cluster_size=4k -b b.raw -F raw old.qcow2 2M",
+        ],
+        &["qemu-img rebase -b data.qcow2 -F qcow2 old.qcow2"],
+    );
     let long = "x".repeat(1030);
     let full = "x".repeat(500);
     assert_same_disks(
