@@ -51,6 +51,8 @@ pub struct CreateOption {
     pub help: &'static str,
     /// What is used, and shown, when it is not given; as it would be typed.
     pub default: Option<&'static str>,
+    /// QEMU 7.2 does not have it, so that it is not listed under its name.
+    pub is_newer: bool,
 }
 
 /// What the value of a [`CreateOption`] looks like.
@@ -315,6 +317,11 @@ fn read_only(mut options: Map, name: &str) -> Map {
 }
 
 impl CreateOption {
+    /// An option without a default.
+    pub const fn new(name: &'static str, value: ValueType, help: &'static str) -> CreateOption {
+        CreateOption { name, value, help, default: None, is_newer: false }
+    }
+
     /// Takes the option out of what was given, in its type.
     fn take(&self, given: &mut Map) -> Result<Option<Value>, options::Error> {
         let number = |n: u64| Value::Int(n.into());
@@ -334,7 +341,7 @@ mod tests {
     use crate::options::{json, qemuopts};
 
     const fn option(name: &'static str, value: ValueType) -> CreateOption {
-        CreateOption { name, value, help: "", default: None }
+        CreateOption::new(name, value, "")
     }
 
     const fn entry(name: &'static str, create: Option<&'static CreateEntry>) -> DriverEntry {

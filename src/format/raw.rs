@@ -22,12 +22,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     ],
     prefixes: &[],
     create: Some(&CreateEntry {
-        options: &[CreateOption {
-            name: "size",
-            value: ValueType::Size,
-            help: "Virtual disk size",
-            default: None,
-        }],
+        options: &[CreateOption::new("size", ValueType::Size, "Virtual disk size")],
         create: |creation, options| Box::pin(create(creation, options)),
         amend: &[],
         measure: Some(|_, size, source| {

@@ -56,7 +56,35 @@ pub fn filename(registry: &Registry, name: &str, format: Option<&str>) -> Result
 pub fn image_opts(registry: &Registry, text: &str, warn: impl Fn(&str)) -> Result<Named, Error> {
     let parsed = qemuopts::parse(text, Some("file"))?;
     parsed.short_forms.iter().for_each(|item| warn(&qemuopts::short_form_warning(item)));
-    described(registry, parsed.options.crumple()?)
+    described(registry, whole_templates(registry, parsed.options)?.crumple()?)
+}
+
+/// The value of an option beside those of single kinds below it is that of all others, which drivers know as
+/// `OPTION.template`: `overlap-check=all,overlap-check.active-l1=off`.
+fn whole_templates(registry: &Registry, options: Map) -> Result<Map, Error> {
+    let is_known = |name: &str| {
+        registry.iter().any(|entry| entry.options.iter().any(|option| option.name == name))
+    };
+    let mut whole = Map::new();
+    for (key, value) in options.iter() {
+        let name = key.rsplit('.').next().unwrap_or_default();
+        let (template, kinds) = (format!("{key}.template"), format!("{key}."));
+        let stands_beside = options.iter().any(|(other, _)| other.starts_with(&kinds));
+        if !stands_beside || !is_known(&format!("{name}.template")) {
+            whole.insert(key, value.clone());
+            continue;
+        }
+        match options.get(&template) {
+            Some(other) if other != value => {
+                let [value, other] = [value, other].map(|v| v.as_str().unwrap_or_default());
+                return Err(Error::new(format!(
+                    "Conflicting values for options '{key}' ('{value}') and '{template}' ('{other}')"
+                )));
+            }
+            _ => whole.insert(template, value.clone()),
+        };
+    }
+    Ok(whole)
 }
 
 /// What a described image is called in listings, if it is more than its file's name says: options

@@ -19,12 +19,13 @@ pub static TOOL: Tool = Tool {
         IMAGE_OPTS,
         long_switch("add", "make the bitmap"),
         long_switch("remove", "remove the bitmap"),
+        long_switch("remove-all", "remove all bitmaps, whatever state they are in; none is named"),
         long_switch("clear", "forget what it has recorded"),
         long_switch("enable", "let it record"),
         long_switch("disable", "let it record no more"),
         long_valued("merge", "SOURCE", "add what another bitmap has recorded"),
     ],
-    operands: "FILE BITMAP",
+    operands: "FILE [BITMAP]",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -36,13 +37,15 @@ async fn run(context: &Context, line: Line) -> Ended {
     // None is asked for with 0; of others, QMP has 32 bits.
     let granularity = granularity.transpose()?.filter(|&size| size > 0);
     let granularity = granularity.map(|size| u64::from(size as u32));
-    let mut actions = line.iter().filter(|(option, _)| ACTIONS.contains(option));
-    if actions.next().is_none() {
+    let acts = line.iter().any(|(option, _)| ACTIONS.contains(&option));
+    let all = line.has("remove-all");
+    if !acts && !all {
         return Err(
             "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge".into(),
         );
     }
     for (wrong, text) in [
+        (all && acts, "--remove-all cannot be combined with what is done to one bitmap"),
         (line.has("g") && !line.has("add"), "granularity only supported with --add"),
         (line.has("F") && !line.has("b"), "-F only supported with -b"),
         (
@@ -54,15 +57,18 @@ async fn run(context: &Context, line: Line) -> Ended {
             return Err(text.into());
         }
     }
-    let [name, bitmap] = &*line.operands else {
-        return Err("Expecting filename and bitmap name".into());
+    let (name, bitmap) = match &*line.operands {
+        [name] if all => (name, None),
+        _ if all => return Err("Expecting a filename and no bitmap name".into()),
+        [name, bitmap] => (name, Some(bitmap)),
+        _ => return Err("Expecting filename and bitmap name".into()),
     };
     if arguments::objects(&line)? {
         return Ok(0);
     }
     let images = context.images();
     let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
-    let image = images.open(&Wanted { writable: true, ..wanted }).await?;
+    let image = images.open(&Wanted { writable: true, no_backing: true, ..wanted }).await?;
     let source = match open_source(&images, &line).await {
         Ok(source) => source,
         Err(error) => {
@@ -70,7 +76,10 @@ async fn run(context: &Context, line: Line) -> Ended {
             return Err(error.into());
         }
     };
-    let ended = change(&image, source.as_ref(), &line, bitmap, granularity).await;
+    let ended = match bitmap {
+        Some(bitmap) => change(&image, source.as_ref(), &line, bitmap, granularity).await,
+        None => remove_all(image.node()).await,
+    };
     // What came before a failure stays.
     let stored = store(image.node()).await;
     for opened in [Some(image), source].into_iter().flatten() {
@@ -85,7 +94,8 @@ async fn run(context: &Context, line: Line) -> Ended {
 /// The image of `-b`.
 async fn open_source(images: &Images, line: &Line) -> Result<Option<Opened>, Error> {
     let Some(name) = line.get("b") else { return Ok(None) };
-    let wanted = Wanted { name, format: line.get("F"), exclusive: true, ..Wanted::default() };
+    let format = line.get("F");
+    let wanted = Wanted { name, format, exclusive: true, no_backing: true, ..Wanted::default() };
     images.open(&wanted).await.map(Some)
 }
 
@@ -117,6 +127,15 @@ async fn change(
         done.map_err(|e| {
             Failed::from(e.at(format!("Operation {action} on bitmap {bitmap} failed")))
         })?;
+    }
+    Ok(())
+}
+
+async fn remove_all(node: &Node) -> Result<(), Failed> {
+    for bitmap in node.bitmaps().all() {
+        let name = bitmap.name();
+        let failed = |e: Error| e.at(format!("Operation remove on bitmap {name} failed"));
+        node.remove_bitmap(name).await.map_err(failed)?;
     }
     Ok(())
 }

@@ -53,6 +53,7 @@ pub static TOOL: Tool = Tool {
 const MOST_LANES: u64 = 16;
 /// Longest run that `-S` may ask for, in bytes.
 const MOST_SPARSE: u64 = 16 << 20;
+const NOT_COMPRESSED: &str = "Compression not supported for this file format";
 
 /// What the options say of how to copy.
 struct Asked {
@@ -147,7 +148,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     let format = line.get("O").unwrap_or("raw");
     let target = if line.operands.len() > 1 { line.operands.last() } else { None };
     if asked.wants_help {
-        option_help::print(format, target.map(|name| &**name))?;
+        option_help::print(context, format, target.map(|name| &**name))?;
         return Ok(0);
     }
     let Some((target, names)) = line.operands.split_last().filter(|(_, names)| !names.is_empty())
@@ -296,6 +297,9 @@ async fn open_target(
                 options.insert(key, Value::Text(value.to_owned()));
             }
         }
+        if options.contains("backing_file") && !options.contains("backing_fmt") {
+            return Err("Use of backing file requires explicit backing format".into());
+        }
     } else if line.has("target-is-zero") && line.has("B") {
         let text = "Cannot use --target-is-zero when the destination image has a backing file";
         return Err(Failed::from(text).code(0));
@@ -305,11 +309,15 @@ async fn open_target(
         // The format that is to be made; the image, if it is there, says so itself when it is written.
         let create = registry.get(format).and_then(|driver| driver.create);
         if !create.is_some_and(|create| create.compresses) && !image_opts {
-            return Err("Compression not supported for this file format".into());
+            return Err(NOT_COMPRESSED.into());
         }
         if options.get("preallocation").is_some_and(|mode| mode.as_str() != Some("off")) {
             return Err("Compression and preallocation not supported at the same time".into());
         }
+    }
+    if options.get("keep_data_file").is_some_and(|keep| keep.as_str() != Some("off")) {
+        // What a kept file has would show where nothing is written.
+        return Err("A conversion makes its data file: keep_data_file cannot be on".into());
     }
     if line.has("bitmaps") {
         bitmap_copy::check_source(sources[0].node(), line.has("skip-broken-bitmaps"))?;
@@ -330,7 +338,11 @@ async fn open_target(
         cache,
         ..Wanted::default()
     };
-    Ok(Some(Arc::new(images.open(&wanted).await?)))
+    let target = images.open(&wanted).await?;
+    if line.has("c") && target.node().compression_unit().is_none() {
+        return Err(NOT_COMPRESSED.into());
+    }
+    Ok(Some(Arc::new(target)))
 }
 
 /// The protocol of a new file's name. `json:` is none that files are made by.

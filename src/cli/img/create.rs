@@ -25,7 +25,7 @@ pub static TOOL: Tool = Tool {
     run: |context, line| Box::pin(run(context, line)),
 };
 
-async fn run(_: &Context, line: Line) -> Ended {
+async fn run(context: &Context, line: Line) -> Ended {
     let mut given = Map::new();
     let mut wants_help = false;
     for text in line.all("o") {
@@ -36,7 +36,7 @@ async fn run(_: &Context, line: Line) -> Ended {
     }
     let format = line.get("format").unwrap_or("raw");
     if wants_help {
-        option_help::print(format, line.operands.first().map(|name| &**name))?;
+        option_help::print(context, format, line.operands.first().map(|name| &**name))?;
         return Ok(0);
     }
     let (filename, size) = match &*line.operands {

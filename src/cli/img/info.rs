@@ -1,11 +1,14 @@
 //! `info`: what there is to tell of an image, and of those it stands on.
 
-use super::arguments::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
+use super::arguments::{self, CACHE, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
 use super::{Context, Ended, Failed, Tool, outln, snapshot_list};
-use crate::block::{ImageInfo, Listed};
+use crate::block::{ImageInfo, Listed, Traits};
 use crate::cli::getopt::{Line, long_switch};
 use crate::options::{Map, Value, filename, json, size};
-use crate::tools::{Images, Opened, Wanted};
+use crate::tools::{Cache, Images, Opened, Wanted};
+
+/// How buffers are aligned that tools make themselves, in bytes.
+const BUFFER_ALIGN: u32 = 4096;
 
 pub static TOOL: Tool = Tool {
     name: "info",
@@ -16,6 +19,8 @@ pub static TOOL: Tool = Tool {
         FORMAT,
         OUTPUT,
         long_switch("backing-chain", "tell about all images below it, too"),
+        long_switch("limits", "tell what requests must or should be like"),
+        CACHE,
         FORCE_SHARE,
     ],
     operands: "FILE",
@@ -30,11 +35,15 @@ async fn run(context: &Context, line: Line) -> Ended {
         return Ok(0);
     }
     let images = context.images_to_tell();
+    let cache = arguments::cache(&line, "t", "cache", Cache::WRITEBACK)?;
     let top = arguments::wanted(&line, name, "format", "image-opts")?;
     let chain = line.has("backing-chain");
-    let all = collect(&images, top, chain).await;
+    let all = collect(&images, Wanted { cache, ..top }, chain).await;
     images.end().await;
-    let all = all?;
+    let mut all = all?;
+    if !line.has("limits") {
+        all.iter_mut().for_each(|about| about.limits = None);
+    }
     if json {
         let values = all.iter().map(|about| Value::Map(about.json()));
         let value = match chain {
@@ -65,6 +74,7 @@ struct About {
     /// The driver tells of itself at all.
     known: bool,
     info: ImageInfo,
+    limits: Option<Map>,
 }
 
 async fn collect(images: &Images, top: Wanted<'_>, chain: bool) -> Result<Vec<About>, Failed> {
@@ -78,6 +88,7 @@ async fn collect(images: &Images, top: Wanted<'_>, chain: bool) -> Result<Vec<Ab
             image_opts: top.image_opts && all.is_empty(),
             format: format.as_deref(),
             force_share: top.force_share,
+            cache: top.cache,
             no_backing: true,
             ..Wanted::default()
         };
@@ -116,6 +127,7 @@ impl About {
             full_backing,
             known,
             info,
+            limits: Some(limits(&image.node().traits())),
         }
     }
 
@@ -153,6 +165,10 @@ impl About {
         if let Some(specific) = &info.specific {
             print_specific(specific);
         }
+        if let Some(limits) = &self.limits {
+            outln!("Block limits:");
+            print_value(&Value::Map(limits.clone()), 1);
+        }
     }
 
     fn json(&self) -> Map {
@@ -165,8 +181,32 @@ impl About {
             is_known: self.known,
             info: &self.info,
         };
-        listed.to_value()
+        let mut map = listed.to_value();
+        if let Some(limits) = &self.limits {
+            map.insert("limits", Value::Map(limits.clone()));
+        }
+        map
     }
+}
+
+/// BlockLimitsInfo of QMP. What knows no limit of its own is left out.
+fn limits(traits: &Traits) -> Map {
+    let most = |n: u64| (n < Traits::MAX_TRANSFER.into()).then_some(n);
+    let align = |n: u32| (n > traits.request_align).then_some(n.into());
+    let optimal = (traits.optimal_io > 0).then_some(traits.optimal_io.into());
+    let all: [(&str, Option<u64>); 10] = [
+        ("request-alignment", Some(traits.request_align.into())),
+        ("max-discard", most(traits.max_discard)),
+        ("discard-alignment", align(traits.discard_align)),
+        ("max-write-zeroes", most(traits.max_zero)),
+        ("write-zeroes-alignment", align(traits.zero_align)),
+        ("opt-transfer", optimal),
+        ("max-transfer", most(traits.max_transfer.into())),
+        ("max-iov", Some(traits.max_segments.into())),
+        ("min-mem-alignment", Some(traits.buffer_align.into())),
+        ("opt-mem-alignment", Some(traits.buffer_align.max(BUFFER_ALIGN).into())),
+    ];
+    all.into_iter().filter_map(|(key, limit)| Some((key, limit?))).collect()
 }
 
 /// What only one format has to tell.

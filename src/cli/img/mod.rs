@@ -134,6 +134,11 @@ impl Context {
         Context { program: program.into(), draws_bars }
     }
 
+    /// Runs under QEMU's name.
+    fn is_qemu_img(&self) -> bool {
+        &*self.program == "qemu-img"
+    }
+
     /// What an interactive program asks for commands with.
     pub fn prompt(&self) -> String {
         format!("{}>", self.program)
@@ -154,6 +159,10 @@ impl Context {
         self.error(&failed.lines);
         match failed.hint.as_deref() {
             Some(TRY_HELP) => eprintln!("Try '{} --help' for more information", self.program),
+            // Its line does not end there, either.
+            Some(hint) if self.is_qemu_img() && hint.starts_with("Detected format") => {
+                eprint!("{hint}");
+            }
             Some(hint) => eprintln!("{hint}"),
             None => {}
         }
@@ -245,7 +254,7 @@ fn parse(context: &Context, tool: &Tool, arguments: Vec<OsString>) -> Result<Lin
     let ends_with_help = arguments.last().is_some_and(|last| last == "-h" || last == "--help");
     let last = match tool.takes_last {
         // qemu-img takes even this for an operand.
-        true if ends_with_help && &*context.program != "qemu-img" => None,
+        true if ends_with_help && !context.is_qemu_img() => None,
         true if arguments.len() < 2 => return Err(Failed::usage("Not enough arguments")),
         true => arguments.pop(),
         false => None,

@@ -1,11 +1,11 @@
 //! The list of options that new images take, for `-o help`.
 
-use super::{Failed, outln};
+use super::{Context, Failed, outln};
 use crate::block::{CreateOption, ValueType, create_options};
 use crate::drivers;
 
 /// Prints the options of a format, and, if a file's name is there, those of its protocol.
-pub fn print(format: &str, filename: Option<&str>) -> Result<(), Failed> {
+pub fn print(context: &Context, format: &str, filename: Option<&str>) -> Result<(), Failed> {
     let registry = drivers::registry();
     let driver = registry.get(format);
     let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
@@ -16,7 +16,8 @@ pub fn print(format: &str, filename: Option<&str>) -> Result<(), Failed> {
         }
         None => None,
     };
-    let options = create_options(driver, protocol)?;
+    let mut options = create_options(driver, protocol)?;
+    options.retain(|option| !(option.is_newer && context.is_qemu_img()));
     match protocol {
         Some(_) => list("Supported options:", options),
         None => {

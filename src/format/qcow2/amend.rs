@@ -5,7 +5,6 @@
 //! tables are to be read is changed in the file: the width of refcounts, the version. Version 2 has no
 //! zero clusters, so these become unallocated, or data where a backing file would show.
 
-use super::create::option;
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
@@ -22,31 +21,47 @@ use std::sync::atomic::Ordering;
 
 /// In the order in which they are shown.
 pub(super) const OPTIONS: &[CreateOption] = &[
-    option("backing_file", ValueType::Str, "File name of a base image"),
-    option("backing_fmt", ValueType::Str, "Image format of the base image"),
-    option("compat", ValueType::Str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    option("data_file", ValueType::Str, "File name of an external data file"),
-    option(
+    CreateOption::new("backing_file", ValueType::Str, "File name of a base image"),
+    CreateOption::new("backing_fmt", ValueType::Str, "Image format of the base image"),
+    CreateOption::new("compat", ValueType::Str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    CreateOption::new("data_file", ValueType::Str, "File name of an external data file"),
+    CreateOption::new(
         "data_file_raw",
         ValueType::Bool,
         "The external data file must stay valid as a raw image",
     ),
-    option("encrypt.iter-time", ValueType::Number, "Time to spend in PBKDF in milliseconds"),
-    option("encrypt.keyslot", ValueType::Number, "Select a single keyslot to modify explicitly"),
-    option(
+    CreateOption::new(
+        "encrypt.iter-time",
+        ValueType::Number,
+        "Time to spend in PBKDF in milliseconds",
+    ),
+    CreateOption::new(
+        "encrypt.keyslot",
+        ValueType::Number,
+        "Select a single keyslot to modify explicitly",
+    ),
+    CreateOption::new(
         "encrypt.new-secret",
         ValueType::Str,
         "New secret to set in the matching keyslots. Empty string to erase",
     ),
-    option("encrypt.old-secret", ValueType::Str, "Select all keyslots that match this password"),
-    option(
+    CreateOption::new(
+        "encrypt.old-secret",
+        ValueType::Str,
+        "Select all keyslots that match this password",
+    ),
+    CreateOption::new(
         "encrypt.state",
         ValueType::Str,
         "Select new state of affected keyslots (active/inactive)",
     ),
-    option("lazy_refcounts", ValueType::Bool, "Postpone refcount updates"),
-    option("refcount_bits", ValueType::Number, "Width of a reference count entry in bits"),
-    option("size", ValueType::Size, "Virtual disk size"),
+    CreateOption::new("lazy_refcounts", ValueType::Bool, "Postpone refcount updates"),
+    CreateOption::new(
+        "refcount_bits",
+        ValueType::Number,
+        "Width of a reference count entry in bits",
+    ),
+    CreateOption::new("size", ValueType::Size, "Virtual disk size"),
 ];
 
 const NEWER: &str = "compatibility level 1.1 and above (use compat=1.1 or greater)";

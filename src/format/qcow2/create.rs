@@ -9,7 +9,7 @@ use super::layout;
 use super::measure::measure;
 use super::new_image::NewImage;
 use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
-use crate::block::{Error, Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::block::{Error, Graph, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{Map, Value};
 
@@ -21,71 +21,86 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     amend: super::amend::OPTIONS,
 };
 
-/// An option without a default.
-pub(super) const fn option(
-    name: &'static str,
-    value: ValueType,
-    help: &'static str,
-) -> CreateOption {
-    CreateOption { name, value, help, default: None }
-}
-
 const OPTIONS: &[CreateOption] = &[
-    option(
+    CreateOption::new(
         "encryption",
         ValueType::Bool,
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
     ),
-    option("encrypt.format", ValueType::Str, "Encrypt the image, format choices: 'aes', 'luks'"),
-    option(
+    CreateOption::new(
+        "encrypt.format",
+        ValueType::Str,
+        "Encrypt the image, format choices: 'aes', 'luks'",
+    ),
+    CreateOption::new(
         "encrypt.key-secret",
         ValueType::Str,
         "ID of secret providing qcow AES key or LUKS passphrase",
     ),
-    option("encrypt.cipher-alg", ValueType::Str, "Name of encryption cipher algorithm"),
-    option("encrypt.cipher-mode", ValueType::Str, "Name of encryption cipher mode"),
-    option("encrypt.ivgen-alg", ValueType::Str, "Name of IV generator algorithm"),
-    option("encrypt.ivgen-hash-alg", ValueType::Str, "Name of IV generator hash algorithm"),
-    option("encrypt.hash-alg", ValueType::Str, "Name of encryption hash algorithm"),
-    option("encrypt.iter-time", ValueType::Number, "Time to spend in PBKDF in milliseconds"),
+    CreateOption::new("encrypt.cipher-alg", ValueType::Str, "Name of encryption cipher algorithm"),
+    CreateOption::new("encrypt.cipher-mode", ValueType::Str, "Name of encryption cipher mode"),
+    CreateOption::new("encrypt.ivgen-alg", ValueType::Str, "Name of IV generator algorithm"),
+    CreateOption::new(
+        "encrypt.ivgen-hash-alg",
+        ValueType::Str,
+        "Name of IV generator hash algorithm",
+    ),
+    CreateOption::new("encrypt.hash-alg", ValueType::Str, "Name of encryption hash algorithm"),
+    CreateOption::new(
+        "encrypt.iter-time",
+        ValueType::Number,
+        "Time to spend in PBKDF in milliseconds",
+    ),
     CreateOption {
         default: Some("65536"),
-        ..option("cluster_size", ValueType::Size, "qcow2 cluster size")
+        ..CreateOption::new("cluster_size", ValueType::Size, "qcow2 cluster size")
     },
     CreateOption {
         default: Some("off"),
-        ..option("extended_l2", ValueType::Bool, "Extended L2 tables")
+        ..CreateOption::new("extended_l2", ValueType::Bool, "Extended L2 tables")
     },
-    option(
+    CreateOption::new(
         "preallocation",
         ValueType::Str,
         "Preallocation mode (allowed values: off, metadata, falloc, full)",
     ),
     CreateOption {
         default: Some("zlib"),
-        ..option(
+        ..CreateOption::new(
             "compression_type",
             ValueType::Str,
             "Compression method used for image cluster compression",
         )
     },
-    option("size", ValueType::Size, "Virtual disk size"),
-    option("compat", ValueType::Str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    option("backing_file", ValueType::Str, "File name of a base image"),
-    option("backing_fmt", ValueType::Str, "Image format of the base image"),
-    option("data_file", ValueType::Str, "File name of an external data file"),
-    option(
+    CreateOption::new("size", ValueType::Size, "Virtual disk size"),
+    CreateOption::new("compat", ValueType::Str, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    CreateOption::new("backing_file", ValueType::Str, "File name of a base image"),
+    CreateOption::new("backing_fmt", ValueType::Str, "Image format of the base image"),
+    CreateOption::new("data_file", ValueType::Str, "File name of an external data file"),
+    CreateOption::new(
         "data_file_raw",
         ValueType::Bool,
         "The external data file must stay valid as a raw image",
     ),
     CreateOption {
+        is_newer: true,
+        ..CreateOption::new(
+            "keep_data_file",
+            ValueType::Bool,
+            "The external data file is there, and is kept",
+        )
+    },
+    CreateOption {
         default: Some("off"),
-        ..option("lazy_refcounts", ValueType::Bool, "Postpone refcount updates")
+        ..CreateOption::new("lazy_refcounts", ValueType::Bool, "Postpone refcount updates")
     },
     CreateOption {
         default: Some("16"),
-        ..option("refcount_bits", ValueType::Number, "Width of a reference count entry in bits")
+        ..CreateOption::new(
+            "refcount_bits",
+            ValueType::Number,
+            "Width of a reference count entry in bits",
+        )
     },
 ];
 
@@ -103,6 +118,7 @@ struct Wanted {
     backing_format: Option<String>,
     data_file: Option<String>,
     data_file_raw: bool,
+    keep_data_file: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
@@ -234,6 +250,7 @@ impl Wanted {
             backing_format,
             data_file: text("data_file").map(str::to_owned),
             data_file_raw: on("data_file_raw"),
+            keep_data_file: on("keep_data_file"),
         };
         wanted.check(options)?;
         if wanted.data_file_raw && wanted.preallocation == Preallocation::Off {
@@ -275,6 +292,15 @@ impl Wanted {
         }
         if self.data_file_raw && self.data_file.is_none() {
             return refused("data-file-raw requires data-file");
+        }
+        if self.keep_data_file && self.data_file.is_none() {
+            return refused("keep-data-file requires data-file");
+        }
+        if self.keep_data_file && self.preallocation.of_file().is_some() {
+            return refused(
+                "Preallocating more than only metadata would overwrite the external data file's \
+                 content and is therefore incompatible with 'keep_data_file=on'",
+            );
         }
         if self.data_file_raw && self.backing_file.is_some() {
             return refused("Backing file and data-file-raw cannot be used at the same time");
@@ -343,8 +369,11 @@ async fn create(creation: &Creation, mut options: Map) -> Result<(), Error> {
     };
     options.insert("size", Value::Int(image.file_len().into()));
     options.insert("preallocation", Value::Str(in_file.unwrap_or("off").to_owned()));
+    if let Some(name) = wanted.data_file.as_ref().filter(|_| wanted.keep_data_file) {
+        check_data_file(creation, name, wanted.size).await?;
+    }
     creation.create_file(options).await?;
-    if let Some(name) = &wanted.data_file {
+    if let Some(name) = wanted.data_file.as_ref().filter(|_| !wanted.keep_data_file) {
         create_data_file(creation, name, &wanted).await?;
     }
     let (graph, hold) = creation.open_file().await?;
@@ -361,12 +390,35 @@ fn could_not_assign(wanted: &Wanted) -> String {
     format!("Could not assign backing file '{file}' with format '{format}'")
 }
 
+fn check_apart(creation: &Creation, name: &str) -> Result<(), Error> {
+    let same = |a: &str| std::fs::canonicalize(a).ok();
+    match same(name).is_some() && same(name) == same(creation.filename()) {
+        true => refused(format!("'{name}' cannot be the image and its data file")),
+        false => Ok(()),
+    }
+}
+
+/// Whether a data file that is kept has a place for each byte of the disk. Asked before anything is written.
+async fn check_data_file(creation: &Creation, name: &str, size: u64) -> Result<(), Error> {
+    check_apart(creation, name)?;
+    let graph = Graph::new(creation.registry());
+    let mut file = creation.registry().file_options(name)?;
+    file.insert("node-name", "kept");
+    file.insert("read-only", true);
+    let len = graph.open(file).await.map(|node| node.len());
+    graph.close().await;
+    match len {
+        Ok(len) if len < size => refused(format!(
+            "The data file '{name}' has {len} bytes and the disk {size}: it must not be shorter"
+        )),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// The raw file of the disk's bytes, from whatever protocol its name says.
 async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<(), Error> {
-    let same = |a: &str| std::fs::canonicalize(a).ok();
-    if same(name).is_some() && same(name) == same(creation.filename()) {
-        return refused(format!("'{name}' cannot be the image and its data file"));
-    }
+    check_apart(creation, name)?;
     let mut file = creation.registry().file_options(name)?;
     let driver = file.take_required_str("driver")?;
     let entry = creation.registry().get(&driver).and_then(|entry| entry.create);

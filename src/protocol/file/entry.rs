@@ -17,24 +17,21 @@ pub static FILE: DriverEntry = DriverEntry {
     prefixes: &["file"],
     create: Some(&CreateEntry {
         options: &[
-            CreateOption {
-                name: "nocow",
-                value: ValueType::Bool,
-                help: "Turn off copy-on-write (valid only on btrfs)",
-                default: None,
-            },
-            CreateOption {
-                name: "preallocation",
-                value: ValueType::Str,
-                help: "Preallocation mode (allowed values: off, falloc, full)",
-                default: None,
-            },
-            CreateOption {
-                name: "extent_size_hint",
-                value: ValueType::Size,
-                help: "Extent size hint for the image file, 0 to disable",
-                default: None,
-            },
+            CreateOption::new(
+                "nocow",
+                ValueType::Bool,
+                "Turn off copy-on-write (valid only on btrfs)",
+            ),
+            CreateOption::new(
+                "preallocation",
+                ValueType::Str,
+                "Preallocation mode (allowed values: off, falloc, full)",
+            ),
+            CreateOption::new(
+                "extent_size_hint",
+                ValueType::Size,
+                "Extent size hint for the image file, 0 to disable",
+            ),
             SIZE,
         ],
         create: |creation, map| create_with(create::create_file, creation, map),
@@ -63,8 +60,7 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
     is_device: Some(is_device),
 };
 
-const SIZE: CreateOption =
-    CreateOption { name: "size", value: ValueType::Size, help: "Virtual disk size", default: None };
+const SIZE: CreateOption = CreateOption::new("size", ValueType::Size, "Virtual disk size");
 
 const OPTIONS: &[OptionHelp] = &[
     OptionHelp { name: "aio", value: "threads|native|io_uring", help: "all mean io_uring here" },

@@ -33,12 +33,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     ],
     prefixes: &["nvme"],
     create: Some(&CreateEntry {
-        options: &[CreateOption {
-            name: "size",
-            value: ValueType::Size,
-            help: "Virtual disk size",
-            default: None,
-        }],
+        options: &[CreateOption::new("size", ValueType::Size, "Virtual disk size")],
         compresses: false,
         create: |creation, map| Box::pin(create(creation, map)),
         amend: &[],

@@ -11,6 +11,8 @@ mod guessing;
 mod io;
 mod lines;
 mod measure;
+mod messages;
+mod newer;
 mod progress;
 mod random;
 mod snapshots;
