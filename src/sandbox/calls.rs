@@ -52,6 +52,9 @@ const SERVING: &[c_long] = &[
     libc::SYS_statx,
     libc::SYS_fstatfs,
     libc::SYS_readlinkat,
+    // realpath, of names with `..` in them.
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
     libc::SYS_unlinkat,
     libc::SYS_getcwd,
     libc::SYS_chdir,
