@@ -25,6 +25,7 @@
 
 use super::{Child, Image};
 use crate::io::{Errno, InFlight, IoResult, IoVec, Started};
+use crate::options::Map;
 use std::fs::File;
 use std::future::Future;
 use std::pin::Pin;
@@ -389,6 +390,18 @@ pub trait Driver: Send + Sync + 'static {
             [child] => child.node().driver().filename(),
             _ => None,
         }
+    }
+
+    /// Its own options that decide which data the disk has, as they were given.
+    fn own_options(&self) -> Map {
+        Map::new()
+    }
+
+    /// A file name that stands for the node, with its options and what is below it, which `child` stands for
+    /// if it has a name itself. Formats without options of their own are called as their file, and need none.
+    fn name_over(&self, child: Option<&str>) -> Option<String> {
+        let _ = child;
+        if self.children().is_empty() { self.filename() } else { None }
     }
 
     /// Undoes what it did for those who wrote, as long as nobody does: asked for when the last user

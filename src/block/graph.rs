@@ -17,6 +17,7 @@ mod tests;
 pub use activity::Activity;
 pub use drain::{Drained, User};
 
+use super::name::name_of;
 use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
@@ -109,8 +110,10 @@ pub struct NodeInfo {
     pub options: NodeOptions,
     /// Bytes.
     pub len: u64,
-    /// As listings show it; none where there is no file.
-    pub filename: Option<String>,
+    /// As listings show it ([`super::name`]).
+    pub filename: String,
+    /// The file that it is in; none where there is no file.
+    pub path: Option<String>,
     /// What its driver tells of it, if it does.
     pub image: Option<ImageInfo>,
     /// Role and name of what it stands on.
@@ -161,7 +164,7 @@ impl Graph {
 
     /// What there is to tell of all nodes, newest first.
     pub fn query(&self) -> Vec<NodeInfo> {
-        self.nodes().iter().map(|node| NodeInfo::of(node)).collect()
+        self.nodes().iter().map(|node| NodeInfo::of(node, self.registry())).collect()
     }
 
     // ---- Opening and closing
@@ -427,7 +430,7 @@ impl Entry {
 }
 
 impl NodeInfo {
-    pub fn of(node: &Node) -> NodeInfo {
+    pub fn of(node: &Node, registry: &Registry) -> NodeInfo {
         let children = node.driver().children().iter();
         NodeInfo {
             name: node.name().to_owned(),
@@ -436,7 +439,8 @@ impl NodeInfo {
             active: node.is_active(),
             options: node.options(),
             len: node.len(),
-            filename: node.driver().filename(),
+            filename: name_of(node, registry),
+            path: node.driver().filename(),
             image: node.driver().image().map(|image| image.info()),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
             write_threshold: node.write_threshold(),

@@ -10,6 +10,7 @@
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
+//! * [`name`]: what opens the same disk again.
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
 //! * [`length`]: storage whose length changes by itself.
@@ -34,6 +35,7 @@ pub mod graph;
 pub mod image;
 pub mod length;
 pub mod memory;
+pub mod name;
 pub mod node;
 pub mod notice;
 pub mod open;

@@ -51,6 +51,8 @@ struct Raw {
     offset: u64,
     /// The disk's length in bytes, a multiple of [`SECTOR`]; none to follow the file's.
     size: Option<u64>,
+    /// Both, as far as they were given.
+    window: Map,
     traits: Traits,
     /// [`OpenPolicy::readers_share`](crate::block::OpenPolicy).
     readers_share: bool,
@@ -61,11 +63,15 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     let offset = non_negative("offset", options.offset)?;
     let size = non_negative("size", options.size)?;
     let readers_share = opening.policy().readers_share;
+    let mut window = Map::new();
+    for (name, value) in [("offset", offset), ("size", size)] {
+        value.and_then(|value| window.insert(name, value));
+    }
     let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
     let node = file.node();
     let offset = check_window(offset.unwrap_or(0), size, node.len())?;
     let traits = traits(node.traits(), offset);
-    Ok(Box::new(Raw { file: [file], offset, size, traits, readers_share }))
+    Ok(Box::new(Raw { file: [file], offset, size, window, traits, readers_share }))
 }
 
 fn non_negative(name: &str, value: Option<i64>) -> Result<Option<u64>, Error> {
@@ -224,6 +230,10 @@ impl Driver for Raw {
             let place = Some(Place { child: Some(0), offset });
             Ok(Extent { status: extent.status | Status::ALLOCATED, place, ..extent })
         })
+    }
+
+    fn own_options(&self) -> Map {
+        self.window.clone()
     }
 
     fn child_perms(&self, _child: usize, own: Perms) -> Perms {

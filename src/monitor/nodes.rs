@@ -101,7 +101,7 @@ impl Nodes<'_> {
         let mut node = Map::from_iter([
             ("node-name", Value::from(&*info.name)),
             ("drv", Value::from(info.driver)),
-            ("file", Value::from(shown_filename(info))),
+            ("file", Value::from(&*info.filename)),
             ("ro", Value::from(info.read_only)),
             ("encrypted", Value::from(false)),
             ("detect_zeroes", Value::from(detect_zeroes)),
@@ -111,7 +111,7 @@ impl Nodes<'_> {
             ("write_threshold", Value::from(info.write_threshold)),
         ]);
         if let Some(backing) = backing {
-            node.insert("backing_file", shown_filename(backing));
+            node.insert("backing_file", &*backing.filename);
         }
         // QEMU 7.2 does not know it, and all of its nodes are.
         if !info.active {
@@ -129,7 +129,7 @@ impl Nodes<'_> {
 
     /// `ImageInfo`.
     fn image(&self, info: &NodeInfo, deep: bool) -> Map {
-        let filename = shown_filename(info);
+        let (filename, path) = (&info.filename, info.path.as_deref().unwrap_or("json:"));
         let mut image = info.image.clone().unwrap_or_default();
         if let Some(filtered) = self.filtered(info).and_then(|filtered| filtered.image.as_ref()) {
             image.cluster_size = filtered.cluster_size;
@@ -138,7 +138,7 @@ impl Nodes<'_> {
         let full = image
             .backing_filename
             .as_deref()
-            .map(|name| filename::resolve(&filename, name).unwrap_or_else(|_| name.to_owned()));
+            .map(|name| filename::resolve(path, name).unwrap_or_else(|_| name.to_owned()));
         let allocated = match info.image {
             Some(_) => {
                 let mut all = self.list.iter();
@@ -147,7 +147,7 @@ impl Nodes<'_> {
             None => Some(0),
         };
         let listed = Listed {
-            filename: &filename,
+            filename,
             format: info.driver,
             len: info.len,
             allocated,
@@ -161,9 +161,4 @@ impl Nodes<'_> {
         }
         map
     }
-}
-
-fn shown_filename(info: &NodeInfo) -> String {
-    let unnamed = || format!("json:{{\"driver\": \"{}\"}}", info.driver);
-    info.filename.clone().unwrap_or_else(unnamed)
 }

@@ -108,6 +108,22 @@ impl Driver for Null {
         Traits { max_zero: u64::MAX, max_discard: u64::MAX, abilities, ..Traits::default() }
     }
 
+    fn own_options(&self) -> Map {
+        let usual = NullOptions::default();
+        let mut options = Map::new();
+        if self.options.size != usual.size {
+            options.insert("size", self.options.size as u64);
+        }
+        if self.options.read_zeroes != usual.read_zeroes {
+            options.insert("read-zeroes", self.options.read_zeroes);
+        }
+        options
+    }
+
+    fn name_over(&self, _: Option<&str>) -> Option<String> {
+        self.own_options().is_empty().then(|| format!("{}://", self.name))
+    }
+
     fn len(&self) -> u64 {
         self.options.size as u64
     }

@@ -254,7 +254,7 @@ impl Service {
                     Some(image) => image.allocated().await.ok(),
                     None => None,
                 };
-                all.push((NodeInfo::of(&node), allocated));
+                all.push((NodeInfo::of(&node, graph.registry()), allocated));
             }
             all
         })
@@ -283,6 +283,6 @@ impl Service {
 
     /// The same without asking the storage, which may not answer.
     pub fn list_nodes(&self) -> Vec<(NodeInfo, Option<u64>)> {
-        self.graph.nodes().iter().map(|node| (NodeInfo::of(node), None)).collect()
+        self.graph.query().into_iter().map(|info| (info, None)).collect()
     }
 }

@@ -2,8 +2,8 @@
 
 use super::{Pending, Service};
 use crate::block::create::NewBacking;
-use crate::block::{Creation, Error, Graph, Node};
-use crate::options::{Map, Value};
+use crate::block::{Creation, Error, Graph, Node, Registry, name};
+use crate::options::{Map, Value, filename, json};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -49,7 +49,7 @@ async fn prepare(graph: &Graph, base: &Node, new: NewOverlay) -> Result<Map, Err
     let file = registry.file_options(&filename)?;
     if !exists {
         let given = Map::from_iter([
-            ("backing_file", Value::Text(name_of(base)?)),
+            ("backing_file", Value::Text(recorded(base, registry)?)),
             ("backing_fmt", Value::Text(base.driver().name().to_owned())),
         ]);
         let new =
@@ -67,9 +67,39 @@ async fn prepare(graph: &Graph, base: &Node, new: NewOverlay) -> Result<Map, Err
 }
 
 /// What an overlay records of the node that it stands on, wherever the overlay's own file is.
-fn name_of(base: &Node) -> Result<String, Error> {
-    let unnamed = || Error::new(format!("Node '{}' has no file that could be named", base.name()));
-    let name = base.driver().filename().ok_or_else(unnamed)?;
-    let path = std::path::absolute(Path::new(&name)).map_err(|e| Error::os(name, e))?;
-    path.into_os_string().into_string().map_err(|_| unnamed())
+fn recorded(base: &Node, registry: &Registry) -> Result<String, Error> {
+    match name::plain_name(base, registry) {
+        Some(name) => absolute(name),
+        None => {
+            let mut options = name::options_of(base, registry);
+            make_absolute(&mut options)?;
+            Ok(format!("json:{}", json::to_text(&options.into())))
+        }
+    }
+}
+
+/// The same of all file names in options.
+fn make_absolute(options: &mut Map) -> Result<(), Error> {
+    let keys: Vec<String> = options.iter().map(|(key, _)| key.to_owned()).collect();
+    for key in keys {
+        match options.get_mut(&key) {
+            Some(Value::Map(map)) => make_absolute(map)?,
+            Some(Value::Str(name) | Value::Text(name)) if key == "filename" => {
+                *name = absolute(std::mem::take(name))?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn absolute(name: String) -> Result<String, Error> {
+    // That of another protocol has no folder.
+    if filename::split_protocol(&name).is_some() {
+        return Ok(name);
+    }
+    let path = std::path::absolute(Path::new(&name)).map_err(|e| Error::os(&name, e))?;
+    path.into_os_string().into_string().map_err(|_| {
+        Error::new(format!("'{name}' in its folder is no UTF-8 text that could be recorded"))
+    })
 }

@@ -119,6 +119,8 @@ fn perms(names: &[PermName]) -> Perm {
 
 struct Blkdebug {
     image: [Child; 1],
+    /// As given, but for the image.
+    options: Map,
     traits: Traits,
     rules: Rules,
     taken: Perm,
@@ -128,6 +130,8 @@ struct Blkdebug {
 
 async fn open(opening: &mut Opening, mut options: Map) -> Result<Box<dyn Driver>, Error> {
     take_filename(opening, &mut options)?;
+    let mut given = options.clone();
+    given.take("image");
     let options: Options = opening.parse(options)?;
     let (mut errors, mut transitions) = (Vec::new(), Vec::new());
     if let Some(filename) = options.config.filter(|name| !name.is_empty()) {
@@ -147,6 +151,7 @@ async fn open(opening: &mut Opening, mut options: Map) -> Result<Box<dyn Driver>
     let traits = limits.apply(image.node().traits())?;
     Ok(Box::new(Blkdebug {
         image: [image],
+        options: given.flatten()?,
         traits,
         rules: Rules::new(errors, transitions),
         taken: perms(&options.take_child_perms),
@@ -283,6 +288,17 @@ impl Driver for Blkdebug {
 
     fn len(&self) -> u64 {
         self.node().driver().len()
+    }
+
+    fn own_options(&self) -> Map {
+        self.options.clone()
+    }
+
+    fn name_over(&self, child: Option<&str>) -> Option<String> {
+        let config = self.options.get("config").and_then(Value::as_str).unwrap_or_default();
+        let says_more = self.options.iter().any(|(key, _)| key != "config");
+        let child = child.filter(|_| !says_more)?;
+        Some(format!("{}:{config}:{child}", ENTRY.name))
     }
 
     fn hand_over(&self) -> Option<&dyn HandOver> {

@@ -40,6 +40,7 @@ use crate::block::{
 use crate::io::{
     self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
 };
+use crate::options::Map;
 use flush::Flushes;
 use lock::ImageLocks;
 use open::Kind;
@@ -257,6 +258,10 @@ impl Driver for FileDriver {
 
     fn filename(&self) -> Option<String> {
         Some(self.filename.clone())
+    }
+
+    fn own_options(&self) -> Map {
+        Map::from_iter([("filename", &*self.filename)])
     }
 
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, access: Access) -> Mapping<'a> {

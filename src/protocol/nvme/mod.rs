@@ -25,6 +25,7 @@ use crate::block::{
     Place, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
+use crate::options::Map;
 use lane::Lane;
 use shared::{Claim, Shared};
 use std::sync::Arc;
@@ -125,6 +126,10 @@ impl Driver for Nvme {
 
     fn filename(&self) -> Option<String> {
         Some(self.filename.clone())
+    }
+
+    fn own_options(&self) -> Map {
+        Map::from_iter([("filename", &*self.filename)])
     }
 
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, _: Access) -> Mapping<'a> {

@@ -7,6 +7,7 @@ mod clients;
 mod ctl;
 mod listings;
 mod live;
+mod names;
 mod overlays;
 mod resize;
 pub mod slow;

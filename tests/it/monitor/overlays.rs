@@ -213,6 +213,31 @@ fn what_was_written_before_a_snapshot_is_in_the_base_and_what_comes_after_it_in_
 }
 
 #[test]
+fn an_overlay_over_a_window_records_the_window() {
+    let daemon = start(OURS, &[]);
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let data = pattern(1 << 20, 5);
+    let file = std::fs::File::options().write(true).open(daemon.path("a.img")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &data, 4 << 20).unwrap();
+    let window = json!({"offset": 4 << 20, "size": 1 << 20});
+    client.run("blockdev-add", node(&daemon, "r", "raw", "a.img", window));
+    client.run("block-export-add", export(&daemon, "e0", "r"));
+    client.run("blockdev-snapshot-sync", snapshot(&daemon, "r", "s.qcow2", "s"));
+    let mut disk = daemon.open(&Options::default());
+    disk.write(0, &pattern(4096, 6)).unwrap();
+    drop(disk);
+    client.run("quit", json!({}));
+    let mut daemon = daemon;
+    daemon.server.wait_exit(LIMIT).unwrap();
+    let dir = daemon.path("");
+    for program in ["qemu-img", env!("CARGO_BIN_EXE_vublk")] {
+        tool(&dir, program, &["convert", "-f", "qcow2", "-O", "raw", "s.qcow2", "s.raw"]);
+        let read = std::fs::read(dir.join("s.raw")).unwrap();
+        assert!(read == [&pattern(4096, 6), &data[4096..]].concat(), "{program}");
+    }
+}
+
+#[test]
 fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
     let (mut daemon, mut client) = serving("qcow2", "q.qcow2");
     let mut disk = daemon.open(&Options {
@@ -314,17 +339,11 @@ fn an_overlay_that_cannot_be_had_leaves_the_guest_with_what_it_has() {
     disk.read(0, &mut back).unwrap();
     assert!(back == [pattern(4096, 1), pattern(4096, 2)].concat());
     // An image that another process has is refused; what is there is not written over.
-    let mut other = Command::new("qemu-io")
-        .args(["-f", "qcow2", "-c", "sleep 60000", "p.qcow2"])
-        .current_dir(&dir)
-        .spawn()
-        .unwrap();
-    let mut look = Command::new("qemu-img");
-    look.args(["info", "p.qcow2"]).current_dir(&dir);
-    while look.output().unwrap().status.success() && other.try_wait().unwrap().is_none() {}
+    let other = super::daemon(&["--sandbox-path", dir.to_str().unwrap()]);
+    let theirs = node(&daemon, "p", "qcow2", "p.qcow2", json!({}));
+    Client::connect(&other.path("m.sock")).run("blockdev-add", theirs);
     let refused = client.refusal("blockdev-snapshot-sync", snapshot(&daemon, "o", "p.qcow2", "s"));
-    other.kill().unwrap();
-    other.wait().unwrap();
+    drop(other);
     assert!(refused.contains("lock"), "{refused}");
     disk.write(0, &pattern(4096, 3)).unwrap();
     disk.read(0, &mut back).unwrap();
