@@ -22,8 +22,8 @@ struct Jobs {
 
 static JOBS: Mutex<Jobs> = Mutex::new(Jobs { list: Vec::new(), thread: None });
 
-/// Has `work` done every `interval` from now on, until it says that it is not needed any more. It must
-/// not wait for anything. Where no thread can be had it is not done.
+/// Has `work` done every `interval` from now on, until it says that it is not needed any more. What else
+/// is to be done waits as long as it takes. Where no thread can be had it is not done.
 pub fn every(interval: Duration, work: impl FnMut() -> bool + Send + 'static) {
     let job = Job { interval, next: Instant::now() + interval, work: Box::new(work) };
     let mut jobs = JOBS.lock();
@@ -46,19 +46,46 @@ pub fn every(interval: Duration, work: impl FnMut() -> bool + Send + 'static) {
 fn run() {
     loop {
         let now = Instant::now();
-        let mut jobs = JOBS.lock();
-        jobs.list.retain_mut(|job| {
-            if job.next > now {
-                return true;
-            }
+        let due: Vec<Job> = JOBS.lock().list.extract_if(.., |job| job.next <= now).collect();
+        // Without the lock: a job may take its time.
+        let again = due.into_iter().filter_map(|mut job| {
             job.next = now + job.interval;
-            (job.work)()
+            (job.work)().then_some(job)
         });
+        let again: Vec<Job> = again.collect();
+        let mut jobs = JOBS.lock();
+        jobs.list.extend(again);
         let Some(next) = jobs.list.iter().map(|job| job.next).min() else {
             jobs.thread = None;
             return;
         };
         drop(jobs);
         std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn a_job_that_takes_its_time_keeps_nobody_from_adding_another() {
+        let (started, is_started) = mpsc::channel();
+        let (finish, is_to_finish) = mpsc::channel();
+        let (ended, has_ended) = mpsc::channel();
+        every(Duration::from_millis(1), move || {
+            started.send(()).unwrap();
+            let result = is_to_finish.recv_timeout(Duration::from_secs(20));
+            ended.send(result).unwrap();
+            false
+        });
+        is_started.recv().unwrap();
+        let (done, is_done) = mpsc::channel();
+        every(Duration::from_millis(1), move || done.send(()).is_ok());
+        finish.send(()).unwrap();
+        assert_eq!(has_ended.recv().unwrap(), Ok(()), "the other was added while it ran");
+        // Again and again.
+        (0..3).for_each(|_| is_done.recv().unwrap());
     }
 }
