@@ -12,8 +12,10 @@
 use super::clock::Clock;
 use super::op::{Durable, Segments};
 use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
+use std::fs::File;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// An entry for the ring. `user_data` comes back with the completion.
@@ -59,9 +61,11 @@ pub struct Completion {
     pub more: bool,
 }
 
-/// A file that is pinned, once for each [`Ring::pin`].
+/// A file that is pinned, once for each [`Ring::pin`]. No other file gets its descriptor meanwhile.
 #[derive(Debug)]
-pub struct Pin(u32);
+pub struct Pin {
+    file: Arc<File>,
+}
 
 /// How long [`Ring::enter`] may sleep when nothing has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +98,7 @@ pub trait Ring {
     /// Nanoseconds since some point in the past, on the ring's own clock.
     fn now(&self) -> u64;
 
-    /// Keeps the file behind `fd` open for as long as the kernel works for this ring, also when the
+    /// Keeps a file open for as long as the kernel works for this ring, also when the
     /// process has been killed, until [`Ring::unpin`]. Whoever sees the file's locks gone then knows
     /// that nothing of the ring is in flight, whichever files it was for.
     ///
@@ -102,8 +106,8 @@ pub trait Ring {
     ///
     /// # Errors
     /// There is no room for another file.
-    fn pin(&mut self, _fd: RawFd) -> io::Result<Pin> {
-        Ok(Pin(u32::MAX))
+    fn pin(&mut self, file: &Arc<File>) -> io::Result<Pin> {
+        Ok(Pin { file: file.clone() })
     }
 
     fn unpin(&mut self, _pin: Pin) {}
@@ -331,28 +335,29 @@ impl Ring for Uring {
         self.clock.now()
     }
 
-    fn pin(&mut self, fd: RawFd) -> io::Result<Pin> {
-        let has = |slot: &Option<(RawFd, u32)>| slot.is_some_and(|(pinned, _)| pinned == fd);
-        if let Some(at) = self.pinned.iter().position(has) {
-            if let Some((_, count)) = &mut self.pinned[at] {
-                *count += 1;
-            }
-            return Ok(Pin(at as u32));
+    fn pin(&mut self, file: &Arc<File>) -> io::Result<Pin> {
+        let (fd, pin) = (file.as_raw_fd(), Pin { file: file.clone() });
+        let mut pinned = self.pinned.iter_mut().flatten();
+        if let Some((_, count)) = pinned.find(|(pinned, _)| *pinned == fd) {
+            *count += 1;
+            return Ok(pin);
         }
         let free = self.pinned.iter().position(Option::is_none).unwrap_or(self.pinned.len());
         self.ring.submitter().register_files_update(free as u32, &[fd])?;
         self.pinned.resize(self.pinned.len().max(free + 1), None);
         self.pinned[free] = Some((fd, 1));
-        Ok(Pin(free as u32))
+        Ok(pin)
     }
 
-    fn unpin(&mut self, Pin(at): Pin) {
-        let Some(slot) = self.pinned.get_mut(at as usize) else { return };
-        match slot {
+    fn unpin(&mut self, pin: Pin) {
+        let fd = pin.file.as_raw_fd();
+        let is_it = |slot: &Option<(RawFd, u32)>| slot.is_some_and(|(pinned, _)| pinned == fd);
+        let Some(at) = self.pinned.iter().position(is_it) else { return };
+        match &mut self.pinned[at] {
             Some((_, count)) if *count > 1 => *count -= 1,
-            _ => {
+            slot => {
                 *slot = None;
-                if let Err(error) = self.ring.submitter().register_files_update(at, &[-1]) {
+                if let Err(error) = self.ring.submitter().register_files_update(at as u32, &[-1]) {
                     log::error!("io_uring keeps a file open: {error}");
                 }
             }
@@ -363,7 +368,6 @@ impl Ring for Uring {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     /// Where the kernel keeps a ring's flags, in its mapping at IORING_OFF_SQ_RING.
@@ -434,26 +438,46 @@ mod tests {
     #[test]
     fn a_pinned_file_is_open_until_it_is_unpinned_as_often() {
         let Some(mut ring) = ring() else { return };
-        let (reader, writer) = io::pipe().unwrap();
-        let fd = writer.as_raw_fd();
-        let pins = [ring.pin(fd).unwrap(), ring.pin(fd).unwrap()];
-        drop(writer);
-        let is_open = || {
-            let mut poll = libc::pollfd { fd: reader.as_raw_fd(), events: 0, revents: 0 };
-            // SAFETY: one structure, which is on the stack.
-            assert!(unsafe { libc::poll(&mut poll, 1, 0) } >= 0);
-            poll.revents & libc::POLLHUP == 0
-        };
+        let (reader, file) = pipe();
+        let pins = [ring.pin(&file).unwrap(), ring.pin(&file).unwrap()];
+        drop(file);
         for pin in pins {
-            assert!(is_open());
+            assert!(is_open(&reader));
             ring.unpin(pin);
         }
         // The kernel may let go a little later.
-        while is_open() {
+        while is_open(&reader) {
             std::thread::yield_now();
         }
-        assert!((0..PINS as i32 + 1).all(|_| ring.pin(reader.as_raw_fd()).is_ok()));
-        assert!(ring.pin(-5).is_err());
+        let (_reader, file) = pipe();
+        assert!((0..PINS + 1).all(|_| ring.pin(&file).is_ok()), "one file takes room once");
+    }
+
+    #[test]
+    fn a_file_that_is_opened_when_a_pinned_one_has_gone_is_pinned_itself() {
+        let Some(mut ring) = ring() else { return };
+        let (_reader, file) = pipe();
+        let _first = ring.pin(&file).unwrap();
+        drop(file);
+        // It may get the descriptor that the other one has given up.
+        let (reader, file) = pipe();
+        let pin = ring.pin(&file).unwrap();
+        drop(file);
+        assert!(is_open(&reader));
+        ring.unpin(pin);
+    }
+
+    fn pipe() -> (io::PipeReader, Arc<File>) {
+        let (reader, writer) = io::pipe().unwrap();
+        (reader, Arc::new(File::from(std::os::fd::OwnedFd::from(writer))))
+    }
+
+    /// Whether the pipe's other end is.
+    fn is_open(reader: &io::PipeReader) -> bool {
+        let mut poll = libc::pollfd { fd: reader.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one structure, which is on the stack.
+        assert!(unsafe { libc::poll(&mut poll, 1, 0) } >= 0);
+        poll.revents & libc::POLLHUP == 0
     }
 
     #[test]

@@ -125,7 +125,7 @@ impl Local {
     ) -> std::io::Result<SourceId> {
         let mut pins = Vec::new();
         for file in files {
-            let pin = self.io.ring.borrow_mut().pin(file.as_raw_fd());
+            let pin = self.io.ring.borrow_mut().pin(file);
             match pin {
                 Ok(pin) => pins.push(pin),
                 Err(error) => {
