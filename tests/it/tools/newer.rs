@@ -95,6 +95,22 @@ fn what_a_rebase_copies_is_compressed() {
 }
 
 #[test]
+fn an_image_of_version_2_keeps_its_zeroes_when_it_gets_a_backing_file() {
+    let place = Place::new(true);
+    run(
+        &place,
+        &[
+            "qemu-img create -q -f raw new.raw 1M",
+            "qemu-io -f raw -c 'write -P 1 0 1M' new.raw",
+            "qemu-img create -q -f qcow2 -o compat=0.10 a.qcow2 1M",
+            "qemu-io -c 'write -P 2 0 64k' a.qcow2",
+            "qemu-img rebase -b new.raw -F raw a.qcow2",
+            "qemu-io -c 'read -P 2 0 64k' -c 'read -P 0 64k 960k' a.qcow2",
+        ],
+    );
+}
+
+#[test]
 fn a_rebase_that_can_compress_nothing_is_refused() {
     let place = Place::new(true);
     run(&place, &["qemu-img create -q -f qcow2 a.qcow2 1M", "qemu-img create -q -f raw b.raw 1M"]);

@@ -100,6 +100,12 @@ fn masked(ended: Ended) -> Ended {
     Ended { stdout, ..ended }
 }
 
+/// Whether the image is of version 2 and has no backing file: QEMU forgets its zeroes when it gets one.
+fn stands_alone(place: &Place) -> bool {
+    let told = place.run("qemu-img info top.qcow2").stdout;
+    told.contains("compat: 0.10") && !told.contains("backing file:")
+}
+
 /// Runs a script in both places. `false`: QEMU's own image is not sound after some line, and there is
 /// nothing to compare with.
 fn run(prepared: &Place, script: &[String]) -> bool {
@@ -109,6 +115,9 @@ fn run(prepared: &Place, script: &[String]) -> bool {
     let mut done = String::new();
     let mut differences = String::new();
     for line in script {
+        if line.contains(" rebase ") && stands_alone(&theirs) {
+            continue;
+        }
         let both = [&ours, &theirs].map(|place| masked(place.run(line)));
         writeln!(done, "{line}").unwrap();
         if theirs.run("qemu-img check top.qcow2").code != Some(0) {
