@@ -42,6 +42,7 @@ mod freed;
 mod hand_over;
 pub mod header;
 mod header_cluster;
+mod holes;
 pub mod info;
 pub mod l1;
 pub mod l2_cache;
@@ -78,6 +79,7 @@ use bitmaps::ImageBitmaps;
 use corrupt::Corruption;
 use freed::Freed;
 use header::{Compression, Header};
+use holes::Holes;
 use l1::L1Table;
 use l2_cache::{L2Cache, SliceNo};
 use layout::Geometry;
@@ -165,6 +167,7 @@ pub struct Qcow2 {
     pool: Mutex<Pool>,
     packing: Lock<Packing>,
     freed: Freed,
+    holes: Holes,
     snapshots: snapshots::State,
     bitmaps: ImageBitmaps,
 }

@@ -125,6 +125,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         pool: Default::default(),
         packing: Lock::new(Default::default()),
         freed: Default::default(),
+        holes: Default::default(),
         snapshots: snapshots::State::new(snapshots),
         bitmaps,
     };

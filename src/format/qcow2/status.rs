@@ -17,7 +17,10 @@ impl Qcow2 {
         let place = |offset: u64| Some(Place { child: Some(self.data), offset });
         let extent = |status, place| Ok(Extent { len: piece.len, status, place });
         match piece.found {
-            Found::Data { host, .. } => extent(Status::DATA | Status::ALLOCATED, place(host)),
+            Found::Data { host, .. } => {
+                let (len, status) = self.data_status(host, piece.len, precision).await?;
+                Ok(Extent { len, status, place: place(host) })
+            }
             Found::Zero { host } => extent(Status::ZERO | Status::ALLOCATED, host.and_then(place)),
             Found::Compressed(_) => {
                 extent(Status::DATA | Status::ALLOCATED | Status::COMPRESSED, None)

@@ -10,6 +10,7 @@ mod files;
 mod guessing;
 mod io;
 mod lines;
+mod map;
 mod measure;
 mod messages;
 mod newer;
