@@ -9,6 +9,7 @@ mod overlays;
 mod patience;
 mod pending;
 mod snapshots;
+mod transaction;
 
 pub use handover::wait_for_socket;
 pub use live::ExportInfo;
@@ -16,6 +17,7 @@ pub use observed::Observed;
 pub use overlays::NewOverlay;
 pub use patience::is_locked;
 pub use pending::Pending;
+pub use transaction::Step;
 
 use crate::block::graph::{Attachment, Graph};
 use crate::block::{Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage};

@@ -16,6 +16,7 @@ mod tests;
 
 pub use activity::Activity;
 pub use drain::{Drained, User};
+pub use overlay::Over;
 
 use super::name::name_of;
 use super::open::duplicate;

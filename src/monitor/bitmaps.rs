@@ -31,28 +31,31 @@ fn find(service: &Service, node: &str) -> Result<Arc<Node>, CommandError> {
     service.graph().find(node).map_err(missing)
 }
 
-pub fn add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+/// The node and the bitmap that arguments describe.
+pub(super) fn parse_add(arguments: Map) -> Result<(String, NewBitmap), options::Error> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
         node: String,
         name: String,
         granularity: Option<u32>,
-        persistent: Option<bool>,
-        disabled: Option<bool>,
+        #[serde(default)]
+        persistent: bool,
+        #[serde(default)]
+        disabled: bool,
     }
     let Arguments { node, name, granularity, persistent, disabled } = options::from_map(arguments)?;
+    let granularity = granularity.map(u64::from);
+    Ok((node, NewBitmap { name, granularity, persistent, disabled }))
+}
+
+pub fn add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let (node, new) = parse_add(arguments)?;
     let missing = |_| {
         let node = node.escape_debug();
         CommandError::new(format!("Cannot find device='{node}' nor node-name='{node}'"))
     };
     let node = service.graph().find(&node).map_err(missing)?;
-    let new = NewBitmap {
-        name,
-        granularity: granularity.map(u64::from),
-        persistent: persistent.unwrap_or(false),
-        disabled: disabled.unwrap_or(false),
-    };
     let change = async move |node: &Arc<Node>| node.add_bitmap(new).await;
     Ok(when_done(service.change_bitmaps(node, change)))
 }
@@ -60,9 +63,9 @@ pub fn add(service: &mut Service, arguments: Map) -> Result<Later, CommandError>
 /// A bitmap of a node, by their names.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Named {
-    node: String,
-    name: String,
+pub(super) struct Named {
+    pub node: String,
+    pub name: String,
 }
 
 pub fn remove(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
@@ -94,7 +97,14 @@ fn record(service: &mut Service, arguments: Map, enable: bool) -> Result<Later, 
     Ok(when_done(service.change_bitmaps(node, change)))
 }
 
-pub fn merge(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+/// A node, the bitmap of it that is merged into, and what is merged: nodes and their bitmaps.
+pub(super) struct Merge {
+    pub node: String,
+    pub target: String,
+    pub sources: Vec<(String, String)>,
+}
+
+pub(super) fn parse_merge(arguments: Map) -> Result<Merge, options::Error> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -103,23 +113,30 @@ pub fn merge(service: &mut Service, arguments: Map) -> Result<Later, CommandErro
         bitmaps: Vec<Value>,
     }
     let Arguments { node, target, bitmaps } = options::from_map(arguments)?;
-    let node = find(service, &node)?;
-    // As in QEMU, the target is looked for first.
-    node.bitmaps().find(&target).map_err(CommandError::from)?;
     let mut sources = Vec::with_capacity(bitmaps.len());
     for bitmap in bitmaps {
         sources.push(match bitmap {
             Value::Str(name) => (node.clone(), name),
             Value::Map(map) => {
                 let Named { node, name } = options::from_map(map)?;
-                (find(service, &node)?, name)
+                (node, name)
             }
             _ => {
                 let text = "Invalid parameter type for 'null', expected: BlockDirtyBitmapOrStr";
-                return Err(CommandError::new(text));
+                return Err(options::Error::message(text));
             }
         });
     }
+    Ok(Merge { node, target, sources })
+}
+
+pub fn merge(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let Merge { node, target, sources } = parse_merge(arguments)?;
+    let node = find(service, &node)?;
+    // As in QEMU, the target is looked for first.
+    node.bitmaps().find(&target).map_err(CommandError::from)?;
+    let find = |(node, name): (String, String)| Ok((find(service, &node)?, name));
+    let sources = sources.into_iter().map(find).collect::<Result<Vec<_>, CommandError>>()?;
     let change = async move |node: &Arc<Node>| node.merge_bitmaps(&target, &sources).await;
     Ok(when_done(service.change_bitmaps(node, change)))
 }

@@ -27,6 +27,7 @@ mod poll;
 mod session;
 mod slow;
 mod snapshots;
+mod transaction;
 
 pub use chardev::Chardev;
 pub use control::Control;

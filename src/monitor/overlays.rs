@@ -1,37 +1,31 @@
-//! The commands for external snapshots.
+//! The commands for external snapshots. Each is a transaction of one step.
 
 use super::commands::CommandError;
 use super::slow::{Later, when_done, when_explained};
-use crate::block::Node;
 use crate::options::{self, Map};
-use crate::service::{NewOverlay, Service};
+use crate::service::{NewOverlay, Service, Step};
 use serde::Deserialize;
-use std::sync::Arc;
 
 /// What is made where nobody names a format, as in QEMU.
 const FORMAT: &str = "qcow2";
 
-fn find(service: &Service, device: &str, node: &str) -> Result<Arc<Node>, CommandError> {
-    // There are no devices, so that only the second can be one's name.
-    service.graph().find(node).map_err(|_| {
-        let (device, node) = (device.escape_debug(), node.escape_debug());
-        CommandError::new(format!("Cannot find device='{device}' nor node-name='{node}'"))
-    })
-}
-
-pub fn snapshot(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub(super) fn parse_snapshot(arguments: Map) -> Result<Step, options::Error> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
         node: String,
         overlay: String,
     }
-    let Arguments { node, overlay } = options::from_map(arguments)?;
-    let base = find(service, &node, &node)?;
-    Ok(when_done(service.put_over(&base, overlay)))
+    let Arguments { node: base, overlay } = options::from_map(arguments)?;
+    Ok(Step::PutOver { base, overlay })
 }
 
-pub fn snapshot_sync(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub fn snapshot(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let step = parse_snapshot(arguments)?;
+    Ok(when_done(service.transaction(vec![step])))
+}
+
+pub(super) fn parse_snapshot_sync(arguments: Map) -> Result<Step, options::Error> {
     #[derive(Default, Deserialize)]
     #[serde(rename_all = "kebab-case")]
     enum Mode {
@@ -52,20 +46,18 @@ pub fn snapshot_sync(service: &mut Service, arguments: Map) -> Result<Later, Com
         #[serde(default)]
         mode: Mode,
     }
-    let given = arguments.clone();
     let Arguments { device, node_name, snapshot_file, snapshot_node_name, format, mode } =
         options::from_map(arguments)?;
-    let base = find(service, &device, &node_name)?;
-    let name =
-        snapshot_node_name.ok_or_else(|| CommandError::new("New overlay node-name missing"))?;
-    if service.graph().find(&name).is_ok() {
-        return Err(CommandError::new("New overlay node-name already in use"));
-    }
     let new = NewOverlay {
-        name,
+        name: snapshot_node_name,
         filename: snapshot_file,
         format: format.unwrap_or_else(|| FORMAT.to_owned()),
         exists: matches!(mode, Mode::Existing),
     };
-    Ok(when_explained(service.add_over(&base, new), given))
+    Ok(Step::AddOver { device, base: node_name, new })
+}
+
+pub fn snapshot_sync(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let step = parse_snapshot_sync(arguments.clone())?;
+    Ok(when_explained(service.transaction(vec![step]), arguments))
 }

@@ -6,6 +6,7 @@ use super::commands::{CommandError, Outcome, done};
 use super::nodes;
 use super::overlays;
 use super::snapshots;
+use super::transaction;
 use crate::block::Error;
 use crate::io::Errno;
 use crate::options::{self, Map, Value};
@@ -38,6 +39,7 @@ pub const COMMANDS: &[(&str, Begin)] = &[
     ("blockdev-snapshot-sync", overlays::snapshot_sync),
     ("query-blockstats", nodes::query_blockstats),
     ("query-named-block-nodes", nodes::query_named_block_nodes),
+    ("transaction", transaction::transaction),
     ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
 ];
 

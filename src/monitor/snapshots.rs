@@ -8,18 +8,32 @@ use crate::service::Service;
 use serde::Deserialize;
 use std::sync::Arc;
 
-pub fn create(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        device: String,
-        name: String,
-    }
-    let Arguments { device, name } = options::from_map(arguments)?;
+/// A device and the name of its snapshot to be.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Create {
+    device: String,
+    name: String,
+}
+
+pub(super) fn parse_create(arguments: Map) -> Result<Create, options::Error> {
+    options::from_map(arguments)
+}
+
+/// The node that is meant.
+pub(super) fn find(
+    service: &Service,
+    Create { device, name }: Create,
+) -> Result<(Arc<Node>, String), CommandError> {
     let node = root(service, &device)?;
     if node.is_read_only() {
         return Err(CommandError::new(format!("Device '{}' is read only", node.name())));
     }
+    Ok((node, name))
+}
+
+pub fn create(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+    let (node, name) = find(service, parse_create(arguments)?)?;
     Ok(when_done(service.create_snapshot(&node, name)))
 }
 

@@ -12,14 +12,7 @@ impl Service {
         let (graph, node) = (self.graph.clone(), node.clone());
         Pending::start(&self.control, move || async move {
             let work = async |snapshots: &dyn Snapshots| make(snapshots, &node, &name).await;
-            match graph.with_snapshots(&node, work).await {
-                Some(result) => result,
-                None => Err(Error::new(format!(
-                    "Block format '{}' used by device '{}' does not support internal snapshots",
-                    node.driver().name(),
-                    node.name()
-                ))),
-            }
+            graph.with_snapshots(&node, work).await.unwrap_or_else(|| Err(unsupported(&node)))
         })
     }
 
@@ -43,12 +36,19 @@ impl Service {
     }
 }
 
+pub(super) fn unsupported(node: &Node) -> Error {
+    let (driver, name) = (node.driver().name(), node.name());
+    Error::new(format!(
+        "Block format '{driver}' used by device '{name}' does not support internal snapshots"
+    ))
+}
+
 fn no_list(error: Error) -> Error {
     let errno = error.errno().unwrap_or(Errno::EIO);
     Error::os("Failed to get a snapshot list", errno)
 }
 
-async fn make(snapshots: &dyn Snapshots, node: &Node, name: &str) -> Result<(), Error> {
+pub(super) async fn make(snapshots: &dyn Snapshots, node: &Node, name: &str) -> Result<(), Error> {
     if name.is_empty() {
         return Err(Error::new("Name is empty"));
     }
@@ -66,7 +66,7 @@ async fn make(snapshots: &dyn Snapshots, node: &Node, name: &str) -> Result<(), 
     })
 }
 
-async fn delete(
+pub(super) async fn delete(
     snapshots: &dyn Snapshots,
     node: &Node,
     id: Option<&str>,

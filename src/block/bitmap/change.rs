@@ -93,8 +93,7 @@ impl Node {
     /// # Errors
     /// In QEMU's words.
     pub async fn remove_bitmap(&self, name: &str) -> Result<(), Error> {
-        let bitmap = self.bitmaps().find(name)?;
-        bitmap.check(Allowed { inconsistent: true, ..Allowed::default() })?;
+        let bitmap = self.check_bitmap_removal(name)?;
         if let Some(store) = self.driver().bitmap_store()
             && bitmap.flags().persistent
         {
@@ -102,6 +101,16 @@ impl Node {
         }
         self.bitmaps().remove(&bitmap, &self.members());
         Ok(())
+    }
+
+    /// The bitmap of this name, if it may be removed.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn check_bitmap_removal(&self, name: &str) -> Result<Arc<Bitmap>, Error> {
+        let bitmap = self.bitmaps().find(name)?;
+        bitmap.check(Allowed { inconsistent: true, ..Allowed::default() })?;
+        Ok(bitmap)
     }
 
     /// Forgets what a bitmap has recorded.

@@ -65,8 +65,16 @@ impl Drop for Drained<'_> {
 impl Graph {
     /// Pauses everyone whose requests reach `node`.
     pub async fn drain(&self, node: &Arc<Node>) -> Result<Drained<'_>, Error> {
+        self.drain_all(std::slice::from_ref(node)).await
+    }
+
+    /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of them.
+    pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained<'_>, Error> {
         let turn = self.turn().await;
-        let users = self.users_above(node)?;
+        let mut users = Vec::new();
+        for node in nodes {
+            users.extend(self.users_above(node)?);
+        }
         let mut drained = Drained { users: Vec::with_capacity(users.len()), _turn: turn };
         for user in users {
             drained.users.push(user.clone());
@@ -164,7 +172,17 @@ impl Graph {
         node: &Arc<Node>,
         work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
     ) -> Option<Result<T, Error>> {
-        let _turn = self.turn().await;
+        let turn = self.turn().await;
+        self.with_snapshots_now(&Drained { users: Vec::new(), _turn: turn }, node, work).await
+    }
+
+    /// [`Graph::with_snapshots`] for whoever has drained the graph.
+    pub async fn with_snapshots_now<T>(
+        &self,
+        _: &Drained<'_>,
+        node: &Arc<Node>,
+        work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
+    ) -> Option<Result<T, Error>> {
         let mut node = node.clone();
         loop {
             if let Some(snapshots) = node.driver().image().and_then(|image| image.snapshots()) {

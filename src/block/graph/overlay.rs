@@ -16,15 +16,28 @@ use std::sync::Arc;
 /// The option that names the node below an overlay, and the role of that node.
 const BACKING: &str = "backing";
 
+/// An overlay that has taken over, for as long as its users are paused: it is kept ([`Graph::keep`]) or taken
+/// back ([`Graph::take_back`]).
+pub struct Over {
+    base: Arc<Node>,
+    overlay: Arc<Node>,
+    /// The options that it had before, if it was there.
+    asked: Option<Map>,
+}
+
 impl Graph {
-    /// Puts a node that was opened by name without backing file, and that nobody uses, over `base`. It is
-    /// opened anew, with `base` below it.
+    /// Puts a node that was opened by name without backing file, and that nobody uses, over `base`, whose users
+    /// are paused and have it from then on. It is opened anew, with `base` below it.
     ///
     /// # Errors
     /// In QEMU's words: one of the two does not suit, or cannot be had; the users have `base` then, as
     /// before.
-    pub async fn put_over(&self, base: &Arc<Node>, overlay: &str) -> Result<(), Error> {
-        let drained = self.drain(base).await?;
+    pub async fn put_over(
+        &self,
+        drained: &Drained<'_>,
+        base: &Arc<Node>,
+        overlay: &str,
+    ) -> Result<Over, Error> {
         let asked = {
             let state = self.0.state.lock();
             state.check_base(base)?;
@@ -34,43 +47,75 @@ impl Graph {
         self.forget(overlay).await;
         let mut options = asked.clone();
         options.insert(BACKING, base.name());
-        let mut result = self.open_top(options).await;
-        if let Ok(node) = &result
-            && let Err(error) = self.take_over(&drained, base, node).await
-        {
-            self.forget(overlay).await;
-            result = Err(error);
-        }
-        if result.is_err()
-            && let Err(error) = self.open_top(asked).await
-        {
-            log::error!("{overlay}: opening it again without '{}': {error}", base.name());
-        }
-        self.close_unused().await;
-        result.map(drop)
-    }
-
-    /// Opens a node over `base`, which stays as long as the users of `base`, who have it from then on.
-    /// `options` gives its options, with `base` as what is below it, once it is known that there can be one.
-    ///
-    /// # Errors
-    /// As [`Graph::put_over`], or what `options` says; nothing has changed then.
-    pub async fn open_over(
-        &self,
-        base: &Arc<Node>,
-        options: impl AsyncFnOnce() -> Result<Map, Error>,
-    ) -> Result<(), Error> {
-        self.0.state.lock().check_base(base)?;
-        let options = options().await?;
-        let drained = self.drain(base).await?;
-        self.0.state.lock().check_base(base)?;
-        flush(base).await?;
-        let result = match self.open_node(options, String::new(), None, 1).await {
-            Ok(node) => self.take_over(&drained, base, &node).await,
+        let result = match self.open_top(options).await {
+            Ok(node) => self.take_over(drained, base, &node).await.map(|()| node),
             Err(error) => Err(error),
         };
+        match result {
+            Ok(node) => Ok(Over { base: base.clone(), overlay: node, asked: Some(asked) }),
+            Err(error) => {
+                self.open_as_before(overlay, asked).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens a node over `base`, whose users are paused and have it from then on, and keep it open. The options
+    /// have `base` as what is below it.
+    ///
+    /// # Errors
+    /// As [`Graph::put_over`]; nothing has changed then.
+    pub async fn open_over(
+        &self,
+        drained: &Drained<'_>,
+        base: &Arc<Node>,
+        options: Map,
+    ) -> Result<Over, Error> {
+        self.check_base(base)?;
+        flush(base).await?;
+        let node = self.open_node(options, String::new(), None, 1).await?;
+        self.take_over(drained, base, &node).await?;
+        Ok(Over { base: base.clone(), overlay: node, asked: None })
+    }
+
+    /// Whether a node can come to lie below an overlay.
+    ///
+    /// # Errors
+    /// In QEMU's words, if it cannot.
+    pub fn check_base(&self, base: &Arc<Node>) -> Result<(), Error> {
+        self.0.state.lock().check_base(base)
+    }
+
+    /// Gives the users of an overlay, to which nothing was written, what they had before.
+    pub async fn take_back(&self, drained: &Drained<'_>, over: Over) {
+        let Over { base, overlay, asked } = over;
+        if let Err(error) = self.take_over(drained, &overlay, &base).await {
+            return log::error!("{}: going back to '{}': {error}", overlay.name(), base.name());
+        }
+        let name = overlay.name().to_owned();
+        drop(overlay);
+        match asked {
+            Some(asked) => self.open_as_before(&name, asked).await,
+            None => self.close_unused().await,
+        }
+    }
+
+    /// Ends a change in which overlays have taken over, or were to. What lies below those that stay is finished.
+    pub async fn keep(&self, _: &Drained<'_>, overlays: Vec<Over>) {
+        for over in &overlays {
+            self.freeze(&over.base).await;
+        }
+        drop(overlays);
+        release_locks(&mut self.0.state.lock());
         self.close_unused().await;
-        result
+    }
+
+    /// Closes a node, and opens one of its name with these options.
+    async fn open_as_before(&self, name: &str, asked: Map) {
+        self.forget(name).await;
+        if let Err(error) = self.open_top(asked).await {
+            log::error!("{name}: opening it as it was: {error}");
+        }
     }
 
     /// Closes a node that was opened by name.
@@ -81,22 +126,23 @@ impl Graph {
         self.close_unused().await;
     }
 
-    /// Turns everyone who uses `base` to the node that stands on it.
+    /// Turns everyone who uses a node to another, of which the one stands on the other. What they give up stays
+    /// locked.
     async fn take_over(
         &self,
         drained: &Drained<'_>,
-        base: &Arc<Node>,
-        overlay: &Arc<Node>,
+        old: &Arc<Node>,
+        new: &Arc<Node>,
     ) -> Result<(), Error> {
         // Whoever may have fast requests through the one has them through the other from now on.
-        base.members().iter().for_each(|member| overlay.add_member(member));
+        old.members().iter().for_each(|member| new.add_member(member));
         let (parents, users) = {
             let mut state = self.0.state.lock();
-            let mut above = state.directly_above(base)?;
-            above.0.retain(|(parent, _)| !Arc::ptr_eq(parent, overlay));
-            let (from, to) = (state.id(base)?, state.id(overlay)?);
+            let mut above = state.directly_above(old)?;
+            above.0.retain(|(parent, _)| !Arc::ptr_eq(parent, new));
+            let (from, to) = (state.id(old)?, state.id(new)?);
             if !above.0.is_empty() {
-                check_traits(base, overlay)?;
+                check_traits(old, new)?;
             }
             let mut plan = Plan::new(&mut state);
             plan.move_uses(from, to);
@@ -105,21 +151,19 @@ impl Graph {
         };
         let mut replaced = Vec::new();
         for (parent, child) in parents {
-            replaced.push(parent.driver().children()[child].replace(overlay.clone()));
+            replaced.push(parent.driver().children()[child].replace(new.clone()));
         }
         for user in users {
-            user.moved(overlay).await;
+            user.moved(new).await;
         }
-        if base.len() != overlay.len() {
+        if old.len() != new.len() {
             drained.users().for_each(|user| user.resized());
         }
         // Again, for those who came meanwhile and found the old node.
-        let members = base.members();
-        members.iter().for_each(|member| overlay.add_member(member));
+        let members = old.members();
+        members.iter().for_each(|member| new.add_member(member));
         epoch::synchronize(&members).await;
         drop(replaced);
-        self.freeze(base).await;
-        release_locks(&mut self.0.state.lock());
         Ok(())
     }
 

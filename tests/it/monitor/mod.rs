@@ -13,6 +13,7 @@ mod resize;
 pub mod slow;
 mod snapshots;
 mod threshold;
+mod transaction;
 
 use crate::vhost_user::Daemon;
 pub use client::Client;

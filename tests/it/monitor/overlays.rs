@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vublk_testkit::spec::feature;
 use vublk_testkit::{MemoryLayout, Options};
 
-const OURS: &[&str] = &[env!("CARGO_BIN_EXE_vublk"), "daemon"];
-const THEIRS: &[&str] = &["qemu-storage-daemon"];
+pub const OURS: &[&str] = &[env!("CARGO_BIN_EXE_vublk"), "daemon"];
+pub const THEIRS: &[&str] = &["qemu-storage-daemon"];
 const SIZE: u64 = 8 << 20;
 
-fn tool(dir: &Path, program: &str, arguments: &[&str]) -> String {
+pub fn tool(dir: &Path, program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).current_dir(dir).output().unwrap();
     let (out, err) = (output.stdout, String::from_utf8_lossy(&output.stderr).into_owned());
     assert!(output.status.success(), "{program} {arguments:?}: {err}");
@@ -26,7 +26,7 @@ fn create(dir: &Path, name: &str, more: &[&str]) {
 }
 
 /// A daemon with `more` in its command line, in a folder with images of 8 MiB.
-fn start(program: &[&str], more: &[&str]) -> Daemon {
+pub fn start(program: &[&str], more: &[&str]) -> Daemon {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let at = dir.path();
     for name in ["q.qcow2", "o.qcow2", "p.qcow2", "x.qcow2"] {
@@ -38,14 +38,14 @@ fn start(program: &[&str], more: &[&str]) -> Daemon {
     Daemon::start_in(dir, program, &[&MONITOR[..], more].concat())
 }
 
-fn node(daemon: &Daemon, name: &str, driver: &str, file: &str, more: Value) -> Value {
+pub fn node(daemon: &Daemon, name: &str, driver: &str, file: &str, more: Value) -> Value {
     let file = json!({"driver": "file", "filename": daemon.path(file)});
     let mut all = json!({"driver": driver, "node-name": name, "file": file});
     all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     all
 }
 
-fn export(daemon: &Daemon, id: &str, node: &str) -> Value {
+pub fn export(daemon: &Daemon, id: &str, node: &str) -> Value {
     let path = daemon.path(&format!("{id}.sock"));
     json!({"type": "vhost-user-blk", "id": id, "node-name": node, "writable": true, "num-queues": 2,
            "addr": {"type": "unix", "path": path}})

@@ -1,0 +1,264 @@
+//! Changes that are made together or not at all, at one moment of all disks that they are about.
+//!
+//! The rule held here: everyone who uses one of the disks is paused from before the first step until all are
+//! made or taken back, the last one first. What cannot be taken back, the removal of a bitmap, is done last.
+
+use super::overlays::{NewOverlay, prepare};
+use super::{Pending, Service, snapshots};
+use crate::block::graph::{Drained, Graph, Over};
+use crate::block::{Bitmap, Error, NewBitmap, Node, Snapshots};
+use crate::options::Map;
+use std::sync::Arc;
+
+/// One of the changes.
+pub enum Step {
+    Abort,
+    AddBitmap {
+        node: String,
+        new: NewBitmap,
+    },
+    RemoveBitmap {
+        node: String,
+        name: String,
+    },
+    ClearBitmap {
+        node: String,
+        name: String,
+    },
+    EnableBitmap {
+        node: String,
+        name: String,
+        enable: bool,
+    },
+    /// From pairs of a node and a bitmap.
+    MergeBitmaps {
+        node: String,
+        target: String,
+        sources: Vec<(String, String)>,
+    },
+    /// An internal snapshot.
+    Snapshot {
+        node: Arc<Node>,
+        name: String,
+    },
+    /// An external one, with a node that is open.
+    PutOver {
+        base: String,
+        overlay: String,
+    },
+    /// With a new node. `device` is what the base may be called besides.
+    AddOver {
+        device: String,
+        base: String,
+        new: NewOverlay,
+    },
+}
+
+/// How a step is taken back.
+enum Undo {
+    AddBitmap(Arc<Node>, String),
+    RemoveBitmap(Arc<Node>, Arc<Bitmap>),
+    Bits(Arc<Bitmap>, Vec<u64>),
+    EnableBitmap(Arc<Node>, String, bool),
+    Snapshot(Arc<Node>, String),
+    Over(Over),
+}
+
+impl Service {
+    /// Makes all of the changes, or none.
+    pub fn transaction(&self, steps: Vec<Step>) -> Pending<Result<(), Error>> {
+        let graph = self.graph.clone();
+        Pending::start(&self.control, move || async move { run(&graph, steps).await })
+    }
+}
+
+async fn run(graph: &Graph, steps: Vec<Step>) -> Result<(), Error> {
+    // Guests need not wait for files that are made.
+    let mut prepared = Vec::with_capacity(steps.len());
+    for step in &steps {
+        prepared.push(step.prepare(graph).await?);
+    }
+    let nodes: Vec<_> = steps.iter().filter_map(|step| step.node(graph)).collect();
+    let drained = graph.drain_all(&nodes).await?;
+    let mut done = Vec::new();
+    let mut result = Ok(());
+    for (step, options) in steps.into_iter().zip(prepared) {
+        match step.make(graph, &drained, options).await {
+            Ok(undo) => done.extend(undo),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
+    }
+    let mut overlays = Vec::new();
+    match result {
+        Ok(()) => {
+            for undo in done {
+                match undo {
+                    Undo::Over(over) => overlays.push(over),
+                    Undo::RemoveBitmap(node, bitmap) => {
+                        bitmap.set_busy(false);
+                        let removed = node.remove_bitmap(bitmap.name()).await;
+                        result = result.and(removed);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Err(_) => {
+            for undo in done.into_iter().rev() {
+                undo.run(graph, &drained).await;
+            }
+        }
+    }
+    graph.keep(&drained, overlays).await;
+    drop(drained);
+    for node in nodes {
+        node.settle_bitmaps().await;
+    }
+    result
+}
+
+impl Step {
+    /// The name of the node that it is about.
+    fn name(&self) -> Option<&str> {
+        match self {
+            Step::Abort => None,
+            Step::Snapshot { node, .. } => Some(node.name()),
+            Step::PutOver { base: node, .. } | Step::AddOver { base: node, .. } => Some(node),
+            Step::AddBitmap { node, .. }
+            | Step::RemoveBitmap { node, .. }
+            | Step::ClearBitmap { node, .. }
+            | Step::EnableBitmap { node, .. }
+            | Step::MergeBitmaps { node, .. } => Some(node),
+        }
+    }
+
+    /// That node, if it is there by now.
+    fn node(&self, graph: &Graph) -> Option<Arc<Node>> {
+        graph.find(self.name()?).ok()
+    }
+
+    /// The options of a new overlay, whose file is made, if what it stands on is there by now.
+    async fn prepare(&self, graph: &Graph) -> Result<Option<Map>, Error> {
+        match (self, self.node(graph)) {
+            (Step::AddOver { new, .. }, Some(base)) => {
+                graph.check_base(&base)?;
+                prepare(graph, &base, new).await.map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Makes the change. `options` are those of a new overlay.
+    async fn make(
+        self,
+        graph: &Graph,
+        drained: &Drained<'_>,
+        options: Option<Map>,
+    ) -> Result<Option<Undo>, Error> {
+        let missing = |node: &str| Error::new(format!("Node '{}' not found", node.escape_debug()));
+        let find = |node: &str| graph.find(node).map_err(|_| missing(node));
+        Ok(Some(match self {
+            Step::Abort => return Err(Error::new("Transaction aborted using Abort action")),
+            Step::AddBitmap { node, new } => {
+                let node = graph.find(&node).map_err(|_| no_device(&node, &node))?;
+                let name = new.name.clone();
+                node.add_bitmap(new).await?;
+                Undo::AddBitmap(node, name)
+            }
+            Step::RemoveBitmap { node, name } => {
+                let node = find(&node)?;
+                let bitmap = node.check_bitmap_removal(&name)?;
+                bitmap.set_busy(true);
+                Undo::RemoveBitmap(node, bitmap)
+            }
+            Step::ClearBitmap { node, name } => {
+                let node = find(&node)?;
+                let undo = kept(&node, &name)?;
+                node.clear_bitmap(&name).await?;
+                undo
+            }
+            Step::EnableBitmap { node, name, enable } => {
+                let node = find(&node)?;
+                let was = node.bitmaps().find(&name)?.flags().recording;
+                node.enable_bitmap(&name, enable).await?;
+                if was == enable {
+                    return Ok(None);
+                }
+                Undo::EnableBitmap(node, name, was)
+            }
+            Step::MergeBitmaps { node, target, sources } => {
+                let node = find(&node)?;
+                let undo = kept(&node, &target)?;
+                let find = |(node, name): (String, String)| Ok((find(&node)?, name));
+                let sources = sources.into_iter().map(find).collect::<Result<Vec<_>, Error>>()?;
+                node.merge_bitmaps(&target, &sources).await?;
+                undo
+            }
+            Step::Snapshot { node, name } => {
+                let work = async |all: &dyn Snapshots| snapshots::make(all, &node, &name).await;
+                let made = graph.with_snapshots_now(drained, &node, work).await;
+                made.unwrap_or_else(|| Err(snapshots::unsupported(&node)))?;
+                Undo::Snapshot(node, name)
+            }
+            Step::PutOver { base, overlay } => {
+                let base = graph.find(&base).map_err(|_| no_device(&base, &base))?;
+                Undo::Over(graph.put_over(drained, &base, &overlay).await?)
+            }
+            Step::AddOver { device, base, new } => {
+                let base = graph.find(&base).map_err(|_| no_device(&device, &base))?;
+                let options = match options {
+                    Some(options) => options,
+                    None => prepare(graph, &base, &new).await?,
+                };
+                Undo::Over(graph.open_over(drained, &base, options).await?)
+            }
+        }))
+    }
+}
+
+fn no_device(device: &str, node: &str) -> Error {
+    let (device, node) = (device.escape_debug(), node.escape_debug());
+    Error::new(format!("Cannot find device='{device}' nor node-name='{node}'"))
+}
+
+/// What puts back what a bitmap holds now.
+fn kept(node: &Node, name: &str) -> Result<Undo, Error> {
+    let bitmap = node.bitmaps().find(name)?;
+    let words = bitmap.bits().words().collect();
+    Ok(Undo::Bits(bitmap, words))
+}
+
+impl Undo {
+    async fn run(self, graph: &Graph, drained: &Drained<'_>) {
+        let result = match self {
+            Undo::AddBitmap(node, name) => node.remove_bitmap(&name).await,
+            Undo::RemoveBitmap(_, bitmap) => {
+                bitmap.set_busy(false);
+                Ok(())
+            }
+            Undo::Bits(bitmap, words) => {
+                let bits = bitmap.bits();
+                bits.clear();
+                bits.set_words(0, words.into_iter());
+                Ok(())
+            }
+            Undo::EnableBitmap(node, name, was) => node.enable_bitmap(&name, was).await,
+            Undo::Snapshot(node, name) => {
+                let work = async |all: &dyn Snapshots| {
+                    snapshots::delete(all, &node, None, Some(&name)).await.map(drop)
+                };
+                graph.with_snapshots_now(drained, &node, work).await.unwrap_or(Ok(()))
+            }
+            Undo::Over(over) => {
+                graph.take_back(drained, over).await;
+                Ok(())
+            }
+        };
+        if let Err(error) = result {
+            log::error!("taking a step of a transaction back: {error}");
+        }
+    }
+}
