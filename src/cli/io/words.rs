@@ -110,17 +110,15 @@ pub fn human(bytes: f64) -> String {
     for (index, unit) in units.into_iter().enumerate() {
         let scale = (1u64 << (10 * (units.len() - index))) as f64;
         if bytes >= scale {
-            return with_fraction(bytes / scale, 3, unit);
+            let number = format!("{:.3}", bytes / scale);
+            // Also of what is rounded to it.
+            let number = number.strip_suffix(".000").unwrap_or(&number);
+            return format!("{number} {unit}");
         }
     }
-    with_fraction(bytes, 6, "bytes")
-}
-
-/// A whole number as it is, others with so many decimals.
-fn with_fraction(number: f64, decimals: usize, unit: &str) -> String {
-    match number.fract() == 0.0 {
-        true => format!("{number:.0} {unit}"),
-        false => format!("{number:.decimals$} {unit}"),
+    match bytes.fract() == 0.0 {
+        true => format!("{bytes:.0} bytes"),
+        false => format!("{bytes:.6} bytes"),
     }
 }
 
@@ -137,6 +135,8 @@ mod tests {
             (3584.0, "3.500 KiB"),
             (1124.0, "1.098 KiB"),
             (1048576.0, "1 MiB"),
+            (8388096.0, "8 MiB"),
+            (1099511627264.0, "1024 GiB"),
             (0.157185, "0.157185 bytes"),
         ] {
             assert_eq!(human(bytes), wanted);

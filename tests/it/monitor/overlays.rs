@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use vublk_testkit::spec::feature;
+use vublk_testkit::spec::{feature, protocol};
 use vublk_testkit::{MemoryLayout, Options};
 
 pub const OURS: &[&str] = &[env!("CARGO_BIN_EXE_vublk"), "daemon"];
@@ -210,6 +210,26 @@ fn what_was_written_before_a_snapshot_is_in_the_base_and_what_comes_after_it_in_
         assert!(std::fs::read(dir.join("after.raw")).unwrap()[..now.len()] == now);
         assert!(tool(&dir, "qemu-img", &["check", "s.qcow2"]).contains("No errors"));
     }
+}
+
+/// The files that the rings of a daemon keep open, whatever becomes of the process.
+fn kept_by_rings(daemon: &Daemon) -> String {
+    let infos = std::fs::read_dir(format!("/proc/{}/fdinfo", daemon.server.pid())).unwrap();
+    let infos = infos.map(|info| std::fs::read_to_string(info.unwrap().path()).unwrap_or_default());
+    infos.filter_map(|info| Some(info.split_once("UserFiles")?.1.to_owned())).collect()
+}
+
+#[test]
+fn rings_that_track_their_requests_keep_the_locks_of_the_overlay() {
+    let (daemon, mut client) = serving("qcow2", "q.qcow2");
+    let protocol = protocol::DEFAULT | protocol::INFLIGHT_SHMFD;
+    let mut disk = daemon.open(&Options { protocol, ..Options::default() });
+    assert!(disk.inflight().is_some());
+    disk.write(0, &pattern(4096, 1)).unwrap();
+    assert!(kept_by_rings(&daemon).contains("/q.qcow2"));
+    client.run("blockdev-snapshot-sync", snapshot(&daemon, "q", "s.qcow2", "s"));
+    assert!(kept_by_rings(&daemon).contains("/s.qcow2"));
+    disk.write(0, &pattern(4096, 2)).unwrap();
 }
 
 #[test]
