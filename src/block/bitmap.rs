@@ -262,6 +262,13 @@ impl Bitmaps {
         self.record_in(&list, members);
     }
 
+    /// Nothing is written to the image any more: those that it keeps may not change.
+    pub(super) fn keep_stored(&self, members: &[Arc<Member>]) {
+        for bitmap in self.all() {
+            self.change(&bitmap, members, |flags| flags.read_only |= flags.persistent);
+        }
+    }
+
     /// Makes all of them as long as the disk is now, in bytes. What grows has nothing set there.
     pub fn resize(&self, len: u64, members: &[Arc<Member>]) {
         let list = self.list.lock();

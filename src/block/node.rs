@@ -167,6 +167,8 @@ impl Node {
     /// For the graph, which has seen to it that nobody writes.
     pub(super) fn set_frozen(&self) {
         self.frozen.store(true, Ordering::Relaxed);
+        // What the image keeps is as it was stored.
+        self.bitmaps.keep_stored(&self.members());
     }
 
     /// The disk's length as its users see it: in bytes, a multiple of [`SECTOR`]. What lies between

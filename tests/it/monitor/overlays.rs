@@ -179,6 +179,10 @@ fn what_was_written_before_a_snapshot_is_in_the_base_and_what_comes_after_it_in_
             let bitmaps = &info["format-specific"]["data"]["bitmaps"];
             assert_eq!(bitmaps[0]["flags"], json!(["auto"]), "{info}");
             assert_eq!(info["dirty-flag"], json!(false));
+            let bitmap = json!({"node": "q", "name": "b0"});
+            let refused = client.refusal("block-dirty-bitmap-clear", bitmap.clone());
+            assert_eq!(refused, "Bitmap 'b0' is readonly and cannot be modified");
+            client.run("block-dirty-bitmap-disable", bitmap);
         }
         let told = client.run("query-named-block-nodes", json!({"flat": true}));
         let base = told.as_array().unwrap().iter().find(|one| one["node-name"] == "q").unwrap();
