@@ -147,6 +147,11 @@ impl Creation {
         let format = registry.get(format).ok_or_else(|| unknown("file format", format))?;
         let driver = file.take_required_str("driver")?;
         let protocol = registry.get(&driver).ok_or_else(|| unknown("protocol", &driver))?;
+        if protocol.kind == Kind::Format {
+            // `json:` can name one: it would make its own file, and that one its own.
+            let prefix = filename::split_protocol(filename).map_or(&*driver, |(prefix, _)| prefix);
+            return Err(unknown("protocol", prefix));
+        }
         let known = create_options(format, Some(protocol))?;
         if let Some(size) = size
             && given.insert("size", Value::Text(size.to_string())).is_some()
@@ -360,6 +365,10 @@ mod tests {
         }
     }
 
+    const fn protocol(name: &'static str, create: Option<&'static CreateEntry>) -> DriverEntry {
+        DriverEntry { kind: Kind::Protocol, ..entry(name, create) }
+    }
+
     static FMT: DriverEntry = entry(
         "fmt",
         Some(&CreateEntry {
@@ -373,7 +382,7 @@ mod tests {
             amend: &[],
         }),
     );
-    static STORE: DriverEntry = entry(
+    static STORE: DriverEntry = protocol(
         "store",
         Some(&CreateEntry {
             options: &[
@@ -391,7 +400,7 @@ mod tests {
             amend: &[],
         }),
     );
-    static FIXED: DriverEntry = entry("fixed", None);
+    static FIXED: DriverEntry = protocol("fixed", None);
 
     fn creation(
         format: &str,
@@ -423,6 +432,8 @@ mod tests {
         for (format, driver, options, size, wanted) in [
             ("nope", "store", "", Some(1), "Unknown file format 'nope'"),
             ("fmt", "nope", "", Some(1), "Unknown protocol 'nope'"),
+            // A format in its own file, and so on.
+            ("fmt", "fmt", "", Some(1), "Unknown protocol 'fmt'"),
             (
                 "fixed",
                 "store",

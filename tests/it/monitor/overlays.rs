@@ -120,6 +120,11 @@ fn external_snapshots_are_made_with_qemus_replies() {
         Box::new(sync("p", "s", "s", json!({"format": "raw"}))),
         Box::new(sync("p", "s", "s", json!({"mode": "foo"}))),
         Box::new(sync("p", "no/s", "s", none.clone())),
+        Box::new(plain(
+            "blockdev-snapshot-sync",
+            json!({"node-name": "p", "snapshot-node-name": "s",
+                   "snapshot-file": r#"json:{"driver":"raw","file.driver":"null-co"}"#}),
+        )),
         Box::new(sync("p", "no", "s", json!({"mode": "existing"}))),
         Box::new(sync("p", "a.img", "s", json!({"mode": "existing"}))),
         Box::new(sync("q", "s", "s", none.clone())),

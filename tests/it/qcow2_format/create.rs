@@ -164,6 +164,8 @@ fn what_cannot_be_made_is_refused_in_qemu_imgs_words() {
         &["a.qcow2"],
         &["no/a.qcow2", "1M"],
         &["-o", "nonsense=1", "a.qcow2", "1M"],
+        &[r#"json:{"driver":"qcow2","file.filename":"a.qcow2","file.driver":"file"}"#, "1M"],
+        &[r#"json:{"driver":"raw","file.filename":"a.qcow2","file.driver":"file"}"#, "1M"],
     ] {
         let told = pair.create(options);
         assert_eq!(told.code, Some(1), "{options:?}: {told:?}");
