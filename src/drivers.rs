@@ -22,10 +22,6 @@ pub fn creation(
     options: Map,
     size: Option<u64>,
 ) -> Result<Creation, Error> {
-    // A name that no file can have is told by who would make the file.
-    let file = match name.is_empty() {
-        true => Map::from_iter([("driver", "file"), ("filename", "")]),
-        false => registry().file_options(name)?,
-    };
+    let file = registry().new_file(name)?;
     Creation::new(registry(), format, (name, file), options, size)
 }

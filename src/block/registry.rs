@@ -138,6 +138,17 @@ impl Registry {
         Ok(filename::parse(name, device, protocol)?)
     }
 
+    /// As [`Registry::file_options`], of a file that is to be made. `json:` describes what there is: making a file
+    /// by it could empty the file of another image.
+    pub fn new_file(&self, name: &str) -> Result<Map, Error> {
+        match name {
+            // A name that no file can have is told by who would make the file.
+            "" => Ok(Map::from_iter([("driver", "file"), ("filename", "")])),
+            name if name.starts_with("json:") => Err(Error::new("Unknown protocol 'json'")),
+            name => self.file_options(name),
+        }
+    }
+
     /// The driver of the protocol node for a path, whatever it looks like.
     pub fn driver_of_path(&self, path: &str) -> &'static str {
         let is = |entry: &DriverEntry| entry.is_device.is_some_and(|is| is(path));

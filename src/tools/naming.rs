@@ -25,12 +25,25 @@ pub fn filename(registry: &Registry, name: &str, format: Option<&str>) -> Result
         // `null-co://` says all that there is to say.
         options.take("filename");
     }
-    if name.starts_with("json:") && format.is_none() {
+    if name.starts_with("json:") {
+        if let Some(format) = format {
+            // The options are those of the format's node, whatever driver they say.
+            let entry = registry.get(format);
+            let entry = entry.ok_or_else(|| Error::new(format!("Unknown driver '{format}'")))?;
+            if entry.kind != Kind::Protocol && !options.contains("file") {
+                return Err(Error::new("A block device must be specified for \"file\""));
+            }
+            options.insert("driver", Value::Text(format.to_owned()));
+        }
         let mut named = described(registry, options)?;
         // With the types that the user gave.
         let typed = name.strip_prefix("json:").map(json::parse_object);
         if let (Some(shown), Some(Ok(typed))) = (&mut named.shown, typed) {
-            *shown = json_name(&complete(registry, typed.crumple()?)).unwrap_or_default();
+            let mut typed = typed.crumple()?;
+            if let Some(format) = format {
+                typed.insert("driver", format);
+            }
+            *shown = json_name(&complete(registry, typed)).unwrap_or_default();
         }
         return Ok(named);
     }

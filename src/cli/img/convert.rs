@@ -284,7 +284,8 @@ async fn open_target(
         let format = format.unwrap_or("raw");
         let driver = registry.get(format);
         let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
-        let protocol = protocol_of(name)?;
+        let mut file = registry.new_file(name)?;
+        let protocol = file.take_required_str("driver").map_err(|e| e.to_string())?;
         let known = create_options(driver, registry.get(&protocol))?;
         let takes = |key: &str| known.iter().any(|option| option.name == key);
         for (option, key, what) in
@@ -343,16 +344,4 @@ async fn open_target(
         return Err(NOT_COMPRESSED.into());
     }
     Ok(Some(Arc::new(target)))
-}
-
-/// The protocol of a new file's name. `json:` is none that files are made by.
-fn protocol_of(name: &str) -> Result<String, Failed> {
-    if name.starts_with("json:") {
-        return Err("Unknown protocol 'json'".into());
-    }
-    if name.is_empty() {
-        return Ok("file".into());
-    }
-    let mut file = drivers::registry().file_options(name)?;
-    Ok(file.take_required_str("driver").map_err(|e| e.to_string())?)
 }

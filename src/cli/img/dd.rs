@@ -84,7 +84,7 @@ async fn copy_to_new(
     let registry = drivers::registry();
     let format = line.get("O").unwrap_or("raw");
     let driver = registry.get(format).ok_or("Unknown file format")?;
-    let mut file = registry.file_options(asked.output)?;
+    let mut file = registry.new_file(asked.output)?;
     let protocol = file.take_required_str("driver").map_err(|e| e.to_string())?;
     create_options(driver, registry.get(&protocol))?;
     // Counted from the input's start, what is skipped included.

@@ -11,7 +11,7 @@ pub fn print(context: &Context, format: &str, filename: Option<&str>) -> Result<
     let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
     let protocol = match filename {
         Some(name) => {
-            let mut file = registry.file_options(name)?;
+            let mut file = registry.new_file(name)?;
             registry.get(&file.take_required_str("driver").map_err(|e| e.to_string())?)
         }
         None => None,

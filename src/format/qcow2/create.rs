@@ -419,7 +419,7 @@ async fn check_data_file(creation: &Creation, name: &str, size: u64) -> Result<(
 /// The raw file of the disk's bytes, from whatever protocol its name says.
 async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<(), Error> {
     check_apart(creation, name)?;
-    let mut file = creation.registry().file_options(name)?;
+    let mut file = creation.registry().new_file(name)?;
     let driver = file.take_required_str("driver")?;
     let entry = creation.registry().get(&driver).and_then(|entry| entry.create);
     let entry = entry.ok_or_else(|| {

@@ -94,3 +94,36 @@ fn an_option_of_an_image_may_stand_beside_its_single_kinds() {
     .map(info);
     assert_same(PREPARE, &lines.each_ref().map(String::as_str));
 }
+
+#[test]
+fn nothing_is_made_by_a_description_of_what_there_is() {
+    let plain = r#"'json:{"driver":"file","filename":"a.raw"}'"#;
+    let format = r#"'json:{"driver":"qcow2","file":{"driver":"file","filename":"plain.qcow2"}}'"#;
+    let mut lines = Vec::new();
+    for name in [plain, format, "'json:{}'"] {
+        for line in [
+            "create -f raw NAME 1k",
+            "create -f qcow2 NAME 1M",
+            "convert b.raw NAME",
+            "convert -O qcow2 b.raw NAME",
+            "create -f raw -o help NAME",
+        ] {
+            lines.push(format!("qemu-img {}", line.replace("NAME", name)));
+        }
+        // What is given with -f is the driver of what is described.
+        for line in ["info -f raw NAME", "map -f raw NAME", "resize -f raw NAME 2M"] {
+            lines.push(format!("qemu-img {}", line.replace("NAME", name)));
+        }
+    }
+    lines.push(r#"qemu-img dd if=b.raw 'of=json:{"driver":"file","filename":"a.raw"}'"#.into());
+    assert_same_disks(PREPARE, &lines.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_data_file_is_made_by_a_name_alone() {
+    let place = Place::new(true);
+    let ended = place
+        .run(r#"qemu-img create -q -f qcow2 -o 'data_file=json:{"driver":"qcow2"}' a.qcow2 1M"#);
+    assert_eq!(ended.code, Some(1));
+    assert_eq!(ended.stderr, "qemu-img: a.qcow2: Unknown protocol 'json'\n");
+}
