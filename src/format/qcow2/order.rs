@@ -19,7 +19,8 @@
 //! * **Free**: the entry that dropped the reference is durable before the refcount is lowered, and
 //!   nothing that may still have I/O under way is reused or discarded ([`super::freed`]).
 //! * **Lazy refcounts**, if asked for: the dirty bit is durable before the first reservation, and
-//!   reservations then need not be. An image's own lazy bit alone does not make them so: reserving
+//!   reservations then need not be, unless the file becomes longer for them: a repair cannot make up for
+//!   a table past the end of the file. An image's own lazy bit alone does not make them so: reserving
 //!   many at once costs next to nothing, and leaves nothing to repair.
 //! * **Snapshots**: while references are counted anew, the dirty bit says that they may be wrong.
 //!   *Made*: the refcounts of all that the disk refers to are raised and durable, then the COPIED

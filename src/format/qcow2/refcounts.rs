@@ -202,7 +202,8 @@ impl Refcounts {
         image.check_reserved(&claim.runs).await?;
         let runs = claim.runs.iter();
         let clusters: Vec<u64> = runs.flat_map(|run| run.first..run.first + run.count).collect();
-        let result = self.count_reserved(image, &clusters).await;
+        let is_longer = claim.runs.iter().any(|run| run.is_fresh);
+        let result = self.count_reserved(image, &clusters, is_longer).await;
         if let Err(errno) = result {
             for &cluster in &clusters {
                 // They are in memory, or were not changed.
@@ -242,12 +243,19 @@ impl Refcounts {
         if image.has_lazy_refcounts { Ok(()) } else { image.file().flush().await }
     }
 
-    async fn count_reserved(&mut self, image: &Qcow2, clusters: &[u64]) -> IoResult {
+    /// `is_longer`: the file has become longer for them.
+    async fn count_reserved(
+        &mut self,
+        image: &Qcow2,
+        clusters: &[u64],
+        is_longer: bool,
+    ) -> IoResult {
         for &cluster in clusters {
             self.set(image, cluster, 1).await?;
         }
         self.write(image).await?;
-        if image.has_lazy_refcounts { Ok(()) } else { image.file().flush().await }
+        // A table past the end of the file could not be repaired.
+        if image.has_lazy_refcounts && !is_longer { Ok(()) } else { image.file().flush().await }
     }
 
     /// Free clusters from the hint on. Those from `end` on are past the end of the file, so that

@@ -4,7 +4,7 @@
 use super::images::{Images, random_commands};
 use super::judge::orderly;
 use super::read::{KINDS, cluster_size};
-use super::sim::{Image, below, disk};
+use super::sim::{Image, below, disk, image};
 use crate::disks::{seed, simulated};
 use std::path::Path;
 use vublk::block::*;
@@ -240,6 +240,34 @@ fn of_a_cluster_that_a_snapshot_shares_a_write_copies_the_subclusters_that_hold_
         let written = written.sum::<usize>();
         assert_eq!(written.div_ceil(4096), units, "{what}: {written} bytes");
     }
+}
+
+/// What a table names past the end of the file no check can repair.
+#[test]
+fn with_lazy_refcounts_too_the_file_is_durably_longer_before_a_table_is_put_there() {
+    let bytes = image(1 << 20, "cluster_size=64k,lazy_refcounts=on");
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let (l1, blocks) = (word(40), word(word(48) as usize));
+    let (file, options) = disk(&bytes, 8 << 20, |options| options.log = true);
+    let options = format!("driver=qcow2,lazy-refcounts=on{}", below("file", &options));
+    simulated(orderly(), |_| async move {
+        let image = Image::open(&options).await;
+        image.node.write(0, &IoVec::from_ref(&[7; 4096]), WriteFlags::empty()).await.unwrap();
+        image.close().await;
+    });
+    let log = file.log();
+    let first_write = |cluster: u64| {
+        let is_it = |change: &Change| match change {
+            Change::Write { offset, .. } => offset >> 16 == cluster >> 16,
+            _ => false,
+        };
+        log.changes().iter().position(is_it).expect("it is written")
+    };
+    let (counted, named) = (first_write(blocks), first_write(l1));
+    let between = &log.changes()[counted..named];
+    let is_durable =
+        |change: &Change| matches!(change, Change::Flush { covers } if *covers > counted);
+    assert!(between.iter().any(is_durable), "{between:?}");
 }
 
 /// Writes 9s to the image `a`, which may have a backing file of 7s; what became of its file.

@@ -28,9 +28,10 @@ impl Refcounts {
         let run = self.run(image, first, count);
         let claim = image.claim(vec![run]);
         image.check_reserved(&claim.runs).await?;
+        let is_longer = first + count > self.geometry.clusters(image.file().len());
         image.grow_file((first + count) << self.geometry.cluster_bits).await?;
         let clusters: Vec<u64> = (first..first + count).collect();
-        if let Err(errno) = self.count_reserved(image, &clusters).await {
+        if let Err(errno) = self.count_reserved(image, &clusters, is_longer).await {
             for cluster in clusters {
                 // They are in memory, or were not changed.
                 let _ = self.set(image, cluster, 0).await;
