@@ -1,9 +1,10 @@
 //! External snapshots of nodes in use, as QMP makes them.
 
 use crate::block::create::NewBacking;
-use crate::block::{Creation, Error, Graph, Node, Registry, name};
+use crate::block::{Child, Creation, Error, Graph, Kind, Node, Registry, name};
 use crate::options::{Map, Value, filename, json};
 use std::path::Path;
+use std::sync::Arc;
 
 /// An overlay that is to be made, or opened if its file `exists`.
 pub struct NewOverlay {
@@ -15,7 +16,11 @@ pub struct NewOverlay {
 }
 
 /// Makes the overlay's file, unless it exists. The options of its node.
-pub(super) async fn prepare(graph: &Graph, base: &Node, new: &NewOverlay) -> Result<Map, Error> {
+pub(super) async fn prepare(
+    graph: &Graph,
+    base: &Arc<Node>,
+    new: &NewOverlay,
+) -> Result<Map, Error> {
     let registry = graph.registry();
     let NewOverlay { name, filename, format, exists } = new;
     let missing = || Error::new("New overlay node-name missing");
@@ -35,6 +40,7 @@ pub(super) async fn prepare(graph: &Graph, base: &Node, new: &NewOverlay) -> Res
     }
     let file = registry.file_options(filename)?;
     if !exists {
+        let base = &stored_in(base, registry);
         let given = Map::from_iter([
             ("backing_file", Value::Text(recorded(base, registry)?)),
             ("backing_fmt", Value::Text(base.driver().name().to_owned())),
@@ -51,6 +57,20 @@ pub(super) async fn prepare(graph: &Graph, base: &Node, new: &NewOverlay) -> Res
     node.insert("cache", Value::Map(Map::from_iter(cache)));
     node.insert("discard", if options.discard { "unmap" } else { "ignore" });
     Ok(node)
+}
+
+/// The node that has the data of another: what filters do is not kept.
+fn stored_in(base: &Arc<Node>, registry: &Registry) -> Arc<Node> {
+    let is_filter = |node: &Node| {
+        registry.get(node.driver().name()).is_some_and(|entry| entry.kind == Kind::Filter)
+    };
+    let mut node = base.clone();
+    while is_filter(&node)
+        && let Some(below) = node.driver().children().first().map(Child::node)
+    {
+        node = below;
+    }
+    node
 }
 
 /// What an overlay records of the node that it stands on, wherever the overlay's own file is.

@@ -66,6 +66,9 @@ impl Node {
             return Err(Error::os(what, Errno::ENOTSUP));
         };
         let at = format!("Can't make bitmap '{}' persistent in '{node}'", shown(name));
+        if self.is_frozen() {
+            return Err(Error::new("its image is written no more, below an overlay").at(at));
+        }
         store.can_store(name, granularity).map_err(|error| error.at(at))
     }
 

@@ -288,7 +288,7 @@ impl Driver for Qcow2 {
 
     fn freeze(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(async move {
-            if self.is_writable {
+            if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
                 self.marked(self.bring_to_rest().await).await?;
                 self.is_frozen.store(true, Ordering::SeqCst);
             }

@@ -188,6 +188,9 @@ fn what_was_written_before_a_snapshot_is_in_the_base_and_what_comes_after_it_in_
             let refused = client.refusal("block-dirty-bitmap-clear", bitmap.clone());
             assert_eq!(refused, "Bitmap 'b0' is readonly and cannot be modified");
             client.run("block-dirty-bitmap-disable", bitmap);
+            let more = json!({"node": "q", "name": "b1", "persistent": true});
+            let refused = client.refusal("block-dirty-bitmap-add", more);
+            assert!(refused.contains("'b1' persistent in 'q'"), "{refused}");
         }
         let told = client.run("query-named-block-nodes", json!({"flat": true}));
         let base = told.as_array().unwrap().iter().find(|one| one["node-name"] == "q").unwrap();
@@ -242,7 +245,7 @@ fn rings_that_track_their_requests_keep_the_locks_of_the_overlay() {
 }
 
 #[test]
-fn an_overlay_over_a_window_records_the_window() {
+fn an_overlay_over_a_filter_over_a_window_records_the_window() {
     let daemon = start(OURS, &[]);
     let mut client = Client::connect(&daemon.path("m.sock"));
     let data = pattern(1 << 20, 5);
@@ -250,8 +253,10 @@ fn an_overlay_over_a_window_records_the_window() {
     std::os::unix::fs::FileExt::write_all_at(&file, &data, 4 << 20).unwrap();
     let window = json!({"offset": 4 << 20, "size": 1 << 20});
     client.run("blockdev-add", node(&daemon, "r", "raw", "a.img", window));
-    client.run("block-export-add", export(&daemon, "e0", "r"));
-    client.run("blockdev-snapshot-sync", snapshot(&daemon, "r", "s.qcow2", "s"));
+    // What a filter does is not recorded.
+    client.run("blockdev-add", json!({"driver": "copy-on-read", "node-name": "c", "file": "r"}));
+    client.run("block-export-add", export(&daemon, "e0", "c"));
+    client.run("blockdev-snapshot-sync", snapshot(&daemon, "c", "s.qcow2", "s"));
     let mut disk = daemon.open(&Options::default());
     disk.write(0, &pattern(4096, 6)).unwrap();
     drop(disk);
