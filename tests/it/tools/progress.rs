@@ -3,7 +3,7 @@
 
 use super::{Place, VUBLK, assert_same, words};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::os::fd::FromRawFd;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -112,7 +112,8 @@ fn seen(text: &str) -> String {
 #[test]
 fn a_terminal_shows_a_bar_which_leaves_nothing_behind() {
     for (line, left) in [
-        ("convert -f raw -O qcow2 d.raw new.qcow2", ""),
+        // Slow enough for each step to be drawn.
+        ("convert -r 8M -f raw -O qcow2 d.raw new.qcow2", ""),
         ("dd -f raw if=d.raw of=new.raw bs=64k", ""),
         ("compare -f raw -F raw d.raw d.raw", "Images are identical.\n"),
         ("compare -f raw -F raw d.raw e.raw", "Content mismatch at offset 6291456!\n"),
@@ -124,8 +125,8 @@ fn a_terminal_shows_a_bar_which_leaves_nothing_behind() {
         let (status, text) = on_terminal(Path::new(VUBLK), line, &place);
         assert!(status.success() || line.contains("e.raw"), "{line}: {text}");
         assert_eq!(seen(&text), left, "{line}: {text:?}");
-        let ends = if left.starts_with("Content") { "=> " } else { "=] 100%" };
-        assert!(text.contains("[==") && text.contains(ends), "{line}: {text:?}");
+        assert!(text.starts_with('[') && text.contains("%, "), "{line}: {text:?}");
+        assert!(text.contains("[===") || !line.starts_with("convert"), "{line}: {text:?}");
     }
 }
 
@@ -144,32 +145,40 @@ fn there_is_no_bar_without_a_terminal_with_q_or_for_qemus_names() {
     }
 }
 
+/// What a conversion answers to a signal that reaches it under way; empty if it came too late.
+fn answer_of_conversion(place: &Place) -> String {
+    let mut command = Command::new(place.program("qemu-img"));
+    command.args(words("convert -f raw -r 3M d.raw new.raw")).current_dir(place.path());
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let catches_it = || {
+        let status = std::fs::read_to_string(&status).unwrap();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
+        caught & 1 << (libc::SIGUSR1 - 1) != 0
+    };
+    while !catches_it() && child.try_wait().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+    if child.try_wait().unwrap().is_none() {
+        // SAFETY: the child is ours, and has not been waited for.
+        assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGUSR1) }, 0);
+    }
+    let ended = child.wait_with_output().unwrap();
+    assert!(ended.status.success() && ended.stdout.is_empty(), "{ended:?}");
+    String::from_utf8(ended.stderr).unwrap()
+}
+
 #[test]
 fn a_signal_asks_a_conversion_how_far_it_has_come() {
     for ours in [true, false] {
         let place = prepared(ours);
-        let mut command = Command::new(place.program("qemu-img"));
-        command.args(words("convert -f raw -r 3M d.raw new.raw")).current_dir(place.path());
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = child.spawn().unwrap();
-        let status = format!("/proc/{}/status", child.id());
-        let catches_it = || {
-            let status = std::fs::read_to_string(&status).unwrap();
-            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
-            let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
-            caught & 1 << (libc::SIGUSR1 - 1) != 0
-        };
-        while !catches_it() {
-            std::thread::yield_now();
-        }
-        // SAFETY: the child is ours, and has not been waited for.
-        assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGUSR1) }, 0);
-        let mut answer = String::new();
-        BufReader::new(child.stderr.take().unwrap()).read_line(&mut answer).unwrap();
+        // On a busy machine it may have ended before it could be asked.
+        let mut answers = (0..20).map(|_| answer_of_conversion(&place));
+        let answer = answers.find(|answer| !answer.is_empty()).unwrap_or_default();
         let percent = answer.strip_prefix("    (").and_then(|rest| rest.strip_suffix("/100%)\n"));
         let (whole, rest) = percent.and_then(|percent| percent.split_once('.')).unwrap_or_default();
         assert!(whole.parse::<u8>().is_ok_and(|n| n <= 100) && rest.len() == 2, "{answer:?}");
-        let ended = child.wait_with_output().unwrap();
-        assert!(ended.status.success() && ended.stdout.is_empty(), "{ended:?}");
     }
 }
