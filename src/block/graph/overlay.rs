@@ -10,7 +10,7 @@ use super::permissions::{Plan, release_locks};
 use super::{By, Drained, Graph, State, User};
 use crate::block::{DriverEntry, Error, Node, Registry};
 use crate::io::epoch;
-use crate::options::Map;
+use crate::options::{Map, Value};
 use std::sync::Arc;
 
 /// The option that names the node below an overlay, and the role of that node.
@@ -261,6 +261,16 @@ impl State {
         }
         if !entry.node.is_active() {
             return refused(&format!("Node '{name}' is inactive"));
+        }
+        for child in driver.children() {
+            let (node, named) = (child.node(), entry.asked.get(child.role()));
+            if named.and_then(Value::as_str).is_some_and(|name| name != node.name()) {
+                return refused(&format!(
+                    "Node '{name}' stands on '{}' since a snapshot of what it was opened with: it \
+                     cannot be opened anew over another",
+                    node.name()
+                ));
+            }
         }
         Ok(entry.asked.clone())
     }

@@ -272,6 +272,20 @@ fn an_overlay_over_a_filter_over_a_window_records_the_window() {
 }
 
 #[test]
+fn a_node_that_was_turned_to_another_file_is_no_overlay_and_stays() {
+    let (daemon, mut client) = serving("qcow2", "q.qcow2");
+    client.run("blockdev-add", node(&daemon, "f", "raw", "o.qcow2", json!({})));
+    client.run("blockdev-add", json!({"driver": "qcow2", "node-name": "o", "file": "f"}));
+    // From here on it stands on another node than it was opened with.
+    client.run("blockdev-snapshot-sync", snapshot(&daemon, "f", "s.qcow2", "s"));
+    let refused = client.refusal("blockdev-snapshot", json!({"node": "q", "overlay": "o"}));
+    assert!(refused.starts_with("Node 'o' stands on 's'"), "{refused}");
+    client.run("block-export-add", export(&daemon, "e1", "o"));
+    let mut disk = daemon.open_number(1, &Options::default());
+    disk.write(0, &pattern(4096, 1)).unwrap();
+}
+
+#[test]
 fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
     let (mut daemon, mut client) = serving("qcow2", "q.qcow2");
     let mut disk = daemon.open(&Options {
