@@ -189,7 +189,12 @@ fn what_cannot_be_made_is_refused_in_qemu_imgs_words() {
 fn the_options_are_listed_as_qemu_img_lists_them() {
     let pair = Pair::new();
     for arguments in [&["-o", "help"][..], &["-o", "help", "a.qcow2"]] {
-        pair.create(arguments);
+        let arguments = [&["create", "-f", "qcow2"][..], arguments].concat();
+        let mut told = ours(pair.ours.path(), &arguments);
+        // Of a later version.
+        let lines = told.stdout.split_inclusive('\n');
+        told.stdout = lines.filter(|line| !line.contains("keep_data_file")).collect();
+        assert_eq!(told, theirs(pair.theirs.path(), &arguments), "{arguments:?}");
     }
 }
 
