@@ -126,18 +126,23 @@ impl Drop for Hearing {
     }
 }
 
+/// Whether anybody wants to hear events.
+pub fn are_heard() -> bool {
+    DEBUGGERS.load(Ordering::Relaxed) != 0
+}
+
 impl Node {
     /// Tells a debugging filter, this node or one below it, what is about to be done; waits as long
     /// as it wants.
     pub async fn event(&self, event: Event) {
-        if DEBUGGERS.load(Ordering::Relaxed) != 0 {
+        if are_heard() {
             self.raise(event).await;
         }
     }
 
     /// The events of a flush, which are of the file that the node stands on.
     pub(super) async fn flush_events(&self) {
-        if DEBUGGERS.load(Ordering::Relaxed) != 0
+        if are_heard()
             && let Some(file) = file_of(self)
         {
             file.raise(Event::FlushToOs).await;

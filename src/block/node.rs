@@ -528,9 +528,13 @@ impl Node {
         BOUNCE_LIMIT.max(self.traits.request_align as u64)
     }
 
+    /// Memory whose every byte is written before it is used.
     fn bounce(&self, len: u64) -> IoResult<AlignedBuf> {
-        let align = self.traits.buffer_align.max(self.traits.request_align) as usize;
-        AlignedBuf::new(len as usize, align).ok_or(Errno::ENOMEM)
+        AlignedBuf::for_overwriting(len as usize, self.memory_align()).ok_or(Errno::ENOMEM)
+    }
+
+    fn memory_align(&self) -> usize {
+        self.traits.buffer_align.max(self.traits.request_align) as usize
     }
 
     /// The next piece of `all` from `done` on that fits the limits of one transfer.
@@ -548,7 +552,16 @@ impl Node {
         piece
     }
 
+    /// Whether a transfer fits the limits as it is.
+    fn is_one_piece(&self, all: &IoVec<'_>) -> bool {
+        let segments = all.as_raw().len() as u64;
+        all.len() <= self.traits.max_transfer as u64 && segments <= self.traits.max_segments as u64
+    }
+
     async fn read_pieces(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        if self.is_one_piece(into) {
+            return self.driver.read(at, into).await;
+        }
         let mut done = 0;
         while done < into.len() {
             let piece = self.piece(into, done);
@@ -564,10 +577,11 @@ impl Node {
         Ok(())
     }
 
-    /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk, and
-    /// zeroed: past the end there is nothing to read.
+    /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk. Past the
+    /// end there are zeroes.
     async fn read_block(&self, at: u64, into: &mut [u8]) -> IoResult {
         if at >= self.len() {
+            into.fill(0);
             return Ok(());
         }
         let into = IoVec::from_mut(into);
@@ -581,6 +595,9 @@ impl Node {
     }
 
     async fn write_pieces(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        if self.is_one_piece(from) {
+            return self.driver.write(at, from, flags).await;
+        }
         let mut done = 0;
         while done < from.len() {
             let piece = self.piece(from, done);
@@ -652,7 +669,8 @@ impl Node {
         if flags.contains(ZeroFlags::NO_FALLBACK) {
             return Err(Errno::ENOTSUP);
         }
-        let mut zeroes = self.bounce(len.min(BOUNCE_LIMIT))?;
+        let memory = len.min(BOUNCE_LIMIT) as usize;
+        let mut zeroes = AlignedBuf::new(memory, self.memory_align()).ok_or(Errno::ENOMEM)?;
         let align = self.traits.request_align as u64;
         let mut pass = WriteFlags::empty();
         pass.set(WriteFlags::GROW, flags.contains(ZeroFlags::GROW));

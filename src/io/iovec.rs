@@ -28,6 +28,11 @@ impl<'m> IoVec<'m> {
         IoVec { segments: SmallVec::from_slice(segments), len, memory: PhantomData }
     }
 
+    /// No bytes at all.
+    pub fn empty() -> IoVec<'m> {
+        IoVec { segments: SmallVec::new(), len: 0, memory: PhantomData }
+    }
+
     /// One buffer that nobody else uses meanwhile.
     pub fn from_mut(bytes: &'m mut [u8]) -> IoVec<'m> {
         // SAFETY: the exclusive borrow lasts for 'm.
@@ -151,55 +156,6 @@ pub fn is_aligned(segments: &[libc::iovec], align: u32) -> bool {
 /// A segment of `len` bytes at `base`.
 pub fn iovec(base: *mut u8, len: usize) -> libc::iovec {
     libc::iovec { iov_base: base.cast(), iov_len: len }
-}
-
-/// Memory of our own, aligned for direct I/O and zeroed at first.
-pub struct AlignedBuf {
-    base: std::ptr::NonNull<u8>,
-    layout: std::alloc::Layout,
-}
-
-// SAFETY: the buffer owns its memory alone.
-unsafe impl Send for AlignedBuf {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for AlignedBuf {}
-
-impl AlignedBuf {
-    /// `len` zero bytes at a multiple of `align` (a power of two). `None` when memory is short:
-    /// a length that comes from outside must cost an error, not the process.
-    pub fn new(len: usize, align: usize) -> Option<AlignedBuf> {
-        let layout = std::alloc::Layout::from_size_align(len.max(1), align.max(1)).ok()?;
-        // SAFETY: the layout's size is not zero.
-        let base = std::ptr::NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some(AlignedBuf { base, layout })
-    }
-
-    /// The whole buffer as a list for one operation.
-    pub fn io_vec(&mut self) -> IoVec<'_> {
-        IoVec::from_mut(self)
-    }
-}
-
-impl std::ops::Deref for AlignedBuf {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        // SAFETY: base points to layout.size() initialised bytes of our own.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.layout.size()) }
-    }
-}
-
-impl std::ops::DerefMut for AlignedBuf {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.layout.size()) }
-    }
-}
-
-impl Drop for AlignedBuf {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
-    }
 }
 
 #[cfg(test)]

@@ -10,13 +10,14 @@
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
-//! * [`iovec`]: scatter lists over memory that a guest may share.
+//! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own.
 //! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
 //! * [`shared_mapping`]: memory that another process may take away again.
 //! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
 //!
 //! The engine knows nothing of disks, graphs or transports.
 
+mod buffer;
 mod clock;
 pub mod device;
 pub mod epoch;
@@ -43,9 +44,10 @@ mod turn;
 mod unwind;
 pub mod worker;
 
+pub use buffer::AlignedBuf;
 pub use epoch::InFlight;
 pub use errno::{Errno, IoResult};
-pub use iovec::{AlignedBuf, IoVec, is_aligned};
+pub use iovec::{IoVec, is_aligned};
 pub use offload::offload;
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
 pub use shared_mapping::SharedMapping;

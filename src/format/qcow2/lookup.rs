@@ -7,7 +7,7 @@ use super::l2_cache::{Pinned, SliceNo};
 use super::layout::{BadEntry, Cluster, Compressed, L2Entry};
 use super::read::read_padded;
 use super::{Qcow2, corrupt};
-use crate::block::{Event, Node};
+use crate::block::{Event, Node, event};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::Arc;
 
@@ -185,7 +185,9 @@ impl Qcow2 {
 
     /// Tells debugging filters below what is about to be done to the image.
     pub(super) async fn event(&self, event: Event) {
-        self.file().event(event).await;
+        if event::are_heard() {
+            self.file().event(event).await;
+        }
     }
 
     pub(super) fn file(&self) -> Arc<Node> {

@@ -300,7 +300,7 @@ impl Qcow2 {
             return Ok(None);
         }
         let len = guest.end - guest.start;
-        let mut copy = AlignedBuf::new(len as usize, 4096).ok_or(Errno::ENOMEM)?;
+        let mut copy = AlignedBuf::for_overwriting(len as usize, 4096).ok_or(Errno::ENOMEM)?;
         let there = match guest.start >= self.state_start() {
             true => len,
             false => self.size().saturating_sub(guest.start).min(len),
@@ -310,6 +310,7 @@ impl Qcow2 {
             let into = IoVec::from_mut(&mut copy[..there as usize]);
             Box::pin(self.read_range(guest.start, &into)).await?;
         }
+        copy[there as usize..].fill(0);
         Ok(Some(copy))
     }
 
