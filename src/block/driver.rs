@@ -30,6 +30,7 @@ use std::fs::File;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// A future that stays on the worker it was made on.
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
@@ -338,6 +339,12 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// How the driver keeps what was answered in memory that outlives the process. Without it all of that
+    /// is with the kernel.
+    fn journaled(&self) -> Option<&dyn Journaled> {
+        None
+    }
+
     /// Whether a flush has failed in such a way that all later ones will, until the storage is opened
     /// again: doing it once more is in vain.
     fn is_poisoned(&self) -> bool {
@@ -467,6 +474,25 @@ pub trait HandOver: Send + Sync {
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(std::future::ready(Ok(())))
     }
+}
+
+/// Memory that outlives the process, for whoever takes over when it was killed. It is zeroes at first, and
+/// what it holds when it comes from another process may be anything.
+pub trait Survivor: Send + Sync {
+    fn words(&self) -> &[AtomicU64];
+}
+
+/// What a driver keeps in memory that outlives the process, instead of waiting for the storage.
+pub trait Journaled: Send + Sync {
+    /// Takes up what an earlier process has left there, and keeps its own there from now on, if nobody
+    /// else's memory is used. No request of those that the memory comes from is in flight.
+    ///
+    /// # Errors
+    /// What was left cannot be taken up: it is lost if anybody writes to the disk.
+    fn attach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, Result<(), super::Error>>;
+
+    /// Hands over all that it keeps, and uses the memory no more; also if it fails.
+    fn detach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, IoResult>;
 }
 
 /// How permissions reach other processes: prepared for all nodes of a change first, and then either

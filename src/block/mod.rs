@@ -54,8 +54,8 @@ pub use compress::{Compress, Packed, Packer};
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use drive::{Drive, DriveHealth};
 pub use driver::{
-    Abilities, Access, Driver, Extent, Fence, HandOver, Leaf, LocalFuture, Locks, Mapping, Place,
-    Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Driver, Extent, Fence, HandOver, Journaled, Leaf, LocalFuture, Locks,
+    Mapping, Place, Precision, Status, Survivor, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};

@@ -236,6 +236,17 @@ impl Node {
         self.driver.fence(self.perms())
     }
 
+    /// The first node from this one downwards that keeps what was answered in memory that outlives the
+    /// process; none where flushes, which hand over what is kept, do nothing.
+    pub fn journaled(self: &Arc<Node>) -> Option<Arc<Node>> {
+        let mut at = self.clone();
+        while at.driver.journaled().is_none() {
+            let below = at.driver.children().iter().find(|child| child.role() == "file")?.node();
+            at = below;
+        }
+        (!at.options.no_flush).then_some(at)
+    }
+
     // ---- The fast road
 
     /// Where the bytes from `at` on live, without I/O, locks or allocation. A write that must wait

@@ -15,10 +15,12 @@
 //! thread that makes them is the one that dies. So only the compiler must be kept from moving them.
 //!
 //! Behind the queues lies a trailer of our own, which the specification leaves room for: the size of
-//! the memory is ours to say. Memory of another back end has none, and is taken as it is.
+//! the memory is ours to say. Memory of another back end has none, and is taken as it is. Behind the trailer
+//! lies the journal of the disk's image ([`crate::block::Journaled`]).
 //!
 //! Whatever is read from the memory may be anything: every index is checked where it is used.
 
+use crate::block::Survivor;
 use crate::io::{Errno, SharedMapping};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -87,7 +89,13 @@ struct Trailer {
     _padding: [AtomicU8; 55],
 }
 
-const MAGIC: u64 = u64::from_ne_bytes(*b"vublk\0\x01\0");
+const MAGIC: u64 = u64::from_ne_bytes(*b"vublk\0\x02\0");
+
+/// Words of the journal.
+const JOURNAL: usize = 20 << 10;
+
+/// Bytes behind the queues' parts.
+const OWN_LEN: usize = size_of::<Trailer>() + JOURNAL * size_of::<AtomicU64>();
 
 /// Bytes of a queue's part.
 fn part_len(queue_size: u16) -> usize {
@@ -113,7 +121,7 @@ impl Region {
     ) -> Result<(Region, VhostUserInflight, File), String> {
         check(num_queues, queue_size)?;
         let parts = part_len(queue_size) * num_queues as usize;
-        let len = parts + size_of::<Trailer>();
+        let len = parts + OWN_LEN;
         let failed = |what: &str| format!("inflight region: {what}: {}", Errno::last());
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
         // SAFETY: the name is a C string; the call has no other precondition.
@@ -165,7 +173,7 @@ impl Region {
                 "inflight region of {wanted} bytes at {mmap_offset}: its file ends at {holds}"
             ));
         }
-        let more = wanted + size_of::<Trailer>() as u64;
+        let more = wanted + OWN_LEN as u64;
         let has_more = mmap_size >= more && mmap_offset.saturating_add(more) <= holds;
         let len = if has_more { more } else { wanted };
         let mapping = SharedMapping::map(&file, mmap_offset, len as usize)
@@ -213,6 +221,11 @@ impl Region {
         Some(unsafe { &*at.cast::<Trailer>() })
     }
 
+    /// Whether it has room for a journal.
+    pub fn has_journal(&self) -> bool {
+        self.trailer.is_some()
+    }
+
     /// A queue's part; `queue` is below the number of queues.
     fn part(&self, queue: u16) -> *mut u8 {
         assert!(queue < self.num_queues, "queue {queue} of {}", self.num_queues);
@@ -229,6 +242,16 @@ impl Region {
         let first = self.part(queue).wrapping_add(size_of::<Header>()).cast::<Entry>();
         // SAFETY: as above; a part has room for that many entries after its header.
         unsafe { std::slice::from_raw_parts(first, self.queue_size as usize) }
+    }
+}
+
+impl Survivor for Region {
+    fn words(&self) -> &[AtomicU64] {
+        let Some(at) = self.trailer else { return &[] };
+        let first = self.mapping.as_ptr().wrapping_add(at + size_of::<Trailer>());
+        // SAFETY: the mapping holds that many behind the trailer, at a multiple of 64, and cannot lose
+        // pages; they are atomic and have no invalid values.
+        unsafe { std::slice::from_raw_parts(first.cast::<AtomicU64>(), JOURNAL) }
     }
 }
 

@@ -4,7 +4,7 @@
 //! * [`session`]: the messages of one connection.
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
 //! * [`cut_off`]: what happens when a front end takes its memory away.
-//! * [`inflight`]: what is in flight, for the daemon after a killed one.
+//! * [`inflight`]: what is in flight, for the daemon after a killed one; `journal`: what its image keeps there.
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`hand_over`]: whose the disk is while a guest moves.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
@@ -24,6 +24,7 @@ pub mod failure;
 pub mod hand_over;
 pub mod held;
 pub mod inflight;
+mod journal;
 pub mod memory;
 pub mod metrics;
 pub mod notices;

@@ -4,6 +4,7 @@
 use super::config::{self, DiskOptions};
 use super::failure::{Action, Failure, Failures, Operation};
 use super::hand_over::HandOver;
+use super::journal::Journal;
 use super::metrics::ExportMetrics;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
@@ -55,6 +56,7 @@ pub struct Disk {
     /// The queues that run: worker and source. For those who have something to say to all of them.
     pub running: Mutex<Vec<(usize, SourceId)>>,
     pub hand_over: HandOver,
+    pub journal: Journal,
 }
 
 /// Requests since the export began. Queues count on their own and add up when they stop, so that
@@ -154,6 +156,7 @@ impl Disk {
             lingering: Lingering::default(),
             running: Mutex::default(),
             hand_over: HandOver::default(),
+            journal: Journal::default(),
             root: Child::new("root", node),
             options,
         }

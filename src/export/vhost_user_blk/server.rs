@@ -161,6 +161,7 @@ impl Drop for Export {
         }
         // Whoever may open the image next relies on it.
         self.shared.disk.lingering.wait(&self.shared.name);
+        self.shared.disk.journal.detach(&self.shared.name, &self.shared.workers[0]);
         let Counters { requests, slow, flushes, errors } = &self.shared.disk.counters;
         log::info!(
             export = &*self.shared.name;

@@ -216,6 +216,11 @@ impl Session {
         if self.ended || self.disk.lingering.any() || !self.disk.hand_over.is_active() {
             return Ok(());
         }
+        if let Some(region) = &self.inflight {
+            let attached =
+                self.disk.journal.attach(&self.name, &self.disk.node(), region, &self.workers[0]);
+            attached.or_else(|error| refuse(error.to_string()))?;
+        }
         let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
         let event_index = self.has(VIRTIO_RING_F_EVENT_IDX);
         let mut split = SplitRing::new(&self.memory, size, at, ring.base, event_index)
@@ -409,6 +414,9 @@ impl Session {
         self.ended = true;
         // Whatever does not end, the session does.
         let _ = self.stop_rings(0..self.rings.len(), self.at_stop());
+        if !self.disk.lingering.any() {
+            self.disk.journal.detach(&self.name, &self.workers[0]);
+        }
     }
 
     /// Takes no more requests, and returns once none is in flight.

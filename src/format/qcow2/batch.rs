@@ -11,9 +11,10 @@ use super::layout::L2Entry;
 use super::overlap::Kinds;
 use crate::block::{Event, WriteFlags};
 use crate::io::sync::Mutex;
-use crate::io::{Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
@@ -33,21 +34,26 @@ struct Slice {
     is_writing: bool,
     /// What collects.
     next: Batch,
-    waiting: Vec<Waker>,
 }
 
 #[derive(Default)]
 struct Batch {
     changes: Changes,
-    /// How it ended.
-    result: Arc<Mutex<Option<IoResult>>>,
+    end: Arc<Mutex<End>>,
+}
+
+/// The end of a batch, for those who are part of it.
+#[derive(Default)]
+struct End {
+    result: Option<IoResult>,
+    waiting: Vec<Waker>,
 }
 
 /// Somebody's part in a slice's batches.
 struct Member<'a> {
     batches: &'a Batches,
     slice: SliceNo,
-    result: Arc<Mutex<Option<IoResult>>>,
+    end: Arc<Mutex<End>>,
 }
 
 /// The turn to write a batch.
@@ -58,17 +64,16 @@ struct Turn<'a> {
 }
 
 impl Batches {
-    fn join(&self, slice: SliceNo, changes: &[(usize, L2Entry)]) -> Member<'_> {
+    fn join(&self, slice: SliceNo, changes: impl Iterator<Item = (usize, L2Entry)>) -> Member<'_> {
         let mut slices = self.slices.lock();
         let state = slices.entry(slice).or_insert_with(|| Slice {
             users: 0,
             is_writing: false,
             next: Batch::default(),
-            waiting: Vec::new(),
         });
         state.users += 1;
-        state.next.changes.extend_from_slice(changes);
-        Member { batches: self, slice, result: state.next.result.clone() }
+        state.next.changes.extend(changes);
+        Member { batches: self, slice, end: state.next.end.clone() }
     }
 }
 
@@ -77,14 +82,15 @@ impl<'a> Member<'a> {
     async fn turn(&self) -> Result<Turn<'a>, IoResult> {
         poll_fn(|cx| {
             let mut slices = self.batches.slices.lock();
-            if let Some(result) = *self.result.lock() {
+            let mut end = self.end.lock();
+            if let Some(result) = end.result {
                 return Poll::Ready(Err(result));
             }
             let Some(state) = slices.get_mut(&self.slice) else {
                 return Poll::Ready(Err(Err(Errno::EIO)));
             };
             if state.is_writing {
-                state.waiting.push(cx.waker().clone());
+                end.wait(cx.waker());
                 return Poll::Pending;
             }
             state.is_writing = true;
@@ -98,25 +104,60 @@ impl<'a> Member<'a> {
 impl Drop for Member<'_> {
     fn drop(&mut self) {
         let mut slices = self.batches.slices.lock();
-        if let Some(state) = slices.get_mut(&self.slice) {
-            state.users -= 1;
-            if state.users == 0 {
-                slices.remove(&self.slice);
-            }
+        let Some(state) = slices.get_mut(&self.slice) else { return };
+        state.users -= 1;
+        if state.users == 0 {
+            slices.remove(&self.slice);
+        } else if self.end.lock().result.is_none() {
+            // Given up; and perhaps it was, or would be, the one who is told to write the batch.
+            drop(slices);
+            self.end.lock().wake_all();
         }
+    }
+}
+
+impl Turn<'_> {
+    /// Tells all who are part of the batch.
+    fn end(self, result: IoResult) -> IoResult {
+        self.batch.end.lock().result = Some(result);
+        result
     }
 }
 
 impl Drop for Turn<'_> {
     /// Ends the turn; if it was given up, the batch has failed.
     fn drop(&mut self) {
-        self.batch.result.lock().get_or_insert(Err(Errno::EIO));
+        let mut end = self.batch.end.lock();
+        end.result.get_or_insert(Err(Errno::EIO));
+        let told = std::mem::take(&mut end.waiting);
+        drop(end);
         let mut slices = self.batches.slices.lock();
-        let Some(state) = slices.get_mut(&self.slice) else { return };
-        state.is_writing = false;
-        let waiting = std::mem::take(&mut state.waiting);
-        drop(slices);
-        waiting.into_iter().for_each(Waker::wake);
+        if let Some(state) = slices.get_mut(&self.slice) {
+            state.is_writing = false;
+            let next = state.next.end.clone();
+            drop(slices);
+            next.lock().wake_one();
+        }
+        told.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl End {
+    fn wait(&mut self, waker: &Waker) {
+        if !self.waiting.iter().any(|waiting| waiting.will_wake(waker)) {
+            self.waiting.push(waker.clone());
+        }
+    }
+
+    /// Wakes one of those who wait, to write the batch. All of them hear of the end.
+    fn wake_one(&self) {
+        if let Some(waker) = self.waiting.first() {
+            waker.wake_by_ref();
+        }
+    }
+
+    fn wake_all(&mut self) {
+        std::mem::take(&mut self.waiting).into_iter().for_each(Waker::wake);
     }
 }
 
@@ -129,18 +170,16 @@ impl Qcow2 {
         self.check_sound().await?;
         let (slice, first) = self.slice_of(guest);
         let pinned = self.pin(guest).await?;
-        let changes: Changes =
-            entries.iter().enumerate().map(|(n, &entry)| (first + n, entry)).collect();
-        let member = self.batches.join(slice, &changes);
+        let changes = entries.iter().enumerate().map(|(n, &entry)| (first + n, entry));
+        let member = self.batches.join(slice, changes);
         match member.turn().await {
             Err(result) => result,
             Ok(turn) => {
-                let result = self.write_batch(guest, &pinned, &turn.batch.changes).await;
+                let result = self.change_slice_entries(guest, &pinned, &turn.batch.changes).await;
                 if result.is_err() {
                     self.suspect(slice, guest, pinned);
                 }
-                *turn.batch.result.lock() = Some(result);
-                result
+                turn.end(result)
             }
         }
     }
@@ -152,50 +191,130 @@ impl Qcow2 {
         guest: u64,
         pinned: &Pinned<'_>,
     ) -> IoResult {
-        let member = self.batches.join(slice, &[]);
+        let member = self.batches.join(slice, std::iter::empty());
         let Ok(turn) = member.turn().await else {
             // Somebody else has written, but only his own entries.
             drop(member);
             return Box::pin(self.rewrite_slice(slice, guest, pinned)).await;
         };
-        let mut result = self.write_slice(guest, pinned).await;
+        let mut result = self.write_slice(slice, guest, pinned).await;
         if result.is_ok() && !turn.batch.changes.is_empty() {
-            result = self.write_batch(guest, pinned, &turn.batch.changes).await;
+            result = self.change_slice_entries(guest, pinned, &turn.batch.changes).await;
         }
-        *turn.batch.result.lock() = Some(result);
-        result
+        turn.end(result)
+    }
+
+    /// Hands over what `due` tells of the entries of a slice that wait for that
+    /// ([`super::journal`]), and what else is waiting to be written.
+    pub(super) async fn settle_slice(
+        &self,
+        slice: SliceNo,
+        guest: u64,
+        due: impl Fn() -> Changes,
+    ) -> IoResult {
+        let pinned = self.pin(guest).await?;
+        loop {
+            // As long as there is a member, others take turns with it.
+            let member = self.batches.join(slice, std::iter::empty());
+            let Ok(turn) = member.turn().await else {
+                // Somebody else has written, but only his own entries.
+                continue;
+            };
+            let mut changes = due();
+            changes.extend_from_slice(&turn.batch.changes);
+            let mut result = Ok(());
+            if self.journal.has_one_of(slice, &turn.batch.changes) {
+                result = self.make_way(slice, &turn.batch.changes).await;
+            }
+            if result.is_ok() && !changes.is_empty() {
+                result = self.write_batch(guest, &pinned, &changes).await;
+            }
+            if result.is_err() {
+                self.suspect(slice, guest, pinned);
+            }
+            return turn.end(result);
+        }
+    }
+
+    async fn change_slice_entries(
+        &self,
+        guest: u64,
+        pinned: &Pinned<'_>,
+        changes: &Changes,
+    ) -> IoResult {
+        let (slice, _) = self.slice_of(guest);
+        if self.journal.has_one_of(slice, changes) {
+            self.make_way(slice, changes).await?;
+        }
+        self.write_batch(guest, pinned, changes).await
+    }
+
+    /// Before the disk has something newer than entries that wait. What it goes on showing of them was
+    /// not durable until now.
+    async fn make_way(&self, slice: SliceNo, changes: &Changes) -> IoResult {
+        self.data().flush().await?;
+        self.journal.mark(slice, changes);
+        Ok(())
     }
 
     async fn write_batch(&self, guest: u64, pinned: &Pinned<'_>, changes: &Changes) -> IoResult {
         self.check_intact().await?;
         let at = self.slice_offset(guest)?;
-        let (start, bytes) = self.encode_changes(pinned, changes);
-        let bytes = IoVec::from_ref(&bytes);
-        self.check_write(at + start, bytes.len(), Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
+        let (slice, _) = self.slice_of(guest);
+        let range = self.range_of(changes);
+        let (start, bytes) = (range.start, self.encode(slice, pinned, range, changes)?);
+        self.check_write(at + start, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
         self.event(Event::L2Update).await;
-        self.file().write(at + start, &bytes, WriteFlags::empty()).await?;
+        let file = self.file();
+        file.write(at + start, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        self.journal.handed_over(slice, changes);
         pinned.publish(changes);
         Ok(())
     }
 
-    /// What of the slice changes, as it will be: where it begins in the slice, and its bytes.
-    fn encode_changes(&self, pinned: &Pinned<'_>, changes: &Changes) -> (u64, Vec<u8>) {
+    /// Writes a whole slice once more.
+    async fn write_slice(&self, slice: SliceNo, guest: u64, pinned: &Pinned<'_>) -> IoResult {
+        let at = self.slice_offset(guest)?;
+        let bytes = self.encode(slice, pinned, 0..self.slice_bytes, &Changes::new())?;
+        self.check_write(at, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
+        self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+    }
+
+    /// The bytes of a slice that are to be written to change these entries, of which there is one.
+    fn range_of(&self, changes: &Changes) -> Range<u64> {
         let size = self.geometry.l2_entry_size();
         let indices = changes.iter().map(|&(index, _)| index as u64);
         let (low, high) =
             indices.fold((u64::MAX, 0), |(low, high), n| (low.min(n * size), high.max(n * size)));
         let unit = size.max(self.file_align).min(self.slice_bytes);
-        let range = low / unit * unit..(high + size).next_multiple_of(unit);
-        let inside = (range.start / 8) as usize..(range.end / 8) as usize;
-        let words = pinned.words()[inside].iter().map(|word| word.load(Ordering::Relaxed));
-        let mut words: Vec<u64> = words.collect();
-        for &(index, entry) in changes {
-            let word = ((index as u64 * size - range.start) / 8) as usize;
-            words[word] = entry.word;
+        low / unit * unit..(high + size).next_multiple_of(unit)
+    }
+
+    /// A part of a slice, in bytes, as the disk is to have it.
+    fn encode(
+        &self,
+        slice: SliceNo,
+        pinned: &Pinned<'_>,
+        range: Range<u64>,
+        changes: &Changes,
+    ) -> IoResult<AlignedBuf> {
+        let size = self.geometry.l2_entry_size();
+        let len = (range.end - range.start) as usize;
+        let mut bytes = AlignedBuf::for_overwriting(len, 4096).ok_or(Errno::ENOMEM)?;
+        let words = &pinned.words()[(range.start / 8) as usize..(range.end / 8) as usize];
+        for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
+            bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
+        }
+        // Readers see more than the disk may have yet.
+        let inside = (range.start / size) as usize..(range.end / size) as usize;
+        let waiting = self.journal.on_disk(slice, inside, changes);
+        for &(index, entry) in waiting.iter().chain(changes) {
+            let at = (index as u64 * size - range.start) as usize;
+            bytes[at..at + 8].copy_from_slice(&entry.word.to_be_bytes());
             if size == 16 {
-                words[word + 1] = entry.bitmap;
+                bytes[at + 8..at + 16].copy_from_slice(&entry.bitmap.to_be_bytes());
             }
         }
-        (range.start, words.iter().flat_map(|word| word.to_be_bytes()).collect())
+        Ok(bytes)
     }
 }

@@ -19,6 +19,7 @@ use crate::block::{CheckReport, Error, Fix, Node, WriteFlags};
 use crate::io::{Errno, IoResult, IoVec};
 use refcounts::Refcounts;
 use references::References;
+use std::collections::BTreeSet;
 
 /// Checks the image in `file`, with no other request in flight, and repairs what `fix` names.
 ///
@@ -86,6 +87,37 @@ pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
     let references = check.count_references().await?;
     let mut refcounts = Refcounts::read(file, &check.header).await?;
     check.compare(&references, &mut refcounts, Fix::Leaks).await
+}
+
+/// Whether all these clusters are leaked: counted once, and nothing refers to them. Nobody changes the
+/// image meanwhile.
+///
+/// # Errors
+/// I/O failed, or the image makes no sense.
+pub(super) async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, Error> {
+    let header = read_header(file).await?;
+    let geometry = header.geometry();
+    let mut say = |line: &str| log::debug!("looking for references: {line}");
+    let mut check = Check {
+        file,
+        header,
+        geometry,
+        fix: Fix::Nothing,
+        say: &mut say,
+        report: CheckReport::default(),
+        must_rebuild: false,
+        is_incomplete: false,
+    };
+    let references = check.count_references().await?;
+    let mut refcounts = Refcounts::read(file, &check.header).await?;
+    let end = geometry.clusters(file.driver().len());
+    for &cluster in clusters {
+        let count = refcounts.get(file, cluster << geometry.cluster_bits);
+        if cluster >= end || references.get(cluster) > 0 || count.await? != Some(1) {
+            return Ok(false);
+        }
+    }
+    Ok(check.report.corruptions == 0)
 }
 
 /// The header as it is on disk.

@@ -1,18 +1,18 @@
 //! Flushing and closing.
 //!
 //! All metadata of what has been answered is with the kernel already, in an order that a crash may
-//! cut anywhere ([`super::order`]); a flush makes it and the data durable, and what was dropped by
-//! it becomes free.
+//! cut anywhere ([`super::order`]), but for entries in the journal, which a flush hands over first; it
+//! makes all of that and the data durable, and what was dropped by it becomes free.
 
 use super::alloc::Run;
 use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
 use super::order::Lock;
-use super::overlap::Kinds;
+
 use super::standing::Stop;
 use super::{Qcow2, open};
-use crate::block::WriteFlags;
-use crate::io::{Errno, IoResult, IoVec};
+
+use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
 /// So many slices may be in doubt before writing stops: they take room in the cache.
@@ -45,6 +45,7 @@ impl Qcow2 {
             return Err(Errno::EIO);
         }
         self.write_suspects().await?;
+        self.settle_journal().await?;
         let batch = self.begin_flush();
         let result = self.flush_children().await;
         self.end_flush(batch, result);
@@ -176,18 +177,5 @@ impl Qcow2 {
             // A longer file does no harm.
             let _ = image.resize(end << bits, true).await;
         }
-    }
-
-    /// Writes a whole slice as readers see it.
-    pub(super) async fn write_slice(&self, guest: u64, pinned: &Pinned<'_>) -> IoResult {
-        let words = pinned.words().iter();
-        let bytes: Vec<u8> =
-            words.flat_map(|word| word.load(Ordering::Relaxed).to_be_bytes()).collect();
-        if bytes.is_empty() {
-            return Err(Errno::EIO);
-        }
-        let at = self.slice_offset(guest)?;
-        self.check_write(at, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
-        self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
     }
 }

@@ -68,6 +68,7 @@ impl Qcow2 {
             read.map_err(open::no_refcounts)?;
         }
         self.snapshots.replace(snapshots::Table::read(&file, &header).await);
+        self.journal.close(false);
         self.size.store(header.size, Ordering::SeqCst);
         *self.header_copy.lock() = header.clone();
         *current = header;

@@ -169,6 +169,8 @@ impl Qcow2 {
                 .chunks_exact(8)
                 .map(|word| word.iter().fold(0u64, |word, &byte| word << 8 | u64::from(byte))),
         );
+        let per_entry = self.geometry.l2_entry_size() as usize / 8;
+        self.journal.show(self.slice_of(guest).0, &mut list, per_entry);
         Ok(list)
     }
 

@@ -16,6 +16,7 @@
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
 //! | `batch`, `tables`, `header_cluster` | entries, tables and the header on their way to the kernel |
+//! | `journal` | entries that wait until what they show is durable |
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `machine` | the state of a virtual machine, behind the disk |
@@ -44,6 +45,7 @@ pub mod header;
 mod header_cluster;
 mod holes;
 pub mod info;
+mod journal;
 pub mod l1;
 pub mod l2_cache;
 pub mod layout;
@@ -80,6 +82,7 @@ use corrupt::Corruption;
 use freed::Freed;
 use header::{Compression, Header};
 use holes::Holes;
+use journal::Journal;
 use l1::L1Table;
 use l2_cache::{L2Cache, SliceNo};
 use layout::Geometry;
@@ -159,6 +162,7 @@ pub struct Qcow2 {
     /// Guest clusters whose mapping is being changed.
     ranges: Ranges,
     batches: Batches,
+    journal: Journal,
     /// Slices of which the disk may have another state.
     suspects: Mutex<BTreeMap<SliceNo, flush::Suspect>>,
     stopped: Stopped,
@@ -344,6 +348,10 @@ impl Driver for Qcow2 {
     fn compress(&self) -> Option<&dyn Compress> {
         Some(self)
     }
+
+    fn journaled(&self) -> Option<&dyn Journaled> {
+        Some(self)
+    }
 }
 
 impl Compress for Qcow2 {
@@ -389,6 +397,8 @@ impl Image for Qcow2 {
         Box::pin(async move {
             if fix == Fix::Nothing {
                 // What this node holds in reserve is counted, but not used: that would be leaks.
+                let failed = |errno| Error::os("Check failed", errno);
+                self.settle_journal().await.map_err(failed)?;
                 return check::check(&self.file(), fix, say).await;
             }
             if !self.is_writable {

@@ -4,6 +4,7 @@ use super::bitmaps::ImageBitmaps;
 use super::corrupt::Corruption;
 use super::extensions::Extension;
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
+use super::journal::Journal;
 use super::l1::L1Table;
 use super::l2_cache::L2Cache;
 use super::options::Options;
@@ -95,6 +96,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         readers_share: opening.policy().readers_share,
         traits,
         l1,
+        journal: Journal::new(l2.entries()),
         l2: Arc::new(l2),
         slice_bytes: caches.l2_slice,
         refcount_cache: caches.refcounts,

@@ -11,7 +11,8 @@
 //! * **Allocate**: the guest's data, and every byte that was copied or zeroed around it, is written;
 //!   if the cluster does not already read, durably, as the disk did there (zeroes in fresh
 //!   clusters), it is made *durable*; then the L2 entry is written; then the entry is shown to
-//!   readers, and only then the guest is answered.
+//!   readers, and only then the guest is answered. Where there is memory that outlives the process, the
+//!   entry is kept there, shown and answered first, and the rest follows ([`super::journal`]).
 //! * **Compressed**: the references to every host cluster that the stream touches are durable, and so
 //!   is the stream, before the L2 entry ([`super::packed`]).
 //! * **Tables**: a new L2 table or refcount block is durable before the entry that names it. A table

@@ -9,11 +9,13 @@ use super::Qcow2;
 use super::alloc::{Run, Taken};
 use super::corrupt::{self, bad_entry_to_write};
 use super::freed::Release;
+use super::journal::Kept;
 use super::layout::{Cluster, L2Entry};
 use super::lookup::Found;
 use super::overlap::Kinds;
 use crate::block::{Event, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use smallvec::{SmallVec, smallvec};
 use std::ops::Range;
 
 /// What a guest cluster needs before it can be written.
@@ -35,8 +37,20 @@ struct Part {
     /// Of the data.
     data: Range<u64>,
     /// The entries now.
-    old: Vec<L2Entry>,
+    old: Entries,
 }
+
+/// What the host clusters of a write show beside the data.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copied {
+    /// The same as before the write, durably.
+    Nothing,
+    /// Bytes that were written with it.
+    Something,
+}
+
+/// Most writes change one.
+type Entries = SmallVec<[L2Entry; 2]>;
 
 impl Qcow2 {
     pub(super) async fn write_range(&self, at: u64, from: &IoVec<'_>) -> IoResult {
@@ -114,11 +128,11 @@ impl Qcow2 {
 
     /// What the first of the guest clusters needs, and the entries of all behind it that need the
     /// same, if that is new clusters.
-    async fn needs(&self, first: u64, last: u64) -> IoResult<(Need, Vec<L2Entry>)> {
+    async fn needs(&self, first: u64, last: u64) -> IoResult<(Need, Entries)> {
         let bits = self.geometry.cluster_bits;
         let pinned = self.pin(first << bits).await?;
         let (_, index) = self.slice_of(first << bits);
-        let mut old = Vec::new();
+        let mut old = Entries::new();
         let mut need = Need::Nothing;
         for n in 0..=last - first {
             let entry = pinned.get(index + n as usize);
@@ -128,7 +142,7 @@ impl Qcow2 {
             let this = self.need_of(entry, cluster);
             match (n, this) {
                 (0, Need::Cluster) => {}
-                (0, Need::Fill { .. }) => return Ok((this, vec![entry])),
+                (0, Need::Fill { .. }) => return Ok((this, smallvec![entry])),
                 (0, Need::Nothing) => return Ok((this, old)),
                 (_, Need::Cluster) => {}
                 _ => break,
@@ -164,8 +178,8 @@ impl Qcow2 {
         part.data.end = part.data.end.min(part.start + (taken.run.count << bits));
         let from = from.slice(0, part.data.end - part.data.start);
         let is_fresh = taken.run.is_fresh;
-        self.write_around(&part, taken.host(), is_fresh, &from).await?;
-        self.map_part(&part, taken.host(), Some(taken)).await?;
+        let copied = self.write_around(&part, taken.host(), is_fresh, &from).await?;
+        self.map_part(&part, taken.host(), Some(taken), copied).await?;
         Ok(from.len())
     }
 
@@ -176,19 +190,18 @@ impl Qcow2 {
         is_fresh: bool,
         from: &IoVec<'_>,
     ) -> IoResult {
-        self.write_around(part, host, is_fresh, from).await?;
-        self.map_part(part, host, None).await
+        let copied = self.write_around(part, host, is_fresh, from).await?;
+        self.map_part(part, host, None, copied).await
     }
 
-    /// Writes the data, and around it what the new mapping will show. Durably, unless the host
-    /// cluster shows the same before and after.
+    /// Writes the data, and around it what the new mapping will show.
     async fn write_around(
         &self,
         part: &Part,
         host: u64,
         is_fresh: bool,
         from: &IoVec<'_>,
-    ) -> IoResult {
+    ) -> IoResult<Copied> {
         let shown = self.shown(part);
         let was_zero = is_fresh && self.reads_zero(shown.clone()).await?;
         let head = match was_zero {
@@ -202,13 +215,13 @@ impl Qcow2 {
         if head.is_some() || tail.is_some() {
             self.event(Event::CowWrite).await;
         }
-        let before = head.as_ref().map(|head| IoVec::from_ref(head));
-        let after = tail.as_ref().map(|tail| IoVec::from_ref(tail));
-        let list: Vec<&IoVec<'_>> = before.iter().chain([from]).chain(after.iter()).collect();
-        let start = part.data.start - head.as_ref().map_or(0, |buf| buf.len() as u64);
-        self.write_data(host + (start - part.start), &IoVec::concat(&list)).await?;
+        let before = head.as_deref().map_or(IoVec::empty(), IoVec::from_ref);
+        let after = tail.as_deref().map_or(IoVec::empty(), IoVec::from_ref);
+        let start = part.data.start - before.len();
+        let all = IoVec::concat(&[&before, from, &after]);
+        self.write_data(host + (start - part.start), &all).await?;
         let is_more = self.copy_apart(part, host, &shown).await?;
-        if was_zero && !is_more { Ok(()) } else { self.data().flush().await }
+        Ok(if was_zero && !is_more { Copied::Nothing } else { Copied::Something })
     }
 
     /// Copies what has to move of the first and of the last cluster and does not lie beside what else
@@ -334,11 +347,18 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Makes the host clusters those of the guest, and frees what was there.
-    async fn map_part(&self, part: &Part, host: u64, taken: Option<Taken<'_>>) -> IoResult {
+    /// Makes the host clusters those of the guest, and frees what was there. What was copied to them is
+    /// durable before the disk has it.
+    async fn map_part(
+        &self,
+        part: &Part,
+        host: u64,
+        taken: Option<Taken<'_>>,
+        copied: Copied,
+    ) -> IoResult {
         let size = self.geometry.cluster_size();
         let shown = self.shown(part);
-        let entries: Vec<L2Entry> = part
+        let entries: Entries = part
             .old
             .iter()
             .enumerate()
@@ -349,6 +369,21 @@ impl Qcow2 {
             })
             .collect();
         let is_new = taken.is_some();
+        let is_copied = copied == Copied::Something;
+        let kept = self.keep_entries(part.start, &part.old, &entries, is_copied).await?;
+        if kept != Kept::No {
+            if let Some(taken) = taken {
+                taken.keep();
+            }
+            if kept == Kept::HalfFull {
+                // The others have the second half meanwhile. If it fails, the next flush tells.
+                let _ = self.settle_journal().await;
+            }
+            return Ok(());
+        }
+        if is_copied {
+            self.data().flush().await?;
+        }
         if let Some(taken) = taken {
             // Whether handing over fails or not, an entry may name them.
             taken.keep();

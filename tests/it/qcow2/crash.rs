@@ -2,6 +2,7 @@
 //! corrupt, and each sector holds what was last flushed or something written since.
 
 use super::consistency;
+use super::journal::{Memory, attach};
 use super::judge::{assert_allowed, orderly, request, sound};
 use super::sim::{DATA, Disks, EVERY, Image, Judged, below, disk, image, try_every};
 use crate::disks::{crashes, open_holding, seed, simulated};
@@ -137,9 +138,11 @@ struct Work {
     /// Requests side by side, at most.
     lanes: usize,
     packs: bool,
+    /// Entries of an overlay are kept in memory that outlives the process.
+    keeps: bool,
 }
 
-const LONG: Work = Work { rounds: 6, lanes: 4, packs: false };
+const LONG: Work = Work { rounds: 6, lanes: 4, packs: false, keeps: false };
 
 /// Requests side by side on different sectors, flushes among them.
 async fn work(
@@ -147,7 +150,7 @@ async fn work(
     disks: Rc<Disks>,
     model: Rc<RefCell<Model>>,
     seed: u64,
-    Work { rounds, lanes: most_lanes, packs }: Work,
+    Work { rounds, lanes: most_lanes, packs, .. }: Work,
 ) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let unit = (node.compression_unit().unwrap() / SECTOR) as usize;
@@ -293,6 +296,10 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, does: Work) -> Judge
         let (model, disks) = (model.clone(), disks.clone());
         async move {
             let image = Image::open(&options).await;
+            if does.keeps {
+                // So few that they are handed over meanwhile, too.
+                attach(&image.node, Memory::new(5 * 12)).await.unwrap();
+            }
             work(image.node.clone(), disks.clone(), model.clone(), seed, does).await;
             image.close().await;
             let mut model = model.borrow_mut();
@@ -350,9 +357,19 @@ fn no_crash_corrupts_an_image_or_invents_what_nobody_wrote() {
 }
 
 #[test]
+fn no_crash_shows_what_was_not_copied_where_entries_are_kept_in_memory() {
+    let seed = seed();
+    let cases = CASES.iter().filter(|case| case.backing.is_some());
+    for (n, case) in cases.enumerate() {
+        println!("{} {}", case.create, case.garbage);
+        run(case, seed.wrapping_add(n as u64), crashes(6), 101, Work { keeps: true, ..LONG });
+    }
+}
+
+#[test]
 fn nothing_that_a_crash_of_a_few_requests_can_leave_is_corrupt() {
     let seed = seed();
-    let short = Work { rounds: 3, lanes: 2, packs: false };
+    let short = Work { rounds: 3, lanes: 2, packs: false, keeps: false };
     // One that can discard, one that cannot, and two with two disks.
     let two = CASES.iter().filter(|case| case.create.starts_with("cluster_size=4k,data_file=D"));
     for case in CASES[..2].iter().chain(two) {

@@ -8,6 +8,7 @@ mod damaged;
 mod failing;
 mod full;
 mod images;
+mod journal;
 mod judge;
 mod model;
 mod read;

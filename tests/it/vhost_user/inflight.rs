@@ -310,13 +310,99 @@ fn a_guest_that_has_switched_its_write_cache_off_has_it_off_after_a_kill() {
     disk.stop().unwrap();
     disk.connection().set_write_cache(true).unwrap();
     let (told, file) = disk.inflight().unwrap();
-    let trailer = told.mmap_offset + told.mmap_size - 64;
+    let trailer = told.mmap_offset + told.mmap_size - BEHIND_QUEUES;
     file.write_all_at(&[1], trailer + 8).unwrap();
     disk.reconnect().unwrap();
     assert_eq!(disk.connection().config().unwrap().wce, 1);
     let mut off = [9];
     file_of(&disk).read_exact_at(&mut off, trailer + 8).unwrap();
     assert_eq!(off, [0]);
+}
+
+/// Bytes of a trailer and of the journal.
+const BEHIND_QUEUES: u64 = 64 + (160 << 10);
+
+/// An overlay of a file that is full of one byte.
+fn overlay() -> Daemon {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    std::fs::write(dir.path().join("below.raw"), vec![7; SIZE as usize]).unwrap();
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "below.raw", "disk.qcow2"])
+        .current_dir(dir.path())
+        .status();
+    assert!(made.unwrap().success());
+    let node = "driver=qcow2,node-name=d0,file.driver=file,file.filename=DIR/disk.qcow2";
+    let export = format!("{},writable=on", export_of("d0", 0));
+    let program = [env!("CARGO_BIN_EXE_vublk"), "daemon"];
+    Daemon::start_in(dir, &program, &["--blockdev", node, "--export", &export])
+}
+
+/// Runs one of QEMU's tools on an image as soon as the locks of a killed daemon are gone; its output,
+/// and that it ended with one of these codes.
+fn qemu(program: &str, arguments: &[&str], image: &std::path::Path, codes: &[i32]) -> String {
+    let until = Instant::now() + LIMIT;
+    loop {
+        let mut command = std::process::Command::new(program);
+        let out = command.args(arguments).arg(image).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        if said.contains("lock") && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        }
+        assert!(codes.contains(&out.status.code().unwrap()), "{program} {arguments:?}: {said}");
+        return String::from_utf8(out.stdout).unwrap();
+    }
+}
+
+/// What of an image is its own, by qemu-img, which finds nothing worse in it than leaks.
+fn allocated(image: &std::path::Path) -> String {
+    qemu("qemu-img", &["check", "-f", "qcow2"], image, &[0, 3]);
+    qemu("qemu-img", &["map", "-f", "qcow2"], image, &[0])
+}
+
+#[test]
+fn what_a_guest_wrote_over_a_backing_file_is_there_although_its_table_was_never_written() {
+    let mut daemon = overlay();
+    let path = daemon.path("disk.qcow2");
+    let mut disk = daemon.open(&options(1));
+    let clusters = SIZE / (64 << 10);
+    let block = |n: u64| stamped(n * 128 + 8, n + 1);
+    for n in 0..clusters {
+        disk.write(n * 128 + 8, &block(n)).unwrap();
+    }
+    kill(&mut daemon);
+    assert!(!allocated(&path).contains("disk.qcow2"), "the table waits for a flush");
+    daemon.restart();
+    disk.reconnect().unwrap();
+    daemon.wait_log(&format!("{clusters} clusters that were written before"), 1);
+    let mut found = vec![0; 64 << 10];
+    for n in 0..clusters {
+        disk.read(n * 128, &mut found).unwrap();
+        let mut wanted = vec![7; 64 << 10];
+        wanted[4096..4096 + BLOCK].copy_from_slice(&block(n));
+        assert!(found == wanted, "cluster {n}");
+    }
+    kill(&mut daemon);
+    assert!(allocated(&path).contains("disk.qcow2"), "they are in the table");
+}
+
+#[test]
+fn who_has_changed_an_image_meanwhile_keeps_the_guest_from_going_on_with_it() {
+    let mut daemon = overlay();
+    let mut disk = daemon.open(&options(1));
+    disk.write(0, &[1; BLOCK]).unwrap();
+    kill(&mut daemon);
+    let write = ["-f", "qcow2", "-c", "write -P 9 0 64k"];
+    qemu("qemu-io", &write, &daemon.path("disk.qcow2"), &[0]);
+    daemon.restart();
+    disk.reconnect().unwrap_err();
+    let says = "what was written at 0x0 before the daemon was killed cannot be taken up: the image \
+                has changed since";
+    daemon.wait_log(says, 1);
+    // A guest that has not seen the disk before is served.
+    let mut found = vec![0; BLOCK];
+    daemon.open(&options(1)).read(0, &mut found).unwrap();
+    assert_eq!(found, [9; BLOCK]);
 }
 
 fn file_of(disk: &Disk) -> &File {
@@ -330,7 +416,7 @@ fn memory_of_another_back_end_ends_with_its_queues_and_knows_of_no_write_cache()
     disk.connection().set_write_cache(false).unwrap();
     let (told, file) = disk.inflight().unwrap();
     let (told, file) = (*told, file.try_clone().unwrap());
-    let queues = told.mmap_size - 64;
+    let queues = told.mmap_size - BEHIND_QUEUES;
     for (size, magic, wce) in
         [(told.mmap_size, true, 0), (queues, true, 1), (told.mmap_size, false, 1)]
     {
@@ -355,7 +441,7 @@ fn an_inflight_region_that_is_wrong_costs_the_connection_only() {
         |size, offset, queues, entries| VhostUserInflight::new(size, offset, queues, entries);
     let len = good.mmap_size;
     for (times, (told, says)) in [
-        (with(len, 0, 2, 1024), "2 queues of 1024 take"),
+        (with(4096, 0, 2, 1024), "2 queues of 1024 take"),
         (with(len, 1 << 40, 2, ENTRIES), "its file ends at"),
         (with(u64::MAX, 0, 2, ENTRIES * 2), "its file ends at"),
         (with(len, 0, 1, ENTRIES / 2), "64 entries (version 1 and 32 entries"),

@@ -153,10 +153,10 @@ fn a_daemon_that_dies_at_any_store_leaves_what_was_in_flight_and_nothing_else() 
 fn the_layout_is_the_specifications() {
     assert_eq!((size_of::<Header>(), size_of::<Entry>()), (16, 16));
     let (region, told, file) = Region::new(2, 4).unwrap();
-    assert_eq!({ told.mmap_size }, 2 * 128 + 64);
+    assert_eq!({ told.mmap_size }, (2 * 128 + OWN_LEN) as u64);
     let mut trailer = [9; 64];
     file.read_exact_at(&mut trailer, 256).unwrap();
-    assert_eq!((&trailer[..8], trailer[8..] == [0; 56]), (&b"vublk\0\x01\0"[..], true));
+    assert_eq!((&trailer[..8], trailer[8..] == [0; 56]), (&b"vublk\0\x02\0"[..], true));
     assert_eq!(size_of_val(&told), 24);
     let mut bytes = [0; 256];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -192,7 +192,7 @@ fn refused(told: VhostUserInflight, file: &File) -> String {
 #[test]
 fn a_region_that_cannot_be_ours_is_refused() {
     let (_, told, file) = Region::new(2, 16).unwrap();
-    let len = told.mmap_size - size_of::<Trailer>() as u64;
+    let len = told.mmap_size - OWN_LEN as u64;
     assert!(Region::map(&told, file.try_clone().unwrap()).is_ok());
     let with =
         |size, offset, queues, entries| VhostUserInflight::new(size, offset, queues, entries);
@@ -203,7 +203,7 @@ fn a_region_that_cannot_be_ours_is_refused() {
         (with(len, 0, 2, 0), "queues of 0"),
         (with(u64::MAX, 0, 2, 2048), "queues of 2048"),
         (with(u64::MAX, 0, u16::MAX, 1024), "its file ends at"),
-        (with(len, 4096, 2, 16), "its file ends at"),
+        (with(len, 1 << 20, 2, 16), "its file ends at"),
         (with(len, u64::MAX, 2, 16), "its file ends at"),
         (with(len / 2, 64, 1, 16), "at 64: "),
         (with(len, 0, 2, 8), "16 entries (version 1 and 8 entries"),
@@ -229,7 +229,7 @@ fn a_region_that_cannot_be_ours_is_refused() {
 fn a_trailer_counts_only_if_it_is_ours_and_is_there() {
     let (region, told, file) = Region::new(2, 16).unwrap();
     region.set_write_cache(false);
-    let parts = told.mmap_size - size_of::<Trailer>() as u64;
+    let parts = told.mmap_size - OWN_LEN as u64;
     let found = |size| {
         let told = VhostUserInflight::new(size, 0, 2, 16);
         Region::map(&told, file.try_clone().unwrap()).unwrap().write_cache()

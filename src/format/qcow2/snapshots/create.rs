@@ -89,7 +89,10 @@ impl Qcow2 {
     ) -> IoResult<Run> {
         let raised = match self.share(l1, copy).await {
             Ok(()) => match self.replace_table(table, list, |header| self.settled(header)).await {
-                Ok(old) => return Ok(old),
+                Ok(old) => {
+                    self.journal.close(false);
+                    return Ok(old);
+                }
                 // From now on it is there: who opens the image finds one state or the other.
                 Err((true, errno)) => return Err(errno),
                 Err((false, errno)) => (u64::MAX, errno),

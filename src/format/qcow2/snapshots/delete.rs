@@ -22,10 +22,14 @@ impl Qcow2 {
         let mut list = table.list.clone();
         let snapshot = list.remove(index);
         self.begin_counting();
-        let old = self.replace_table(&table, list, unsettled).await;
+        let old = match self.settle_journal().await {
+            Ok(()) => self.replace_table(&table, list, unsettled).await,
+            Err(errno) => Err((false, errno)),
+        };
         let old = old.map_err(|(is_named, errno)| {
             if !is_named {
                 self.end_counting();
+                self.journal.close(false);
             }
             failed(errno)
         })?;

@@ -126,13 +126,16 @@ impl Qcow2 {
     /// Before references are counted anew: says that the refcounts may be wrong, durably.
     async fn unsettle(&self) -> IoResult {
         self.begin_counting();
+        self.settle_journal().await?;
         self.change_header(unsettled).await
     }
 
     /// Makes the refcounts durable, and says that they are right again.
     async fn settle(&self) -> IoResult {
         self.write_refcounts().await?;
-        self.change_header(|header| self.settled(header)).await
+        self.change_header(|header| self.settled(header)).await?;
+        self.journal.close(false);
+        Ok(())
     }
 
     /// Writes the header, durably, if something changes in it.
@@ -155,8 +158,11 @@ impl Qcow2 {
         }
     }
 
+    /// What waits in the journal is to be settled before the header says so; and the journal stays closed
+    /// until the header says otherwise.
     fn begin_counting(&self) {
         self.snapshots.is_counting.store(true, Ordering::SeqCst);
+        self.journal.close(true);
     }
 
     fn end_counting(&self) {
