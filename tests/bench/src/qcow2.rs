@@ -307,7 +307,7 @@ impl Fill {
 }
 
 fn once(plan: &Plan, kind: Kind, content: Content, load: &Once) -> Result<Measured> {
-    let setup = Setup { queues: 2, ..Setup::one(content) };
+    let setup = Setup { queues: 2, locking: true, ..Setup::one(content) };
     let running = servers::start(&plan.programs, kind, &setup, Some(SERVER_CPU))?;
     running.server.pin(SERVER_CPU)?;
     load.run(&running.socket(0), || running.server.cpu_ns())

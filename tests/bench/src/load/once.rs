@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use vublk_testkit::process::pin_thread;
-use vublk_testkit::spec::feature;
+use vublk_testkit::spec::{feature, protocol};
 use vublk_testkit::{Disk, MemoryLayout, Options, Result};
 
 use super::ring::{Chains, HotRing};
@@ -31,6 +31,8 @@ impl Once {
             num_queues: 2,
             queue_size: self.chains.ring_size(),
             layout: MemoryLayout::single(self.chains.memory() * 2),
+            // As QEMU does.
+            protocol: protocol::DEFAULT | protocol::INFLIGHT_SHMFD,
             ..Options::default()
         };
         let mut disk = Disk::open(socket, &options)?;
