@@ -1,7 +1,7 @@
 //! The journal of the disk's image, in the memory that the front end keeps for us ([`Journaled`]).
 //!
-//! An export attaches it before the first ring of a connection starts, and detaches it when the
-//! connection has ended. If I/O of the connection still may land then, that is left to the next one, which
+//! An export attaches it before the first ring of a connection starts, goes over to the image that is put over
+//! another, and detaches it when the connection has ended. If I/O of the connection still may land then, that is left to the next one, which
 //! begins nothing before.
 //!
 //! [`Journaled`]: crate::block::Journaled
@@ -35,12 +35,16 @@ impl Journal {
         memory: &Arc<Region>,
         worker: &Worker,
     ) -> Result<(), Error> {
-        let is_attached = |it: &Attached| Arc::ptr_eq(&it.memory, memory);
+        let node = node.journaled().filter(|_| memory.has_journal());
+        let is_attached = |it: &Attached| {
+            let is_same = node.as_ref().is_some_and(|node| Arc::ptr_eq(node, &it.node));
+            is_same && Arc::ptr_eq(&it.memory, memory)
+        };
         if self.0.lock().as_ref().is_some_and(is_attached) {
             return Ok(());
         }
         self.detach(name, worker);
-        let Some(node) = node.journaled().filter(|_| memory.has_journal()) else { return Ok(()) };
+        let Some(node) = node else { return Ok(()) };
         let attached = Attached { node, memory: memory.clone() };
         let theirs = attached.clone();
         worker.block_on(move || async move {

@@ -232,7 +232,7 @@ fn kept_by_rings(daemon: &Daemon) -> String {
 }
 
 #[test]
-fn rings_that_track_their_requests_keep_the_locks_of_the_overlay() {
+fn rings_that_track_their_requests_keep_the_locks_and_the_journal_of_the_overlay() {
     let (daemon, mut client) = serving("qcow2", "q.qcow2");
     let protocol = protocol::DEFAULT | protocol::INFLIGHT_SHMFD;
     let mut disk = daemon.open(&Options { protocol, ..Options::default() });
@@ -242,6 +242,13 @@ fn rings_that_track_their_requests_keep_the_locks_of_the_overlay() {
     client.run("blockdev-snapshot-sync", snapshot(&daemon, "q", "s.qcow2", "s"));
     assert!(kept_by_rings(&daemon).contains("/s.qcow2"));
     disk.write(0, &pattern(4096, 2)).unwrap();
+    let dir = daemon.path("");
+    let is_mapped = |image: &str| {
+        tool(&dir, "qemu-img", &["map", "-U", "-f", "qcow2", "s.qcow2"]).contains(image)
+    };
+    assert!(is_mapped("q.qcow2") && !is_mapped("s.qcow2"), "its table waits for a flush");
+    disk.flush().unwrap();
+    assert!(is_mapped("s.qcow2"));
 }
 
 #[test]
