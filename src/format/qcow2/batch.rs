@@ -75,6 +75,18 @@ impl Batches {
         state.next.changes.extend(changes);
         Member { batches: self, slice, end: state.next.end.clone() }
     }
+
+    /// A turn that was waited for without changes of one's own. As long as the member is there others take
+    /// turns with it.
+    async fn own_turn(&self, slice: SliceNo) -> (Member<'_>, Turn<'_>) {
+        loop {
+            let member = self.join(slice, std::iter::empty());
+            // Otherwise somebody else has written, but only his own entries.
+            if let Ok(turn) = member.turn().await {
+                return (member, turn);
+            }
+        }
+    }
 }
 
 impl<'a> Member<'a> {
@@ -175,7 +187,8 @@ impl Qcow2 {
         match member.turn().await {
             Err(result) => result,
             Ok(turn) => {
-                let result = self.change_slice_entries(guest, &pinned, &turn.batch.changes).await;
+                let changes = &turn.batch.changes;
+                let result = self.write_changes(guest, &pinned, changes, changes).await;
                 if result.is_err() {
                     self.suspect(slice, guest, pinned);
                 }
@@ -191,15 +204,11 @@ impl Qcow2 {
         guest: u64,
         pinned: &Pinned<'_>,
     ) -> IoResult {
-        let member = self.batches.join(slice, std::iter::empty());
-        let Ok(turn) = member.turn().await else {
-            // Somebody else has written, but only his own entries.
-            drop(member);
-            return Box::pin(self.rewrite_slice(slice, guest, pinned)).await;
-        };
+        let (_member, turn) = self.batches.own_turn(slice).await;
+        let changes = &turn.batch.changes;
         let mut result = self.write_slice(slice, guest, pinned).await;
-        if result.is_ok() && !turn.batch.changes.is_empty() {
-            result = self.change_slice_entries(guest, pinned, &turn.batch.changes).await;
+        if result.is_ok() {
+            result = self.write_changes(guest, pinned, changes, changes).await;
         }
         turn.end(result)
     }
@@ -210,51 +219,38 @@ impl Qcow2 {
         &self,
         slice: SliceNo,
         guest: u64,
-        due: impl Fn() -> Changes,
+        due: impl FnOnce() -> Changes,
     ) -> IoResult {
         let pinned = self.pin(guest).await?;
-        loop {
-            // As long as there is a member, others take turns with it.
-            let member = self.batches.join(slice, std::iter::empty());
-            let Ok(turn) = member.turn().await else {
-                // Somebody else has written, but only his own entries.
-                continue;
-            };
-            let mut changes = due();
-            changes.extend_from_slice(&turn.batch.changes);
-            let mut result = Ok(());
-            if self.journal.has_one_of(slice, &turn.batch.changes) {
-                result = self.make_way(slice, &turn.batch.changes).await;
-            }
-            if result.is_ok() && !changes.is_empty() {
-                result = self.write_batch(guest, &pinned, &changes).await;
-            }
-            if result.is_err() {
-                self.suspect(slice, guest, pinned);
-            }
-            return turn.end(result);
+        let (_member, turn) = self.batches.own_turn(slice).await;
+        let mut all = due();
+        all.extend_from_slice(&turn.batch.changes);
+        let result = self.write_changes(guest, &pinned, &turn.batch.changes, &all).await;
+        if result.is_err() {
+            self.suspect(slice, guest, pinned);
         }
+        turn.end(result)
     }
 
-    async fn change_slice_entries(
+    /// Writes all of these changes, if there are any. `newer` are those that may be newer than what waits in
+    /// the journal; the others are what waits there.
+    async fn write_changes(
         &self,
         guest: u64,
         pinned: &Pinned<'_>,
-        changes: &Changes,
+        newer: &Changes,
+        all: &Changes,
     ) -> IoResult {
         let (slice, _) = self.slice_of(guest);
-        if self.journal.has_one_of(slice, changes) {
-            self.make_way(slice, changes).await?;
+        if self.journal.has_one_of(slice, newer) {
+            // What the disk goes on showing of these was not durable until now.
+            self.data().flush().await?;
+            self.journal.mark(slice, newer);
         }
-        self.write_batch(guest, pinned, changes).await
-    }
-
-    /// Before the disk has something newer than entries that wait. What it goes on showing of them was
-    /// not durable until now.
-    async fn make_way(&self, slice: SliceNo, changes: &Changes) -> IoResult {
-        self.data().flush().await?;
-        self.journal.mark(slice, changes);
-        Ok(())
+        match all.is_empty() {
+            true => Ok(()),
+            false => self.write_batch(guest, pinned, all).await,
+        }
     }
 
     async fn write_batch(&self, guest: u64, pinned: &Pinned<'_>, changes: &Changes) -> IoResult {

@@ -22,7 +22,7 @@
 use super::batch::Changes;
 use super::l2_cache::SliceNo;
 use super::layout::{Cluster, L2Entry};
-use super::order::{Lock, LockGuard};
+use super::order::Lock;
 use super::{Qcow2, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
 use crate::io::IoResult;
@@ -366,11 +366,7 @@ impl Qcow2 {
         if self.journal.is_empty() {
             return Ok(());
         }
-        let turn = self.journal.settling.lock().await;
-        self.settle_in_turn(&turn).await
-    }
-
-    async fn settle_in_turn(&self, _turn: &LockGuard<'_, ()>) -> IoResult {
+        let _turn = self.journal.settling.lock().await;
         let moment = self.journal.moment();
         let (slices, is_copied) = self.journal.slices_before(moment);
         if is_copied {
