@@ -28,20 +28,8 @@ use std::collections::BTreeSet;
 /// # Errors
 /// The header makes no sense, I/O failed, or what was asked cannot be repaired.
 pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<CheckReport, Error> {
-    let header = read_header(file).await?;
-    let geometry = header.geometry();
-    let report =
-        CheckReport { total_clusters: geometry.clusters(header.size), ..Default::default() };
-    let mut check = Check {
-        file,
-        header,
-        geometry,
-        fix,
-        say,
-        report,
-        must_rebuild: false,
-        is_incomplete: false,
-    };
+    let mut check = Check::new(file, read_header(file).await?, fix, say);
+    check.report.total_clusters = check.geometry.clusters(check.header.size);
     check.run().await?;
     Ok(check.report)
 }
@@ -55,18 +43,9 @@ pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<C
 pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
     let mut header = read_header(file).await?;
     header.refcount_order = order;
-    let geometry = header.geometry();
     let mut say = |line: &str| log::debug!("counting references anew: {line}");
-    let mut check = Check {
-        file,
-        header,
-        geometry,
-        fix: Fix::All,
-        say: &mut say,
-        report: CheckReport::default(),
-        must_rebuild: false,
-        is_incomplete: false,
-    };
+    let mut check = Check::new(file, header, Fix::All, &mut say);
+    let geometry = check.geometry;
     let mut references = check.count_references().await?;
     if check.report.corruptions > 0 || check.report.check_errors > 0 {
         return Err(Error::new("The image is corrupt: repair it first, with 'check -r all'"));
@@ -95,19 +74,9 @@ pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
 /// # Errors
 /// I/O failed, or the image makes no sense.
 pub(super) async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, Error> {
-    let header = read_header(file).await?;
-    let geometry = header.geometry();
     let mut say = |line: &str| log::debug!("looking for references: {line}");
-    let mut check = Check {
-        file,
-        header,
-        geometry,
-        fix: Fix::Nothing,
-        say: &mut say,
-        report: CheckReport::default(),
-        must_rebuild: false,
-        is_incomplete: false,
-    };
+    let mut check = Check::new(file, read_header(file).await?, Fix::Nothing, &mut say);
+    let geometry = check.geometry;
     let references = check.count_references().await?;
     let mut refcounts = Refcounts::read(file, &check.header).await?;
     let end = geometry.clusters(file.driver().len());
@@ -168,6 +137,15 @@ struct Check<'a> {
     must_rebuild: bool,
     /// Tables made no sense, so there may be references that were not found.
     is_incomplete: bool,
+}
+
+impl<'a> Check<'a> {
+    fn new(file: &'a Node, header: Header, fix: Fix, say: &'a mut dyn FnMut(&str)) -> Check<'a> {
+        let geometry = header.geometry();
+        let report = CheckReport::default();
+        let (must_rebuild, is_incomplete) = (false, false);
+        Check { file, header, geometry, fix, say, report, must_rebuild, is_incomplete }
+    }
 }
 
 impl Check<'_> {
