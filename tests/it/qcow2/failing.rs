@@ -22,20 +22,26 @@ fn filled(kind: &str, times: u64) -> Vec<u8> {
         let image = Image::open(&options).await;
         let fault = Fault::new(Kinds::WRITE, Effect::Fail(Errno::EIO));
         faulty.inject(fault.within(table..table + 512).times(times));
-        let mut failures = 0;
-        for at in (0..LEN).step_by(512) {
-            let data = [7; 512];
-            let data = IoVec::from_ref(&data);
-            while image.node.write(at, &data, WriteFlags::empty()).await.is_err() {
-                failures += 1;
-                assert!(failures <= times, "a fault strikes one request");
-            }
-        }
+        let failures = fill(&image.node, times, "a fault strikes one request").await;
         // What fails as more is reserved ahead of need costs no request.
         assert!(times < 3 || failures > 0, "{options}: the fault did not strike");
         image.close().await;
     });
     lower.bytes()
+}
+
+/// Writes to all sectors, each again until it works; how often it did not, which is at most so often.
+async fn fill(node: &Node, most: u64, otherwise: &str) -> u64 {
+    let mut failures = 0;
+    for at in (0..LEN).step_by(512) {
+        let data = [7; 512];
+        let data = IoVec::from_ref(&data);
+        while node.write(at, &data, WriteFlags::empty()).await.is_err() {
+            failures += 1;
+            assert!(failures <= most, "{otherwise}");
+        }
+    }
+    failures
 }
 
 fn big_endian(bytes: &[u8], at: usize) -> u64 {
@@ -61,15 +67,7 @@ fn any_one_write_that_fails_costs_a_request_at_most_and_the_image_stays_sound() 
             let image = Image::open(&options).await;
             let fault = Fault::new(Kinds::WRITE, Effect::Fail(Errno::EIO));
             faulty.inject(fault.after(spare).once());
-            let mut failures = 0;
-            for at in (0..LEN).step_by(512) {
-                let data = [7; 512];
-                let data = IoVec::from_ref(&data);
-                while image.node.write(at, &data, WriteFlags::empty()).await.is_err() {
-                    failures += 1;
-                    assert!(failures <= 1, "write {spare} failed, and then others");
-                }
-            }
+            fill(&image.node, 1, &format!("write {spare} failed, and then others")).await;
             image.close().await;
         });
         check(&lower.bytes(), false).unwrap_or_else(|error| panic!("write {spare}: {error}"));
