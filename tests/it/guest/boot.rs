@@ -32,6 +32,37 @@ pub struct Guest {
     more_time: Duration,
 }
 
+/// A part of a script that says "loading", and runs a command again and again, with "round" after each
+/// time, until a line comes from outside ([`RunningGuest::say`]).
+pub fn until_told(command: &str) -> String {
+    format!(
+        r#"
+        load() {{
+            until [ -e /tmp/stop ]; do
+                {command} || return 1
+                echo "round"
+            done
+        }}
+        echo loading
+        load &
+        read -r go
+        touch /tmp/stop
+        wait $! || exit 1
+        "#
+    )
+}
+
+/// A command that writes to the disk with as many jobs as it has queues, and verifies what it wrote.
+pub fn fio_on_disk(queues: usize, loops: usize) -> String {
+    let last = queues - 1;
+    format!(
+        "fio --name=load --filename=/dev/vda --size=8m --offset_increment=8m --numjobs={queues} \
+         --cpus_allowed=0-{last} --cpus_allowed_policy=split --rw=randwrite --bsrange=4k-128k \
+         --ioengine=libaio --iodepth=16 --direct=1 --fsync=64 --verify=crc32c --verify_fatal=1 \
+         --randrepeat=0 --loops={loops}"
+    )
+}
+
 impl Guest {
     pub fn new() -> Self {
         Self::default()

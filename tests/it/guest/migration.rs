@@ -1,7 +1,7 @@
 //! A guest under load moves between two QEMU processes, each with a vublk of its own on one shared
 //! image, and the image's locks go with it.
 
-use super::boot::{Guest, RunningGuest};
+use super::boot::{Guest, RunningGuest, fio_on_disk, until_told};
 use super::server::{Server, outcome_of, output_of, vublk_serve, vublk_serve_as};
 use super::{WRITE_LOCK, images, overlay};
 use std::path::Path;
@@ -11,28 +11,15 @@ use std::time::Duration;
 fn loaded(server: &Server) -> RunningGuest {
     let guest = Guest::new().with_fio().for_more(Duration::from_secs(180));
     let guest = guest.disk_with_queues(server.socket(0), 2);
-    let mut guest = guest.boot(
-        r#"
-        load() {
-            until [ -e /tmp/stop ]; do
-                fio --name=load --filename=/dev/vda --size=8m --offset_increment=8m --numjobs=2 --cpus_allowed=0-1 \
-                    --cpus_allowed_policy=split --rw=randwrite --bsrange=4k-128k --ioengine=libaio \
-                    --iodepth=16 --direct=1 --fsync=64 --verify=crc32c --verify_fatal=1 --randrepeat=0 --loops=2 || return 1
-                echo "round"
-            done
-        }
-        echo loading
-        load &
-        read -r go
-        touch /tmp/stop
-        wait $! || exit 1
+    let script = until_told(&fio_on_disk(2, 2))
+        + r#"
         dmesg | grep -E 'I/O error|is not a head'
         # What was read by other ways than fio's, too.
         mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt && dd if=/dev/urandom of=/mnt/file bs=1M count=8 2>/dev/null
         umount /mnt && e2fsck -fn /dev/vda || exit 1
         echo "sum $(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum)"
-        "#,
-    );
+        "#;
+    let mut guest = guest.boot(&script);
     guest.wait_for("loading");
     guest.wait_for("round");
     guest

@@ -1,6 +1,6 @@
 //! A guest under load goes on across live snapshots of its qcow2 overlay, and is turned back to one.
 
-use super::boot::Guest;
+use super::boot::{Guest, until_told};
 use super::server::output_of;
 use crate::monitor::{Client, MONITOR};
 use crate::vhost_user::Daemon;
@@ -36,35 +36,29 @@ fn a_guest_under_load_loses_nothing_across_live_snapshots_and_is_turned_back_to_
         dir
     };
     let daemon = serve(links());
+    let load = until_told(
+        "fio --name=load --directory=/mnt --size=8m --numjobs=2 --rw=randwrite --bsrange=4k-64k \
+         --ioengine=libaio --iodepth=8 --direct=1 --verify=crc32c --verify_fatal=1 --randrepeat=0 \
+         --loops=2",
+    );
+    let before = r#"
+        mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt || exit 1
+        dd if=/dev/urandom of=/mnt/kept bs=1M count=8 conv=fsync 2>/dev/null
+        echo "sum $(sha256sum </mnt/kept | cut -d' ' -f1)"
+        sync
+    "#;
+    let after = r#"
+        rm /mnt/kept
+        dd if=/dev/urandom of=/mnt/other bs=1M count=16 conv=fsync 2>/dev/null
+        umount /mnt && e2fsck -fn /dev/vda || exit 1
+        echo "errors $(dmesg | grep -c 'I/O error')"
+    "#;
     let mut guest = Guest::new()
         .cpus(2)
         .with_fio()
         .for_more(Duration::from_secs(120))
         .disk_with_queues(&daemon.path("e0.sock"), 2)
-        .boot(
-            r#"
-            mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt || exit 1
-            dd if=/dev/urandom of=/mnt/kept bs=1M count=8 conv=fsync 2>/dev/null
-            echo "sum $(sha256sum </mnt/kept | cut -d' ' -f1)"
-            sync
-            load() {
-                until [ -e /tmp/stop ]; do
-                    fio --name=load --directory=/mnt --size=8m --numjobs=2 --rw=randwrite --bsrange=4k-64k --ioengine=libaio \
-                        --iodepth=8 --direct=1 --verify=crc32c --verify_fatal=1 --randrepeat=0 --loops=2 || return 1
-                    echo "round"
-                done
-            }
-            echo loading
-            load &
-            read -r go
-            touch /tmp/stop
-            wait $! || exit 1
-            rm /mnt/kept
-            dd if=/dev/urandom of=/mnt/other bs=1M count=16 conv=fsync 2>/dev/null
-            umount /mnt && e2fsck -fn /dev/vda || exit 1
-            echo "errors $(dmesg | grep -c 'I/O error')"
-            "#,
-        );
+        .boot(&[before, &load, after].concat());
     guest.wait_for("loading");
     guest.wait_for("round");
     let mut client = Client::connect(&daemon.path("m.sock"));

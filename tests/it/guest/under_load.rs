@@ -1,7 +1,7 @@
 //! Guests that write and verify over four queues while their daemon is killed, or replaced by another:
 //! they notice nothing, whatever kind of disk they have.
 
-use super::boot::Guest;
+use super::boot::{Guest, fio_on_disk, until_told};
 use super::server::{self, output_of, vublk_serve_as};
 use super::{images, overlay};
 use std::fs;
@@ -73,25 +73,12 @@ fn under_load(
     disk.make(&image);
     let mut server = vublk_serve_as(disk.format(), &[&image], &["-v"]).start();
     let guest = Guest::new().cpus(4).with_fio().for_more(kills() as u32 * LONGEST_ABSENCE);
-    let mut guest = guest.reconnecting_disk(server.socket(0), 4).boot(
-        r#"
-        load() {
-            until [ -e /tmp/stop ]; do
-                fio --name=load --filename=/dev/vda --size=8m --offset_increment=8m --numjobs=4 --cpus_allowed=0-3 \
-                    --cpus_allowed_policy=split --rw=randwrite --bsrange=4k-128k --ioengine=libaio --iodepth=16 \
-                    --direct=1 --fsync=64 --verify=crc32c --verify_fatal=1 --randrepeat=0 --loops=4 || return 1
-                echo "round"
-            done
-        }
-        echo loading
-        load &
-        read -r go
-        touch /tmp/stop
-        wait $! || exit 1
+    let script = until_told(&fio_on_disk(4, 4))
+        + r#"
         dmesg | grep -E 'I/O error|is not a head'
         echo "sum $(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum)"
-        "#,
-    );
+        "#;
+    let mut guest = guest.reconnecting_disk(server.socket(0), 4).boot(&script);
     guest.wait_for("loading");
     // fio takes a moment to begin.
     guest.wait_for("round");
