@@ -7,7 +7,7 @@
 //! | `options`, `open` | what can be asked for; opening |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
 //! | `l1`, `l2_cache`, `clean` | the tables in memory, read without a lock; what was not used is given back |
-//! | `lookup` | where a guest's bytes are |
+//! | `lookup`, `in_place` | where a guest's bytes are, and when they may be overwritten there |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
 //! | `create`, `new_image`, `amend` | making images, and making them others |
 //! | `measure` | how long the file of a new image has to be |
@@ -44,6 +44,7 @@ mod hand_over;
 pub mod header;
 mod header_cluster;
 mod holes;
+mod in_place;
 pub mod info;
 mod journal;
 pub mod l1;
@@ -192,14 +193,6 @@ impl Qcow2 {
         }
     }
 
-    fn may_write_fast(&self) -> bool {
-        self.is_prepared.load(Ordering::Acquire)
-            && !self.corruption.is_fatal()
-            && !self.overlaps.is_met()
-            && self.stopped.get() == Stop::Not
-            && !self.snapshots.is_frozen()
-    }
-
     /// The fast road through the backing file.
     fn map_backing<'a>(
         &'a self,
@@ -246,10 +239,14 @@ impl Driver for Qcow2 {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        let Some(Ok(piece)) = self.piece(at, want) else { return Mapping::slow(want) };
+        let (piece, may_overwrite) = match access {
+            Access::Write => self.piece_to_overwrite(at, want),
+            _ => (self.piece(at, want), false),
+        };
+        let Some(Ok(piece)) = piece else { return Mapping::slow(want) };
         match (piece.found, access) {
             (Found::Data { host, copied }, Access::Read | Access::Write)
-                if access == Access::Read || copied && self.may_write_fast() =>
+                if access == Access::Read || copied && may_overwrite =>
             {
                 let data = self.children[self.data].fast(inflight);
                 if host + piece.len > data.len() {
