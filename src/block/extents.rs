@@ -1,7 +1,7 @@
 //! What is stored where: block status through a whole backing chain, and in runs as long as they are
 //! alike.
 
-use super::{Node, Precision, Status};
+use super::{Extent, Node, Precision, Status};
 use crate::io::IoResult;
 use std::sync::Arc;
 
@@ -85,6 +85,10 @@ async fn look_down(
         let below =
             backing(&layer).filter(|below| beyond == BeyondEnd::Allocated || start < below.len());
         let is_base = |below: &Arc<Node>| base.is_some_and(|base| Arc::ptr_eq(base, below));
+        if let Some(child) = filtered(&layer, start, &extent) {
+            layer = child;
+            continue;
+        }
         match below {
             Some(below) if !extent.status.contains(Status::ALLOCATED) && !is_base(&below) => {
                 layer = below;
@@ -105,6 +109,15 @@ async fn look_down(
             }
         }
     }
+}
+
+/// The node that has what a filter passes on, if its own backing files have to be asked.
+fn filtered(layer: &Node, start: u64, extent: &Extent) -> Option<Arc<Node>> {
+    if extent.status.intersects(Status::ALLOCATED | Status::ZERO) || backing(layer).is_some() {
+        return None;
+    }
+    let place = extent.place.filter(|place| place.offset == start)?;
+    Some(layer.driver().children().get(place.child?)?.node())
 }
 
 /// The longest run of one kind at the beginning of a range, as `map` tells it.
