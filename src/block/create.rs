@@ -3,7 +3,7 @@
 
 use super::policy::{FollowBacking, OpenPolicy};
 use super::registry::{DriverEntry, Kind, Registry};
-use super::{Attachment, Error, Graph, LocalFuture, Node, Perm, Perms, probe};
+use super::{Attachment, Error, Graph, LocalFuture, Node, Perm, Perms, Preallocation, probe};
 use crate::options::{self, Map, Value, filename};
 use std::fmt::Write;
 use std::sync::Arc;
@@ -41,7 +41,28 @@ pub struct Measurement {
 /// names in [`CreateEntry::options`], in their types ([`Value::Bool`], [`Value::Int`],
 /// [`Value::Str`]), and `filename`. A format finds its own, and its protocol's, which it hands on
 /// ([`Creation::create_file`]).
-pub type CreateFn = for<'a> fn(&'a Creation, Map) -> LocalFuture<'a, Result<(), Error>>;
+pub type CreateFn = for<'a> fn(&'a Creation, Map) -> LocalFuture<'a, Result<Made, Error>>;
+
+/// What a driver reports of the image or file that it has just made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// The whole disk reads as zeroes, except where a backing file shows.
+    pub reads_zeroes: bool,
+}
+
+/// Preallocation of storage that has all its space already.
+pub const NO_PREALLOCATION: CreateOption =
+    CreateOption::new("preallocation", ValueType::Str, "Preallocation mode (allowed values: off)");
+
+/// Refuses every mode but `off` among the options of a new image on a device, in QEMU's words.
+pub fn refuse_preallocation(options: &Map) -> Result<(), Error> {
+    let Some(mode) = options.get("preallocation").and_then(Value::as_str) else { return Ok(()) };
+    match Preallocation::parse(mode) {
+        Some(Preallocation::Off) => Ok(()),
+        Some(_) => Err(Error::new(format!("Unsupported preallocation mode '{mode}'"))),
+        None => Err(Error::new(format!("invalid parameter value: {mode}"))),
+    }
+}
 
 /// One option of `create -o`.
 #[derive(Clone, Copy, Debug)]
@@ -274,7 +295,7 @@ impl Creation {
     }
 
     /// Makes the image. Runs on a worker.
-    pub async fn run(&self) -> Result<(), Error> {
+    pub async fn run(&self) -> Result<Made, Error> {
         match self.format.create {
             // The file is the image.
             Some(_) if self.format.kind == Kind::Protocol => {
@@ -286,7 +307,7 @@ impl Creation {
     }
 
     /// For a format: makes the file below it, with those of `options` that the protocol knows.
-    pub async fn create_file(&self, options: Map) -> Result<(), Error> {
+    pub async fn create_file(&self, options: Map) -> Result<Made, Error> {
         let Some(entry) = self.protocol.create else {
             return Err(Error::new("no protocol that makes files"));
         };

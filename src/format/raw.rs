@@ -4,7 +4,7 @@
 //! or resize: a second guest on the same file, through another node or another process, destroys its
 //! file system. (qemu-storage-daemon allows it; its guests' devices, like us, do not.)
 
-use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
+use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
 use crate::block::registry::{DriverEntry, Kind, OptionHelp};
 use crate::block::*;
 use crate::io::{InFlight, IoResult, IoVec};
@@ -289,7 +289,7 @@ impl Image for Raw {
 }
 
 /// A raw image is what the protocol makes, in whole sectors.
-async fn create(creation: &Creation, mut options: Map) -> Result<(), Error> {
+async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
     if let Some(Value::Int(size)) = options.get_mut("size") {
         *size = *size + (SECTOR as i128 - *size % SECTOR as i128) % SECTOR as i128;
     }

@@ -43,11 +43,10 @@ pub struct Copy {
     pub sparse: Option<u64>,
     /// Data is passed on as it is, without a look for zeroes in it.
     pub keeps_data: bool,
-    /// What the target holds is all zeroes.
-    pub target_is_zero: bool,
-    /// The target's backing file supplies what the sources' own images have not.
-    pub has_backing: bool,
-    /// The image in the source's chain from which on down nothing is copied.
+    /// From this byte on the target is known to read as zeroes; `u64::MAX` if nothing is known.
+    pub zero_from: u64,
+    /// The image in the only source's chain that the target supplies: nothing is copied of it, nor of
+    /// what it stands on.
     pub base: Option<Arc<Node>>,
     /// What cannot be read becomes zeroes.
     pub salvage: bool,
@@ -318,7 +317,8 @@ impl Shared {
     }
 
     async fn zero(&self, to: u64, len: u64) -> Result<(), Trouble> {
-        if self.copy.target_is_zero {
+        let len = len.min(self.copy.zero_from.saturating_sub(to));
+        if len == 0 {
             return Ok(());
         }
         let zeroed = self.copy.target.zero(to, len, ZeroFlags::UNMAP).await;

@@ -4,7 +4,8 @@ use super::arguments::{
     self, CACHE, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,
 };
 use super::{Context, Ended, Failed, Tool, bitmap_copy, option_help};
-use crate::block::{ZeroFlags, create_options};
+use crate::block::create::Made;
+use crate::block::{Error, ZeroFlags, create_options, extents};
 
 use crate::cli::getopt::{Line, long_switch, switch, valued};
 use crate::drivers;
@@ -186,24 +187,16 @@ async fn convert(
         snapshot.load(&sources[0]).await?;
     }
     let Asked { sparse, rate, lanes, options, .. } = asked;
-    let Some(target) = open_target(images, line, target, options, len, &sources).await? else {
-        return Ok(0);
-    };
+    let target = open_target(images, line, target, options, len, &sources).await?;
     if line.has("bitmaps") {
-        bitmap_copy::check_target(target.node())?;
+        bitmap_copy::check_target(target.image.node())?;
     }
-    if target.len() < len {
+    if target.image.len() < len {
         return Err("output file is smaller than input file".into());
     }
-    let created = !line.has("n");
-    let is_device = target.filename().starts_with("/dev/");
-    let has_backing = line.has("B");
-    let mut target_is_zero = line.has("target-is-zero") || created && !is_device && !has_backing;
-    if !target_is_zero && !has_backing && sparse.is_some() {
-        // All at once, where that is quick.
-        let flags = ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK;
-        target_is_zero = target.zero(0, len, flags).await.is_ok();
-    }
+    let zero_from = known_zeroes(line, &target, len, sparse.is_some()).await;
+    let Target { image: target, has_backing, .. } = target;
+    let base = if has_backing { extents::backing(sources[0].node()) } else { None };
     let progress = Arc::new(context.progress(line));
     progress.set(0.0);
     let work = Copy {
@@ -214,9 +207,8 @@ async fn convert(
         compress: line.has("c"),
         sparse,
         keeps_data: line.has("C"),
-        target_is_zero,
-        has_backing,
-        base: None,
+        zero_from,
+        base,
         salvage: line.has("salvage"),
         rate,
     };
@@ -268,7 +260,58 @@ pub(super) fn describe(trouble: Trouble) -> Failed {
     })
 }
 
-/// Makes the target, unless it exists, and opens it. None if there is nothing more to do.
+/// Whether a backing file was named, in whichever of the two ways; of a target that exists it is taken
+/// on trust.
+fn check_backing(line: &Line, options: &Map, sources: &[Arc<Opened>]) -> Result<bool, Failed> {
+    let backing = match line.has("n") {
+        true => line.get("B"),
+        false => options.get("backing_file").and_then(Value::as_str),
+    };
+    let Some(name) = backing else { return Ok(false) };
+    if sources.len() > 1 {
+        return Err("Having a backing file for the target makes no sense when concatenating \
+                    multiple input images"
+            .into());
+    }
+    if !line.has("n") && !options.contains("backing_fmt") {
+        return Err("Use of backing file requires explicit backing format".into());
+    }
+    if name.is_empty() {
+        return Err("Expected backing file name, got empty string".into());
+    }
+    if line.has("target-is-zero") {
+        let text = "Cannot use --target-is-zero when the destination image has a backing file";
+        return Err(Failed::from(text).code(0));
+    }
+    Ok(true)
+}
+
+/// From which byte on the target is known to read as zeroes.
+async fn known_zeroes(line: &Line, target: &Target, len: u64, sparse: bool) -> u64 {
+    if line.has("target-is-zero") {
+        return 0;
+    }
+    if target.made == Some(Made { reads_zeroes: true }) {
+        return extents::backing(target.image.node()).map_or(0, |backing| backing.len());
+    }
+    // All at once, where that is quick.
+    let flags = ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK;
+    match sparse && !target.has_backing && target.image.zero(0, len, flags).await.is_ok() {
+        true => 0,
+        false => u64::MAX,
+    }
+}
+
+/// The image that is written to.
+struct Target {
+    image: Arc<Opened>,
+    /// Its backing file supplies what the source takes from its own.
+    has_backing: bool,
+    /// What its driver reported, if it was made here.
+    made: Option<Made>,
+}
+
+/// Makes the target, unless it exists, and opens it.
 async fn open_target(
     images: &Images,
     line: &Line,
@@ -276,7 +319,7 @@ async fn open_target(
     mut options: Map,
     len: u64,
     sources: &[Arc<Opened>],
-) -> Result<Option<Arc<Opened>>, Failed> {
+) -> Result<Target, Failed> {
     let registry = drivers::registry();
     let image_opts = line.has("target-image-opts");
     let format = (!image_opts).then(|| line.get("O").unwrap_or("raw"));
@@ -298,19 +341,18 @@ async fn open_target(
                 options.insert(key, Value::Text(value.to_owned()));
             }
         }
-        if options.contains("backing_file") && !options.contains("backing_fmt") {
-            return Err("Use of backing file requires explicit backing format".into());
-        }
-    } else if line.has("target-is-zero") && line.has("B") {
-        let text = "Cannot use --target-is-zero when the destination image has a backing file";
-        return Err(Failed::from(text).code(0));
     }
+    let has_backing = check_backing(line, &options, sources)?;
     if line.has("c") {
         let format = format.unwrap_or("raw");
         // The format that is to be made; the image, if it is there, says so itself when it is written.
         let create = registry.get(format).and_then(|driver| driver.create);
         if !create.is_some_and(|create| create.compresses) && !image_opts {
             return Err(NOT_COMPRESSED.into());
+        }
+        let encrypts = options.clone().take_opt_bool("encryption").map_err(Error::from)?;
+        if encrypts == Some(true) || options.contains("encrypt.format") {
+            return Err("Compression and encryption not supported at the same time".into());
         }
         if options.get("preallocation").is_some_and(|mode| mode.as_str() != Some("off")) {
             return Err("Compression and preallocation not supported at the same time".into());
@@ -324,11 +366,12 @@ async fn open_target(
         bitmap_copy::check_source(sources[0].node(), line.has("skip-broken-bitmaps"))?;
     }
     let cache = arguments::cache(line, "t", "cache", Cache::UNSAFE)?;
+    let mut made = None;
     if let (false, Some(format)) = (line.has("n"), format) {
-        options.take("size");
+        options.take_size("size").map_err(Error::from)?;
         let creation = drivers::creation(format, name, options, Some(len))?;
-        let at = |e: crate::block::Error| e.at(format!("{name}: error while converting {format}"));
-        creation.run().await.map_err(at)?;
+        let at = |e: Error| e.at(format!("{name}: error while converting {format}"));
+        made = Some(creation.run().await.map_err(at)?);
     }
     let wanted = Wanted {
         name,
@@ -343,5 +386,7 @@ async fn open_target(
     if line.has("c") && target.node().compression_unit().is_none() {
         return Err(NOT_COMPRESSED.into());
     }
-    Ok(Some(Arc::new(target)))
+    // Without a backing file nothing is supplied, whatever was said.
+    let has_backing = has_backing && extents::backing(target.node()).is_some();
+    Ok(Target { image: Arc::new(target), has_backing, made })
 }

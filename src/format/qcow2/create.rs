@@ -8,7 +8,7 @@ use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
 use super::measure::measure;
 use super::new_image::NewImage;
-use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
+use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
 use crate::block::{Error, Graph, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{Map, Value};
@@ -348,7 +348,7 @@ const TOO_LARGE: &str = "The image size is too large for file format 'qcow2' (tr
 
 /// Makes an image. The file below is made with exactly the length that the tables need, and with
 /// the disk's clusters if these are to have their places.
-async fn create(creation: &Creation, mut options: Map) -> Result<(), Error> {
+async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
     let wanted = Wanted::take(creation, &options)?;
     let mut header = wanted.header();
     let mapped = wanted.preallocation != Preallocation::Off;
@@ -372,15 +372,19 @@ async fn create(creation: &Creation, mut options: Map) -> Result<(), Error> {
     if let Some(name) = wanted.data_file.as_ref().filter(|_| wanted.keep_data_file) {
         check_data_file(creation, name, wanted.size).await?;
     }
-    creation.create_file(options).await?;
-    if let Some(name) = wanted.data_file.as_ref().filter(|_| !wanted.keep_data_file) {
-        create_data_file(creation, name, &wanted).await?;
-    }
+    let file = creation.create_file(options).await?;
+    // What the clusters show that have their places from the start.
+    let data = match &wanted.data_file {
+        None => file,
+        Some(_) if wanted.keep_data_file => Made { reads_zeroes: false },
+        Some(name) => create_data_file(creation, name, &wanted).await?,
+    };
     let (graph, hold) = creation.open_file().await?;
     let result = write(hold.node(), &header, &image, &first_cluster).await;
     hold.detach().await;
     graph.close().await;
-    result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))
+    result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))?;
+    Ok(Made { reads_zeroes: !mapped || data.reads_zeroes })
 }
 
 /// What QEMU says first when a name does not fit into the header.
@@ -417,7 +421,7 @@ async fn check_data_file(creation: &Creation, name: &str, size: u64) -> Result<(
 }
 
 /// The raw file of the disk's bytes, from whatever protocol its name says.
-async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<(), Error> {
+async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<Made, Error> {
     check_apart(creation, name)?;
     let mut file = creation.registry().new_file(name)?;
     let driver = file.take_required_str("driver")?;

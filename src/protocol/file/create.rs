@@ -6,8 +6,9 @@
 use super::lock::ImageLocks;
 use super::options::Locking;
 use super::sys;
+use crate::block::create::Made;
 use crate::block::{Error, Locks, Perm, Perms, Preallocation};
-use crate::io::Errno;
+use crate::io::{Errno, IoResult};
 use crate::options::Size;
 use serde::Deserialize;
 use std::fs::{File, OpenOptions};
@@ -35,7 +36,7 @@ pub struct CreateOptions {
 }
 
 /// Makes a regular file, or empties an existing one. Blocks.
-pub fn create_file(filename: &str, options: &CreateOptions) -> Result<(), Error> {
+pub fn create_file(filename: &str, options: &CreateOptions) -> Result<Made, Error> {
     let hint = options.extent_size_hint.map_or(EXTENT_SIZE, |size| size.0);
     let hint = u32::try_from(hint).map_err(|_| Error::new("Extent size hint is too large"))?;
     refuse_metadata(options.preallocation)?;
@@ -57,15 +58,14 @@ pub fn create_file(filename: &str, options: &CreateOptions) -> Result<(), Error>
     {
         log::warn!("'{filename}': extent_size_hint={hint}: {errno}");
     }
-    grow(&file, 0, options.size.0, options.preallocation)
+    grow(&file, 0, options.size.0, options.preallocation)?;
+    // A file that was emptied first has nothing but what was written here.
+    let reads_zeroes = file.metadata().is_ok_and(|found| found.is_file());
+    Ok(Made { reads_zeroes })
 }
 
 /// Makes an existing device ready to hold a new disk of at most its own size. Blocks.
-pub fn create_device(filename: &str, options: &CreateOptions) -> Result<(), Error> {
-    if options.preallocation != Preallocation::Off {
-        let name = options.preallocation.name();
-        return Err(Error::new(format!("Unsupported preallocation mode '{name}' for devices")));
-    }
+pub fn create_device(filename: &str, options: &CreateOptions) -> Result<Made, Error> {
     let could_not = |e: Errno| Error::os(format!("Could not open '{filename}'"), e);
     let file = OpenOptions::new().read(true).write(true).open(filename);
     let file = Arc::new(file.map_err(|e| could_not(e.into()))?);
@@ -77,7 +77,9 @@ pub fn create_device(filename: &str, options: &CreateOptions) -> Result<(), Erro
     // What was there before must not be taken for an image of some format.
     file.write_all_at(&[0; 512][..len.min(512) as usize], 0)
         .and_then(|()| file.sync_data())
-        .map_err(|e| Error::os("Failed to clear the new image's first sector", e))
+        .map_err(|e| Error::os("Failed to clear the new image's first sector", e))?;
+    // The rest of the device keeps what was there before.
+    Ok(Made { reads_zeroes: false })
 }
 
 /// Makes a regular file longer, from `old` to `new` bytes; what is new reads as zeroes. On failure
@@ -88,7 +90,7 @@ pub fn grow(file: &File, old: u64, new: u64, preallocation: Preallocation) -> Re
         return Ok(());
     }
     let result = match preallocation {
-        Preallocation::Falloc => sys::allocate(file, 0, old, new - old)
+        Preallocation::Falloc => allocate(file, old, new)
             .map_err(|e| Error::os("Could not preallocate data for the new file", e))
             .and_then(|()| first_block(file, old, new)),
         Preallocation::Full => write_zeroes(file, old, new)
@@ -121,6 +123,15 @@ fn first_block(file: &File, old: u64, new: u64) -> Result<(), Error> {
     }
     file.write_all_at(&[0; 4096][..new.min(4096) as usize], 0)
         .map_err(|e| Error::os("Could not resize file", e))
+}
+
+/// Allocates what lies behind the end. Where the file system has no call for it (ramfs, NFS 3, ZFS),
+/// zeroes are written instead, as posix_fallocate does.
+fn allocate(file: &File, old: u64, new: u64) -> IoResult {
+    match sys::allocate(file, 0, old, new - old) {
+        Err(errno) if errno.is_unsupported() => Ok(write_zeroes(file, old, new)?),
+        result => result,
+    }
 }
 
 fn write_zeroes(file: &File, old: u64, new: u64) -> std::io::Result<()> {

@@ -2,7 +2,9 @@
 
 use super::create::{self, CreateOptions};
 use super::{FileDriver, FileOptions, Flavour};
-use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
+use crate::block::create::{
+    CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
+};
 use crate::block::registry::OptionHelp;
 use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Opening, Preallocation};
 use crate::io;
@@ -50,8 +52,13 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
     options: OPTIONS,
     prefixes: &["host_device"],
     create: Some(&CreateEntry {
-        options: &[SIZE],
-        create: |creation, map| create_with(create::create_device, creation, map),
+        options: &[NO_PREALLOCATION, SIZE],
+        create: |creation, map| {
+            Box::pin(async move {
+                refuse_preallocation(&map)?;
+                create_with(create::create_device, creation, map).await
+            })
+        },
         measure: None,
         compresses: false,
         amend: &[],
@@ -93,13 +100,13 @@ async fn open(flavour: Flavour, opening: &mut Opening, map: Map) -> Result<Box<d
     Ok(Box::new(driver))
 }
 
-type Create = fn(&str, &CreateOptions) -> Result<(), Error>;
+type Create = fn(&str, &CreateOptions) -> Result<Made, Error>;
 
 fn create_with(
     create: Create,
     _creation: &Creation,
     mut map: Map,
-) -> LocalFuture<'_, Result<(), Error>> {
+) -> LocalFuture<'_, Result<Made, Error>> {
     Box::pin(async move {
         let filename = map.take_required_str("filename")?;
         if let Some(mode) = map.get("preallocation").and_then(|mode| mode.as_str())

@@ -188,6 +188,12 @@ impl FileDriver {
         preallocation: Preallocation,
     ) -> Result<(), Error> {
         if self.kind != Kind::Regular {
+            if preallocation != Preallocation::Off {
+                return Err(Error::new(format!(
+                    "Preallocation mode '{}' unsupported for this non-regular file",
+                    preallocation.name()
+                )));
+            }
             return self.resize_device(len).await;
         }
         let old = self.length();

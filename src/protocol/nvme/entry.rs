@@ -2,7 +2,9 @@
 
 use super::Nvme;
 use super::shared::Claim;
-use crate::block::create::{CreateEntry, CreateOption, Creation, ValueType};
+use crate::block::create::{
+    CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
+};
 use crate::block::{
     Driver, DriverEntry, Error, Kind, NodeOptions, Opening, OptionHelp, WriteFlags,
 };
@@ -33,7 +35,10 @@ pub static ENTRY: DriverEntry = DriverEntry {
     ],
     prefixes: &["nvme"],
     create: Some(&CreateEntry {
-        options: &[CreateOption::new("size", ValueType::Size, "Virtual disk size")],
+        options: &[
+            NO_PREALLOCATION,
+            CreateOption::new("size", ValueType::Size, "Virtual disk size"),
+        ],
         compresses: false,
         create: |creation, map| Box::pin(create(creation, map)),
         amend: &[],
@@ -152,14 +157,17 @@ async fn open_namespace(options: &NvmeOptions, node: &NodeOptions) -> Result<Nvm
 }
 
 /// Makes a namespace ready to hold a new disk of at most its own size.
-async fn create(_: &Creation, mut map: Map) -> Result<(), Error> {
+async fn create(_: &Creation, mut map: Map) -> Result<Made, Error> {
+    refuse_preallocation(&map)?;
     let filename = map.take_required_str("filename")?;
     let size = map.take_as::<Size>("size")?.map_or(0, |size| size.0);
     let options = NvmeOptions::from_filename(&filename)?;
     let driver = open_namespace(&options, &NodeOptions::default()).await?;
     let result = clear(&driver, size).await;
     let closed = driver.close().await.map_err(|e| Error::os(format!("Closing '{filename}'"), e));
-    result.and(closed)
+    result.and(closed)?;
+    // Only its first block was written.
+    Ok(Made { reads_zeroes: false })
 }
 
 async fn clear(driver: &Nvme, size: u64) -> Result<(), Error> {

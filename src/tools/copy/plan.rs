@@ -132,6 +132,12 @@ impl Place {
     async fn look(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
         let failed = |errno| Trouble::Status(self.at, errno);
         let (source, from, left) = copy.source_at(self.at).ok_or(failed(Errno::EIO))?;
+        // Behind the end of the base the source has zeroes, which the target's may lack.
+        let supplied = copy.base.as_ref().map_or(0, |base| base.len().saturating_sub(from));
+        let left = [supplied, copy.zero_from.saturating_sub(self.at)]
+            .into_iter()
+            .filter(|&len| len > 0)
+            .fold(left, u64::min);
         let looked =
             extents::look(source.node(), from, left, Precision::Zeroes, copy.base.as_ref()).await;
         let run = match looked {
@@ -140,7 +146,9 @@ impl Place {
             Err(_) if copy.salvage => return Ok((Some(Kind::Data), left.min(copy.chunk()))),
             Err(errno) => return Err(failed(errno)),
         };
-        Ok((kind_of(copy, &run), run.len))
+        let is_left_out = supplied > 0 && !run.has(Status::ALLOCATED);
+        let kind = if is_left_out { None } else { kind_of(copy, self.at, &run) };
+        Ok((kind, run.len))
     }
 }
 
@@ -162,18 +170,11 @@ fn in_units(
     }
 }
 
-fn kind_of(copy: &Copy, run: &Run) -> Option<Kind> {
-    let is_own = run.has(Status::ALLOCATED);
-    let is_left_out = match &copy.base {
-        Some(_) => !is_own,
-        None => copy.has_backing && !(is_own && run.depth == 0),
-    };
-    if is_left_out {
-        return None;
-    }
+/// What is done with a run that goes to `at` of the target, on one side of where its zeroes begin.
+fn kind_of(copy: &Copy, at: u64, run: &Run) -> Option<Kind> {
     match (run.has(Status::ZERO), copy.sparse) {
         (true, None) => Some(Kind::WrittenZeroes),
-        (true, Some(_)) if copy.target_is_zero => None,
+        (true, Some(_)) if at >= copy.zero_from => None,
         (true, Some(_)) => Some(Kind::Zeroes),
         (false, _) => Some(Kind::Data),
     }

@@ -17,6 +17,7 @@ mod newer;
 mod progress;
 mod random;
 mod snapshots;
+mod targets;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
