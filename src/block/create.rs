@@ -234,26 +234,17 @@ impl Creation {
             ..OpenPolicy::default()
         };
         let graph = Graph::with_policy(self.registry, policy);
-        let file = self.registry.file_options(&name)?;
-        let format = match format {
-            Some(format) => self
-                .registry
-                .get(format)
-                .ok_or_else(|| Error::new(format!("Unknown driver '{}'", format.escape_debug())))?,
-            None => {
+        let mut options = self.registry.recorded_options(&name, format, Map::new())?;
+        let format = match (options.get("driver").and_then(Value::as_str), options.get("file")) {
+            (Some(driver), _) => self.registry.known(driver)?,
+            (None, Some(Value::Map(file))) => {
                 let node = graph.open(read_only(file.clone(), "probed")).await?;
                 probe::probe(self.registry, &node, &name).await?
             }
+            (None, _) => return Err(Error::new("Must specify either driver or file")),
         };
-        let mut options = Map::new();
-        let describes_itself = file.get("driver").and_then(Value::as_str) == Some(format.name);
-        match describes_itself {
-            true => options = file,
-            false => {
-                options.insert("driver", format.name);
-                options.insert("file", Value::Map(file));
-            }
-        }
+        options.insert("driver", format.name);
+        self.registry.plain_numbers(&mut options)?;
         let len = graph.open(read_only(options, "backing")).await.map(|node| node.len());
         graph.close().await;
         Ok((len?, format.name))
@@ -383,6 +374,7 @@ mod tests {
             create,
             probe: None,
             is_device: None,
+            read_name: None,
         }
     }
 

@@ -10,7 +10,7 @@
 //! * [`overlap`]: which writes wait for which.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
-//! * [`name`]: what opens the same disk again.
+//! * [`name`]: what opens the same disk again; [`named`]: options that meet a file name.
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
 //! * [`length`]: storage whose length changes by itself.
@@ -36,6 +36,7 @@ pub mod image;
 pub mod length;
 pub mod memory;
 pub mod name;
+pub mod named;
 pub mod node;
 pub mod notice;
 pub mod open;
@@ -63,6 +64,7 @@ pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{CheckReport, Fix, Image, ImageInfo, Listed, Preallocation};
 pub use length::{LengthNotice, OwnLength};
 pub use memory::{Admission, DeviceMemory, GuestRegion};
+pub use named::NameParts;
 pub use node::{DetectZeroes, Discards, Node, NodeOptions, SECTOR};
 pub use notice::{Corrupted, Notice, Notices};
 pub use open::{Inherit, Opening, RecordedBacking};

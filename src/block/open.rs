@@ -138,11 +138,6 @@ impl Opening {
         self.graph.find(name).ok()
     }
 
-    /// The options of the protocol node that a file's name stands for.
-    pub fn file_options(&self, name: &str) -> Result<Map, Error> {
-        self.graph.registry().file_options(name)
-    }
-
     fn inherited(&self, inherit: Inherit) -> Inherited {
         let backing = inherit == Inherit::Backing;
         Inherited {
@@ -247,14 +242,6 @@ impl Graph {
 
 pub(super) fn duplicate(name: &str) -> Error {
     Error::new(format!("Duplicate nodes with node-name='{name}'"))
-}
-
-/// The path of the file that an image is in, so that other names can be relative to it.
-fn path_of(file: &Child) -> Option<String> {
-    let path = file.node().driver().filename()?;
-    // A path with a colon must not be taken for a protocol's name.
-    let looks_so = options::filename::split_protocol(&path).is_some();
-    Some(if looks_so { format!("./{path}") } else { path })
 }
 
 fn no_reference(name: &str) -> Error {

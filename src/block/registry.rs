@@ -4,6 +4,7 @@
 //! The lists are made where drivers live and joined above the block layer, which names none of them.
 
 use super::create::CreateEntry;
+use super::named::NameParts;
 use super::{Driver, Error, LocalFuture, Opening};
 use crate::options::{Map, filename};
 
@@ -27,6 +28,9 @@ pub type OpenFn =
 /// second argument) are its own: 0 is not at all, 100 a magic number found.
 pub type ProbeFn = fn(&[u8], &str) -> u32;
 
+/// Reads a file's name.
+pub type ReadNameFn = fn(&str) -> Result<NameParts, Error>;
+
 /// Bytes that a probe looks at.
 pub const PROBE_LEN: usize = 512;
 
@@ -46,6 +50,9 @@ pub struct DriverEntry {
     /// For protocols that reach devices: whether the file of this name is one of theirs, whatever
     /// its name looks like.
     pub is_device: Option<fn(&str) -> bool>,
+    /// How a file's name becomes options, for drivers whose names have a syntax of their own; others take a
+    /// name as it is for the option `filename`.
+    pub read_name: Option<ReadNameFn>,
 }
 
 impl DriverEntry {
@@ -129,9 +136,8 @@ impl Registry {
         self.iter().find(|entry| entry.prefixes.contains(&prefix))
     }
 
-    /// The options of the protocol node that a file's name stands for: a device, what its prefix or
-    /// `json:` says, or a plain file.
-    pub fn file_options(&self, name: &str) -> Result<Map, Error> {
+    /// The driver that a file's name is for, and what of the name is that driver's to read.
+    pub(super) fn parse_name(&self, name: &str) -> Result<Map, Error> {
         let is = |entry: &&DriverEntry| entry.is_device.is_some_and(|is| is(name));
         let device = |_: &str| self.iter().find(is).map(|entry| entry.name);
         let protocol = |prefix: &str| self.by_prefix(prefix).map(|entry| entry.name);
@@ -145,7 +151,7 @@ impl Registry {
             // A name that no file can have is told by who would make the file.
             "" => Ok(Map::from_iter([("driver", "file"), ("filename", "")])),
             name if name.starts_with("json:") => Err(Error::new("Unknown protocol 'json'")),
-            name => self.file_options(name),
+            name => self.parse_name(name),
         }
     }
 
@@ -192,6 +198,7 @@ mod tests {
             create: None,
             probe,
             is_device: None,
+            read_name: None,
         }
     }
 

@@ -35,6 +35,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     // Anything is raw, if it is nothing else.
     probe: Some(|_, _| 1),
     is_device: None,
+    read_name: None,
 };
 
 #[derive(Deserialize)]

@@ -7,6 +7,7 @@
 use super::error::Error;
 use super::json;
 use super::tree::{Map, Value, check_length};
+use std::borrow::Cow;
 
 /// Reads a file name into the options it stands for: `driver` and `filename`, or for `json:{…}`
 /// whatever it says, with dotted keys nested and all plain values as text.
@@ -22,9 +23,8 @@ pub fn parse<'d>(
     device_driver: impl Fn(&str) -> Option<&'d str>,
     protocol_driver: impl Fn(&str) -> Option<&'d str>,
 ) -> Result<Map, Error> {
-    check_length(name)?;
-    if let Some(text) = name.strip_prefix("json:") {
-        return parse_json(text);
+    if let Some(options) = json_options(name)? {
+        return Ok(options);
     }
     if name.contains('\0') {
         return Err(Error::message("A file name cannot hold a zero byte"));
@@ -32,10 +32,9 @@ pub fn parse<'d>(
     let (driver, filename) = match (device_driver(name), split_protocol(name)) {
         (Some(driver), _) => (driver, name),
         (None, None) => ("file", name),
-        (None, Some(("file", path))) => ("file", path),
-        (None, Some((prefix, path))) => match protocol_driver(prefix) {
-            Some(driver @ ("host_device" | "host_cdrom")) => (driver, path),
-            Some(driver) => (driver, name),
+        (None, Some(("file", _))) => ("file", path_for("file", name)),
+        (None, Some((prefix, _))) => match protocol_driver(prefix) {
+            Some(driver) => (driver, path_for(driver, name)),
             None => return Err(Error::message(format!("Unknown protocol '{prefix}'"))),
         },
     };
@@ -44,6 +43,29 @@ pub fn parse<'d>(
     }
     let text = |s: &str| Value::Text(s.to_owned());
     Ok(Map::from_iter([("driver", text(driver)), ("filename", text(filename))]))
+}
+
+/// The options that a name `json:{…}` says, dotted keys nested and all plain values as text; `None` for
+/// other names.
+pub fn json_options(name: &str) -> Result<Option<Map>, Error> {
+    check_length(name)?;
+    name.strip_prefix("json:").map(parse_json).transpose()
+}
+
+/// What a driver makes of a name: those whose names are paths take their own prefix off.
+pub fn path_for<'n>(driver: &str, name: &'n str) -> &'n str {
+    match (driver, split_protocol(name)) {
+        ("file" | "host_device" | "host_cdrom", Some((prefix, path))) if prefix == driver => path,
+        _ => name,
+    }
+}
+
+/// A path as a file name that means it: a colon in it must not be taken for the end of a protocol.
+pub fn plain(path: &str) -> Cow<'_, str> {
+    match split_protocol(path) {
+        Some(_) => Cow::Owned(format!("./{path}")),
+        None => Cow::Borrowed(path),
+    }
 }
 
 fn parse_json(text: &str) -> Result<Map, Error> {

@@ -7,22 +7,34 @@
 use crate::block::registry::OpenFn;
 use crate::block::{
     Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, HandOver, Kind, Leaf,
-    LocalFuture, Mapping, Opening, OptionHelp, Perms, Place, Precision, Status, Target, Traits,
-    Transfer, WriteFlags, ZeroFlags,
+    LocalFuture, Mapping, NameParts, Opening, OptionHelp, Perms, Place, Precision, Status, Target,
+    Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, InFlight, IoResult, IoVec, Started};
 use crate::options::Map;
 use serde::Deserialize;
 use std::time::Duration;
 
-pub static CO: DriverEntry =
-    entry("null-co", &["null-co"], |opening, options| Box::pin(open("null-co", opening, options)));
+pub static CO: DriverEntry = entry(
+    "null-co",
+    &["null-co"],
+    |name| read_name(name, "null-co://"),
+    |opening, options| Box::pin(open("null-co", opening, options)),
+);
 
-pub static AIO: DriverEntry = entry("null-aio", &["null-aio"], |opening, options| {
-    Box::pin(open("null-aio", opening, options))
-});
+pub static AIO: DriverEntry = entry(
+    "null-aio",
+    &["null-aio"],
+    |name| read_name(name, "null-aio://"),
+    |opening, options| Box::pin(open("null-aio", opening, options)),
+);
 
-const fn entry(name: &'static str, prefixes: &'static [&'static str], open: OpenFn) -> DriverEntry {
+const fn entry(
+    name: &'static str,
+    prefixes: &'static [&'static str],
+    read_name: fn(&str) -> Result<NameParts, Error>,
+    open: OpenFn,
+) -> DriverEntry {
     let options = &[
         OptionHelp { name: "size", value: "int", help: "length of the disk (1 GiB)" },
         OptionHelp { name: "latency-ns", value: "int", help: "how long each request takes (0)" },
@@ -37,6 +49,15 @@ const fn entry(name: &'static str, prefixes: &'static [&'static str], open: Open
         create: None,
         probe: None,
         is_device: None,
+        read_name: Some(read_name),
+    }
+}
+
+/// The only name says nothing.
+fn read_name(name: &str, only: &str) -> Result<NameParts, Error> {
+    match name == only {
+        true => Ok(NameParts { options: Map::new(), below: None }),
+        false => Err(Error::new(format!("The only allowed filename for this driver is '{only}'"))),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Images, Opened, Wanted};
 use crate::block::extents;
-use crate::block::{Error, Node};
+use crate::block::{Error, Node, Registry, name, named};
 use crate::options::{Map, Value, filename};
 use std::sync::Arc;
 
@@ -22,15 +22,23 @@ pub struct Layers {
 
 /// The image in the chain below `top` that the user calls `name`: a file's name as the image above it
 /// would call it. How far down it is, 0 for the first below.
-pub fn find(top: &Arc<Node>, name: &str) -> Option<usize> {
+pub fn find(registry: &Registry, top: &Arc<Node>, name: &str) -> Option<usize> {
     let real = |name: &str| std::fs::canonicalize(name).ok();
+    let file_of = |name: &str| {
+        let options = registry.file_options(name).ok()?;
+        named::file_in(&options).and_then(real)
+    };
     let mut above = top.clone();
     let mut depth = 0;
     while let Some(below) = extents::backing(&above) {
         if let (Some(own), Some(file)) = (above.driver().filename(), below.driver().filename()) {
             let wanted = filename::resolve(&own, name).ok();
-            let wanted = wanted.as_deref().and_then(real);
-            if file == name || wanted.is_some() && wanted == real(&file) {
+            let wanted = wanted.as_deref().and_then(file_of);
+            let recorded = above.driver().image().and_then(|image| image.info().backing_filename);
+            if file == name
+                || recorded.as_deref() == Some(name)
+                || wanted.is_some() && wanted == real(&file)
+            {
                 return Some(depth);
             }
         }
@@ -53,10 +61,7 @@ pub async fn open_for_commit(
     for _ in 0..=base {
         node =
             extents::backing(&node).ok_or_else(|| Error::new("The backing chain has changed"))?;
-        let name = node.driver().filename().ok_or_else(|| {
-            let format = node.driver().name();
-            Error::new(format!("A backing file of format '{format}' has no name to open it by"))
-        })?;
+        let name = name::name_of(&node, images.graph().registry());
         layers.push(Layer { name, format: node.driver().name() });
     }
     let grows = node.len() < longest;

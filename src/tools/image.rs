@@ -9,7 +9,7 @@ use super::naming::{self, Named};
 use crate::block::policy::FollowBacking;
 use crate::block::{
     Attachment, Error, Graph, Node, OpenPolicy, Packed, Perm, Perms, Preallocation, Registry,
-    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, probe,
+    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, name, probe,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
@@ -72,7 +72,8 @@ pub struct Opened {
     registry: &'static Registry,
     /// As the user named it.
     pub name: String,
-    shown: Option<String>,
+    /// The options that its name says, as they were written.
+    given: Map,
     /// By guessing.
     pub guessed_raw: bool,
     write_through: bool,
@@ -121,25 +122,21 @@ impl Images {
 
     async fn open_unnamed(&self, wanted: &Wanted<'_>) -> Result<Opened, Error> {
         let registry = self.graph.registry();
+        let more = wanted.more.clone();
         let named = match wanted.image_opts {
-            true => naming::image_opts(registry, wanted.name, &self.warn)?,
-            false => naming::filename(registry, wanted.name, wanted.format)?,
+            true => naming::image_opts(registry, wanted.name, more, &self.warn)?,
+            false => naming::filename(registry, wanted.name, wanted.format, more)?,
         };
-        let Named { shown, mut options, probe } = named;
+        let Named { given, mut options, probe } = named;
         let mut guessed_raw = false;
         if probe {
             let format = self.guess(&options, wanted).await?;
             guessed_raw = format == "raw";
             options.insert("driver", format);
+            registry.plain_numbers(&mut options)?;
         }
         let writable = wanted.writable && !wanted.snapshot;
         common_options(&mut options, &Wanted { writable, ..wanted.clone() });
-        for (key, value) in wanted.more.iter() {
-            options.insert(key, value.clone());
-        }
-        if !wanted.more.is_empty() {
-            naming::plain_numbers(registry, &mut options)?;
-        }
         options.insert("node-name", self.next_name());
         if wanted.no_backing && probe_has_backing(registry, &options) {
             options.insert("backing", Value::Null);
@@ -171,7 +168,7 @@ impl Images {
             copier,
             registry,
             name: wanted.name.to_owned(),
-            shown,
+            given,
             guessed_raw,
             write_through: wanted.cache.write_through,
         })
@@ -327,10 +324,9 @@ impl Opened {
         !self.node().options().read_only
     }
 
-    /// What the image is called in listings: its file, if there is one.
+    /// What the image is called in listings: a name that opens the same disk, but for its backing file.
     pub fn filename(&self) -> String {
-        let file = || self.node().driver().filename().unwrap_or_else(|| self.name.clone());
-        self.shown.clone().unwrap_or_else(file)
+        name::name_without_backing(self.node(), self.registry, &self.given)
     }
 
     pub async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {

@@ -16,7 +16,7 @@ pub mod chain;
 pub mod compare;
 pub mod copy;
 pub mod image;
-mod naming;
+pub mod naming;
 pub mod nvme;
 pub mod output;
 pub mod progress;

@@ -1,14 +1,13 @@
 //! From what the user wrote to the options of nodes: a file's name, `json:{…}`, or with
 //! `--image-opts` a string of options.
 
-use crate::block::{DriverEntry, Error, Kind, Registry};
-use crate::options::size::BadSize;
-use crate::options::{self, Map, Value, json, qemuopts, size};
+use crate::block::{Error, Kind, Registry, named};
+use crate::options::{Map, Value, json, qemuopts};
 
 /// The options of an image, as far as they follow from its name.
 pub struct Named {
-    /// How listings call it, if not by its file's name.
-    pub shown: Option<String>,
+    /// What the name says itself, with the types that it has there.
+    pub given: Map,
     /// Of the node, or of what it stands on.
     pub options: Map,
     /// The format is to be found out: `options` are those of the format's node but for its driver,
@@ -16,60 +15,60 @@ pub struct Named {
     pub probe: bool,
 }
 
-/// Reads a file's name. `format` is what was given with `-f`.
-pub fn filename(registry: &Registry, name: &str, format: Option<&str>) -> Result<Named, Error> {
-    let mut options = registry.file_options(name)?;
-    let driver = options.get("driver").and_then(Value::as_str).and_then(|name| registry.get(name));
-    let takes_name = |entry: &DriverEntry| entry.options.iter().any(|o| o.name == "filename");
-    if driver.is_some_and(|entry| entry.kind == Kind::Protocol && !takes_name(entry)) {
-        // `null-co://` says all that there is to say.
-        options.take("filename");
+/// Reads a file's name. `format` is what was given with `-f`, `more` are further options of the image.
+pub fn filename(
+    registry: &Registry,
+    name: &str,
+    format: Option<&str>,
+    more: Map,
+) -> Result<Named, Error> {
+    let mut given = more;
+    if let Some(format) = format {
+        registry.known(format)?;
+        given.insert("driver", Value::Text(format.to_owned()));
     }
-    if name.starts_with("json:") {
-        if let Some(format) = format {
-            // The options are those of the format's node, whatever driver they say.
-            let entry = registry.get(format);
-            let entry = entry.ok_or_else(|| Error::new(format!("Unknown driver '{format}'")))?;
-            if entry.kind != Kind::Protocol && !options.contains("file") {
-                return Err(Error::new("A block device must be specified for \"file\""));
-            }
-            options.insert("driver", Value::Text(format.to_owned()));
-        }
-        let mut named = described(registry, options)?;
-        // With the types that the user gave.
-        let typed = name.strip_prefix("json:").map(json::parse_object);
-        if let (Some(shown), Some(Ok(typed))) = (&mut named.shown, typed) {
-            let mut typed = typed.crumple()?;
-            if let Some(format) = format {
-                typed.insert("driver", format);
-            }
-            *shown = json_name(&complete(registry, typed)).unwrap_or_default();
-        }
-        return Ok(named);
-    }
-    let mut node = Map::new();
-    let Some(format) = format else {
-        node.insert("file", Value::Map(options));
-        return Ok(Named { shown: None, options: node, probe: true });
+    // With the types that the user gave.
+    let typed = name.strip_prefix("json:").map(json::parse_object);
+    let typed = typed.and_then(Result::ok).map(|typed| (typed, given.clone()));
+    let mut options = registry.image_options(name, given)?;
+    let Some((typed, given)) = typed else {
+        registry.plain_numbers(&mut options)?;
+        let probe = !options.contains("driver");
+        return Ok(Named { given: Map::new(), options, probe });
     };
-    let entry = registry.get(format);
-    let entry = entry.ok_or_else(|| Error::new(format!("Unknown driver '{format}'")))?;
-    if entry.kind == Kind::Protocol {
-        let mut options = options;
-        options.insert("driver", Value::Text(format.to_owned()));
-        return Ok(Named { shown: None, options, probe: false });
+    if format.is_some_and(|format| {
+        registry.known(format).is_ok_and(|entry| entry.kind != Kind::Protocol)
+    }) && !options.contains("file")
+    {
+        // The options are those of the format's node, whatever driver they say.
+        return Err(Error::new("A block device must be specified for \"file\""));
     }
-    node.insert("driver", Value::Text(format.to_owned()));
-    node.insert("file", Value::Map(complete(registry, options)));
-    Ok(Named { shown: None, options: node, probe: false })
+    let mut named = described(registry, options)?;
+    named.given = registry.complete(named::overlay(typed.crumple()?, given));
+    Ok(named)
 }
 
 /// Reads the string of options of `--image-opts`. Keys that stand alone, which are deprecated, are
 /// told to `warn`.
-pub fn image_opts(registry: &Registry, text: &str, warn: impl Fn(&str)) -> Result<Named, Error> {
-    let parsed = qemuopts::parse(text, Some("file"))?;
+pub fn image_opts(
+    registry: &Registry,
+    text: &str,
+    more: Map,
+    warn: impl Fn(&str),
+) -> Result<Named, Error> {
+    described(registry, named::overlay(option_string(registry, text, Some("file"), warn)?, more))
+}
+
+/// Reads a string of options of an image; a first value without a key is that of `implied`.
+pub fn option_string(
+    registry: &Registry,
+    text: &str,
+    implied: Option<&str>,
+    warn: impl Fn(&str),
+) -> Result<Map, Error> {
+    let parsed = qemuopts::parse(text, implied)?;
     parsed.short_forms.iter().for_each(|item| warn(&qemuopts::short_form_warning(item)));
-    described(registry, whole_templates(registry, parsed.options)?.crumple()?)
+    Ok(whole_templates(registry, parsed.options)?.crumple()?)
 }
 
 /// The value of an option beside those of single kinds below it is that of all others, which drivers know as
@@ -100,57 +99,9 @@ fn whole_templates(registry: &Registry, options: Map) -> Result<Map, Error> {
     Ok(whole)
 }
 
-/// What a described image is called in listings, if it is more than its file's name says: options
-/// that change what is read from it, in the order in which qemu-img shows them.
-fn json_name(options: &Map) -> Option<String> {
-    let (shown, says_more) = telling(options);
-    says_more.then(|| format!("json:{}", json::to_text(&Value::Map(shown))))
-}
-
-/// The telling options, and whether there are any beside files' names.
-fn telling(options: &Map) -> (Map, bool) {
-    /// The order is that of QEMU's dictionaries.
-    const TELLING: [&str; 6] = ["offset", "read-zeroes", "driver", "size", "file", "filename"];
-    let mut shown = Map::new();
-    let mut says_more = false;
-    for key in TELLING {
-        match options.get(key) {
-            Some(Value::Map(file)) => {
-                let (file, more) = telling(file);
-                shown.insert(key, Value::Map(file));
-                says_more |= more;
-            }
-            Some(value) => {
-                shown.insert(key, value.clone());
-                says_more |= !matches!(key, "driver" | "filename");
-            }
-            None => {}
-        }
-    }
-    (shown, says_more)
-}
-
-/// Numbers with a suffix, which these options may have, as plain numbers.
-pub fn plain_numbers(registry: &Registry, options: &mut Map) -> Result<(), Error> {
-    if let Some(Value::Map(file)) = options.get_mut("file") {
-        plain_numbers(registry, file)?;
-    }
-    let driver = options.get("driver").and_then(Value::as_str);
-    let Some(entry) = driver.and_then(|driver| registry.get(driver)) else { return Ok(()) };
-    for option in entry.options.iter().filter(|option| option.value == "int") {
-        let Some(Value::Text(text)) = options.get_mut(option.name) else { continue };
-        match size::parse(text) {
-            Ok(bytes) => *text = bytes.to_string(),
-            Err(BadSize::NotASize) => return Err(options::Error::not_a_size(option.name).into()),
-            Err(BadSize::OutOfRange) => {}
-        }
-    }
-    Ok(())
-}
-
 /// A node that is described by options, whose driver may be left to probing.
 fn described(registry: &Registry, options: Map) -> Result<Named, Error> {
-    let mut options = complete(registry, options);
+    let mut options = registry.complete(options);
     let driver = options.get("driver").and_then(Value::as_str).map(str::to_owned);
     match driver {
         Some(driver) => {
@@ -162,34 +113,17 @@ fn described(registry: &Registry, options: Map) -> Result<Named, Error> {
                 };
                 let file = Map::from_iter([("filename", filename)]);
                 options.insert("file", Value::Map(file));
-                options = complete(registry, options);
+                options = registry.complete(options);
             }
-            let shown = json_name(&options);
-            plain_numbers(registry, &mut options)?;
-            Ok(Named { shown, options, probe: false })
+            let given = options.clone();
+            registry.plain_numbers(&mut options)?;
+            Ok(Named { given, options, probe: false })
         }
         None if options.contains("file") => {
-            plain_numbers(registry, &mut options)?;
-            Ok(Named { shown: None, options, probe: true })
+            let given = options.clone();
+            registry.plain_numbers(&mut options)?;
+            Ok(Named { given, options, probe: true })
         }
         None => Err(Error::new("Must specify either driver or file")),
     }
-}
-
-/// Names the drivers of files below that are left open: a `filename` is a device or a plain file.
-fn complete(registry: &Registry, mut options: Map) -> Map {
-    /// The children that are storage, and the one that is another image.
-    const FILES: [&str; 3] = ["file", "data-file", "image"];
-    for key in FILES.into_iter().chain(["backing"]) {
-        let Some(Value::Map(child)) = options.get_mut(key) else { continue };
-        *child = complete(registry, std::mem::take(child));
-        if FILES.contains(&key)
-            && !child.contains("driver")
-            && let Some(filename) = child.get("filename").and_then(Value::as_str)
-        {
-            let driver = registry.driver_of_path(filename);
-            child.insert("driver", Value::Text(driver.to_owned()));
-        }
-    }
-    options
 }

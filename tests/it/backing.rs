@@ -45,6 +45,7 @@ static NOTE: DriverEntry = DriverEntry {
     create: None,
     probe: Some(|head, _| 100 * u32::from(head.starts_with(b"NOTE"))),
     is_device: None,
+    read_name: None,
 };
 
 struct Note(Vec<Child>);

@@ -129,6 +129,7 @@ static SUSPEND: DriverEntry = DriverEntry {
     create: None,
     probe: None,
     is_device: None,
+    read_name: None,
 };
 
 struct Suspend([Child; 1]);

@@ -45,6 +45,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     create: None,
     probe: None,
     is_device: None,
+    read_name: None,
 };
 
 /// Bytes, at least.

@@ -256,6 +256,7 @@ const fn entry(name: &'static str, open: OpenFn) -> DriverEntry {
         create: None,
         probe: None,
         is_device: None,
+        read_name: None,
     }
 }
 

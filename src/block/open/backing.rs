@@ -1,9 +1,9 @@
 //! The files that an image names itself: what it takes unwritten bytes from, and what its data is in. They
 //! are given in the options, or recorded in the image and then opened as far as the graph's policy allows.
 
-use super::{Inherit, Opening, path_of};
+use super::{Inherit, Opening};
 use crate::block::policy::FollowBacking;
-use crate::block::{Child, Error, Perm, Perms, probe};
+use crate::block::{Child, Error, Perm, Perms, named, probe};
 use crate::options::{Map, NodeRef, NodeRefOrNull, Value, filename};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -51,33 +51,43 @@ impl Opening {
         file: &Child,
     ) -> Result<Option<Child>, Error> {
         let during = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
+        let guesses = self.graph.policy().backing == FollowBacking::Probe;
+        let mut is_told = true;
         let options = match (given, recorded) {
             (Some(NodeRefOrNull::Null), _) | (None, None) => return Ok(None),
-            (Some(NodeRefOrNull::Name(name)), _) => NodeRef::Name(name),
-            (Some(NodeRefOrNull::Inline(map)), recorded) => {
-                let format = recorded.and_then(|recorded| recorded.format);
-                NodeRef::Inline(self.with_format(map, format).await?)
+            (Some(NodeRefOrNull::Name(name)), _) => Ok(NodeRef::Name(name)),
+            (Some(NodeRefOrNull::Inline(given)), recorded) => {
+                is_told = guesses;
+                self.backing_options(given, recorded, file).await
             }
-            (None, Some(recorded)) => {
-                let options = self.follow(recorded, file).await;
-                let options = options.map_err(|e| e.at("Could not open backing file"))?;
-                let child = self.child("backing", options, Inherit::Backing, during).await;
-                return child.map(Some).map_err(|e| e.at("Could not open backing file"));
-            }
+            (None, recorded) => self.backing_options(Map::new(), recorded, file).await,
         };
-        self.child("backing", options, Inherit::Backing, during).await.map(Some)
+        let child = match options {
+            Ok(options) => self.child("backing", options, Inherit::Backing, during).await,
+            Err(error) => Err(error),
+        };
+        child.map(Some).map_err(|error| match is_told {
+            true => error.at("Could not open backing file"),
+            // The error names the option.
+            false => error,
+        })
     }
 
-    /// The options of a file that has the image's data as it is, and that the image records. Whatever the
-    /// name looks like, it is that of a file or a device; a relative one starts at the process's own folder:
-    /// both as in QEMU.
+    /// The options of a file that has the image's data as it is, and that the image records, with what is
+    /// `given` for it. Whatever the name looks like, it is that of a file or a device; a relative one starts at
+    /// the process's own folder: both as in QEMU.
     ///
     /// # Errors
     /// The policy does not allow it.
-    pub fn recorded_file(&self, filename: &str) -> Result<NodeRef, Error> {
-        self.check_named(filename)?;
-        let driver = self.graph.registry().driver_of_path(filename);
-        Ok(NodeRef::Inline(Map::from_iter([("driver", driver), ("filename", filename)])))
+    pub fn recorded_file(&self, filename: &str, given: Map) -> Result<NodeRef, Error> {
+        if given.is_empty() {
+            self.check_named(filename)?;
+        }
+        let options = match self.graph.policy().backing {
+            FollowBacking::Never => given,
+            _ => self.graph.registry().recorded_file_options(filename, given)?,
+        };
+        Ok(NodeRef::Inline(options))
     }
 
     /// Whether the policy allows to open what only the image names.
@@ -92,90 +102,88 @@ impl Opening {
         }
     }
 
-    /// Where formats are guessed: the options of a backing file with the format that is recorded, or that
-    /// its first bytes tell, if they name none.
-    async fn with_format(&mut self, mut map: Map, format: Option<&str>) -> Result<Map, Error> {
-        let guesses = self.graph.policy().backing == FollowBacking::Probe;
-        if let (true, false, Some(Value::Map(file))) =
-            (guesses, map.contains("driver"), map.get("file"))
-        {
-            let name = file.get("filename").and_then(Value::as_str).unwrap_or_default();
-            let format = match format {
-                Some(format) => format,
-                None => self.probe(name, file.clone()).await?,
-            };
-            map.insert("driver", format);
-        }
-        Ok(map)
-    }
-
-    /// The options of a recorded backing file.
-    async fn follow(
+    /// The options of a backing file: those that are given, merged with what is recorded.
+    async fn backing_options(
         &mut self,
-        recorded: RecordedBacking<'_>,
+        given: Map,
+        recorded: Option<RecordedBacking<'_>>,
         file: &Child,
     ) -> Result<NodeRef, Error> {
+        let registry = self.graph.registry();
+        let follow = self.graph.policy().backing;
+        let guesses = follow == FollowBacking::Probe;
+        let is_followed = given.is_empty() || follow != FollowBacking::Never;
+        let mut options = match recorded {
+            Some(recorded) if is_followed && registry.wants_name(&given)? => {
+                self.follow(recorded, given, file)?
+            }
+            // The options are whole, or what is missing is an error.
+            _ if !guesses => given,
+            Some(RecordedBacking { filename, format }) => {
+                registry.recorded_options(filename, format, given)?
+            }
+            None => registry.complete(given),
+        };
+        if guesses && !options.contains("driver") {
+            let Some(Value::Map(storage)) = options.get("file") else {
+                return Err(Error::new("Must specify either driver or file"));
+            };
+            let format = self.probe(storage.clone()).await?;
+            options.insert("driver", format);
+        }
+        if guesses {
+            registry.plain_numbers(&mut options)?;
+        }
+        Ok(NodeRef::Inline(options))
+    }
+
+    /// The options of a recorded backing file, `given` ones among them. Where formats are not guessed, they name
+    /// the driver.
+    fn follow(
+        &mut self,
+        recorded: RecordedBacking<'_>,
+        given: Map,
+        file: &Child,
+    ) -> Result<Map, Error> {
         let RecordedBacking { filename, format } = recorded;
         self.check_named(filename)?;
-        let shown = filename.escape_debug();
-        let follow = self.graph.policy().backing;
-        let own = path_of(file);
-        let name = match &own {
-            Some(own) => filename::resolve(own, filename)?,
-            None => filename::resolve("json:", filename)?,
-        };
-        self.chain = self.chain_to(own.as_deref(), &name)?;
-        let registry = self.graph.registry();
-        let mut options = registry.file_options(&name)?;
-        if name.starts_with("json:") && format.is_none() {
-            // It says everything itself.
-            return Ok(NodeRef::Inline(options));
+        let own = file.node().driver().filename();
+        let name = filename::resolve(own.as_deref().unwrap_or("json:"), filename)?;
+        let options = self.graph.registry().recorded_options(&name, format, given)?;
+        self.chain = self.chain_to(own.as_deref(), &name, named::file_in(&options))?;
+        if !options.contains("driver") && self.graph.policy().backing != FollowBacking::Probe {
+            let shown = filename.escape_debug();
+            return Err(Error::new(format!(
+                "the image records no format of '{shown}': record one with \
+                 'rebase -u -b {shown} -F FORMAT', or name the backing file in the options"
+            )));
         }
-        let format = match format {
-            Some(format) if registry.get(format).is_some() => format,
-            Some(format) => {
-                return Err(Error::new(format!("Unknown driver '{}'", format.escape_debug())));
-            }
-            None if follow == FollowBacking::Probe => self.probe(&name, options.clone()).await?,
-            None => {
-                return Err(Error::new(format!(
-                    "the image records no format of '{shown}': record one with \
-                     'rebase -u -b {shown} -F FORMAT', or name the backing file in the options"
-                )));
-            }
-        };
-        // A json: name may describe the format's node, or only what is below it.
-        match options.get("driver").and_then(Value::as_str) {
-            Some(driver) if driver != format => {}
-            named => {
-                if named.is_none() {
-                    options.insert("driver", format);
-                }
-                return Ok(NodeRef::Inline(options));
-            }
-        }
-        let mut node = Map::new();
-        node.insert("driver", format);
-        node.insert("file", Value::Map(options));
-        Ok(NodeRef::Inline(node))
+        Ok(options)
     }
 
     /// The format that a file's first bytes tell.
-    async fn probe(&mut self, name: &str, options: Map) -> Result<&'static str, Error> {
+    async fn probe(&mut self, options: Map) -> Result<&'static str, Error> {
+        let name = named::file_in(&options).unwrap_or_default().to_owned();
         let inherited = self.inherited(Inherit::Backing);
         let path = super::join(&self.path, "backing.file");
         let node = self.graph.open_node(options, path, Some(inherited), self.depth + 1).await?;
-        probe::probe(self.graph.registry(), &node, name).await.map(|entry| entry.name)
+        probe::probe(self.graph.registry(), &node, &name).await.map(|entry| entry.name)
     }
 
-    /// The chain with the image at its end, unless the file called `name` is in it already.
-    fn chain_to(&self, own: Option<&str>, name: &str) -> Result<Option<Arc<Chain>>, Error> {
-        let chain = match own.and_then(|own| std::fs::canonicalize(own).ok()) {
+    /// The chain with the image at its end, unless `file`, which the image calls `name`, is in it already.
+    fn chain_to(
+        &self,
+        own: Option<&str>,
+        name: &str,
+        file: Option<&str>,
+    ) -> Result<Option<Arc<Chain>>, Error> {
+        let real = |path: &str| std::fs::canonicalize(path).ok();
+        let chain = match own.and_then(real) {
             Some(file) => Some(Arc::new(Chain { file, above: self.chain.clone() })),
             None => self.chain.clone(),
         };
         if let Some(chain) = &chain
-            && let Ok(file) = std::fs::canonicalize(name.strip_prefix("file:").unwrap_or(name))
+            && let Some(file) = file.and_then(real)
             && chain.has(&file)
         {
             return Err(Error::new(format!(

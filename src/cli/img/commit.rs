@@ -69,7 +69,7 @@ async fn commit(
     (rate, keeps_top, progress): (Option<u64>, bool, &Arc<Progress>),
 ) -> Ended {
     let depth = match base {
-        Some(base) => chain::find(image.node(), base).ok_or_else(|| {
+        Some(base) => chain::find(images.graph().registry(), image.node(), base).ok_or_else(|| {
             format!("Did not find '{base}' in the backing chain of '{}'", wanted.name)
         }),
         None if extents::backing(image.node()).is_none() => {

@@ -116,7 +116,8 @@ impl About {
         };
         let filename = image.filename();
         let full_backing = info.backing_filename.as_ref().map(|backing| {
-            filename::resolve(&filename, backing).unwrap_or_else(|_| backing.clone())
+            let own = driver.filename().unwrap_or_default();
+            filename::resolve(&own, backing).unwrap_or_else(|_| backing.clone())
         });
         let known = actual_size.is_some() && driver.image().is_some();
         About {

@@ -151,7 +151,8 @@ impl Context {
         }
     }
 
-    fn warn(&self, text: &str) {
+    /// Prints a warning.
+    pub fn warn(&self, text: &str) {
         eprintln!("{}: warning: {text}", self.program);
     }
 

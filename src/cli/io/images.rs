@@ -1,11 +1,11 @@
-//! The commands that open images: `open`, `reopen`.
+//! The command `open`, and what opening an image says.
 
 use super::words::Words;
 use super::{Said, Session};
 use crate::block::Error;
 use crate::drivers;
-use crate::options::{Map, Value, qemuopts};
-use crate::tools::{Cache, Opened, Wanted};
+use crate::options::Map;
+use crate::tools::{Cache, Wanted, naming};
 use std::rc::Rc;
 
 /// How an image is to be opened.
@@ -88,7 +88,7 @@ impl Session {
     }
 
     /// Tells why an image was not opened, without its name.
-    fn tell(&self, error: &Error, wanted: &ToOpen, before: &str) {
+    pub(super) fn tell(&self, error: &Error, wanted: &ToOpen, before: &str) {
         let text = error.to_string();
         let outer = format!("Could not open '{}': ", wanted.name);
         let inner = text.strip_prefix(&outer).unwrap_or(&text);
@@ -98,7 +98,7 @@ impl Session {
         }
     }
 
-    async fn try_open(&mut self, wanted: &ToOpen) -> Result<(), Error> {
+    pub(super) async fn try_open(&mut self, wanted: &ToOpen) -> Result<(), Error> {
         if wanted.native && !wanted.cache.direct {
             return Err(Error::new(
                 "aio=native was specified, but it requires cache.direct=on, which was not specified.",
@@ -139,14 +139,10 @@ impl Session {
                 let mut wanted = wanted;
                 if wanted.image_opts {
                     // The options go with the name.
-                    let parsed = qemuopts::parse(&wanted.name, None);
-                    match parsed.and_then(|parsed| parsed.options.crumple()) {
-                        Ok(mut options) => {
-                            let driver = options.take("driver");
-                            let driver = driver.as_ref().and_then(Value::as_str);
-                            wanted.format = driver.map(str::to_owned);
-                            wanted.more = options;
-                        }
+                    let registry = drivers::registry();
+                    let warn = |text: &str| self.context.warn(text);
+                    match naming::option_string(registry, &wanted.name, None, warn) {
+                        Ok(options) => wanted.more = options,
                         Err(error) => {
                             self.context.error(&error.to_string());
                             return None;
@@ -159,28 +155,6 @@ impl Session {
             }
             _ => self.usage(),
         }
-    }
-
-    /// The command `reopen`: the image is closed and opened again, in another way.
-    pub(super) async fn reopen(&mut self, words: &Words<'_>) -> Said {
-        if !words.operands.is_empty() {
-            return self.usage();
-        }
-        if words.has('r') && words.has('w') {
-            self.context.error("Only one -r/-w option may be given");
-            return None;
-        }
-        let (image, now) = self.image.as_ref()?;
-        let (now, mut wanted) = (now.clone(), now.clone());
-        if let Err(text) = change(&mut wanted, image, words) {
-            self.context.error(&text);
-            return None;
-        }
-        self.close().await;
-        let Err(error) = self.try_open(&wanted).await else { return Some(()) };
-        self.tell(&error, &wanted, "");
-        self.open(now).await?;
-        None
     }
 }
 
@@ -211,50 +185,4 @@ fn described(words: &Words<'_>) -> Result<ToOpen, String> {
         wanted.image_opts = true;
     }
     Ok(wanted)
-}
-
-/// What the options of `reopen` change.
-fn change(wanted: &mut ToOpen, image: &Opened, words: &Words<'_>) -> Result<(), String> {
-    if words.has('r') {
-        wanted.read_only = true;
-    }
-    if words.has('w') {
-        wanted.read_only = false;
-    }
-    if let Some(text) = words.get('c') {
-        wanted.cache = parse_cache(text)?;
-    }
-    let Some(text) = words.get('o') else { return Ok(()) };
-    let mut options = qemuopts::parse(text, None).map_err(|e| e.to_string())?.options;
-    let text = |e: crate::options::Error| e.to_string();
-    if words.has('c') && options.iter().any(|(key, _)| key.starts_with("cache.")) {
-        return Err("Cannot set both -c and the cache options".into());
-    }
-    if let Some(value) = options.take_opt_bool("read-only").map_err(text)? {
-        if words.has('r') || words.has('w') {
-            return Err("Cannot set both -r/-w and 'read-only'".into());
-        }
-        if value && !wanted.read_only {
-            // Only -r gives up writing.
-            let name = image.node().name();
-            return Err(format!("Read-only block node '{name}' cannot support read-write users"));
-        }
-        wanted.read_only = value;
-    }
-    if let Some(value) = options.take_opt_bool("cache.direct").map_err(text)? {
-        wanted.cache.direct = value;
-    }
-    if let Some(value) = options.take_opt_bool("cache.no-flush").map_err(text)? {
-        wanted.cache.no_flush = value;
-    }
-    let known = drivers::registry().get(image.format()).map_or(&[][..], |entry| entry.options);
-    let is_own =
-        |key: &str| known.iter().any(|option| option.name == key && option.value != "node");
-    for (key, value) in options.iter() {
-        if !matches!(key, "discard" | "detect-zeroes") && !is_own(key) {
-            return Err(format!("Cannot change the option '{key}'"));
-        }
-        wanted.more.insert(key, value.clone());
-    }
-    Ok(())
 }

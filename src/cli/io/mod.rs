@@ -7,6 +7,7 @@ mod breaks;
 mod commands;
 mod images;
 mod program;
+mod reopen;
 mod transfer;
 mod words;
 

@@ -15,7 +15,7 @@ use super::{read_below, write_below};
 use crate::block::event::Hearing;
 use crate::block::*;
 use crate::io::{self, Errno, IoResult, IoVec};
-use crate::options::{self, Map, NodeRef, Value};
+use crate::options::{Map, NodeRef, Value};
 use rules::{InjectError, IoType, Rules, SetState};
 use serde::Deserialize;
 use std::ops::Range;
@@ -75,6 +75,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     create: None,
     probe: None,
     is_device: None,
+    read_name: Some(read_name),
 };
 
 #[derive(Deserialize)]
@@ -128,8 +129,7 @@ struct Blkdebug {
     _hearing: Hearing,
 }
 
-async fn open(opening: &mut Opening, mut options: Map) -> Result<Box<dyn Driver>, Error> {
-    take_filename(opening, &mut options)?;
+async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
     let mut given = options.clone();
     given.take("image");
     let options: Options = opening.parse(options)?;
@@ -160,26 +160,16 @@ async fn open(opening: &mut Opening, mut options: Map) -> Result<Box<dyn Driver>
     }))
 }
 
-/// Puts the options that a name `blkdebug:CONFIG:IMAGE` stands for in its place.
-fn take_filename(opening: &Opening, options: &mut Map) -> Result<(), Error> {
-    let name = options.get("filename").and_then(Value::as_str);
-    let Some(rest) = name.and_then(|name| name.strip_prefix("blkdebug:")) else {
-        return Ok(());
+/// Reads `blkdebug:CONFIG:IMAGE`, or the name of an image.
+fn read_name(name: &str) -> Result<NameParts, Error> {
+    let Some(rest) = name.strip_prefix("blkdebug:") else {
+        return Ok(NameParts { options: Map::new(), below: Some(("image", name.to_owned())) });
     };
-    let parts = rest.split_once(':').map(|(config, image)| (config.to_owned(), image.to_owned()));
-    let Some((config, image)) = parts else {
-        return Err(Error::new("blkdebug requires both config file and image path"));
-    };
-    options.take("filename");
-    let image = opening.file_options(&image)?;
-    for (name, value) in [("config", config.into()), ("image", Value::Map(image))] {
-        if options.insert(name, value).is_some() {
-            return Err(opening.error(options::Error::message(format!(
-                "'{name}' is given by the file name already"
-            ))));
-        }
-    }
-    Ok(())
+    let parts = rest.split_once(':');
+    let (config, image) =
+        parts.ok_or_else(|| Error::new("blkdebug requires both config file and image path"))?;
+    let options = Map::from_iter([("config", config)]);
+    Ok(NameParts { options, below: Some(("image", image.to_owned())) })
 }
 
 /// One of the options that change how requests have to look: its name and its value, 0 if not given.

@@ -31,6 +31,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     create: None,
     probe: None,
     is_device: None,
+    read_name: None,
 };
 
 #[derive(Deserialize)]

@@ -106,6 +106,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
     create: Some(&create::CREATE),
     probe: Some(|head, _| if Header::probe(head) { 100 } else { 0 }),
     is_device: None,
+    read_name: None,
 };
 
 /// An open image.

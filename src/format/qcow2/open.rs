@@ -251,8 +251,12 @@ async fn data_file(
             ("driver", Value::from("null-co")),
             ("size", Value::from(0u64)),
         ])),
-        (true, Some(options)) => options,
-        (true, None) => opening.recorded_file(recorded_data_file(header)?)?,
+        (true, None) => opening.recorded_file(recorded_data_file(header)?, Map::new())?,
+        (true, Some(NodeRef::Inline(given))) => match recorded_data_file(header) {
+            Ok(name) => opening.recorded_file(name, given)?,
+            Err(_) => NodeRef::Inline(given),
+        },
+        (true, Some(reference)) => reference,
     };
     let during = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
     opening.child("data-file", options, Inherit::Storage, during).await.map(Some)

@@ -43,6 +43,7 @@ pub static FILE: DriverEntry = DriverEntry {
     }),
     probe: None,
     is_device: None,
+    read_name: None,
 };
 
 pub static HOST_DEVICE: DriverEntry = DriverEntry {
@@ -65,6 +66,7 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
     }),
     probe: None,
     is_device: Some(is_device),
+    read_name: None,
 };
 
 const SIZE: CreateOption = CreateOption::new("size", ValueType::Size, "Virtual disk size");

@@ -40,7 +40,7 @@ use crate::block::{
 use crate::io::{
     self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
 };
-use crate::options::Map;
+use crate::options::{Map, filename};
 use flush::Flushes;
 use lock::ImageLocks;
 use open::Kind;
@@ -263,7 +263,7 @@ impl Driver for FileDriver {
     }
 
     fn filename(&self) -> Option<String> {
-        Some(self.filename.clone())
+        Some(filename::plain(&self.filename).into_owned())
     }
 
     fn own_options(&self) -> Map {
@@ -323,7 +323,14 @@ impl Driver for FileDriver {
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(self.flushes.flush(io::fsync(self.fd)))
+        let fsync = async {
+            match io::fsync(self.fd).await {
+                // Such a device has no cache that could be flushed.
+                Err(Errno::EINVAL) if self.kind == Kind::CharacterDevice => Ok(()),
+                result => result,
+            }
+        };
+        Box::pin(self.flushes.flush(fsync))
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {

@@ -6,7 +6,7 @@ use crate::block::create::{
     CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
 };
 use crate::block::{
-    Driver, DriverEntry, Error, Kind, NodeOptions, Opening, OptionHelp, WriteFlags,
+    Driver, DriverEntry, Error, Kind, NameParts, NodeOptions, Opening, OptionHelp, WriteFlags,
 };
 use crate::io::{AlignedBuf, Errno};
 use crate::options::{Map, Size};
@@ -46,7 +46,14 @@ pub static ENTRY: DriverEntry = DriverEntry {
     }),
     probe: None,
     is_device: None,
+    read_name: Some(read_name),
 };
+
+/// A name is kept as it is.
+fn read_name(name: &str) -> Result<NameParts, Error> {
+    NvmeOptions::from_filename(name)?;
+    Ok(NameParts { options: Map::from_iter([("filename", name)]), below: None })
+}
 
 /// The driver's own options, as they are written.
 #[derive(Debug, Deserialize)]

@@ -13,6 +13,7 @@ mod lines;
 mod map;
 mod measure;
 mod messages;
+mod names;
 mod newer;
 mod progress;
 mod random;

@@ -194,6 +194,7 @@ static HALF: DriverEntry = DriverEntry {
     create: None,
     probe: None,
     is_device: None,
+    read_name: None,
 };
 
 static WITH_HALF: std::sync::LazyLock<Registry> =

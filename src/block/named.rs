@@ -1,0 +1,253 @@
+//! Options that meet a file name: what the name stands for, and what is given beside it for the node and for
+//! those that it stands on.
+//!
+//! The rule held here: what is given counts, and the name says only what is left open. So options for a child
+//! that nobody named (`file.locking=off`) are merged with those that the name stands for, at every depth.
+
+use super::Error;
+use super::registry::{DriverEntry, Kind, Registry};
+use crate::options::size::{self, BadSize};
+use crate::options::{self, Map, Value, filename};
+
+/// What a driver reads from a name of its own syntax.
+pub struct NameParts {
+    pub options: Map,
+    /// The child that the rest of the name is of, and that rest.
+    pub below: Option<(&'static str, String)>,
+}
+
+/// The children that are storage: a file name among their options is that of a file or device.
+const STORAGE: [&str; 3] = ["file", "data-file", "image"];
+
+impl Registry {
+    /// The options of the node of storage that a file's name stands for: a device, what its prefix or
+    /// `json:` says, or a plain file.
+    pub fn file_options(&self, name: &str) -> Result<Map, Error> {
+        self.storage(name, Map::new())
+    }
+
+    /// The options of the image of this name, and of `given` for it and for what it stands on. If they have no
+    /// `driver`, the format is that of what is in their `file`.
+    pub fn image_options(&self, name: &str, given: Map) -> Result<Map, Error> {
+        if let Some(said) = filename::json_options(name)? {
+            return Ok(self.complete(overlay(said, given)));
+        }
+        match self.driver_in(&given)? {
+            Some(entry) if takes_name(entry) => self.take_name(entry, name, given),
+            _ => self.name_below("file", name, given),
+        }
+    }
+
+    /// The options of an image that another image records. `format` is recorded beside the name. The name is not
+    /// looked at where `given` say what the image is in.
+    pub fn recorded_options(
+        &self,
+        name: &str,
+        format: Option<&str>,
+        mut given: Map,
+    ) -> Result<Map, Error> {
+        let said = filename::json_options(name)?.map(|said| self.as_format(said, format));
+        if let (Some(format), false) = (format, given.contains("driver")) {
+            self.known(format)?;
+            given.insert("driver", Value::Text(format.to_owned()));
+        }
+        match said {
+            _ if !self.wants_name(&given)? => Ok(self.complete(given)),
+            Some(said) => Ok(self.complete(overlay(said, given))),
+            None => Ok(self.complete(self.image_options(name, given)?)),
+        }
+    }
+
+    /// The options of storage whose name an image records, a plain path; `given` as in
+    /// [`Registry::recorded_options`].
+    pub fn recorded_file_options(&self, path: &str, given: Map) -> Result<Map, Error> {
+        if !self.wants_name(&given)? {
+            return Ok(self.complete_storage(given));
+        }
+        if given.is_empty() {
+            // As it is recorded, whatever it looks like.
+            return Ok(Map::from_iter([("driver", self.driver_of_path(path)), ("filename", path)]));
+        }
+        self.storage(&filename::plain(path), given)
+    }
+
+    /// Names the drivers of storage that are left open: a `filename` is that of a device or a plain file.
+    pub fn complete(&self, mut options: Map) -> Map {
+        for role in STORAGE.into_iter().chain(["backing"]) {
+            let Some(Value::Map(child)) = options.get_mut(role) else { continue };
+            let given = std::mem::take(child);
+            *child = match role {
+                "backing" => self.complete(given),
+                _ => self.complete_storage(given),
+            };
+        }
+        options
+    }
+
+    fn complete_storage(&self, options: Map) -> Map {
+        let mut options = self.complete(options);
+        if !options.contains("driver")
+            && let Some(filename) = options.get("filename").and_then(Value::as_str)
+        {
+            let driver = self.driver_of_path(filename);
+            options.insert("driver", Value::Text(driver.to_owned()));
+        }
+        options
+    }
+
+    /// Turns numbers with a suffix, which the tools' options may have, to plain ones, at every depth.
+    pub fn plain_numbers(&self, options: &mut Map) -> Result<(), Error> {
+        let driver = options.get("driver").and_then(Value::as_str);
+        let numbers =
+            driver.and_then(|driver| self.get(driver)).into_iter().flat_map(|entry| entry.options);
+        for option in numbers.filter(|option| option.value == "int") {
+            let Some(Value::Text(text)) = options.get_mut(option.name) else { continue };
+            match size::parse(text) {
+                Ok(bytes) => *text = bytes.to_string(),
+                Err(BadSize::NotASize) => {
+                    return Err(options::Error::not_a_size(option.name).into());
+                }
+                Err(BadSize::OutOfRange) => {}
+            }
+        }
+        for role in STORAGE.into_iter().chain(["backing"]) {
+            if let Some(Value::Map(child)) = options.get_mut(role) {
+                self.plain_numbers(child)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What `json:` says of an image, as options of its format's node: they may be those of what it is in.
+    fn as_format(&self, mut said: Map, format: Option<&str>) -> Map {
+        let Some(format) = format else { return said };
+        let kind = |name: &str| self.get(name).map(|entry| entry.kind);
+        let driver = said.get("driver").and_then(Value::as_str);
+        let is_below = driver.is_some_and(|driver| {
+            driver != format && kind(driver).is_some_and(|kind| kind != Kind::Format)
+        });
+        if is_below && kind(format) == Some(Kind::Format) {
+            return Map::from_iter([("file", said)]);
+        }
+        said.take("driver");
+        said
+    }
+
+    /// Whether the options leave open which file the node is in.
+    pub(super) fn wants_name(&self, given: &Map) -> Result<bool, Error> {
+        if given.contains("filename") {
+            return Ok(false);
+        }
+        match (self.driver_in(given)?, given.get("file")) {
+            (Some(entry), _) if entry.kind == Kind::Protocol => {
+                let takes_path = entry.options.iter().any(|option| option.name == "filename");
+                Ok(takes_path && entry.read_name.is_none())
+            }
+            (_, None) => Ok(true),
+            (_, Some(Value::Map(file))) => self.wants_name(file),
+            (_, Some(_)) => Ok(false),
+        }
+    }
+
+    /// [`Registry::file_options`], with `given` for it and for what it stands on.
+    fn storage(&self, name: &str, mut given: Map) -> Result<Map, Error> {
+        if let Some(said) = filename::json_options(name)? {
+            return Ok(self.complete(overlay(said, given)));
+        }
+        let Some(entry) = self.driver_in(&given)? else {
+            let mut named = self.parse_name(name)?;
+            let entry = self.known(&named.take_required_str("driver")?)?;
+            given.insert("driver", Value::Text(entry.name.to_owned()));
+            return self.take_name(entry, &named.take_required_str("filename")?, given);
+        };
+        match takes_name(entry) {
+            true => self.take_name(entry, filename::path_for(entry.name, name), given),
+            false => self.name_below("file", name, given),
+        }
+    }
+
+    /// The options of a node whose driver takes the name itself.
+    fn take_name(&self, entry: &DriverEntry, name: &str, mut given: Map) -> Result<Map, Error> {
+        if given.contains("filename") {
+            return Err(Error::new("Can't specify 'file' and 'filename' options at the same time"));
+        }
+        let Some(read) = entry.read_name else {
+            given.insert("filename", Value::Text(name.to_owned()));
+            return Ok(given);
+        };
+        let NameParts { options, below } = read(name)?;
+        let options = overlay(options, given);
+        match below {
+            Some((role, name)) => self.name_below(role, &name, options),
+            None => Ok(options),
+        }
+    }
+
+    /// The options of a node that has the file of this name as its child.
+    fn name_below(&self, role: &str, name: &str, mut given: Map) -> Result<Map, Error> {
+        let child = match given.take(role) {
+            None => Map::new(),
+            Some(Value::Map(child)) => child,
+            Some(_) => {
+                return Err(Error::new(
+                    "Cannot reference an existing block device with additional options or a new \
+                     filename",
+                ));
+            }
+        };
+        given.insert(role, self.storage(name, child)?);
+        Ok(given)
+    }
+
+    fn driver_in(&self, options: &Map) -> Result<Option<&'static DriverEntry>, Error> {
+        let driver = options.get("driver").and_then(Value::as_str);
+        driver.map(|driver| self.known(driver)).transpose()
+    }
+
+    /// The driver of this name.
+    pub fn known(&self, name: &str) -> Result<&'static DriverEntry, Error> {
+        let unknown = || Error::new(format!("Unknown driver '{}'", name.escape_debug()));
+        self.get(name).ok_or_else(unknown)
+    }
+}
+
+/// Whether the driver reads names itself; others pass them to the node below them.
+fn takes_name(entry: &DriverEntry) -> bool {
+    entry.kind == Kind::Protocol || entry.read_name.is_some()
+}
+
+/// The name of the file at the bottom of what the options describe, if they describe it all.
+pub fn file_in(options: &Map) -> Option<&str> {
+    let child = STORAGE.iter().find_map(|role| options.get(role));
+    match child {
+        Some(Value::Map(child)) => file_in(child),
+        Some(_) => None,
+        None => options.get("filename").and_then(Value::as_str),
+    }
+}
+
+/// `base` with `given`, which counts where both say something.
+pub fn overlay(mut base: Map, given: Map) -> Map {
+    for (key, value) in given {
+        match base.get_mut(&key) {
+            Some(slot) => overlay_value(slot, value),
+            None => drop(base.insert(key, value)),
+        }
+    }
+    base
+}
+
+fn overlay_value(base: &mut Value, given: Value) {
+    match (base, given) {
+        (Value::Map(base), Value::Map(given)) => *base = overlay(std::mem::take(base), given),
+        (Value::List(base), Value::List(given)) => {
+            let rest = base.len().min(given.len());
+            let mut given = given.into_iter();
+            base.iter_mut().zip(given.by_ref().take(rest)).for_each(|(base, given)| {
+                overlay_value(base, given);
+            });
+            base.extend(given);
+        }
+        (base, given) => *base = given,
+    }
+}
