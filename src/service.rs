@@ -139,6 +139,9 @@ struct VhostUserBlkExport {
     werror: WriteErrors,
     #[serde(default)]
     rerror: ReadErrors,
+    /// Losses of earlier processes are known to the operator.
+    #[serde(default)]
+    accept_loss: bool,
     /// Seconds.
     io_timeout: Option<u32>,
 }
@@ -156,6 +159,8 @@ pub struct NewExport {
     /// A node that is inactive stays so until the first front end starts a ring. Else it becomes
     /// active now.
     pub allow_inactive: bool,
+    /// The operator knows what failed flushes of earlier processes have lost.
+    pub accept_loss: bool,
 }
 
 impl Service {
@@ -327,13 +332,13 @@ impl Service {
                     .map_or(DEFAULT_TIMEOUT, |seconds| Duration::from_secs(seconds.into())),
             },
         };
-        let allow_inactive = options.allow_inactive;
-        self.export(NewExport { id, node, disk, address, workers, allow_inactive })
+        let (allow_inactive, accept_loss) = (options.allow_inactive, options.accept_loss);
+        self.export(NewExport { id, node, disk, address, workers, allow_inactive, accept_loss })
     }
 
     /// Serves a node.
     pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
-        let NewExport { id, node, disk, address, workers, allow_inactive } = new;
+        let NewExport { id, node, disk, address, workers, allow_inactive, accept_loss } = new;
         if disk.num_queues == 0 {
             return Err(Error::new("num-queues must be greater than 0"));
         }
@@ -373,6 +378,7 @@ impl Service {
         let user = Some(export.user());
         let what = format!("export '{id}'");
         let attachment = self.patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
+        export.take_up_losses(accept_loss)?;
         export.follow(attachment.activity());
         let (name, ended) = (id.clone(), self.ended.clone());
         let export = export.start(move || ended.tell(name))?;

@@ -351,6 +351,11 @@ pub trait Driver: Send + Sync + 'static {
         self.children().iter().any(|child| child.node().driver().is_poisoned())
     }
 
+    /// An operator accepts what failed flushes have lost: later ones are done again.
+    fn forgive(&self) {
+        self.children().iter().for_each(|child| child.node().driver().forgive());
+    }
+
     /// Where I/O can be started without suspending, if this driver is the bottom of the graph.
     fn leaf(&self) -> Option<&dyn Leaf> {
         None

@@ -66,6 +66,9 @@ pub struct Serve {
     /// What to do about reads that the storage fails
     #[arg(long, value_enum, default_value_t)]
     rerror: ReadErrors,
+    /// Accept what failed flushes of earlier daemons may have lost: the guest's flushes work again
+    #[arg(long)]
+    accept_loss: bool,
     /// Keep what is written apart from the image, which stays as it is, and forget it at the end
     #[arg(long, conflicts_with_all = ["incoming", "read_only"])]
     snapshot: bool,
@@ -249,8 +252,8 @@ impl Serve {
         };
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;
-        let allow_inactive = self.incoming;
-        let new = NewExport { id, node, disk, address, workers, allow_inactive };
+        let (allow_inactive, accept_loss) = (self.incoming, self.accept_loss);
+        let new = NewExport { id, node, disk, address, workers, allow_inactive, accept_loss };
         Ok(service.export(new).map_err(|e| e.at(&shown))?)
     }
 

@@ -50,7 +50,7 @@ pub type Outcome = Result<Value, CommandError>;
 type Act = fn(&mut Service, Map) -> Outcome;
 
 /// What [`run`] does at once, by name.
-const COMMANDS: [(&str, Act); 10] = [
+const COMMANDS: [(&str, Act); 11] = [
     ("block-export-del", block_export_del),
     ("block-set-write-threshold", block_set_write_threshold),
     ("object-add", |service, arguments| done(service.object_add(arguments))),
@@ -65,6 +65,9 @@ const COMMANDS: [(&str, Act); 10] = [
     ("query-version", |_, arguments| {
         arguments.finish()?;
         Ok(version())
+    }),
+    ("x-block-export-accept-loss", |service, arguments| {
+        done(service.accept_loss(&export_id(arguments)?))
     }),
     ("x-block-export-fail", |service, arguments| done(service.fail_held(&export_id(arguments)?))),
     ("x-block-export-retry", |service, arguments| done(service.retry_held(&export_id(arguments)?))),

@@ -159,7 +159,11 @@ impl SimDisk {
     /// A driver on this disk. Two on one disk are two openings of it.
     pub fn driver(&self) -> Box<dyn Driver> {
         let file: Arc<dyn SimFile> = self.0.clone();
-        Box::new(Sim { disk: self.0.clone(), fd: register(Arc::downgrade(&file)) })
+        Box::new(Sim {
+            disk: self.0.clone(),
+            fd: register(Arc::downgrade(&file)),
+            flush_failed: AtomicBool::new(false),
+        })
     }
 
     /// Gives the disk a name by which [`ENTRY`] opens it.
@@ -373,6 +377,8 @@ const DISCARD: i32 = ZERO_UNMAP | 4;
 struct Sim {
     disk: Arc<Disk>,
     fd: SimFd,
+    /// As of an fsync: what it was to make durable is not.
+    flush_failed: AtomicBool,
 }
 
 impl Sim {
@@ -539,13 +545,25 @@ impl Driver for Sim {
         Box::pin(self.allocate(DISCARD, at, len))
     }
 
+    fn is_poisoned(&self) -> bool {
+        self.flush_failed.load(Ordering::Relaxed)
+    }
+
+    fn forgive(&self) {
+        self.flush_failed.store(false, Ordering::Relaxed);
+    }
+
     fn flush(&self) -> LocalFuture<'_, IoResult> {
         let covers = self.disk.state.lock().log.changes().len();
         Box::pin(async move {
             if io::current().is_simulated() {
                 io::fsync(self.fd.as_raw_fd()).await?;
             } else {
-                self.perform(&SimOp::Sync).await?;
+                let synced = self.perform(&SimOp::Sync).await;
+                if synced.is_err() {
+                    self.flush_failed.store(true, Ordering::Relaxed);
+                }
+                synced?;
             }
             let mut state = self.disk.state.lock();
             self.disk.log(&mut state, || Change::Flush { covers });

@@ -56,6 +56,8 @@ const SERVING: &[c_long] = &[
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
     libc::SYS_unlinkat,
+    // Records of failed flushes.
+    libc::SYS_symlinkat,
     libc::SYS_getcwd,
     libc::SYS_chdir,
     libc::SYS_fcntl,
@@ -116,6 +118,7 @@ const SERVING_BEFORE: &[c_long] = &[
     libc::SYS_lstat,
     libc::SYS_readlink,
     libc::SYS_unlink,
+    libc::SYS_symlink,
     libc::SYS_dup2,
     libc::SYS_time,
     // Answered by another filter.

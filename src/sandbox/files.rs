@@ -33,7 +33,7 @@ fn rights(writable: bool) -> Rights {
 
 /// Of a folder that images and sockets may come into.
 fn folder_rights(writable: bool) -> Rights {
-    let made = make_bitflags!(AccessFs::{MakeReg | MakeSock | RemoveFile});
+    let made = make_bitflags!(AccessFs::{MakeReg | MakeSock | MakeSym | RemoveFile});
     if writable { rights(true) | made } else { rights(false) }
 }
 
@@ -102,6 +102,10 @@ fn allowed(plan: &Plan) -> Vec<(PathBuf, Rights)> {
     for Place { path, writable } in &plan.files {
         // The rules follow files, not names: those of a link are of what it leads to.
         let Ok(path) = fs::canonicalize(path) else { continue };
+        // A failed flush is recorded beside the image.
+        if *writable && let Some(folder) = path.parent() {
+            all.push((folder.to_owned(), AccessFs::MakeSym.into()));
+        }
         if plan.grows
             && let Some(folder) = folder_of_images(&path)
         {

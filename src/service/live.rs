@@ -146,6 +146,14 @@ impl Service {
         self.serving(id).map(Export::fail_held)
     }
 
+    /// Accepts that a failed flush of an export has lost data.
+    ///
+    /// # Errors
+    /// There is none of this name, or a record cannot be removed.
+    pub fn accept_loss(&self, id: &str) -> Result<(), Error> {
+        self.serving(id)?.accept_loss()
+    }
+
     fn serving(&self, id: &str) -> Result<&Export, Error> {
         let shown = id.escape_debug();
         let served = self.exports.iter().find(|served| served.id == id);

@@ -86,7 +86,9 @@ struct Trailer {
     magic: AtomicU64,
     /// Anything but 0: the guest has switched its write cache off.
     write_cache_off: AtomicU8,
-    _padding: [AtomicU8; 55],
+    /// Anything but 0: an fsync has failed, and no operator has accepted what was lost.
+    loss: AtomicU8,
+    _padding: [AtomicU8; 54],
 }
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"vublk\0\x02\0");
@@ -211,6 +213,18 @@ impl Region {
     pub fn set_write_cache(&self, on: bool) {
         if let Some(trailer) = self.trailer() {
             store!(trailer.write_cache_off, u8::from(!on));
+        }
+    }
+
+    /// Whether an fsync has failed ([`super::loss`]).
+    pub fn has_loss(&self) -> bool {
+        self.trailer().is_some_and(|trailer| trailer.loss.load(Relaxed) != 0)
+    }
+
+    /// Keeps it for the next daemon, if the memory has room for it.
+    pub fn set_loss(&self, is_lost: bool) {
+        if let Some(trailer) = self.trailer() {
+            store!(trailer.loss, u8::from(is_lost));
         }
     }
 

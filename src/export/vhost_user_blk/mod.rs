@@ -9,6 +9,7 @@
 //! * [`hand_over`]: whose the disk is while a guest moves.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`failure`]: what becomes of a request that the storage fails. [`held`]: those that are held.
+//! * `loss`: a failed fsync, over restarts, until an operator accepts it.
 //! * [`watch`]: requests that the kernel does not finish.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
@@ -25,6 +26,7 @@ pub mod hand_over;
 pub mod held;
 pub mod inflight;
 mod journal;
+mod loss;
 pub mod memory;
 pub mod metrics;
 pub mod notices;

@@ -5,6 +5,7 @@ use super::config::{self, DiskOptions};
 use super::failure::{Action, Failure, Failures, Operation};
 use super::hand_over::HandOver;
 use super::journal::Journal;
+use super::loss::Losses;
 use super::metrics::ExportMetrics;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
@@ -57,6 +58,7 @@ pub struct Disk {
     pub running: Mutex<Vec<(usize, SourceId)>>,
     pub hand_over: HandOver,
     pub journal: Journal,
+    pub losses: Losses,
 }
 
 /// Requests since the export began. Queues count on their own and add up when they stop, so that
@@ -157,6 +159,7 @@ impl Disk {
             running: Mutex::default(),
             hand_over: HandOver::default(),
             journal: Journal::default(),
+            losses: Losses::default(),
             root: Child::new("root", node),
             options,
         }
@@ -191,6 +194,21 @@ impl Disk {
         into: IoVec<'_>,
         durable: bool,
     ) -> Result<Ended, Failure> {
+        let ended = self.run_once(kind, sector, out, into, durable).await;
+        if ended.is_err() {
+            self.losses.note(self.failures.export(), &self.node()).await;
+        }
+        ended
+    }
+
+    async fn run_once(
+        &self,
+        kind: Kind,
+        sector: u64,
+        out: IoVec<'_>,
+        into: IoVec<'_>,
+        durable: bool,
+    ) -> Result<Ended, Failure> {
         let failed =
             |operation, offset, len| move |errno| Failure { operation, offset, len, errno };
         let ok = |written, bytes| Ok(Ended { status: Status::Ok, written, bytes });
@@ -214,6 +232,7 @@ impl Disk {
                 written.map_err(failed(Operation::Write, at, len))?;
                 ok(0, len as u32)
             }
+            Kind::Flush if self.losses.any() => Err(failed(Operation::Flush, 0, 0)(Errno::EIO)),
             Kind::Flush => {
                 self.node().flush().await.map_err(failed(Operation::Flush, 0, 0))?;
                 ok(0, 0)

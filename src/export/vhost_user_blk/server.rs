@@ -139,6 +139,27 @@ impl Export {
         self.shared.to_queues(Queue::fail_held);
     }
 
+    /// Looks for what failed flushes of earlier processes have left, or, if the operator accepts it, forgets
+    /// it. Before [`Export::start`].
+    ///
+    /// # Errors
+    /// It cannot be forgotten.
+    pub fn take_up_losses(&self, accept: bool) -> Result<(), Error> {
+        let Shared { name, disk, .. } = &*self.shared;
+        match disk.options.writable {
+            true => disk.losses.begin(name, &disk.node(), accept),
+            false => Ok(()),
+        }
+    }
+
+    /// The operator accepts that a failed flush has lost data: flushes work again.
+    ///
+    /// # Errors
+    /// A record of it cannot be removed.
+    pub fn accept_loss(&self) -> Result<(), Error> {
+        self.shared.disk.losses.accept(&self.shared.name, &self.shared.disk.node())
+    }
+
     pub fn name(&self) -> &str {
         &self.shared.name
     }
@@ -162,6 +183,8 @@ impl Drop for Export {
         // Whoever may open the image next relies on it.
         self.shared.disk.lingering.wait(&self.shared.name);
         self.shared.disk.journal.detach(&self.shared.name, &self.shared.workers[0]);
+        let Shared { name, disk, .. } = &*self.shared;
+        disk.losses.note_at_the_end(name, &disk.node());
         let Counters { requests, slow, flushes, errors } = &self.shared.disk.counters;
         log::info!(
             export = &*self.shared.name;

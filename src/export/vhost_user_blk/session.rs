@@ -314,7 +314,9 @@ impl Session {
         }
         self.disk.write_cache.meet(&region);
         self.apply_write_cache();
-        self.inflight = Some(Arc::new(region));
+        let region = Arc::new(region);
+        self.disk.losses.meet(&self.name, &region);
+        self.inflight = Some(region);
         Ok(())
     }
 

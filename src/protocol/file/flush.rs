@@ -4,7 +4,7 @@
 //! have passed the pages of a write that this flush must cover; all flushes that wait share the next
 //! one. After a failed fsync the kernel marks the pages clean and reports success the next time,
 //! although the data never landed: so the first failure is kept, and every later flush fails with
-//! it until the file is opened again.
+//! it until the file is opened again, or an operator accepts the loss.
 
 use crate::io::sync::Mutex;
 use crate::io::{Errno, IoResult};
@@ -66,6 +66,11 @@ impl Flushes {
     /// Every flush from now on fails with `errno`, if none has failed before.
     pub fn poison(&self, errno: Errno) {
         self.state.lock().failed.get_or_insert(errno);
+    }
+
+    /// Flushes reach the file again. What the kernel has forgotten stays lost.
+    pub fn forgive(&self) {
+        self.state.lock().failed = None;
     }
 
     pub fn is_poisoned(&self) -> bool {

@@ -7,6 +7,7 @@ mod full;
 mod growing;
 mod hangs;
 mod held;
+mod lost;
 mod policies;
 pub mod small;
 

@@ -40,14 +40,14 @@ fn flushes_that_wait_together_share_one_fsync() {
 
 /// A device whose writes to the page cache work, and fail later, when they are written back: its
 /// backing file lies on a file system that is too small.
-struct FullDevice {
-    device: Loop,
+pub struct FullDevice {
+    pub device: Loop,
     small: Mount,
     _dir: tempfile::TempDir,
 }
 
 impl FullDevice {
-    fn new() -> FullDevice {
+    pub fn new() -> FullDevice {
         let dir = on_tmpfs();
         let small = Mount::small(&dir.path().join("small"), 1 << 20);
         let backing = sparse(&small.0, "backing", 16 << 20);
@@ -55,7 +55,7 @@ impl FullDevice {
     }
 
     /// Makes room, so that the next writeback works.
-    fn grow(&self) {
+    pub fn grow(&self) {
         tool("mount", &["-o", "remount,size=64m", self.small.0.to_str().unwrap()]);
     }
 }

@@ -4,7 +4,7 @@
 
 mod create;
 mod devices;
-mod durability;
+pub mod durability;
 mod locks;
 mod open;
 mod transfers;

@@ -1,0 +1,206 @@
+//! What a failed fsync leaves behind, and the operator's answer to it.
+//!
+//! After a failed fsync the kernel forgets the data that did not reach the disk, and the next fsync succeeds.
+//! A daemon that starts again would therefore report durable what is lost. The rule, in one place:
+//!
+//! * **Noted**: when storage reports a failed fsync, the failure is noted in this process, in the memory that
+//!   the front end keeps ([`Region::set_loss`]), and beside each image file that failed, before the guest hears
+//!   of it. The record beside the image is a symbolic link `IMAGE.flush-failed`: one call makes the whole of it, and
+//!   nothing is ever opened through it.
+//! * **Taken up**: an export that finds a record fails the guest's flushes, as the process did that made it. Reads
+//!   and writes go on. A clean end, a kill and a reboot of the host make no difference: the lost data does not come back.
+//! * **Accepted**: an operator says that the loss is known (`x-block-export-accept-loss`, or `accept-loss` at a
+//!   start). Then all records are removed and flushes reach the storage again.
+//!
+//! A record is a yes or a no. Any value but zero in the memory, and a file of any kind at the record's place, means yes.
+
+use super::inflight::Region;
+use crate::block::{Abilities, Error, Node};
+use crate::io::{self, Errno, sync::Mutex};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+/// What the name of a record adds to that of its image.
+const SUFFIX: &str = ".flush-failed";
+
+/// What an operator does about it, for log lines.
+const ANSWER: &str = "flushes fail until the loss is accepted (x-block-export-accept-loss, or a start with accept-loss)";
+
+/// Whether a disk has lost data that its guest may believe to be durable.
+#[derive(Default)]
+pub struct Losses {
+    is_lost: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// An operator has accepted what was recorded before.
+    accepted: bool,
+    /// Of the front end that came last.
+    memory: Weak<Region>,
+}
+
+impl Losses {
+    /// Whether flushes must fail.
+    pub fn any(&self) -> bool {
+        self.is_lost.load(Ordering::Acquire)
+    }
+
+    /// Looks for records beside the images of a disk that is about to be served, or removes them. Blocks.
+    ///
+    /// # Errors
+    /// A record cannot be removed.
+    pub fn begin(&self, export: &str, node: &Arc<Node>, accept: bool) -> Result<(), Error> {
+        if accept {
+            return self.accept(export, node);
+        }
+        for record in files(node, |_| true).iter().map(|file| record_of(file)) {
+            if fs::symlink_metadata(&record).is_ok() {
+                self.is_lost.store(true, Ordering::Release);
+                log::error!(
+                    export;
+                    "'{}' says that a flush failed: data written before it may be lost; {ANSWER}",
+                    record.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A front end has brought memory, or was given some.
+    pub fn meet(&self, export: &str, region: &Arc<Region>) {
+        let mut state = self.state.lock();
+        state.memory = Arc::downgrade(region);
+        if self.any() {
+            region.set_loss(true);
+        } else if region.has_loss() && state.accepted {
+            region.set_loss(false);
+        } else if region.has_loss() {
+            self.is_lost.store(true, Ordering::Release);
+            log::error!(
+                export;
+                "a flush failed before the daemon was started: data written before it may be lost; {ANSWER}"
+            );
+        }
+    }
+
+    /// The storage has failed a request. Notes it if an fsync is what failed; returns when the record is there.
+    pub async fn note(&self, export: &str, node: &Arc<Node>) {
+        let Some(files) = self.note_in_memory(export, node) else { return };
+        let failures = io::offload(move || write(&files)).await;
+        tell(export, &failures);
+    }
+
+    /// The same, not on a worker. Blocks.
+    pub fn note_at_the_end(&self, export: &str, node: &Arc<Node>) {
+        if let Some(files) = self.note_in_memory(export, node) {
+            tell(export, &write(&files));
+        }
+    }
+
+    /// The files whose records are to be written, if this is news.
+    fn note_in_memory(&self, export: &str, node: &Arc<Node>) -> Option<Vec<PathBuf>> {
+        if self.any() || !node.driver().is_poisoned() {
+            return None;
+        }
+        let state = self.state.lock();
+        if self.is_lost.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        if let Some(region) = state.memory.upgrade() {
+            region.set_loss(true);
+        }
+        drop(state);
+        log::error!(export; "an fsync failed: data written before it may be lost; {ANSWER}");
+        Some(files(node, |node| node.driver().is_poisoned()))
+    }
+
+    /// An operator accepts the loss: removes all records, and lets flushes reach the storage again. Blocks.
+    ///
+    /// # Errors
+    /// A record cannot be removed. Flushes go on failing.
+    pub fn accept(&self, export: &str, node: &Arc<Node>) -> Result<(), Error> {
+        let mut removed = false;
+        for record in files(node, |_| true).iter().map(|file| record_of(file)) {
+            match fs::remove_file(&record) {
+                Ok(()) => removed = true,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                // Nothing is there that a read-only folder keeps us from removing.
+                Err(_) if fs::symlink_metadata(&record).is_err() => {}
+                Err(error) => {
+                    let what = format!(
+                        "Cannot remove '{}', which records a failed flush",
+                        record.display()
+                    );
+                    return Err(Error::os(what, Errno::from(error)));
+                }
+            }
+        }
+        let mut state = self.state.lock();
+        state.accepted = true;
+        if let Some(region) = state.memory.upgrade() {
+            removed |= region.has_loss();
+            region.set_loss(false);
+        }
+        node.driver().forgive();
+        if self.is_lost.swap(false, Ordering::AcqRel) || removed {
+            log::warn!(
+                export;
+                "loss accepted: what was written before the failed flush may be lost, and flushes work again"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn tell(export: &str, failures: &[String]) {
+    for failure in failures {
+        log::error!(
+            export;
+            "{failure}: a daemon that is started later does not know of the failed flush unless the front end keeps its memory"
+        );
+    }
+}
+
+/// Makes the records of these files; what went wrong, a line each.
+fn write(files: &[PathBuf]) -> Vec<String> {
+    let make = |file: &PathBuf| {
+        let record = record_of(file);
+        let made = std::os::unix::fs::symlink("vublk: a flush of this image failed", &record);
+        match made {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                Some(format!("cannot make '{}': {error}", record.display()))
+            }
+            _ => None,
+        }
+    };
+    files.iter().filter_map(make).collect()
+}
+
+fn record_of(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(SUFFIX);
+    name.into()
+}
+
+/// The files and devices that a disk writes to, by their real names, each that `which` wants.
+fn files(node: &Arc<Node>, which: fn(&Node) -> bool) -> Vec<PathBuf> {
+    let driver = node.driver();
+    let mut found = Vec::new();
+    for child in driver.children() {
+        found.extend(files(&child.node(), which));
+    }
+    if found.is_empty()
+        && driver.children().is_empty()
+        && !node.traits().abilities.contains(Abilities::READ_ONLY)
+        && which(node)
+    {
+        found.extend(driver.filename().and_then(|name| fs::canonicalize(name).ok()));
+    }
+    found.sort();
+    found.dedup();
+    found
+}
