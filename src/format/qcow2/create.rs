@@ -7,6 +7,7 @@ use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
 use super::measure::measure;
+use super::new_file::NewFile;
 use super::new_image::NewImage;
 use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
 use crate::block::{Error, Graph, Node, SECTOR, WriteFlags, ZeroFlags};
@@ -372,19 +373,56 @@ async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
     if let Some(name) = wanted.data_file.as_ref().filter(|_| wanted.keep_data_file) {
         check_data_file(creation, name, wanted.size).await?;
     }
-    let file = creation.create_file(options).await?;
+    let new = NewFile::before(creation, creation.filename());
+    let file = new.remove_unmade(creation.create_file(options).await)?;
+    let filled = fill(creation, &wanted, &header, (&image, &first_cluster)).await;
+    if filled.is_err() {
+        new.remove();
+    }
     // What the clusters show that have their places from the start.
-    let data = match &wanted.data_file {
-        None => file,
-        Some(_) if wanted.keep_data_file => Made { reads_zeroes: false },
-        Some(name) => create_data_file(creation, name, &wanted).await?,
-    };
+    let data = filled?.unwrap_or(file);
+    Ok(Made { reads_zeroes: !mapped || data.reads_zeroes })
+}
+
+/// What comes after the image's file: a data file beside it, and the metadata. Gives what was made of the data
+/// file, where there is one.
+async fn fill(
+    creation: &Creation,
+    wanted: &Wanted,
+    header: &Header,
+    (image, first_cluster): (&NewImage, &[u8]),
+) -> Result<Option<Made>, Error> {
+    let (mut new, mut data) = (None, None);
+    match &wanted.data_file {
+        None => {}
+        Some(_) if wanted.keep_data_file => data = Some(Made { reads_zeroes: false }),
+        Some(name) => {
+            let file = NewFile::before(creation, name);
+            let made = create_data_file(creation, name, wanted).await;
+            data = Some(file.remove_unmade(made)?);
+            new = Some(file);
+        }
+    }
+    let written = write_metadata(creation, header, image, first_cluster).await;
+    if written.is_err()
+        && let Some(file) = new
+    {
+        file.remove();
+    }
+    written.map(|()| data)
+}
+
+async fn write_metadata(
+    creation: &Creation,
+    header: &Header,
+    image: &NewImage,
+    first_cluster: &[u8],
+) -> Result<(), Error> {
     let (graph, hold) = creation.open_file().await?;
-    let result = write(hold.node(), &header, &image, &first_cluster).await;
+    let result = write(hold.node(), header, image, first_cluster).await;
     hold.detach().await;
     graph.close().await;
-    result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))?;
-    Ok(Made { reads_zeroes: !mapped || data.reads_zeroes })
+    result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))
 }
 
 /// What QEMU says first when a name does not fit into the header.

@@ -53,6 +53,7 @@ pub mod layout;
 mod lookup;
 mod machine;
 mod measure;
+mod new_file;
 mod new_image;
 mod open;
 mod options;
