@@ -12,6 +12,7 @@ use super::order::Lock;
 use super::standing::Stop;
 use super::{Qcow2, open};
 
+use crate::block::Error;
 use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
@@ -106,6 +107,33 @@ impl Qcow2 {
         Err(Errno::EIO)
     }
 
+    /// The slices in doubt, of those that are asked for, while they are kept in the cache.
+    pub(super) async fn pin_suspects(
+        &self,
+        is_asked: impl Fn(SliceNo) -> bool,
+    ) -> IoResult<Vec<(SliceNo, Pinned<'_>)>> {
+        let asked: Vec<(SliceNo, u64)> = {
+            let suspects = self.suspects.lock();
+            let asked = suspects.iter().filter(|(slice, _)| is_asked(**slice));
+            asked.map(|(&slice, suspect)| (slice, suspect.guest)).collect()
+        };
+        let mut pinned = Vec::new();
+        for (slice, guest) in asked {
+            pinned.push((slice, self.pin(guest).await?));
+        }
+        Ok(pinned)
+    }
+
+    /// Ends the doubt about slices whose tables are gone: they are never written again.
+    pub(super) fn forget_suspects(&self, gone: Vec<(SliceNo, Pinned<'_>)>) {
+        for (slice, pinned) in gone {
+            let suspect = self.suspects.lock().remove(&slice);
+            if suspect.is_some_and(|suspect| suspect.stays) {
+                pinned.stay_no_longer();
+            }
+        }
+    }
+
     /// Whether a suspect that was written once more is none any more: another write of it may have failed
     /// meanwhile.
     fn is_settled(&self, slice: SliceNo, written: Suspect) -> bool {
@@ -129,15 +157,25 @@ impl Qcow2 {
     }
 
     async fn close_written(&self) -> IoResult {
-        self.flush_all().await?;
-        self.check_sound().await?;
-        if let Err(error) = self.store_bitmaps().await {
-            // The image says so itself.
+        let ready = match self.flush_all().await {
+            Ok(()) => self.check_sound().await,
+            failed => failed,
+        };
+        let stored = match ready {
+            Ok(()) => self.store_bitmaps().await,
+            Err(errno) if self.has_unstored_bitmaps().await => {
+                Err(Error::os("Failed to flush the image", errno))
+            }
+            Err(_) => Ok(()),
+        };
+        if let Err(error) = stored {
+            // The image says so itself: they are still marked as in use.
             log::error!(
                 "Lost persistent bitmaps during inactivation of node '{}': {error}",
                 self.name
             );
         }
+        ready?;
         let packing = self.packing.lock().await.drain();
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;

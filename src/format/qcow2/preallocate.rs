@@ -13,6 +13,33 @@ use std::ops::Range;
 const CHUNK: u64 = 1 << 20;
 
 impl Qcow2 {
+    /// As [`Qcow2::preallocate`], for the cluster that the disk ends in: `tail` is what becomes part of the disk,
+    /// and reads as zeroes. Before it the backing file may show, and goes on doing so.
+    pub(super) async fn preallocate_tail(
+        &self,
+        tail: Range<u64>,
+        mode: Preallocation,
+        hides: bool,
+    ) -> IoResult {
+        if tail.is_empty() {
+            return Ok(());
+        }
+        let cluster = tail.start >> self.geometry.cluster_bits;
+        let start = cluster << self.geometry.cluster_bits;
+        let shows = self.shows_backing(start..tail.end);
+        if self.geometry.extended_l2 || !shows {
+            // Subclusters go on showing what they show when the cluster gets its place.
+            return self.preallocate(tail, mode, hides).await;
+        }
+        let has_place = {
+            let _visit = self.visits.enter();
+            self.ensure_table(start).await?;
+            self.without_place(cluster..cluster + 1).await?.is_empty()
+        };
+        // Writing copies what the backing file has of the cluster.
+        if has_place { Ok(()) } else { self.write_zeroes(tail).await }
+    }
+
     /// Gives every guest cluster of the range that has none a host cluster that reads as zeroes.
     /// `hides`: the backing file would show if it did not.
     pub(super) async fn preallocate(
@@ -92,7 +119,7 @@ impl Qcow2 {
         host: u64,
         (mode, hides, is_fresh): (Preallocation, bool, bool),
     ) -> IoResult<Vec<L2Entry>> {
-        const ALL: u64 = u32::MAX as u64;
+        const ALLOCATED: u64 = u32::MAX as u64;
         let size = self.geometry.cluster_size();
         let len = old.len() as u64 * size;
         let is_marked = mode == Preallocation::Metadata
@@ -107,10 +134,11 @@ impl Qcow2 {
         let entry = |(n, old): (usize, &L2Entry)| {
             let host = host + n as u64 * size;
             match (self.geometry.extended_l2, is_marked) {
-                // What the bits say now stays true.
-                (true, _) => {
-                    L2Entry::normal(host, true, if hides && written { ALL } else { old.bitmap })
+                // What was zeroed to hide the backing file is there now. What the other bits say stays true.
+                (true, _) if hides && written => {
+                    L2Entry::normal(host, true, old.bitmap >> 32 | old.bitmap & ALLOCATED)
                 }
+                (true, _) => L2Entry::normal(host, true, old.bitmap),
                 (false, true) => L2Entry::zero(Some(host), true),
                 (false, false) => L2Entry::normal(host, true, 0),
             }

@@ -33,12 +33,30 @@ impl Qcow2 {
         if len < old {
             return self.shorten(len).await;
         }
+        let data_len = self.geometry.external_data.then(|| self.data().driver().len());
         let grown = self.lengthen(old, len, preallocation).await;
-        if grown.is_err() {
-            // What was mapped beyond the end does no harm there, but takes room.
-            let _ = self.unmap(old, Kind::Crop).await;
+        if grown.is_err()
+            && let Err(errno) = self.undo_growth(old, data_len).await
+        {
+            // What is left beyond the end does no harm there, but takes room.
+            log::debug!("{}: giving back what a resize took: {errno}", self.name);
         }
         grown
+    }
+
+    /// Gives back what a resize that has failed took beyond a disk of `len` bytes, so that an image that found no
+    /// room takes none. An external data file gets its old length, `data_len`.
+    async fn undo_growth(&self, len: u64, data_len: Option<u64>) -> IoResult {
+        self.unmap(len, Kind::Crop).await?;
+        self.shrink_l1(len).await?;
+        self.cut_to_use().await?;
+        if let Some(len) = data_len.filter(|&len| len < self.data().driver().len())
+            && let Some(image) = self.data().driver().image()
+        {
+            // A device keeps its length.
+            let _ = image.resize(len, true).await;
+        }
+        Ok(())
     }
 
     /// What can be said before anything changes, in QEMU's order.
@@ -77,7 +95,7 @@ impl Qcow2 {
     }
 
     /// Whether the backing file has something to show in a range that is not mapped.
-    fn shows_backing(&self, guest: Range<u64>) -> bool {
+    pub(super) fn shows_backing(&self, guest: Range<u64>) -> bool {
         self.backing().is_some_and(|backing| !guest.is_empty() && backing.len() > guest.start)
     }
 
@@ -107,9 +125,11 @@ impl Qcow2 {
             mode => mode,
         };
         if mode != Preallocation::Off {
-            self.preallocate(old..new, mode, hides)
-                .await
-                .map_err(failed("Could not allocate new clusters"))?;
+            let placing = failed("Could not allocate new clusters");
+            let tail = old..cluster_end.min(new);
+            self.preallocate_tail(tail, mode, hides).await.map_err(placing)?;
+            let whole = cluster_end..new.max(cluster_end);
+            self.preallocate(whole, mode, hides).await.map_err(placing)?;
         }
         self.write_size(new).await.map_err(failed("Failed to update the image size"))
     }
@@ -241,6 +261,10 @@ impl Qcow2 {
         if tables.is_empty() {
             return Ok(());
         }
+        // A table that is made there later has other entries.
+        let per_table = self.geometry.l2_entries() / self.l2.entries() as u64;
+        let is_dropped = |SliceNo(slice): SliceNo| slice >= first * per_table;
+        let doubtful = self.pin_suspects(is_dropped).await?;
         let count = self.l1.entries() - first;
         let empty = vec![0; count as usize * 8];
         let place = self.header_now().l1_table_offset + first * 8;
@@ -248,9 +272,10 @@ impl Qcow2 {
         let written = self.file().write(place, &empty, WriteFlags::empty()).await;
         // Also if it has failed: the disk may have either, and nothing goes to the old tables.
         (first..self.l1.entries()).for_each(|index| self.l1.set(index, L1Entry(0)));
-        // A table that is made there later has other entries.
-        let per_table = self.geometry.l2_entries() / self.l2.entries() as u64;
-        self.l2.forget(|SliceNo(slice)| slice >= first * per_table);
+        if written.is_ok() {
+            self.forget_suspects(doubtful);
+        }
+        self.l2.forget(is_dropped);
         drop(turn);
         written?;
         let release = |&table: &u64| Release { run: self.run_of(table), discard: true };

@@ -13,6 +13,7 @@ mod judge;
 mod model;
 mod read;
 mod resize;
+mod resize_backing;
 mod resize_crash;
 pub mod sim;
 mod snapshot_crash;

@@ -61,6 +61,14 @@ impl Qcow2 {
         self.bitmaps.is_touched.load(Ordering::SeqCst)
     }
 
+    /// Whether closing the image now would lose persistent bitmaps.
+    pub(in crate::format::qcow2) async fn has_unstored_bitmaps(&self) -> bool {
+        let stored = self.bitmaps.stored.lock().await;
+        let all = self.bitmaps.node.all();
+        let persistent: Vec<_> = all.iter().filter(|bitmap| bitmap.flags().persistent).collect();
+        self.has_touched_bitmaps() && !stored.is_current(&persistent)
+    }
+
     /// Stores all persistent bitmaps, unless they are stored. No request is in flight.
     pub(in crate::format::qcow2) async fn store_bitmaps(&self) -> Result<(), Error> {
         let mut stored = self.bitmaps.stored.lock().await;
