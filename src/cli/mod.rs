@@ -16,6 +16,7 @@ mod process;
 mod serve;
 mod signals;
 mod sockets;
+mod tool_log;
 mod top;
 mod vhost_user_block;
 

@@ -29,8 +29,10 @@ pub use info::print_specific;
 pub use personality::{VERSION, qemu_img, trace};
 
 use super::getopt::{self, Line, Operands, Opt, Wrong};
-use crate::block::{Error, LocalFuture};
+use super::tool_log;
+use crate::block::{Error, Graph, LocalFuture};
 use crate::drivers;
+use crate::io::sync::Mutex;
 use crate::io::{Worker, WorkerOptions};
 use crate::tools::{Images, output};
 use std::ffi::OsString;
@@ -126,12 +128,14 @@ pub struct Context {
     program: Arc<str>,
     /// Long work draws a bar without being asked to.
     draws_bars: bool,
+    /// What its tools have opened.
+    graphs: Arc<Mutex<Vec<Graph>>>,
 }
 
 impl Context {
     /// `draws_bars`: standard error is a terminal, and the program is not one of QEMU's.
     pub fn new(program: &str, draws_bars: bool) -> Context {
-        Context { program: program.into(), draws_bars }
+        Context { program: program.into(), draws_bars, graphs: Default::default() }
     }
 
     /// Runs under QEMU's name.
@@ -171,17 +175,30 @@ impl Context {
 
     /// The images that a tool opens.
     pub fn images(&self) -> Images {
-        Images::new(drivers::registry(), self.warner())
+        self.close_at_end(Images::new(drivers::registry(), self.warner()))
     }
 
     /// An image that is opened to be checked.
     pub fn images_to_check(&self) -> Images {
-        Images::for_check(drivers::registry(), self.warner())
+        self.close_at_end(Images::for_check(drivers::registry(), self.warner()))
     }
 
     /// Images that are opened to tell about them.
     pub fn images_to_tell(&self) -> Images {
-        Images::for_info(drivers::registry(), self.warner())
+        self.close_at_end(Images::for_info(drivers::registry(), self.warner()))
+    }
+
+    fn close_at_end(&self, images: Images) -> Images {
+        self.graphs.lock().push(images.graph().clone());
+        images
+    }
+
+    /// Closes what a tool that has failed left open: only then has its image given back what it reserved.
+    async fn close_images(&self) {
+        let graphs = std::mem::take(&mut *self.graphs.lock());
+        for graph in graphs {
+            graph.close().await;
+        }
     }
 
     fn warner(&self) -> impl Fn(&str) + 'static {
@@ -223,6 +240,7 @@ pub fn find(name: &str) -> Option<&'static Tool> {
 /// Runs a subcommand with the arguments behind its name. The rest of the program.
 pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> ExitCode {
     super::signals::answer_usr1();
+    tool_log::start(&context.program);
     let ended = parse(context, tool, arguments).and_then(|line| {
         if line.help {
             personality::print_help(context, Some(tool));
@@ -234,7 +252,11 @@ pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> 
         let worker =
             Worker::start(tool.name, options).map_err(|e| format!("cannot start a worker: {e}"))?;
         let context = context.clone();
-        worker.block_on(move || async move { (tool.run)(&context, line).await })
+        worker.block_on(move || async move {
+            let ended = (tool.run)(&context, line).await;
+            context.close_images().await;
+            ended
+        })
     });
     let code = match ended {
         Ok(code) => code,

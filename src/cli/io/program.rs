@@ -6,6 +6,7 @@ use crate::cli::getopt::{
     self, Line, Operands, Opt, Wrong, long_switch, long_valued, switch, valued,
 };
 use crate::cli::img::{Context, VERSION, add_object, outln, trace};
+use crate::cli::tool_log;
 use crate::io::{Worker, WorkerOptions};
 use crate::tools::{Cache, output};
 use std::ffi::OsString;
@@ -48,6 +49,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    tool_log::start(program);
     let code = if line.help {
         print_help(program);
         Ok(true)

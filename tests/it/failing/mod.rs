@@ -9,6 +9,7 @@ mod hangs;
 mod held;
 mod lost;
 mod policies;
+mod room;
 pub mod small;
 
 use std::time::{Duration, Instant};

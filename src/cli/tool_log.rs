@@ -1,0 +1,34 @@
+//! What the block layer says while an image tool runs: errors that no command's result tells, such as bitmaps
+//! that could not be stored when their image was closed. Each is a line on standard error.
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use std::io::Write;
+
+struct ToolLog {
+    /// In front of each line.
+    program: String,
+}
+
+/// Shows errors as lines of `program` from now on. A program that logs already goes on as it does.
+pub fn start(program: &str) {
+    let log = ToolLog { program: program.to_owned() };
+    if log::set_boxed_logger(Box::new(log)).is_ok() {
+        log::set_max_level(LevelFilter::Error);
+    }
+}
+
+impl Log for ToolLog {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= Level::Error
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            let line = format!("{}: {}\n", self.program, record.args());
+            // A tool whose standard error is closed goes on with its work.
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        }
+    }
+
+    fn flush(&self) {}
+}

@@ -1,0 +1,140 @@
+//! Image tools on a file system that gets full: what they took and could not use is given back, and what they
+//! could not keep is told.
+
+use super::small::Small;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+const VUBLK: &str = env!("CARGO_BIN_EXE_vublk");
+const MIB: u32 = 32;
+
+struct Place {
+    _dir: tempfile::TempDir,
+    small: Small,
+}
+
+impl Place {
+    fn new() -> Place {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("small");
+        std::fs::create_dir(&path).unwrap();
+        let small = Small::mount(&path, MIB);
+        Place { _dir: dir, small }
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.small.file(name)
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Output {
+        let folder = self.path("");
+        Command::new(program).args(arguments).current_dir(folder).output().unwrap()
+    }
+
+    fn good(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.run(program, arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {arguments:?}: {said}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Takes room away, so that so many KiB are left.
+    fn leave(&self, kib: u64) {
+        let free = self.free() / 1024;
+        assert!(free <= u64::from(MIB) * 1024, "{free} KiB are free: this is another file system");
+        std::fs::write(self.path("ballast"), vec![1; (free - kib) as usize * 1024]).unwrap();
+    }
+
+    /// How many bytes its file system has free.
+    fn free(&self) -> u64 {
+        let free = self.good("stat", &["-f", "-c", "%a %S", "."]);
+        let numbers = free.split_whitespace().map(|number| number.parse::<u64>().unwrap());
+        numbers.product()
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_preallocating_resize_that_finds_no_room_gives_back_what_it_took() {
+    for kind in ["compat=1.1", "extended_l2=on", "compat=0.10", "data_file=d.raw"] {
+        for mode in ["falloc", "full"] {
+            let place = Place::new();
+            place.good("qemu-img", &["create", "-q", "-f", "qcow2", "-o", kind, "o.qcow2", "16M"]);
+            place.good("qemu-io", &["-c", "write -q -P 7 0 1M", "o.qcow2"]);
+            let before = (place.path("o.qcow2").metadata().unwrap().len(), place.free());
+            let mode = format!("--preallocation={mode}");
+            let output = place.run(VUBLK, &["resize", &mode, "o.qcow2", "1G"]);
+            assert_eq!(output.status.code(), Some(1), "{kind} {mode}");
+            assert!(said(&output).contains("No space left on device"), "{}", said(&output));
+            place.good("qemu-img", &["check", "-q", "o.qcow2"]);
+            let after = (place.path("o.qcow2").metadata().unwrap().len(), place.free());
+            assert_eq!(after, before, "{kind} {mode}");
+            place.good("qemu-io", &["-c", "read -q -P 7 0 1M", "-c", "write -q 2M 1M", "o.qcow2"]);
+        }
+    }
+}
+
+#[test]
+fn a_resize_that_cannot_write_its_tables_leaves_a_sound_image() {
+    let place = Place::new();
+    let kind = "cluster_size=512";
+    place.good("qemu-img", &["create", "-q", "-f", "qcow2", "-o", kind, "o.qcow2", "1M"]);
+    place.good("qemu-io", &["-c", "write -q -P 7 0 1M", "o.qcow2"]);
+    place.leave(1024);
+    let output = place.run(VUBLK, &["resize", "--preallocation=metadata", "o.qcow2", "256M"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("No space left on device"), "{}", said(&output));
+    // Where refcounts have no room to be written, clusters may be leaked.
+    let check = place.run("qemu-img", &["check", "-q", "o.qcow2"]);
+    assert!(matches!(check.status.code(), Some(0 | 3)), "{}", said(&check));
+    place.good("qemu-io", &["-c", "read -q -P 7 0 1M", "o.qcow2"]);
+}
+
+#[test]
+fn a_creation_that_finds_no_room_leaves_no_file() {
+    for options in
+        ["preallocation=full", "preallocation=falloc", "preallocation=full,data_file=d.raw"]
+    {
+        let place = Place::new();
+        let free = place.free();
+        let line = ["create", "-q", "-f", "qcow2", "-o", options, "o.qcow2", "1G"];
+        let output = place.run(VUBLK, &line);
+        assert_eq!(output.status.code(), Some(1), "{options}");
+        assert!(!place.path("o.qcow2").exists() && !place.path("d.raw").exists(), "{options}");
+        assert_eq!(place.free(), free, "{options}");
+    }
+}
+
+#[test]
+fn bitmaps_that_find_no_room_when_an_image_is_closed_are_told() {
+    for tool in ["io", "commit"] {
+        let place = Place::new();
+        place.good("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
+        place.good("qemu-io", &["-c", "write -q 0 1M", "a.qcow2"]);
+        for name in ["x", "y", "z"] {
+            place.good("qemu-img", &["bitmap", "--add", "-g", "512", "a.qcow2", name]);
+        }
+        let over = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "a.qcow2", "o.qcow2"];
+        place.good("qemu-img", &over);
+        place.good("qemu-io", &["-c", "write -q 4M 64k", "o.qcow2"]);
+        place.leave(130);
+        let output = match tool {
+            "io" => place.run(VUBLK, &["io", "-c", "write -q 4M 64k", "a.qcow2"]),
+            _ => place.run(VUBLK, &["commit", "-d", "o.qcow2"]),
+        };
+        // QEMU says the same, and its exit code is that of the command.
+        assert_eq!(output.status.code(), Some(0), "{tool}: {}", said(&output));
+        let lost = "Lost persistent bitmaps during inactivation of node";
+        assert!(said(&output).contains(lost), "{tool}: {}", said(&output));
+        let info = place.good("qemu-img", &["info", "a.qcow2"]);
+        assert_eq!(info.matches("in-use").count(), 3, "{tool}: {info}");
+        place.good("qemu-img", &["check", "-q", &place.file("a.qcow2")]);
+    }
+}
