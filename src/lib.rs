@@ -19,6 +19,9 @@
 //! Arrows go one way: `cli → monitor → service → export → block → io`, `cli → tools → block`, `format,
 //! filter, protocol → block, io`. A test reads the `use` lines and holds this.
 
+// The standard macros panic where they cannot print; `tools::output` has others.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod block;
 pub mod cli;
 pub mod drivers;

@@ -6,6 +6,7 @@
 //! lines is spared nothing.
 
 use crate::options::{Map, Value, json};
+use crate::tools::output::errln;
 use ::log::{Level, LevelFilter, Metadata, Record};
 use std::collections::HashMap;
 use std::io::Write;
@@ -79,9 +80,9 @@ pub fn tell_failure(program: &str, line: &str, hint: Option<&str>) {
         let message = [Some(line), hint].into_iter().flatten().collect::<Vec<_>>().join(" ");
         return write(LogFormat::Json, Level::Error, "vublk", None, &message);
     }
-    eprintln!("{program}: {line}");
+    errln!("{program}: {line}");
     if let Some(hint) = hint {
-        eprintln!("{hint}");
+        errln!("{hint}");
     }
 }
 

@@ -84,6 +84,7 @@ impl From<Error> for Failure {
 
 /// Runs the command that the arguments name. The whole program.
 pub fn main() -> ExitCode {
+    signals::ignore_refusals();
     let mut arguments = std::env::args_os();
     let called = arguments.next().unwrap_or_else(|| "vublk".into());
     let called = Path::new(&called).file_name().unwrap_or("vublk".as_ref());

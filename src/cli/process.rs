@@ -18,7 +18,7 @@ pub struct EndSignals(libc::sigset_t);
 
 impl EndSignals {
     /// Blocks SIGINT, SIGHUP and SIGTERM for this thread and all that it starts. To be called before
-    /// there is another thread. SIGPIPE is ignored, as Rust programs do.
+    /// there is another thread.
     pub fn block() -> EndSignals {
         // SAFETY: the set is initialised before it is used, and the signals exist.
         unsafe {

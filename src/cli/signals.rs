@@ -1,10 +1,24 @@
-//! SIGUSR1 asks long work how far it has come.
+//! The signals that a running command ignores or answers.
 
 use crate::tools::progress::ASKED;
 use std::sync::atomic::Ordering;
 
 extern "C" fn ask(_signal: libc::c_int) {
     ASKED.store(true, Ordering::Relaxed);
+}
+
+/// Ignores the signals that the kernel sends for a request that it refuses: they would end the process
+/// with every disk that it serves. The request then fails with an error code of its own.
+///
+/// * SIGXFSZ: a write past the limit on a file's length (`RLIMIT_FSIZE`) fails with EFBIG.
+/// * SIGPIPE: a write to a socket or a pipe that nobody reads fails with EPIPE.
+///
+/// SIGBUS, of a guest's memory that is taken away, has a handler ([`crate::io::shared_mapping`]).
+pub fn ignore_refusals() {
+    for signal in [libc::SIGXFSZ, libc::SIGPIPE] {
+        // SAFETY: the signals exist, and ignoring them runs no code.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 /// Sends this process a signal.

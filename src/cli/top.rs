@@ -77,14 +77,14 @@ struct Screen;
 
 impl Screen {
     fn enter() -> Screen {
-        print!("{ENTER}");
+        let _ = write!(std::io::stdout(), "{ENTER}");
         Screen
     }
 }
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        print!("{LEAVE}");
+        let _ = write!(std::io::stdout(), "{LEAVE}");
         let _ = std::io::stdout().flush();
     }
 }

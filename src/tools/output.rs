@@ -1,4 +1,7 @@
-//! Standard output as the C library writes it: to a terminal line by line, elsewhere in blocks and
+//! Standard output and standard error. Printing never fails and never panics: work that changes an
+//! image goes on when nobody reads what is printed about it.
+//!
+//! Standard output is written as the C library writes it: to a terminal line by line, elsewhere in blocks and
 //! at the end. So errors, which are not buffered, stand in front of results where scripts join both,
 //! as scripts written for QEMU's tools expect.
 
@@ -27,9 +30,27 @@ pub fn flush() {
     hand_over(&mut BUFFER.lock());
 }
 
+/// Writes to standard error, in one piece.
+pub fn write_error(text: fmt::Arguments<'_>) {
+    // Nobody may be reading any more, or the disk may be full.
+    let _ = std::io::stderr().lock().write_all(text.to_string().as_bytes());
+}
+
 fn hand_over(buffer: &mut String) {
     let mut stdout = std::io::stdout().lock();
     // Nobody may be reading any more.
     let _ = stdout.write_all(buffer.as_bytes()).and_then(|()| stdout.flush());
     buffer.clear();
 }
+
+/// Writes to standard error, as `eprint!` does, which panics where that fails.
+macro_rules! err {
+    ($($text:tt)*) => { $crate::tools::output::write_error(format_args!($($text)*)) };
+}
+/// Writes a line to standard error.
+macro_rules! errln {
+    ($($text:tt)*) => {
+        $crate::tools::output::write_error(format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+pub(crate) use {err, errln};

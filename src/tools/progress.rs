@@ -1,7 +1,7 @@
 //! How far long work has come, for whoever waits: a bar on a terminal, QEMU's lines with `-p`, or one when a
 //! signal asks.
 
-use super::output;
+use super::output::{self, errln};
 use crate::io::sync::Mutex;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,7 +83,7 @@ impl Progress {
         }
         if !self.shows_lines {
             if ASKED.swap(false, Ordering::Relaxed) {
-                self.aside(|| eprintln!("    ({:.2}/100%)", state.done));
+                self.aside(|| errln!("    ({:.2}/100%)", state.done));
             }
             return;
         }

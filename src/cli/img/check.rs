@@ -7,6 +7,7 @@ use super::{Context, Ended, Failed, Tool, outln};
 use crate::block::{CheckReport, Fix};
 use crate::cli::getopt::{Line, valued};
 use crate::options::{Map, Value, json};
+use crate::tools::output::errln;
 use crate::tools::{Cache, Images, Opened, Wanted};
 
 pub static TOOL: Tool = Tool {
@@ -102,7 +103,7 @@ async fn look(image: &Opened, fix: Fix) -> Result<CheckReport, Failed> {
     let Some(whole) = image.node().driver().image() else {
         return Err(unsupported().code(NOT_SUPPORTED));
     };
-    let mut say = |line: &str| eprintln!("{line}");
+    let mut say = |line: &str| errln!("{line}");
     whole.check(fix, &mut say).await.map_err(|error| {
         match error.errno().is_some_and(crate::io::Errno::is_unsupported) {
             true => unsupported().code(NOT_SUPPORTED),

@@ -34,6 +34,7 @@ use crate::block::{Error, Graph, LocalFuture};
 use crate::drivers;
 use crate::io::sync::Mutex;
 use crate::io::{Worker, WorkerOptions};
+use crate::tools::output::{err, errln};
 use crate::tools::{Images, output};
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -151,24 +152,24 @@ impl Context {
     /// Prints error lines.
     pub fn error(&self, lines: &str) {
         for line in lines.split('\n') {
-            eprintln!("{}: {line}", self.program);
+            errln!("{}: {line}", self.program);
         }
     }
 
     /// Prints a warning.
     pub fn warn(&self, text: &str) {
-        eprintln!("{}: warning: {text}", self.program);
+        errln!("{}: warning: {text}", self.program);
     }
 
     fn fail(&self, failed: &Failed) {
         self.error(&failed.lines);
         match failed.hint.as_deref() {
-            Some(TRY_HELP) => eprintln!("Try '{} --help' for more information", self.program),
+            Some(TRY_HELP) => errln!("Try '{} --help' for more information", self.program),
             // Its line does not end there, either.
             Some(hint) if self.is_qemu_img() && hint.starts_with("Detected format") => {
-                eprint!("{hint}");
+                err!("{hint}");
             }
-            Some(hint) => eprintln!("{hint}"),
+            Some(hint) => errln!("{hint}"),
             None => {}
         }
     }
@@ -206,8 +207,8 @@ impl Context {
         move |text| {
             // What QEMU's block layer says itself stands without the program's name.
             match text.starts_with("WARNING: ") {
-                true => eprintln!("{text}"),
-                false => eprintln!("{program}: warning: {text}"),
+                true => errln!("{text}"),
+                false => errln!("{program}: warning: {text}"),
             }
         }
     }

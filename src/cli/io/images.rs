@@ -5,6 +5,7 @@ use super::{Said, Session};
 use crate::block::Error;
 use crate::drivers;
 use crate::options::Map;
+use crate::tools::output::errln;
 use crate::tools::{Cache, Wanted, naming};
 use std::rc::Rc;
 
@@ -94,7 +95,7 @@ impl Session {
         let inner = text.strip_prefix(&outer).unwrap_or(&text);
         self.context.error(&format!("{before}{inner}"));
         if let Some(hint) = error.hint() {
-            eprintln!("{hint}");
+            errln!("{hint}");
         }
     }
 

@@ -16,6 +16,7 @@ pub use program::{ABOUT, OPTIONS, run};
 use crate::block::{Preallocation, Precision, Status};
 use crate::cli::img::{Context, outln};
 use crate::io::{offload, sleep};
+use crate::tools::output::errln;
 use crate::tools::{Images, Opened, output};
 use commands::{COMMANDS, Command, find};
 use images::ToOpen;
@@ -85,16 +86,16 @@ impl Session {
         let all = words::split(line);
         let Some((&name, rest)) = all.split_first() else { return Some(()) };
         let Some(command) = find(name) else {
-            eprintln!("command \"{name}\" not found");
+            errln!("command \"{name}\" not found");
             return None;
         };
         self.command = Some(command);
         if !command.without_image && self.image.is_none() {
-            eprintln!("no file open, try 'help open'");
+            errln!("no file open, try 'help open'");
             return None;
         }
         if let Some(text) = command.wrong_count(rest.len()) {
-            eprintln!("{text}");
+            errln!("{text}");
             return None;
         }
         let Some(words) = words::parse(command.name, command.options, rest) else {

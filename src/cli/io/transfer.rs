@@ -6,6 +6,7 @@ use crate::block::{WriteFlags, ZeroFlags};
 use crate::cli::img::{out, outln};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec, current};
 use crate::tools::Opened;
+use crate::tools::output::errln;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -368,12 +369,12 @@ fn fill_from(name: &str, bytes: &mut [u8]) -> Said {
     let found = match std::fs::read(name) {
         Ok(found) => found,
         Err(error) => {
-            eprintln!("{name}: {}", Errno::from(error));
+            errln!("{name}: {}", Errno::from(error));
             return None;
         }
     };
     if found.is_empty() {
-        eprintln!("{name}: file is empty");
+        errln!("{name}: file is empty");
         return None;
     }
     for part in bytes.chunks_mut(found.len()) {

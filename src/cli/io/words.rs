@@ -3,6 +3,7 @@
 
 use crate::cli::img::outln;
 use crate::options::size::{self, BadSize};
+use crate::tools::output::errln;
 
 /// The words of a line. There is no quoting.
 pub fn split(line: &str) -> Vec<&str> {
@@ -31,7 +32,7 @@ pub fn parse<'a>(name: &str, known: &str, words: &[&'a str]) -> Option<Words<'a>
         };
         for (at, letter) in letters.char_indices() {
             let Some(found) = known.find(letter).filter(|_| letter != ':') else {
-                eprintln!("{name}: invalid option -- '{letter}'");
+                errln!("{name}: invalid option -- '{letter}'");
                 return None;
             };
             if !known[found + letter.len_utf8()..].starts_with(':') {
@@ -41,7 +42,7 @@ pub fn parse<'a>(name: &str, known: &str, words: &[&'a str]) -> Option<Words<'a>
             let inline = &letters[at + letter.len_utf8()..];
             let value = if inline.is_empty() { rest.next().copied() } else { Some(inline) };
             let Some(value) = value else {
-                eprintln!("{name}: option requires an argument -- '{letter}'");
+                errln!("{name}: option requires an argument -- '{letter}'");
                 return None;
             };
             parsed.options.push((letter, value));

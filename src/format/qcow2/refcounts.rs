@@ -194,10 +194,7 @@ impl Refcounts {
         let end = self.geometry.clusters(image.file().len());
         let found = image.claim(self.find(image, want, end).await?);
         let mut runs = found.runs.clone();
-        self.fit(image, &mut runs, end).await;
-        if runs.is_empty() {
-            return Err(Errno::ENOSPC);
-        }
+        self.fit(image, &mut runs, end).await?;
         let claim = image.claim(runs);
         image.check_reserved(&claim.runs).await?;
         let runs = claim.runs.iter();
@@ -215,18 +212,27 @@ impl Refcounts {
         Ok(claim)
     }
 
-    /// Makes the file long enough for all, or cuts off what does not fit into the storage.
-    async fn fit(&self, image: &Qcow2, runs: &mut Vec<Run>, end: u64) {
+    /// Makes the file long enough for all runs, or cuts off what does not fit into the storage.
+    ///
+    /// # Errors
+    /// Why the file cannot grow by a single cluster.
+    async fn fit(&self, image: &Qcow2, runs: &mut Vec<Run>, end: u64) -> IoResult {
+        let mut refused = Errno::ENOSPC;
         while let Some(last) = runs.last_mut() {
             let stop = last.first + last.count;
-            if stop <= end || image.grow_file(stop << self.geometry.cluster_bits).await.is_ok() {
-                return;
+            if stop <= end {
+                return Ok(());
+            }
+            match image.grow_file(stop << self.geometry.cluster_bits).await {
+                Ok(()) => return Ok(()),
+                Err(errno) => refused = errno,
             }
             last.count /= 2;
             if last.count == 0 {
                 runs.pop();
             }
         }
+        Err(refused)
     }
 
     /// Counts `more` references to clusters that have some, durably. The caller knows that there is

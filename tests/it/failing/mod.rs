@@ -7,6 +7,7 @@ mod full;
 mod growing;
 mod hangs;
 mod held;
+mod limit;
 mod lost;
 mod policies;
 mod room;

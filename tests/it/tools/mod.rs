@@ -19,6 +19,7 @@ mod progress;
 mod random;
 mod snapshots;
 mod targets;
+mod unheard;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
