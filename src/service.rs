@@ -20,7 +20,8 @@ pub use pending::Pending;
 pub use transaction::Step;
 
 use crate::block::graph::{Attachment, Graph};
-use crate::block::{Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage};
+use crate::block::registry::Guess;
+use crate::block::{Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage, probe};
 use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
     Address, DiskOptions, Export, ExportMetrics, ExportOptions, FailureOptions, IoErrors,
@@ -206,6 +207,12 @@ impl Service {
     /// `--blockdev`: opens a named node.
     pub fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
         self.patiently(|| self.graph.open_on(&self.control, options.clone()))
+    }
+
+    /// The format that the first bytes of a node tell; `filename` is how it is called.
+    pub fn look_at(&self, node: &Arc<Node>, filename: &str) -> Result<Option<Guess>, Error> {
+        let (registry, node, filename) = (self.graph.registry(), node.clone(), filename.to_owned());
+        self.control.block_on(move || async move { probe::look(registry, &node, &filename).await })
     }
 
     /// Opens a node, `name`, over `node`: it takes what is written, in a file that is gone afterwards.

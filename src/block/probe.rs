@@ -5,6 +5,27 @@ use super::registry::{DriverEntry, Guess, PROBE_LEN, Registry};
 use super::{Error, Node};
 use crate::io::IoVec;
 
+/// The format that the first bytes of `node` tell; `filename` is how it is called. None: there are no
+/// bytes, or no format that could be told from others.
+///
+/// # Errors
+/// It cannot be read.
+pub async fn look(
+    registry: &'static Registry,
+    node: &Node,
+    filename: &str,
+) -> Result<Option<Guess>, Error> {
+    let len = (PROBE_LEN as u64).min(node.len());
+    let mut head = [0; PROBE_LEN];
+    let head = &mut head[..len as usize];
+    if len > 0 {
+        node.read(0, &IoVec::from_mut(head))
+            .await
+            .map_err(|e| Error::os("Could not read image for determining its format", e))?;
+    }
+    Ok(registry.probe(head, filename))
+}
+
 /// The format of what is in `node`, a protocol's; `filename` is how it is called. What no format
 /// knows is `raw`.
 ///
@@ -16,19 +37,11 @@ pub async fn probe(
     node: &Node,
     filename: &str,
 ) -> Result<&'static DriverEntry, Error> {
-    let len = (PROBE_LEN as u64).min(node.len());
-    let mut head = [0; PROBE_LEN];
-    let head = &mut head[..len as usize];
-    if len > 0 {
-        node.read(0, &IoVec::from_mut(head))
-            .await
-            .map_err(|e| Error::os("Could not read image for determining its format", e))?;
-    }
-    match registry.probe(head, filename) {
+    match look(registry, node, filename).await? {
         Some(Guess::Driver(entry)) => Ok(entry),
         Some(Guess::Foreign(name)) => Err(Error::new(format!(
-            "'{}' looks like {name}, which vublk does not support; to take it as raw bytes, say that \
-             its format is raw (-f raw; -F raw for a backing file)",
+            "'{}' looks like {name}, which vublk does not support: convert it first (with -f raw, or -F \
+             raw for a backing file, its container would be the disk, and writes would destroy it)",
             filename.escape_debug()
         ))),
         None => registry.get("raw").ok_or_else(|| {

@@ -10,6 +10,7 @@ mod getopt;
 mod img;
 mod io;
 mod log;
+mod looks;
 mod nvme;
 mod policy;
 mod process;

@@ -3,6 +3,7 @@
 use super::confine::{self, SandboxArgs, Wanted};
 use super::img::out;
 use super::log::LogArgs;
+use super::looks;
 use super::policy::PolicyArgs;
 use super::process::{EndSignals, Manager, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
@@ -230,13 +231,23 @@ impl Serve {
         address: Address,
     ) -> super::Outcome {
         let shown = image.display();
-        let options = self.node_options(&format!("disk{index}"), image)?;
+        let id = format!("export{index}");
+        let format = match &self.format {
+            Some(format) => format,
+            None => return Err(self.look_unnamed(service, image)?.into()),
+        };
+        let options = self.node_options(format, &format!("disk{index}"), image)?;
         let mut node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
+        if format == "raw" {
+            let looks = service.look_at(&node, "").unwrap_or_default();
+            if let Some(warning) = looks::served_raw(&shown.to_string(), node.len(), looks) {
+                ::log::warn!(export = &*id; "{warning}");
+            }
+        }
         if self.snapshot {
             let overlay = service.add_overlay(&format!("snapshot{index}"), &node);
             node = overlay.map_err(|e| e.at(&shown))?;
         }
-        let id = format!("export{index}");
         let block = self.logical_block_size.0;
         let disk = DiskOptions {
             writable: !self.read_only,
@@ -257,24 +268,36 @@ impl Serve {
         Ok(service.export(new).map_err(|e| e.at(&shown))?)
     }
 
+    /// Why an image is not served whose format was not given.
+    fn look_unnamed(&self, service: &Service, image: &Path) -> Result<Error, Error> {
+        let shown = image.display().to_string();
+        let mut options = self.file_options(image).map_err(Error::new)?;
+        options.insert("node-name", "unnamed");
+        options.insert("read-only", Value::Bool(true));
+        options.insert("force-share", Value::Bool(true));
+        let node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
+        let looks = service.look_at(&node, &shown).map_err(|e| e.at(&shown))?;
+        Ok(looks::unnamed(&shown, node.len(), looks))
+    }
+
     /// The graph for one image: its format over the protocol that its file wants.
-    fn node_options(&self, name: &str, image: &Path) -> Result<Map, String> {
+    fn node_options(&self, format: &str, name: &str, image: &Path) -> Result<Map, String> {
+        let mut node = self.common_options();
+        node.insert("driver", format);
+        node.insert("node-name", name);
+        node.insert("active", Value::Bool(!self.incoming));
+        node.insert("file", Value::Map(self.file_options(image)?));
+        Ok(node)
+    }
+
+    /// The protocol that an image's file wants.
+    fn file_options(&self, image: &Path) -> Result<Map, String> {
         use std::os::unix::fs::FileTypeExt;
         let shown = image.display();
-        let Some(format) = &self.format else {
-            return Err(format!(
-                "{shown}: the format is not known: name it, for example with -f raw"
-            ));
-        };
         let filename = image.to_str().ok_or_else(|| format!("{shown}: not a UTF-8 name"))?;
         let device =
             std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());
-        let mut cache = Map::new();
-        let direct = matches!(self.cache, Cache::None | Cache::Directsync);
-        cache.insert("direct", Value::Bool(direct));
-        cache.insert("no-flush", Value::Bool(self.cache == Cache::Unsafe));
-        let discard = if self.discard == Discard::Unmap { "unmap" } else { "ignore" };
-        let mut file = Map::new();
+        let mut file = self.common_options();
         file.insert("filename", filename);
         match protocol(filename) {
             Some(driver) => {
@@ -285,17 +308,21 @@ impl Serve {
                 file.insert("aio", "io_uring");
             }
         }
+        Ok(file)
+    }
+
+    /// The options that every node of an image has.
+    fn common_options(&self) -> Map {
+        let mut cache = Map::new();
+        let direct = matches!(self.cache, Cache::None | Cache::Directsync);
+        cache.insert("direct", Value::Bool(direct));
+        cache.insert("no-flush", Value::Bool(self.cache == Cache::Unsafe));
+        let discard = if self.discard == Discard::Unmap { "unmap" } else { "ignore" };
         let mut node = Map::new();
-        node.insert("driver", &**format);
-        node.insert("node-name", name);
-        node.insert("active", Value::Bool(!self.incoming));
-        for map in [&mut file, &mut node] {
-            map.insert("cache", cache.clone());
-            map.insert("discard", discard);
-            map.insert("read-only", Value::Bool(self.read_only || self.snapshot));
-        }
-        node.insert("file", Value::Map(file));
-        Ok(node)
+        node.insert("cache", cache);
+        node.insert("discard", discard);
+        node.insert("read-only", Value::Bool(self.read_only || self.snapshot));
+        node
     }
 }
 

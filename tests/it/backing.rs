@@ -171,8 +171,9 @@ fn a_backing_file_of_a_format_without_a_driver_is_not_guessed_to_be_raw() {
     let error = files.open(policy(FollowBacking::Probe), "top", "").unwrap_err();
     assert_eq!(
         error,
-        "Could not open backing file: 'base' looks like vmdk, which vublk does not support; to take it \
-         as raw bytes, say that its format is raw (-f raw; -F raw for a backing file)"
+        "Could not open backing file: 'base' looks like vmdk, which vublk does not support: convert it \
+         first (with -f raw, or -F raw for a backing file, its container would be the disk, and writes \
+         would destroy it)"
     );
     let chain = files.open(policy(FollowBacking::Probe), "told", "").unwrap();
     assert_eq!(chain, ["note:told", "raw:base"]);

@@ -4,6 +4,7 @@
 mod beside_qsd;
 mod help;
 mod log;
+mod looks;
 mod process;
 mod sandbox;
 mod serve;

@@ -12,7 +12,7 @@ use super::{VUBLK, directory, run, stderr};
 use crate::vhost_user::LIMIT;
 
 /// `vublk serve` in `dir`, ready: it has told so through the socket that systemd would give it.
-fn serve(dir: &Path, arguments: &[&str]) -> Server {
+pub fn serve(dir: &Path, arguments: &[&str]) -> Server {
     let notify = dir.join(format!("notify{}", arguments.len()));
     let _ = std::fs::remove_file(&notify);
     let socket = UnixDatagram::bind(&notify).unwrap();
@@ -37,14 +37,14 @@ fn open(dir: &Path, socket: &str) -> Disk {
     Disk::open(&dir.join(socket), &Options::default()).unwrap()
 }
 
-fn end(mut server: Server) {
+pub fn end(mut server: Server) {
     server.signal(libc::SIGTERM).unwrap();
     let status = server.wait_exit(LIMIT).unwrap();
     assert!(status.success(), "{status}: {}", server.stderr());
 }
 
 /// Exit code 1 and one line that holds `words`.
-fn assert_refused(dir: &Path, arguments: &[&str], words: &str) {
+pub fn assert_refused(dir: &Path, arguments: &[&str], words: &str) {
     let output = run(dir, &[VUBLK, "serve"], arguments);
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
@@ -202,7 +202,7 @@ fn command_lines_that_are_wrong_are_refused_with_a_reason() {
     std::fs::write(here.join("file"), "mine").unwrap();
     let good = ["-f", "raw", "disk.img", "--socket", "a.sock"];
     let with = |more: &[&'static str]| [&good[..], more].concat();
-    assert_refused(here, &["disk.img", "--socket", "a.sock"], "-f raw");
+    assert_refused(here, &["nothere", "--socket", "a.sock"], "nothere");
     assert_refused(
         here,
         &["-f", "raw", "disk.img", "disk.img", "-s", "a"],

@@ -82,8 +82,9 @@ fn a_format_without_a_driver_is_not_taken_for_raw_bytes() {
         ] {
             let ended = place.run(&line.replace("FILE", &format!("h.{format}")));
             let wanted = format!(
-                "{prefix}: 'FILE' looks like {format}, which vublk does not support; to take it as raw \
-                 bytes, say that its format is raw (-f raw; -F raw for a backing file)"
+                "{prefix}: 'FILE' looks like {format}, which vublk does not support: convert it first \
+                 (with -f raw, or -F raw for a backing file, its container would be the disk, and \
+                 writes would destroy it)"
             );
             let wanted = wanted.replace("FILE", &format!("h.{format}"));
             assert_eq!(ended.stderr.lines().next(), Some(&*wanted), "{line}");
