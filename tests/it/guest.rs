@@ -5,6 +5,7 @@
 #[allow(dead_code, reason = "shared with tests/soak, which uses more of it")]
 pub mod boot;
 mod migration;
+mod replug;
 pub mod server;
 mod snapshots;
 mod under_load;

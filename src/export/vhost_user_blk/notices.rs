@@ -89,10 +89,14 @@ impl<'a> Channel<'a> {
         self.offered = offered_socket(stream);
     }
 
-    /// The message that came last was right: what came with it is used from now on.
-    pub fn accept(&mut self) {
+    /// The message that came last was right: what came with it is used from now on, unless the front end
+    /// has no `channel` any more.
+    pub fn accept(&mut self, channel: bool) {
         if let Some(socket) = self.offered.take() {
             self.socket = Some(socket);
+        }
+        if !channel {
+            self.socket = None;
         }
     }
 

@@ -267,8 +267,9 @@ impl Shared {
             channel.wait(handler.as_raw_fd(), running);
             match handler.handle_request() {
                 Ok(()) => {
-                    channel.accept();
-                    if lock(&session).take_moved() {
+                    channel.accept(lock(&session).has_channel());
+                    let moved = lock(&session).take_moved();
+                    if moved {
                         self.disk.hand_over.give_up(&self.name, &self.workers[0]);
                     }
                 }

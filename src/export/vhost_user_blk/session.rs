@@ -50,6 +50,8 @@ pub struct Session {
     inflight: Option<Arc<inflight::Region>>,
     /// The front end's dirty log; in use while [`F_LOG_ALL`] is acknowledged.
     log: Option<Arc<DirtyLog>>,
+    /// The front end has acknowledged that it may be told things unasked.
+    has_channel: bool,
     /// How its queues end the connection.
     cut_off: Option<Arc<CutOff>>,
     /// A request of one of its queues does not end.
@@ -86,6 +88,11 @@ enum Kick {
 }
 
 impl RingState {
+    /// Those of a disk, of which nothing has been said.
+    fn all(disk: &Disk) -> Vec<RingState> {
+        std::iter::repeat_with(RingState::new).take(disk.options.num_queues as usize).collect()
+    }
+
     fn new() -> RingState {
         RingState {
             size: 0,
@@ -126,19 +133,18 @@ impl Session {
         workers: Vec<Arc<Worker>>,
         first_worker: usize,
     ) -> Session {
-        let rings = std::iter::repeat_with(RingState::new);
-        let rings = rings.take(disk.options.num_queues as usize).collect();
         let session = Session {
             name,
+            rings: RingState::all(&disk),
             disk,
             workers,
             first_worker,
             features: None,
             paused: 0,
             memory: Arc::default(),
-            rings,
             inflight: None,
             log: None,
+            has_channel: false,
             cut_off: None,
             hung: Arc::default(),
             ended: false,
@@ -181,10 +187,30 @@ impl Session {
         self.apply_write_cache();
     }
 
-    /// Back to what a guest finds that has said nothing. What it had under way is of no more use.
+    /// The front end takes the device. QEMU does so once for each device that it plugs in, all of them on
+    /// one connection if they have one chardev, and says everything about the new device afterwards: so
+    /// what was said of the one before it, whose rings have stopped, ends here.
+    ///
+    /// Cloud Hypervisor plays a recorded session again while rings run. Those go on.
+    fn begin(&mut self) {
+        if self.rings.iter().any(|ring| !matches!(ring.kick, Kick::Unset)) {
+            return;
+        }
+        self.let_journal_go();
+        self.features = None;
+        self.memory = Arc::default();
+        self.rings = RingState::all(&self.disk);
+        self.inflight = None;
+        self.log = None;
+        self.apply_write_cache();
+    }
+
+    /// Back to what a guest finds that has said nothing. What it had under way is of no more use. The
+    /// memory stays: front ends do not share it again.
     fn reset(&mut self) -> Result<()> {
         self.stop_rings(0..self.rings.len(), AtStop::Fail)?;
         self.features = None;
+        self.rings = RingState::all(&self.disk);
         self.set_write_cache(true);
         Ok(())
     }
@@ -296,6 +322,11 @@ impl Session {
             let log = self.log_of(index);
             self.tell(index as u32, move |queue| queue.set_log(log));
         }
+    }
+
+    /// Whether the front end may be told things unasked.
+    pub fn has_channel(&self) -> bool {
+        self.has_channel
     }
 
     /// Whether the device serves a ring.
@@ -416,6 +447,11 @@ impl Session {
         self.ended = true;
         // Whatever does not end, the session does.
         let _ = self.stop_rings(0..self.rings.len(), self.at_stop());
+        self.let_journal_go();
+    }
+
+    /// The memory that holds the image's journal goes. If I/O may still land, the next session sees to it.
+    fn let_journal_go(&self) {
         if !self.disk.lingering.any() {
             self.disk.journal.detach(&self.name, &self.workers[0]);
         }

@@ -127,7 +127,7 @@ fn connect(served: &Served, data: &[u8]) {
     loop {
         channel.wait(handler.as_raw_fd(), true);
         match handler.handle_request() {
-            Ok(()) => channel.accept(),
+            Ok(()) => channel.accept(session.lock().expect("no panic").has_channel()),
             Err(Error::SocketRetry(_)) => {}
             Err(_) => break,
         }

@@ -5,10 +5,11 @@ use std::os::unix::net::UnixStream;
 
 use vhost::VhostBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vublk_testkit::frontend::MemoryMessages;
 use vublk_testkit::message;
 use vublk_testkit::request::{Request, Shape};
 use vublk_testkit::spec::{protocol, status};
-use vublk_testkit::{Disk, Options, Queue};
+use vublk_testkit::{Disk, MemoryLayout, Options, Queue};
 
 use super::daemon::LIMIT;
 use super::{Daemon, pattern};
@@ -261,6 +262,53 @@ fn a_reset_device_starts_from_nothing_on_the_same_connection() {
         connection.share_memory(&memory, 1, table).unwrap();
         restart(&mut disk, base);
         assert_eq!(done + disk.queue(0).drain().unwrap().len(), 8);
+    }
+}
+
+/// From GET_FEATURES on, as QEMU begins with each device that it plugs in on one connection.
+fn plug_again(mut disk: Disk, options: &Options) -> Disk {
+    let stream = disk.connection().stream().try_clone().unwrap();
+    drop(disk);
+    Disk::from_stream(stream, options).unwrap()
+}
+
+#[test]
+fn a_device_that_is_plugged_in_again_on_one_connection_starts_from_nothing() {
+    let layouts = [
+        MemoryLayout::gapped(3, 4 << 20),
+        MemoryLayout::gapped(3, 4 << 20),
+        MemoryLayout::single(16 << 20),
+        MemoryLayout::gapped(2, 16 << 20),
+    ];
+    for messages in [MemoryMessages::Slots, MemoryMessages::Table] {
+        for more in [0, protocol::INFLIGHT_SHMFD] {
+            let daemon = Daemon::serve(
+                "driver=raw,node-name=d0,file.driver=file,file.filename=DIR/disk.img",
+                "writable=on,num-queues=2",
+            );
+            let mut last = None;
+            for (turn, layout) in layouts.iter().enumerate() {
+                let options = Options {
+                    layout: layout.clone(),
+                    memory_messages: messages,
+                    num_queues: 1 + turn % 2,
+                    protocol: protocol::DEFAULT | protocol::CONFIGURE_MEM_SLOTS | more,
+                    ..Options::default()
+                };
+                let mut disk = match last.take() {
+                    Some(disk) => plug_again(disk, &options),
+                    None => daemon.open(&options),
+                };
+                let mut back = vec![0; 4096];
+                if turn > 0 {
+                    disk.read(8 * turn as u64 - 8, &mut back).unwrap();
+                    assert_eq!(back, pattern(4096, turn as u8 - 1), "{messages:?} {turn}");
+                }
+                disk.write(8 * turn as u64, &pattern(4096, turn as u8)).unwrap();
+                disk.stop().unwrap();
+                last = Some(disk);
+            }
+        }
     }
 }
 

@@ -219,3 +219,32 @@ fn a_region_that_is_removed_must_be_there() {
     connection.remove_region(&memory.regions()[1]).unwrap_err();
     daemon.assert_serves(0);
 }
+
+#[test]
+fn a_region_that_is_added_again_is_the_one_that_counts() {
+    let daemon = Daemon::file("");
+    let options = Options {
+        layout: MemoryLayout::gapped(2, 4 << 20),
+        memory_messages: MemoryMessages::Slots,
+        protocol: protocol::DEFAULT | protocol::CONFIGURE_MEM_SLOTS,
+        ..Options::default()
+    };
+    let mut disk = daemon.open(&options);
+    let memory = disk.memory().clone();
+    for turn in 0..3u8 {
+        for region in memory.regions() {
+            disk.connection().add_region(region).unwrap();
+        }
+        let data = vec![turn + 1; 4096];
+        disk.write(0, &data).unwrap();
+        let mut back = vec![0; 4096];
+        disk.read(0, &mut back).unwrap();
+        assert_eq!(back, data);
+    }
+    // Each of them is there once.
+    disk.stop().unwrap();
+    for region in memory.regions() {
+        disk.connection().remove_region(region).unwrap();
+    }
+    disk.connection().remove_region(&memory.regions()[0]).unwrap_err();
+}

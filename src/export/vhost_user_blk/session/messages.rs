@@ -6,7 +6,7 @@ use super::super::failure::{Failure, Operation};
 use super::super::inflight;
 use super::super::memory::{MAX_REGIONS, Region};
 use super::super::ring::{Addresses, MAX_SIZE};
-use super::{Kick, RingState, Session, for_words, refuse};
+use super::{Kick, Session, for_words, refuse};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -23,21 +23,16 @@ const CONFIG_BASE: u32 = VHOST_USER_CONFIG_OFFSET;
 
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Result<()> {
-        // Cloud Hypervisor plays a recorded session again on the same connection; it does no harm.
+        self.begin();
         Ok(())
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.reset()?;
-        Ok(())
+        self.reset()
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.reset()?;
-        for ring in &mut self.rings {
-            *ring = RingState::new();
-        }
-        Ok(())
+        self.reset()
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -72,8 +67,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(features)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         // The `vhost` crate checks each message against what was acknowledged.
+        self.has_channel = features & VhostUserProtocolFeatures::BACKEND_REQ.bits() != 0;
         Ok(())
     }
 
@@ -107,6 +103,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
         let mut regions = self.memory.regions().to_vec();
+        // A front end that starts from the beginning may add what is there already: its new file counts.
+        regions.retain(|known| !known.is(region));
         regions.push(Arc::new(Region::map(region, file).or_else(refuse)?));
         self.change_memory(regions)?;
         Ok(None)
