@@ -369,8 +369,8 @@ impl Service {
         });
         let name = id.clone();
         let options = ExportOptions { name, disk, workers, first_worker, metrics: metrics.clone() };
-        if let (Address::Path { path, .. }, Some(_)) = (&address, self.patience) {
-            handover::wait_for_socket(path, SOCKET_PATIENCE);
+        if let (Address::Path { path, .. }, Some(give_up)) = (&address, self.patience) {
+            handover::wait_for_socket(path, SOCKET_PATIENCE, give_up);
         }
         if !allow_inactive {
             self.activate(&node)?;

@@ -118,7 +118,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
             return Ok(());
         }
     }
-    let metrics = address.zip(observed).map(|(at, observed)| metrics::Server::start(at, observed));
+    let metrics = address
+        .zip(observed)
+        .map(|(at, observed)| metrics::Server::start(at, observed, EndSignals::have_come));
     let metrics = metrics.transpose().map_err(|error| error.at("--metrics"))?;
     let pid_file = matches.get_many::<PathBuf>("pidfile").and_then(|mut paths| paths.next_back());
     let mut pid_file = pid_file.map(|path| PidFile::create(path)).transpose()?;

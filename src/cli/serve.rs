@@ -163,7 +163,8 @@ impl Serve {
             self.serve_one(&mut service, &workers, index, image, address)?;
         }
         let metrics = self.metrics.as_ref().zip(observed);
-        let metrics = metrics.map(|(at, observed)| metrics::Server::start(at, observed));
+        let metrics = metrics
+            .map(|(at, observed)| metrics::Server::start(at, observed, EndSignals::have_come));
         let metrics = metrics.transpose().map_err(|e| e.at("--metrics"))?;
         let manager = Manager::find();
         self.confine(&service, metrics.as_ref())?;

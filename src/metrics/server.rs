@@ -4,16 +4,16 @@ use super::Address;
 use super::http;
 use super::text::{self, Process};
 use crate::block::Error;
-use crate::export::vhost_user_blk::listen;
+use crate::export::vhost_user_blk::socket::{self, SocketFile};
 use crate::io::process_cpu_ns;
 use crate::service::{Observed, SOCKET_PATIENCE, wait_for_socket};
-use std::fs::{File, symlink_metadata};
+use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -33,21 +33,26 @@ const RETRY: Duration = Duration::from_millis(10);
 pub struct Server {
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
-    /// The socket file that is ours to remove: its path, device and inode.
-    own_file: Option<(PathBuf, u64, u64)>,
+    /// Removed before the thread, and with it the listener, ends.
+    own_file: Option<SocketFile>,
 }
 
 impl Server {
-    /// Listens, and starts the thread. A daemon that still ends is waited for as on other sockets.
+    /// Listens, and starts the thread. A daemon that still ends is waited for as on other sockets, until
+    /// `give_up` says so.
     ///
     /// # Errors
     /// The address cannot be listened on.
-    pub fn start(address: &Address, observed: Arc<Observed>) -> Result<Server, Error> {
+    pub fn start(
+        address: &Address,
+        observed: Arc<Observed>,
+        give_up: fn() -> bool,
+    ) -> Result<Server, Error> {
         let failed = |e| Error::os("cannot offer metrics", e);
         let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(failed)?;
         let (listener, own_file) = match address {
-            Address::Unix(path) => at_path(path)?,
-            Address::Tcp(address) => (Listener::Tcp(at_port(address)?), None),
+            Address::Unix(path) => at_path(path, give_up)?,
+            Address::Tcp(address) => (Listener::Tcp(at_port(address, give_up)?), None),
         };
         // From here on a failure removes the file.
         let mut server = Server { stop, thread: None, own_file };
@@ -59,44 +64,37 @@ impl Server {
 
     /// The socket file, if there is one. It is removed in the end.
     pub fn path(&self) -> Option<&Path> {
-        self.own_file.as_ref().map(|(path, ..)| &**path)
+        self.own_file.as_ref().map(SocketFile::path)
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.own_file = None;
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        if let Some((path, device, inode)) = &self.own_file
-            && let Ok(found) = symlink_metadata(path)
-            && (found.dev(), found.ino()) == (*device, *inode)
-        {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 
-type OwnFile = Option<(PathBuf, u64, u64)>;
-
-fn at_path(path: &Path) -> Result<(Listener, OwnFile), Error> {
-    wait_for_socket(path, SOCKET_PATIENCE);
-    let (listener, (device, inode)) = listen(path, None, None)?;
+fn at_path(path: &Path, give_up: fn() -> bool) -> Result<(Listener, Option<SocketFile>), Error> {
+    wait_for_socket(path, SOCKET_PATIENCE, give_up);
+    let (listener, file) = socket::listen(path, None, None)?;
     let failed = |e| Error::os(format!("Failed to set up socket to {}", path.display()), e);
     listener.set_nonblocking(true).map_err(failed)?;
-    // It must still be found after the process has gone to another directory.
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    Ok((Listener::Unix(listener), Some((path, device, inode))))
+    Ok((Listener::Unix(listener), Some(file)))
 }
 
-fn at_port(address: &SocketAddr) -> Result<TcpListener, Error> {
+fn at_port(address: &SocketAddr, give_up: fn() -> bool) -> Result<TcpListener, Error> {
     let end = Instant::now() + SOCKET_PATIENCE;
     loop {
         let listener = TcpListener::bind(address);
         match listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener)) {
             Ok(listener) => return Ok(listener),
-            Err(error) if error.kind() != ErrorKind::AddrInUse || Instant::now() > end => {
+            Err(error)
+                if error.kind() != ErrorKind::AddrInUse || Instant::now() > end || give_up() =>
+            {
                 return Err(Error::os(format!("cannot listen on {address}"), error));
             }
             Err(_) => std::thread::sleep(RETRY),

@@ -2,14 +2,14 @@
 
 use super::poll;
 use crate::block::Error;
-use crate::export::vhost_user_blk;
+use crate::export::vhost_user_blk::socket::{self, SocketFile};
 use crate::options::{self, Map, is_identifier, keyval, qemuopts};
 use serde::Deserialize;
+use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
+use std::time::Duration;
 
 /// What QEMU has and this program has not.
 const OTHER_BACKENDS: [&str; 17] = [
@@ -19,12 +19,12 @@ const OTHER_BACKENDS: [&str; 17] = [
 
 /// A character device: one end of a socket.
 pub struct Chardev {
+    /// Goes before the listener does.
+    own_file: Option<SocketFile>,
     pub(super) id: String,
     pub(super) endpoint: Endpoint,
     /// To be connected before the program goes on.
     pub(super) wait: bool,
-    /// The socket file that is ours to remove: its path, device and inode.
-    own_file: Option<(PathBuf, u64, u64)>,
 }
 
 /// Where clients come from.
@@ -34,23 +34,13 @@ pub(super) enum Endpoint {
     Connected(Option<OwnedFd>),
 }
 
-impl Drop for Chardev {
-    fn drop(&mut self) {
-        if let Some((path, device, inode)) = &self.own_file
-            && let Ok(found) = std::fs::symlink_metadata(path)
-            && (found.dev(), found.ino()) == (*device, *inode)
-        {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
 impl Chardev {
-    /// Reads `--chardev socket,…` and opens the socket.
+    /// Reads `--chardev socket,…` and opens the socket. Whoever it connects to is waited for until `stop` is
+    /// readable.
     ///
     /// # Errors
     /// In QEMU's words; and a host that is not this one, for monitors know no passwords.
-    pub fn open(text: &str) -> Result<Chardev, Error> {
+    pub fn open(text: &str, stop: RawFd) -> Result<Chardev, Error> {
         let mut options = match text.starts_with('{') {
             true => keyval::parse_argument(text, None)?.options,
             false => {
@@ -69,7 +59,7 @@ impl Chardev {
             ));
         }
         match backend.as_deref() {
-            Some("socket") => Chardev::socket(id, options),
+            Some("socket") => Chardev::socket(id, options, stop),
             Some(other) if OTHER_BACKENDS.contains(&other) => {
                 Err(Error::new(format!("character devices of type '{other}' are not available")))
             }
@@ -83,10 +73,10 @@ impl Chardev {
 
     /// The socket file that it has made.
     pub(super) fn socket_file(&self) -> Option<&Path> {
-        self.own_file.as_ref().map(|(path, ..)| &**path)
+        self.own_file.as_ref().map(SocketFile::path)
     }
 
-    fn socket(id: String, mut options: Map) -> Result<Chardev, Error> {
+    fn socket(id: String, mut options: Map, stop: RawFd) -> Result<Chardev, Error> {
         let path = options.take_str("path")?;
         let fd = options.take_str("fd")?;
         let host = options.take_str("host")?;
@@ -101,7 +91,7 @@ impl Chardev {
         }
         let wait = server && wait.unwrap_or(true);
         let (endpoint, own_file) = match (path, fd, host) {
-            (Some(path), None, None) => at_path(Path::new(&path), server)?,
+            (Some(path), None, None) => at_path(Path::new(&path), server, stop)?,
             (None, Some(fd), None) => {
                 let number = fd.parse().map_err(|_| {
                     Error::new(format!("Unable to parse FD number {}", fd.escape_debug()))
@@ -123,21 +113,36 @@ impl Chardev {
     }
 }
 
-type Opened = (Endpoint, Option<(PathBuf, u64, u64)>);
+type Opened = (Endpoint, Option<SocketFile>);
 
-fn at_path(path: &Path, server: bool) -> Result<Opened, Error> {
+/// How often a listener is tried that takes no more connections.
+const RETRY: libc::c_int = 20;
+
+/// How long a port of this host may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn at_path(path: &Path, server: bool, stop: RawFd) -> Result<Opened, Error> {
     if !server {
-        let stream = UnixStream::connect(path)
-            .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
-            .map_err(|e| Error::os(format!("Failed to connect to '{}'", path.display()), e))?;
-        return Ok((Endpoint::Connected(Some(stream.into())), None));
+        let failed = |e| Error::os(format!("Failed to connect to '{}'", path.display()), e);
+        socket::check_path(path)?;
+        loop {
+            match socket::try_connect(path) {
+                Ok(stream) => return Ok((Endpoint::Connected(Some(stream.into())), None)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let mut fds = [poll::polled(stop, libc::POLLIN)];
+                    poll::poll(&mut fds, RETRY);
+                    if fds[0].revents != 0 {
+                        return Err(failed(error));
+                    }
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
     }
-    let (listener, (device, inode)) = vhost_user_blk::listen(path, None, None)?;
+    let (listener, file) = socket::listen(path, None, None)?;
     let failed = |e| Error::os(format!("Failed to set up socket to {}", path.display()), e);
     listener.set_nonblocking(true).map_err(failed)?;
-    // It must still be found after the process has gone to another directory.
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    Ok((Endpoint::Listening(listener.into()), Some((path, device, inode))))
+    Ok((Endpoint::Listening(listener.into()), Some(file)))
 }
 
 fn at_host(host: &str, port: &str, server: bool) -> Result<Endpoint, Error> {
@@ -162,7 +167,13 @@ fn at_host(host: &str, port: &str, server: bool) -> Result<Endpoint, Error> {
         let failed = |e| Error::os(format!("Failed to find an available port at {shown}"), e);
         return Ok(Endpoint::Listening(listener.map_err(failed)?.into()));
     }
-    let stream = TcpStream::connect(&*addresses);
+    let mut stream = Err(ErrorKind::AddrNotAvailable.into());
+    for address in &addresses {
+        stream = TcpStream::connect_timeout(address, PATIENCE);
+        if stream.is_ok() {
+            break;
+        }
+    }
     let stream = stream.and_then(|it| it.set_nonblocking(true).map(|()| it));
     let failed = |e| Error::os(format!("Failed to connect to '{shown}'"), e);
     Ok(Endpoint::Connected(Some(stream.map_err(failed)?.into())))

@@ -46,7 +46,7 @@ impl Control {
     /// `--chardev`: opens a character device. With `wait=on`, returns when a client has connected.
     /// `stop` is readable when the program is to end.
     pub fn add_chardev(&mut self, text: &str, stop: RawFd) -> Result<(), Error> {
-        let mut chardev = Chardev::open(text)?;
+        let mut chardev = Chardev::open(text, stop)?;
         let id = &chardev.id;
         let mut taken = self.chardevs.iter().chain(self.monitors.iter().map(|m| &m.chardev));
         if taken.any(|other| other.id == *id) {

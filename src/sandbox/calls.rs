@@ -132,7 +132,7 @@ const SERVING_BEFORE: &[c_long] = &[];
 const MEETING: &[c_long] = &[libc::SYS_connect];
 
 /// Besides, of one whose monitor may add exports.
-const GROWING: &[c_long] = &[libc::SYS_bind, libc::SYS_listen];
+const GROWING: &[c_long] = &[libc::SYS_bind, libc::SYS_listen, libc::SYS_flock];
 
 /// Requests of ioctl(2): of the standard library, and of files and block devices
 /// (src/protocol/file/sys.rs).

@@ -31,9 +31,9 @@ fn rights(writable: bool) -> Rights {
     if writable { read | make_bitflags!(AccessFs::{WriteFile | Truncate}) } else { read }
 }
 
-/// Of a folder that images and sockets may come into.
+/// Of a folder that images and sockets may come into. It is opened to be locked while a socket is made.
 fn folder_rights(writable: bool) -> Rights {
-    let made = make_bitflags!(AccessFs::{MakeReg | MakeSock | MakeSym | RemoveFile});
+    let made = make_bitflags!(AccessFs::{MakeReg | MakeSock | MakeSym | RemoveFile | ReadDir});
     if writable { rights(true) | made } else { rights(false) }
 }
 
@@ -122,7 +122,7 @@ fn allowed(plan: &Plan) -> Vec<(PathBuf, Rights)> {
         if let Some(folder) = path.parent() {
             let mut rights = BitFlags::from(AccessFs::RemoveFile);
             if plan.grows {
-                rights |= AccessFs::MakeSock;
+                rights |= AccessFs::MakeSock | AccessFs::ReadDir;
             }
             // A relative name's folder may be the empty one.
             let folder = if folder == Path::new("") { Path::new(".") } else { folder };

@@ -1,8 +1,8 @@
 //! A daemon that is started while the one before it still ends: it waits for its socket, as it waits
 //! for the image.
 
+use crate::export::vhost_user_blk::socket::is_listened_on;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -13,17 +13,17 @@ const LOOK: Duration = Duration::from_millis(10);
 /// come and go, and has no more room for them than its backlog.
 const ASK: Duration = Duration::from_secs(1);
 
-/// Waits as long as somebody else listens on the socket, but no longer than `patience`: what is
-/// wrong with it, if anything, opening it will tell.
-pub fn wait_for_socket(path: &Path, patience: Duration) {
+/// Waits as long as somebody else listens on the socket, but no longer than `patience`, nor when `give_up`
+/// says so: what is wrong with it, if anything, opening it will tell.
+pub fn wait_for_socket(path: &Path, patience: Duration, give_up: fn() -> bool) {
     let file = || std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino())).ok();
     let end = Instant::now() + patience;
     while let Some(theirs) = file()
-        && UnixStream::connect(path).is_ok()
+        && is_listened_on(path).unwrap_or(false)
     {
         let ask = Instant::now() + ASK;
         while file() == Some(theirs) && Instant::now() < ask {
-            if Instant::now() > end {
+            if Instant::now() > end || give_up() {
                 return;
             }
             std::thread::sleep(LOOK);

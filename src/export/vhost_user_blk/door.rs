@@ -1,10 +1,9 @@
 //! Where front ends come from: they connect to a socket of ours, or we to one of theirs.
 
+use super::socket::{self, SocketFile};
 use crate::block::Error;
 use crate::io::Errno;
-use std::fs::symlink_metadata;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,9 +25,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 
 /// A place where one front end after the other is met.
 pub(super) struct Door {
+    /// Goes before the listener does.
+    _own_file: Option<SocketFile>,
     way: Way,
-    /// The socket file that is ours to remove: its path, device and inode.
-    own_file: Option<(PathBuf, u64, u64)>,
 }
 
 enum Way {
@@ -43,20 +42,18 @@ impl Door {
         let mut own_file = None;
         let way = match address {
             Address::Path { path, mode, owner } => {
-                let (listener, id) = listen(&path, mode, owner)?;
-                // It must still be found after the process has gone to another directory.
-                let path = std::path::absolute(&path).unwrap_or(path);
-                own_file = Some((path, id.0, id.1));
+                let (listener, file) = socket::listen(&path, mode, owner)?;
+                own_file = Some(file);
                 Way::Listen(listener)
             }
             Address::Listening(fd) => Way::Listen(UnixListener::from(fd)),
             Address::Connected(fd) => Way::Once(Some(UnixStream::from(fd))),
             Address::Connect(path) => {
-                check_path(&path)?;
+                socket::check_path(&path)?;
                 Way::Connect(path)
             }
         };
-        Ok(Door { way, own_file })
+        Ok(Door { _own_file: own_file, way })
     }
 
     /// The next front end, waited for until `stop` is readable. None then, and when no more come.
@@ -65,17 +62,6 @@ impl Door {
             Way::Once(stream) => stream.take(),
             Way::Listen(listener) => accept(listener, name, stop),
             Way::Connect(path) => connect(path, name, stop),
-        }
-    }
-}
-
-impl Drop for Door {
-    fn drop(&mut self) {
-        if let Some((path, device, inode)) = &self.own_file
-            && let Ok(found) = symlink_metadata(path)
-            && (found.dev(), found.ino()) == (*device, *inode)
-        {
-            let _ = std::fs::remove_file(path);
         }
     }
 }
@@ -107,7 +93,7 @@ fn connect(path: &Path, name: &str, stop: RawFd) -> Option<UnixStream> {
         if wait_readable(&[stop], Some(wait)).is_some() {
             return None;
         }
-        let error = match UnixStream::connect(path) {
+        let error = match socket::try_connect(path) {
             Ok(stream) => return Some(stream),
             Err(error) => error,
         };
@@ -134,67 +120,6 @@ pub(super) fn wait_readable(fds: &[RawFd], time: Option<Duration>) -> Option<usi
         }
         if n == 0 || Errno::last().0 != libc::EINTR {
             return None;
-        }
-    }
-}
-
-/// Bytes of the name of a socket, its end included (`sockaddr_un`).
-const MAX_PATH: usize = 108;
-
-fn check_path(path: &Path) -> Result<(), Error> {
-    if path.as_os_str().len() < MAX_PATH {
-        return Ok(());
-    }
-    let error = Error::new(format!("UNIX socket path '{}' is too long", path.display()));
-    Err(error.with_hint(format!("Path must be less than {MAX_PATH} bytes")))
-}
-
-/// Makes a listening socket at `path`, in the place of one that nobody listens on any more. Gives
-/// its file's device and inode too.
-pub fn listen(
-    path: &Path,
-    mode: Option<u32>,
-    owner: Option<(u32, u32)>,
-) -> Result<(UnixListener, (u64, u64)), Error> {
-    let at = |what: &str, error: std::io::Error| {
-        Error::os(format!("Failed to {what} socket to {}", path.display()), Errno::from(error))
-    };
-    check_path(path)?;
-    if let Ok(found) = symlink_metadata(path) {
-        if !found.file_type().is_socket() {
-            return Err(Error::new(format!(
-                "'{}' exists already and is not a socket",
-                path.display()
-            )));
-        }
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(|e| at("replace", e))?;
-            }
-            Ok(_) => {
-                return Err(Error::new(format!(
-                    "another process listens on the socket '{}'",
-                    path.display()
-                )));
-            }
-            Err(error) => return Err(at("bind", error)),
-        }
-    }
-    let listener = UnixListener::bind(path).map_err(|e| at("bind", e))?;
-    let set_up = || {
-        if let Some((user, group)) = owner {
-            std::os::unix::fs::chown(path, Some(user), Some(group))?;
-        }
-        if let Some(mode) = mode {
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-        }
-        symlink_metadata(path).map(|found| (found.dev(), found.ino()))
-    };
-    match set_up() {
-        Ok(id) => Ok((listener, id)),
-        Err(error) => {
-            let _ = std::fs::remove_file(path);
-            Err(at("set up", error))
         }
     }
 }

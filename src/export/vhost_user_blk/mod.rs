@@ -1,6 +1,6 @@
 //! Disks for virtual machines over vhost-user-blk.
 //!
-//! * [`door`]: where front ends come from. [`server`]: one of them at a time.
+//! * [`door`]: where front ends come from; [`socket`]: the files of sockets. [`server`]: one of them at a time.
 //! * [`session`]: the messages of one connection.
 //! * [`memory`]: the guest's memory. [`ring`]: a virtqueue in it.
 //! * [`cut_off`]: what happens when a front end takes its memory away.
@@ -35,11 +35,12 @@ pub mod request;
 pub mod ring;
 pub mod server;
 pub mod session;
+pub mod socket;
 pub mod watch;
 pub mod write_cache;
 
 pub use config::DiskOptions;
-pub use door::{Address, Socket, listen, listening_fd, socket_fd};
+pub use door::{Address, Socket, listening_fd, socket_fd};
 pub use failure::{Failure, FailureOptions, IoError, IoErrors, ReadErrors, WriteErrors};
 pub use metrics::ExportMetrics;
 pub use server::{Export, ExportOptions};

@@ -204,3 +204,97 @@ fn under_the_name_of_the_conventions_it_keeps_to_them() {
     drop(disk);
     assert!(server.wait_exit(LIMIT).unwrap().success());
 }
+
+/// A socket whose listener takes no more connections: its backlog is full.
+struct Full(
+    #[allow(dead_code, reason = "kept open")] UnixListener,
+    #[allow(dead_code, reason = "kept open")] Vec<UnixStream>,
+);
+
+impl Full {
+    fn bind(path: &Path) -> Full {
+        let listener = UnixListener::bind(path).unwrap();
+        // SAFETY: names no memory, and the descriptor is open.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+        // So many it takes, and one more than its backlog.
+        let waiting = vec![UnixStream::connect(path).unwrap()];
+        Full(listener, waiting)
+    }
+}
+
+#[test]
+fn a_start_on_a_socket_whose_backlog_is_full_is_refused_in_one_line() {
+    let dir = directory();
+    let _full = Full::bind(&dir.path().join("s"));
+    let output = run(dir.path(), &[VUBLK, "serve"], &["-f", "raw", "disk.img", "--socket", "s"]);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert_eq!(said, "vublk: disk.img: another process listens on the socket 's'\n");
+}
+
+#[test]
+fn a_start_on_a_socket_whose_backlog_is_full_goes_on_when_the_listener_has_gone() {
+    for removes_its_file in [true, false] {
+        let dir = directory();
+        let path = dir.path().join("s");
+        let full = Full::bind(&path);
+        let server = serve(dir.path(), "s", None);
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        if removes_its_file {
+            std::fs::remove_file(&path).unwrap();
+        }
+        drop(full);
+        use_at(&path, 9);
+        end(server);
+    }
+}
+
+#[test]
+fn a_program_that_waits_for_a_listener_with_a_full_backlog_hears_signals() {
+    let dir = directory();
+    let _full = Full::bind(&dir.path().join("s"));
+    for line in [
+        "exec \"$VUBLK\" serve -f raw disk.img --socket s",
+        "exec \"$VUBLK\" serve -f raw disk.img --socket connect:s",
+        "exec \"$VUBLK\" serve -f raw disk.img --socket t --metrics unix:s",
+        "exec \"$VUBLK\" daemon --chardev socket,id=c,path=s --monitor c",
+    ] {
+        let mut server = start(dir.path(), line, None);
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        server.signal(libc::SIGTERM).unwrap();
+        server.wait_exit(LIMIT).unwrap_or_else(|error| panic!("{line}: {error}"));
+    }
+}
+
+#[test]
+fn of_the_daemons_that_start_on_one_stale_socket_one_serves() {
+    let dir = directory();
+    let path = dir.path().join("s");
+    drop(UnixListener::bind(&path).unwrap());
+    let images: Vec<_> = (0..4).map(|n| format!("{n}.img")).collect();
+    let mut servers: Vec<_> = images
+        .iter()
+        .map(|image| {
+            std::fs::copy(dir.path().join("disk.img"), dir.path().join(image)).unwrap();
+            let line = format!("exec \"$VUBLK\" serve -f raw {image} --socket s");
+            start(dir.path(), &line, None)
+        })
+        .collect();
+    let began = std::time::Instant::now();
+    let mut refused = 0;
+    while refused < 3 {
+        assert!(began.elapsed() < LIMIT);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        servers.retain_mut(|server| match server.try_wait().unwrap() {
+            Some(status) => {
+                assert_eq!(status.code(), Some(1), "{}", server.stderr());
+                refused += 1;
+                false
+            }
+            None => true,
+        });
+    }
+    use_at(&path, 3);
+    end(servers.pop().unwrap());
+    assert!(!path.exists());
+}
