@@ -77,7 +77,8 @@ pub trait Image: Send + Sync {
     }
 
     /// Gives up everything that the image itself has, so that its backing file shows, which must have
-    /// the same contents, durably: meanwhile, and after a crash, parts of both are seen.
+    /// the same contents, durably: meanwhile, and after a crash, parts of both are seen. Its file becomes as
+    /// short as it can. Called with no other request in flight on the node.
     ///
     /// # Errors
     /// ENOTSUP where an image cannot.

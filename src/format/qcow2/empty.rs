@@ -1,10 +1,12 @@
 //! Giving up everything that an image has, so that its backing file shows.
 //!
 //! Cluster by cluster, in the order of every change of the mapping ([`super::order`]): each entry that is
-//! gone before a crash shows the backing file, which has the same contents by then.
+//! gone before a crash shows the backing file, which has the same contents by then. The tables that name
+//! nothing any more go last, and the file ends with what is left.
 
 use super::Qcow2;
 use super::layout::L2Entry;
+use super::zero::Kind;
 use crate::block::Event;
 use crate::io::{Errno, IoResult};
 
@@ -38,7 +40,11 @@ impl Qcow2 {
         for range in given_up {
             self.give_back_data(range).await;
         }
-        Ok(())
+        // A machine's state behind the disk's end goes with the disk that it belonged to.
+        self.unmap(self.size(), Kind::Crop).await?;
+        self.flush_all().await?;
+        self.shrink_l1(0).await?;
+        self.cut_to_use().await
     }
 
     /// Guest clusters of one slice, whose L2 table is there; whether there was anything.

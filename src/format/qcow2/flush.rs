@@ -12,7 +12,7 @@ use super::order::Lock;
 use super::standing::Stop;
 use super::{Qcow2, open};
 
-use crate::block::Error;
+use crate::block::{Error, SECTOR};
 use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
@@ -176,14 +176,17 @@ impl Qcow2 {
             );
         }
         ready?;
-        let packing = self.packing.lock().await.drain();
+        let (packed_end, packing) = {
+            let mut packing = self.packing.lock().await;
+            (packing.filled_to(), packing.drain())
+        };
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
         let free = refcounts.release(self, &packing).await?;
         let mut unused = self.pool.lock().drain();
         refcounts.release(self, &unused).await?;
         unused.extend(free.iter().map(|&first| Run { first, count: 1, is_fresh: true }));
-        self.cut_file(&unused).await;
+        self.cut_file(&unused, packed_end).await;
         drop(refcounts);
         let mut header = self.header.lock().await;
         if header.incompatible.contains(Incompatible::DIRTY) && !self.snapshots.needs_repair() {
@@ -196,24 +199,30 @@ impl Qcow2 {
         self.file().flush().await
     }
 
-    /// Takes off the end of the file what was reserved there and is free again.
-    async fn cut_file(&self, unused: &[Run]) {
+    /// Takes off the end of the file what was reserved there and is free again, and of a last cluster that
+    /// holds compressed ones only what lies behind `packed_end`.
+    async fn cut_file(&self, unused: &[Run], packed_end: u64) {
         let bits = self.geometry.cluster_bits;
         let file = self.file();
-        let mut end = file.driver().len() >> bits;
+        let len = file.driver().len();
+        let mut end = self.geometry.clusters(len);
         let mut unused = unused.to_vec();
         unused.sort_by_key(|run| std::cmp::Reverse(run.first));
-        let old_end = end;
         for run in unused {
             if run.is_fresh && run.first + run.count == end {
                 end = run.first;
             }
         }
-        if end < old_end
+        let packed_end = packed_end.next_multiple_of(SECTOR);
+        let new = match packed_end.div_ceil(1 << bits) == end {
+            true => packed_end,
+            false => end << bits,
+        };
+        if new < len
             && let Some(image) = file.driver().image()
         {
             // A longer file does no harm.
-            let _ = image.resize(end << bits, true).await;
+            let _ = image.resize(new, true).await;
         }
     }
 }

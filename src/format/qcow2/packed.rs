@@ -57,6 +57,11 @@ impl Packing {
         }
     }
 
+    /// Where the last packed cluster ends if there is room behind it in its host cluster, else 0.
+    pub fn filled_to(&self) -> u64 {
+        if self.held.is_empty() { 0 } else { self.at }
+    }
+
     /// Gives up everything: references to be taken back.
     pub fn drain(&mut self) -> Vec<Run> {
         for held in self.held.drain(..) {

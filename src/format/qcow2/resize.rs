@@ -251,7 +251,7 @@ impl Qcow2 {
     }
 
     /// Drops the L1 entries beyond a disk of `len` bytes, whose tables name no clusters any more.
-    async fn shrink_l1(&self, len: u64) -> IoResult {
+    pub(super) async fn shrink_l1(&self, len: u64) -> IoResult {
         let turn = self.tables.lock().await;
         let first = self.geometry.l1_entries_for(len);
         let tables: Vec<u64> = (first..self.l1.entries())
@@ -284,7 +284,7 @@ impl Qcow2 {
     }
 
     /// Gives back what is free, and cuts the file behind the last cluster in use.
-    async fn cut_to_use(&self) -> IoResult {
+    pub(super) async fn cut_to_use(&self) -> IoResult {
         self.flush_all().await?;
         epoch::synchronize(&self.data().members()).await;
         let mut refcounts = self.refcounts().await?;

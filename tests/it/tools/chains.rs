@@ -120,3 +120,35 @@ fn a_temporary_overlay_has_no_name_while_it_is_open() {
     let text = String::from_utf8(run.stderr).unwrap();
     assert!(text.contains("Could not open temporary file '/nonexistent/vl."), "{text}");
 }
+
+#[test]
+fn a_committed_image_is_as_short_as_a_new_one() {
+    for options in ["", "-o extended_l2=on", "-o compat=0.10", "-o data_file=data.raw"] {
+        let lengths = [true, false].map(|ours| {
+            let place = super::Place::new(ours);
+            let theirs = |line: &str| {
+                let ended = place.run_theirs(line);
+                assert_eq!((ended.code, &*ended.stderr), (Some(0), ""), "{line}");
+            };
+            theirs("qemu-img create -q -f qcow2 base.qcow2 64M");
+            theirs(&format!(
+                "qemu-img create -q -f qcow2 {options} -b base.qcow2 -F qcow2 top.qcow2"
+            ));
+            theirs("qemu-io -c 'write -P 3 0 8M' -c 'write -P 4 40M 1M' top.qcow2");
+            let ended = place.run("qemu-img commit top.qcow2");
+            assert_eq!((ended.code, &*ended.stdout), (Some(0), "Image committed.\n"));
+            theirs("qemu-img check -q top.qcow2");
+            theirs("qemu-img check -q base.qcow2");
+            theirs("qemu-io -r -c 'read -P 3 0 8M' -c 'read -P 4 40M 1M' top.qcow2");
+            // It takes data again.
+            let write = place.run("qemu-io -c 'write -P 5 1M 1M' top.qcow2");
+            assert_eq!(write.code, Some(0));
+            theirs("qemu-img check -q top.qcow2");
+            theirs("qemu-io -r -c 'read -P 3 0 1M' -c 'read -P 5 1M 1M' top.qcow2");
+            assert_eq!(place.run("qemu-img commit top.qcow2").code, Some(0));
+            std::fs::metadata(place.path().join("top.qcow2")).unwrap().len()
+        });
+        let [ours, theirs] = lengths;
+        assert!(ours <= theirs, "{options}: {ours}, {theirs}");
+    }
+}

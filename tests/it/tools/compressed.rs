@@ -117,3 +117,49 @@ fn compressed_images_are_hardly_larger_than_qemu_imgs() {
         assert!(sizes[0] * 100 <= sizes[1] * 103, "{kind}: {sizes:?}");
     }
 }
+
+#[test]
+fn a_compressed_image_ends_with_its_last_cluster() {
+    for options in ["cluster_size=4k", "cluster_size=64k", "cluster_size=2M,compression_type=zstd"]
+    {
+        let lengths = [true, false].map(|ours| {
+            let place = super::Place::new(ours);
+            let mut random = fastrand::Rng::with_seed(7);
+            let bytes: Vec<u8> = (0..3_000_832).map(|_| random.u8(0..20)).collect();
+            std::fs::write(place.path().join("in.raw"), bytes).unwrap();
+            let line = format!("qemu-img convert -c -f raw -O qcow2 -o {options} in.raw t.qcow2");
+            assert_eq!(place.run(&line).code, Some(0), "{line}");
+            let len = std::fs::metadata(place.path().join("t.qcow2")).unwrap().len();
+            for line in ["qemu-img check -q t.qcow2", "qemu-img compare -q in.raw t.qcow2"] {
+                assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+            }
+            // What comes later goes behind what is there.
+            let write = "qemu-io -c 'write -P 1 0 64k' -c 'discard 64k 64k' t.qcow2";
+            assert_eq!(place.run(write).code, Some(0));
+            for line in ["qemu-img check -q t.qcow2", "qemu-io -r -c 'read -P 1 0 64k' t.qcow2"] {
+                assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+            }
+            len
+        });
+        let [ours, theirs] = lengths;
+        // The streams themselves are not the same.
+        assert!(ours <= theirs + theirs / 25, "{options}: {ours}, {theirs}");
+    }
+}
+
+#[test]
+fn nothing_follows_the_last_compressed_cluster() {
+    let lengths = [true, false].map(|ours| {
+        let place = super::Place::new(ours);
+        let lines = [
+            "qemu-img create -q -f qcow2 t.qcow2 1M",
+            "qemu-io -c 'write -c -P 3 0 64k' -c 'write -c -P 4 64k 64k' t.qcow2",
+        ];
+        lines.iter().for_each(|line| assert_eq!(place.run(line).code, Some(0), "{line}"));
+        for line in ["qemu-img check -q t.qcow2", "qemu-io -r -c 'read -P 4 64k 64k' t.qcow2"] {
+            assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+        }
+        std::fs::metadata(place.path().join("t.qcow2")).unwrap().len()
+    });
+    assert!(lengths[0].abs_diff(lengths[1]) <= 512, "{lengths:?}");
+}
