@@ -3,7 +3,7 @@
 
 use super::{Creation, Error, Registry};
 use crate::io::{Errno, offload};
-use crate::options::{Map, Value};
+use crate::options::{Map, Value, bytes};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -27,8 +27,8 @@ impl TemporaryImage {
         let folder = std::env::var_os("TMPDIR").unwrap_or_else(|| FOLDER.into());
         let path = offload(move || make_file(Path::new(&folder))).await?;
         let image = TemporaryImage { path, format };
-        let file = Map::from_iter([("driver", "file"), ("filename", image.name()?)]);
-        Creation::new(registry, format, (image.name()?, file), Map::new(), Some(len))?
+        let file = Map::from_iter([("driver", "file"), ("filename", &*image.name())]);
+        Creation::new(registry, format, (&image.name(), file), Map::new(), Some(len))?
             .run()
             .await?;
         Ok(image)
@@ -39,7 +39,7 @@ impl TemporaryImage {
         let on = |keys: &[&str]| {
             Value::Map(keys.iter().map(|&key| (key, Value::Text("on".into()))).collect())
         };
-        let mut file = Map::from_iter([("driver", "file"), ("filename", self.name()?)]);
+        let mut file = Map::from_iter([("driver", "file"), ("filename", &*self.name())]);
         // Nobody else knows the file, and a process that comes later does not find it.
         file.insert("locking", "off");
         let mut node = Map::from_iter([("driver", self.format), ("node-name", name)]);
@@ -50,8 +50,8 @@ impl TemporaryImage {
         Ok(node)
     }
 
-    fn name(&self) -> Result<&str, Error> {
-        self.path.to_str().ok_or_else(|| Error::new("TMPDIR is no UTF-8 text"))
+    fn name(&self) -> String {
+        bytes::text_of_name(self.path.as_os_str())
     }
 }
 

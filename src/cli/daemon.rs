@@ -12,14 +12,14 @@ use crate::block::{DriverEntry, Error};
 use crate::drivers;
 use crate::metrics;
 use crate::monitor::Control;
-use crate::options::keyval;
+use crate::options::{bytes, keyval};
 use crate::sandbox::{self, Plan};
 use crate::service::Service;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The options that are processed in their order: name, the key that a first bare word stands for,
 /// and what the help says.
@@ -65,7 +65,6 @@ pub fn command() -> Command {
             Arg::new("pidfile")
                 .long("pidfile")
                 .value_name("PATH")
-                .value_parser(clap::value_parser!(PathBuf))
                 .action(ArgAction::Append)
                 .help("write the process ID there once everything is ready"),
         )
@@ -82,8 +81,9 @@ pub fn command() -> Command {
 
 /// Runs the daemon until a signal ends it. `program` is the name in error lines.
 pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
-    let program = OsString::from(program);
-    let matches = match command().try_get_matches_from(std::iter::once(program).chain(arguments)) {
+    let arguments = arguments.iter().map(|argument| bytes::text_of_name(argument));
+    let arguments = std::iter::once(program.to_owned()).chain(arguments);
+    let matches = match command().try_get_matches_from(arguments) {
         Ok(matches) => matches,
         Err(error) if error.use_stderr() => return Err(usage_line(&error).into()),
         Err(help) => {
@@ -122,8 +122,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
         .zip(observed)
         .map(|(at, observed)| metrics::Server::start(at, observed, EndSignals::have_come));
     let metrics = metrics.transpose().map_err(|error| error.at("--metrics"))?;
-    let pid_file = matches.get_many::<PathBuf>("pidfile").and_then(|mut paths| paths.next_back());
-    let mut pid_file = pid_file.map(|path| PidFile::create(path)).transpose()?;
+    let pid_file = matches.get_many::<String>("pidfile").and_then(|mut paths| paths.next_back());
+    let pid_file = pid_file.map(|path| PidFile::create(&bytes::path_of(path)));
+    let mut pid_file = pid_file.transpose()?;
     let manager = Manager::find();
     confine(&matches, &service, &control, metrics.as_ref(), pid_file.as_ref())?;
     pid_file.as_mut().map(PidFile::write).transpose()?;

@@ -15,7 +15,7 @@ use crate::export::vhost_user_blk::{
 };
 use crate::io::WorkerOptions;
 use crate::metrics;
-use crate::options::{Map, Size, Value, size};
+use crate::options::{Map, Size, Value, bytes, size};
 use crate::sandbox::{self, Plan};
 use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
 use crate::tools::output;
@@ -294,8 +294,7 @@ impl Serve {
     /// The protocol that an image's file wants.
     fn file_options(&self, image: &Path) -> Result<Map, String> {
         use std::os::unix::fs::FileTypeExt;
-        let shown = image.display();
-        let filename = image.to_str().ok_or_else(|| format!("{shown}: not a UTF-8 name"))?;
+        let filename = &*bytes::text_of_name(image.as_os_str());
         let device =
             std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());
         let mut file = self.common_options();

@@ -1,8 +1,8 @@
 //! What the block layer says while an image tool runs: errors that no command's result tells, such as bitmaps
 //! that could not be stored when their image was closed. Each is a line on standard error.
 
+use crate::tools::output::errln;
 use log::{Level, LevelFilter, Log, Metadata, Record};
-use std::io::Write;
 
 struct ToolLog {
     /// In front of each line.
@@ -24,9 +24,7 @@ impl Log for ToolLog {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            let line = format!("{}: {}\n", self.program, record.args());
-            // A tool whose standard error is closed goes on with its work.
-            let _ = std::io::stderr().write_all(line.as_bytes());
+            errln!("{}: {}", self.program, record.args());
         }
     }
 

@@ -3,7 +3,7 @@
 use super::poll;
 use crate::block::Error;
 use crate::export::vhost_user_blk::socket::{self, SocketFile};
-use crate::options::{self, Map, is_identifier, keyval, qemuopts};
+use crate::options::{self, Map, bytes, is_identifier, keyval, qemuopts};
 use serde::Deserialize;
 use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -91,7 +91,7 @@ impl Chardev {
         }
         let wait = server && wait.unwrap_or(true);
         let (endpoint, own_file) = match (path, fd, host) {
-            (Some(path), None, None) => at_path(Path::new(&path), server, stop)?,
+            (Some(path), None, None) => at_path(&bytes::path_of(&path), server, stop)?,
             (None, Some(fd), None) => {
                 let number = fd.parse().map_err(|_| {
                     Error::new(format!("Unable to parse FD number {}", fd.escape_debug()))

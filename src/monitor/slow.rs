@@ -9,10 +9,11 @@ use super::snapshots;
 use super::transaction;
 use crate::block::Error;
 use crate::io::Errno;
-use crate::options::{self, Map, Value};
+use crate::options::{self, Map, Value, bytes};
 use crate::sandbox::files;
 use crate::service::{Pending, Service, is_locked};
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -90,25 +91,25 @@ fn explained(result: Result<(), Error>, arguments: &Map) -> Result<(), Error> {
     let mut paths = Vec::new();
     paths_in(arguments, &mut paths);
     let kept_out = paths.into_iter().find(|(path, is_socket)| {
-        let place = if *is_socket { path.parent().unwrap_or(path) } else { path };
+        let place = if *is_socket { path.parent().unwrap_or(path) } else { &**path };
         files::keeps_out(place, true, *is_socket)
     });
     let Some((path, _)) = kept_out else { return result };
-    let place = path.parent().unwrap_or(path).display();
+    let place = path.parent().unwrap_or(&path).display();
     Err(Error::new(format!(
         "{error}: the sandbox keeps it out, unless --sandbox-path {place} is given"
     )))
 }
 
 /// The files that arguments name, and whether each is a socket.
-fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(&'a Path, bool)>) {
+fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(Cow<'a, Path>, bool)>) {
     for (key, value) in arguments.iter() {
         match value {
             Value::Map(map) => paths_in(map, found),
             Value::Str(path) | Value::Text(path)
                 if ["filename", "snapshot-file", "path"].contains(&key) =>
             {
-                found.push((Path::new(path), key == "path"));
+                found.push((bytes::path_of(path), key == "path"));
             }
             _ => {}
         }

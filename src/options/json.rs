@@ -7,6 +7,7 @@
 
 use std::fmt::Write;
 
+use super::bytes;
 use super::error::Error;
 use super::tree::{MAX_DEPTH, Map, Value, check_length};
 
@@ -205,7 +206,11 @@ impl<'a> Reader<'a> {
             match self.byte() {
                 Some(b) if b == quote => {
                     self.at += 1;
-                    return Ok(out);
+                    // Text of a command line may hold what was no UTF-8.
+                    return match bytes::is_plain(&out) {
+                        true => Ok(out),
+                        false => Err(bad("invalid UTF-8 sequence in string")),
+                    };
                 }
                 Some(b'\\') => out.push(self.escape()?),
                 _ => return Err(self.stray(start)),
@@ -358,6 +363,8 @@ fn write_string(out: &mut String, s: &str) {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             ' '..='~' => out.push(c),
+            // JSON has no way to say it.
+            _ if bytes::byte_of(c).is_some() => out.push_str("\\uFFFD"),
             _ => {
                 for unit in c.encode_utf16(&mut [0; 2]) {
                     push(out, format_args!("\\u{unit:04X}"));

@@ -12,6 +12,7 @@
 //! | `node_ref` | the field types for "a node's name, or a node defined in place" |
 //! | `de` | a serde `Deserializer` over the tree: one `#[derive(Deserialize)]` struct per driver |
 //! | `identifier` | what a name may be made of |
+//! | `bytes` | names that are not UTF-8 |
 //! | `any` | a value read through serde as it stands |
 //! | `error` | the one error type, worded as QEMU words it |
 //!
@@ -20,6 +21,7 @@
 //! file names) converts; what came as JSON keeps its type.
 
 mod any;
+pub mod bytes;
 pub mod de;
 pub mod error;
 pub mod filename;

@@ -8,7 +8,7 @@ use crate::block::graph::NodeInfo;
 use crate::block::{Abilities, Error, Node, Notice, Notices};
 use crate::export::vhost_user_blk::{Export, ExportMetrics, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
-use crate::options::Map;
+use crate::options::{Map, bytes};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -279,7 +279,7 @@ impl Service {
             let driver = node.driver();
             let name = if driver.children().is_empty() { driver.filename() } else { None };
             let writable = !node.traits().abilities.contains(Abilities::READ_ONLY);
-            name.map(|name| (name.into(), writable))
+            name.map(|name| (bytes::path_of(&name).into_owned(), writable))
         };
         self.graph.nodes().iter().filter_map(file).collect()
     }

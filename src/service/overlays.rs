@@ -2,8 +2,7 @@
 
 use crate::block::create::NewBacking;
 use crate::block::{Child, Creation, Error, Graph, Kind, Node, Registry, name};
-use crate::options::{Map, Value, filename, json};
-use std::path::Path;
+use crate::options::{Map, Value, bytes, filename, json};
 use std::sync::Arc;
 
 /// An overlay that is to be made, or opened if its file `exists`.
@@ -105,8 +104,7 @@ fn absolute(name: String) -> Result<String, Error> {
     if filename::split_protocol(&name).is_some() {
         return Ok(name);
     }
-    let path = std::path::absolute(Path::new(&name)).map_err(|e| Error::os(&name, e))?;
-    path.into_os_string().into_string().map_err(|_| {
-        Error::new(format!("'{name}' in its folder is no UTF-8 text that could be recorded"))
-    })
+    let path = bytes::path_of(&name);
+    let path = std::path::absolute(path).map_err(|e| Error::os(&name, e))?;
+    Ok(bytes::text_of_name(path.as_os_str()))
 }

@@ -3,7 +3,7 @@
 use super::{Images, Opened, Wanted};
 use crate::block::extents;
 use crate::block::{Error, Node, Registry, name, named};
-use crate::options::{Map, Value, filename};
+use crate::options::{Map, Value, bytes, filename};
 use std::sync::Arc;
 
 /// An image below the top, as it can be opened again.
@@ -23,7 +23,7 @@ pub struct Layers {
 /// The image in the chain below `top` that the user calls `name`: a file's name as the image above it
 /// would call it. How far down it is, 0 for the first below.
 pub fn find(registry: &Registry, top: &Arc<Node>, name: &str) -> Option<usize> {
-    let real = |name: &str| std::fs::canonicalize(name).ok();
+    let real = |name: &str| std::fs::canonicalize(bytes::path_of(name)).ok();
     let file_of = |name: &str| {
         let options = registry.file_options(name).ok()?;
         named::file_in(&options).and_then(real)

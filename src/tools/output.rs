@@ -6,6 +6,7 @@
 //! as scripts written for QEMU's tools expect.
 
 use crate::io::sync::Mutex;
+use crate::options::bytes;
 use std::fmt::{self, Write as _};
 use std::io::{IsTerminal, Write as _};
 
@@ -30,16 +31,16 @@ pub fn flush() {
     hand_over(&mut BUFFER.lock());
 }
 
-/// Writes to standard error, in one piece.
+/// Writes to standard error, in one piece, names in it as their bytes are.
 pub fn write_error(text: fmt::Arguments<'_>) {
     // Nobody may be reading any more, or the disk may be full.
-    let _ = std::io::stderr().lock().write_all(text.to_string().as_bytes());
+    let _ = std::io::stderr().lock().write_all(&bytes::bytes_of(&text.to_string()));
 }
 
 fn hand_over(buffer: &mut String) {
     let mut stdout = std::io::stdout().lock();
     // Nobody may be reading any more.
-    let _ = stdout.write_all(buffer.as_bytes()).and_then(|()| stdout.flush());
+    let _ = stdout.write_all(&bytes::bytes_of(buffer)).and_then(|()| stdout.flush());
     buffer.clear();
 }
 

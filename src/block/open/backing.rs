@@ -4,7 +4,7 @@
 use super::{Inherit, Opening};
 use crate::block::policy::FollowBacking;
 use crate::block::{Child, Error, Perm, Perms, named, probe};
-use crate::options::{Map, NodeRef, NodeRefOrNull, Value, filename};
+use crate::options::{Map, NodeRef, NodeRefOrNull, Value, bytes, filename};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -177,7 +177,7 @@ impl Opening {
         name: &str,
         file: Option<&str>,
     ) -> Result<Option<Arc<Chain>>, Error> {
-        let real = |path: &str| std::fs::canonicalize(path).ok();
+        let real = |path: &str| std::fs::canonicalize(bytes::path_of(path)).ok();
         let chain = match own.and_then(real) {
             Some(file) => Some(Arc::new(Chain { file, above: self.chain.clone() })),
             None => self.chain.clone(),

@@ -34,6 +34,7 @@ use crate::block::{Error, Graph, LocalFuture};
 use crate::drivers;
 use crate::io::sync::Mutex;
 use crate::io::{Worker, WorkerOptions};
+use crate::options::bytes;
 use crate::tools::output::{err, errln};
 use crate::tools::{Images, output};
 use std::ffi::OsString;
@@ -271,10 +272,8 @@ pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> 
 }
 
 fn parse(context: &Context, tool: &Tool, arguments: Vec<OsString>) -> Result<Line, Failed> {
-    let text = |argument: OsString| {
-        argument.into_string().map_err(|a| format!("'{}': not a UTF-8 text", a.display()))
-    };
-    let mut arguments = arguments.into_iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let text = |argument: &OsString| bytes::text_of_name(argument);
+    let mut arguments: Vec<String> = arguments.iter().map(text).collect();
     let ends_with_help = arguments.last().is_some_and(|last| last == "-h" || last == "--help");
     let last = match tool.takes_last {
         // qemu-img takes even this for an operand.

@@ -4,6 +4,7 @@ use super::{Context, Failed, TOOLS, Tool, find, run, wrong};
 use crate::block::Kind;
 use crate::cli::getopt::{self, Operands, Opt, switch, usage, valued};
 use crate::drivers;
+use crate::options::bytes;
 use crate::tools::output;
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -21,7 +22,7 @@ pub const VERSION: &str = concat!("version 7.2.0 (vublk ", env!("CARGO_PKG_VERSI
 pub fn qemu_img(arguments: Vec<OsString>) -> ExitCode {
     let context = Context::new("qemu-img", false);
     let texts: Vec<String> =
-        arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
+        arguments.iter().map(|argument| bytes::text_of_name(argument)).collect();
     let code = match choose(&context, &texts) {
         Ok(Some((tool, at))) => return run(&context, tool, arguments[at..].to_vec()),
         Ok(None) => ExitCode::SUCCESS,

@@ -8,6 +8,7 @@ use crate::cli::getopt::{
 use crate::cli::img::{Context, VERSION, add_object, outln, trace};
 use crate::cli::tool_log;
 use crate::io::{Worker, WorkerOptions};
+use crate::options::bytes;
 use crate::tools::{Cache, output};
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -38,8 +39,7 @@ pub const OPTIONS: &[Opt] = &[
 /// Runs as `program` with the arguments behind its name.
 pub fn run(program: &str, arguments: Vec<OsString>) -> ExitCode {
     let context = Context::new(program, false);
-    let texts: Vec<String> =
-        arguments.into_iter().map(|text| text.to_string_lossy().into_owned()).collect();
+    let texts: Vec<String> = arguments.iter().map(|text| bytes::text_of_name(text)).collect();
     let line = match getopt::parse(program, OPTIONS, &texts, Operands::Anywhere) {
         Ok(line) => line,
         Err(wrong) => {

@@ -366,7 +366,7 @@ fn zero_flags(words: &Words<'_>) -> ZeroFlags {
 
 /// Fills memory with a file's bytes, over and over.
 fn fill_from(name: &str, bytes: &mut [u8]) -> Said {
-    let found = match std::fs::read(name) {
+    let found = match std::fs::read(crate::options::bytes::path_of(name)) {
         Ok(found) => found,
         Err(error) => {
             errln!("{name}: {}", Errno::from(error));

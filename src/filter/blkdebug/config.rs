@@ -5,7 +5,7 @@
 
 use super::rules::{InjectError, SetState};
 use crate::block::Error;
-use crate::options::{self, Map, Value};
+use crate::options::{self, Map, Value, bytes};
 use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::Read;
@@ -25,7 +25,8 @@ pub fn read(filename: &str) -> Result<(Vec<InjectError>, Vec<SetState>), Error> 
 fn load(filename: &str) -> Result<String, Error> {
     let failed = |e: std::io::Error| Error::os("Could not read blkdebug config file", e);
     // A fifo must not hold the opening up.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(filename);
+    let file =
+        File::options().read(true).custom_flags(libc::O_NONBLOCK).open(bytes::path_of(filename));
     let file = file.map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
         return Err(Error::new("Could not read blkdebug config file: it is not a regular file"));

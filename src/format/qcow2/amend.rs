@@ -16,7 +16,7 @@ use super::{Qcow2, backing, check, hand_over};
 use crate::block::create::{CreateOption, ValueType};
 use crate::block::{Error, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
-use crate::options::{Map, Value};
+use crate::options::{Map, Value, bytes};
 use std::sync::atomic::Ordering;
 
 /// In the order in which they are shown.
@@ -247,7 +247,7 @@ impl Qcow2 {
         if let Some(name) = &wanted.data_file {
             new.extensions.retain(|extension| !matches!(extension, Extension::DataFile(_)));
             if !name.is_empty() {
-                new.extensions.push(Extension::DataFile(name.clone().into_bytes()));
+                new.extensions.push(Extension::DataFile(bytes::bytes_of(name).into_owned()));
             }
         }
         let is_names = |extension: &Extension| matches!(extension, Extension::FeatureNames(_));

@@ -16,6 +16,7 @@ use super::read::read_padded;
 use super::standing::OnDisk;
 use crate::block::{Error, SECTOR, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoVec};
+use crate::options::bytes;
 
 const FIRST: usize = SECTOR as usize;
 
@@ -44,7 +45,7 @@ impl Qcow2 {
         let mut disk = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM).map_err(failed)?;
         read_padded(&file, 0, &disk.io_vec()).await.map_err(failed)?;
         let mut new = header.clone();
-        new.backing_file = name.map(|name| name.as_bytes().to_vec());
+        new.backing_file = name.map(|name| bytes::bytes_of(name).into_owned());
         new.extensions.retain(|extension| !matches!(extension, Extension::BackingFormat(_)));
         if let (Some(_), Some(format)) = (name, format) {
             new.extensions.push(Extension::BackingFormat(format.as_bytes().to_vec()));

@@ -12,7 +12,7 @@ use super::new_image::NewImage;
 use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
 use crate::block::{Error, Graph, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
-use crate::options::{Map, Value};
+use crate::options::{Map, Value, bytes};
 
 pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
@@ -331,10 +331,10 @@ impl Wanted {
         header.incompatible.set(Incompatible::COMPRESSION, self.compression != Compression::Zlib);
         header.compatible.set(Compatible::LAZY_REFCOUNTS, self.lazy_refcounts);
         header.autoclear.set(Autoclear::RAW_DATA_FILE, self.data_file_raw);
-        header.backing_file = self.backing_file.as_ref().map(|name| name.clone().into_bytes());
-        let format = self.backing_format.as_ref().map(|name| name.clone().into_bytes());
+        header.backing_file = self.backing_file.as_deref().map(stored);
+        let format = self.backing_format.as_deref().map(stored);
         header.extensions.extend(format.map(Extension::BackingFormat));
-        let data_file = self.data_file.as_ref().map(|name| name.clone().into_bytes());
+        let data_file = self.data_file.as_deref().map(stored);
         header.extensions.extend(data_file.map(Extension::DataFile));
         // In a small cluster the names would leave no room for a backing file's.
         if self.version >= 3 && self.cluster_bits > extensions::FEATURE_NAMES_MIN_CLUSTER_BITS {
@@ -425,6 +425,11 @@ async fn write_metadata(
     result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))
 }
 
+/// A name as the header has it.
+fn stored(name: &str) -> Vec<u8> {
+    bytes::bytes_of(name).into_owned()
+}
+
 /// What QEMU says first when a name does not fit into the header.
 fn could_not_assign(wanted: &Wanted) -> String {
     let text = |name: &Option<String>| name.clone().unwrap_or_default();
@@ -433,7 +438,7 @@ fn could_not_assign(wanted: &Wanted) -> String {
 }
 
 fn check_apart(creation: &Creation, name: &str) -> Result<(), Error> {
-    let same = |a: &str| std::fs::canonicalize(a).ok();
+    let same = |a: &str| std::fs::canonicalize(bytes::path_of(a)).ok();
     match same(name).is_some() && same(name) == same(creation.filename()) {
         true => refused(format!("'{name}' cannot be the image and its data file")),
         false => Ok(()),

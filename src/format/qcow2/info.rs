@@ -4,11 +4,11 @@ use super::bitmaps::{BitmapFlags, StoredBitmap};
 use super::extensions::Extension;
 use super::header::{Autoclear, CRYPT_NONE, Compatible, Header, Incompatible};
 use crate::block::ImageInfo;
-use crate::options::{Map, Value};
+use crate::options::{Map, Value, bytes};
 
 /// As ImageInfo of QMP has it, without snapshots.
 pub fn info(header: &Header, bitmaps: &[StoredBitmap]) -> ImageInfo {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let text = bytes::text_of;
     let extension = |of: fn(&Extension) -> Option<&Vec<u8>>| {
         header.extensions.iter().find_map(of).map(|name| text(name))
     };

@@ -16,7 +16,7 @@ use super::{Qcow2, check, snapshots};
 use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec};
-use crate::options::{Map, NodeRef, Value};
+use crate::options::{Map, NodeRef, Value, bytes};
 use std::sync::Arc;
 
 pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
@@ -45,7 +45,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let geometry = header.geometry();
     let caches = options.caches(&geometry, header.size, !opening.options().read_only)?;
 
-    let recorded = header.backing_file.as_deref().map(String::from_utf8_lossy);
+    let recorded = header.backing_file.as_deref().map(bytes::text_of);
     let format = header.extensions.iter().find_map(|extension| match extension {
         Extension::BackingFormat(name) => Some(String::from_utf8_lossy(name)),
         _ => None,
@@ -251,9 +251,9 @@ async fn data_file(
             ("driver", Value::from("null-co")),
             ("size", Value::from(0u64)),
         ])),
-        (true, None) => opening.recorded_file(recorded_data_file(header)?, Map::new())?,
+        (true, None) => opening.recorded_file(&recorded_data_file(header)?, Map::new())?,
         (true, Some(NodeRef::Inline(given))) => match recorded_data_file(header) {
-            Ok(name) => opening.recorded_file(name, given)?,
+            Ok(name) => opening.recorded_file(&name, given)?,
             Err(_) => NodeRef::Inline(given),
         },
         (true, Some(reference)) => reference,
@@ -263,18 +263,12 @@ async fn data_file(
 }
 
 /// The name of the data file that an image with one records.
-fn recorded_data_file(header: &Header) -> Result<&str, Error> {
+fn recorded_data_file(header: &Header) -> Result<String, Error> {
     let recorded = header.extensions.iter().find_map(|extension| match extension {
-        Extension::DataFile(name) => Some(&name[..]),
+        Extension::DataFile(name) if !name.is_empty() => Some(bytes::text_of(name)),
         _ => None,
     });
-    match recorded {
-        None | Some([]) => Err(Error::new("'data-file' is required for this image")),
-        Some(name) => str::from_utf8(name).map_err(|_| {
-            let shown = name.escape_ascii();
-            Error::new(format!("The data file's name '{shown}' is no UTF-8 text: give 'data-file'"))
-        }),
-    }
+    recorded.ok_or_else(|| Error::new("'data-file' is required for this image"))
 }
 
 /// Requests that are aligned for the data's file stay so in every cluster, as long as its blocks are

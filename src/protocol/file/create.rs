@@ -9,7 +9,7 @@ use super::sys;
 use crate::block::create::Made;
 use crate::block::{Error, Locks, Perm, Perms, Preallocation};
 use crate::io::{Errno, IoResult};
-use crate::options::Size;
+use crate::options::{Size, bytes};
 use serde::Deserialize;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -44,7 +44,8 @@ pub fn create_file(filename: &str, options: &CreateOptions) -> Result<Made, Erro
     // Emptied only after the locks were had.
     let mut open = OpenOptions::new();
     open.read(true).write(true).create(true).truncate(false).mode(0o644);
-    let file = Arc::new(open.open(filename).map_err(|e| Error::os(could_not(), e))?);
+    let file =
+        Arc::new(open.open(bytes::path_of(filename)).map_err(|e| Error::os(could_not(), e))?);
     let _locks = exclusive(&file, filename)?;
     file.set_len(0).map_err(|e| Error::os(could_not(), e))?;
     if options.nocow
@@ -67,7 +68,7 @@ pub fn create_file(filename: &str, options: &CreateOptions) -> Result<Made, Erro
 /// Makes an existing device ready to hold a new disk of at most its own size. Blocks.
 pub fn create_device(filename: &str, options: &CreateOptions) -> Result<Made, Error> {
     let could_not = |e: Errno| Error::os(format!("Could not open '{filename}'"), e);
-    let file = OpenOptions::new().read(true).write(true).open(filename);
+    let file = OpenOptions::new().read(true).write(true).open(bytes::path_of(filename));
     let file = Arc::new(file.map_err(|e| could_not(e.into()))?);
     let _locks = exclusive(&file, filename)?;
     let len = sys::seek(&file, 0, sys::Seek::End).map_err(could_not)?;

@@ -89,7 +89,7 @@ const OPTIONS: &[OptionHelp] = &[
 
 /// Whether a name is that of a block or character device.
 fn is_device(name: &str) -> bool {
-    std::fs::metadata(name).is_ok_and(|found| {
+    std::fs::metadata(options::bytes::path_of(name)).is_ok_and(|found| {
         found.file_type().is_block_device() || found.file_type().is_char_device()
     })
 }

@@ -8,6 +8,7 @@ use super::options::FileOptions;
 use super::sys;
 use crate::block::{Error, NodeOptions};
 use crate::io::Errno;
+use crate::options::bytes;
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
@@ -78,7 +79,7 @@ pub fn open(
         return Err(Error::new(format!("The '{driver}' block driver requires a file name")));
     }
     // Opening a FIFO would wait for its other end.
-    if std::fs::metadata(filename).is_ok_and(|m| m.file_type().is_fifo()) {
+    if std::fs::metadata(bytes::path_of(filename)).is_ok_and(|m| m.file_type().is_fifo()) {
         return Err(flavour.wrong_kind(filename));
     }
     let (file, read_only) = match open_as(filename, node.direct, node.read_only) {
@@ -125,7 +126,7 @@ fn open_as(filename: &str, direct: bool, read_only: bool) -> Result<File, Errno>
     // The standard library adds O_CLOEXEC.
     let mut options = OpenOptions::new();
     options.read(true).write(!read_only).custom_flags(flags | libc::O_NOCTTY);
-    options.open(filename).map_err(Errno::from)
+    options.open(bytes::path_of(filename)).map_err(Errno::from)
 }
 
 fn may_be_readable(errno: Errno) -> bool {

@@ -15,6 +15,7 @@ mod measure;
 mod messages;
 mod names;
 mod newer;
+mod no_text;
 mod progress;
 mod random;
 mod snapshots;

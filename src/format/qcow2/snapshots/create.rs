@@ -9,6 +9,7 @@ use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
 use crate::format::qcow2::order::RangeGuard;
 use crate::format::qcow2::refcounts::Change;
 use crate::io::{Errno, IoResult, IoVec, epoch};
+use crate::options::bytes;
 use std::sync::atomic::Ordering;
 
 /// The longest name, in bytes; what is longer is cut off, as in QEMU.
@@ -46,7 +47,7 @@ impl Qcow2 {
             l1_table_offset: copy.first << self.geometry.cluster_bits,
             l1_size: l1.len() as u32,
             id: table.next_id(),
-            name: new.name.as_bytes()[..new.name.len().min(NAME_LIMIT)].to_vec(),
+            name: bytes::bytes_of(new.name).iter().copied().take(NAME_LIMIT).collect(),
             seconds: new.date.as_secs() as u32,
             nanoseconds: new.date.subsec_nanos(),
             vm_clock: 0,

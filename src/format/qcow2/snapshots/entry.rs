@@ -2,6 +2,7 @@
 
 use crate::block::SnapshotInfo;
 use crate::format::qcow2::layout;
+use crate::options::bytes;
 
 /// Bytes of an entry before its extra data.
 const FIXED: usize = 40;
@@ -117,7 +118,7 @@ impl Snapshot {
     }
 
     pub fn info(&self) -> SnapshotInfo {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let text = bytes::text_of;
         SnapshotInfo {
             id: text(&self.id),
             name: text(&self.name),
