@@ -33,7 +33,9 @@ impl Registry {
             return Ok(self.complete(overlay(said, given)));
         }
         match self.driver_in(&given)? {
-            Some(entry) if takes_name(entry) => self.take_name(entry, name, given),
+            Some(entry) if takes_name(entry) => {
+                self.take_name(entry, filename::path_for(entry.name, name), given)
+            }
             _ => self.name_below("file", name, given),
         }
     }

@@ -296,3 +296,19 @@ fn a_character_device_that_cannot_be_flushed_is_closed_without_an_error() {
     ];
     assert_same(&[], &lines);
 }
+
+#[test]
+fn a_prefix_that_names_the_given_driver_is_no_part_of_the_path() {
+    let prepare = ["qemu-img create -f raw plain.raw 64k", "qemu-img create -f raw ./a:b 64k"];
+    let mut lines = Vec::new();
+    for name in ["file:plain.raw", "file:a:b", "plain.raw", "./a:b"] {
+        lines.extend([
+            format!("qemu-img info -f file {name}"),
+            format!("qemu-img convert -f raw -O file plain.raw {name}2"),
+            format!("qemu-img convert -n -f raw -O file plain.raw {name}"),
+            format!("qemu-img compare -f raw -F file plain.raw {name}"),
+            format!("qemu-io -f file -c 'write -P 5 0 512' {name}"),
+        ]);
+    }
+    same(&owned(&prepare), &lines);
+}

@@ -42,7 +42,7 @@ fn zeroes_are_written_to_a_device_by_whatever_name_it_is_reached() {
     symlink(&device.0, place.path().join("link")).unwrap();
     let near = relative(&place, &device.0);
     let file = std::fs::File::options().write(true).open(&device.0).unwrap();
-    for name in [&*device.0, "link", &near] {
+    for name in [&*device.0, "link", &near, "host_device:link"] {
         for options in
             ["-O raw", "-O host_device", "-O qcow2 -o preallocation=metadata", "-n -O raw"]
         {
