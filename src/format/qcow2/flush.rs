@@ -145,7 +145,9 @@ impl Qcow2 {
     /// Brings the image to a rest: nothing is in flight.
     pub(super) async fn close_image(&self) -> IoResult {
         let is_written = self.is_prepared.load(Ordering::Acquire) || self.has_touched_bitmaps();
-        if self.is_writable && is_written {
+        // Amending and repairing close the image before they change the file: nothing is left to write.
+        let is_ours = self.stopped.get() != Stop::ForGood;
+        if self.is_writable && is_written && is_ours {
             self.close_written().await?;
         }
         // Version 2 cannot tell whoever opens it next to do it.
