@@ -8,31 +8,43 @@
 use super::Node;
 use crate::io::InFlight;
 use crate::io::sync::Mutex;
+use std::cell::RefCell;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// The role of the node that an image reads where it has no data.
+pub const BACKING: &str = "backing";
 
 /// An edge of the graph, owned by the parent's driver, or by the user that is no node.
 pub struct Child {
     role: &'static str,
     /// What `owner` holds, for readers that do not lock.
     node: AtomicPtr<Node>,
-    owner: Mutex<Arc<Node>>,
+    /// Taken out when the edge is dropped, and never before.
+    owner: Mutex<ManuallyDrop<Arc<Node>>>,
 }
 
 impl Child {
     /// `role` is the option's name: `file`, `backing`, …; users that are no node call it `root`.
     pub fn new(role: &'static str, node: Arc<Node>) -> Child {
         let pointer = Arc::as_ptr(&node).cast_mut();
-        Child { role, node: AtomicPtr::new(pointer), owner: Mutex::new(node) }
+        let owner = Mutex::new(ManuallyDrop::new(node));
+        Child { role, node: AtomicPtr::new(pointer), owner }
     }
 
     pub fn role(&self) -> &'static str {
         self.role
     }
 
+    /// Whether the node is what the parent reads where it has no data.
+    pub fn is_backing(&self) -> bool {
+        self.role == BACKING
+    }
+
     /// The node, for the slow road and the control plane.
     pub fn node(&self) -> Arc<Node> {
-        self.owner.lock().clone()
+        Arc::clone(&self.owner.lock())
     }
 
     /// The node, for the fast road.
@@ -50,6 +62,43 @@ impl Child {
     pub fn replace(&self, node: Arc<Node>) -> Arc<Node> {
         let mut owner = self.owner.lock();
         self.node.store(Arc::as_ptr(&node).cast_mut(), Ordering::Release);
-        std::mem::replace(&mut *owner, node)
+        std::mem::replace(&mut **owner, node)
     }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: the edge is being dropped, so this is the only time that the node is taken out, and nobody
+        // looks at it later.
+        let_go(unsafe { ManuallyDrop::take(&mut *self.owner.lock()) });
+    }
+}
+
+thread_local! {
+    /// Nodes that wait to be dropped by a [`let_go`] that is running further up the stack.
+    static WAITING: RefCell<Option<Vec<Arc<Node>>>> = const { RefCell::new(None) };
+}
+
+/// Drops a node. The last hold on a long chain drops one node after another, not one inside another, which
+/// would need a stack as deep as the chain.
+fn let_go(node: Arc<Node>) {
+    let mut node = Some(node);
+    let starts = WAITING.try_with(|waiting| match &mut *waiting.borrow_mut() {
+        Some(list) => {
+            list.extend(node.take());
+            false
+        }
+        waiting => {
+            *waiting = Some(Vec::new());
+            true
+        }
+    });
+    if starts != Ok(true) {
+        return;
+    }
+    while node.is_some() {
+        drop(node);
+        node = WAITING.with_borrow_mut(|waiting| waiting.as_mut().and_then(Vec::pop));
+    }
+    WAITING.set(None);
 }

@@ -35,7 +35,8 @@ pub struct DriveHealth {
 impl super::Node {
     /// The drives that the node stands on.
     pub fn drives(&self) -> Vec<Arc<dyn Drive>> {
-        let below = self.driver().children().iter().flat_map(|child| child.node().drives());
-        self.driver().drive().into_iter().chain(below).collect()
+        let below = self.below();
+        let nodes = [self].into_iter().chain(below.iter().map(|node| &**node));
+        nodes.filter_map(|node| node.driver().drive()).collect()
     }
 }

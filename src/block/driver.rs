@@ -178,6 +178,16 @@ pub enum Target<'a> {
     Slow,
 }
 
+/// Another node than the one that was asked, if one decides, and for how many bytes.
+pub type Decider = (Option<Arc<super::Node>>, u64);
+
+/// What one node says to a read on the fast road.
+pub enum Way<'a> {
+    Here(Mapping<'a>),
+    /// The first bytes, this many, are those that the node's backing file has in the same place.
+    Below(&'a super::Node, u64),
+}
+
 impl Mapping<'_> {
     pub fn slow(len: u64) -> Self {
         Mapping { len, target: Target::Slow }
@@ -282,6 +292,19 @@ pub trait Driver: Send + Sync + 'static {
         Mapping::slow(want)
     }
 
+    /// [`Driver::map`] for reads. Drivers with backing files leave those that they have nothing for to the
+    /// node, which goes down the chain without recursion.
+    fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
+        Way::Here(self.map(inflight, at, want, Access::Read))
+    }
+
+    /// The backing file that decides what the first bytes of a range are, or none if the driver decides itself;
+    /// and for how many bytes this holds, more than zero.
+    fn decider(&self, at: u64, len: u64) -> LocalFuture<'_, IoResult<Decider>> {
+        let _ = at;
+        Box::pin(std::future::ready(Ok((None, len))))
+    }
+
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult>;
 
     fn write<'a>(
@@ -326,11 +349,11 @@ pub trait Driver: Send + Sync + 'static {
 
     /// How a process that opens the same storage with the same permissions after this one was killed
     /// knows that all of this one's I/O has ended. `own` is what the node's users hold and allow
-    /// together; of an inactive node, what they will. The default is that of all children.
+    /// together; of an inactive node, what they will. Asked of drivers without children only
+    /// ([`Node::fence`](super::Node::fence)).
     fn fence(&self, own: super::Perms) -> Fence {
         let _ = own;
-        let fences = self.children().iter().map(|child| child.node().fence());
-        fences.reduce(Fence::and).unwrap_or(Fence::Never)
+        Fence::Never
     }
 
     /// How the image goes over to another process and comes from one. Without it the node can be
@@ -345,16 +368,14 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Whether a flush has failed in such a way that all later ones will, until the storage is opened
-    /// again: doing it once more is in vain.
+    /// Whether a flush of its own storage, that of its children apart, has failed in such a way that all later
+    /// ones will ([`Node::is_poisoned`](super::Node::is_poisoned)).
     fn is_poisoned(&self) -> bool {
-        self.children().iter().any(|child| child.node().driver().is_poisoned())
+        false
     }
 
-    /// An operator accepts what failed flushes have lost: later ones are done again.
-    fn forgive(&self) {
-        self.children().iter().for_each(|child| child.node().driver().forgive());
-    }
+    /// An operator accepts what failed flushes of its own storage have lost: later ones are done again.
+    fn forgive(&self) {}
 
     /// Where I/O can be started without suspending, if this driver is the bottom of the graph.
     fn leaf(&self) -> Option<&dyn Leaf> {

@@ -1,7 +1,7 @@
 //! What is stored where: block status through a whole backing chain, and in runs as long as they are
 //! alike.
 
-use super::{Extent, Node, Precision, Status};
+use super::{Decider, Extent, Node, Precision, Status};
 use crate::io::IoResult;
 use std::sync::Arc;
 
@@ -43,6 +43,23 @@ pub fn backing(node: &Node) -> Option<Arc<Node>> {
     children.iter().find(|child| child.role() == "backing").map(|child| child.node())
 }
 
+/// The image in the chain from `node` down that decides what the first bytes of a range are, and how many; none
+/// if they lie past the end of the image that would be asked, and are zeroes.
+pub async fn decided(node: &Arc<Node>, at: u64, mut len: u64) -> IoResult<Decider> {
+    let mut layer = node.clone();
+    loop {
+        let there = layer.len().saturating_sub(at);
+        if there == 0 {
+            return Ok((None, len));
+        }
+        len = len.min(there);
+        match layer.driver().decider(at, len).await? {
+            (Some(below), part) => (layer, len) = (below, part),
+            (None, part) => return Ok((Some(layer), part)),
+        }
+    }
+}
+
 /// What is known of the beginning of a range of `node` and of the backing files below it, down to
 /// and without `base`. Beyond the end of a backing file there are zeroes, and they are its own.
 pub async fn look(
@@ -80,11 +97,20 @@ async fn look_down(
             return Ok(Run { start, len, status, depth, file: None });
         }
         let within = len.min(layer.len() - start);
-        let extent = layer.status(start, within, precision).await?;
-        len = extent.len;
         let below =
             backing(&layer).filter(|below| beyond == BeyondEnd::Allocated || start < below.len());
         let is_base = |below: &Arc<Node>| base.is_some_and(|base| Arc::ptr_eq(base, below));
+        if let Some(below) = below.as_ref().filter(|below| !is_base(below)) {
+            // What the layers below have is not asked here: each is asked once, when it is its turn.
+            let own = layer.status(start, within, Precision::Allocation).await?;
+            if !own.status.contains(Status::ALLOCATED) {
+                (layer, len) = (below.clone(), own.len);
+                depth += 1;
+                continue;
+            }
+        }
+        let extent = layer.status(start, within, precision).await?;
+        len = extent.len;
         if let Some(child) = filtered(&layer, start, &extent) {
             layer = child;
             continue;

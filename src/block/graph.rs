@@ -6,6 +6,7 @@
 
 mod activity;
 mod drain;
+mod heights;
 mod length;
 mod overlay;
 mod permissions;
@@ -18,8 +19,8 @@ pub use activity::Activity;
 pub use drain::{Drained, User};
 pub use overlay::Over;
 
-use super::name::name_of;
-use super::open::duplicate;
+use super::name::Names;
+use super::open::{Depth, duplicate};
 use super::policy::OpenPolicy;
 use super::registry::Registry;
 use super::{
@@ -28,6 +29,7 @@ use super::{
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
+use heights::Height;
 use permissions::Plan;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -64,6 +66,7 @@ struct Entry {
     uses: Vec<Use>,
     /// The nodes that it stands on, in the driver's order.
     children: Vec<u64>,
+    height: Height,
     /// What all uses hold and allow together.
     perms: Perms,
     /// What the driver's locks stand for: `perms`, or more while requests are still on their way;
@@ -165,7 +168,8 @@ impl Graph {
 
     /// What there is to tell of all nodes, newest first.
     pub fn query(&self) -> Vec<NodeInfo> {
-        self.nodes().iter().map(|node| NodeInfo::of(node, self.registry())).collect()
+        let mut names = Names::new(self.registry());
+        self.nodes().iter().map(|node| NodeInfo::of(node, &mut names)).collect()
     }
 
     // ---- Opening and closing
@@ -182,7 +186,7 @@ impl Graph {
 
     /// [`Graph::open`] for whoever has the turn.
     async fn open_top(&self, options: Map) -> Result<Arc<Node>, Error> {
-        let node = self.open_node(options.clone(), String::new(), None, 1).await?;
+        let node = self.open_node(options.clone(), String::new(), None, Depth::TOP).await?;
         if let Some((_, entry)) = self.0.state.lock().by_name_mut(node.name()) {
             entry.monitor = true;
             entry.asked = options;
@@ -327,8 +331,13 @@ impl Graph {
     }
 
     /// Puts a node that has just been opened into the graph: what its opening held on the children
-    /// becomes what the node itself needs of them.
-    pub(super) fn insert(&self, node: Arc<Node>, opening: u64) -> Result<(), Error> {
+    /// becomes what the node itself needs of them for its `first` use.
+    pub(super) fn insert(
+        &self,
+        node: Arc<Node>,
+        opening: u64,
+        first: Option<(By, Perms)>,
+    ) -> Result<(), Error> {
         let mut state = self.0.state.lock();
         if state.by_name(node.name()).is_some() {
             return Err(duplicate(node.name()));
@@ -344,9 +353,11 @@ impl Graph {
                 "Active node '{name}' cannot stand on inactive node '{child}'"
             )));
         }
+        let active = node.is_active();
         let (uses, perms) = (Vec::new(), Perms::NONE);
         let (monitor, asked) = (false, Map::new());
-        let entry = Entry { node, monitor, asked, uses, children, perms, locked: perms };
+        let height = Height::default();
+        let entry = Entry { node, monitor, asked, uses, children, height, perms, locked: perms };
         // A number of its own, because children that were opened with it are older.
         state.next_id += 1;
         let id = state.next_id;
@@ -354,6 +365,9 @@ impl Graph {
         let mut plan = Plan::new(&mut state);
         plan.remove(by_opening(opening));
         plan.add_edges(id);
+        if let Some((by, perms)) = first {
+            plan.add(id, Use { by, perms, active });
+        }
         let result = plan.apply();
         if result.is_err() {
             state.nodes.remove(&id);
@@ -431,7 +445,7 @@ impl Entry {
 }
 
 impl NodeInfo {
-    pub fn of(node: &Node, registry: &Registry) -> NodeInfo {
+    pub fn of(node: &Node, names: &mut Names<'_>) -> NodeInfo {
         let children = node.driver().children().iter();
         NodeInfo {
             name: node.name().to_owned(),
@@ -440,7 +454,7 @@ impl NodeInfo {
             active: node.is_active(),
             options: node.options(),
             len: node.len(),
-            filename: name_of(node, registry),
+            filename: names.of(node),
             path: node.driver().filename(),
             image: node.driver().image().map(|image| image.info()),
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),

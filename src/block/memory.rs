@@ -55,20 +55,13 @@ impl Node {
     /// Admits a guest's memory to everything that the node stands on. What a driver cannot do is told
     /// in the log, and costs copies.
     pub fn admit(&self, region: GuestRegion) -> Vec<Admission> {
-        let mut all = Vec::new();
-        self.admit_below(region, &mut all);
-        all
+        let below = self.below();
+        let nodes = [self].into_iter().chain(below.iter().map(|node| &**node));
+        nodes.filter_map(|node| node.admit_own(region)).collect()
     }
 
-    fn admit_below(&self, region: GuestRegion, all: &mut Vec<Admission>) {
-        if let Some(memory) = self.driver().memory() {
-            match memory.admit(region) {
-                Ok(admission) => all.push(admission),
-                Err(error) => log::warn!("{}: {error}: data is copied", self.name()),
-            }
-        }
-        for child in self.driver().children() {
-            child.node().admit_below(region, all);
-        }
+    fn admit_own(&self, region: GuestRegion) -> Option<Admission> {
+        let admitted = self.driver().memory()?.admit(region);
+        admitted.inspect_err(|error| log::warn!("{}: {error}: data is copied", self.name())).ok()
     }
 }

@@ -22,6 +22,7 @@
 //!
 //! Nothing here names a format, a protocol or a transport.
 
+pub mod below;
 pub mod bitmap;
 pub mod child;
 pub mod compress;
@@ -50,13 +51,14 @@ pub mod temporary;
 pub mod threshold;
 
 pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
-pub use child::Child;
+pub use child::{BACKING, Child};
 pub use compress::{Compress, Packed, Packer};
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use drive::{Drive, DriveHealth};
 pub use driver::{
-    Abilities, Access, Driver, Extent, Fence, HandOver, Journaled, Leaf, LocalFuture, Locks,
-    Mapping, Place, Precision, Status, Survivor, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Abilities, Access, Decider, Driver, Extent, Fence, HandOver, Journaled, Leaf, LocalFuture,
+    Locks, Mapping, Place, Precision, Status, Survivor, Target, Traits, Transfer, Way, WriteFlags,
+    ZeroFlags,
 };
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};

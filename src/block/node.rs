@@ -214,7 +214,7 @@ impl Node {
         self.held.store(held.bits(), Ordering::Relaxed);
     }
 
-    fn perms(&self) -> Perms {
+    pub(super) fn perms(&self) -> Perms {
         let [held, shared] = self.perms.load(Ordering::Relaxed).to_le_bytes();
         Perms { held: Perm::from_bits_retain(held), shared: Perm::from_bits_retain(shared) }
     }
@@ -228,12 +228,6 @@ impl Node {
     pub(super) fn set_active(&self, active: bool) {
         self.active.store(active, Ordering::Relaxed);
         self.set_perms(self.perms());
-    }
-
-    /// How the next process knows that all of this one's I/O of the node has ended
-    /// ([`Driver::fence`]).
-    pub fn fence(&self) -> Fence {
-        self.driver.fence(self.perms())
     }
 
     /// The first node from this one downwards that keeps what was answered in memory that outlives the
@@ -269,9 +263,7 @@ impl Node {
         {
             return Mapping::slow(want);
         }
-        if (at | want) & (self.traits.request_align as u64 - 1) != 0
-            || want > self.traits.max_transfer as u64
-        {
+        if !self.takes(at, want) {
             return Mapping::slow(want);
         }
         let mapping = self.driver.map(inflight, at, want, access);
@@ -284,16 +276,43 @@ impl Node {
         mapping
     }
 
+    /// Where the bytes of a read from `at` on live, of a disk that may end before: down a chain of backing files,
+    /// as far as need be.
+    pub fn map_chain<'a>(&'a self, inflight: &'a InFlight, at: u64, mut want: u64) -> Mapping<'a> {
+        let mut layer = self;
+        loop {
+            let there = layer.len().saturating_sub(at);
+            if there == 0 {
+                return Mapping { len: want, target: Target::Zero };
+            }
+            want = want.min(there);
+            if !layer.takes(at, want) {
+                return Mapping::slow(want);
+            }
+            match layer.driver.way(inflight, at, want) {
+                Way::Here(mapping) => return mapping,
+                Way::Below(below, len) => (layer, want) = (below, len),
+            }
+        }
+    }
+
+    /// Whether the driver can take a transfer as it is.
+    fn takes(&self, at: u64, len: u64) -> bool {
+        (at | len) & (self.traits.request_align as u64 - 1) == 0
+            && len <= self.traits.max_transfer as u64
+    }
+
     /// Announces `member` as one whose fast requests may go through this node, and everything below.
     pub fn add_member(&self, member: &Arc<epoch::Member>) {
+        self.add_own_member(member);
+        self.below().iter().for_each(|node| node.add_own_member(member));
+    }
+
+    fn add_own_member(&self, member: &Arc<epoch::Member>) {
         let mut members = self.members.lock();
         members.retain(|m| Arc::strong_count(m) > 1);
         if !members.iter().any(|m| Arc::ptr_eq(m, member)) {
             members.push(member.clone());
-        }
-        drop(members);
-        for child in self.driver.children() {
-            child.node().add_member(member);
         }
     }
 

@@ -12,6 +12,7 @@ use super::graph::{By, Graph};
 use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
 use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Notices, Perms};
+use crate::io::task;
 use crate::options::{self, Map, NodeRef};
 use backing::Chain;
 use serde::Deserialize;
@@ -20,8 +21,11 @@ use std::sync::Arc;
 
 /// Longest node name, in bytes.
 pub const NAME_LIMIT: usize = 31;
-/// Most nodes on one way down a graph, so that walks over it can recurse.
+/// Most nodes on one way down a graph, backing files not counted, so that what a node does can recurse into
+/// what it stands on. Work on a chain of backing files does not recurse.
 pub const DEPTH_LIMIT: usize = 64;
+/// Most images in a backing chain.
+pub const CHAIN_LIMIT: usize = 1000;
 
 /// A node on its way: what its driver may ask for while it opens. Children opened for a node that
 /// then fails to open vanish with this.
@@ -35,7 +39,7 @@ pub struct Opening {
     options: NodeOptions,
     auto_read_only: bool,
     active: bool,
-    depth: usize,
+    depth: Depth,
     /// The images above this one that led here by recorded names.
     chain: Option<Arc<Chain>>,
 }
@@ -51,6 +55,34 @@ pub enum Inherit {
     Backing,
 }
 
+/// How far down a graph a node is opened.
+#[derive(Clone, Copy)]
+pub(super) struct Depth {
+    nodes: usize,
+    images: usize,
+}
+
+impl Depth {
+    pub(super) const TOP: Depth = Depth { nodes: 1, images: 1 };
+
+    fn below(self, inherit: Inherit) -> Depth {
+        match inherit {
+            Inherit::Storage => Depth { nodes: self.nodes + 1, ..self },
+            Inherit::Backing => Depth { images: self.images + 1, ..self },
+        }
+    }
+
+    fn check(self) -> Result<(), Error> {
+        if self.images > CHAIN_LIMIT {
+            return Err(Error::new(format!("more than {CHAIN_LIMIT} images in the backing chain")));
+        }
+        match self.nodes > DEPTH_LIMIT {
+            true => Err(Error::new(format!("more than {DEPTH_LIMIT} nodes deep"))),
+            false => Ok(()),
+        }
+    }
+}
+
 /// What an inline child takes over.
 pub(super) struct Inherited {
     read_only: bool,
@@ -61,6 +93,8 @@ pub(super) struct Inherited {
     no_flush: bool,
     active: bool,
     chain: Option<Arc<Chain>>,
+    /// Its first use, from the moment when it is there: what it needs of a long chain below itself is taken once.
+    first: Option<(By, Perms)>,
 }
 
 impl Opening {
@@ -120,16 +154,25 @@ impl Opening {
         inherit: Inherit,
         during: Perms,
     ) -> Result<Child, Error> {
+        let by = By::Opening { id: self.id, name: self.name.clone(), role };
         let node = match options {
-            NodeRef::Name(name) => self.graph.find(&name).map_err(|_| no_reference(&name))?,
+            NodeRef::Name(name) => {
+                let node = self.graph.find(&name).map_err(|_| no_reference(&name))?;
+                self.graph.begin_use(&node, by, during)?;
+                node
+            }
             NodeRef::Inline(map) => {
                 let path = join(&self.path, role);
-                let inherited = self.inherited(inherit);
-                self.graph.open_node(map, path, Some(inherited), self.depth + 1).await?
+                let inherited = Inherited { first: Some((by, during)), ..self.inherited(inherit) };
+                let (graph, depth) = (self.graph.clone(), self.depth.below(inherit));
+                let open = async move { graph.open_node(map, path, Some(inherited), depth).await };
+                match inherit {
+                    Inherit::Storage => open.await?,
+                    // A task of its own, as a chain may be longer than the stack is deep.
+                    Inherit::Backing => task::apart(open).await?,
+                }
             }
         };
-        let by = By::Opening { id: self.id, name: self.name.clone(), role };
-        self.graph.begin_use(&node, by, during)?;
         Ok(Child::new(role, node))
     }
 
@@ -149,6 +192,7 @@ impl Opening {
             no_flush: self.options.no_flush,
             active: self.active,
             chain: self.chain.clone(),
+            first: None,
         }
     }
 }
@@ -166,18 +210,17 @@ impl Graph {
         &'a self,
         mut options: Map,
         path: String,
-        inherited: Option<Inherited>,
-        depth: usize,
+        mut inherited: Option<Inherited>,
+        depth: Depth,
     ) -> LocalFuture<'a, Result<Arc<Node>, Error>> {
         Box::pin(async move {
-            if depth > DEPTH_LIMIT {
-                return Err(Error::new(format!("{path}: more than {DEPTH_LIMIT} nodes deep")));
-            }
+            depth.check()?;
             let entry = self.take_driver(&mut options).map_err(|e| at(&path, e))?;
             let common = Common::take(&mut options).map_err(|e| at(&path, e))?;
             if inherited.is_none() && common.node_name.is_none() {
                 return Err(Error::new("'node-name' must be specified for the root node"));
             }
+            let first = inherited.as_mut().and_then(|parent| parent.first.take());
             let chain = inherited.as_ref().and_then(|parent| parent.chain.clone());
             let by_parent = inherited.as_ref().is_none_or(|parent| parent.active);
             let active = common.active.unwrap_or(by_parent);
@@ -208,7 +251,7 @@ impl Graph {
             }
             let node = Node::new(opening.name.clone(), driver, node_options, opening.notices());
             node.set_active(active);
-            if let Err(error) = self.insert(node.clone(), opening.id) {
+            if let Err(error) = self.insert(node.clone(), opening.id, first) {
                 // Nothing was asked of it yet, so there is nothing that its end could lose.
                 let _ = node.driver().close().await;
                 return Err(error);
@@ -327,6 +370,7 @@ impl Common {
             no_flush: false,
             active: true,
             chain: None,
+            first: None,
         });
         let options = NodeOptions {
             read_only: self.read_only.unwrap_or(base.read_only),

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 
 #[derive(Default)]
 pub(super) struct RunQueue {
@@ -44,6 +44,33 @@ pub async fn yield_now() {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    })
+    .await
+}
+
+/// Runs a future as a task of its own, and waits for its end. Futures that wait for others of their kind need
+/// no stack for them then, however many there are.
+pub async fn apart<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
+    let slot = Rc::new(RefCell::new((None, None::<Waker>)));
+    let theirs = slot.clone();
+    super::current().spawn(async move {
+        let result = future.await;
+        let waker = {
+            let mut slot = theirs.borrow_mut();
+            slot.0 = Some(result);
+            slot.1.take()
+        };
+        waker.into_iter().for_each(Waker::wake);
+    });
+    poll_fn(|cx| {
+        let mut slot = slot.borrow_mut();
+        match slot.0.take() {
+            Some(result) => Poll::Ready(result),
+            None => {
+                slot.1 = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
     })
     .await
 }

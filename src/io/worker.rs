@@ -41,6 +41,10 @@ impl Default for WorkerOptions {
 
 /// Operations that the slab has room for without growing.
 const OPERATIONS: usize = 1024;
+/// Bytes of a worker's stack. Requests recurse through at most 64 nodes, for which builds without optimization
+/// need 2 MiB where all of them are filters. What is not touched takes no memory.
+const STACK: usize = 16 << 20;
+
 /// What other threads see of a worker.
 pub(super) struct Shared {
     pub(super) name: String,
@@ -196,7 +200,8 @@ impl Worker {
         let (sender, receiver) = mpsc::channel();
         let theirs = shared.clone();
         // The kernel cuts names at 15 bytes.
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK);
+        let thread = thread.spawn(move || {
             if let Some(cpu) = options.cpu {
                 pin(cpu);
             }

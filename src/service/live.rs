@@ -5,6 +5,7 @@
 
 use super::{Pending, Served, Service, State};
 use crate::block::graph::NodeInfo;
+use crate::block::name::Names;
 use crate::block::{Abilities, Error, Node, Notice, Notices};
 use crate::export::vhost_user_blk::{Export, ExportMetrics, Failure, IoError, IoErrors};
 use crate::io::sync::Mutex;
@@ -256,13 +257,13 @@ impl Service {
     pub fn query_nodes(&self) -> Pending<Vec<(NodeInfo, Option<u64>)>> {
         let graph = self.graph.clone();
         Pending::start(&self.control, move || async move {
-            let mut all = Vec::new();
+            let (mut all, mut names) = (Vec::new(), Names::new(graph.registry()));
             for node in graph.nodes() {
                 let allocated = match node.driver().image() {
                     Some(image) => image.allocated().await.ok(),
                     None => None,
                 };
-                all.push((NodeInfo::of(&node, graph.registry()), allocated));
+                all.push((NodeInfo::of(&node, &mut names), allocated));
             }
             all
         })

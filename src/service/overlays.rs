@@ -2,7 +2,7 @@
 
 use crate::block::create::NewBacking;
 use crate::block::{Child, Creation, Error, Graph, Kind, Node, Registry, name};
-use crate::options::{Map, Value, bytes, filename, json};
+use crate::options::{Map, Value, json};
 use std::sync::Arc;
 
 /// An overlay that is to be made, or opened if its file `exists`.
@@ -75,36 +75,11 @@ fn stored_in(base: &Arc<Node>, registry: &Registry) -> Arc<Node> {
 /// What an overlay records of the node that it stands on, wherever the overlay's own file is.
 fn recorded(base: &Node, registry: &Registry) -> Result<String, Error> {
     match name::plain_name(base, registry) {
-        Some(name) => absolute(name),
+        Some(name) => name::absolute(name),
         None => {
             let mut options = name::options_of(base, registry);
-            make_absolute(&mut options)?;
+            name::make_absolute(&mut options)?;
             Ok(format!("json:{}", json::to_text(&options.into())))
         }
     }
-}
-
-/// The same of all file names in options.
-fn make_absolute(options: &mut Map) -> Result<(), Error> {
-    let keys: Vec<String> = options.iter().map(|(key, _)| key.to_owned()).collect();
-    for key in keys {
-        match options.get_mut(&key) {
-            Some(Value::Map(map)) => make_absolute(map)?,
-            Some(Value::Str(name) | Value::Text(name)) if key == "filename" => {
-                *name = absolute(std::mem::take(name))?;
-            }
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-fn absolute(name: String) -> Result<String, Error> {
-    // That of another protocol has no folder.
-    if filename::split_protocol(&name).is_some() {
-        return Ok(name);
-    }
-    let path = bytes::path_of(&name);
-    let path = std::path::absolute(path).map_err(|e| Error::os(&name, e))?;
-    Ok(bytes::text_of_name(path.as_os_str()))
 }

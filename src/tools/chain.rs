@@ -2,7 +2,8 @@
 
 use super::{Images, Opened, Wanted};
 use crate::block::extents;
-use crate::block::{Error, Node, Registry, name, named};
+use crate::block::name::Names;
+use crate::block::{Error, Node, Registry, named};
 use crate::options::{Map, Value, bytes, filename};
 use std::sync::Arc;
 
@@ -55,18 +56,18 @@ pub async fn open_for_commit(
     wanted: &Wanted<'_>,
     base: usize,
 ) -> Result<Layers, Error> {
-    let mut layers = Vec::new();
+    let (mut layers, mut names) = (Vec::new(), Names::new(images.graph().registry()));
     let mut node = top.node().clone();
     let mut longest = node.len();
     for _ in 0..=base {
         node =
             extents::backing(&node).ok_or_else(|| Error::new("The backing chain has changed"))?;
-        let name = name::name_of(&node, images.graph().registry());
+        let name = names.of(&node);
         layers.push(Layer { name, format: node.driver().name() });
     }
     let grows = node.len() < longest;
     longest = longest.max(node.len());
-    drop(node);
+    drop((node, names));
     images.close(top).await?;
 
     let Some(Layer { name, format }) = layers.pop() else {

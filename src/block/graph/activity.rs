@@ -15,6 +15,8 @@
 use super::permissions::{commit, prepare, rollback};
 use super::{Attachment, By, Graph, State};
 use crate::block::{Error, Node};
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// A user's word on whether it needs its node active, for as long as the user is attached.
@@ -85,16 +87,8 @@ impl Activity {
             return result;
         }
         // Somebody may have come meanwhile.
-        for node in state.unneeded(&node)? {
-            let id = state.id(&node)?;
-            node.set_active(false);
-            let entry = state.entry_mut(id);
-            let locks = entry.wanted_locks(entry.perms);
-            match prepare(entry, locks) {
-                Ok(()) => commit(entry, locks),
-                Err(error) => log::error!("{}: giving up locks: {error}", node.name()),
-            }
-        }
+        let unneeded = state.unneeded(&node)?;
+        state.give_locks_back(&unneeded);
         Ok(())
     }
 }
@@ -137,7 +131,7 @@ impl Graph {
         for node in &nodes {
             let Some(driver) = node.driver().hand_over() else { continue };
             if let Err(error) = driver.activate().await {
-                self.0.state.lock().give_locks_back(&nodes)?;
+                self.0.state.lock().give_locks_back(&nodes);
                 return Err(error.at(format!("'{}'", node.name())));
             }
         }
@@ -157,36 +151,36 @@ impl State {
 
     /// The inactive nodes from this one down, children before parents.
     fn inactive_below(&self, node: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
-        fn visit(state: &State, id: u64, found: &mut Vec<Arc<Node>>) {
-            let entry = state.entry(id);
-            let seen = found.iter().any(|node| Arc::ptr_eq(node, &entry.node));
-            if seen || entry.node.is_active() {
-                return;
+        let mut found = BTreeSet::new();
+        let mut pending = vec![self.id(node)?];
+        while let Some(id) = pending.pop() {
+            let entry = self.entry(id);
+            if !entry.node.is_active() && found.insert((entry.height.edges, id)) {
+                pending.extend(&entry.children);
             }
-            entry.children.iter().for_each(|&child| visit(state, child, found));
-            found.push(entry.node.clone());
         }
-        let mut found = Vec::new();
-        visit(self, self.id(node)?, &mut found);
-        Ok(found)
+        Ok(found.into_iter().map(|(_, id)| self.entry(id).node.clone()).collect())
     }
 
     /// The active nodes from this one down that nobody needs active, parents before children.
     fn unneeded(&self, node: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
-        let mut found: Vec<u64> = Vec::new();
-        let mut pending = vec![self.id(node)?];
-        while let Some(id) = pending.pop() {
+        let place = |id: u64| (Reverse(self.entry(id).height.edges), id);
+        // Parents come first, so that all who use a node have been looked at when it is its turn.
+        let (mut pending, mut found) = (BTreeSet::from([place(self.id(node)?)]), BTreeSet::new());
+        let mut nodes = Vec::new();
+        while let Some((_, id)) = pending.pop_first() {
             let entry = self.entry(id);
             let needed = entry.uses.iter().any(|one| match &one.by {
                 By::Node { id, .. } => self.entry(*id).node.is_active() && !found.contains(id),
                 By::User { .. } | By::Opening { .. } => one.active,
             });
-            if !needed && entry.node.is_active() && !found.contains(&id) {
-                found.push(id);
-                pending.extend(&entry.children);
+            if !needed && entry.node.is_active() {
+                found.insert(id);
+                nodes.push(entry.node.clone());
+                pending.extend(entry.children.iter().map(|&child| place(child)));
             }
         }
-        Ok(found.into_iter().map(|id| self.entry(id).node.clone()).collect())
+        Ok(nodes)
     }
 
     /// Makes all of the nodes active and takes their locks, or none.
@@ -210,15 +204,17 @@ impl State {
         Ok(())
     }
 
-    fn give_locks_back(&mut self, nodes: &[Arc<Node>]) -> Result<(), Error> {
+    /// Makes all of the nodes inactive and gives up their locks. It cannot fail: what stays locked is logged.
+    fn give_locks_back(&mut self, nodes: &[Arc<Node>]) {
         for node in nodes {
-            let id = self.id(node)?;
             node.set_active(false);
+            let Ok(id) = self.id(node) else { continue };
             let entry = self.entry_mut(id);
             let none = entry.wanted_locks(entry.perms);
-            prepare(entry, none)?;
-            commit(entry, none);
+            match prepare(entry, none) {
+                Ok(()) => commit(entry, none),
+                Err(error) => log::error!("{}: giving up locks: {error}", node.name()),
+            }
         }
-        Ok(())
     }
 }

@@ -8,13 +8,11 @@
 use super::drain::check_traits;
 use super::permissions::{Plan, release_locks};
 use super::{By, Drained, Graph, State, User};
-use crate::block::{DriverEntry, Error, Node, Registry};
+use crate::block::open::Depth;
+use crate::block::{BACKING, DriverEntry, Error, Node, Registry};
 use crate::io::epoch;
 use crate::options::{Map, Value};
 use std::sync::Arc;
-
-/// The option that names the node below an overlay, and the role of that node.
-const BACKING: &str = "backing";
 
 /// An overlay that has taken over, for as long as its users are paused: it is kept ([`Graph::keep`]) or taken
 /// back ([`Graph::take_back`]).
@@ -39,7 +37,7 @@ impl Graph {
         overlay: &str,
     ) -> Result<Over, Error> {
         let asked = {
-            let state = self.0.state.lock();
+            let mut state = self.0.state.lock();
             state.check_base(base)?;
             state.check_overlay(overlay, self.registry())?
         };
@@ -73,7 +71,7 @@ impl Graph {
     ) -> Result<Over, Error> {
         self.check_base(base)?;
         flush(base).await?;
-        let node = self.open_node(options, String::new(), None, 1).await?;
+        let node = self.open_node(options, String::new(), None, Depth::TOP).await?;
         self.take_over(drained, base, &node).await?;
         Ok(Over { base: base.clone(), overlay: node, asked: None })
     }
@@ -89,9 +87,7 @@ impl Graph {
     /// Gives the users of an overlay, to which nothing was written, what they had before.
     pub async fn take_back(&self, drained: &Drained<'_>, over: Over) {
         let Over { base, overlay, asked } = over;
-        if let Err(error) = self.take_over(drained, &overlay, &base).await {
-            return log::error!("{}: going back to '{}': {error}", overlay.name(), base.name());
-        }
+        self.give_back(drained, &overlay, &base).await;
         let name = overlay.name().to_owned();
         drop(overlay);
         match asked {
@@ -134,21 +130,50 @@ impl Graph {
         old: &Arc<Node>,
         new: &Arc<Node>,
     ) -> Result<(), Error> {
-        // Whoever may have fast requests through the one has them through the other from now on.
-        old.members().iter().for_each(|member| new.add_member(member));
-        let (parents, users) = {
+        let above = {
             let mut state = self.0.state.lock();
-            let mut above = state.directly_above(old)?;
-            above.0.retain(|(parent, _)| !Arc::ptr_eq(parent, new));
+            let mut above = state.above_to_move(old)?;
+            above.parents.retain(|(parent, _)| !Arc::ptr_eq(parent, new));
             let (from, to) = (state.id(old)?, state.id(new)?);
-            if !above.0.is_empty() {
+            if !above.parents.is_empty() {
                 check_traits(old, new)?;
             }
+            // Whoever may have fast requests through the one has them through the other from now on.
+            old.members().iter().for_each(|member| new.add_member(member));
             let mut plan = Plan::new(&mut state);
-            plan.move_uses(from, to);
+            plan.move_uses(from, to, |_| true);
             plan.apply_keeping_locks()?;
             above
         };
+        self.move_up(drained, old, new, above).await;
+        Ok(())
+    }
+
+    /// Turns everyone who uses an overlay back to the node that it stands on, which they had before. Nothing that
+    /// was right then is asked again, so that it cannot fail. Users who came meanwhile and cannot be moved keep
+    /// the overlay.
+    async fn give_back(&self, drained: &Drained<'_>, overlay: &Arc<Node>, base: &Arc<Node>) {
+        overlay.members().iter().for_each(|member| base.add_member(member));
+        let above = {
+            let mut state = self.0.state.lock();
+            let (Ok(from), Ok(to)) = (state.id(overlay), state.id(base)) else { return };
+            let above = state.directly_above(from);
+            let mut plan = Plan::new(&mut state);
+            plan.move_uses(from, to, |by| !matches!(by, By::User { .. }) || can_move(by).is_some());
+            plan.go_back();
+            above
+        };
+        self.move_up(drained, overlay, base, above).await;
+    }
+
+    /// Tells those who stood on a node, and whose uses of it have become uses of another.
+    async fn move_up(
+        &self,
+        drained: &Drained<'_>,
+        old: &Arc<Node>,
+        new: &Arc<Node>,
+        Above { parents, users, .. }: Above,
+    ) {
         let mut replaced = Vec::new();
         for (parent, child) in parents {
             replaced.push(parent.driver().children()[child].replace(new.clone()));
@@ -164,7 +189,6 @@ impl Graph {
         members.iter().for_each(|member| new.add_member(member));
         epoch::synchronize(&members).await;
         drop(replaced);
-        Ok(())
     }
 
     /// Has a node and what it alone keeps its data in written to no more, so that others can read the image.
@@ -185,9 +209,9 @@ impl Graph {
         }
         nodes.iter().for_each(|node| node.set_frozen());
         let mut state = self.0.state.lock();
-        let Ok(id) = state.id(base) else { return };
+        let ids: Vec<u64> = nodes.iter().filter_map(|node| state.id(node).ok()).collect();
         let mut plan = Plan::new(&mut state);
-        plan.settle_again(id);
+        ids.into_iter().for_each(|id| plan.settle_again(id));
         plan.loosen();
     }
 }
@@ -198,8 +222,23 @@ async fn flush(base: &Node) -> Result<(), Error> {
         .map_err(|errno| Error::os(format!("Error flushing '{}'", base.name()), errno))
 }
 
-/// Nodes and the index of the child by which they use another.
-type Edges = Vec<(Arc<Node>, usize)>;
+/// Who uses a node directly.
+struct Above {
+    /// Other nodes, and the index of the child by which they use it.
+    parents: Vec<(Arc<Node>, usize)>,
+    /// Those that are no nodes, and can be moved to another.
+    users: Vec<Arc<dyn User>>,
+    /// What conflicts call one that cannot be moved.
+    stuck: Option<Arc<str>>,
+}
+
+/// The user behind a use, if it can be moved to another node.
+fn can_move(by: &By) -> Option<Arc<dyn User>> {
+    match by {
+        By::User { user, .. } => user.as_ref()?.upgrade().filter(|user| user.can_move()),
+        _ => None,
+    }
+}
 
 impl State {
     /// A node and those below it that nobody else uses, but for backing files: parents first.
@@ -218,13 +257,16 @@ impl State {
     }
 
     /// Whether a node can come to lie below an overlay.
-    fn check_base(&self, base: &Arc<Node>) -> Result<(), Error> {
+    fn check_base(&mut self, base: &Arc<Node>) -> Result<(), Error> {
         let name = base.name();
         if !base.is_active() {
             return Err(Error::new(format!("Node '{name}' is inactive")));
         }
         self.check_not_backing(base)?;
-        self.directly_above(base).map(drop)
+        self.above_to_move(base)?;
+        let id = self.id(base)?;
+        let fits = Plan::new(self).check_backing_more(id);
+        fits.map_err(|error| error.at(format!("Cannot put an overlay over '{name}'")))
     }
 
     /// Refuses a node that others read where they have no data.
@@ -275,25 +317,27 @@ impl State {
         Ok(entry.asked.clone())
     }
 
-    /// Who uses a node: other nodes, and users that are none.
-    fn directly_above(&self, node: &Arc<Node>) -> Result<(Edges, Vec<Arc<dyn User>>), Error> {
-        let (mut parents, mut users) = (Vec::new(), Vec::new());
-        for one in &self.entry(self.id(node)?).uses {
+    /// Who uses a node, all of whom can be moved to another.
+    fn above_to_move(&self, node: &Arc<Node>) -> Result<Above, Error> {
+        let above = self.directly_above(self.id(node)?);
+        match &above.stuck {
+            Some(what) => Err(Error::new(format!("Node '{}' is in use by {what}", node.name()))),
+            None => Ok(above),
+        }
+    }
+
+    fn directly_above(&self, node: u64) -> Above {
+        let (mut parents, mut users, mut stuck) = (Vec::new(), Vec::new(), None);
+        for one in &self.entry(node).uses {
             match &one.by {
                 By::Node { id, child } => parents.push((self.entry(*id).node.clone(), *child)),
-                By::User { what, user, .. } => {
-                    let user = user.as_ref().and_then(|user| user.upgrade());
-                    match user.filter(|user| user.can_move()) {
-                        Some(user) => users.push(user),
-                        None => {
-                            let name = node.name();
-                            return Err(Error::new(format!("Node '{name}' is in use by {what}")));
-                        }
-                    }
-                }
+                By::User { what, .. } => match can_move(&one.by) {
+                    Some(user) => users.push(user),
+                    None => stuck = stuck.or_else(|| Some(what.clone())),
+                },
                 By::Opening { .. } => {}
             }
         }
-        Ok((parents, users))
+        Above { parents, users, stuck }
     }
 }

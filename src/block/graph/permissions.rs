@@ -4,9 +4,10 @@
 //! Permissions run downwards: what all uses of a node hold and allow together decides, through
 //! [`Driver::child_perms`](crate::block::Driver::child_perms), what the node holds on its children.
 
+use super::heights::Height;
 use super::{By, Entry, State, Use};
-use crate::block::open::DEPTH_LIMIT;
-use crate::block::{Error, Perm, Perms};
+use crate::block::{Child, Error, Perm, Perms};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A change that is being worked out; nothing happens before [`Plan::apply`].
@@ -16,11 +17,24 @@ pub(super) struct Plan<'a> {
     uses: BTreeMap<u64, Vec<Use>>,
     /// The children of nodes as they will be, where that differs.
     children: BTreeMap<u64, Vec<u64>>,
+    /// The heights of nodes as they will be, where that differs.
+    heights: BTreeMap<u64, Height>,
+    /// A node that would stand on itself.
+    in_loop: Option<u64>,
 }
+
+/// Nodes that are still to be looked at, those that stand on the most first.
+type Pending = BTreeSet<(Reverse<usize>, u64)>;
 
 impl<'a> Plan<'a> {
     pub(super) fn new(state: &'a mut State) -> Plan<'a> {
-        Plan { state, uses: BTreeMap::new(), children: BTreeMap::new() }
+        Plan {
+            state,
+            uses: BTreeMap::new(),
+            children: BTreeMap::new(),
+            heights: BTreeMap::new(),
+            in_loop: None,
+        }
     }
 
     // ---- What changes
@@ -51,23 +65,30 @@ impl<'a> Plan<'a> {
             self.add(id, edge(parent, child));
         }
         self.uses_mut(parent);
+        self.measure(parent);
     }
 
     /// Turns the edge from a node to its child at an index to another node.
     pub(super) fn turn_edge(&mut self, parent: u64, child: usize, to: u64) {
+        if self.stands_on(to, parent) {
+            self.in_loop = Some(parent);
+            return;
+        }
         self.remove(|by| matches!(by, By::Node { id, child: at } if (*id, *at) == (parent, child)));
         self.add(to, edge(parent, child));
         let mut children = self.children(parent).to_vec();
         children[child] = to;
         self.children.insert(parent, children);
         self.uses_mut(parent);
+        self.measure(parent);
     }
 
-    /// Turns all uses of a node to another, but for those by that other.
-    pub(super) fn move_uses(&mut self, from: u64, to: u64) {
+    /// Turns those uses of a node that `which` picks to another, but for those by that other.
+    pub(super) fn move_uses(&mut self, from: u64, to: u64, which: impl Fn(&By) -> bool) {
         let by_other = |by: &By| matches!(by, By::Node { id, .. } if *id == to);
         let uses = self.uses_mut(from);
-        let moved: Vec<Use> = uses.extract_if(.., |one| !by_other(&one.by)).collect();
+        let moved: Vec<Use> =
+            uses.extract_if(.., |one| !by_other(&one.by) && which(&one.by)).collect();
         for one in moved {
             match one.by {
                 By::Node { id, child } => self.turn_edge(id, child, to),
@@ -105,12 +126,15 @@ impl<'a> Plan<'a> {
         self.make(|locked, perms| locked.and(perms))
     }
 
-    /// Makes the change; `locks` says from what a node's locks stand for, and what it needs, for
+    /// Makes the change, or changes nothing; `locks` says from what a node's locks stand for, and what it needs, for
     /// what they shall stand.
     fn make(mut self, locks: impl Fn(Perms, Perms) -> Perms) -> Result<(), Error> {
+        if let Some(node) = self.in_loop {
+            return Err(Error::new(format!("Making '{}' stand on itself", self.name(node))));
+        }
+        self.check_heights()?;
         let mut wanted = Vec::new();
-        for node in self.order()? {
-            let perms = self.settle(node);
+        for (node, perms) in self.settle_all() {
             self.check(node, perms)?;
             let entry = self.state.entry(node);
             let locks = entry.wanted_locks(locks(entry.locked, perms));
@@ -132,16 +156,26 @@ impl<'a> Plan<'a> {
 
     /// Makes a change that only gives up. It cannot fail: what stays locked against all
     /// expectation is logged.
-    pub(super) fn loosen(mut self) {
+    pub(super) fn loosen(self) {
+        self.force(|_, perms| perms);
+    }
+
+    /// Makes a change that leads back to what was before. It cannot fail; what it gives up stays locked until
+    /// [`release_locks`].
+    pub(super) fn go_back(self) {
+        self.force(|locked, perms| locked.and(perms));
+    }
+
+    /// Makes the change without asking whether it may be made.
+    fn force(mut self, locks: impl Fn(Perms, Perms) -> Perms) {
         let mut wanted = Vec::new();
-        for node in self.order().expect("nothing was added") {
-            let perms = self.settle(node);
+        for (node, perms) in self.settle_all() {
             let entry = self.state.entry(node);
-            let locks = entry.wanted_locks(perms);
+            let locks = entry.wanted_locks(locks(entry.locked, perms));
             let locks = match prepare(entry, locks) {
                 Ok(()) => locks,
                 Err(error) => {
-                    log::error!("{}: giving up permissions: {error}", entry.node.name());
+                    log::error!("{}: changing its locks: {error}", entry.node.name());
                     entry.locked
                 }
             };
@@ -150,21 +184,39 @@ impl<'a> Plan<'a> {
         self.commit(&wanted);
     }
 
-    /// What all uses of a node hold and allow together; its children learn what that means to them.
-    fn settle(&mut self, node: u64) -> Perms {
-        let perms = self.uses(node).iter().fold(Perms::NONE, |all, one| all.and(one.perms));
+    /// What all uses of a node hold and allow together, for each node whose uses change: parents before children.
+    fn settle_all(&mut self) -> Vec<(u64, Perms)> {
+        let place = |plan: &Plan<'_>, node| (Reverse(plan.height(node).edges), node);
+        let mut pending: Pending = self.uses.keys().map(|&node| place(self, node)).collect();
+        let mut settled = Vec::new();
+        while let Some((_, node)) = pending.pop_first() {
+            let perms = self.uses(node).iter().fold(Perms::NONE, |all, one| all.and(one.perms));
+            for child in self.settle(node, perms) {
+                pending.insert(place(self, child));
+            }
+            settled.push((node, perms));
+        }
+        settled
+    }
+
+    /// Tells the children of a node what it means to them that all its uses together are `perms`. Those for which
+    /// it means something new.
+    fn settle(&mut self, node: u64, perms: Perms) -> Vec<u64> {
+        let mut changed = Vec::new();
         let driver_node = self.state.entry(node).node.clone();
         for (child, id) in self.children(node).to_vec().into_iter().enumerate() {
             let mut needed = driver_node.driver().child_perms(child, perms);
             if driver_node.options().force_share {
                 needed.shared = Perms::NONE.shared;
             }
-            let edge = self.uses_mut(id).iter_mut().find(
-                |one| matches!(one.by, By::Node { id, child: at } if (id, at) == (node, child)),
-            );
-            edge.expect("a child knows its parents").perms = needed;
+            let is_edge = |one: &Use| matches!(one.by, By::Node { id, child: at } if (id, at) == (node, child));
+            let place = self.uses(id).iter().position(is_edge);
+            if let Some(place) = place.filter(|&place| self.uses(id)[place].perms != needed) {
+                self.uses_mut(id)[place].perms = needed;
+                changed.push(id);
+            }
         }
-        perms
+        changed
     }
 
     fn commit(self, wanted: &[Wanted]) {
@@ -173,6 +225,9 @@ impl<'a> Plan<'a> {
         }
         for (node, children) in self.children {
             self.state.entry_mut(node).children = children;
+        }
+        for (node, height) in self.heights {
+            self.state.entry_mut(node).height = height;
         }
         for one in wanted {
             let entry = self.state.entry_mut(one.node);
@@ -246,35 +301,66 @@ impl<'a> Plan<'a> {
         self.state.entry(node).node.name()
     }
 
-    /// The nodes whose uses change and all below them, parents before children.
-    fn order(&self) -> Result<Vec<u64>, Error> {
-        let mut walk = Walk::default();
-        for &node in self.uses.keys() {
-            self.visit(node, &mut walk)?;
-        }
-        walk.done.reverse();
-        Ok(walk.done)
+    // ---- Heights
+
+    fn height(&self, node: u64) -> Height {
+        self.heights.get(&node).copied().unwrap_or_else(|| self.state.entry(node).height)
     }
 
-    fn visit(&self, node: u64, walk: &mut Walk) -> Result<usize, Error> {
-        if let Some(&height) = walk.heights.get(&node) {
-            return Ok(height);
+    /// Works out the height of a node whose children have changed, and of its ancestors.
+    fn measure(&mut self, node: u64) {
+        let mut pending = vec![node];
+        while let Some(node) = pending.pop() {
+            let roles = self.state.entry(node).node.clone();
+            let is_backing = roles.driver().children().iter().map(Child::is_backing);
+            let below = self.children(node).iter().map(|&child| self.height(child));
+            let height = Height::over(below.zip(is_backing));
+            if height != self.height(node) {
+                self.heights.insert(node, height);
+                pending.extend(self.uses(node).iter().filter_map(parent));
+            }
         }
-        if !walk.open.insert(node) {
-            return Err(Error::new(format!("Making '{}' stand on itself", self.name(node))));
+    }
+
+    /// Whether a node is another one or stands on it, however far down.
+    fn stands_on(&self, node: u64, below: u64) -> bool {
+        let mut seen = BTreeSet::from([below]);
+        let mut pending = vec![below];
+        while let Some(at) = pending.pop() {
+            if at == node {
+                return true;
+            }
+            pending.extend(self.uses(at).iter().filter_map(parent).filter(|id| seen.insert(*id)));
         }
-        let mut height = 1;
-        for &child in self.children(node) {
-            height = height.max(1 + self.visit(child, walk)?);
+        false
+    }
+
+    /// Whether one more image fits between a node and those that stand on it.
+    pub(super) fn check_backing_more(mut self, node: u64) -> Result<(), Error> {
+        let higher = Height::over([(self.height(node), true)].into_iter());
+        self.heights.insert(node, higher);
+        let parents: Vec<u64> = self.uses(node).iter().filter_map(parent).collect();
+        parents.into_iter().for_each(|parent| self.measure(parent));
+        self.check_heights()
+    }
+
+    /// Refuses graphs that are too deep, in the name of the node that stands on the most.
+    fn check_heights(&self) -> Result<(), Error> {
+        let too_high = self.heights.iter().filter_map(|(&node, height)| {
+            height.excess().map(|excess| (height.edges, node, excess))
+        });
+        match too_high.max() {
+            Some((_, node, excess)) => Err(Error::new(format!("'{}' {excess}", self.name(node)))),
+            None => Ok(()),
         }
-        if height > DEPTH_LIMIT {
-            let name = self.name(node);
-            return Err(Error::new(format!("'{name}' is more than {DEPTH_LIMIT} nodes deep")));
-        }
-        walk.open.remove(&node);
-        walk.heights.insert(node, height);
-        walk.done.push(node);
-        Ok(height)
+    }
+}
+
+/// The node that a use is by.
+fn parent(one: &Use) -> Option<u64> {
+    match one.by {
+        By::Node { id, .. } => Some(id),
+        _ => None,
     }
 }
 
@@ -282,15 +368,6 @@ impl<'a> Plan<'a> {
 fn edge(parent: u64, child: usize) -> Use {
     // Whether the child is needed active, the parent's own state tells.
     Use { by: By::Node { id: parent, child }, perms: Perms::NONE, active: false }
-}
-
-#[derive(Default)]
-struct Walk {
-    /// On the way from the root to here.
-    open: BTreeSet<u64>,
-    heights: BTreeMap<u64, usize>,
-    /// Children before parents.
-    done: Vec<u64>,
 }
 
 /// What becomes of a node.

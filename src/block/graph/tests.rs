@@ -1,6 +1,7 @@
 //! The graph over drivers that do nothing but tell what was asked of them.
 
 mod activity_tests;
+mod depth_tests;
 
 use super::*;
 use crate::block::registry::{DriverEntry, Kind, OpenFn};
@@ -495,19 +496,6 @@ fn what_cannot_be_written_is_read_only_where_that_was_allowed() {
         assert_eq!(bench.attach(name, writes()).err().unwrap(), "Block node is read-only");
         bench.attach(name, reads()).unwrap();
     }
-}
-
-#[test]
-fn a_graph_has_a_depth_limit() {
-    let bench = Bench::new();
-    bench.open("driver=store,tag=deep,node-name=n1").unwrap();
-    for n in 2..=crate::block::open::DEPTH_LIMIT {
-        bench.open(&format!("driver=pass,node-name=n{n},file=n{}", n - 1)).unwrap();
-    }
-    let limit = crate::block::open::DEPTH_LIMIT;
-    let error = bench.open(&format!("driver=pass,node-name=top,file=n{limit}")).err().unwrap();
-    assert_eq!(error, format!("'top' is more than {limit} nodes deep"));
-    assert_eq!(bench.names().len(), limit);
 }
 
 // ---- Permissions

@@ -3,7 +3,7 @@
 
 use super::{Inherit, Opening};
 use crate::block::policy::FollowBacking;
-use crate::block::{Child, Error, Perm, Perms, named, probe};
+use crate::block::{BACKING, Child, Error, Perm, Perms, named, probe};
 use crate::options::{Map, NodeRef, NodeRefOrNull, Value, bytes, filename};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,10 +17,23 @@ pub struct RecordedBacking<'a> {
     pub format: Option<&'a str>,
 }
 
+/// An error in a chain says of so many images that their backing file could not be opened.
+const MOST_TOLD: usize = 8;
+
 /// The files of the images that are being opened, from this one up to the top of its chain.
 pub(super) struct Chain {
     file: PathBuf,
     above: Option<Arc<Chain>>,
+}
+
+impl Drop for Chain {
+    /// One after another, not one inside another.
+    fn drop(&mut self) {
+        let mut above = self.above.take();
+        while let Some(mut chain) = above.and_then(Arc::into_inner) {
+            above = chain.above.take();
+        }
+    }
 }
 
 impl Chain {
@@ -63,12 +76,13 @@ impl Opening {
             (None, recorded) => self.backing_options(Map::new(), recorded, file).await,
         };
         let child = match options {
-            Ok(options) => self.child("backing", options, Inherit::Backing, during).await,
+            Ok(options) => self.child(BACKING, options, Inherit::Backing, during).await,
             Err(error) => Err(error),
         };
+        is_told &= self.depth.images <= MOST_TOLD;
         child.map(Some).map_err(|error| match is_told {
             true => error.at("Could not open backing file"),
-            // The error names the option.
+            // The error names the option, or the images above have said enough.
             false => error,
         })
     }
@@ -166,7 +180,10 @@ impl Opening {
         let name = named::file_in(&options).unwrap_or_default().to_owned();
         let inherited = self.inherited(Inherit::Backing);
         let path = super::join(&self.path, "backing.file");
-        let node = self.graph.open_node(options, path, Some(inherited), self.depth + 1).await?;
+        let node = self
+            .graph
+            .open_node(options, path, Some(inherited), self.depth.below(Inherit::Storage))
+            .await?;
         probe::probe(self.graph.registry(), &node, &name).await.map(|entry| entry.name)
     }
 

@@ -103,7 +103,7 @@ impl Losses {
 
     /// The files whose records are to be written, if this is news.
     fn note_in_memory(&self, export: &str, node: &Arc<Node>) -> Option<Vec<PathBuf>> {
-        if self.any() || !node.driver().is_poisoned() {
+        if self.any() || !node.is_poisoned() {
             return None;
         }
         let state = self.state.lock();
@@ -145,7 +145,7 @@ impl Losses {
             removed |= region.has_loss();
             region.set_loss(false);
         }
-        node.driver().forgive();
+        node.forgive();
         if self.is_lost.swap(false, Ordering::AcqRel) || removed {
             log::warn!(
                 export;
@@ -188,18 +188,15 @@ fn record_of(file: &Path) -> PathBuf {
 
 /// The files and devices that a disk writes to, by their real names, each that `which` wants.
 fn files(node: &Arc<Node>, which: fn(&Node) -> bool) -> Vec<PathBuf> {
-    let driver = node.driver();
-    let mut found = Vec::new();
-    for child in driver.children() {
-        found.extend(files(&child.node(), which));
-    }
-    if found.is_empty()
-        && driver.children().is_empty()
-        && !node.traits().abilities.contains(Abilities::READ_ONLY)
-        && which(node)
-    {
-        found.extend(driver.filename().and_then(|name| fs::canonicalize(name).ok()));
-    }
+    let is_written = |node: &&Node| {
+        node.driver().children().is_empty()
+            && !node.traits().abilities.contains(Abilities::READ_ONLY)
+            && which(node)
+    };
+    let file = |node: &Node| fs::canonicalize(node.driver().filename()?).ok();
+    let below = node.below();
+    let nodes = below.iter().map(|node| &**node).chain([&**node]);
+    let mut found: Vec<_> = nodes.filter(is_written).filter_map(file).collect();
     found.sort();
     found.dedup();
     found

@@ -305,7 +305,7 @@ impl Disk {
         let durable = match failure.operation {
             Operation::Flush => true,
             Operation::Read => false,
-            _ => self.write_through.load(Ordering::Relaxed) && self.node().driver().is_poisoned(),
+            _ => self.write_through.load(Ordering::Relaxed) && self.node().is_poisoned(),
         };
         let in_vain = action == Action::Stop && durable;
         if in_vain {

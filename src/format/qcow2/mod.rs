@@ -88,7 +88,7 @@ use journal::Journal;
 use l1::L1Table;
 use l2_cache::{L2Cache, SliceNo};
 use layout::Geometry;
-use lookup::Found;
+use lookup::{Found, Piece};
 use order::{Lock, LockGuard, Ranges, Visits};
 use overlap::Overlaps;
 use packed::Packing;
@@ -195,21 +195,19 @@ impl Qcow2 {
         }
     }
 
-    /// The fast road through the backing file.
-    fn map_backing<'a>(
+    /// The fast road to a piece that is in the file that holds the guest's data.
+    fn map_data<'a>(
         &'a self,
         inflight: &'a InFlight,
-        at: u64,
-        want: u64,
+        host: u64,
+        len: u64,
         access: Access,
     ) -> Mapping<'a> {
-        let zero = |len| Mapping { len, target: Target::Zero };
-        let Some(index) = self.backing else { return zero(want) };
-        let backing = self.children[index].fast(inflight);
-        match backing.len().saturating_sub(at) {
-            0 => zero(want),
-            there => backing.map(inflight, at, want.min(there), access),
+        let data = self.children[self.data].fast(inflight);
+        if host + len > data.len() {
+            return Mapping::slow(len);
         }
+        data.map(inflight, host, len, access)
     }
 }
 
@@ -241,27 +239,39 @@ impl Driver for Qcow2 {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        let (piece, may_overwrite) = match access {
-            Access::Write => self.piece_to_overwrite(at, want),
-            _ => (self.piece(at, want), false),
-        };
-        let Some(Ok(piece)) = piece else { return Mapping::slow(want) };
-        match (piece.found, access) {
-            (Found::Data { host, copied }, Access::Read | Access::Write)
-                if access == Access::Read || copied && may_overwrite =>
-            {
-                let data = self.children[self.data].fast(inflight);
-                if host + piece.len > data.len() {
-                    return Mapping::slow(want);
+        match access {
+            Access::Read => match self.way(inflight, at, want) {
+                Way::Here(mapping) => mapping,
+                Way::Below(backing, len) => backing.map_chain(inflight, at, len),
+            },
+            Access::Write => match self.piece_to_overwrite(at, want) {
+                (Some(Ok(Piece { len, found: Found::Data { host, copied: true } })), true) => {
+                    self.map_data(inflight, host, len, access)
                 }
-                data.map(inflight, host, piece.len, access)
-            }
-            (Found::Zero { .. }, Access::Read) => Mapping { len: piece.len, target: Target::Zero },
-            (Found::Unallocated { .. }, Access::Read) => {
-                self.map_backing(inflight, at, piece.len, access)
-            }
-            _ => Mapping::slow(want),
+                _ => Mapping::slow(want),
+            },
+            Access::DurableWrite => Mapping::slow(want),
         }
+    }
+
+    fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
+        let Some(Ok(Piece { len, found })) = self.piece(at, want) else {
+            return Way::Here(Mapping::slow(want));
+        };
+        Way::Here(match (found, self.backing) {
+            (Found::Data { host, .. }, _) => self.map_data(inflight, host, len, Access::Read),
+            (Found::Unallocated { .. }, Some(backing)) => {
+                return Way::Below(self.children[backing].fast(inflight), len);
+            }
+            (Found::Zero { .. } | Found::Unallocated { .. }, _) => {
+                Mapping { len, target: Target::Zero }
+            }
+            (Found::Compressed(_), _) => Mapping::slow(want),
+        })
+    }
+
+    fn decider(&self, at: u64, len: u64) -> LocalFuture<'_, IoResult<Decider>> {
+        Box::pin(async move { self.marked(self.decider_of(at, len).await).await })
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {

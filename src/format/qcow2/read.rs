@@ -4,8 +4,10 @@ use super::compressed;
 use super::layout::Compressed;
 use super::lookup::{Found, Piece};
 use super::{Qcow2, corrupt};
-use crate::block::{Event, Node};
+use crate::block::extents::decided;
+use crate::block::{Decider, Event, Node};
 use crate::io::{self, AlignedBuf, Errno, IoResult, IoVec};
+use std::sync::Arc;
 
 impl Qcow2 {
     pub(super) async fn read_range(&self, at: u64, into: &IoVec<'_>) -> IoResult {
@@ -37,16 +39,39 @@ impl Qcow2 {
     }
 
     pub(super) async fn read_backing(&self, at: u64, into: &IoVec<'_>) -> IoResult {
-        match self.backing().filter(|_| at < self.state_start()) {
-            Some(backing) => {
-                self.event(Event::ReadBackingAio).await;
-                read_padded(&backing, at, into).await
+        let Some(backing) = self.backing_at(at) else {
+            into.zero();
+            return Ok(());
+        };
+        self.event(Event::ReadBackingAio).await;
+        let mut done = 0;
+        while done < into.len() {
+            let (layer, len) = decided(&backing, at + done, into.len() - done).await?;
+            let part = into.slice(done, len);
+            match layer {
+                Some(layer) => layer.read(at + done, &part).await?,
+                None => part.zero(),
             }
-            None => {
-                into.zero();
-                Ok(())
-            }
+            done += len;
         }
+        Ok(())
+    }
+
+    /// The backing file, for what it decides: the guest's disk.
+    fn backing_at(&self, at: u64) -> Option<Arc<Node>> {
+        self.backing().filter(|_| at < self.state_start())
+    }
+
+    /// As [`Driver::decider`](crate::block::Driver::decider).
+    pub(super) async fn decider_of(&self, at: u64, len: u64) -> IoResult<Decider> {
+        let Some(backing) = self.backing_at(at) else { return Ok((None, len)) };
+        let _visit = self.visits.enter();
+        let piece = self.lookup(at, len).await?;
+        if !matches!(piece.found, Found::Unallocated { .. }) {
+            return Ok((None, piece.len));
+        }
+        self.event(Event::ReadBackingAio).await;
+        Ok((Some(backing), piece.len))
     }
 
     async fn read_compressed(&self, at: u64, place: Compressed, into: &IoVec<'_>) -> IoResult {

@@ -2,6 +2,7 @@
 
 use super::Qcow2;
 use super::lookup::Found;
+use crate::block::extents::decided;
 use crate::block::{Extent, Place, Precision, Status};
 use crate::io::IoResult;
 
@@ -40,7 +41,10 @@ impl Qcow2 {
                 let len = len.min(there);
                 let status = match precision {
                     Precision::Allocation => Extent { len, status: Status::DATA, place: None },
-                    Precision::Zeroes => backing.status(at, len, precision).await?,
+                    Precision::Zeroes => match decided(&backing, at, len).await? {
+                        (Some(layer), len) => layer.status(at, len, precision).await?,
+                        (None, len) => Extent { len, status: Status::ZERO, place: None },
+                    },
                 };
                 let kind = status.status & (Status::DATA | Status::ZERO);
                 Ok(Extent { len: status.len, status: kind, place: None })

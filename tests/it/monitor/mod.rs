@@ -5,6 +5,7 @@ mod bitmaps;
 pub mod client;
 mod clients;
 mod ctl;
+mod deep;
 mod listings;
 mod live;
 mod names;

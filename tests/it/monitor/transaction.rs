@@ -198,3 +198,33 @@ fn two_disks_are_kept_as_they_were_at_one_moment() {
         assert!(a == b || a == b + 1, "round {round}: {a} and {b}");
     }
 }
+
+#[test]
+fn an_overlay_is_taken_back_though_what_it_stands_on_asks_more_of_requests() {
+    let daemon = start(OURS, &[]);
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let inner = node(&daemon, "q", "qcow2", "q.qcow2", json!({}));
+    client.run("blockdev-add", inner);
+    let coarse = json!({"driver": "blkdebug", "node-name": "b", "image": "q", "align": 4096});
+    client.run("blockdev-add", coarse);
+    client.run("blockdev-add", json!({"driver": "raw", "node-name": "a", "file": "b"}));
+    client.run("block-export-add", export(&daemon, "e0", "a"));
+    let file = daemon.path("s");
+    let data = json!({"node-name": "b", "snapshot-file": file, "snapshot-node-name": "s"});
+    let actions = [action("blockdev-snapshot-sync", data), action("abort", json!({}))];
+    for _ in 0..2 {
+        let refused = client.refusal("transaction", json!({"actions": actions}));
+        assert_eq!(refused, "Transaction aborted using Abort action");
+    }
+    // The guest writes to the image, and the overlay is gone.
+    let mut disk = daemon.open(&Options::default());
+    disk.write(8, &[5; 4096]).unwrap();
+    drop(disk);
+    client.run("block-export-del", json!({"id": "e0"}));
+    while client.event()["event"] != json!("BLOCK_EXPORT_DELETED") {}
+    for name in ["a", "b", "q"] {
+        client.run("blockdev-del", json!({"node-name": name}));
+    }
+    let read = ["-r", "-f", "qcow2", "-c", "read -P 5 4k 4k", "q.qcow2"];
+    assert!(!tool(&daemon.path(""), "qemu-io", &read).contains("failed"));
+}

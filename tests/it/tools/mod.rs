@@ -6,6 +6,7 @@ mod bitmaps;
 mod chains;
 mod compressed;
 mod data_files;
+mod deep;
 mod files;
 mod guessing;
 mod io;
@@ -21,6 +22,8 @@ mod random;
 mod snapshots;
 mod targets;
 mod unheard;
+
+pub use deep::chain_of;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;

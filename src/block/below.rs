@@ -1,0 +1,49 @@
+//! What a node and all nodes that it stands on answer together. They are visited one after another, however long
+//! the chain is.
+
+use super::{Fence, Node};
+use std::collections::HashSet;
+use std::sync::Arc;
+
+impl Node {
+    /// All nodes that this one stands on, each once.
+    pub fn below(&self) -> Vec<Arc<Node>> {
+        let mut seen = HashSet::new();
+        let mut pending = children(self);
+        let mut found = Vec::new();
+        while let Some(node) = pending.pop() {
+            if seen.insert(Arc::as_ptr(&node)) {
+                pending.extend(children(&node));
+                found.push(node);
+            }
+        }
+        found
+    }
+
+    /// How the next process knows that all of this one's I/O of the node has ended
+    /// ([`Driver::fence`](super::Driver::fence)).
+    pub fn fence(&self) -> Fence {
+        let is_bottom = |node: &Node| node.driver().children().is_empty();
+        let own = |node: &Node| node.driver().fence(node.perms());
+        let below = self.below();
+        let bottoms = below.iter().map(Arc::as_ref).chain([self]).filter(|node| is_bottom(node));
+        bottoms.map(own).reduce(Fence::and).unwrap_or(Fence::Never)
+    }
+
+    /// Whether a flush has failed in such a way that all later ones will, until the storage is opened again:
+    /// doing it once more is in vain.
+    pub fn is_poisoned(&self) -> bool {
+        self.driver().is_poisoned() || self.below().iter().any(|node| node.driver().is_poisoned())
+    }
+
+    /// An operator accepts what failed flushes have lost: later ones are done again.
+    pub fn forgive(&self) {
+        self.driver().forgive();
+        self.below().iter().for_each(|node| node.driver().forgive());
+    }
+}
+
+/// The last child first.
+fn children(node: &Node) -> Vec<Arc<Node>> {
+    node.driver().children().iter().map(|child| child.node()).rev().collect()
+}
