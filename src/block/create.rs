@@ -326,10 +326,12 @@ impl Creation {
     }
 }
 
-/// The options of a node that is only looked at.
+/// The options of a node that is only looked at, while another process may be writing to it: its length stays
+/// what it is.
 fn read_only(mut options: Map, name: &str) -> Map {
     options.insert("node-name", name);
     options.insert("read-only", true);
+    options.insert("force-share", true);
     options
 }
 

@@ -19,6 +19,7 @@ mod newer;
 mod no_text;
 mod progress;
 mod random;
+mod served;
 mod snapshots;
 mod targets;
 mod unheard;
