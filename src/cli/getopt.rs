@@ -16,16 +16,19 @@ pub struct Opt {
     /// What its value is called; none for a switch.
     pub value: Option<&'static str>,
     pub help: &'static str,
+    /// What versions of QEMU after 7.2 call it besides: letters and long names. A long name of 7.2 that is cut
+    /// short stays that name, whatever else begins so.
+    pub newer: &'static [&'static str],
 }
 
 /// A switch: `-q`.
 pub const fn switch(short: &'static str, long: &'static str, help: &'static str) -> Opt {
-    Opt { short, long, value: None, help }
+    Opt { short, long, value: None, help, newer: &[] }
 }
 
 /// A switch that has a long name alone: `--image-opts`.
 pub const fn long_switch(long: &'static str, help: &'static str) -> Opt {
-    Opt { short: "", long, value: None, help }
+    Opt { short: "", long, value: None, help, newer: &[] }
 }
 
 /// An option with a value: `-f FORMAT`.
@@ -35,18 +38,42 @@ pub const fn valued(
     value: &'static str,
     help: &'static str,
 ) -> Opt {
-    Opt { short, long, value: Some(value), help }
+    Opt { short, long, value: Some(value), help, newer: &[] }
 }
 
 /// An option with a value and a long name alone: `--output FORMAT`.
 pub const fn long_valued(long: &'static str, value: &'static str, help: &'static str) -> Opt {
-    Opt { short: "", long, value: Some(value), help }
+    Opt { short: "", long, value: Some(value), help, newer: &[] }
 }
 
 impl Opt {
-    /// What it goes by in a parsed line: the long name, or the short one where there is no other.
+    /// The same with names that later versions of QEMU have for it.
+    pub const fn newer(self, newer: &'static [&'static str]) -> Opt {
+        Opt { newer, ..self }
+    }
+
+    /// What it goes by in a parsed line: the long name, or the short one where there is no other, or the first
+    /// of the newer ones.
     fn key(&self) -> &'static str {
-        if self.long.is_empty() { self.short } else { self.long }
+        [self.long, self.short]
+            .into_iter()
+            .chain(self.newer.iter().copied())
+            .find(|name| !name.is_empty())
+            .unwrap_or_default()
+    }
+
+    fn has_letter(&self, letter: char) -> bool {
+        let is_it = |name: &str| name.chars().eq([letter]);
+        is_it(self.short) || self.newer.iter().any(|name| is_it(name))
+    }
+
+    /// All its letters and long names.
+    pub fn flags(&self) -> impl Iterator<Item = String> {
+        let names = [self.short, self.long].into_iter().chain(self.newer.iter().copied());
+        names.filter(|name| !name.is_empty()).map(|name| match name.chars().count() {
+            1 => format!("-{name}"),
+            _ => format!("--{name}"),
+        })
     }
 }
 
@@ -147,7 +174,7 @@ pub fn parse(
             };
             let mut rest = argument[1..].chars();
             while let Some(short) = rest.next() {
-                let found = options.iter().find(|option| option.short.starts_with(short));
+                let found = options.iter().find(|option| option.has_letter(short));
                 let Some(option) = found else {
                     if short == 'h' {
                         line.help = true;
@@ -194,13 +221,24 @@ fn find_long<'a>(options: &'a [Opt], name: &str) -> Option<Option<&'a Opt>> {
     if name == "help" {
         return Some(None);
     }
-    if let Some(option) = options.iter().find(|o| !o.long.is_empty() && o.long == name) {
+    let is_whole = |option: &&Opt| {
+        // A letter is no long name.
+        option.long == name || name.len() > 1 && option.newer.contains(&name)
+    };
+    if let Some(option) = options.iter().find(is_whole).filter(|_| !name.is_empty()) {
         return Some(Some(option));
     }
     let mut fitting = options.iter().filter(|o| !o.long.is_empty() && o.long.starts_with(name));
     match (fitting.next(), fitting.next(), "help".starts_with(name)) {
-        (Some(option), None, false) => Some(Some(option)),
-        (None, None, true) => Some(None),
+        (Some(option), None, false) => return Some(Some(option)),
+        (None, None, true) => return Some(None),
+        (None, None, false) => {}
+        _ => return None,
+    }
+    let begins = |newer: &&str| newer.len() > 1 && newer.starts_with(name);
+    let mut fitting = options.iter().filter(|option| option.newer.iter().any(begins));
+    match (fitting.next(), fitting.next()) {
+        (Some(option), None) => Some(Some(option)),
         _ => None,
     }
 }
@@ -217,9 +255,12 @@ pub fn command(
         if let Some(short) = option.short.chars().next() {
             arg = arg.short(short);
         }
-        if !option.long.is_empty() {
-            arg = arg.long(option.long);
+        let newer = option.newer.iter().copied().filter(|name| name.len() > 1);
+        let mut long = Some(option.long).filter(|name| !name.is_empty()).into_iter().chain(newer);
+        if let Some(long) = long.next() {
+            arg = arg.long(long);
         }
+        arg = arg.visible_aliases(long);
         match option.value {
             Some(value) => arg.value_name(value).action(ArgAction::Append),
             None => arg.action(ArgAction::SetTrue),
@@ -233,12 +274,9 @@ pub fn command(
 /// How the command is used, on one line: `info [--object OBJECT] [-f FORMAT] FILE`.
 pub fn usage(name: &str, options: &[Opt], operands: &str) -> String {
     let shown = options.iter().map(|option| {
-        let flag = match (option.short, option.long) {
-            ("", long) => format!("--{long}"),
-            (short, _) => format!("-{short}"),
-        };
+        let flag = option.flags().next().unwrap_or_default();
         match option.value {
-            Some(value) if option.short.is_empty() => format!(" [{flag}={value}]"),
+            Some(value) if flag.starts_with("--") => format!(" [{flag}={value}]"),
             Some(value) => format!(" [{flag} {value}]"),
             None => format!(" [{flag}]"),
         }
@@ -257,6 +295,8 @@ mod tests {
         long_switch("image-opts", ""),
         long_valued("output", "FORMAT", ""),
         long_valued("object", "OBJECT", ""),
+        valued("F", "", "FORMAT", "").newer(&["B", "backing-format", "other-format"]),
+        long_switch("", "").newer(&["limits", "image-limits"]),
     ];
 
     fn read(text: &str) -> Result<(String, String), Wrong> {
@@ -278,6 +318,10 @@ mod tests {
             ("-f -q", "format=-q", ""),
             ("--output json --image --out=x -", "output=json image-opts= output=x", "-"),
             ("--format= -- -q", "format=", "-q"),
+            ("-Braw -F a --backing-format b --other=c", "F=raw F=a F=b F=c", ""),
+            ("-qBraw", "q= F=raw", ""),
+            // What 7.2 takes cut short stays what it is.
+            ("--image --limits --li", "image-opts= limits= limits=", ""),
         ] {
             assert_eq!(read(text), Ok((options.into(), operands.into())), "{text}");
         }
@@ -295,6 +339,7 @@ mod tests {
             ("a -q -xq", "a"),
             ("--bogus", "--bogus"),
             ("--o json", "--o"),
+            ("--B raw", "--B"),
             ("--image-opts=1", "--image-opts=1"),
             ("--help=1", "--help=1"),
         ] {

@@ -24,7 +24,7 @@ mod vhost_user_block;
 use crate::block::Error;
 use crate::tools::output;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
@@ -98,6 +98,12 @@ pub fn main() -> ExitCode {
     if called == "vhost-user-block" {
         return report("vhost-user-block", vhost_user_block::run(arguments.collect()));
     }
+    if called.as_encoded_bytes().starts_with(b"qemu-")
+        && called != "qemu-img"
+        && called != "qemu-io"
+    {
+        return unknown_program(called);
+    }
     let rest: Vec<OsString> = arguments.collect();
     if called == "qemu-img" {
         return img::qemu_img(rest);
@@ -132,6 +138,15 @@ pub fn main() -> ExitCode {
         Command::Generate(generate) => generate.run(command_line()),
     };
     report("vublk", outcome)
+}
+
+/// A link named as one of QEMU's programs that this one cannot stand in for: whoever calls it must not take what
+/// comes for its answer.
+fn unknown_program(called: &OsStr) -> ExitCode {
+    let called = called.display().to_string();
+    let line = "vublk does not do this program's work: it has qemu-img, qemu-io, qemu-storage-daemon and \
+                vhost-user-block";
+    report(&called, Err(line.into()))
 }
 
 /// The whole command line, as help texts, man pages and completions show it.

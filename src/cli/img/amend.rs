@@ -21,9 +21,11 @@ pub static TOOL: Tool = Tool {
         PLAIN_FORMAT,
         CACHE,
         long_switch("force", "allow what is not safe"),
-        valued("o", "", "OPTIONS", "NAME=VALUE,…; help lists them"),
+        valued("o", "", "OPTIONS", "NAME=VALUE,…; help lists them").newer(&["options"]),
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force] -o \
+             options filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

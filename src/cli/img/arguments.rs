@@ -13,13 +13,15 @@ pub const OBJECT: Opt =
 pub const IMAGE_OPTS: Opt =
     long_switch("image-opts", "the image is named by a string of options (driver=raw,…)");
 pub const FORMAT: Opt = valued("f", "format", "FORMAT", "the image's format; guessed if not given");
-pub const PLAIN_FORMAT: Opt = valued("f", "", "FORMAT", "the image's format; guessed if not given");
+pub const PLAIN_FORMAT: Opt =
+    valued("f", "", "FORMAT", "the image's format; guessed if not given").newer(&["format"]);
 pub const FORCE_SHARE: Opt =
     switch("U", "force-share", "open the image even while others write to it");
 pub const OUTPUT: Opt = long_valued("output", "FORMAT", "the form of the output: human or json");
-pub const QUIET: Opt = switch("q", "quiet", "say nothing but errors");
-pub const PROGRESS: Opt = switch("p", "", "show how far the work has come");
-pub const CACHE: Opt = valued("t", "", "CACHE", "cache mode for the image that is written");
+pub const QUIET: Opt = switch("q", "", "say nothing but errors").newer(&["quiet"]);
+pub const PROGRESS: Opt = switch("p", "", "show how far the work has come").newer(&["progress"]);
+pub const CACHE: Opt =
+    valued("t", "", "CACHE", "cache mode for the image that is written").newer(&["cache"]);
 pub const SOURCE_CACHE: Opt = valued("T", "", "CACHE", "cache mode for images that are read");
 
 /// Reads a size, as an option's value: `what` is what it is the size of.
@@ -176,7 +178,7 @@ pub fn one_operand(line: &Line) -> Result<&str, Failed> {
 impl Context {
     /// The progress of long work, shown as the command line wants it.
     pub(super) fn progress(&self, line: &Line) -> Progress {
-        Progress::new(match (line.has("quiet"), line.has("p")) {
+        Progress::new(match (line.has("q"), line.has("p")) {
             (true, _) => Show::Nothing,
             (false, true) => Show::Lines,
             (false, false) if self.draws_bars => Show::Bar,

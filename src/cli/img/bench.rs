@@ -12,24 +12,29 @@ pub static TOOL: Tool = Tool {
     name: "bench",
     about: "Time sequential requests to an image",
     options: &[
-        valued("c", "", "COUNT", "requests in all (75000)"),
-        valued("d", "", "DEPTH", "requests in parallel (64)"),
+        valued("c", "", "COUNT", "requests in all (75000)").newer(&["count"]),
+        valued("d", "", "DEPTH", "requests in parallel (64)").newer(&["depth"]),
         PLAIN_FORMAT,
         long_valued("flush-interval", "N", "flush after so many writes"),
-        valued("i", "", "AIO", "threads, native or io_uring; all mean io_uring here"),
-        switch("n", "", "short for -i native"),
+        valued("i", "", "AIO", "threads, native or io_uring; all mean io_uring here")
+            .newer(&["aio"]),
+        switch("n", "", "short for -i native").newer(&["native"]),
         long_switch("no-drain", "flush without waiting for writes in flight"),
-        valued("o", "", "OFFSET", "of the first request, in bytes"),
+        valued("o", "", "OFFSET", "of the first request, in bytes").newer(&["offset"]),
         long_valued("pattern", "BYTE", "what is written (0)"),
         QUIET,
-        valued("s", "", "SIZE", "of a request, in bytes (4096)"),
-        valued("S", "", "STEP", "from one request to the next, in bytes (the size)"),
+        valued("s", "", "SIZE", "of a request, in bytes (4096)").newer(&["buffer-size"]),
+        valued("S", "", "STEP", "from one request to the next, in bytes (the size)")
+            .newer(&["step-size"]),
         arguments::CACHE,
-        switch("w", "", "write instead of reading"),
+        switch("w", "", "write instead of reading").newer(&["write"]),
         FORCE_SHARE,
         IMAGE_OPTS,
     ],
     operands: "FILE",
+    usage: "[-c count] [-d depth] [-f fmt] [--flush-interval=flush_interval] [-i aio] [-n] \
+             [--no-drain] [-o offset] [--pattern=pattern] [-q] [-s buffer_size] [-S step_size] \
+             [-t cache] [-w] [-U] filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

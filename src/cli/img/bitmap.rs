@@ -11,21 +11,25 @@ pub static TOOL: Tool = Tool {
     name: "bitmap",
     about: "Add, remove and change an image's persistent bitmaps",
     options: &[
-        valued("b", "", "FILE", "the image with the bitmaps that are merged"),
+        valued("b", "source-file", "FILE", "the image with the bitmaps that are merged"),
         PLAIN_FORMAT,
-        valued("F", "", "FORMAT", "that image's format"),
-        valued("g", "", "SIZE", "the granularity of a new bitmap"),
+        valued("F", "source-format", "FORMAT", "that image's format"),
+        valued("g", "granularity", "SIZE", "the granularity of a new bitmap"),
         OBJECT,
         IMAGE_OPTS,
         long_switch("add", "make the bitmap"),
         long_switch("remove", "remove the bitmap"),
-        long_switch("remove-all", "remove all bitmaps, whatever state they are in; none is named"),
+        long_switch("", "remove all bitmaps, whatever state they are in; none is named")
+            .newer(&["remove-all"]),
         long_switch("clear", "forget what it has recorded"),
         long_switch("enable", "let it record"),
         long_switch("disable", "let it record no more"),
         long_valued("merge", "SOURCE", "add what another bitmap has recorded"),
     ],
     operands: "FILE [BITMAP]",
+    usage: "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b \
+             source_file [-F source_fmt]] [-g granularity] [--object objectdef] [--image-opts | \
+             -f fmt] filename bitmap",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -33,7 +37,8 @@ pub static TOOL: Tool = Tool {
 const ACTIONS: [&str; 6] = ["add", "remove", "clear", "enable", "disable", "merge"];
 
 async fn run(context: &Context, line: Line) -> Ended {
-    let granularity = line.get("g").map(|text| arguments::any_number(text, "granularity"));
+    let granularity =
+        line.get("granularity").map(|text| arguments::any_number(text, "granularity"));
     // None is asked for with 0; of others, QMP has 32 bits.
     let granularity = granularity.transpose()?.filter(|&size| size > 0);
     let granularity = granularity.map(|size| u64::from(size as u32));
@@ -46,10 +51,10 @@ async fn run(context: &Context, line: Line) -> Ended {
     }
     for (wrong, text) in [
         (all && acts, "--remove-all cannot be combined with what is done to one bitmap"),
-        (line.has("g") && !line.has("add"), "granularity only supported with --add"),
-        (line.has("F") && !line.has("b"), "-F only supported with -b"),
+        (line.has("granularity") && !line.has("add"), "granularity only supported with --add"),
+        (line.has("source-format") && !line.has("source-file"), "-F only supported with -b"),
         (
-            line.has("b") && !line.has("merge"),
+            line.has("source-file") && !line.has("merge"),
             "Merge bitmap source file only supported with --merge",
         ),
     ] {
@@ -93,8 +98,8 @@ async fn run(context: &Context, line: Line) -> Ended {
 
 /// The image of `-b`.
 async fn open_source(images: &Images, line: &Line) -> Result<Option<Opened>, Error> {
-    let Some(name) = line.get("b") else { return Ok(None) };
-    let format = line.get("F");
+    let Some(name) = line.get("source-file") else { return Ok(None) };
+    let format = line.get("source-format");
     let wanted = Wanted { name, format, exclusive: true, no_backing: true, ..Wanted::default() };
     images.open(&wanted).await.map(Some)
 }

@@ -20,10 +20,12 @@ pub static TOOL: Tool = Tool {
         FORMAT,
         OUTPUT,
         valued("r", "repair", "WHAT", "repair: leaks or all"),
-        SOURCE_CACHE,
+        SOURCE_CACHE.newer(&["cache", "source-cache"]),
         FORCE_SHARE,
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-q] [-f fmt] [--output=ofmt] [-r [leaks | \
+             all]] [-T src_cache] [-U] filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -63,7 +65,7 @@ async fn run(context: &Context, line: Line) -> Ended {
 
 async fn check(images: &Images, image: Opened, line: &Line, fix: Fix, json: bool) -> Ended {
     let say = |text: String| {
-        if !line.has("quiet") {
+        if !line.has("q") {
             outln!("{text}");
         }
     };

@@ -21,12 +21,14 @@ pub static TOOL: Tool = Tool {
         QUIET,
         PLAIN_FORMAT,
         CACHE,
-        valued("b", "", "FILE", "the image below it that is written to"),
-        valued("r", "", "RATE", "bytes in a second, at most"),
-        switch("d", "", "do not empty the image afterwards"),
+        valued("b", "", "FILE", "the image below it that is written to").newer(&["base"]),
+        valued("r", "", "RATE", "bytes in a second, at most").newer(&["rate-limit"]),
+        switch("d", "", "do not empty the image afterwards").newer(&["drop"]),
         PROGRESS,
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-q] [-f fmt] [-t cache] [-b base] [-r \
+             rate_limit] [-d] [-p] filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -54,7 +56,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     }
     progress.end();
     images.end().await;
-    if ended.is_ok() && !line.has("quiet") {
+    if ended.is_ok() && !line.has("q") {
         outln!("Image committed.");
     }
     Ok(ended.unwrap_or_else(|failed| failed.code))

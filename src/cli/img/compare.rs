@@ -1,7 +1,7 @@
 //! `compare`: whether two images have the same contents.
 
 use super::arguments::{
-    self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, SOURCE_CACHE,
+    self, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,
 };
 use super::{Context, Ended, Failed, Tool, outln};
 use crate::cli::getopt::{Line, switch, valued};
@@ -14,15 +14,18 @@ pub static TOOL: Tool = Tool {
     options: &[
         OBJECT,
         IMAGE_OPTS,
-        FORMAT,
-        valued("F", "", "FORMAT", "the second image's format; guessed if not given"),
-        SOURCE_CACHE,
+        PLAIN_FORMAT.newer(&["a-format", "format"]),
+        valued("F", "", "FORMAT", "the second image's format; guessed if not given")
+            .newer(&["b-format"]),
+        SOURCE_CACHE.newer(&["cache", "source-cache"]),
         PROGRESS,
         QUIET,
-        switch("s", "", "strict: sizes and what is stored must be equal, too"),
+        switch("s", "", "strict: sizes and what is stored must be equal, too").newer(&["strict"]),
         FORCE_SHARE,
     ],
     operands: "FILE1 FILE2",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s] \
+             [-U] filename1 filename2",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -56,10 +59,10 @@ async fn compare_named(
     cache: Cache,
     progress: &Progress,
 ) -> Ended {
-    let quiet = line.has("quiet");
+    let quiet = line.has("q");
     let cannot_open = |failed: Failed| failed.code(CANNOT_OPEN);
     let mut disks = Vec::new();
-    for (name, key) in names.into_iter().zip(["format", "F"]) {
+    for (name, key) in names.into_iter().zip(["f", "F"]) {
         let wanted = arguments::wanted(line, name, key, "image-opts").map_err(cannot_open)?;
         let opened = images.open(&Wanted { cache, ..wanted }).await;
         disks.push(opened.map_err(|error| cannot_open(error.into()))?);

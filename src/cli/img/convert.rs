@@ -26,26 +26,33 @@ pub static TOOL: Tool = Tool {
         long_switch("bitmaps", "copy the persistent bitmaps, too"),
         long_switch("skip-broken-bitmaps", "with --bitmaps, leave out inconsistent ones"),
         FORCE_SHARE,
-        switch("C", "", "pass data on as it is, without a look for zeroes"),
-        switch("c", "", "compress"),
+        switch("C", "", "pass data on as it is, without a look for zeroes").newer(&["copy-range"]),
+        switch("c", "", "compress").newer(&["compress"]),
         PROGRESS,
         QUIET,
-        switch("n", "", "do not create the target: it exists"),
-        PLAIN_FORMAT,
-        CACHE,
-        SOURCE_CACHE,
-        valued("O", "", "FORMAT", "the new image's format (raw)"),
-        valued("B", "", "FILE", "the new image's backing file"),
-        valued("F", "", "FORMAT", "the backing file's format"),
-        valued("o", "", "OPTIONS", "options of the new image: NAME=VALUE,…; help lists them"),
-        valued("l", "", "SNAPSHOT", "the internal snapshot to copy"),
-        valued("S", "", "SIZE", "least run of zeroes that becomes a hole (4k); 0: none does"),
-        valued("r", "", "RATE", "bytes in a second, at most"),
-        valued("m", "", "N", "pieces on their way at the same time (8)"),
-        switch("W", "", "write in any order"),
+        switch("n", "", "do not create the target: it exists").newer(&["no-create"]),
+        PLAIN_FORMAT.newer(&["source-format", "format"]),
+        CACHE.newer(&["target-cache", "cache"]),
+        SOURCE_CACHE.newer(&["source-cache"]),
+        valued("O", "", "FORMAT", "the new image's format (raw)").newer(&["target-format"]),
+        valued("B", "", "FILE", "the new image's backing file").newer(&["b", "backing"]),
+        valued("F", "", "FORMAT", "the backing file's format").newer(&["backing-format"]),
+        valued("o", "", "OPTIONS", "options of the new image: NAME=VALUE,…; help lists them")
+            .newer(&["options"]),
+        valued("l", "", "SNAPSHOT", "the internal snapshot to copy").newer(&["snapshot"]),
+        valued("S", "", "SIZE", "least run of zeroes that becomes a hole (4k); 0: none does")
+            .newer(&["sparse-size"]),
+        valued("r", "", "RATE", "bytes in a second, at most").newer(&["rate-limit"]),
+        valued("m", "", "N", "pieces on their way at the same time (8)").newer(&["parallel"]),
+        switch("W", "", "write in any order").newer(&["oob"]),
         long_switch("salvage", "what cannot be read becomes zeroes"),
     ],
     operands: "FILE… TARGET",
+    usage: "[--object objectdef] [--image-opts] [--target-image-opts] [--target-is-zero] \
+             [--bitmaps] [-U] [-C] [-c] [-p] [-q] [-n] [-f fmt] [-t cache] [-T src_cache] [-O \
+             output_fmt] [-B backing_file [-F backing_fmt]] [-o options] [-l snapshot_param] [-S \
+             sparse_size] [-r rate_limit] [-m num_coroutines] [-W] [--salvage] filename \
+             [filename2 [...]] output_filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -212,7 +219,7 @@ async fn convert(
         salvage: line.has("salvage"),
         rate,
     };
-    let quiet = line.has("quiet");
+    let quiet = line.has("q");
     let (told, shown) = (context.clone(), progress.clone());
     let salvaged = Box::new(move |at: u64, errno: crate::io::Errno| {
         if !quiet {

@@ -1,6 +1,6 @@
 //! `create`: a new image.
 
-use super::arguments::{self, FORMAT, OBJECT, QUIET};
+use super::arguments::{self, OBJECT, PLAIN_FORMAT, QUIET};
 use super::{Context, Ended, Failed, Tool, option_help, out, outln};
 use crate::block::create::NewBacking;
 use crate::cli::getopt::{Line, switch, valued};
@@ -14,13 +14,16 @@ pub static TOOL: Tool = Tool {
     options: &[
         OBJECT,
         QUIET,
-        FORMAT,
-        valued("b", "", "FILE", "take unwritten bytes from this image"),
-        valued("F", "", "FORMAT", "the backing file's format"),
-        switch("u", "", "do not look whether the backing file is there"),
-        valued("o", "", "OPTIONS", "options of the format: NAME=VALUE,…; help lists them"),
+        PLAIN_FORMAT,
+        valued("b", "", "FILE", "take unwritten bytes from this image").newer(&["backing"]),
+        valued("F", "", "FORMAT", "the backing file's format").newer(&["B", "backing-format"]),
+        switch("u", "", "do not look whether the backing file is there").newer(&["backing-unsafe"]),
+        valued("o", "", "OPTIONS", "options of the format: NAME=VALUE,…; help lists them")
+            .newer(&["options"]),
     ],
     operands: "FILE [SIZE]",
+    usage: "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o \
+             options] filename [size]",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -34,7 +37,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         wants_help |= parsed.help;
         arguments::add_options(&mut given, parsed.options);
     }
-    let format = line.get("format").unwrap_or("raw");
+    let format = line.get("f").unwrap_or("raw");
     if wants_help {
         option_help::print(context, format, line.operands.first().map(|name| &**name))?;
         return Ok(0);
@@ -65,7 +68,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     let creation = drivers::creation(format, filename, given, size).map_err(at)?;
     let backing = if line.has("u") { NewBacking::Unseen } else { NewBacking::Opened };
     let creation = creation.check_backing(backing).await.map_err(at)?;
-    let quiet = line.has("quiet");
+    let quiet = line.has("q");
     if !quiet {
         // The line ends when the image is there, as scripts know it from qemu-img.
         out!("{}", creation.describe());

@@ -17,9 +17,11 @@ pub static TOOL: Tool = Tool {
         IMAGE_OPTS,
         FORCE_SHARE,
         PLAIN_FORMAT,
-        valued("O", "", "FORMAT", "the new image's format (raw)"),
+        valued("O", "", "FORMAT", "the new image's format (raw)").newer(&["output-format"]),
     ],
     operands: "[bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
+    usage: "[--image-opts] [-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] \
+             [skip=blocks] if=input of=output",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

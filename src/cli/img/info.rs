@@ -19,11 +19,13 @@ pub static TOOL: Tool = Tool {
         FORMAT,
         OUTPUT,
         long_switch("backing-chain", "tell about all images below it, too"),
-        long_switch("limits", "tell what requests must or should be like"),
+        long_switch("", "tell what requests must or should be like").newer(&["limits"]),
         CACHE,
         FORCE_SHARE,
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [-U] \
+             filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

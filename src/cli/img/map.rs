@@ -20,6 +20,8 @@ pub static TOOL: Tool = Tool {
         FORCE_SHARE,
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] \
+             [--max-length=len] [--output=ofmt] [-U] filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

@@ -13,16 +13,19 @@ pub static TOOL: Tool = Tool {
     about: "Tell the size that a new image's file would have",
     options: &[
         OUTPUT,
-        valued("O", "", "FORMAT", "the new image's format: raw or qcow2 (raw)"),
-        valued("o", "", "OPTIONS", "options of the new image: NAME=VALUE,…"),
-        long_valued("size", "N", "the size of a new, empty disk"),
+        valued("O", "", "FORMAT", "the new image's format: raw or qcow2 (raw)")
+            .newer(&["target-format"]),
+        valued("o", "", "OPTIONS", "options of the new image: NAME=VALUE,…").newer(&["options"]),
+        long_valued("size", "N", "the size of a new, empty disk").newer(&["s"]),
         OBJECT,
         IMAGE_OPTS,
         PLAIN_FORMAT,
-        valued("l", "", "SNAPSHOT", "the internal snapshot to convert"),
+        valued("l", "", "SNAPSHOT", "the internal snapshot to convert").newer(&["snapshot"]),
         FORCE_SHARE,
     ],
     operands: "[FILE]",
+    usage: "[--output=ofmt] [-O output_fmt] [-o options] [--size N | [--object objectdef] \
+             [--image-opts] [-f fmt] [-l snapshot_param] filename]",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

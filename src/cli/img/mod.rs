@@ -66,6 +66,8 @@ pub struct Tool {
     pub about: &'static str,
     pub options: &'static [Opt],
     pub operands: &'static str,
+    /// What stands behind the name in qemu-img's usage line, which programs look for to learn what it can do.
+    pub usage: &'static str,
     /// The last argument is an operand, whatever it looks like.
     pub takes_last: bool,
     pub run: for<'a> fn(&'a Context, Line) -> LocalFuture<'a, Ended>,

@@ -83,39 +83,38 @@ pub fn print_help(context: &Context, tool: Option<&Tool>) {
     use super::outln;
     let program = &context.program;
     outln!("{program} {VERSION}");
-    match tool {
-        Some(tool) => {
+    match (tool, context.is_qemu_img()) {
+        (Some(tool), false) => {
             outln!("usage: {program} {}", usage(tool.name, tool.options, tool.operands));
             outln!("{}\n", tool.about);
             tool.options.iter().for_each(print_option);
         }
-        None => {
-            outln!("usage: {program} [standard options] command [command options]");
-            outln!("QEMU disk image utility\n");
-            OPTIONS.iter().for_each(print_option);
-            outln!("\nCommand syntax:");
-            for tool in TOOLS {
-                outln!("  {}", usage(tool.name, tool.options, tool.operands));
-            }
-            outln!("\nCommands:");
-            for tool in TOOLS {
-                outln!("  {:<9} {}", tool.name, tool.about);
-            }
-        }
+        (Some(tool), true) => print_as_qemu_img(&[tool]),
+        (None, _) => print_as_qemu_img(TOOLS),
     }
-    let formats = drivers::registry().iter().filter(|entry| entry.kind != Kind::Filter);
+    let is_told = |kind| kind != Kind::Filter || context.is_qemu_img();
+    let formats = drivers::registry().iter().filter(|entry| is_told(entry.kind));
     let names: Vec<&str> = formats.map(|entry| entry.name).collect();
     outln!("\nSupported formats: {}", names.join(" "));
 }
 
+/// Under QEMU's name, its usage lines come first: programs read them to learn what can be asked for. What later
+/// versions have besides is told among the options.
+fn print_as_qemu_img(tools: &[&Tool]) {
+    use super::outln;
+    outln!("usage: qemu-img [standard options] command [command options]");
+    outln!("QEMU disk image utility\n");
+    OPTIONS.iter().for_each(print_option);
+    outln!("\nCommand syntax:");
+    tools.iter().for_each(|tool| outln!("  {} {}", tool.name, tool.usage));
+    for tool in tools {
+        outln!("\n{}: {}", tool.name, tool.about);
+        tool.options.iter().for_each(print_option);
+    }
+}
+
 fn print_option(option: &Opt) {
-    let mut flags = Vec::new();
-    if !option.short.is_empty() {
-        flags.push(format!("-{}", option.short));
-    }
-    if !option.long.is_empty() {
-        flags.push(format!("--{}", option.long));
-    }
+    let flags: Vec<String> = option.flags().collect();
     let value = option.value.map(|value| format!(" {value}")).unwrap_or_default();
     super::outln!("  {:<34} {}", flags.join(", ") + &value, option.help);
 }

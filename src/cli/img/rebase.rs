@@ -22,14 +22,16 @@ pub static TOOL: Tool = Tool {
         QUIET,
         PLAIN_FORMAT,
         CACHE,
-        SOURCE_CACHE,
+        SOURCE_CACHE.newer(&["backing-cache"]),
         PROGRESS,
-        switch("u", "", "record the name, and nothing more"),
-        switch("c", "compress", "compress what is copied into the image"),
-        valued("b", "", "FILE", "the new backing file; empty for none"),
-        valued("F", "", "FORMAT", "the new backing file's format"),
+        switch("u", "", "record the name, and nothing more").newer(&["backing-unsafe"]),
+        switch("c", "", "compress what is copied into the image").newer(&["compress"]),
+        valued("b", "", "FILE", "the new backing file; empty for none").newer(&["backing"]),
+        valued("F", "", "FORMAT", "the new backing file's format").newer(&["B", "backing-format"]),
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] [-T src_cache] \
+             [-p] [-u] -b backing_file [-F backing_fmt] filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -63,7 +65,7 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -
     // The image itself is never shared: it is written to.
     let wanted = Wanted { writable: true, no_backing, cache, force_share: false, ..wanted };
     let image = images.open(&wanted).await?;
-    let compress = line.has("compress");
+    let compress = line.has("c");
     if compress && line.has("u") {
         return Err("Nothing is copied with -u that could be compressed".into());
     }

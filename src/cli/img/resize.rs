@@ -1,6 +1,6 @@
 //! `resize`: sets the length of an image's disk.
 
-use super::arguments::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use super::arguments::{self, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, QUIET};
 use super::{Context, Ended, Failed, Tool, outln};
 use crate::block::Preallocation;
 use crate::cli::getopt::{Line, long_switch, long_valued};
@@ -14,12 +14,14 @@ pub static TOOL: Tool = Tool {
     options: &[
         OBJECT,
         IMAGE_OPTS,
-        FORMAT,
+        PLAIN_FORMAT,
         long_valued("preallocation", "MODE", "how new space is allocated: off, falloc, full, …"),
         QUIET,
         long_switch("shrink", "allow that what lies beyond the new size is lost"),
     ],
     operands: "FILE [+|-]SIZE",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=prealloc] [-q] \
+             [--shrink] filename [+ | -]size",
     takes_last: true,
     run: |context, line| Box::pin(run(context, line)),
 };
@@ -35,7 +37,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         return Ok(0);
     }
     let change = Change::parse(size)?;
-    let wanted = arguments::wanted(&line, name, "format", "image-opts")?;
+    let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
     let images = context.images();
     let image = images.open(&Wanted { writable: true, resize: true, ..wanted }).await?;
     let old = image.len();
@@ -55,7 +57,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     image.resize(len, preallocation).await?;
     images.close(image).await?;
     images.end().await;
-    if !line.has("quiet") {
+    if !line.has("q") {
         outln!("Image resized.");
     }
     Ok(0)

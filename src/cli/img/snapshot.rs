@@ -16,12 +16,14 @@ pub static TOOL: Tool = Tool {
         IMAGE_OPTS,
         FORCE_SHARE,
         QUIET,
-        switch("l", "", "list"),
-        valued("a", "", "SNAPSHOT", "turn the disk back to it"),
-        valued("c", "", "SNAPSHOT", "make it"),
-        valued("d", "", "SNAPSHOT", "delete it"),
+        switch("l", "", "list").newer(&["list"]),
+        valued("a", "", "SNAPSHOT", "turn the disk back to it").newer(&["apply"]),
+        valued("c", "", "SNAPSHOT", "make it").newer(&["create"]),
+        valued("d", "", "SNAPSHOT", "delete it").newer(&["delete"]),
     ],
     operands: "FILE",
+    usage: "[--object objectdef] [--image-opts] [-U] [-q] [-l | -a snapshot | -c snapshot | -d \
+             snapshot] filename",
     takes_last: false,
     run: |context, line| Box::pin(run(context, line)),
 };

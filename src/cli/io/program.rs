@@ -172,11 +172,7 @@ fn print_help(program: &str) {
     outln!("Usage: {called} [OPTIONS]... [-c STRING]... [file]");
     outln!("{about}\n");
     for option in OPTIONS {
-        let mut flags = Vec::new();
-        if !option.short.is_empty() {
-            flags.push(format!("-{}", option.short));
-        }
-        flags.push(format!("--{}", option.long));
+        let flags: Vec<String> = option.flags().collect();
         let value = option.value.map(|value| format!(" {value}")).unwrap_or_default();
         outln!("  {:<28} {}", flags.join(", ") + &value, option.help);
     }

@@ -17,6 +17,7 @@ mod messages;
 mod names;
 mod newer;
 mod no_text;
+mod options;
 mod progress;
 mod random;
 mod served;
