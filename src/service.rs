@@ -42,8 +42,9 @@ const SERIAL: &str = "vhost_user_blk";
 /// What overlays are made in.
 const OVERLAY_FORMAT: &str = "qcow2";
 
-/// Queues at most that an export may have; the front ends' limits lie below.
-pub const MAX_QUEUES: u16 = 64;
+/// Queues at most that an export may have: messages that bring a queue's descriptors name it by 8 bits, so
+/// that the descriptors of queue 256 would become those of queue 0.
+pub const MAX_QUEUES: u16 = 256;
 
 /// A running service. Dropping it ends the exports, then closes the graph.
 pub struct Service {

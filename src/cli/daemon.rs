@@ -10,6 +10,7 @@ use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
+use crate::io::descriptors;
 use crate::metrics;
 use crate::monitor::Control;
 use crate::options::{bytes, keyval};
@@ -100,6 +101,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     super::log::start(0, LogArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?);
     // After the fork: a signalfd tells of the process that made it.
     let stop = signals.descriptor()?;
+    descriptors::raise_limit();
     let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
     let mut service = Service::new(drivers::registry(), policy.policy())?;
     service.wait_for_locks(Some(EndSignals::have_come));

@@ -13,7 +13,7 @@ use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
 use crate::export::vhost_user_blk::{
     Address, DiskOptions, FailureOptions, ReadErrors, WriteErrors,
 };
-use crate::io::WorkerOptions;
+use crate::io::{WorkerOptions, descriptors};
 use crate::metrics;
 use crate::options::{Map, Size, Value, bytes, size};
 use crate::sandbox::{self, Plan};
@@ -151,6 +151,7 @@ impl Serve {
         if self.serial.as_ref().is_some_and(|serial| serial.len() > 20) {
             return Err("--serial: at most 20 bytes".into());
         }
+        descriptors::raise_limit();
         let signals = EndSignals::block();
         let stop = signals.descriptor()?;
         let mut descriptors = Descriptors::new();

@@ -11,6 +11,7 @@
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own.
+//! * [`descriptors`]: how many there may be, and those that are set aside.
 //! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
 //! * [`shared_mapping`]: memory that another process may take away again.
 //! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
@@ -19,6 +20,7 @@
 
 mod buffer;
 mod clock;
+pub mod descriptors;
 pub mod device;
 pub mod epoch;
 pub mod errno;

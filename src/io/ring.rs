@@ -10,6 +10,7 @@
 //! files and connect sockets for whoever has taken the process over.
 
 use super::clock::Clock;
+use super::descriptors;
 use super::op::{Durable, Segments};
 use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 use std::fs::File;
@@ -164,10 +165,7 @@ pub const REGISTER_FILES_UPDATE: u8 = 6;
 
 /// The size of a ring's table of files, which may not be larger than what the process may open.
 fn pins() -> usize {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the call writes one structure.
-    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
-    limit.rlim_cur.clamp(1, PINS as u64) as usize
+    descriptors::limit().clamp(1, PINS)
 }
 
 impl Uring {

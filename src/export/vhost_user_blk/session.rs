@@ -45,6 +45,7 @@ pub struct Session {
     /// Rings that start meanwhile take nothing either.
     paused: u32,
     memory: Arc<Memory>,
+    /// Up to the last one that the front end has spoken of.
     rings: Vec<RingState>,
     /// Where requests in flight are tracked, if the front end wants it.
     inflight: Option<Arc<inflight::Region>>,
@@ -88,11 +89,6 @@ enum Kick {
 }
 
 impl RingState {
-    /// Those of a disk, of which nothing has been said.
-    fn all(disk: &Disk) -> Vec<RingState> {
-        std::iter::repeat_with(RingState::new).take(disk.options.num_queues as usize).collect()
-    }
-
     fn new() -> RingState {
         RingState {
             size: 0,
@@ -135,7 +131,7 @@ impl Session {
     ) -> Session {
         let session = Session {
             name,
-            rings: RingState::all(&disk),
+            rings: Vec::new(),
             disk,
             workers,
             first_worker,
@@ -159,12 +155,21 @@ impl Session {
         self.cut_off = Some(Arc::new(cut_off));
     }
 
+    /// Queues that the disk offers.
+    fn num_queues(&self) -> usize {
+        self.disk.options.num_queues.into()
+    }
+
+    /// A ring that the front end speaks of. One that it never does takes no memory.
     fn ring(&mut self, index: u32) -> Result<&mut RingState> {
-        let count = self.rings.len();
-        match self.rings.get_mut(index as usize) {
-            Some(ring) => Ok(ring),
-            None => refuse(format!("queue {index} of {count}")),
+        let (index, count) = (index as usize, self.num_queues());
+        if index >= count {
+            return refuse(format!("queue {index} of {count}"));
         }
+        if index >= self.rings.len() {
+            self.rings.resize_with(index + 1, RingState::new);
+        }
+        Ok(&mut self.rings[index])
     }
 
     fn has(&self, bit: u32) -> bool {
@@ -199,7 +204,7 @@ impl Session {
         self.let_journal_go();
         self.features = None;
         self.memory = Arc::default();
-        self.rings = RingState::all(&self.disk);
+        self.rings = Vec::new();
         self.inflight = None;
         self.log = None;
         self.apply_write_cache();
@@ -210,7 +215,7 @@ impl Session {
     fn reset(&mut self) -> Result<()> {
         self.stop_rings(0..self.rings.len(), AtStop::Fail)?;
         self.features = None;
-        self.rings = RingState::all(&self.disk);
+        self.rings = Vec::new();
         self.set_write_cache(true);
         Ok(())
     }
@@ -339,7 +344,7 @@ impl Session {
         if let Some(index) = self.rings.iter().position(|ring| ring.running.is_some()) {
             return refuse(format!("inflight region: queue {index} is running"));
         }
-        let (has, most) = (region.num_queues() as usize, self.rings.len());
+        let (has, most) = (region.num_queues() as usize, self.num_queues());
         if has > most {
             return refuse(format!("inflight region for {has} queues: the disk has {most}"));
         }

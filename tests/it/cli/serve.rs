@@ -83,7 +83,7 @@ fn a_disk_is_offered_with_the_defaults_of_an_expert() {
     let dir = directory();
     let server = serve(dir.path(), &["-f", "raw", "disk.img", "--socket", "a.sock"]);
     let mut disk = open(dir.path(), "a.sock");
-    assert_eq!(disk.connection().max_queues(), 64, "QEMU refuses fewer than its device asks for");
+    assert_eq!(disk.connection().max_queues(), 256, "QEMU refuses fewer than its device asks for");
     assert_eq!(disk.config().wce, 1);
     assert!(disk.has(feature::DISCARD | feature::WRITE_ZEROES | feature::FLUSH | feature::MQ));
     assert_eq!(disk.get_id().unwrap(), "vublk0");
@@ -222,7 +222,7 @@ fn command_lines_that_are_wrong_are_refused_with_a_reason() {
     assert_refused(here, &with(&["--serial", "012345678901234567890"]), "at most 20 bytes");
     assert_refused(here, &with(&["--logical-block-size", "1000"]), "power of 2");
     assert_refused(here, &with(&["--num-queues", "0"]), "num-queues");
-    assert_refused(here, &with(&["--num-queues", "65"]), "num-queues");
+    assert_refused(here, &with(&["--num-queues", "257"]), "num-queues");
     assert_refused(here, &with(&["--worker-cpus", "x"]), "no processor");
     assert_refused(here, &with(&["--socket-mode", "999"]), "octal");
     assert_refused(here, &with(&["--socket-owner", "nobody"]), "numeric");

@@ -191,6 +191,28 @@ fn what_was_acknowledged_before_a_kill_is_in_the_image() {
 }
 
 #[test]
+fn what_is_in_flight_on_each_of_256_queues_at_a_kill_is_done_again() {
+    vublk::io::descriptors::raise_limit();
+    let mut daemon = Daemon::null("latency-ns=500000000", "num-queues=256");
+    let mut disk = daemon.open(&Options { queue_size: 16, ..options(256) });
+    for index in 0..256 {
+        let request = Request::In { sector: 0, len: 512 };
+        disk.queue(index).submit(&request, &Shape::indirect()).unwrap();
+    }
+    kill(&mut daemon);
+    // As many as the daemon had come to.
+    let left = disk.inflight().map_or(0, |(told, file)| flags(told, file));
+    daemon.restart();
+    disk.reconnect().unwrap();
+    for index in 0..256 {
+        assert_eq!(disk.queue(index).wait().unwrap().status, status::OK, "queue {index}");
+    }
+    assert_eq!(begun_again(&daemon), left);
+    drop(disk);
+    daemon.end();
+}
+
+#[test]
 fn requests_in_flight_at_a_kill_are_begun_again_whatever_base_the_front_end_gives() {
     // Half a second each: they are in flight when the daemon is killed.
     let mut daemon = Daemon::null("latency-ns=500000000", "num-queues=2");

@@ -184,7 +184,7 @@ fn without_protocol_features_a_ring_is_enabled_from_its_start() {
 
 #[test]
 fn the_number_of_queues_is_the_exports() {
-    for (options, want) in [("", 1), ("num-queues=7", 7), ("num-queues=64", 64)] {
+    for (options, want) in [("", 1), ("num-queues=7", 7), ("num-queues=256", 256)] {
         let daemon = Daemon::file(options);
         let mut connection = greet(&daemon, 0);
         assert_eq!(connection.max_queues(), want);

@@ -100,10 +100,11 @@ fn work(queue: &mut Queue, number: usize, blocks: std::ops::Range<u64>) {
 }
 
 #[test]
-fn sixty_four_queues_on_three_workers_serve_one_disk() {
+fn two_hundred_and_fifty_six_queues_on_three_workers_serve_one_disk() {
+    vublk::io::descriptors::raise_limit();
     let export = super::daemon::export_of("d0", 0);
     let export =
-        format!("{export},writable=on,num-queues=64,iothread.0=a,iothread.1=b,iothread.2=c");
+        format!("{export},writable=on,num-queues=256,iothread.0=a,iothread.1=b,iothread.2=c");
     let daemon = Daemon::start(&[
         "--object",
         "iothread,id=a",
@@ -117,19 +118,19 @@ fn sixty_four_queues_on_three_workers_serve_one_disk() {
         &export,
     ]);
     let mut disk = daemon.open(&Options {
-        num_queues: 64,
+        num_queues: 256,
         queue_size: 64,
         layout: MemoryLayout::adjacent(4, 16 << 20),
         ..Options::default()
     });
     assert!(disk.has(feature::MQ));
-    let each = SIZE / 4096 / 64;
+    let each = SIZE / 4096 / 256;
     let mut queues = std::mem::take(&mut disk.queues);
     std::thread::scope(|scope| {
-        for (lot, queues) in queues.chunks_mut(16).enumerate() {
+        for (lot, queues) in queues.chunks_mut(64).enumerate() {
             scope.spawn(move || {
                 for (i, queue) in queues.iter_mut().enumerate() {
-                    let number = lot * 16 + i;
+                    let number = lot * 64 + i;
                     work(queue, number, number as u64 * each..(number as u64 + 1) * each);
                 }
             });
@@ -138,14 +139,39 @@ fn sixty_four_queues_on_three_workers_serve_one_disk() {
     disk.queues = queues;
     // What one queue has written, another one reads.
     let mut back = vec![0; 4096];
-    for number in 0..64u64 {
-        let block = (63 - number) * each;
+    for number in 0..256u64 {
+        let block = (255 - number) * each;
         disk.queue(number as usize).read(block * 8, &mut back).unwrap();
-        assert!(back == pattern(4096, (block as u8).wrapping_mul(31) ^ (63 - number) as u8));
+        assert!(back == pattern(4096, (block as u8).wrapping_mul(31) ^ (255 - number) as u8));
     }
     let workers = daemon.server.threads().unwrap();
     let used = workers.iter().filter(|t| ["a", "b", "c"].contains(&&*t.name)).count();
     assert_eq!(used, 3, "{workers:?}");
+    assert_eq!(disk.stop().unwrap().len(), 256);
+}
+
+#[test]
+fn queues_that_are_offered_and_not_used_take_no_descriptors_and_no_threads() {
+    let taken = [1, 256].map(|offered| {
+        let daemon = Daemon::null("size=1048576", &format!("num-queues={offered}"));
+        let mut disk = daemon.open(&Options::default());
+        disk.read(0, &mut [0; 4096]).unwrap();
+        let descriptors = format!("/proc/{}/fd", daemon.server.pid());
+        (std::fs::read_dir(descriptors).unwrap().count(), daemon.server.threads().unwrap().len())
+    });
+    assert_eq!(taken[0], taken[1], "descriptors and threads");
+}
+
+#[test]
+fn more_queues_than_a_message_can_name_are_refused() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["daemon", "--blockdev", "null-co,node-name=d0", "--export"])
+        .arg("vhost-user-blk,id=e,node-name=d0,addr.type=unix,addr.path=never.sock,num-queues=257")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("num-queues must be at most 256"), "{said}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.rings.len() as u64)
+        Ok(self.num_queues() as u64)
     }
 
     fn set_mem_table(
