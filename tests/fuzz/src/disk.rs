@@ -1,8 +1,7 @@
 //! The disks behind the fuzzed queues and sessions: simulated ones, which panic at a request that
 //! the block contract forbids, under raw or bare, and null.
 
-use std::cell::RefCell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use super::image;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Graph, Perm, Perms, Registry};
@@ -54,17 +53,6 @@ pub struct Opened {
     _graph: Graph,
 }
 
-thread_local! {
-    /// Disks are found by name; one name per thread, because each run takes it over.
-    static NAME: RefCell<Option<String>> = const { RefCell::new(None) };
-}
-
-fn name() -> String {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let new = || format!("fuzz{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    NAME.with_borrow_mut(|name| name.get_or_insert_with(new).clone())
-}
-
 fn describe(wanted: Wanted) -> String {
     let len = LEN;
     if matches!(wanted.graph, Under::Null) {
@@ -90,7 +78,7 @@ fn describe(wanted: Wanted) -> String {
         sim.inject(Fault::new(Kinds::all(), Effect::Fail(Errno::EIO)).with_probability(0.1));
         sim.inject(Fault::new(Kinds::all(), delay).with_probability(0.2));
     }
-    let name = name();
+    let name = image::disk_name();
     sim.publish(&name);
     match wanted.graph {
         Under::Aligned => {

@@ -4,6 +4,7 @@
 mod dirty_log;
 mod disk;
 mod guest;
+mod image;
 mod inflight;
 mod input;
 pub mod nvme;

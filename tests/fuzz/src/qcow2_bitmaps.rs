@@ -1,20 +1,11 @@
 //! A small qcow2 image with persistent bitmaps whose directory, tables or pointer are changed: opened,
 //! written, its bitmaps changed in every way, closed. No panic, an end, and errors of one line.
 
+use super::image;
 use super::input::Input;
-use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
-use vublk::block::{Error, Graph, NewBitmap, Node, Perm, Perms, WriteFlags, ZeroFlags};
-use vublk::io::{IoVec, Worker, WorkerOptions};
-use vublk::options::{Map, Value, qemuopts};
-
-static WORKER: LazyLock<Worker> =
-    LazyLock::new(|| Worker::start("bitmaps", WorkerOptions::default()).expect("a worker"));
-
-/// Where the images of this process are.
-fn path() -> PathBuf {
-    std::env::temp_dir().join(format!("vublk-fuzz-bitmaps-{}.qcow2", std::process::id()))
-}
+use vublk::block::{Error, NewBitmap, Node, WriteFlags, ZeroFlags};
+use vublk::io::IoVec;
 
 /// An image, and where in it the pointer to the directory, the directory, and a table are.
 struct Image {
@@ -28,27 +19,19 @@ static IMAGES: LazyLock<[Image; 2]> =
     LazyLock::new(|| ["cluster_size=512", "cluster_size=4k,refcount_bits=2"].map(image));
 
 fn image(options: &str) -> Image {
-    let path = path().to_str().expect("a name").to_owned();
-    let given = qemuopts::parse(&format!("{options},size=200k"), None).expect("options").options;
-    let file = Map::from_iter([("driver", "file"), ("filename", &path)]);
-    let registry = vublk::drivers::registry();
-    let creation = vublk::block::Creation::new(registry, "qcow2", (&path, file), given, None);
-    let creation = creation.expect("an image to make");
-    WORKER.block_on(move || async move { creation.run().await }).expect("an image");
-    with_image(|node| {
-        Box::pin(async move {
-            for (name, granularity) in [("a", 512), ("bb", 4096)] {
-                let granularity = Some(granularity);
-                let new =
-                    NewBitmap { name: name.into(), granularity, persistent: true, disabled: false };
-                node.add_bitmap(new).await?;
-            }
-            let from = IoVec::from_ref(&[1; 70_000]);
-            node.write(1000, &from, WriteFlags::empty()).await.map_err(|e| Error::os("write", e))
-        })
-    })
-    .expect("bitmaps");
-    let bytes = std::fs::read(&path).expect("an image");
+    let disk = image::disk(&image::create(&format!("{options},size=200k")));
+    let filled = image::with_qcow2(&disk, async |node| {
+        for (name, granularity) in [("a", 512), ("bb", 4096)] {
+            let granularity = Some(granularity);
+            let new =
+                NewBitmap { name: name.into(), granularity, persistent: true, disabled: false };
+            node.add_bitmap(new).await?;
+        }
+        let from = IoVec::from_ref(&[1; 70_000]);
+        node.write(1000, &from, WriteFlags::empty()).await.map_err(|e| Error::os("write", e))
+    });
+    filled.expect("bitmaps");
+    let bytes = disk.bytes();
     // The extension's number, its length, then how many bitmaps there are.
     let magic = [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24];
     let found = bytes.windows(8).position(|window| window == magic).expect("the extension");
@@ -85,19 +68,18 @@ pub fn run(data: &[u8]) {
     if input.one_in(8) {
         bytes.truncate(input.below(bytes.len() as u64) as usize);
     }
-    std::fs::write(path(), &bytes).expect("a file");
+    let disk = image::disk(&bytes);
     for _ in 0..2 {
         let steps: Vec<u8> = (0..input.u8() % 8).map(|_| input.u8()).collect();
-        let used = with_image(|node| Box::pin(use_bitmaps(node, steps)));
+        let used = image::with_qcow2(&disk, async |node| use_bitmaps(node, steps).await);
         if let Err(error) = used {
             let text = error.to_string();
             assert!(!text.contains('\n') && text.len() < 2000, "{text:?}");
         }
     }
-    let _ = std::fs::remove_file(path());
 }
 
-async fn use_bitmaps(node: Arc<Node>, steps: Vec<u8>) -> Result<(), Error> {
+async fn use_bitmaps(node: &Arc<Node>, steps: Vec<u8>) -> Result<(), Error> {
     for (n, step) in steps.into_iter().enumerate() {
         let all = node.bitmaps().all();
         let name = all.get(step as usize % 3).map_or("none", |bitmap| bitmap.name()).to_owned();
@@ -124,24 +106,4 @@ async fn use_bitmaps(node: Arc<Node>, steps: Vec<u8>) -> Result<(), Error> {
         };
     }
     Ok(())
-}
-
-type Use<'a> = vublk::block::LocalFuture<'a, Result<(), Error>>;
-
-/// Opens the image, uses it and closes it.
-fn with_image(work: impl FnOnce(Arc<Node>) -> Use<'static> + Send + 'static) -> Result<(), Error> {
-    let name = path().to_str().expect("a name").to_owned();
-    WORKER.block_on(move || async move {
-        let graph = Graph::new(vublk::drivers::registry());
-        let file = Map::from_iter([("driver", "file"), ("filename", &*name)]);
-        let mut options = Map::from_iter([("driver", "qcow2"), ("node-name", "image")]);
-        options.insert("file", Value::Map(file));
-        let node = graph.open(options).await?;
-        let held = Perm::CONSISTENT_READ | Perm::WRITE;
-        let hold = graph.attach(&node, "a target", Perms { held, shared: Perm::all() }, None)?;
-        let result = work(node).await;
-        drop(hold);
-        graph.close().await;
-        result
-    })
 }

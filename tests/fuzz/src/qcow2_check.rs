@@ -1,37 +1,18 @@
 //! A small qcow2 image with arbitrary bytes changed, checked and repaired: no panic, an end, and what
 //! a repair calls sound is sound when it is looked at again.
 
+use super::image;
 use super::input::Input;
-use std::path::PathBuf;
-use std::sync::{Arc, LazyLock};
-use vublk::block::{CheckReport, Creation, Error, Fix, Graph, Node, Perm, Perms};
+use std::sync::LazyLock;
+use vublk::block::{CheckReport, Error, Fix};
 use vublk::format::qcow2::check;
 use vublk::format::qcow2::snapshots::Snapshot;
-use vublk::io::{Worker, WorkerOptions};
-use vublk::options::{Map, qemuopts};
-
-static WORKER: LazyLock<Worker> =
-    LazyLock::new(|| Worker::start("check", WorkerOptions::default()).expect("a worker"));
-
-/// Where the images of this process are.
-fn path() -> PathBuf {
-    let name = format!("vublk-fuzz-{}.qcow2", std::process::id());
-    std::env::temp_dir().join(name)
-}
+use vublk::protocol::sim::SimDisk;
 
 /// Mapped images with clusters of 512 bytes and of 16 KiB: without and with subclusters.
 static IMAGES: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
-    ["cluster_size=512,refcount_bits=2", "cluster_size=16k,extended_l2=on"].map(|options| {
-        let path = path().to_str().expect("a name").to_owned();
-        let text = format!("{options},size=200k,preallocation=metadata");
-        let given = qemuopts::parse(&text, None).expect("options").options;
-        let file = Map::from_iter([("driver", "file"), ("filename", &path)]);
-        let registry = vublk::drivers::registry();
-        let creation = Creation::new(registry, "qcow2", (&path, file), given, None);
-        let creation = creation.expect("an image to make");
-        WORKER.block_on(move || async move { creation.run().await }).expect("an image");
-        std::fs::read(&path).expect("an image")
-    })
+    ["cluster_size=512,refcount_bits=2,size=50k", "cluster_size=16k,extended_l2=on,size=100k"]
+        .map(|options| image::create(&format!("{options},preallocation=metadata")))
 });
 
 /// Changes one of the images as the input says, and checks it.
@@ -56,18 +37,17 @@ pub fn run(data: &[u8]) {
     if input.one_in(8) {
         image.truncate(input.below(image.len() as u64) as usize);
     }
-    std::fs::write(path(), &image).expect("a file");
+    let disk = image::disk(&image);
     let fix = input.pick(&[Fix::Nothing, Fix::Leaks, Fix::All, Fix::All]);
-    let first = check_once(fix);
+    let first = check_once(&disk, fix);
     if let Ok(report) = first
         && fix == Fix::All
         && report.corruptions + report.check_errors == 0
     {
-        let again = check_once(Fix::Nothing).expect("what was repaired is checked");
+        let again = check_once(&disk, Fix::Nothing).expect("what was repaired is checked");
         let left = (again.corruptions, again.leaks, again.check_errors);
         assert_eq!(left, (0, 0, 0), "{report:?}, then {again:?}");
     }
-    let _ = std::fs::remove_file(path());
 }
 
 /// A snapshot that shares the active L1 table, at the end of the file.
@@ -92,21 +72,11 @@ fn add_snapshot(image: &mut Vec<u8>, input: &mut Input) {
     image[64..72].copy_from_slice(&at.to_be_bytes());
 }
 
-fn check_once(fix: Fix) -> Result<CheckReport, Error> {
-    let graph = Graph::new(vublk::drivers::registry());
-    let name = path().to_str().expect("a name").to_owned();
-    let options =
-        Map::from_iter([("driver", "file"), ("filename", &*name), ("node-name", "image")]);
-    let node: Arc<Node> = graph.open_on(&WORKER, options).expect("a file");
-    let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
-    let perms = Perms { held, shared: Perm::empty() };
-    let hold = graph.attach(&node, "check", perms, None).expect("a hold");
-    WORKER.block_on(move || async move {
+fn check_once(disk: &SimDisk, fix: Fix) -> Result<CheckReport, Error> {
+    image::with_disk(disk, async move |node| {
         let mut say = |line: &str| {
             assert!(!line.contains('\n') && line.len() < 1000, "{line:?}");
         };
-        let result = check::check(hold.node(), fix, &mut say).await;
-        hold.detach().await;
-        result
+        check::check(node, fix, &mut say).await
     })
 }

@@ -1,26 +1,15 @@
 //! A small qcow2 image with snapshots and arbitrary bytes changed, whose snapshots are listed, made,
 //! applied, shown and deleted: no panic, an end, and an image that was sound stays so.
 
+use super::image;
 use super::input::Input;
-use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Duration;
-use vublk::block::{
-    Creation, Error, Fix, Graph, NewSnapshot, Node, Perm, Perms, SnapshotKey, Snapshots, WriteFlags,
-};
+use vublk::block::{Fix, NewSnapshot, Node, SnapshotKey, Snapshots, WriteFlags};
 use vublk::format::qcow2::snapshots::Snapshot;
-use vublk::io::{IoVec, Worker, WorkerOptions};
-use vublk::options::{Map, qemuopts};
-
-static WORKER: LazyLock<Worker> =
-    LazyLock::new(|| Worker::start("snapshots", WorkerOptions::default()).expect("a worker"));
+use vublk::io::IoVec;
 
 const NAMES: [&str; 4] = ["one", "two", "3", ""];
-
-fn path() -> PathBuf {
-    let name = format!("vublk-fuzz-snapshots-{}.qcow2", std::process::id());
-    std::env::temp_dir().join(name)
-}
 
 /// Images with two snapshots, and their disk changed since.
 static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
@@ -30,15 +19,8 @@ static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
         "cluster_size=1k,compat=0.10",
     ]
     .map(|options| {
-        let path = path().to_str().expect("a name").to_owned();
-        let given = qemuopts::parse(&format!("{options},size=100k"), None);
-        let file = Map::from_iter([("driver", "file"), ("filename", &path)]);
-        let registry = vublk::drivers::registry();
-        let given = given.expect("options").options;
-        let creation = Creation::new(registry, "qcow2", (&path, file), given, None);
-        let creation = creation.expect("an image to make");
-        WORKER.block_on(move || async move { creation.run().await }).expect("an image");
-        let made = with_image(async |node| {
+        let disk = image::disk(&image::create(&format!("{options},size=100k")));
+        let made = image::with_qcow2(&disk, async |node| {
             for (n, name) in NAMES[..2].iter().enumerate() {
                 let bytes = vec![n as u8 + 1; 40_000];
                 let from = IoVec::from_ref(&bytes);
@@ -48,7 +30,7 @@ static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
             Ok(())
         });
         made.expect("snapshots");
-        std::fs::read(path).expect("an image")
+        disk.bytes()
     })
 });
 
@@ -58,29 +40,6 @@ fn new(name: &str) -> NewSnapshot<'_> {
 
 fn snapshots(node: &Node) -> &dyn Snapshots {
     node.driver().image().and_then(|image| image.snapshots()).expect("qcow2 has snapshots")
-}
-
-/// Opens the image, for writing, and closes it.
-fn with_image(
-    work: impl AsyncFnOnce(&Node) -> Result<(), Error> + Send + 'static,
-) -> Result<(), Error> {
-    let path = path().to_str().expect("a name").to_owned();
-    WORKER.block_on(move || async move {
-        let graph = Graph::new(vublk::drivers::registry());
-        let options = Map::from_iter([
-            ("driver", "qcow2"),
-            ("file.driver", "file"),
-            ("file.filename", &*path),
-            ("node-name", "image"),
-        ]);
-        let node = graph.open(options.crumple()?).await?;
-        let held = Perm::CONSISTENT_READ | Perm::WRITE;
-        let hold = graph.attach(&node, "a test", Perms { held, shared: Perm::all() }, None)?;
-        let result = work(&node).await;
-        drop((node, hold));
-        graph.close().await;
-        result
-    })
 }
 
 /// Changes one of the images as the input says, and works on its snapshots.
@@ -106,11 +65,11 @@ pub fn run(data: &[u8]) {
         };
         image[at..][..8].copy_from_slice(&value.to_be_bytes());
     }
-    std::fs::write(path(), &image).expect("a file");
+    let disk = image::disk(&image);
     let steps: Vec<(u8, usize)> =
         (0..1 + input.u8() % 5).map(|_| (input.u8() % 4, input.below(4) as usize)).collect();
     let is_sound = changes == 0;
-    let worked = with_image(async move |node| {
+    let worked = image::with_qcow2(&disk, async move |node| {
         for (step, name) in steps {
             let (snapshots, name) = (snapshots(node), NAMES[name]);
             let _ = snapshots.list();
@@ -131,7 +90,7 @@ pub fn run(data: &[u8]) {
     });
     if is_sound {
         worked.expect("the image is sound");
-        let checked = with_image(async |node| {
+        let checked = image::with_qcow2(&disk, async |node| {
             let mut said = String::new();
             let mut say = |line: &str| said += line;
             let image = node.driver().image().expect("an image");
@@ -145,7 +104,6 @@ pub fn run(data: &[u8]) {
         });
         checked.expect("it is checked");
     }
-    let _ = std::fs::remove_file(path());
 }
 
 /// What is read as an entry is written as it was.
