@@ -15,8 +15,8 @@ use vublk::protocol::sim::{self, Effect, Fault, Kinds, SimDisk, SimOptions};
 static REGISTRY: LazyLock<Registry> =
     LazyLock::new(|| Registry::new(&[vublk::format::LIST, vublk::protocol::LIST, &[&sim::ENTRY]]));
 
-/// Bytes of every disk here.
-pub const LEN: u64 = 256 << 10;
+/// Bytes of every disk here: few, because each input has a new disk.
+pub const LEN: u64 = 64 << 10;
 
 /// What a disk is to be like.
 #[derive(Clone, Copy, Debug)]

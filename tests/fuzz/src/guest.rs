@@ -1,15 +1,18 @@
 //! A guest's memory with trip wires around it: the end of each region's last page holds bytes that
 //! nobody may change, and pages that nobody may touch lie beside the mappings where there is room.
 
+use std::cell::RefCell;
 use std::ffi::c_void;
 use std::fs::File;
 use std::os::fd::FromRawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vublk::export::vhost_user_blk::memory::{Memory, Region};
 
 const PAGE: u64 = 4096;
 const CANARY: u8 = 0xc5;
+const CANARIES: [u8; PAGE as usize] = [CANARY; PAGE as usize];
 
 /// A file in memory of so many bytes, which may be sealed.
 pub fn memory_file(len: u64) -> File {
@@ -24,7 +27,7 @@ pub fn memory_file(len: u64) -> File {
 }
 
 /// Where a region lies.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub guest: u64,
     /// In the front end's addresses.
@@ -40,8 +43,46 @@ pub struct GuestMemory {
     guards: Vec<*mut c_void>,
 }
 
+thread_local! {
+    /// Memories that earlier runs of this thread have mapped, the newest last.
+    static MAPPED: RefCell<Vec<Rc<GuestMemory>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Memories that a thread keeps mapped for later runs.
+const KEPT: usize = 64;
+
 impl GuestMemory {
-    pub fn new(places: Vec<Place>) -> GuestMemory {
+    /// Memory of zeroes at these places. Mapping it is most of a short run's time, so that memory
+    /// which an earlier run has returned is used again.
+    pub fn at(places: Vec<Place>) -> Rc<GuestMemory> {
+        MAPPED.with_borrow_mut(|mapped| {
+            let is_free = |kept: &Rc<GuestMemory>| Rc::strong_count(kept) == 1;
+            let found = mapped.iter().position(|kept| is_free(kept) && kept.places == places);
+            let memory = match found {
+                Some(n) => {
+                    let memory = mapped.remove(n);
+                    memory.clear();
+                    memory
+                }
+                None => Rc::new(GuestMemory::new(places)),
+            };
+            if mapped.len() == KEPT {
+                mapped.remove(0);
+            }
+            mapped.push(memory.clone());
+            memory
+        })
+    }
+
+    fn clear(&self) {
+        for place in &self.places {
+            let host = self.memory.host(place.guest, place.len).expect("it is mapped");
+            // SAFETY: so many bytes are mapped there, and nobody else uses them.
+            unsafe { host.write_bytes(0, place.len as usize) };
+        }
+    }
+
+    fn new(places: Vec<Place>) -> GuestMemory {
         let mut guards = Vec::new();
         let mut regions = Vec::new();
         for place in &places {
@@ -53,10 +94,9 @@ impl GuestMemory {
             let host = alone.host(place.guest, place.len).expect("it is mapped");
             let end = host.wrapping_add(place.len.next_multiple_of(PAGE) as usize);
             guards.extend([host.wrapping_sub(PAGE as usize), end].into_iter().filter_map(guard));
-            for at in slack(place) {
-                // SAFETY: the rest of the last page is mapped with it, and the file is as long.
-                unsafe { host.wrapping_add(at).write_volatile(CANARY) };
-            }
+            let slack = slack(place);
+            // SAFETY: the rest of the last page is mapped with it, and the file is as long.
+            unsafe { host.add(slack.start).write_bytes(CANARY, slack.len()) };
             regions.push(region);
         }
         let memory = Arc::new(Memory::new(regions).expect("regions that do not overlap"));
@@ -82,11 +122,10 @@ impl GuestMemory {
     pub fn check(&self) {
         for place in &self.places {
             let host = self.memory.host(place.guest, place.len).expect("it is mapped");
-            for at in slack(place) {
-                // SAFETY: as in `new`.
-                let found = unsafe { host.wrapping_add(at).read_volatile() };
-                assert_eq!(found, CANARY, "a byte behind {place:x?} was written, at {at:#x}");
-            }
+            let slack = slack(place);
+            // SAFETY: as in `new`; the queue has ended, so that nobody writes there now.
+            let found = unsafe { std::slice::from_raw_parts(host.add(slack.start), slack.len()) };
+            assert!(*found == CANARIES[..found.len()], "a byte behind {place:x?} was written");
         }
     }
 }

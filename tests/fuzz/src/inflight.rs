@@ -80,12 +80,11 @@ impl Kept {
         bytes
     }
 
-    fn is_marked(&self, head: u16) -> bool {
-        self.read::<1>(self.entry(head) + INFLIGHT) != [0]
-    }
-
     fn marked(&self) -> Vec<u16> {
-        (0..self.told.queue_size).filter(|head| self.is_marked(*head)).collect()
+        let mut entries = vec![0; usize::from(self.told.queue_size) * ENTRY as usize];
+        self.file.read_exact_at(&mut entries, self.entry(0)).expect("the queue's entries");
+        let marks = entries.chunks(ENTRY as usize).map(|entry| entry[INFLIGHT as usize] != 0);
+        (0..).zip(marks).filter(|(_, is_marked)| *is_marked).map(|(head, _)| head).collect()
     }
 
     /// A daemon takes some of the chains `offered`, hands some of them back in batches, and dies

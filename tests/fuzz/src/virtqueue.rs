@@ -37,9 +37,21 @@ const MANY: usize = 128;
 /// Turns, of a simulated millisecond each, after which a queue counts as stuck.
 const PATIENCE: u32 = 20_000;
 
+/// What a run has shown.
+#[derive(Default)]
+pub struct Shown {
+    /// Flushes of 2^16 segments that came back as they must.
+    pub long_flushes: u32,
+}
+
 /// Runs one guest.
 pub fn run(data: &[u8]) {
-    run_beside(data, None);
+    show(data);
+}
+
+/// As [`run`], and tells what that has shown.
+pub fn show(data: &[u8]) -> Shown {
+    run_beside(data, None)
 }
 
 /// As [`run`], while another processor of the guest scribbles over the rings, from a seed. Such a
@@ -48,7 +60,7 @@ pub fn run_scribbled(data: &[u8], seed: u64) {
     run_beside(data, Some(seed));
 }
 
-fn run_beside(data: &[u8], scribble: Option<u64>) {
+fn run_beside(data: &[u8], scribble: Option<u64>) -> Shown {
     let data = data.to_vec();
     let ring = SimRing::new(Disorder::wild(data.len() as u64)).expect("a simulated ring");
     run_local(Box::new(ring), move |local| {
@@ -59,9 +71,11 @@ fn run_beside(data: &[u8], scribble: Option<u64>) {
         let fd = kicked.then(|| kick.as_raw_fd());
         let me = local.attach(Box::new(Watched(queue.clone())), fd);
         async move {
-            Guest::live(Input::new(&data), queue, me, kick, scribble).await;
+            let mut shown = Shown::default();
+            Guest::live(Input::new(&data), queue, me, kick, scribble, &mut shown).await;
+            shown
         }
-    });
+    })
 }
 
 /// The queue, which its worker polls and the guest's future pauses and stops.
@@ -156,6 +170,8 @@ struct Guest {
     logged: BTreeSet<u16>,
     /// A chain that nothing can be wrong with, on a disk without faults.
     must_succeed: Option<u16>,
+    /// How many such chains have come back.
+    long_flushes: u32,
     faulty: bool,
     shared: Rc<Shared>,
     me: SourceId,
@@ -171,14 +187,17 @@ fn file(eventfd: &EventFd) -> Arc<File> {
 
 /// Regions of the guest: few or many, side by side or with gaps, not always aligned.
 fn places(input: &mut Input<'_>, honest: bool) -> Vec<Place> {
-    let many = input.one_in(8);
+    let many = input.one_in(32);
     let count = if many { 130 } else { 1 + input.below(4) };
-    let gap = if input.one_in(2) { 0x10_0000 } else { 0 };
+    let gap = if input.one_in(2) && !many { 0x10_0000 } else { 0 };
     let skew = u64::from(input.one_in(8) && !honest);
     let mut guest = input.pick(&[0, 0x1000, 0xffff_0000, 1 << 40]);
+    // Few combinations, so that most runs find their memory mapped.
+    let lens = [0x1800, 0xff0, 0x4e00, 0x200, 0x33];
+    let first = input.below(2);
     let mut places = Vec::new();
     for i in 0..count {
-        let len = if i == 0 { 0x18e00 } else { input.pick(&[0x1800, 0xff0, 0x4e00, 0x200, 0x33]) };
+        let len = if i == 0 { 0x18e00 } else { lens[(first + i) as usize % lens.len()] };
         places.push(Place { guest, user: USER + guest + skew, len });
         guest += len + gap;
     }
@@ -202,6 +221,7 @@ impl Guest {
         me: SourceId,
         kick: EventFd,
         scribble: Option<u64>,
+        shown: &mut Shown,
     ) {
         let flags = input.u8();
         let honest = flags & 3 == 0 && scribble.is_none();
@@ -217,7 +237,7 @@ impl Guest {
             failures: failures(&mut input),
         };
         let opened = disk::open(wanted).await;
-        let memory = Rc::new(GuestMemory::new(places(&mut input, honest)));
+        let memory = GuestMemory::at(places(&mut input, honest));
         let base = memory.places[0];
 
         let size = 1u16 << input.pick(&[4u16, 0, 1, 2, 3, 5, 7, 10]);
@@ -266,6 +286,7 @@ impl Guest {
             bitmap: None,
             logged: BTreeSet::new(),
             must_succeed: None,
+            long_flushes: 0,
             faulty: wanted.faulty,
             shared,
             me,
@@ -314,6 +335,7 @@ impl Guest {
         guest.act(&mut input).await;
         guest.end().await;
         drop(scribbler);
+        shown.long_flushes = guest.long_flushes;
         guest.memory.check();
         if let Some(bitmap) = &guest.bitmap {
             bitmap.check();
@@ -488,7 +510,7 @@ impl Guest {
             self.next_descriptor = 0;
             self.free = self.used + 6 + u64::from(self.size) * 8;
         }
-        if self.memory.places.len() > MANY + 1 && input.one_in(4) {
+        if self.memory.places.len() > MANY + 1 && input.one_in(16) {
             return self.flush_of_many_segments();
         }
         let kind = input.pick(&[0u32, 1, 0, 1, 4, 8, 11, 13, 2, 0x8000_0000]);
@@ -671,6 +693,7 @@ impl Guest {
             assert!(status <= 2, "chain {id} came back with status {status}");
             if self.must_succeed.take_if(|head| u32::from(*head) == id).is_some() {
                 assert!(status == 0 || self.faulty, "the flush came back with status {status}");
+                self.long_flushes += 1;
             }
             assert!((1..=0x4000).contains(&len), "chain {id} came back with {len} bytes written");
             self.seen = self.seen.wrapping_add(1);
