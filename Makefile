@@ -40,8 +40,7 @@ THREADS_TESTS ?= --skip cli:: --skip monitor::ctl
 
 # The same tests of disks where the kernel refuses io_uring, and threads do the I/O.
 test-without-io-uring: setup
-	$(CARGO) build --locked -p vublk-testkit
-	target/debug/without-io-uring $(CARGO) test --locked -p vublk --test it -- $(THREADS_TESTS)
+	$(CARGO) run --quiet --locked -p vublk-testkit --bin without-io-uring $(CARGO) test --locked -p vublk --test it -- $(THREADS_TESTS)
 
 bench: setup
 	$(CARGO) build --release --locked

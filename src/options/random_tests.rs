@@ -9,7 +9,7 @@ use super::*;
 /// Runs `check` on `rounds` generators and names the seed of the one that failed.
 fn with_seeds(rounds: u64, check: impl Fn(&mut Rng) + std::panic::RefUnwindSafe) {
     let given = std::env::var("VUBLK_SEED").ok().map(|s| s.parse().expect("VUBLK_SEED: a number"));
-    let first = given.unwrap_or_else(|| fastrand::u64(..));
+    let first = given.unwrap_or(1u64);
     let rounds = if given.is_some() { 1 } else { rounds };
     for seed in (0..rounds).map(|i| first.wrapping_add(i)) {
         let outcome = std::panic::catch_unwind(|| check(&mut Rng::with_seed(seed)));

@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn merging_pieces_of_any_size_covers_what_the_other_covers() {
         let seed = std::env::var("VUBLK_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+        let seed = seed.unwrap_or(1u64);
         println!("VUBLK_SEED={seed}");
         let mut rng = fastrand::Rng::with_seed(seed);
         for _ in 0..200 {

@@ -136,9 +136,7 @@ mod tests {
 
     #[test]
     fn what_is_packed_is_unpacked_and_never_larger() {
-        let seed = fastrand::u64(..);
-        println!("seed {seed}");
-        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut rng = fastrand::Rng::with_seed(1);
         for kind in [Compression::Zlib, Compression::Zstd] {
             for bits in 9..=21 {
                 let alphabet = rng.u8(1..=80);
