@@ -5,7 +5,7 @@
 
 use super::confine::{self, SandboxArgs, SandboxPathArgs, Wanted};
 use super::img::{out, outln};
-use super::log::LogArgs;
+use super::log::{self, LogArgs};
 use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use crate::block::{DriverEntry, Error};
@@ -98,7 +98,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     }
     let signals = EndSignals::block();
     let background = if matches.get_flag("daemonize") { Some(Background::enter()?) } else { None };
-    super::log::start(0, LogArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?);
+    log::start(0, LogArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?)?;
     // After the fork: a signalfd tells of the process that made it.
     let stop = signals.descriptor()?;
     descriptors::raise_limit();
@@ -120,9 +120,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
             return Ok(());
         }
     }
-    let metrics = address
-        .zip(observed)
-        .map(|(at, observed)| metrics::Server::start(at, observed, EndSignals::have_come));
+    let metrics = address.zip(observed).map(|(at, observed)| {
+        metrics::Server::start(at, observed, log::dropped, EndSignals::have_come)
+    });
     let metrics = metrics.transpose().map_err(|error| error.at("--metrics"))?;
     let pid_file = matches.get_many::<String>("pidfile").and_then(|mut paths| paths.next_back());
     let pid_file = pid_file.map(|path| PidFile::create(&bytes::path_of(path)));
@@ -139,7 +139,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     drop(service);
     drop(pid_file);
     sandbox::tell_refused();
-    ::log::logger().flush();
+    manager.drain();
     Ok(())
 }
 

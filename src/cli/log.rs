@@ -4,14 +4,17 @@
 //! limiter holds for all lines: of each place in the program, and of each export there, [`BURST`] lines
 //! come at once, then one in each [`PERIOD`], with the number of those left out. Who asks for debug
 //! lines is spared nothing.
+//!
+//! A thread of its own writes the lines ([`Outlet`]): no other thread waits for the reader of standard error.
 
-use crate::options::{Map, Value, json};
+use super::outlet::{Outlet, standard};
+use crate::options::{Map, Value, bytes, json};
 use crate::tools::output::errln;
 use ::log::{Level, LevelFilter, Metadata, Record};
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
-use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::panic::PanicHookInfo;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Lines of a kind that come at once.
@@ -40,11 +43,15 @@ enum LogFormat {
     Json,
 }
 
-/// The program's last words are JSON as well.
-static JSON: AtomicBool = AtomicBool::new(false);
+/// The process's log, once it has started. The last lines of the program go there as well.
+static LINES: OnceLock<Arc<Lines>> = OnceLock::new();
 
-/// Logs to standard error from now on: warnings, and with `verbosity` more. RUST_LOG has the last word.
-pub fn start(verbosity: u8, args: LogArgs) {
+/// Logs to standard error from now on: warnings, and with `verbosity` more. RUST_LOG has the last word. Starts a
+/// thread: to be called after any fork, and with the signals blocked that end the program.
+///
+/// # Errors
+/// No thread can be started.
+pub fn start(verbosity: u8, args: LogArgs) -> Result<(), String> {
     let level = match verbosity {
         0 => "warn",
         1 => "info",
@@ -61,34 +68,51 @@ pub fn start(verbosity: u8, args: LogArgs) {
     let filter = builder.build();
     let most = filter.filter();
     let limiter = (most < LevelFilter::Debug).then(Mutex::default);
-    let log = Log { filter, format: args.log_format, limiter };
-    if ::log::set_boxed_logger(Box::new(log)).is_ok() {
+    let lines = Lines::start(args.log_format).map_err(|e| format!("cannot start the log: {e}"))?;
+    let lines = LINES.get_or_init(|| Arc::new(lines)).clone();
+    let panics = lines.clone();
+    std::panic::set_hook(Box::new(move |info| panics.panicked(info)));
+    if ::log::set_boxed_logger(Box::new(Log { filter, lines, limiter })).is_ok() {
         ::log::set_max_level(most);
-    }
-    if args.log_format == LogFormat::Json {
-        JSON.store(true, Ordering::Relaxed);
-        std::panic::set_hook(Box::new(|info| ::log::error!("{info}")));
     }
     if let Some(error) = wrong {
         ::log::warn!("RUST_LOG: {error}");
     }
+    Ok(())
+}
+
+/// Waits until the lines so far are written, for a bounded time. For a process that ends, or is about to have
+/// another standard error.
+pub fn drain() {
+    if let Some(lines) = LINES.get() {
+        lines.outlet.drain();
+    }
+}
+
+/// Lines that were dropped because standard error was not read, or could not be written.
+pub fn dropped() -> u64 {
+    LINES.get().map_or(0, |lines| lines.outlet.dropped())
 }
 
 /// Tells why the program ends: its name, the line, and advice.
 pub fn tell_failure(program: &str, line: &str, hint: Option<&str>) {
-    if JSON.load(Ordering::Relaxed) {
-        let message = [Some(line), hint].into_iter().flatten().collect::<Vec<_>>().join(" ");
-        return write(LogFormat::Json, Level::Error, "vublk", None, &message);
+    let told = [Some(line), hint].into_iter().flatten().collect::<Vec<_>>();
+    match LINES.get() {
+        Some(lines) if lines.format == LogFormat::Json => {
+            lines.write(Level::Error, "vublk", None, &told.join(" "));
+        }
+        Some(lines) => {
+            let text = format!("{program}: {}\n", told.join("\n"));
+            lines.outlet.push(bytes::bytes_of(&text));
+        }
+        None => errln!("{program}: {}", told.join("\n")),
     }
-    errln!("{program}: {line}");
-    if let Some(hint) = hint {
-        errln!("{hint}");
-    }
+    drain();
 }
 
 struct Log {
     filter: env_filter::Filter,
-    format: LogFormat,
+    lines: Arc<Lines>,
     /// `None`: all lines come.
     limiter: Option<Mutex<Limiter>>,
 }
@@ -115,31 +139,77 @@ impl ::log::Log for Log {
                 Verdict::Say { suppressed: 0 } => {}
                 Verdict::Say { suppressed } => {
                     let line = format!("{suppressed} more suppressed of lines like the next");
-                    write(self.format, level, target, export, &line);
+                    self.lines.write(level, target, export, &line);
                 }
                 Verdict::Suppress => return,
             }
         }
-        write(self.format, level, target, export, &record.args().to_string());
+        self.lines.write(level, target, export, &record.args().to_string());
     }
 
-    /// What was left out and not told yet.
+    /// Tells of the lines that were left out and not told of yet, and waits as [`drain`] does. For a process
+    /// that ends.
     fn flush(&self) {
-        let Some(limiter) = &self.limiter else { return };
-        let untold = limiter.lock().unwrap_or_else(PoisonError::into_inner).take_suppressed();
-        for ((Place { target, line }, export), suppressed) in untold {
-            let line = format!("{suppressed} more suppressed of lines from {target}, line {line}");
-            write(self.format, Level::Info, &target, export.as_deref(), &line);
+        if let Some(limiter) = &self.limiter {
+            let untold = limiter.lock().unwrap_or_else(PoisonError::into_inner).take_suppressed();
+            for ((Place { target, line }, export), suppressed) in untold {
+                let line =
+                    format!("{suppressed} more suppressed of lines from {target}, line {line}");
+                self.lines.write(Level::Info, &target, export.as_deref(), &line);
+            }
         }
+        self.lines.outlet.drain();
     }
 }
 
-/// Writes a line, in one piece. Nobody is told where it cannot be written.
-fn write(format: LogFormat, level: Level, target: &str, export: Option<&str>, message: &str) {
-    let line = match format {
+/// The way of lines to standard error.
+struct Lines {
+    format: LogFormat,
+    outlet: Outlet,
+}
+
+impl Lines {
+    fn start(format: LogFormat) -> std::io::Result<Lines> {
+        let notice = move |dropped| {
+            let message = match dropped {
+                1 => "1 log line was dropped".to_owned(),
+                _ => format!("{dropped} log lines were dropped"),
+            };
+            line(format, Level::Warn, "vublk", None, &message)
+        };
+        Ok(Lines { format, outlet: Outlet::start("log", standard(libc::STDERR_FILENO), notice)? })
+    }
+
+    fn write(&self, level: Level, target: &str, export: Option<&str>, message: &str) {
+        self.outlet.push(line(self.format, level, target, export, message));
+    }
+
+    /// Tells of a panic, past filter and limiter, and waits as [`drain`] does: the process may be about to end.
+    fn panicked(&self, info: &PanicHookInfo<'_>) {
+        let thread = std::thread::current();
+        let mut message = format!("thread '{}' {info}", thread.name().unwrap_or("unnamed"));
+        // RUST_BACKTRACE asks for it.
+        let backtrace = Backtrace::capture();
+        if backtrace.status() == BacktraceStatus::Captured {
+            message += &format!("\n{backtrace}");
+        }
+        self.write(Level::Error, "vublk", None, &message);
+        self.outlet.drain();
+    }
+}
+
+/// A line of the log, its end included. Names in text are written as the bytes that they are.
+fn line(
+    format: LogFormat,
+    level: Level,
+    target: &str,
+    export: Option<&str>,
+    message: &str,
+) -> Vec<u8> {
+    match format {
         LogFormat::Text => {
             let export = export.map_or(String::new(), |export| format!("{export}: "));
-            format!("[{level:<5}] {export}{message}\n")
+            bytes::bytes_of(&format!("[{level:<5}] {export}{message}\n")).into_owned()
         }
         LogFormat::Json => {
             let level = level.as_str().to_ascii_lowercase();
@@ -152,10 +222,9 @@ fn write(format: LogFormat, level: Level, target: &str, export: Option<&str>, me
             if let Some(export) = export {
                 object.insert("export", export);
             }
-            json::to_text(&Value::Map(object)) + "\n"
+            (json::to_text(&Value::Map(object)) + "\n").into_bytes()
         }
-    };
-    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    }
 }
 
 /// Now, as RFC 3339 has it.
@@ -287,6 +356,52 @@ mod tests {
         assert_eq!(ask(later, 1, "a"), Verdict::Suppress);
         assert_eq!(limiter.take_suppressed(), [(kind(1, "a"), 1)]);
         assert_eq!(limiter.take_suppressed(), []);
+    }
+
+    /// Runs this test's program again, in a process that panics with a log in that format.
+    fn panicking(format: &str) -> std::process::Command {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        let name = "cli::log::tests::a_panic_is_told_in_the_form_of_the_log_and_ends_the_process";
+        command.args(["--exact", name, "--nocapture"]).env("VUBLK_TEST_PANIC", format);
+        command.env("RUST_BACKTRACE", "0");
+        command
+    }
+
+    #[test]
+    fn a_panic_is_told_in_the_form_of_the_log_and_ends_the_process() {
+        use crate::io::{Worker, WorkerOptions};
+        use std::os::unix::process::ExitStatusExt;
+        if let Ok(format) = std::env::var("VUBLK_TEST_PANIC") {
+            let json = format == "json";
+            let log_format = if json { LogFormat::Json } else { LogFormat::Text };
+            start(0, LogArgs { log_format }).unwrap();
+            let worker = Worker::start("panics", WorkerOptions::default()).unwrap();
+            worker.send(|_| panic!("on purpose"));
+            std::thread::sleep(Duration::from_secs(60));
+            return;
+        }
+        for (format, form) in [
+            ("text", "[ERROR] thread 'panics' panicked at "),
+            ("json", "\"message\": \"thread 'panics' panicked at "),
+        ] {
+            let output = panicking(format).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{said}");
+            assert!(said.contains(form) && said.contains("on purpose"), "{said}");
+            assert!(said.contains("the process ends"), "{said}");
+        }
+        // Nor does it wait for a reader.
+        let (_reader, mut writer) = std::io::pipe().unwrap();
+        // SAFETY: names no memory, and the descriptor is open.
+        let set = |writer: &std::io::PipeWriter, flags: libc::c_int| unsafe {
+            libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(writer), libc::F_SETFL, flags)
+        };
+        set(&writer, libc::O_NONBLOCK);
+        while std::io::Write::write(&mut writer, &[b' '; 4096]).is_ok() {}
+        while std::io::Write::write(&mut writer, b" ").is_ok() {}
+        set(&writer, 0);
+        let status = panicking("text").stderr(writer).stdout(std::process::Stdio::null()).status();
+        assert_eq!(status.unwrap().signal(), Some(libc::SIGABRT));
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod io;
 mod log;
 mod looks;
 mod nvme;
+mod outlet;
 mod policy;
 mod process;
 mod serve;
@@ -157,6 +158,7 @@ fn command_line() -> clap::Command {
 
 fn report(program: &str, outcome: Outcome) -> ExitCode {
     output::flush();
+    ::log::logger().flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { line, hint }) => {

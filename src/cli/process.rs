@@ -1,6 +1,8 @@
 //! What a daemon does to its own process: signals, the pid file, going to the background; and whom
 //! it tells that it is ready.
 
+use super::log;
+use super::outlet::Outlet;
 use crate::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -81,8 +83,9 @@ pub fn ended_within(stop: &OwnedFd, time: Duration) -> bool {
 }
 
 /// The service manager that started the program, if it wants to know how it gets on (`sd_notify(3)`).
-/// Its socket is connected at once: in the sandbox there are no new ones.
-pub struct Manager(Option<UnixDatagram>);
+/// Its socket is connected at once: in the sandbox there are no new ones. A manager that does not read yet is told
+/// later.
+pub struct Manager(Option<Outlet>);
 
 impl Manager {
     pub const READY: &str = "READY=1";
@@ -93,19 +96,28 @@ impl Manager {
         Manager(std::env::var_os("NOTIFY_SOCKET").and_then(|name| Manager::connect(&name).ok()))
     }
 
-    fn connect(name: &OsStr) -> std::io::Result<UnixDatagram> {
+    fn connect(name: &OsStr) -> std::io::Result<Outlet> {
         let address = match name.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
             _ => SocketAddr::from_pathname(name)?,
         };
         let socket = UnixDatagram::unbound()?;
         socket.connect_addr(&address)?;
-        Ok(socket)
+        let socket = Box::new(File::from(OwnedFd::from(socket)));
+        Outlet::start("sd_notify", socket, |_| Vec::new())
     }
 
     pub fn tell(&self, state: &str) {
-        // Nobody may be listening for it.
-        let _ = self.0.as_ref().map(|socket| socket.send(state.as_bytes()));
+        if let Some(outlet) = &self.0 {
+            outlet.push(state);
+        }
+    }
+
+    /// Waits until all is told, for a bounded time. For a process that ends.
+    pub fn drain(&self) {
+        if let Some(outlet) = &self.0 {
+            outlet.drain();
+        }
     }
 }
 
@@ -213,6 +225,8 @@ impl Background {
     pub fn ready(self) -> Result<(), String> {
         let failed = |e: std::io::Error| format!("cannot daemonize: {e}");
         std::env::set_current_dir("/").map_err(failed)?;
+        // The lines so far belong to the standard error that goes now.
+        log::drain();
         for fd in 0..=2 {
             // SAFETY: both descriptors are open, and the standard ones are nobody's property.
             if unsafe { libc::dup2(self.null.as_raw_fd(), fd) } < 0 {

@@ -1,9 +1,9 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
 use super::confine::{self, SandboxArgs, Wanted};
-use super::img::out;
-use super::log::LogArgs;
+use super::log::{self, LogArgs};
 use super::looks;
+use super::outlet::{Outlet, standard};
 use super::policy::PolicyArgs;
 use super::process::{EndSignals, Manager, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
@@ -18,7 +18,6 @@ use crate::metrics;
 use crate::options::{Map, Size, Value, bytes, size};
 use crate::sandbox::{self, Plan};
 use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
-use crate::tools::output;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -143,7 +142,9 @@ impl Serve {
     }
 
     pub fn run(self) -> super::Outcome {
-        super::log::start(self.verbose, self.log);
+        let signals = EndSignals::block();
+        let mut descriptors = Descriptors::new();
+        log::start(self.verbose, self.log)?;
         if self.images.len() != self.sockets.len() {
             let (images, sockets) = (self.images.len(), self.sockets.len());
             return Err(format!("{images} images but {sockets} sockets: give one for each").into());
@@ -152,9 +153,7 @@ impl Serve {
             return Err("--serial: at most 20 bytes".into());
         }
         descriptors::raise_limit();
-        let signals = EndSignals::block();
         let stop = signals.descriptor()?;
-        let mut descriptors = Descriptors::new();
         let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
         service.wait_for_locks(Some(EndSignals::have_come));
         let observed = self.metrics.is_some().then(|| service.observe());
@@ -164,19 +163,13 @@ impl Serve {
             self.serve_one(&mut service, &workers, index, image, address)?;
         }
         let metrics = self.metrics.as_ref().zip(observed);
-        let metrics = metrics
-            .map(|(at, observed)| metrics::Server::start(at, observed, EndSignals::have_come));
+        let metrics = metrics.map(|(at, observed)| {
+            metrics::Server::start(at, observed, log::dropped, EndSignals::have_come)
+        });
         let metrics = metrics.transpose().map_err(|e| e.at("--metrics"))?;
         let manager = Manager::find();
         self.confine(&service, metrics.as_ref())?;
-        for socket in &self.sockets {
-            if let SocketArg::Path(path) = socket
-                && !self.quiet
-            {
-                out!("{}", attach_lines(path));
-            }
-        }
-        output::flush();
+        let printed = self.print_attach_lines()?;
         manager.tell(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();
@@ -188,8 +181,23 @@ impl Serve {
         drop(metrics);
         drop(service);
         sandbox::tell_refused();
-        ::log::logger().flush();
+        printed.drain();
+        manager.drain();
         Ok(())
+    }
+
+    /// Prints how the disks are attached to virtual machines, without a wait for whoever reads it.
+    fn print_attach_lines(&self) -> Result<Outlet, String> {
+        let stdout = Outlet::start("stdout", standard(libc::STDOUT_FILENO), |_| Vec::new());
+        let stdout = stdout.map_err(|e| format!("standard output: {e}"))?;
+        for socket in &self.sockets {
+            if let SocketArg::Path(path) = socket
+                && !self.quiet
+            {
+                stdout.push(attach_lines(path));
+            }
+        }
+        Ok(stdout)
     }
 
     /// Everything is open: gives up what is not needed any more.

@@ -11,6 +11,7 @@ impl Drop for AbortOnPanic {
         if std::thread::panicking() {
             let name = std::thread::current().name().unwrap_or("a thread").to_owned();
             log::error!("{name}: panicked with guests' I/O on its hands: the process ends");
+            log::logger().flush();
             std::process::abort();
         }
     }

@@ -39,13 +39,14 @@ pub struct Server {
 
 impl Server {
     /// Listens, and starts the thread. A daemon that still ends is waited for as on other sockets, until
-    /// `give_up` says so.
+    /// `give_up` says so. `log_lines_dropped` counts what the log has lost.
     ///
     /// # Errors
     /// The address cannot be listened on.
     pub fn start(
         address: &Address,
         observed: Arc<Observed>,
+        log_lines_dropped: fn() -> u64,
         give_up: fn() -> bool,
     ) -> Result<Server, Error> {
         let failed = |e| Error::os("cannot offer metrics", e);
@@ -56,7 +57,8 @@ impl Server {
         };
         // From here on a failure removes the file.
         let mut server = Server { stop, thread: None, own_file };
-        let watcher = Watcher::new(listener, &server.stop, observed).map_err(failed)?;
+        let watcher =
+            Watcher::new(listener, &server.stop, observed, log_lines_dropped).map_err(failed)?;
         let thread = std::thread::Builder::new().name("metrics".into()).stack_size(256 << 10);
         server.thread = Some(thread.spawn(move || watcher.serve()).map_err(failed)?);
         Ok(server)
@@ -143,6 +145,7 @@ struct Watcher {
     listener: Listener,
     clients: [Option<Client>; CLIENTS],
     observed: Arc<Observed>,
+    log_lines_dropped: fn() -> u64,
     started: f64,
     /// `/proc/self/status`, opened while files can still be opened.
     status: Option<File>,
@@ -172,6 +175,7 @@ impl Watcher {
         listener: Listener,
         stop: &EventFd,
         observed: Arc<Observed>,
+        log_lines_dropped: fn() -> u64,
     ) -> std::io::Result<Watcher> {
         let epoll = Epoll::new()?;
         let event = |number| EpollEvent::new(EventSet::IN, number);
@@ -183,6 +187,7 @@ impl Watcher {
             listener,
             clients: [const { None }; CLIENTS],
             observed,
+            log_lines_dropped,
             started: now.map_or(0.0, |now| now.as_secs_f64()),
             status: File::open("/proc/self/status").ok(),
         })
@@ -263,6 +268,7 @@ impl Watcher {
             started: self.started,
             cpu_ns: process_cpu_ns(),
             resident_bytes: self.status.as_ref().and_then(resident).unwrap_or(0),
+            log_lines_dropped: (self.log_lines_dropped)(),
         };
         let (exports, drives) = (self.observed.exports(), self.observed.drives());
         http::answer(request, &text::page(request.format, process, &exports, &drives))

@@ -32,6 +32,7 @@ pub struct Process {
     pub started: f64,
     pub cpu_ns: u64,
     pub resident_bytes: u64,
+    pub log_lines_dropped: u64,
 }
 
 /// The whole page.
@@ -98,13 +99,16 @@ impl Page {
             self.family(name, kind, help);
             self.sample(name, &[], value);
         };
-        let Process { started, cpu_ns, resident_bytes } = process;
+        let Process { started, cpu_ns, resident_bytes, log_lines_dropped } = process;
         let help = "Start time of the process since 1970, in seconds.";
         one("process_start_time_seconds", "gauge", help, started);
         let help = "Processor time used, in seconds.";
         one("process_cpu_seconds_total", "counter", help, seconds(cpu_ns));
         let help = "Resident memory, guests' included as far as it was touched, in bytes.";
         one("process_resident_memory_bytes", "gauge", help, resident_bytes as f64);
+        let help =
+            "Log lines dropped because standard error was not read, or could not be written.";
+        one("vublk_log_dropped_lines_total", "counter", help, log_lines_dropped as f64);
         self.family("vublk_build_info", "gauge", "The program's version.");
         self.sample("vublk_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
     }
@@ -304,7 +308,7 @@ mod tests {
         for format in [Format::Prometheus, Format::OpenMetrics] {
             let text = page(
                 format,
-                Process { cpu_ns: 1_500_000_000, ..Process::default() },
+                Process { cpu_ns: 1_500_000_000, log_lines_dropped: 7, ..Process::default() },
                 &exports,
                 &drives,
             );
@@ -319,6 +323,7 @@ mod tests {
                 found[0].value
             };
             assert_eq!(value("process_cpu_seconds_total", &[]), 1.5);
+            assert_eq!(value("vublk_log_dropped_lines_total", &[]), 7.0);
             assert_eq!(value("vublk_export_size_bytes", &[("export", "plain")]), 1048576.0);
             let drive = [("drive", "0000:01:00.0")];
             assert_eq!(value("vublk_drive_temperature_celsius", &drive), -3.0);

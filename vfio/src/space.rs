@@ -385,6 +385,7 @@ impl Drop for Registration {
                 // The memory goes back to its owner whatever we say; a device that may still write
                 // to it must not go on.
                 log::error!("{}: {error}: a guest's memory", self.space.function.name());
+                log::logger().flush();
                 std::process::abort();
             }
         }

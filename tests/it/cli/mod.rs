@@ -9,6 +9,7 @@ mod process;
 mod sandbox;
 mod serve;
 mod sockets;
+mod unread;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

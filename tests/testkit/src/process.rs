@@ -47,10 +47,16 @@ impl Server {
         Server::spawn(command)
     }
 
-    /// Starts a prepared command.
+    /// Starts a prepared command; its standard error is kept.
     pub fn spawn(mut command: Command) -> Result<Server> {
+        command.stderr(Stdio::piped());
+        Server::spawn_unheard(command)
+    }
+
+    /// Starts a prepared command, whose standard error stays where it was sent.
+    pub fn spawn_unheard(mut command: Command) -> Result<Server> {
         let name = command.get_program().to_string_lossy().into_owned();
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        command.stdin(Stdio::null());
         let mut child = command.spawn().map_err(Error::io(format!("start of {name}")))?;
         let stderr = Arc::new(Mutex::new(Vec::new()));
         if let Some(mut pipe) = child.stderr.take() {

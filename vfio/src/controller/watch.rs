@@ -167,6 +167,7 @@ impl Inner {
         if let Err(error) = self.space.cut() {
             // Nothing keeps it from writing to memory that is somebody else's by then.
             log::error!("{}: taking its memory away: {error}", self.name);
+            log::logger().flush();
             std::process::abort();
         }
         self.life.store(DEAD, Ordering::Release);
