@@ -26,6 +26,9 @@ const CLIENTS: usize = 4;
 /// How long a client may take, from its connection to the end of the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long no client is accepted after one could not be.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// How often a port that another process listens on is tried.
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -146,6 +149,8 @@ struct Watcher {
     clients: [Option<Client>; CLIENTS],
     observed: Arc<Observed>,
     log_lines_dropped: fn() -> u64,
+    /// No client is accepted before: the last could not be.
+    paused_until: Option<Instant>,
     started: f64,
     /// `/proc/self/status`, opened while files can still be opened.
     status: Option<File>,
@@ -188,6 +193,7 @@ impl Watcher {
             clients: [const { None }; CLIENTS],
             observed,
             log_lines_dropped,
+            paused_until: None,
             started: now.map_or(0.0, |now| now.as_secs_f64()),
             status: File::open("/proc/self/status").ok(),
         })
@@ -206,6 +212,10 @@ impl Watcher {
                 }
             }
             let now = Instant::now();
+            if self.paused_until.is_some_and(|until| until <= now) {
+                self.paused_until = None;
+                self.listen(EventSet::IN);
+            }
             for client in &mut self.clients {
                 if client.as_ref().is_some_and(|client| client.until <= now) {
                     *client = None;
@@ -214,9 +224,17 @@ impl Watcher {
         }
     }
 
-    /// Milliseconds until a client has had its time; -1: there is none.
+    /// Waits for clients from now on, or no longer.
+    fn listen(&self, events: EventSet) {
+        // The listener is in the set, so that this cannot fail.
+        let event = EpollEvent::new(events, LISTENER);
+        let _ = self.epoll.ctl(ControlOperation::Modify, self.listener.fd(), event);
+    }
+
+    /// Milliseconds until a client has had its time, or others are accepted again; -1: neither.
     fn timeout(&self) -> i32 {
-        let first = self.clients.iter().flatten().map(|client| client.until).min();
+        let first = self.clients.iter().flatten().map(|client| client.until);
+        let first = first.chain(self.paused_until).min();
         first.map_or(-1, |at| at.saturating_duration_since(Instant::now()).as_millis() as i32 + 1)
     }
 
@@ -227,7 +245,8 @@ impl Watcher {
             Err(error) => {
                 log::warn!("metrics: accept: {error}");
                 // Out of descriptors, most likely: do not spin on it.
-                return std::thread::sleep(Duration::from_millis(100));
+                self.paused_until = Some(Instant::now() + PAUSE);
+                return self.listen(EventSet::empty());
             }
         };
         // A free place comes first.

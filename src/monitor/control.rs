@@ -18,8 +18,11 @@ use std::time::{Duration, Instant};
 /// How long clients are given to read what was said last.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Milliseconds between two looks at commands that are under way.
+/// Milliseconds between two looks at commands that are under way, and at monitors that pause.
 const LOOK: i32 = 10;
+
+/// How long a monitor accepts no client after one could not be.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// All monitors of a process, and the character devices that they may be put on.
 #[derive(Default)]
@@ -33,6 +36,8 @@ struct Monitor {
     pretty: bool,
     /// One at a time; others wait in the socket's queue.
     client: Option<Client>,
+    /// No client is accepted before: the last could not be.
+    paused_until: Option<Instant>,
 }
 
 struct Client {
@@ -75,7 +80,7 @@ impl Control {
         let found = self.chardevs.iter().position(|chardev| chardev.id == id);
         let index = found.ok_or_else(|| Error::new(format!("chardev \"{shown}\" not found")))?;
         let chardev = self.chardevs.remove(index);
-        self.monitors.push(Monitor { chardev, pretty, client: None });
+        self.monitors.push(Monitor { chardev, pretty, client: None, paused_until: None });
         Ok(())
     }
 
@@ -188,6 +193,7 @@ impl Monitor {
         {
             self.client = Some(client(File::from(stream)));
         }
+        self.paused_until = self.paused_until.filter(|until| *until > Instant::now());
         match (&self.client, &self.chardev.endpoint) {
             // It has gone, and one of its commands is still under way.
             (Some(Client { session, ended: true, .. }), _) if session.output().is_empty() => {
@@ -203,9 +209,11 @@ impl Monitor {
                 }
                 polled(stream.as_raw_fd(), events)
             }
-            (None, Endpoint::Listening(listener)) => polled(listener.as_raw_fd(), POLLIN),
+            (None, Endpoint::Listening(listener)) if self.paused_until.is_none() => {
+                polled(listener.as_raw_fd(), POLLIN)
+            }
             // Not waited on at all.
-            (None, Endpoint::Connected(_)) => polled(-1, 0),
+            (None, _) => polled(-1, 0),
         }
     }
 
@@ -213,8 +221,10 @@ impl Monitor {
         self.client.as_ref().is_some_and(|client| client.session.has_work())
     }
 
+    /// Whether it is to be looked at again soon.
     fn is_waiting(&self) -> bool {
-        self.client.as_ref().is_some_and(|client| client.session.is_waiting())
+        let waits = self.client.as_ref().is_some_and(|client| client.session.is_waiting());
+        waits || self.paused_until.is_some()
     }
 
     /// Does what the descriptor is ready for.
@@ -233,7 +243,7 @@ impl Monitor {
                 Err(error) => {
                     log::error!("monitor '{}': accept: {error}", self.chardev.id);
                     // Out of descriptors, most likely: do not spin on it.
-                    std::thread::sleep(Duration::from_millis(100));
+                    self.paused_until = Some(Instant::now() + PAUSE);
                 }
             }
             return;

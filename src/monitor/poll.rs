@@ -4,6 +4,7 @@ use crate::block::Error;
 use crate::export::vhost_user_blk::listening_fd;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 
 /// A descriptor that is waited on, what for, and what came of it.
 pub type Polled = libc::pollfd;
@@ -37,8 +38,11 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Takes over a listening socket by its number on the command line.
+/// Takes over a listening socket by its number on the command line. From now on it does not block: another
+/// process that shares it may have taken the client that was announced.
 pub fn take_listener(fd: RawFd) -> Result<OwnedFd, Error> {
     // SAFETY: whoever started the program says that this descriptor is ours to take.
-    unsafe { listening_fd(fd) }
+    let listener = UnixListener::from(unsafe { listening_fd(fd) }?);
+    listener.set_nonblocking(true).map_err(|e| Error::os(format!("File descriptor '{fd}'"), e))?;
+    Ok(listener.into())
 }

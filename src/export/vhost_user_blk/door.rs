@@ -23,6 +23,9 @@ pub enum Address {
 /// The first wait for a front end that does not listen, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
+/// How long no front end is accepted after one could not be.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// A place where one front end after the other is met.
 pub(super) struct Door {
     /// Goes before the listener does.
@@ -79,7 +82,9 @@ fn accept(listener: &UnixListener, name: &str, stop: RawFd) -> Option<UnixStream
             Err(error) => {
                 log::error!(export = name; "accept: {error}");
                 // Out of descriptors, most likely: do not spin on it.
-                std::thread::sleep(Duration::from_millis(100));
+                if wait_readable(&[stop], Some(PAUSE)).is_some() {
+                    return None;
+                }
             }
         }
     }
