@@ -1,9 +1,12 @@
 //! `vublk ctl`: one command to a running daemon's monitor, for people.
 
 use super::img::outln;
+use super::sockets;
 use crate::monitor::Framing;
 use crate::options::{Map, Value, json, keyval, size};
-use std::io::{Read, Write};
+use crate::service::SOCKET_PATIENCE;
+use crate::tools::output::errln;
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -47,9 +50,11 @@ impl Ctl {
         };
         let shown = self.socket.display();
         let failed = |error: std::io::Error| format!("{shown}: {error}");
-        let stream = UnixStream::connect(&self.socket).map_err(failed)?;
+        // Nothing keeps a signal from ending this program.
+        let stream = sockets::connect(&self.socket, || false).map_err(failed)?;
         let mut connection = Connection { stream, framing: Framing::default() };
         let at = |error: String| format!("{shown}: {error}");
+        connection.wait_for_greeting(&shown.to_string()).map_err(failed)?;
         let greeting = connection.receive().map_err(at)?;
         if !greeting.contains("QMP") {
             return Err(format!("{shown}: not a QMP monitor").into());
@@ -67,6 +72,31 @@ struct Connection {
 }
 
 impl Connection {
+    /// Waits for the first bytes of the monitor, and says so where they take long.
+    fn wait_for_greeting(&mut self, shown: &str) -> std::io::Result<()> {
+        self.stream.set_read_timeout(Some(SOCKET_PATIENCE))?;
+        let mut buffer = [0; 4096];
+        let result = loop {
+            match self.stream.read(&mut buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    errln!(
+                        "vublk: {shown}: waiting for the monitor, which may serve another client"
+                    );
+                    break Ok(());
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => break Err(error),
+                // At the end of the stream, the next call says so.
+                Ok(n) => {
+                    self.framing.push(&buffer[..n]);
+                    break Ok(());
+                }
+            }
+        };
+        self.stream.set_read_timeout(None)?;
+        result
+    }
+
     /// Sends a command and waits for its reply, past any events. The inner error is the monitor's.
     fn ask(&mut self, command: &str, arguments: Map) -> Result<Result<Value, String>, String> {
         let mut request = Map::from_iter([("execute", Value::from(command))]);

@@ -1,10 +1,40 @@
 //! The sockets of a command line: where front ends connect, or where we do.
 
 use crate::block::Error;
-use crate::export::vhost_user_blk::{Address, Socket, socket_fd};
+use crate::export::vhost_user_blk::{Address, Socket, socket, socket_fd};
+use crate::service::SOCKET_PATIENCE;
+use std::io::ErrorKind;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+/// How often a listener is tried that takes no more connections.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Connects to the socket of a daemon. A listener that takes no more connections is tried for
+/// [`SOCKET_PATIENCE`], unless `give_up` says otherwise.
+///
+/// # Errors
+/// Nobody listens there, or the listener still takes no connections.
+pub fn connect(path: &Path, give_up: fn() -> bool) -> std::io::Result<UnixStream> {
+    let end = Instant::now() + SOCKET_PATIENCE;
+    loop {
+        match socket::try_connect(path) {
+            Ok(stream) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+            Err(_) if Instant::now() > end || give_up() => {
+                let why = "the process that listens there takes no more connections";
+                return Err(std::io::Error::new(ErrorKind::WouldBlock, why));
+            }
+            Err(_) => std::thread::sleep(RETRY),
+        }
+    }
+}
 
 /// One `--socket`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,13 +2,16 @@
 //!
 //! It knows what every scraper of the metrics knows: it asks twice and shows the difference.
 
+use super::outlet::{Outlet, standard};
 use super::process::{EndSignals, ended_within};
+use super::sockets;
 use crate::metrics::{self, Sample};
 use crate::options::{Map, Value, json};
+use crate::service::SOCKET_PATIENCE;
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Read, Write};
-use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
+use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 /// Show what a daemon's exports do, from its metrics
@@ -28,8 +31,10 @@ pub struct Top {
     json: bool,
 }
 
-/// How long an answer may take, and how long it may be.
+/// How long an answer may take, and how many bytes it may have.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a wait looks whether a signal has come.
+const LOOK: Duration = Duration::from_millis(50);
 const LONGEST: usize = 64 << 20;
 
 /// How a good answer begins.
@@ -49,43 +54,56 @@ impl Top {
             Err(error) => return Err(error.into()),
         };
         let stop = EndSignals::block().descriptor()?;
-        let mut before = look(&address)?;
+        let Some(mut before) = look(&address)? else { return Ok(()) };
         let live = !self.once && !self.json && std::io::stdout().is_terminal();
-        let screen = live.then(Screen::enter);
+        let out = Outlet::start("stdout", standard(libc::STDOUT_FILENO), |_| Vec::new());
+        let out = out.map_err(|e| format!("standard output: {e}"))?;
+        let screen = live.then(|| Screen::enter(&out));
         while !ended_within(&stop, self.interval) {
-            let now = look(&address)?;
+            let Some(now) = look(&address)? else { break };
             let report = Report::between(&before, &now);
             let text = match (self.json, live) {
                 (true, _) => json::to_text(&report.to_value()) + "\n",
                 (false, true) => CLEAR.to_owned() + &cut(&report.table(), terminal_size()),
                 (false, false) => report.table(),
             };
-            let mut out = std::io::stdout().lock();
-            // Whoever read it has gone.
-            if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() || self.once {
+            out.push(text);
+            let ended = !wait_for_reader(&out, &stop);
+            // A report that could not be written has no reader any more.
+            if ended || self.once || out.dropped() > 0 {
                 break;
             }
             before = now;
         }
         drop(screen);
+        out.drain();
         Ok(())
     }
 }
 
-/// The terminal's other screen, until it is dropped.
-struct Screen;
+/// Waits until the reader has taken all. False if a signal came first.
+fn wait_for_reader(out: &Outlet, stop: &OwnedFd) -> bool {
+    while !out.is_empty() {
+        if ended_within(stop, LOOK) {
+            return false;
+        }
+    }
+    true
+}
 
-impl Screen {
-    fn enter() -> Screen {
-        let _ = write!(std::io::stdout(), "{ENTER}");
-        Screen
+/// The terminal's other screen, until it is dropped.
+struct Screen<'a>(&'a Outlet);
+
+impl Screen<'_> {
+    fn enter(out: &Outlet) -> Screen<'_> {
+        out.push(ENTER);
+        Screen(out)
     }
 }
 
-impl Drop for Screen {
+impl Drop for Screen<'_> {
     fn drop(&mut self) {
-        let _ = write!(std::io::stdout(), "{LEAVE}");
-        let _ = std::io::stdout().flush();
+        self.0.push(LEAVE);
     }
 }
 
@@ -123,16 +141,21 @@ struct Look {
     samples: Vec<Sample>,
 }
 
-fn look(address: &metrics::Address) -> Result<Look, String> {
+/// Asks the daemon. None if a signal ends the program meanwhile.
+fn look(address: &metrics::Address) -> Result<Option<Look>, String> {
     let failed = |error: String| format!("{address}: {error}");
-    let answer = fetch(address).map_err(|error| failed(error.to_string()))?;
+    let answer = match fetch(address) {
+        Ok(answer) => answer,
+        Err(_) if EndSignals::have_come() => return Ok(None),
+        Err(error) => return Err(failed(error.to_string())),
+    };
     let at = Instant::now();
     let (head, page) = answer.split_once("\r\n\r\n").unwrap_or_default();
     if !head.starts_with(GOOD) {
         return Err(failed("it offers no metrics".into()));
     }
     let samples = metrics::parse(page).map_err(failed)?;
-    Ok(Look { at, samples })
+    Ok(Some(Look { at, samples }))
 }
 
 fn fetch(address: &metrics::Address) -> std::io::Result<String> {
@@ -140,27 +163,51 @@ fn fetch(address: &metrics::Address) -> std::io::Result<String> {
     impl<T: Read + Write> Stream for T {}
     let mut stream: Box<dyn Stream> = match address {
         metrics::Address::Unix(path) => {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let stream = sockets::connect(path, EndSignals::have_come)?;
+            stream.set_read_timeout(Some(LOOK))?;
             Box::new(stream)
         }
         metrics::Address::Tcp(address) => {
-            let stream = TcpStream::connect_timeout(address, PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            let stream = connect_port(address)?;
+            stream.set_read_timeout(Some(LOOK))?;
             Box::new(stream)
         }
     };
+    let end = Instant::now() + PATIENCE;
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
     let mut answer = Vec::new();
     let mut chunk = vec![0; 1 << 16];
     // Who speaks otherwise, as a monitor does, may never close the connection.
     while answer.len() < LONGEST && GOOD.as_bytes().iter().zip(&answer).all(|(a, b)| a == b) {
-        match stream.read(&mut chunk)? {
-            0 => break,
-            n => answer.extend_from_slice(&chunk[..n]),
+        match stream.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(n) => answer.extend_from_slice(&chunk[..n]),
+            Err(error)
+                if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
+            {
+                return Err(error);
+            }
+            Err(_) if Instant::now() > end || EndSignals::have_come() => {
+                return Err(std::io::Error::new(ErrorKind::TimedOut, "it does not answer"));
+            }
+            Err(_) => {}
         }
     }
     String::from_utf8(answer).map_err(std::io::Error::other)
+}
+
+/// Connects to a port of this host. One that takes no connections is tried for [`SOCKET_PATIENCE`].
+fn connect_port(address: &SocketAddr) -> std::io::Result<TcpStream> {
+    let end = Instant::now() + SOCKET_PATIENCE;
+    loop {
+        match TcpStream::connect_timeout(address, LOOK) {
+            Err(error)
+                if error.kind() == ErrorKind::TimedOut
+                    && Instant::now() < end
+                    && !EndSignals::have_come() => {}
+            result => return result,
+        }
+    }
 }
 
 /// What happened between two looks.

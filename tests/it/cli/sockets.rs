@@ -233,6 +233,37 @@ fn a_start_on_a_socket_whose_backlog_is_full_is_refused_in_one_line() {
 }
 
 #[test]
+fn ctl_and_top_say_in_one_line_that_a_socket_takes_no_connections() {
+    let dir = directory();
+    let _full = Full::bind(&dir.path().join("s"));
+    for (arguments, shown) in
+        [(&["ctl", "--socket", "s", "query-block"][..], "s"), (&["top", "--socket", "s"], "unix:s")]
+    {
+        let output = run(dir.path(), &[VUBLK], arguments);
+        let why = "the process that listens there takes no more connections";
+        assert_eq!(stderr(&output), format!("vublk: {shown}: {why}\n"));
+        assert_eq!(output.status.code(), Some(1));
+    }
+}
+
+#[test]
+fn ctl_says_that_it_waits_where_the_monitor_serves_another_client() {
+    let daemon = crate::monitor::daemon(&[]);
+    let first = crate::monitor::Client::connect(&daemon.path("m.sock"));
+    let mut command = Command::new(VUBLK);
+    command.args(["ctl", "query-block", "--socket"]).arg(daemon.path("m.sock"));
+    command.stdout(Stdio::piped());
+    let mut ctl = Server::spawn(command).unwrap();
+    let began = std::time::Instant::now();
+    while !ctl.stderr().ends_with("waiting for the monitor, which may serve another client\n") {
+        assert!(began.elapsed() < LIMIT, "{}", ctl.stderr());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    drop(first);
+    assert!(ctl.wait_exit(LIMIT).unwrap().success());
+}
+
+#[test]
 fn a_start_on_a_socket_whose_backlog_is_full_goes_on_when_the_listener_has_gone() {
     for removes_its_file in [true, false] {
         let dir = directory();
@@ -258,6 +289,8 @@ fn a_program_that_waits_for_a_listener_with_a_full_backlog_hears_signals() {
         "exec \"$VUBLK\" serve -f raw disk.img --socket connect:s",
         "exec \"$VUBLK\" serve -f raw disk.img --socket t --metrics unix:s",
         "exec \"$VUBLK\" daemon --chardev socket,id=c,path=s --monitor c",
+        "exec \"$VUBLK\" top --socket s",
+        "exec \"$VUBLK\" ctl --socket s query-block",
     ] {
         let mut server = start(dir.path(), line, None);
         std::thread::sleep(std::time::Duration::from_millis(200));
