@@ -5,7 +5,7 @@
 //! [`Node::pack`] and [`Node::store_packed`].
 
 use super::{LocalFuture, Node, SECTOR, WriteFlags};
-use crate::io::{Errno, IoResult, IoVec, offload};
+use crate::io::{Errno, IoResult, IoVec};
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::Pin;
@@ -86,7 +86,8 @@ impl Node {
             from.slice(done, n).copy_to(&mut bytes);
             let packer = packer.clone();
             let range = at + done..at + done + n;
-            begun.push(Box::pin(offload(move || Packed { range, bytes: packer(&bytes) })));
+            let work = move || Packed { range, bytes: packer(&bytes) };
+            begun.push(Box::pin(self.blocking.run(work)));
             done += n;
         }
         Ok(all(begun).await)

@@ -10,7 +10,7 @@ use super::overlap::Overlap;
 use super::threshold::WriteMarks;
 use super::{Event, Notices, Perm, Perms};
 use crate::io::sync::Mutex;
-use crate::io::{AlignedBuf, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
+use crate::io::{AlignedBuf, Blocking, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -88,6 +88,8 @@ pub struct Node {
     bitmaps: Arc<Bitmaps>,
     marks: WriteMarks,
     discards: DiscardCounts,
+    /// What takes longer than a worker may be kept.
+    pub(super) blocking: Blocking,
     notices: Arc<Notices>,
     /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
     /// graph.
@@ -128,6 +130,7 @@ impl Node {
             overlap: Overlap::default(),
             marks: WriteMarks::default(),
             discards: DiscardCounts::default(),
+            blocking: Blocking::default(),
             notices,
             held: AtomicU8::new(0),
             perms: AtomicU16::new(0),

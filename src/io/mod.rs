@@ -50,7 +50,7 @@ pub use buffer::AlignedBuf;
 pub use epoch::InFlight;
 pub use errno::{Errno, IoResult};
 pub use iovec::{IoVec, is_aligned};
-pub use offload::offload;
+pub use offload::{Blocking, offload};
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
 pub use shared_mapping::SharedMapping;
 pub use source::{Polled, Source, SourceId};

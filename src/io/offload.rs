@@ -1,24 +1,43 @@
-//! Work that really blocks (ioctl, lseek for holes, open) on a few threads of its own, so that it
-//! never stops a worker, unless the worker may be stopped.
+//! Work that really blocks (ioctl, lseek for holes, open) or takes long (decompression) on threads of
+//! its own, so that it never stops a worker, unless the worker may be stopped.
 
 use super::may_block;
-use super::pool::Pool;
+use super::pool::{Job, Limits, Pool};
 use super::sync::Mutex;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
-/// Threads at most, for the whole process.
-const THREADS: usize = 16;
-static POOL: Pool<Box<dyn FnOnce() + Send>> = Pool::new("offload", THREADS);
+static POOL: Pool<Call> = Pool::new("offload", Limits { each: 16, all: 64 });
+
+/// The blocking work of one disk, or of whatever else should not be held up by its neighbours. No
+/// more than 16 of its calls run at a time; the others wait for these, and for nobody else's.
+pub struct Blocking(u64);
+
+/// Work that has an owner.
+struct Call {
+    owner: u64,
+    work: Box<dyn FnOnce() + Send>,
+}
+
+impl Job for Call {
+    fn owner(&self) -> u64 {
+        self.owner
+    }
+
+    fn run(self) {
+        (self.work)();
+    }
+}
 
 struct Slot<T> {
     result: Option<T>,
     waker: Option<Waker>,
 }
 
-/// The result of [`offload`]. The work goes on to its end even if nobody waits for it.
+/// The result of [`Blocking::run`]. The work goes on to its end even if nobody waits for it.
 struct Offloaded<T>(Arc<Mutex<Slot<T>>>);
 
 impl<T> Future for Offloaded<T> {
@@ -35,23 +54,38 @@ impl<T> Future for Offloaded<T> {
     }
 }
 
-/// Runs `work` on a thread that may block: this one, if it may.
-pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    if may_block() {
-        return work();
+impl Default for Blocking {
+    fn default() -> Blocking {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Blocking(NEXT.fetch_add(1, Ordering::Relaxed))
     }
-    let slot = Arc::new(Mutex::new(Slot { result: None, waker: None }));
-    let theirs = slot.clone();
-    let job: Box<dyn FnOnce() + Send> = Box::new(move || {
-        let result = work();
-        let mut slot = theirs.lock();
-        slot.result = Some(result);
-        let waker = slot.waker.take();
-        drop(slot);
-        if let Some(waker) = waker {
-            waker.wake();
+}
+
+impl Blocking {
+    /// Runs `work` on a thread that may block: this one, if it may.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        if may_block() {
+            return work();
         }
-    });
-    POOL.submit([job]);
-    Offloaded(slot).await
+        let slot = Arc::new(Mutex::new(Slot { result: None, waker: None }));
+        let theirs = slot.clone();
+        let work = Box::new(move || {
+            let result = work();
+            let mut slot = theirs.lock();
+            slot.result = Some(result);
+            let waker = slot.waker.take();
+            drop(slot);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        });
+        POOL.submit([Call { owner: self.0, work }]);
+        Offloaded(slot).await
+    }
+}
+
+/// Runs one piece of work that is no disk's on a thread that may block: this one, if it may. It waits
+/// for nothing else; what guests can ask for any number of times goes through [`Blocking`].
+pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    Blocking::default().run(work).await
 }

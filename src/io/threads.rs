@@ -1,12 +1,12 @@
 //! A ring of threads, for hosts whose io_uring is switched off: old kernels, and containers whose
 //! system call filter does not know it. It costs more per request; nothing else is different.
 //!
-//! Operations block in threads that all workers share, up to [`THREADS`]. Descriptors are waited for
-//! with epoll.
+//! Operations block in threads that all workers share; a file that stalls holds up no other
+//! ([`super::pool`]). Descriptors are waited for with epoll.
 
 use super::errno::Errno;
 use super::polls::{Polls, calls};
-use super::pool::{Job, Pool};
+use super::pool::{Job, Limits, Pool};
 use super::ring::{Completion, Kind, Ring, Submission, Wait};
 use super::sync::Mutex;
 use std::collections::VecDeque;
@@ -16,13 +16,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Operations that are in the kernel at a time, of the whole process: as many as QEMU has.
-const THREADS: usize = 64;
-
 /// Turns of a busy worker between two looks at what it polls.
 const LOOK_TURNS: u32 = 16;
 
-static POOL: Pool<Operation> = Pool::new("io", THREADS);
+/// Operations that are in the kernel at a time: of one file as many as QEMU has of all.
+static POOL: Pool<Operation> = Pool::new("io", Limits { each: 64, all: 256 });
 
 /// The ring. Of one worker, as the kernel's is.
 pub struct Threads {
@@ -55,6 +53,10 @@ struct Operation {
 unsafe impl Send for Operation {}
 
 impl Job for Operation {
+    fn owner(&self) -> u64 {
+        self.submission.fd as u64
+    }
+
     fn run(self) {
         let Submission { user_data, fd, kind } = self.submission;
         let result = match kind {

@@ -75,7 +75,7 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::io::sync::Mutex;
-use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::io::{Blocking, Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
 use alloc::Pool;
 use batch::Batches;
@@ -135,6 +135,8 @@ pub struct Qcow2 {
     visits: Visits,
     corruption: Corruption,
     overlaps: Overlaps,
+    /// Unpacking, which takes longer than a worker may be kept.
+    blocking: Blocking,
 
     is_writable: bool,
     /// What has to be on disk before the first write is.

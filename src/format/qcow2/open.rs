@@ -15,7 +15,7 @@ use super::refcounts::Refcounts;
 use super::{Qcow2, check, snapshots};
 use crate::block::*;
 use crate::io::sync::Mutex;
-use crate::io::{AlignedBuf, Errno, IoVec};
+use crate::io::{AlignedBuf, Blocking, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
 use std::sync::Arc;
 
@@ -103,6 +103,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         visits: Default::default(),
         corruption: Corruption::new(opening.notices()),
         overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
+        blocking: Blocking::default(),
         children,
         is_writable,
         is_prepared: Default::default(),

@@ -6,7 +6,7 @@ use super::lookup::{Found, Piece};
 use super::{Qcow2, corrupt};
 use crate::block::extents::decided;
 use crate::block::{Decider, Event, Node};
-use crate::io::{self, AlignedBuf, Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::Arc;
 
 impl Qcow2 {
@@ -91,7 +91,7 @@ impl Qcow2 {
         read_padded(&file, place.host, &stored.io_vec()).await?;
         let (kind, len) = (self.compression, self.geometry.cluster_size() as usize);
         // It takes longer than a worker may be kept from its other queues.
-        let unpacked = io::offload(move || compressed::unpack(kind, &stored, len)).await;
+        let unpacked = self.blocking.run(move || compressed::unpack(kind, &stored, len)).await;
         unpacked.inspect_err(|_| {
             // A guest can ask as often as it likes.
             log::debug!(

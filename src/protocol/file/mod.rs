@@ -80,6 +80,8 @@ pub struct FileDriver {
     drops_cache: bool,
     flushes: Flushes,
     missing: Missing,
+    /// What io_uring has no operation for.
+    blocking: io::Blocking,
     /// The file system does not tell where holes are.
     no_holes: AtomicBool,
     locks: ImageLocks,
@@ -114,6 +116,7 @@ impl FileDriver {
             drops_cache: options.drop_cache && !node.direct,
             flushes: Flushes::default(),
             missing: Missing::default(),
+            blocking: io::Blocking::default(),
             no_holes: AtomicBool::new(opened.kind != Kind::Regular),
             locks,
             file,
@@ -164,7 +167,7 @@ impl FileDriver {
         self.len.fetch_max(end.min(most), Ordering::Relaxed);
         if end > most {
             let file = self.file.clone();
-            io::offload(move || file.set_len(most)).await?;
+            self.blocking.run(move || file.set_len(most)).await?;
         }
         Ok(())
     }
@@ -205,11 +208,12 @@ impl FileDriver {
         }
         let file = self.file.clone();
         if len < old {
-            io::offload(move || file.set_len(len))
+            self.blocking
+                .run(move || file.set_len(len))
                 .await
                 .map_err(|e| Error::os("Could not resize file", e))?;
         } else {
-            io::offload(move || create::grow(&file, old, len, preallocation)).await?;
+            self.blocking.run(move || create::grow(&file, old, len, preallocation)).await?;
         }
         self.len.store(len, Ordering::Relaxed);
         Ok(())
@@ -218,9 +222,10 @@ impl FileDriver {
     /// A device has the length it has; asking for it makes a change that happened outside known.
     async fn resize_device(&self, len: u64) -> Result<(), Error> {
         let file = self.file.clone();
-        let found = io::offload(move || sys::seek(&file, 0, sys::Seek::End))
-            .await
-            .map_err(|e| Error::os(format!("Could not tell the size of '{}'", self.filename), e))?;
+        let found =
+            self.blocking.run(move || sys::seek(&file, 0, sys::Seek::End)).await.map_err(|e| {
+                Error::os(format!("Could not tell the size of '{}'", self.filename), e)
+            })?;
         self.len.store(found, Ordering::Relaxed);
         if len > found {
             return Err(Error::new("Cannot grow device files"));
@@ -238,7 +243,7 @@ impl FileDriver {
             return data;
         }
         let file = self.file.clone();
-        match io::offload(move || status::look(&file, at, len)).await {
+        match self.blocking.run(move || status::look(&file, at, len)).await {
             Found::Data(len) => Extent { len, ..data },
             Found::Hole(len) => Extent { len, status: Status::ZERO | Status::ALLOCATED, place },
             Found::Unknown => {
@@ -402,7 +407,7 @@ impl HandOver for FileDriver {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             let (file, kind, cached) = (self.file.clone(), self.kind, self.drops_cache);
-            let found = io::offload(move || {
+            let found = self.blocking.run(move || {
                 if cached {
                     sys::drop_cache(&file);
                 }
@@ -429,7 +434,7 @@ impl Image for FileDriver {
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
         Box::pin(async move {
             let file = self.file.clone();
-            let metadata = io::offload(move || file.metadata().map_err(Errno::from)).await?;
+            let metadata = self.blocking.run(move || file.metadata().map_err(Errno::from)).await?;
             // Always in units of 512 bytes, whatever the file system's blocks are.
             Ok(metadata.blocks() * 512)
         })

@@ -117,7 +117,7 @@ impl FileDriver {
             result => return result,
         }
         let file = self.file.clone();
-        let call = io::offload(move || sys::zero_out(&file, at, len));
+        let call = self.blocking.run(move || sys::zero_out(&file, at, len));
         self.missing.attempt(Way::ZeroOut, call).await
     }
 
@@ -126,7 +126,7 @@ impl FileDriver {
             Kind::Regular => self.fallocate(Way::Punch, PUNCH, at, len).await,
             Kind::BlockDevice => {
                 let file = self.file.clone();
-                let call = io::offload(move || sys::discard(&file, at, len));
+                let call = self.blocking.run(move || sys::discard(&file, at, len));
                 self.missing.attempt(Way::Discard, call).await
             }
             Kind::CharacterDevice => Err(Errno::ENOTSUP),
