@@ -186,7 +186,8 @@ impl Drop for PidFile {
 /// The background process's promise to tell its parent that it is ready.
 pub struct Background {
     parent: OwnedFd,
-    null: File,
+    /// What becomes of standard input, output and error.
+    nothing: [OwnedFd; 3],
 }
 
 impl Background {
@@ -195,26 +196,20 @@ impl Background {
     /// another thread.
     pub fn enter() -> Result<Background, String> {
         // Now, for it may not be allowed later.
-        let null = File::options().read(true).write(true).open("/dev/null");
-        let null = null.map_err(|e| format!("cannot daemonize: /dev/null: {e}"))?;
-        let mut ends = [0; 2];
-        // SAFETY: the array has room for two descriptors.
-        if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
-            return Err(format!("cannot daemonize: {}", Errno::last()));
-        }
-        // SAFETY: pipe2 has just made both.
-        let [receiver, sender] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let failed = |e: std::io::Error| format!("cannot daemonize: {}", Errno::from(e));
+        let nothing = nothing().map_err(failed)?;
+        let (mut receiver, sender) = std::io::pipe().map_err(failed)?;
         // SAFETY: there is one thread, so the child may do anything.
         match unsafe { libc::fork() } {
             -1 => Err(format!("cannot daemonize: {}", Errno::last())),
             0 => {
                 // SAFETY: takes no arguments; a fresh child leads no group, so it cannot fail.
                 unsafe { libc::setsid() };
-                Ok(Background { parent: sender, null })
+                Ok(Background { parent: sender.into(), nothing })
             }
             _ => {
                 drop(sender);
-                let ready = File::from(receiver).read_exact(&mut [0]).is_ok();
+                let ready = receiver.read_exact(&mut [0]).is_ok();
                 // The child has the error line, if there is one.
                 std::process::exit(i32::from(!ready));
             }
@@ -227,12 +222,24 @@ impl Background {
         std::env::set_current_dir("/").map_err(failed)?;
         // The lines so far belong to the standard error that goes now.
         log::drain();
-        for fd in 0..=2 {
+        for (fd, nothing) in (0..).zip(&self.nothing) {
             // SAFETY: both descriptors are open, and the standard ones are nobody's property.
-            if unsafe { libc::dup2(self.null.as_raw_fd(), fd) } < 0 {
+            if unsafe { libc::dup2(nothing.as_raw_fd(), fd) } < 0 {
                 return Err(failed(std::io::Error::last_os_error()));
             }
         }
         File::from(self.parent).write_all(&[1]).map_err(failed)
+    }
+}
+
+/// Descriptors in place of the standard ones: /dev/null, or where that is missing (in a jail, say) the
+/// ends of pipes that nobody has the other ends of. What is written to those fails, and is lost too.
+fn nothing() -> std::io::Result<[OwnedFd; 3]> {
+    match File::options().read(true).write(true).open("/dev/null") {
+        Ok(null) => Ok([null.try_clone()?.into(), null.try_clone()?.into(), null.into()]),
+        Err(_) => {
+            let ((input, _), (_, output)) = (std::io::pipe()?, std::io::pipe()?);
+            Ok([input.into(), output.try_clone()?.into(), output.into()])
+        }
     }
 }

@@ -65,12 +65,13 @@ pub fn confine(plan: &Plan) -> Result<Vec<String>, String> {
     if let Some(user) = &plan.user {
         user.become_it()?;
     }
-    match ruleset {
-        Ok(ruleset) => {
-            threads::restrict_all(ruleset)?;
-            files::keep(plan);
-        }
-        Err(why) => missing.push(format!("files are not confined ({why})")),
+    let confined = match ruleset {
+        Ok(ruleset) => threads::restrict_all(ruleset)?,
+        Err(why) => threads::Outcome::LeftOut(why),
+    };
+    match confined {
+        threads::Outcome::Confined => files::keep(plan),
+        threads::Outcome::LeftOut(why) => missing.push(format!("files are not confined ({why})")),
     }
     io::make_last_rings(if plan.grows { SPARE_RINGS } else { 0 });
     if let Err(why) = calls::restrict(plan) {

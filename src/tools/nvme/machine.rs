@@ -72,6 +72,13 @@ impl Machine {
         opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
     }
 
+    /// A file that is missing here, in a jail say, and without which the users of a block device cannot
+    /// be seen: the mounts, or the device's node, by which the kernel is asked.
+    pub fn lacks(&self, device: &str) -> Option<PathBuf> {
+        let needed = [Path::new("/proc/self/mountinfo").to_owned(), Path::new("/dev").join(device)];
+        needed.into_iter().find(|path| !self.path(path).exists())
+    }
+
     /// The processes that have a device node open: pid and program.
     pub fn openers(&self, node: &str) -> Vec<(u32, String)> {
         let node = Path::new("/dev").join(node);

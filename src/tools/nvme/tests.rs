@@ -45,6 +45,7 @@ impl Fake {
         let machine = Machine::with_kernel(&root, kernel);
         let fake = Fake { dir, machine, written, failing };
         fake.put("proc/cpuinfo", "vendor_id\t: GenuineIntel\n");
+        fake.put("proc/self/mountinfo", "");
         for driver in ["nvme", VFIO_PCI, "ahci"] {
             fake.put(&format!("sys/bus/pci/drivers/{driver}/unbind"), "");
         }
@@ -252,6 +253,17 @@ fn a_controller_that_a_process_has_open_is_refused() {
     fake.put("proc/77/comm", "qemu-system-x86\n");
     fake.link("proc/77/fd/9", "/dev/nvme0n1");
     fake.refuses("in use: process 77 (qemu-system-x86) has nvme0n1 open");
+}
+
+#[test]
+fn a_controller_whose_users_cannot_be_seen_is_refused() {
+    for missing in ["/dev/nvme0n1", "/proc/self/mountinfo"] {
+        let fake = Fake::new();
+        fs::remove_file(fake.machine.path(missing)).unwrap();
+        fake.refuses(&format!(
+            "in use: nvme0n1 may be mounted or open: without {missing} that cannot be seen"
+        ));
+    }
 }
 
 #[test]

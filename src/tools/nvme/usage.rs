@@ -5,7 +5,7 @@
 use super::machine::{names, text};
 use super::{Controller, Machine, Namespace};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// One use of a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +33,11 @@ pub enum Use {
     Claimed {
         device: String,
     },
+    /// Mounts and open files cannot be seen, because the kernel's file that shows them is missing.
+    Unseen {
+        device: String,
+        missing: PathBuf,
+    },
 }
 
 impl fmt::Display for Use {
@@ -46,6 +51,10 @@ impl fmt::Display for Use {
             }
             Use::Claimed { device } => {
                 write!(f, "{device} is claimed: a mount in another container, or a kernel's user")
+            }
+            Use::Unseen { device, missing } => {
+                let missing = missing.display();
+                write!(f, "{device} may be mounted or open: without {missing} that cannot be seen")
             }
         }
     }
@@ -86,6 +95,11 @@ fn uses_of(machine: &Machine, namespace: &Namespace) -> Vec<Use> {
     if uses.is_empty() {
         let claimed = devices.into_iter().filter(|device| machine.is_claimed(device));
         uses.extend(claimed.map(|device| Use::Claimed { device }));
+    }
+    if uses.is_empty()
+        && let Some(missing) = machine.lacks(&namespace.disk)
+    {
+        uses.push(Use::Unseen { device: namespace.disk.clone(), missing });
     }
     uses
 }

@@ -3,6 +3,7 @@
 
 mod beside_qsd;
 mod help;
+mod jail;
 mod log;
 mod looks;
 mod process;

@@ -80,7 +80,7 @@ fn each_signal_that_ends_the_daemon_ends_it_with_success() {
 }
 
 /// Ends the process of a pid file when the test does, however it does.
-struct EndPid(i32);
+pub struct EndPid(pub i32);
 
 impl Drop for EndPid {
     fn drop(&mut self) {
