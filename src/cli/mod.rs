@@ -2,6 +2,7 @@
 //!
 //! `vublk COMMAND …`, or one of QEMU's programs by the name under which it was called.
 
+mod columns;
 mod confine;
 mod ctl;
 mod daemon;

@@ -2,6 +2,7 @@
 //!
 //! It knows what every scraper of the metrics knows: it asks twice and shows the difference.
 
+use super::columns;
 use super::outlet::{Outlet, standard};
 use super::process::{EndSignals, ended_within};
 use super::sockets;
@@ -122,8 +123,8 @@ fn terminal_size() -> (usize, usize) {
 }
 
 /// What fits; the last line ends without a new one.
-fn cut(text: &str, (columns, rows): (usize, usize)) -> String {
-    let lines = text.lines().take(rows).map(|line| line.chars().take(columns).collect::<String>());
+fn cut(text: &str, (width, rows): (usize, usize)) -> String {
+    let lines = text.lines().take(rows).map(|line| columns::cut(line, width));
     lines.collect::<Vec<_>>().join("\r\n")
 }
 
@@ -312,7 +313,7 @@ impl Report {
         let mut row = |cells: [String; 13]| {
             let [name, rest @ ..] = cells;
             let widths = [9, 9, 8, 8, 8, 8, 8, 8, 8, 6, 7, 5];
-            text += &format!("{name:<16}");
+            text += &columns::pad(&name, 16);
             for (cell, width) in rest.iter().zip(widths) {
                 text += &format!(" {cell:>width$}");
             }

@@ -2,6 +2,7 @@
 
 use super::outln;
 use crate::block::SnapshotInfo;
+use crate::cli::columns::pad;
 use crate::options::size;
 
 /// Prints the table with its heading.
@@ -22,7 +23,8 @@ pub fn print(snapshots: &[SnapshotInfo]) {
 }
 
 fn print_row([id, tag, size, date, clock, icount]: [&str; 6]) {
-    outln!("{id:<9} {tag:<16} {size:>8}{date:>20}{clock:>13}{icount:>11}");
+    let (id, tag) = (pad(id, 9), pad(tag, 16));
+    outln!("{id} {tag} {size:>8}{date:>20}{clock:>13}{icount:>11}");
 }
 
 /// Hours, minutes, seconds and thousandths.

@@ -104,3 +104,24 @@ fn snapshots_are_listed_made_applied_and_deleted_as_by_qemu_img() {
     }
     assert!(wrong.is_empty(), "{wrong}");
 }
+
+/// QEMU pads the names by their bytes.
+#[test]
+fn names_of_several_bytes_or_columns_a_letter_leave_the_columns_of_the_list_in_line() {
+    let place = Place::new(true);
+    place.run("qemu-img create -q -f qcow2 a.qcow2 1M");
+    // How many columns each takes.
+    let names = [("abc", 3), ("\u{e4}\u{f6}\u{fc}", 3), ("e\u{301}", 1), ("\u{65e5}\u{672c}", 4)];
+    for (name, _) in names {
+        let made = place.run(&format!("qemu-img snapshot -c {name} a.qcow2"));
+        assert_eq!(made.code, Some(0), "{}", made.stderr);
+    }
+    for line in ["qemu-img snapshot -l a.qcow2", "qemu-img info a.qcow2"] {
+        let list = place.run(line).stdout;
+        for (index, (name, columns)) in names.iter().enumerate() {
+            let blanks = " ".repeat(16 - columns);
+            let row = format!("\n{:<9} {name}{blanks}      0 B", index + 1);
+            assert!(list.contains(&row), "{line}: {list}");
+        }
+    }
+}
