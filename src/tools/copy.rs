@@ -2,7 +2,8 @@
 //! at a time, on several workers.
 //!
 //! The rules held here: what reads as zeroes is not read, and what is zero where the target has
-//! zeroes is not written; memory is bounded by the number of lanes; the first failure ends all.
+//! zeroes is not written; memory is bounded by the number of lanes; a failure ends all, and of those
+//! that the pieces on their way meet, the one at the lowest offset is reported.
 //!
 //! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for. What is to be
 //! compressed goes in whole units of the target, packed by each lane before its turn to write.
@@ -98,6 +99,16 @@ pub enum Trouble {
     Memory,
 }
 
+impl Trouble {
+    /// Where in the target, in bytes; behind everything if it is not about a place.
+    fn at(&self) -> u64 {
+        match self {
+            Trouble::Read(at, _) | Trouble::Write(at, _) | Trouble::Status(at, _) => *at,
+            Trouble::Memory => u64::MAX,
+        }
+    }
+}
+
 /// Told of what could not be read and became zeroes: the offset in the target.
 pub type Salvaged = Box<dyn Fn(u64, Errno) + Send + Sync>;
 
@@ -176,10 +187,12 @@ impl Shared {
         self.ended.notify();
     }
 
+    /// Ends the copy. All pieces below this one have been dealt out, and are tried to their end.
     fn fail(&self, trouble: Trouble) {
-        self.trouble.lock().get_or_insert(trouble);
-        // Whoever waits for a turn that will not come.
-        self.turns.end();
+        let mut first = self.trouble.lock();
+        if first.as_ref().is_none_or(|first| trouble.at() < first.at()) {
+            *first = Some(trouble);
+        }
     }
 
     async fn move_piece(

@@ -40,7 +40,6 @@ struct State {
     /// Done already, but not in their turn.
     early: BTreeSet<u64>,
     waiting: BTreeMap<u64, Waker>,
-    ended: bool,
 }
 
 impl Turns {
@@ -48,7 +47,7 @@ impl Turns {
     pub async fn wait(&self, ticket: u64) {
         std::future::poll_fn(|cx| {
             let mut state = self.0.lock();
-            if state.ended || state.next >= ticket {
+            if state.next >= ticket {
                 return Poll::Ready(());
             }
             state.waiting.insert(ticket, cx.waker().clone());
@@ -68,14 +67,5 @@ impl Turns {
         let turn = state.waiting.remove(&next);
         drop(state);
         turn.into_iter().for_each(Waker::wake);
-    }
-
-    /// Lets everyone go on: there will be no more turns.
-    pub fn end(&self) {
-        let mut state = self.0.lock();
-        state.ended = true;
-        let waiting = std::mem::take(&mut state.waiting);
-        drop(state);
-        waiting.into_values().for_each(Waker::wake);
     }
 }

@@ -73,9 +73,25 @@ fn what_cannot_be_compressed_is_refused_in_the_same_words() {
             "qemu-img convert -c -O raw a.raw n.raw",
             "qemu-img convert -c -n -O qcow2 a.raw d.qcow2",
             "qemu-img convert -c -n --target-image-opts a.raw driver=qcow2,file.filename=d.qcow2",
+            "qemu-img convert -c -n --target-image-opts a.raw driver=raw,file.filename=b.raw",
+            "qemu-img convert -c -n a.raw b.raw",
         ],
         words,
     );
+}
+
+#[test]
+fn of_several_writes_that_fail_the_first_in_the_image_is_told() {
+    let place = Place::new(true);
+    std::fs::write(place.path().join("full.raw"), vec![7; 8 << 20]).unwrap();
+    let made = place.run("qemu-img create -q -f qcow2 -o data_file=d.raw d.qcow2 8M");
+    assert_eq!(made.code, Some(0), "{}", made.stderr);
+    // Which of them fails first is a matter of chance.
+    for _ in 0..12 {
+        let ended = place.run("qemu-img convert -c -n -m 16 -f raw -O qcow2 full.raw d.qcow2");
+        let said = "qemu-img: error while writing at byte 0: Operation not supported\n";
+        assert_eq!((ended.code, &*ended.stderr), (Some(1), said));
+    }
 }
 
 #[test]
