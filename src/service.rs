@@ -4,6 +4,7 @@
 mod handover;
 mod holders;
 mod live;
+mod looks;
 mod observed;
 mod overlays;
 mod patience;
@@ -45,6 +46,13 @@ const OVERLAY_FORMAT: &str = "qcow2";
 /// Queues at most that an export may have: messages that bring a queue's descriptors name it by 8 bits, so
 /// that the descriptors of queue 256 would become those of queue 0.
 pub const MAX_QUEUES: u16 = 256;
+
+/// Opens a named node, and warns if it looks like one of another format.
+async fn open_disk(graph: Graph, options: Map) -> Result<Arc<Node>, Error> {
+    let node = graph.open(options).await?;
+    looks::warn_of_raw(graph.registry(), &node).await;
+    Ok(node)
+}
 
 /// A running service. Dropping it ends the exports, then closes the graph.
 pub struct Service {
@@ -205,9 +213,12 @@ impl Service {
         &self.graph
     }
 
-    /// `--blockdev`: opens a named node.
+    /// `--blockdev`: opens a named node. Warns if it looks like one of another format.
     pub fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
-        self.patiently(|| self.graph.open_on(&self.control, options.clone()))
+        self.patiently(|| {
+            let (graph, options) = (self.graph.clone(), options.clone());
+            self.control.block_on(move || open_disk(graph, options))
+        })
     }
 
     /// The format that the first bytes of a node tell; `filename` is how it is called.

@@ -1,5 +1,4 @@
-//! What an image looks like, said to the user who serves it: before its format is named, and when the
-//! name does not fit.
+//! What an image looks like, said to the user who serves it without naming its format.
 //!
 //! The format is never guessed for a guest's disk, because a guest can write any format's header to a
 //! raw disk. But a hint that names the wrong format destroys the image of a user who follows it.
@@ -22,20 +21,4 @@ pub fn unnamed(image: &str, len: u64, looks: Option<Guess>) -> Error {
         _ => format!("{image} looks like no format but plain bytes: use -f raw ({never})"),
     };
     Error::new(text)
-}
-
-/// What is to be said of an image that is served as raw bytes, if anything.
-pub fn served_raw(image: &str, len: u64, looks: Option<Guess>) -> Option<String> {
-    let name = match looks {
-        _ if len == 0 => {
-            return Some(format!("{image} is empty: the guest finds a disk of no bytes"));
-        }
-        Some(Guess::Driver(entry)) if entry.name == "raw" => return None,
-        Some(guess) => guess.name(),
-        None => return None,
-    };
-    Some(format!(
-        "{image} looks like {name} but is served as raw: the guest finds the {name} file itself as its \
-         disk, and destroys the image if it writes"
-    ))
 }

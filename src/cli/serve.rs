@@ -248,12 +248,6 @@ impl Serve {
         };
         let options = self.node_options(format, &format!("disk{index}"), image)?;
         let mut node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
-        if format == "raw" {
-            let looks = service.look_at(&node, "").unwrap_or_default();
-            if let Some(warning) = looks::served_raw(&shown.to_string(), node.len(), looks) {
-                ::log::warn!(export = &*id; "{warning}");
-            }
-        }
         if self.snapshot {
             let overlay = service.add_overlay(&format!("snapshot{index}"), &node);
             node = overlay.map_err(|e| e.at(&shown))?;

@@ -216,10 +216,10 @@ impl Service {
         Pending::start(&self.control, move || async move { graph.delete(&name).await })
     }
 
-    /// Opens a named node. An image that is locked is not waited for.
+    /// [`Service::blockdev_add`], but an image that is locked is not waited for.
     pub fn blockdev_open(&self, options: Map) -> Pending<Result<Arc<Node>, Error>> {
         let graph = self.graph.clone();
-        Pending::start(&self.control, move || async move { graph.open(options).await })
+        Pending::start(&self.control, move || super::open_disk(graph, options))
     }
 
     /// Sets the length of a node, in bytes; its exports see it.

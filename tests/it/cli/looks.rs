@@ -1,12 +1,14 @@
-//! `vublk serve` says what an image looks like: where its format is not named, and where the name does
-//! not fit.
+//! What an image looks like is said where its format is not named, and where the name does not fit.
 
+use std::process::Command;
 use std::time::Instant;
 
+use serde_json::{Value, json};
 use vublk_testkit::Server;
 
 use super::serve::{assert_refused, end, serve};
 use super::{VUBLK, run, stderr};
+use crate::monitor::Client;
 use crate::vhost_user::LIMIT;
 
 /// Images by name: what each looks like, as QEMU's tools make them.
@@ -90,4 +92,59 @@ fn serving_as_raw_what_looks_like_a_format_or_is_empty_is_warned_of() {
     }
     let right = serve(dir.path(), &["-f", "qcow2", "q.qcow2", "--socket", "s"]);
     assert_eq!(said_by(right, ""), "");
+}
+
+/// Nodes by the file that they stand on, and whether its bytes are a guest's disk there.
+fn nodes(image: &str) -> Vec<(Value, bool)> {
+    let file = json!({"driver": "file", "filename": image});
+    let raw = json!({"driver": "raw", "file": file});
+    let blkdebug = json!({"driver": "blkdebug", "image": file});
+    let mut nodes = vec![
+        (raw.clone(), true),
+        (json!({"driver": "raw", "read-only": true, "file": file}), true),
+        (json!({"driver": "raw", "file": "f"}), true),
+        (json!({"driver": "copy-on-read", "file": raw}), true),
+        (json!({"driver": "raw", "offset": 0, "size": 0, "file": file}), false),
+        (json!({"driver": "raw", "file": blkdebug}), false),
+        (file, false),
+    ];
+    if image.ends_with("qcow2") {
+        nodes.push((json!({"driver": "qcow2", "file": raw}), false));
+    }
+    for (node, _) in &mut nodes {
+        node["node-name"] = "n".into();
+    }
+    nodes
+}
+
+#[test]
+fn a_daemon_warns_of_each_raw_node_once_whether_it_is_there_at_the_start_or_added() {
+    let dir = directory_of_looks();
+    let socket = dir.path().join("m");
+    let cases = [
+        ("q.qcow2", "q.qcow2 looks like qcow2 but is served as raw"),
+        ("empty", "empty is empty: the guest finds a disk of no bytes"),
+    ];
+    for (image, words) in cases {
+        for (node, is_disk) in nodes(image) {
+            for at_start in [true, false] {
+                let mut command = Command::new(VUBLK);
+                command.current_dir(dir.path());
+                command.args(["daemon", "--chardev", "socket,id=m,path=m,server=on,wait=off"]);
+                let file = format!("driver=file,node-name=f,filename={image}");
+                command.args(["--monitor", "chardev=m", "--blockdev", &file]);
+                if at_start {
+                    command.args(["--blockdev", &node.to_string()]);
+                }
+                let mut server = Server::spawn(command).unwrap();
+                server.wait_socket(&socket, LIMIT).unwrap();
+                if !at_start {
+                    let added = Client::connect(&socket).ask("blockdev-add", node.clone());
+                    assert_eq!(added, json!({"return": {}}), "{node}");
+                }
+                let said = said_by(server, if is_disk { words } else { "" });
+                assert_eq!(said.matches(words).count(), usize::from(is_disk), "{node}: {said}");
+            }
+        }
+    }
 }

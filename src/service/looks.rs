@@ -1,0 +1,43 @@
+//! What an image looks like that is opened as raw bytes: a warning to those who gave the wrong format.
+
+use crate::block::{Kind, Node, Registry, probe};
+use std::sync::Arc;
+
+/// Warns of a new node, with or without filters over it, that gives the bytes of a file or device as they are
+/// although they look like an image, or are none. A window of them is one that somebody has chosen, and what lies
+/// over `blkdebug` is left alone, because a read could set it off.
+pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
+    let Some((raw, file)) = raw_over_file(registry, node) else { return };
+    let Some(name) = file.driver().filename() else { return };
+    let name = name.escape_debug();
+    if raw.len() == 0 {
+        log::warn!("{name} is empty: the guest finds a disk of no bytes");
+        return;
+    }
+    // If it cannot be read, the guest will be told.
+    if let Ok(Some(guess)) = probe::look(registry, &file, "").await
+        && guess.name() != raw.driver().name()
+    {
+        let format = guess.name();
+        log::warn!(
+            "{name} looks like {format} but is served as raw: the guest finds the {format} file itself as \
+             its disk, and destroys the image if it writes"
+        );
+    }
+}
+
+/// The node of the driver `raw` that a node is, below filters, and the protocol's that it stands on.
+fn raw_over_file(registry: &'static Registry, node: &Arc<Node>) -> Option<(Arc<Node>, Arc<Node>)> {
+    let kind = |node: &Node| registry.get(node.driver().name()).map(|entry| entry.kind);
+    let mut node = node.clone();
+    while kind(&node) == Some(Kind::Filter) {
+        let [child] = node.driver().children() else { return None };
+        let child = child.node();
+        node = child;
+    }
+    let driver = node.driver();
+    let [file] = driver.children() else { return None };
+    let file = file.node();
+    let is_whole_raw = driver.name() == "raw" && driver.own_options().is_empty();
+    (is_whole_raw && kind(&file) == Some(Kind::Protocol)).then_some((node, file))
+}
