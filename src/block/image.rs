@@ -1,19 +1,28 @@
 //! Operations on a disk as a whole: its length, what it occupies, its health, what it says of
 //! itself.
 
-use super::{Error, LocalFuture, SnapshotInfo, Snapshots};
+use super::{Error, LocalFuture, Node, SnapshotInfo, Snapshots};
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
 use serde::Deserialize;
 
+/// The disk as a whole that a node's length is changed through.
+///
+/// # Errors
+/// In QEMU's words: its driver has none.
+pub fn resizable(node: &Node) -> Result<&dyn Image, Error> {
+    let image = node.driver().image();
+    image.ok_or_else(|| Error::new("Image format driver does not support resize"))
+}
+
 /// Operations on the disk as a whole. What a driver does not have, it refuses.
 pub trait Image: Send + Sync {
-    /// Sets the length, in bytes. New bytes read as zeroes. Shrinking is refused unless `shrink`.
-    /// Called with no other request in flight on the node.
+    /// Sets the length, in bytes, to exactly that. New bytes read as zeroes. Shrinking is refused unless
+    /// `shrink`. Called with no other request in flight on the node.
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>>;
 
-    /// Makes the disk longer, its new space allocated as `preallocation` says. Otherwise as
-    /// [`Image::resize`].
+    /// Makes the disk at least so long, its new space allocated as `preallocation` says. What has the
+    /// length that it has, a device, may be longer. Otherwise as [`Image::resize`].
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         if preallocation == Preallocation::Off {
             return self.resize(len, false);

@@ -157,10 +157,14 @@ impl Image for CompressFilter {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             let node = self.node();
-            let image = node.driver().image();
-            let image =
-                image.ok_or_else(|| Error::new("Image format driver does not support resize"))?;
-            image.resize(len, shrink).await
+            resizable(&node)?.resize(len, shrink).await
+        })
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let node = self.node();
+            resizable(&node)?.grow(len, preallocation).await
         })
     }
 

@@ -127,6 +127,15 @@ impl Raw {
         self.file[0].node()
     }
 
+    /// How long the file is to be for a disk of `len` bytes.
+    fn len_of_file(&self, len: u64) -> Result<u64, Error> {
+        if self.size.is_some() {
+            return Err(Error::new("Cannot resize fixed-size raw disks"));
+        }
+        let len = self.offset.checked_add(len).filter(|&len| i64::try_from(len).is_ok());
+        len.ok_or_else(|| Error::new("Disk size too large for the chosen offset"))
+    }
+
     /// Of `len` bytes from `at` on, how many the file has. A request that was rounded out to the
     /// alignment may go beyond the disk's end; what lies there is not its own.
     fn clamp(&self, node: &Node, at: u64, len: u64) -> u64 {
@@ -257,26 +266,17 @@ impl Driver for Raw {
 impl Image for Raw {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
-            if self.size.is_some() {
-                return Err(Error::new("Cannot resize fixed-size raw disks"));
-            }
-            let len = self.offset.checked_add(len).filter(|&len| i64::try_from(len).is_ok());
-            let len = len.ok_or_else(|| Error::new("Disk size too large for the chosen offset"))?;
+            let len = self.len_of_file(len)?;
             let node = self.node();
-            let image = node.driver().image();
-            let image =
-                image.ok_or_else(|| Error::new("Image format driver does not support resize"))?;
-            image.resize(len, shrink).await
+            resizable(&node)?.resize(len, shrink).await
         })
     }
 
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
+            let len = self.len_of_file(len)?;
             let node = self.node();
-            match (self.size, node.driver().image()) {
-                (None, Some(image)) => image.grow(self.offset + len, preallocation).await,
-                _ => self.resize(len, false).await,
-            }
+            resizable(&node)?.grow(len, preallocation).await
         })
     }
 

@@ -77,7 +77,7 @@ pub async fn open_for_commit(
         Wanted { name: &name, format: Some(format), cache: wanted.cache, ..Wanted::default() };
     let base = images.open(&Wanted { writable: true, resize: grows, unmap: true, ..below }).await?;
     if grows {
-        base.resize(longest, crate::block::Preallocation::Off).await?;
+        base.truncate(longest, crate::block::Preallocation::Off).await?;
     }
     let mut between: Vec<Opened> = Vec::new();
     for Layer { name, format } in layers.iter().rev() {

@@ -9,7 +9,7 @@ use super::naming::{self, Named};
 use crate::block::policy::FollowBacking;
 use crate::block::{
     Attachment, Error, Graph, Node, OpenPolicy, Packed, Perm, Perms, Preallocation, Registry,
-    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, name, probe,
+    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, name, probe, resizable,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
@@ -367,16 +367,29 @@ impl Opened {
         self.attachment.change(Perms { held, shared: Perm::all() })
     }
 
-    /// Sets the disk's length, in bytes; shrinks it, too. For images opened with
+    /// Sets the disk's length, in bytes, to exactly that; shrinks it, too. For images opened with
     /// [`Wanted::resize`].
     pub async fn resize(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
-        let unsupported = || Error::new("Image format driver does not support resize");
+        self.set_len(len, preallocation, true).await
+    }
+
+    /// As [`Opened::resize`], but a device may be longer than is asked for.
+    pub async fn truncate(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
+        self.set_len(len, preallocation, false).await
+    }
+
+    async fn set_len(
+        &self,
+        len: u64,
+        preallocation: Preallocation,
+        exactly: bool,
+    ) -> Result<(), Error> {
         let node = self.node();
-        let image = node.driver().image().ok_or_else(unsupported)?;
+        let image = resizable(node)?;
         node.check_bitmaps_for_resize()?;
-        match len > self.len() {
-            true => image.grow(len, preallocation).await?,
-            false => image.resize(len, true).await?,
+        match preallocation == Preallocation::Off && (exactly || len < self.len()) {
+            true => image.resize(len, true).await?,
+            false => image.grow(len, preallocation).await?,
         }
         node.bitmaps().resize(node.len(), &node.members());
         Ok(())

@@ -7,7 +7,7 @@
 use super::permissions::{Plan, release_locks};
 use super::turns::Turn;
 use super::{By, Graph};
-use crate::block::{Error, LocalFuture, Node, Perm, Perms, Snapshots};
+use crate::block::{Error, LocalFuture, Node, Perm, Perms, Preallocation, Snapshots, resizable};
 use crate::io::epoch;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -145,17 +145,18 @@ impl Graph {
         if !node.is_active() {
             return Err(Error::new(format!("Node '{}' is inactive", node.name())));
         }
-        let image = node
-            .driver()
-            .image()
-            .ok_or_else(|| Error::new("Image format driver does not support resize"))?;
+        let image = resizable(node)?;
         node.check_bitmaps_for_resize()?;
         let perms = Perms { held: Perm::RESIZE, shared: Perm::all() };
         let hold = self.attach(node, "an unnamed block device", perms, None)?;
         let drained = self.drain(node).await?;
         let members = node.members();
         epoch::synchronize(&members).await;
-        let result = image.resize(len, true).await;
+        // A device that has grown by more than is asked for is taken as it is.
+        let result = match len > node.len() {
+            true => image.grow(len, Preallocation::Off).await,
+            false => image.resize(len, true).await,
+        };
         if result.is_ok() {
             node.bitmaps().resize(node.len(), &members);
             drained.users.iter().for_each(|user| user.resized());

@@ -189,7 +189,7 @@ impl Session {
         self.check_writable()?;
         let image = self.image()?;
         let result = match image.allow_resize(true) {
-            Ok(()) => image.resize(len, preallocation).await,
+            Ok(()) => image.truncate(len, preallocation).await,
             refused => refused,
         };
         let result = result.and(image.allow_resize(false));

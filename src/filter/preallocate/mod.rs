@@ -186,15 +186,21 @@ impl Preallocate {
         Ok(())
     }
 
-    async fn resize_to(&self, len: u64, shrink: bool) -> Result<(), Error> {
+    async fn resize_to(
+        &self,
+        len: u64,
+        shrink: bool,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
         let _alone = self.writers.alone().await;
         let node = self.node();
         let preallocated = self.data_end()..=node.driver().len();
         if !preallocated.contains(&len) {
-            let image = node.driver().image();
-            let image =
-                image.ok_or_else(|| Error::new("Image format driver does not support resize"))?;
-            image.resize(len, shrink || len > self.data_end()).await?;
+            let grows = len > node.driver().len() || preallocation != Preallocation::Off;
+            match grows {
+                true => resizable(&node)?.grow(len, preallocation).await?,
+                false => resizable(&node)?.resize(len, shrink).await?,
+            }
             self.reserved.store(len, Ordering::SeqCst);
         }
         self.data_end.store(len, Ordering::SeqCst);
@@ -341,7 +347,11 @@ impl Preallocate {
 
 impl Image for Preallocate {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, shrink))
+        Box::pin(self.resize_to(len, shrink, Preallocation::Off))
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.resize_to(len, false, preallocation))
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {

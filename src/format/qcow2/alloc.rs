@@ -8,7 +8,7 @@
 use super::Qcow2;
 use super::order::Lock;
 use super::refcounts::Refcounts;
-use crate::block::{Error, Event, Node};
+use crate::block::{Error, Event, Node, Preallocation};
 use crate::io::{Errno, IoResult};
 use std::collections::VecDeque;
 
@@ -246,6 +246,6 @@ impl Qcow2 {
         }
         let image = node.driver().image().ok_or(Errno::ENOSPC)?;
         let refused = |error: Error| error.errno().unwrap_or(Errno::ENOSPC);
-        image.resize(len, false).await.map_err(refused)
+        image.grow(len, Preallocation::Off).await.map_err(refused)
     }
 }

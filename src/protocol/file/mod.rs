@@ -190,16 +190,10 @@ impl FileDriver {
         shrink: bool,
         preallocation: Preallocation,
     ) -> Result<(), Error> {
-        if self.kind != Kind::Regular {
-            if preallocation != Preallocation::Off {
-                return Err(Error::new(format!(
-                    "Preallocation mode '{}' unsupported for this non-regular file",
-                    preallocation.name()
-                )));
-            }
-            return self.resize_device(len).await;
-        }
         let old = self.length();
+        if len < old && preallocation != Preallocation::Off {
+            return Err(Error::new("Cannot use preallocation for shrinking files"));
+        }
         if len < old && !shrink {
             return Err(Error::new(format!(
                 "'{}': {len} bytes are less than its {old}, and shrinking was not asked for",
@@ -219,21 +213,20 @@ impl FileDriver {
         Ok(())
     }
 
-    /// A device has the length it has; asking for it makes a change that happened outside known.
-    async fn resize_device(&self, len: u64) -> Result<(), Error> {
+    /// A device has the length it has; asking for it makes a change that happened outside known. It is to
+    /// have exactly that length, or at least.
+    async fn resize_device(&self, len: u64, exactly: bool) -> Result<(), Error> {
         let file = self.file.clone();
         let found =
             self.blocking.run(move || sys::seek(&file, 0, sys::Seek::End)).await.map_err(|e| {
                 Error::os(format!("Could not tell the size of '{}'", self.filename), e)
             })?;
         self.len.store(found, Ordering::Relaxed);
-        if len > found {
-            return Err(Error::new("Cannot grow device files"));
+        match exactly {
+            true if len != found => Err(Error::new("Cannot resize device files")),
+            false if len > found => Err(Error::new("Cannot grow device files")),
+            _ => Ok(()),
         }
-        if len < found {
-            return Err(Error::new("Cannot resize device files"));
-        }
-        Ok(())
     }
 
     async fn look(&self, at: u64, len: u64, precision: Precision) -> Extent {
@@ -424,11 +417,25 @@ impl HandOver for FileDriver {
 
 impl Image for FileDriver {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, shrink, Preallocation::Off))
+        Box::pin(async move {
+            match self.kind {
+                Kind::Regular => self.resize_to(len, shrink, Preallocation::Off).await,
+                _ => self.resize_device(len, true).await,
+            }
+        })
     }
 
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, false, preallocation))
+        Box::pin(async move {
+            match (self.kind, preallocation) {
+                (Kind::Regular, _) => self.resize_to(len, false, preallocation).await,
+                (_, Preallocation::Off) => self.resize_device(len, false).await,
+                _ => Err(Error::new(format!(
+                    "Preallocation mode '{}' unsupported for this non-regular file",
+                    preallocation.name()
+                ))),
+            }
+        })
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {

@@ -22,7 +22,7 @@ pub use shared::adopt;
 use crate::block::{
     Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, Fence, GuestRegion,
     HandOver, Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms,
-    Place, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Place, Preallocation, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
 };
 use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
 use crate::options::Map;
@@ -294,10 +294,23 @@ impl Image for Nvme {
     fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             self.look_again().await?;
-            match len.cmp(&self.len()) {
-                std::cmp::Ordering::Equal => Ok(()),
-                std::cmp::Ordering::Greater => Err(Error::new("Cannot grow device files")),
-                std::cmp::Ordering::Less => Err(Error::new("Cannot resize device files")),
+            match len == self.len() {
+                true => Ok(()),
+                false => Err(Error::new("Cannot resize device files")),
+            }
+        })
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            if preallocation != Preallocation::Off {
+                let name = preallocation.name();
+                return Err(Error::new(format!("Unsupported preallocation mode: {name}")));
+            }
+            self.look_again().await?;
+            match len <= self.len() {
+                true => Ok(()),
+                false => Err(Error::new("Cannot grow device files")),
             }
         })
     }

@@ -3,7 +3,7 @@
 use super::transfers::matches_a_model;
 use super::*;
 use std::os::unix::fs::MetadataExt;
-use vublk::block::Abilities;
+use vublk::block::{Abilities, Preallocation};
 
 fn options(device: &Loop) -> String {
     format!("driver=host_device,filename={},discard=unmap", device.0)
@@ -60,10 +60,22 @@ fn a_device_keeps_its_size_and_a_change_from_outside_can_be_taken_over() {
     let bench = Bench::new();
     let disk = bench.disk(&options(&device)).unwrap();
     let refused = |len| bench.resize(&disk, len, true).unwrap_err().to_string();
-    assert_eq!(refused(2 << 20), "Cannot grow device files");
-    assert_eq!(refused(512 << 10), "Cannot resize device files");
+    for len in [2 << 20, 512 << 10] {
+        assert_eq!(refused(len), "Cannot resize device files");
+    }
+    let grow = |len| {
+        let node = disk.node.clone();
+        let grow = move || async move {
+            node.driver().image().unwrap().grow(len, Preallocation::Off).await
+        };
+        bench.run(grow).map_err(|error| error.to_string())
+    };
+    assert_eq!(grow(2 << 20), Err("Cannot grow device files".into()));
     std::fs::File::options().write(true).open(&backing).unwrap().set_len(2 << 20).unwrap();
     tool("losetup", &["--set-capacity", &device.0]);
+    // It is longer than what is asked for now, and has what it has.
+    grow((1 << 20) + 512).unwrap();
+    assert_eq!(disk.node.len(), 2 << 20);
     bench.resize(&disk, 2 << 20, false).unwrap();
     assert_eq!(disk.node.len(), 2 << 20);
 }

@@ -1,6 +1,7 @@
 //! The driver `nvme` over a controller in memory: what several workers, nodes and guests share.
 
 mod served;
+mod targets;
 
 use crate::disks::{REGISTRY, nvme_disk};
 use std::sync::Arc;

@@ -10,6 +10,7 @@ mod deep;
 mod files;
 mod guessing;
 mod io;
+mod lengths;
 mod lines;
 mod map;
 mod measure;

@@ -2,7 +2,7 @@
 
 use super::references::References;
 use super::{Check, failed, read_or_zero, read_words, write};
-use crate::block::{Error, Fix};
+use crate::block::{Error, Fix, Preallocation};
 use crate::format::qcow2::bitmaps;
 use crate::format::qcow2::extensions::Extension;
 use crate::format::qcow2::header::Autoclear;
@@ -385,7 +385,7 @@ impl Check<'_> {
             let image = image.ok_or_else(|| {
                 Error::new("Check failed: the file cannot take a new refcount structure")
             })?;
-            image.resize(end, false).await.map_err(|e| e.at("Check failed"))?;
+            image.grow(end, Preallocation::Off).await.map_err(|e| e.at("Check failed"))?;
         }
         let mut entries = vec![0; (table_clusters << bits) as usize];
         let mut block = vec![0; geometry.cluster_size() as usize];
