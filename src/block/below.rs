@@ -2,7 +2,9 @@
 //! the chain is.
 
 use super::{Fence, Node};
+use crate::options::bytes;
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 impl Node {
@@ -17,6 +19,18 @@ impl Node {
                 found.push(node);
             }
         }
+        found
+    }
+
+    /// The files and devices that the disk is in, by their real names: of each node without children that is wanted.
+    pub fn files(&self, is_wanted: impl Fn(&Node) -> bool) -> Vec<PathBuf> {
+        let below = self.below();
+        let nodes = below.iter().map(Arc::as_ref).chain([self]);
+        let bottoms = nodes.filter(|node| node.driver().children().is_empty() && is_wanted(node));
+        let file = |node: &Node| bytes::path_of(&node.driver().filename()?).canonicalize().ok();
+        let mut found: Vec<_> = bottoms.filter_map(file).collect();
+        found.sort();
+        found.dedup();
         found
     }
 

@@ -14,6 +14,7 @@
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
 //! * [`length`]: storage whose length changes by itself.
+//! * [`flush_record`]: what lies beside an image whose flush has failed.
 //! * [`drive`]: the health of drives.
 //! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
@@ -32,6 +33,7 @@ pub mod driver;
 pub mod error;
 pub mod event;
 pub mod extents;
+pub mod flush_record;
 pub mod graph;
 pub mod image;
 pub mod length;

@@ -132,6 +132,10 @@ impl Page {
         each("vublk_export_connected", "gauge", help, |e| {
             u64::from(e.connected.load(Ordering::Relaxed))
         });
+        let help = "Whether flushes fail until the loss that a failed one has left is accepted.";
+        each("vublk_export_flush_failed", "gauge", help, |e| {
+            u64::from(e.flush_failed.load(Ordering::Relaxed))
+        });
         let help = "Front ends that have connected.";
         each("vublk_export_connections_total", "counter", help, |e| read(&e.connections));
     }

@@ -165,6 +165,9 @@ fn query_block_exports(service: &mut Service, arguments: Map) -> Outcome {
             ("shutting-down", Value::from(export.shutting_down)),
         ]);
         // Of our own, where there is something to tell.
+        if export.flush_failed {
+            info.insert("x-flush-failed", true);
+        }
         if let Some(Failure { operation, offset, len, errno }) = export.last_failure {
             info.insert("x-held", export.held as u64);
             info.insert("x-errors", export.errors);

@@ -131,8 +131,10 @@ const SERVING_BEFORE: &[c_long] = &[];
 /// Besides, of a process that meets front ends at new sockets.
 const MEETING: &[c_long] = &[libc::SYS_connect];
 
-/// Besides, of one whose monitor may add exports.
-const GROWING: &[c_long] = &[libc::SYS_bind, libc::SYS_listen, libc::SYS_flock];
+/// Besides, of one whose monitor may add exports, and accepts what failed flushes have lost: their records are looked for
+/// in whole folders.
+const GROWING: &[c_long] =
+    &[libc::SYS_bind, libc::SYS_listen, libc::SYS_flock, libc::SYS_getdents64];
 
 /// Requests of ioctl(2): of the standard library, and of files and block devices
 /// (src/protocol/file/sys.rs).

@@ -27,6 +27,8 @@ pub struct ExportInfo {
     pub node_name: String,
     /// It is told to end and has not yet.
     pub shutting_down: bool,
+    /// Flushes fail until an operator accepts what a failed one has lost.
+    pub flush_failed: bool,
     /// Requests that the storage has failed and that are held.
     pub held: usize,
     /// Requests that the storage has failed.
@@ -77,7 +79,12 @@ impl Service {
                 State::Serving(export, _) => (export.node().name().to_owned(), export.failures()),
                 State::Ending(_) => (served.node_name.clone(), (0, 0, None)),
             };
+            let flush_failed = match &served.state {
+                State::Serving(export, _) => export.has_lost(),
+                State::Ending(_) => false,
+            };
             ExportInfo {
+                flush_failed,
                 id: served.id.clone(),
                 node_name,
                 shutting_down: matches!(served.state, State::Ending(_)),

@@ -9,11 +9,13 @@ use super::naming::{self, Named};
 use crate::block::policy::FollowBacking;
 use crate::block::{
     Attachment, Error, Graph, Node, OpenPolicy, Packed, Perm, Perms, Preallocation, Registry,
-    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, name, probe, resizable,
+    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, flush_record, name, probe, resizable,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What temporary overlays are made in.
@@ -58,6 +60,8 @@ pub struct Images {
     graph: Graph,
     /// Of the images opened so far.
     count: Cell<usize>,
+    /// Records of failed flushes that the user was told of.
+    told: RefCell<BTreeSet<PathBuf>>,
     /// Tells the user of something that is no error.
     warn: Box<dyn Fn(&str)>,
 }
@@ -103,7 +107,7 @@ impl Images {
     ) -> Images {
         let policy = OpenPolicy { backing: FollowBacking::Probe, readers_share: true, ..policy };
         let graph = Graph::with_policy(registry, policy);
-        Images { graph, count: Cell::new(0), warn: Box::new(warn) }
+        Images { graph, count: Cell::new(0), told: RefCell::default(), warn: Box::new(warn) }
     }
 
     pub fn graph(&self) -> &Graph {
@@ -142,6 +146,7 @@ impl Images {
             options.insert("backing", Value::Null);
         }
         let mut node = self.graph.open(options).await?;
+        self.warn_of_losses(&node);
         let mut below = None;
         if wanted.snapshot {
             below = Some(node.name().to_owned());
@@ -172,6 +177,19 @@ impl Images {
             guessed_raw,
             write_through: wanted.cache.write_through,
         })
+    }
+
+    /// Tells of each failed flush that is recorded beside the image or one that it stands on, once.
+    fn warn_of_losses(&self, node: &Node) {
+        for record in flush_record::find(&node.files(|_| true)) {
+            let text = format!(
+                "WARNING: '{}' says that a flush failed: data written to the image before it may be lost",
+                record.display()
+            );
+            if self.told.borrow_mut().insert(record) {
+                (self.warn)(&text);
+            }
+        }
     }
 
     /// An overlay that takes the writes to `node`, as long as it is open.

@@ -4,9 +4,8 @@
 //! A daemon that starts again would therefore report durable what is lost. The rule, in one place:
 //!
 //! * **Noted**: when storage reports a failed fsync, the failure is noted in this process, in the memory that
-//!   the front end keeps ([`Region::set_loss`]), and beside each image file that failed, before the guest hears
-//!   of it. The record beside the image is a symbolic link `IMAGE.flush-failed`: one call makes the whole of it, and
-//!   nothing is ever opened through it.
+//!   the front end keeps ([`Region::set_loss`]), and beside each image file that failed ([`flush_record`]), before the
+//!   guest hears of it. An image that is put over such a one gets a record, too: it is what the next daemon writes to.
 //! * **Taken up**: an export that finds a record fails the guest's flushes, as the process did that made it. Reads
 //!   and writes go on. A clean end, a kill and a reboot of the host make no difference: the lost data does not come back.
 //! * **Accepted**: an operator says that the loss is known (`x-block-export-accept-loss`, or `accept-loss` at a
@@ -15,15 +14,12 @@
 //! A record is a yes or a no. Any value but zero in the memory, and a file of any kind at the record's place, means yes.
 
 use super::inflight::Region;
-use crate::block::{Abilities, Error, Node};
+use crate::block::{Abilities, Error, Node, flush_record};
 use crate::io::{self, Errno, sync::Mutex};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-
-/// What the name of a record adds to that of its image.
-const SUFFIX: &str = ".flush-failed";
 
 /// What an operator does about it, for log lines.
 const ANSWER: &str = "flushes fail until the loss is accepted (x-block-export-accept-loss, or a start with accept-loss)";
@@ -31,7 +27,8 @@ const ANSWER: &str = "flushes fail until the loss is accepted (x-block-export-ac
 /// Whether a disk has lost data that its guest may believe to be durable.
 #[derive(Default)]
 pub struct Losses {
-    is_lost: AtomicBool,
+    /// Those who watch the export see it, too.
+    is_lost: Arc<AtomicBool>,
     state: Mutex<State>,
 }
 
@@ -44,6 +41,11 @@ struct State {
 }
 
 impl Losses {
+    /// None yet; `is_lost` shows it when there are some.
+    pub fn new(is_lost: Arc<AtomicBool>) -> Losses {
+        Losses { is_lost, state: Mutex::default() }
+    }
+
     /// Whether flushes must fail.
     pub fn any(&self) -> bool {
         self.is_lost.load(Ordering::Acquire)
@@ -57,15 +59,13 @@ impl Losses {
         if accept {
             return self.accept(export, node);
         }
-        for record in files(node, |_| true).iter().map(|file| record_of(file)) {
-            if fs::symlink_metadata(&record).is_ok() {
-                self.is_lost.store(true, Ordering::Release);
-                log::error!(
-                    export;
-                    "'{}' says that a flush failed: data written before it may be lost; {ANSWER}",
-                    record.display()
-                );
-            }
+        for record in flush_record::find(&written(node)) {
+            self.is_lost.store(true, Ordering::Release);
+            log::error!(
+                export;
+                "'{}' says that a flush failed: data written before it may be lost; {ANSWER}",
+                record.display()
+            );
         }
         Ok(())
     }
@@ -101,6 +101,13 @@ impl Losses {
         }
     }
 
+    /// The disk is on another image now. Blocks.
+    pub fn follow(&self, export: &str, node: &Arc<Node>) {
+        if self.any() {
+            tell(export, &write(&written(node)));
+        }
+    }
+
     /// The files whose records are to be written, if this is news.
     fn note_in_memory(&self, export: &str, node: &Arc<Node>) -> Option<Vec<PathBuf>> {
         if self.any() || !node.is_poisoned() {
@@ -115,7 +122,7 @@ impl Losses {
         }
         drop(state);
         log::error!(export; "an fsync failed: data written before it may be lost; {ANSWER}");
-        Some(files(node, |node| node.driver().is_poisoned()))
+        Some(node.files(|node| is_written(node) && node.driver().is_poisoned()))
     }
 
     /// An operator accepts the loss: removes all records, and lets flushes reach the storage again. Blocks.
@@ -124,12 +131,10 @@ impl Losses {
     /// A record cannot be removed. Flushes go on failing.
     pub fn accept(&self, export: &str, node: &Arc<Node>) -> Result<(), Error> {
         let mut removed = false;
-        for record in files(node, |_| true).iter().map(|file| record_of(file)) {
+        for record in flush_record::find(&written(node)) {
             match fs::remove_file(&record) {
                 Ok(()) => removed = true,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                // Nothing is there that a read-only folder keeps us from removing.
-                Err(_) if fs::symlink_metadata(&record).is_err() => {}
                 Err(error) => {
                     let what = format!(
                         "Cannot remove '{}', which records a failed flush",
@@ -168,36 +173,17 @@ fn tell(export: &str, failures: &[String]) {
 /// Makes the records of these files; what went wrong, a line each.
 fn write(files: &[PathBuf]) -> Vec<String> {
     let make = |file: &PathBuf| {
-        let record = record_of(file);
-        let made = std::os::unix::fs::symlink("vublk: a flush of this image failed", &record);
-        match made {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                Some(format!("cannot make '{}': {error}", record.display()))
-            }
-            _ => None,
-        }
+        let error = flush_record::make(file).err()?;
+        Some(format!("cannot record beside '{}' that a flush failed: {error}", file.display()))
     };
     files.iter().filter_map(make).collect()
 }
 
-fn record_of(file: &Path) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
-    name.push(SUFFIX);
-    name.into()
+fn is_written(node: &Node) -> bool {
+    !node.traits().abilities.contains(Abilities::READ_ONLY)
 }
 
-/// The files and devices that a disk writes to, by their real names, each that `which` wants.
-fn files(node: &Arc<Node>, which: fn(&Node) -> bool) -> Vec<PathBuf> {
-    let is_written = |node: &&Node| {
-        node.driver().children().is_empty()
-            && !node.traits().abilities.contains(Abilities::READ_ONLY)
-            && which(node)
-    };
-    let file = |node: &Node| fs::canonicalize(node.driver().filename()?).ok();
-    let below = node.below();
-    let nodes = below.iter().map(|node| &**node).chain([&**node]);
-    let mut found: Vec<_> = nodes.filter(is_written).filter_map(file).collect();
-    found.sort();
-    found.dedup();
-    found
+/// The files and devices that a disk writes to.
+fn written(node: &Node) -> Vec<PathBuf> {
+    node.files(is_written)
 }

@@ -46,6 +46,8 @@ pub struct ExportMetrics {
     pub size: AtomicU64,
     /// A front end is connected.
     pub connected: AtomicBool,
+    /// A flush has failed, and no operator has accepted what that has lost.
+    pub flush_failed: Arc<AtomicBool>,
     /// Front ends that have connected so far.
     pub connections: AtomicU64,
     /// Latencies are measured.
@@ -70,6 +72,7 @@ impl ExportMetrics {
             writable,
             size: AtomicU64::new(size),
             connected: AtomicBool::new(false),
+            flush_failed: Arc::default(),
             connections: AtomicU64::new(0),
             queues: std::iter::repeat_with(OnceLock::new).take(queues.into()).collect(),
         }

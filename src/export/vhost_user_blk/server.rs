@@ -8,6 +8,7 @@ use super::cut_off::CutOff;
 use super::door::{Address, Door, wait_readable};
 use super::failure::{Failure, IoErrors};
 use super::hand_over;
+use super::loss::Losses;
 use super::metrics::ExportMetrics;
 use super::notices::{Channel, Notices};
 use super::queue::Queue;
@@ -68,7 +69,9 @@ impl Export {
     /// Opens the socket. Nobody is served before [`Export::start`].
     pub fn new(node: Arc<Node>, address: Address, options: ExportOptions) -> Result<Export, Error> {
         let door = Door::new(address)?;
-        let disk = Disk { metrics: options.metrics, ..Disk::new(node, options.disk) };
+        let lost = options.metrics.as_ref().map(|metrics| metrics.flush_failed.clone());
+        let losses = Losses::new(lost.unwrap_or_default());
+        let disk = Disk { metrics: options.metrics, losses, ..Disk::new(node, options.disk) };
         let disk = Arc::new(disk);
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
         let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
@@ -127,6 +130,11 @@ impl Export {
     pub fn failures(&self) -> (usize, u64, Option<Failure>) {
         let Disk { failures, counters, .. } = &*self.shared.disk;
         (failures.held(), counters.errors.load(Ordering::Relaxed), failures.last())
+    }
+
+    /// Whether flushes fail until an operator accepts what a failed one has lost.
+    pub fn has_lost(&self) -> bool {
+        self.shared.disk.losses.any()
     }
 
     /// Has all held requests tried again now.
@@ -380,7 +388,12 @@ impl User for Shared {
             node.name().clone_into(&mut metrics.node.lock());
         }
         let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
-        Box::pin(offload(move || shared.change_node()))
+        Box::pin(offload(move || {
+            shared.change_node();
+            if shared.disk.options.writable {
+                shared.disk.losses.follow(&shared.name, &shared.disk.node());
+            }
+        }))
     }
 
     fn resized(&self) {

@@ -2,14 +2,18 @@
 
 use super::{Stage, block, options};
 use crate::file::durability::FullDevice;
+use crate::file::tool;
 use crate::monitor::{Client, MONITOR};
-use crate::vhost_user::{Daemon, LIMIT, export_of, new_image};
+use crate::vhost_user::{Daemon, LIMIT, export_of, new_image, pattern};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use vublk::block::flush_record;
 use vublk::protocol::sim::Kinds;
 use vublk_testkit::request::Request;
 use vublk_testkit::spec::status;
-use vublk_testkit::{Disk, Options};
+use vublk_testkit::{Disk, Options, Server};
 
 const BEHIND_TRAILER: u64 = 160 << 10;
 
@@ -32,17 +36,26 @@ impl Drop for Record {
     }
 }
 
-/// A daemon on a device whose first fsync fails, after which the device works.
-fn failed(tracked: bool) -> (FullDevice, Record, Daemon, Disk) {
+/// A device that has less room than its length says, the place of its record, and a daemon that serves it.
+fn served(format: &str) -> (FullDevice, Record, Daemon) {
     let full = FullDevice::new();
     let device = full.device.0.clone();
     let record = Record(format!("{device}.flush-failed").into());
-    let node = format!("driver=raw,node-name=d0,file.driver=host_device,file.filename={device}");
+    if format != "raw" {
+        tool("qemu-img", &["create", "-q", "-f", format, &device, "12M"]);
+    }
+    let node =
+        format!("driver={format},node-name=d0,file.driver=host_device,file.filename={device}");
     let export = format!("{},writable=on,num-queues=2", export_of("d0", 0));
     // The record lies among the devices: the monitor needs that folder to remove it.
     let rest = ["--sandbox-path", "/dev", "--blockdev", &node, "--export", &export];
     let arguments = [&MONITOR[..], &rest].concat();
-    let daemon = Daemon::start(&arguments);
+    (full, record, Daemon::start(&arguments))
+}
+
+/// A daemon on a device whose first fsync fails, after which the device works.
+fn failed(tracked: bool) -> (FullDevice, Record, Daemon, Disk) {
+    let (full, record, daemon) = served("raw");
     let mut disk = daemon.open(&options(tracked));
     for number in 0..8 {
         disk.write(number << 11, &vec![7; 1 << 20]).unwrap();
@@ -86,6 +99,88 @@ fn flushes_fail_over_kills_and_restarts_until_an_operator_accepts_the_loss() {
     }
 }
 
+/// `vublk serve` of a raw image, and a front end of it.
+fn serve(folder: &Path, image: &str, more: &[&str]) -> (Server, Disk) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.args(["serve", "-f", "raw", "--socket", "s", image]).args(more).current_dir(folder);
+    let mut server = Server::spawn(command).unwrap();
+    let until = Instant::now() + LIMIT;
+    let disk = loop {
+        match Disk::open(&folder.join("s"), &Options { limit: LIMIT, ..Options::default() }) {
+            Ok(disk) => break disk,
+            Err(_) if Instant::now() < until => {
+                assert!(server.try_wait().unwrap().is_none(), "{}", server.stderr());
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}: {}", server.stderr()),
+        }
+    };
+    (server, disk)
+}
+
+fn stop(mut server: Server) {
+    server.signal(libc::SIGTERM).unwrap();
+    server.wait_exit(LIMIT).unwrap();
+}
+
+/// What `query-block-exports` says of a failed flush.
+fn is_told(client: &mut Client) -> bool {
+    let export = client.run("query-block-exports", json!({}))[0].clone();
+    let told = export.get("x-flush-failed");
+    assert!(told.is_none_or(|told| *told == json!(true)), "{export}");
+    told.is_some()
+}
+
+#[test]
+fn a_qcow2_image_is_right_again_when_the_guest_has_written_once_more_what_a_failed_fsync_lost() {
+    for (tracked, killed) in [(true, true), (true, false), (false, true), (false, false)] {
+        let (full, record, mut daemon) = served("qcow2");
+        let mut disk = daemon.open(&options(tracked));
+        disk.write(0, &pattern(64 << 10, 1)).unwrap();
+        assert_eq!(flush(&mut disk), 0);
+        let mut client = Client::connect(&daemon.path("m.sock"));
+        assert!(!is_told(&mut client));
+        let lost = |number: u64| pattern(1 << 20, number as u8 + 2);
+        for number in 1..10 {
+            // Some need a flush of the image's own, and fail, too.
+            let _ = disk.write(number << 11, &lost(number));
+        }
+        assert_eq!(flush(&mut disk), status::IOERR);
+        assert!(is_told(&mut client) && record.exists());
+        full.grow();
+        if killed {
+            end(&mut daemon, libc::SIGKILL);
+            daemon.restart();
+            disk.reconnect().unwrap();
+            client = Client::connect(&daemon.path("m.sock"));
+        }
+        assert!(is_told(&mut client));
+        let _ = disk.write(2048, &lost(1));
+        assert_eq!([flush(&mut disk), flush(&mut disk)], [status::IOERR; 2]);
+        client.run("x-block-export-accept-loss", json!({"id": "e0"}));
+        assert!(!is_told(&mut client) && !record.exists());
+        for number in 1..10 {
+            disk.write(number << 11, &lost(number)).unwrap();
+        }
+        assert_eq!(flush(&mut disk), 0);
+        end(&mut daemon, libc::SIGKILL);
+        // What the device has, not what is remembered of it.
+        tool("blockdev", &["--flushbufs", &full.device.0]);
+        // The killed daemon has leaked what it held in reserve.
+        let check = format!("qemu-img check -q -f qcow2 {}; [ $? = 0 -o $? = 3 ]", full.device.0);
+        tool("sh", &["-c", &check]);
+        daemon.restart();
+        disk.reconnect().unwrap();
+        let mut found = vec![0; 1 << 20];
+        disk.read(0, &mut found[..64 << 10]).unwrap();
+        assert!(found[..64 << 10] == pattern(64 << 10, 1));
+        for number in 1..10 {
+            disk.read(number << 11, &mut found).unwrap();
+            assert!(found == lost(number), "{number}");
+        }
+    }
+}
+
 #[test]
 fn the_daemon_whose_fsync_failed_goes_on_when_the_loss_is_accepted() {
     let (_full, record, daemon, mut disk) = failed(false);
@@ -95,6 +190,83 @@ fn the_daemon_whose_fsync_failed_goes_on_when_the_loss_is_accepted() {
     assert!(!record.exists());
     let refused = client.refusal("x-block-export-accept-loss", json!({"id": "zz"}));
     assert_eq!(refused, "Export 'zz' is not found");
+}
+
+#[test]
+fn an_image_that_is_put_over_one_whose_flush_failed_is_recorded_too() {
+    let (_full, record, mut daemon, mut disk) = failed(false);
+    // The next daemon can flush it, and knows from the record alone what that is worth.
+    end(&mut daemon, libc::SIGKILL);
+    daemon.restart();
+    disk.reconnect().unwrap();
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let over = Record(daemon.path("over.qcow2.flush-failed"));
+    let arguments = json!({
+        "node-name": "d0", "snapshot-node-name": "over",
+        "snapshot-file": daemon.path("over.qcow2"), "format": "qcow2",
+    });
+    client.run("blockdev-snapshot-sync", arguments);
+    assert!(over.exists() && record.exists());
+    assert_eq!(flush(&mut disk), status::IOERR);
+    client.run("x-block-export-accept-loss", json!({"id": "e0"}));
+    assert!(!over.exists());
+    assert_eq!(flush(&mut disk), 0);
+}
+
+#[test]
+fn tools_tell_of_a_failed_flush_that_is_recorded_beside_an_image_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &path("base"), "1M"]);
+    let over = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &path("base"), &path("over")];
+    tool("qemu-img", &over);
+    let image = [PathBuf::from(path("base"))];
+    flush_record::make(&image[0]).unwrap();
+    let warnings = |line: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        let output = command.args(line).current_dir(dir.path()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{line:?}: {said}");
+        let lines: Vec<_> = said.lines().map(str::to_owned).collect();
+        assert!(lines.iter().all(|line| line.contains("base.flush-failed' says")), "{said}");
+        lines.len()
+    };
+    for line in [
+        &["check", "base"][..],
+        &["info", "base"],
+        &["info", "--output=json", "--backing-chain", "over"],
+        &["convert", "-O", "raw", "over", "copy"],
+        &["compare", "base", "over"],
+        &["io", "-c", "write 0 64k", "base"],
+        &["io", "-r", "-c", "read 0 64k", "over"],
+        &["map", "over"],
+        &["commit", "over"],
+    ] {
+        assert_eq!(warnings(line), 1, "{line:?}");
+    }
+    // Where it lies beside an image that is not opened it is of no interest.
+    assert_eq!(warnings(&["info", "over"]), 0);
+    for record in flush_record::find(&image) {
+        std::fs::remove_file(record).unwrap();
+    }
+    assert_eq!(warnings(&["check", "base"]), 0);
+}
+
+#[test]
+fn an_image_that_is_renamed_keeps_what_was_recorded_of_its_failed_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let serve = |image: &str| {
+        let (server, mut disk) = serve(dir.path(), image, &[]);
+        let found = flush(&mut disk);
+        stop(server);
+        found
+    };
+    let path = |name: &str| dir.path().join(name);
+    new_image(&path("old"), 1 << 20);
+    flush_record::make(&path("old")).unwrap();
+    std::fs::rename(path("old"), path("new")).unwrap();
+    new_image(&path("old"), 1 << 20);
+    assert_eq!([serve("new"), serve("old")], [status::IOERR, 0]);
 }
 
 #[test]
@@ -150,28 +322,7 @@ fn serve_refuses_to_call_durable_what_a_record_beside_the_image_calls_lost() {
         new_image(&image, 1 << 20);
         let record = dir.path().join("disk.img.flush-failed");
         make(&record);
-        let socket = dir.path().join("s");
-        let serve = |more: &[&str]| {
-            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"));
-            command.args(["serve", "-f", "raw", "--socket"]).arg(&socket).arg(&image).args(more);
-            let mut server = vublk_testkit::Server::spawn(command).unwrap();
-            let until = std::time::Instant::now() + LIMIT;
-            let disk = loop {
-                match Disk::open(&socket, &Options { limit: LIMIT, ..Options::default() }) {
-                    Ok(disk) => break disk,
-                    Err(_) if std::time::Instant::now() < until => {
-                        assert!(server.try_wait().unwrap().is_none(), "{}", server.stderr());
-                        std::thread::sleep(std::time::Duration::from_millis(5));
-                    }
-                    Err(error) => panic!("{error}: {}", server.stderr()),
-                }
-            };
-            (server, disk)
-        };
-        let stop = |mut server: vublk_testkit::Server| {
-            server.signal(libc::SIGTERM).unwrap();
-            server.wait_exit(LIMIT).unwrap();
-        };
+        let serve = |more: &[&str]| serve(dir.path(), "disk.img", more);
         let (server, mut disk) = serve(&[]);
         assert_eq!(flush(&mut disk), status::IOERR);
         assert!(server.stderr().contains("disk.img.flush-failed' says that a flush failed"));
