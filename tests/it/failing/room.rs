@@ -1,7 +1,11 @@
 //! Image tools on a file system that gets full: what they took and could not use is given back, and what they
 //! could not keep is told.
 
+use super::options;
 use super::small::Small;
+use crate::monitor::{Client, MONITOR};
+use crate::vhost_user::{Daemon, export_of};
+use serde_json::json;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -112,15 +116,30 @@ fn a_creation_that_finds_no_room_leaves_no_file() {
     }
 }
 
+/// What is said of bitmaps that could not be stored.
+const LOST: &str = "Lost persistent bitmaps during inactivation of node";
+
+/// An image of 16 MiB with three bitmaps that take room once something is written to it.
+fn with_bitmaps(place: &Place) {
+    place.good("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
+    place.good("qemu-io", &["-c", "write -q 0 1M", "a.qcow2"]);
+    for name in ["x", "y", "z"] {
+        place.good("qemu-img", &["bitmap", "--add", "-g", "512", "a.qcow2", name]);
+    }
+}
+
+/// The image says itself that its bitmaps are lost, and is sound.
+fn assert_lost(place: &Place, from: &str) {
+    let info = place.good("qemu-img", &["info", "a.qcow2"]);
+    assert_eq!(info.matches("in-use").count(), 3, "{from}: {info}");
+    place.good("qemu-img", &["check", "-q", &place.file("a.qcow2")]);
+}
+
 #[test]
-fn bitmaps_that_find_no_room_when_an_image_is_closed_are_told() {
+fn bitmaps_that_find_no_room_when_a_tool_closes_their_image_are_told() {
     for tool in ["io", "commit"] {
         let place = Place::new();
-        place.good("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
-        place.good("qemu-io", &["-c", "write -q 0 1M", "a.qcow2"]);
-        for name in ["x", "y", "z"] {
-            place.good("qemu-img", &["bitmap", "--add", "-g", "512", "a.qcow2", name]);
-        }
+        with_bitmaps(&place);
         let over = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "a.qcow2", "o.qcow2"];
         place.good("qemu-img", &over);
         place.good("qemu-io", &["-c", "write -q 4M 64k", "o.qcow2"]);
@@ -131,10 +150,71 @@ fn bitmaps_that_find_no_room_when_an_image_is_closed_are_told() {
         };
         // QEMU says the same, and its exit code is that of the command.
         assert_eq!(output.status.code(), Some(0), "{tool}: {}", said(&output));
-        let lost = "Lost persistent bitmaps during inactivation of node";
-        assert!(said(&output).contains(lost), "{tool}: {}", said(&output));
-        let info = place.good("qemu-img", &["info", "a.qcow2"]);
-        assert_eq!(info.matches("in-use").count(), 3, "{tool}: {info}");
-        place.good("qemu-img", &["check", "-q", &place.file("a.qcow2")]);
+        assert!(said(&output).contains(LOST), "{tool}: {}", said(&output));
+        assert_lost(&place, tool);
     }
+}
+
+#[test]
+fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_told() {
+    for way in ["SIGTERM", "blockdev-del", "blockdev-snapshot-sync"] {
+        let place = Place::new();
+        with_bitmaps(&place);
+        place.leave(130);
+        let enter = place.small.enter();
+        let mut program: Vec<&str> = enter.iter().map(String::as_str).collect();
+        program.extend([VUBLK, "daemon"]);
+        let image = place.small.path.join("a.qcow2");
+        let node =
+            format!("driver=qcow2,node-name=d0,file.driver=file,file.filename={}", image.display());
+        let export = format!("{},writable=on,num-queues=2", export_of("d0", 0));
+        let arguments = [&MONITOR[..], &["--blockdev", &node, "--export", &export]].concat();
+        let mut daemon = Daemon::start_in(tempfile::tempdir().unwrap(), &program, &arguments);
+        let mut disk = daemon.open(&options(false));
+        disk.write(8192, &[5; 64 << 10]).unwrap();
+        disk.flush().unwrap();
+        let mut client = Client::connect(&daemon.path("m.sock"));
+        match way {
+            "SIGTERM" => {}
+            "blockdev-del" => {
+                drop(disk);
+                client.run("block-export-del", json!({"id": "e0"}));
+                client.run("blockdev-del", json!({"node-name": "d0"}));
+                daemon.wait_log(LOST, 1);
+            }
+            _ => {
+                let arguments = json!({
+                    "node-name": "d0", "snapshot-node-name": "over",
+                    "snapshot-file": daemon.path("over.qcow2"), "format": "qcow2",
+                });
+                client.run("blockdev-snapshot-sync", arguments);
+            }
+        }
+        drop(client);
+        let log = daemon.end();
+        let told = log.lines().filter(|line| line.contains(LOST)).count();
+        assert_eq!(told, 1, "{way}: {log}");
+        assert!(log.contains("'d0'") && log.contains("No space left on device"), "{log}");
+        assert_lost(&place, way);
+        place.good("qemu-io", &["-c", "read -q -P 5 4M 64k", "a.qcow2"]);
+    }
+}
+
+#[test]
+fn bitmaps_that_a_conversion_was_asked_to_keep_and_that_find_no_room_fail_it() {
+    let place = Place::new();
+    with_bitmaps(&place);
+    place.good("qemu-io", &["-c", "write -q 4M 64k", "a.qcow2"]);
+    let convert = ["convert", "--bitmaps", "-O", "qcow2", "a.qcow2", "t.qcow2"];
+    place.good(VUBLK, &convert);
+    let takes = place.free();
+    std::fs::remove_file(place.path("t.qcow2")).unwrap();
+    let takes = (place.free() - takes) / 1024;
+    // There is room for the data, but not for all bitmaps.
+    place.leave(takes - 130);
+    let output = place.run(VUBLK, &convert);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    let failed = "Failed to write bitmap 'z' to file: No space left on device";
+    assert!(said(&output).contains(failed), "{}", said(&output));
+    place.good("qemu-img", &["check", "-q", "t.qcow2"]);
 }
