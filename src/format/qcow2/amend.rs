@@ -188,6 +188,7 @@ impl Qcow2 {
             let expanded = self.expand_zeroes().await;
             expanded.map_err(|errno| Error::os("Failed to turn zero into data clusters", errno))?;
         }
+        // Nor is anything written on the fast road any more.
         self.close_image().await.map_err(failed)?;
         // From here on the file is not as this node has it in memory.
         self.stopped.stop(Stop::ForGood);

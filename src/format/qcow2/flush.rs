@@ -148,6 +148,7 @@ impl Qcow2 {
         // Amending and repairing close the image before they change the file: nothing is left to write.
         let is_ours = self.stopped.get() != Stop::ForGood;
         if self.is_writable && is_written && is_ours {
+            self.begin_rest().await;
             self.close_written().await?;
         }
         // Version 2 cannot tell whoever opens it next to do it.

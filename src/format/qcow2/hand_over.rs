@@ -29,6 +29,7 @@ impl HandOver for Qcow2 {
 impl Qcow2 {
     /// Does what closing does, of an image that stays open.
     pub(super) async fn bring_to_rest(&self) -> IoResult {
+        self.begin_rest().await;
         // So that all that was freed is given back.
         self.flush_all().await?;
         epoch::synchronize(&self.data().members()).await;

@@ -6,20 +6,54 @@
 //! before the entry; a permission that is withdrawn *because of* an entry, before that entry can be
 //! seen, is read after it.
 //!
-//! * Before: no snapshot is being made, the image is open for writes, writes are not stopped. The
-//!   change waits for all writes that were announced before ([`crate::io::epoch`]), so that a write
-//!   which had the permission still finds the old entry true. A write that reads the entry first can
-//!   find an entry of before the change and the permission of after it.
-//! * After: no entry was seen that points at metadata, and the image is not marked corrupt. A write
-//!   that reads these first can miss the entry that has withdrawn them.
+//! * Before: the change waits for all writes that had the permission ([`withdraw`]), so that each of them
+//!   finds the old entry true. A write that reads the entry first can find an entry of before the change and
+//!   the permission of after it.
+//! * After: a write that reads these first can miss the entry that has withdrawn them.
+//!
+//! | permission | read | it is withdrawn by | writes that had it |
+//! |---|---|---|---|
+//! | no snapshot is being made | before | making one | are waited for |
+//! | the image is not at rest | before | closing it, handing it over, freezing it below an overlay, amending it, storing its bitmaps | are waited for |
+//! | writes are not stopped for good | before | a repair | are waited for |
+//! | writes are not stopped by doubts | before | a write of entries that failed | go on: they ran beside the change that failed, whose old and new clusters both stay allocated |
+//! | no entry points at metadata | after | an entry that does, before it can be found in the cache | go on: the entries that they found point at data |
+//! | the image is not corrupt | after | whoever finds that it is | go on, for the same reason |
+//!
+//! Where the entry leads is checked against the length of the file after all that. A file is made longer before an
+//! entry can lead to the new part, so that a length that is read after the entry is never too short. It
+//! is made shorter when no entry leads to what is cut off, and after all fast writes of before have ended
+//! ([`Qcow2::cut_to_use`]). A device that gets shorter by itself has its users paused
+//! ([`OwnLength`](crate::block::OwnLength)).
 
 use super::Qcow2;
 use super::lookup::{Bad, Piece};
 use super::standing::Stop;
+use crate::io::epoch::{self, Member};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Reads an entry with `look` between two permissions. Returns what `look` has found, and whether
-/// both were given.
+/// What speaks against fast writes, of an image or of a model of one.
+trait Permissions {
+    /// A snapshot is being made.
+    fn is_frozen(&self) -> bool;
+    fn is_at_rest(&self) -> bool;
+    fn stop(&self) -> Stop;
+    /// An entry was seen that points at metadata.
+    fn is_met(&self) -> bool;
+    fn is_corrupt(&self) -> bool;
+}
+
+/// Reads an entry with `look` between the permissions. Returns what `look` has found, and whether all
+/// were given.
+fn look_permitted<T>(image: &impl Permissions, look: impl FnOnce() -> T) -> (T, bool) {
+    look_between(
+        || !image.is_frozen() && !image.is_at_rest() && image.stop() == Stop::Not,
+        look,
+        || !image.is_met() && !image.is_corrupt(),
+    )
+}
+
 fn look_between<T>(
     before: impl FnOnce() -> bool,
     look: impl FnOnce() -> T,
@@ -31,6 +65,36 @@ fn look_between<T>(
     (found, is_allowed)
 }
 
+/// Withdraws a permission that is read before entries. When it returns, no fast write that had it is
+/// under way.
+async fn withdraw(change: impl FnOnce(), members: impl FnOnce() -> Vec<Arc<Member>>) {
+    change();
+    // A queue that comes later sees that it is withdrawn.
+    epoch::synchronize(&members()).await;
+}
+
+impl Permissions for Qcow2 {
+    fn is_frozen(&self) -> bool {
+        self.snapshots.is_frozen()
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.is_at_rest.load(Ordering::Acquire)
+    }
+
+    fn stop(&self) -> Stop {
+        self.stopped.get()
+    }
+
+    fn is_met(&self) -> bool {
+        self.overlaps.is_met()
+    }
+
+    fn is_corrupt(&self) -> bool {
+        self.corruption.is_fatal()
+    }
+}
+
 impl Qcow2 {
     /// As [`Qcow2::piece`]; and whether a fast write may go to the place that was found, if no other
     /// reference to it exists.
@@ -39,44 +103,27 @@ impl Qcow2 {
         at: u64,
         want: u64,
     ) -> (Option<Result<Piece, Bad>>, bool) {
-        look_between(
-            || {
-                !self.snapshots.is_frozen()
-                    && self.is_prepared.load(Ordering::Acquire)
-                    && self.stopped.get() == Stop::Not
-            },
-            || self.piece(at, want),
-            || !self.overlaps.is_met() && !self.corruption.is_fatal(),
-        )
+        look_permitted(self, || self.piece(at, want))
+    }
+
+    /// Fast writes are allowed: all is on the disk that has to be there before the first write.
+    pub(super) fn end_rest(&self) {
+        if self.is_at_rest.load(Ordering::Acquire) {
+            self.is_at_rest.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// No fast write begins until the image is prepared for writing again, and none is under way.
+    pub(super) async fn begin_rest(&self) {
+        self.without_fast_writes(|| self.is_at_rest.store(true, Ordering::SeqCst)).await;
+    }
+
+    /// Withdraws a permission that fast writes read before entries, and waits for those that had it.
+    pub(super) async fn without_fast_writes(&self, withdrawn: impl FnOnce()) {
+        withdraw(withdrawn, || self.data().members()).await;
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::cell::Cell;
-
-    #[test]
-    fn a_write_that_is_preempted_until_a_snapshot_is_made_does_not_go_into_its_clusters() {
-        let (is_frozen, is_copied) = (Cell::new(true), Cell::new(true));
-        let look = || {
-            let seen = is_copied.get();
-            // The worker is preempted here: the snapshot takes the cluster, and writes go on.
-            is_copied.set(false);
-            is_frozen.set(false);
-            seen
-        };
-        let (copied, is_allowed) = look_between(|| !is_frozen.get(), look, || true);
-        assert!(copied && !is_allowed);
-        let look = || is_copied.get();
-        assert_eq!(look_between(|| !is_frozen.get(), look, || true), (false, true));
-    }
-
-    #[test]
-    fn an_entry_that_withdraws_the_permission_is_not_followed() {
-        let is_met = Cell::new(false);
-        // The slice is loaded by another worker, which sees where the entry points.
-        let look = || is_met.set(true);
-        assert_eq!(look_between(|| true, look, || !is_met.get()), ((), false));
-    }
-}
+#[path = "in_place_tests.rs"]
+mod tests;

@@ -141,6 +141,8 @@ pub struct Qcow2 {
     is_writable: bool,
     /// What has to be on disk before the first write is.
     is_prepared: AtomicBool,
+    /// It was not written yet, or is being closed or handed over: nothing is written on the fast road.
+    is_at_rest: AtomicBool,
     /// Nothing is written any more ([`Driver::freeze`]).
     is_frozen: AtomicBool,
     has_lazy_refcounts: bool,
@@ -422,7 +424,7 @@ impl Image for Qcow2 {
             }
             // A repair changes what this node has in memory: until it is opened again, nothing is
             // written.
-            self.stopped.stop(Stop::ForGood);
+            self.without_fast_writes(|| self.stopped.stop(Stop::ForGood)).await;
             check::check(&self.file(), fix, say).await
         })
     }

@@ -107,6 +107,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         children,
         is_writable,
         is_prepared: Default::default(),
+        is_at_rest: true.into(),
         is_frozen: Default::default(),
         has_lazy_refcounts: lazy,
         has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,

@@ -182,6 +182,7 @@ impl Qcow2 {
         }
         self.check_sound().await?;
         if self.is_prepared.load(Ordering::Acquire) {
+            self.end_rest();
             return Ok(());
         }
         let mut header = self.header.lock().await;
@@ -196,6 +197,7 @@ impl Qcow2 {
         drop(header);
         self.set_bitmaps_in_use().await?;
         self.is_prepared.store(true, Ordering::Release);
+        self.end_rest();
         Ok(())
     }
 

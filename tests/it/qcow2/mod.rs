@@ -6,6 +6,7 @@ mod consistency;
 mod crash;
 mod damaged;
 mod failing;
+mod fast_writes;
 mod full;
 mod images;
 mod journal;

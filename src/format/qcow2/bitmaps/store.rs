@@ -313,6 +313,8 @@ impl BitmapStore for Qcow2 {
 
     fn store(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
+            // What is written afterwards is not in the bitmaps.
+            self.begin_rest().await;
             let flushed = self.flush_all().await;
             flushed.map_err(|errno| Error::os("Failed to flush the image", errno))?;
             self.store_bitmaps().await

@@ -8,7 +8,7 @@ use crate::format::qcow2::alloc::{Claim, Run};
 use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
 use crate::format::qcow2::order::RangeGuard;
 use crate::format::qcow2::refcounts::Change;
-use crate::io::{Errno, IoResult, IoVec, epoch};
+use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
 use std::sync::atomic::Ordering;
 
@@ -70,10 +70,9 @@ impl Qcow2 {
     async fn freeze(&self) -> Frozen<'_> {
         // Allocations, zeroes and discards.
         let all = self.ranges.lock(0..u64::MAX).await;
-        self.snapshots.is_frozen.store(true, Ordering::SeqCst);
         let frozen = Frozen { image: self, _all: all };
         // What is written over, on the fast road and on the slow one.
-        epoch::synchronize(&self.data().members()).await;
+        self.without_fast_writes(|| self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
         self.visits.older().await;
         frozen
     }
