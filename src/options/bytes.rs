@@ -11,6 +11,11 @@ use std::path::{Path, PathBuf};
 /// The byte 0 stands in text as this; only bytes from 0x80 on ever do.
 const FIRST: u32 = 0x10EE00;
 
+/// A stored name as QEMU reads it: it ends before the first NUL byte.
+pub fn until_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
 /// Any bytes as text.
 pub fn text_of(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());

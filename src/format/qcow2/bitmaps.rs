@@ -15,6 +15,8 @@ use super::layout::{Geometry, MAX_BITMAPS};
 use super::order::Lock;
 use crate::block::{Bitmaps, Error, Node};
 use crate::io::sync::Mutex;
+use crate::options::bytes::until_nul;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -88,13 +90,16 @@ pub fn parse_directory(
     let broken = || Error::new("Broken bitmap directory");
     let number =
         |more: &str| Error::new(format!("{more} bitmaps found than specified in header extension"));
-    let mut found = Vec::new();
+    let (mut found, mut names) = (Vec::new(), HashSet::new());
     while !bytes.is_empty() {
         if found.len() >= n.min(MAX_BITMAPS) as usize {
             return Err(number("More"));
         }
         let (bitmap, len) = StoredBitmap::parse(bytes).ok_or_else(broken)?;
         bitmap.check(geometry)?;
+        if !names.insert(bitmap.name.clone()) {
+            return Err(Error::new(format!("Bitmap already exists: {}", bitmap.shown_name())));
+        }
         found.push(bitmap);
         bytes = bytes.get(len..).ok_or_else(broken)?;
     }
@@ -170,7 +175,7 @@ impl StoredBitmap {
             table_size: be(8, 4) as u32,
             flags: BitmapFlags::from_bits_retain(flags),
             granularity_bits: if kind == 1 { be(17, 1) as u8 } else { 0 },
-            name: bytes.get(name_at..end)?.to_vec(),
+            name: until_nul(bytes.get(name_at..end)?).to_vec(),
             extra: bytes.get(FIXED..name_at)?.to_vec(),
         };
         Some((bitmap, end.next_multiple_of(8)))
@@ -192,7 +197,7 @@ impl StoredBitmap {
     }
 
     fn check(&self, geometry: &Geometry) -> Result<(), Error> {
-        let shown = String::from_utf8_lossy(&self.name).escape_debug().to_string();
+        let shown = self.shown_name();
         let flags = self.flags;
         if !self.extra.is_empty() && !flags.contains(BitmapFlags::EXTRA_DATA_COMPATIBLE) {
             return Err(Error::new("Bitmap extra data is not supported"));
@@ -206,6 +211,10 @@ impl StoredBitmap {
             true => Ok(()),
             false => Err(Error::new(format!("Bitmap '{shown}' doesn't satisfy the constraints"))),
         }
+    }
+
+    fn shown_name(&self) -> String {
+        String::from_utf8_lossy(&self.name).escape_debug().to_string()
     }
 
     /// As users name it.

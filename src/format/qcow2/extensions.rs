@@ -5,6 +5,7 @@
 use super::header::{CRYPT_LUKS, Incompatible};
 use super::layout::{self, Geometry};
 use crate::block::Error;
+use crate::options::bytes::until_nul;
 
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -108,9 +109,9 @@ impl Extension {
                     FORMAT_NAME_LIMIT + 1
                 )));
             }
-            BACKING_FORMAT => Extension::BackingFormat(data.to_vec()),
+            BACKING_FORMAT => Extension::BackingFormat(until_nul(data).to_vec()),
             FEATURE_NAMES => Extension::FeatureNames(data.to_vec()),
-            DATA_FILE => Extension::DataFile(data.to_vec()),
+            DATA_FILE => Extension::DataFile(until_nul(data).to_vec()),
             ENCRYPTION if data.len() != 16 => {
                 return Err(Error::new(format!(
                     "CRYPTO header extension size {} differs from the expected 16",
@@ -223,7 +224,7 @@ pub fn incompatible_feature_names(extensions: &[Extension], mut mask: u64) -> St
             continue;
         }
         mask &= !bit;
-        let name = entry[2..].split(|&byte| byte == 0).next().unwrap_or_default();
+        let name = until_nul(&entry[2..]);
         names.push(String::from_utf8_lossy(name).escape_debug().to_string());
     }
     if mask != 0 {

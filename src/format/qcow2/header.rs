@@ -10,6 +10,7 @@
 use super::extensions::{self, Extension};
 use super::layout::{self, Geometry};
 use crate::block::Error;
+use crate::options::bytes::until_nul;
 
 /// The first four bytes of every image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -348,9 +349,20 @@ impl Header {
         }
         let name = cluster.get(at..).and_then(|rest| rest.get(..len));
         match name.filter(|_| len <= BACKING_NAME_LIMIT) {
-            Some(name) => Ok(Some(name.to_vec())),
+            Some(name) => Ok(Some(until_nul(name).to_vec()).filter(|name| !name.is_empty())),
             None => Err(Error::new("Backing file name too long")),
         }
+    }
+
+    /// The format of the backing file, if the image records one.
+    pub fn backing_format(&self) -> Option<&[u8]> {
+        self.extensions
+            .iter()
+            .find_map(|extension| match extension {
+                Extension::BackingFormat(name) if !name.is_empty() => Some(&name[..]),
+                _ => None,
+            })
+            .filter(|_| self.backing_file.is_some())
     }
 
     /// How the image is laid out.

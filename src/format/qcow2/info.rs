@@ -22,10 +22,7 @@ pub fn info(header: &Header, bitmaps: &[StoredBitmap]) -> ImageInfo {
         is_dirty: header.incompatible.contains(Incompatible::DIRTY),
         is_encrypted: header.crypt_method != CRYPT_NONE,
         backing_filename: header.backing_file.as_deref().map(text),
-        backing_format: extension(|extension| match extension {
-            Extension::BackingFormat(name) => Some(name),
-            _ => None,
-        }),
+        backing_format: header.backing_format().map(text),
         snapshots: Vec::new(),
         specific: Some(specific(
             header,

@@ -46,10 +46,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let caches = options.caches(&geometry, header.size, !opening.options().read_only)?;
 
     let recorded = header.backing_file.as_deref().map(bytes::text_of);
-    let format = header.extensions.iter().find_map(|extension| match extension {
-        Extension::BackingFormat(name) => Some(String::from_utf8_lossy(name)),
-        _ => None,
-    });
+    let format = header.backing_format().map(String::from_utf8_lossy);
     let recorded =
         recorded.as_ref().map(|filename| RecordedBacking { filename, format: format.as_deref() });
     let backing = opening.backing(options.backing, recorded, &file).await?;

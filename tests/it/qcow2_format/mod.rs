@@ -5,6 +5,7 @@ mod check;
 mod check_lines;
 mod create;
 mod info;
+mod odd;
 
 use crate::cli::{VUBLK, run, stderr};
 use std::path::Path;

@@ -2,7 +2,7 @@
 
 use crate::block::SnapshotInfo;
 use crate::format::qcow2::layout;
-use crate::options::bytes;
+use crate::options::bytes::{self, until_nul};
 
 /// Bytes of an entry before its extra data.
 const FIXED: usize = 40;
@@ -50,8 +50,8 @@ impl Snapshot {
         let snapshot = Snapshot {
             l1_table_offset: be(0, 8),
             l1_size: be(8, 4) as u32,
-            id: bytes.get(id_at..name_at)?.to_vec(),
-            name: bytes.get(name_at..end)?.to_vec(),
+            id: until_nul(bytes.get(id_at..name_at)?).to_vec(),
+            name: until_nul(bytes.get(name_at..end)?).to_vec(),
             seconds: be(16, 4) as u32,
             nanoseconds: be(20, 4) as u32,
             vm_clock: be(24, 8),
