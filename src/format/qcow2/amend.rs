@@ -2,20 +2,18 @@
 //!
 //! All that is asked for is checked before anything changes. The order then: what the open image can
 //! do goes first; then the image is brought to a rest, as when it is closed, and what changes how its
-//! tables are to be read is changed in the file: the width of refcounts, the version. Version 2 has no
-//! zero clusters, so these become unallocated, or data where a backing file would show.
+//! tables are to be read is changed in the file: the width of refcounts, the version. [`super::downgrade`]
+//! takes out what version 2 cannot have.
 
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
-use super::lookup::Found;
 use super::read::read_padded;
 use super::standing::Stop;
-use super::zero::Kind;
 use super::{Qcow2, backing, check, hand_over};
 use crate::block::create::{CreateOption, ValueType};
 use crate::block::{Error, WriteFlags};
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::{Map, Value, bytes};
 use std::sync::atomic::Ordering;
 
@@ -151,19 +149,14 @@ impl Wanted {
             if has_data_file {
                 return refused("Cannot downgrade an image with a data file");
             }
-            let mut features = header.incompatible - Incompatible::DIRTY;
-            // QEMU forgets how clusters were packed.
-            features.set(Incompatible::COMPRESSION, header.compression != Compression::Zlib);
+            // Whether there is anything compressed is in the tables.
+            let features = header.incompatible - Incompatible::DIRTY - Incompatible::COMPRESSION;
             if !features.is_empty() {
                 return refused(format!(
                     "Cannot downgrade an image with incompatible features 0x{:x} set",
                     features.bits()
                 ));
             }
-        }
-        if self.version != header.version && header.nb_snapshots > 0 {
-            let way = if self.version < header.version { "downgrade" } else { "upgrade" };
-            return refused(format!("Internal snapshots prevent {way} of image"));
         }
         Ok(())
     }
@@ -175,6 +168,16 @@ impl Qcow2 {
         let old = self.header_now();
         let wanted = Wanted::take(&old, changes)?;
         let failed = |errno| Error::os("Failed to amend the image", errno);
+        self.check_snapshots()?;
+        if wanted.version < old.version {
+            self.check_downgrade(wanted.size.unwrap_or(self.size())).await?;
+        }
+        if wanted.version > old.version {
+            self.complete_snapshots().await.map_err(failed)?;
+        }
+        if wanted.refcount_order != old.refcount_order {
+            self.refcounts().await.and_then(|counts| counts.check_table(self)).map_err(failed)?;
+        }
         if let Some(size) = wanted.size.filter(|&size| size != self.size()) {
             if hand_over::has_bitmaps(&old) {
                 // They would have to be resized, too, which is the node's to do.
@@ -182,11 +185,11 @@ impl Qcow2 {
                     "The size of an image with dirty bitmaps is not amended: resize it",
                 );
             }
-            self.resize_to(size, true, Default::default()).await?;
+            let version = wanted.version;
+            self.resize_for_version(version, size, true, Default::default()).await?;
         }
         if wanted.version < old.version {
-            let expanded = self.expand_zeroes().await;
-            expanded.map_err(|errno| Error::os("Failed to turn zero into data clusters", errno))?;
+            self.expand_zeroes().await?;
         }
         // Nor is anything written on the fast road any more.
         self.close_image().await.map_err(failed)?;
@@ -204,33 +207,6 @@ impl Qcow2 {
             true => self.rewrite_header(&wanted).await,
             false => Ok(()),
         }
-    }
-
-    /// Leaves no zero cluster.
-    async fn expand_zeroes(&self) -> IoResult {
-        self.prepare_writing().await?;
-        self.unmap(self.size(), Kind::Crop).await?;
-        let cluster = self.geometry.cluster_size();
-        let end = self.size();
-        let mut at = 0;
-        while at < end {
-            let piece = {
-                let _visit = self.visits.enter();
-                self.lookup(at, end - at).await?
-            };
-            let stop = at + piece.len;
-            if matches!(piece.found, Found::Zero { .. }) {
-                match self.backing().is_some() {
-                    true => self.write_zeroes(at..stop).await?,
-                    false => {
-                        let stop = stop.next_multiple_of(cluster);
-                        self.empty(at..stop, Kind::Crop).await?;
-                    }
-                }
-            }
-            at = stop;
-        }
-        Ok(())
     }
 
     /// Writes the header that all this comes to, durably.
@@ -256,6 +232,7 @@ impl Qcow2 {
             new.compatible = Compatible::empty();
             new.autoclear = Autoclear::empty();
             new.incompatible = Incompatible::empty();
+            new.compression = Compression::Zlib;
             new.extensions.retain(|extension| !is_names(extension));
         } else if old.version < 3 && new.cluster_bits > extensions::FEATURE_NAMES_MIN_CLUSTER_BITS {
             new.extensions.push(extensions::feature_names());

@@ -10,6 +10,7 @@
 
 mod refcounts;
 mod references;
+mod snapshots;
 mod walk;
 
 use super::extensions::Extension;
@@ -163,6 +164,7 @@ impl Check<'_> {
         if self.fix != Fix::Nothing {
             self.drop_stale_bitmaps().await?;
         }
+        let incomplete = self.find_incomplete_snapshots().await?;
         let mut references = self.count_references().await?;
         let counted = self.report;
         let mut refcounts = Refcounts::read(self.file, &self.header).await?;
@@ -205,6 +207,10 @@ impl Check<'_> {
         drop(references);
         if self.report.check_errors > 0 {
             return Ok(());
+        }
+        if incomplete > 0 {
+            refcounts = self.complete_snapshots().await?;
+            self.report.corruptions_fixed += incomplete;
         }
         self.check_copied(&mut refcounts).await?;
         self.mark_clean().await

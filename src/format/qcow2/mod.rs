@@ -9,7 +9,7 @@
 //! | `l1`, `l2_cache`, `clean` | the tables in memory, read without a lock; what was not used is given back |
 //! | `lookup`, `in_place` | where a guest's bytes are, and when they may be overwritten there |
 //! | `read`, `compressed`, `status` | reading, unpacking, block status |
-//! | `create`, `new_image`, `amend` | making images, and making them others |
+//! | `create`, `new_image`, `amend`, `downgrade` | making images, and making them others |
 //! | `measure` | how long the file of a new image has to be |
 //! | `snapshots` | internal snapshots |
 //! | `bitmaps` | persistent dirty bitmaps: loaded, marked as in use, stored |
@@ -36,6 +36,7 @@ mod clean;
 mod compressed;
 mod corrupt;
 mod create;
+mod downgrade;
 mod empty;
 pub mod extensions;
 mod flush;

@@ -89,6 +89,11 @@ impl Refcounts {
         self.table.iter().copied().filter(|&block| block != 0)
     }
 
+    /// Whether all blocks that the table names can be where it says.
+    pub fn check_table(&self, image: &Qcow2) -> IoResult {
+        (0..self.table.len()).try_for_each(|index| self.block_offset(image, index).map(drop))
+    }
+
     fn place(&self, cluster: u64) -> (usize, usize) {
         let bits = self.geometry.refcount_block_bits();
         ((cluster >> bits) as usize, (cluster & ((1 << bits) - 1)) as usize)

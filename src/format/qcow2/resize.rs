@@ -26,7 +26,19 @@ impl Qcow2 {
         shrink: bool,
         preallocation: Preallocation,
     ) -> Result<(), Error> {
-        self.check_resize(len, shrink, preallocation)?;
+        let version = self.header_now().version;
+        self.resize_for_version(version, len, shrink, preallocation).await
+    }
+
+    /// The same, of an image whose header is about to have another version.
+    pub(super) async fn resize_for_version(
+        &self,
+        version: u32,
+        len: u64,
+        shrink: bool,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        self.check_resize(version, len, shrink, preallocation)?;
         let failed = |errno| Error::os("Could not resize the image", errno);
         self.prepare_writing().await.map_err(failed)?;
         let old = self.size();
@@ -62,19 +74,19 @@ impl Qcow2 {
     /// What can be said before anything changes, in QEMU's order.
     fn check_resize(
         &self,
+        version: u32,
         len: u64,
         shrink: bool,
         preallocation: Preallocation,
     ) -> Result<(), Error> {
         let refused = |text: &str| Err(Error::new(text));
-        let header = self.header_now();
         if !self.is_writable {
             return refused("Image is read-only");
         }
         if !len.is_multiple_of(SECTOR) {
             return refused("The new size must be a multiple of 512");
         }
-        if header.nb_snapshots > 0 && header.version < 3 {
+        if version < 3 && self.header_now().nb_snapshots > 0 {
             return refused("Can't resize a v2 image which has snapshots");
         }
         let old = self.size();

@@ -107,15 +107,9 @@ fn what_qemu_img_does_not_change_is_refused_in_its_words() {
 #[test]
 fn what_qemu_img_would_spoil_is_refused() {
     let dir = crate::file::on_tmpfs();
-    make(dir.path(), "compression_type=zstd");
-    let amend = |option| ours(dir.path(), &["amend", "-o", option, "a.qcow2"]);
-    let told = amend("compat=0.10");
-    assert_eq!(told.stderr, "Cannot downgrade an image with incompatible features 0x8 set");
-    qemu_img(dir.path(), &["snapshot", "-c", "s", "a.qcow2"]);
     make(dir.path(), "");
     qemu_img(dir.path(), &["snapshot", "-c", "s", "a.qcow2"]);
-    assert_eq!(amend("compat=0.10").stderr, "Internal snapshots prevent downgrade of image");
-    let told = amend("refcount_bits=1");
+    let told = ours(dir.path(), &["amend", "-o", "refcount_bits=1", "a.qcow2"]);
     let found = "Cannot decrease refcount entry width to 1 bits: Cluster at offset";
     assert!(told.stderr.starts_with(found), "{told:?}");
     let checked = theirs(dir.path(), &["check", "a.qcow2"]);

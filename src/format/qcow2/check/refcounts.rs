@@ -5,6 +5,7 @@ use super::{failed, read_or_zero, read_words, write};
 use crate::block::{Error, Node};
 use crate::format::qcow2::header::Header;
 use crate::format::qcow2::layout::{self, Geometry, REFTABLE_OFFSET_MASK};
+use std::ops::Range;
 
 /// See the module's text.
 pub(super) struct Refcounts {
@@ -45,7 +46,7 @@ impl Refcounts {
         {
             return Ok(good);
         }
-        let offset = self.table.get(index as usize).map_or(0, |entry| entry & REFTABLE_OFFSET_MASK);
+        let offset = self.entry(index);
         let good = self.geometry.is_cluster_start(offset);
         match offset {
             0 => self.block.fill(0),
@@ -54,6 +55,35 @@ impl Refcounts {
         }
         self.loaded = Some((index, good));
         Ok(good)
+    }
+
+    /// Where the table says that a block is.
+    pub fn entry(&self, index: u64) -> u64 {
+        self.table.get(index as usize).map_or(0, |entry| entry & REFTABLE_OFFSET_MASK)
+    }
+
+    /// Whether there is a block for each of these clusters.
+    pub fn cover(&self, clusters: Range<u64>) -> bool {
+        let bits = self.geometry.refcount_block_bits();
+        let mut blocks = clusters.start >> bits..((clusters.end - 1) >> bits) + 1;
+        blocks.all(|index| self.table.get(index as usize).is_some_and(|&entry| entry != 0))
+    }
+
+    /// Sets the refcounts of clusters whose blocks are there, durably.
+    pub async fn set(
+        &mut self,
+        file: &Node,
+        clusters: Range<u64>,
+        count: u64,
+    ) -> Result<(), Error> {
+        let per_block = self.geometry.refcount_block_entries();
+        for cluster in clusters {
+            if self.load(file, cluster / per_block).await? {
+                self.set_loaded(cluster % per_block, count);
+                self.store(file).await?;
+            }
+        }
+        file.flush().await.map_err(failed)
     }
 
     /// Of the block that is loaded.

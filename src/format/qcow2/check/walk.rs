@@ -222,8 +222,8 @@ impl Check<'_> {
     // ---- Snapshots and bitmaps
 
     /// The snapshots, and how many bytes their table has.
-    async fn read_snapshots(&mut self) -> Result<Table, Error> {
-        let table = Table::read(self.file, &self.header).await.map_err(|error| {
+    pub(super) async fn read_snapshots(&self) -> Result<Table, Error> {
+        Table::read(self.file, &self.header).await.map_err(|error| {
             match error.errno() {
                 // What only a repair could do something about.
                 Some(Errno(libc::EFBIG)) | None => {
@@ -231,13 +231,7 @@ impl Check<'_> {
                 }
                 Some(errno) => failed(errno),
             }
-        })?;
-        for (index, snapshot) in table.list.iter().enumerate() {
-            if !snapshot.is_complete() {
-                self.corruption(format!(" snapshot table entry {index} is incomplete"));
-            }
-        }
-        Ok(table)
+        })
     }
 
     async fn count_snapshot(
@@ -331,6 +325,27 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// The first cluster that a repair may take, if nothing refers to it. Where references may be missing,
+    /// nothing that was ever in use is taken.
+    pub(super) fn first_to_take(&self) -> u64 {
+        match (self.is_incomplete, self.report.check_errors > 0) {
+            (false, _) => 0,
+            (true, false) => self.geometry.clusters(self.report.image_end_offset),
+            (true, true) => self.geometry.clusters(self.file.driver().len()),
+        }
+    }
+
+    /// Makes the file at least so long.
+    pub(super) async fn grow_file(&self, end: u64) -> Result<(), Error> {
+        if end <= self.file.driver().len() {
+            return Ok(());
+        }
+        let image = self.file.driver().image();
+        let image = image
+            .ok_or_else(|| Error::new("Check failed: the file cannot take what the repair adds"))?;
+        image.grow(end, Preallocation::Off).await.map_err(|e| e.at("Check failed"))
+    }
+
     /// Writes a new refcount structure where nothing is, and turns the header to it.
     pub(super) async fn rebuild(&mut self, refs: &mut References) -> Result<(), Error> {
         let geometry = self.geometry;
@@ -338,12 +353,7 @@ impl Check<'_> {
         let bits = geometry.cluster_bits;
         // The blocks by what they count. Each may need another one for itself.
         let mut blocks = std::collections::BTreeMap::new();
-        // Where references may be missing, nothing that was ever in use is taken.
-        let mut free = match (self.is_incomplete, self.report.check_errors > 0) {
-            (false, _) => 0,
-            (true, false) => geometry.clusters(self.report.image_end_offset),
-            (true, true) => geometry.clusters(self.file.driver().len()),
-        };
+        let mut free = self.first_to_take();
         let (table, table_clusters) = loop {
             let mut cluster = 0;
             while let Some(index) = refs.next_page(cluster).map(|cluster| cluster / per_block) {
@@ -379,14 +389,7 @@ impl Check<'_> {
             return Err(Error::new("Check failed: the refcount table would be too large"));
         }
         let last = blocks.values().copied().max().unwrap_or(0).max(table + table_clusters - 1);
-        let end = (last + 1) << bits;
-        if end > self.file.driver().len() {
-            let image = self.file.driver().image();
-            let image = image.ok_or_else(|| {
-                Error::new("Check failed: the file cannot take a new refcount structure")
-            })?;
-            image.grow(end, Preallocation::Off).await.map_err(|e| e.at("Check failed"))?;
-        }
+        self.grow_file((last + 1) << bits).await?;
         let mut entries = vec![0; (table_clusters << bits) as usize];
         let mut block = vec![0; geometry.cluster_size() as usize];
         for (&index, &at) in &blocks {

@@ -84,6 +84,12 @@ impl Snapshot {
         self.extra.len() >= 16
     }
 
+    /// Whether version 2 can have it, in an image whose disk has `disk_size` bytes.
+    pub fn fits_version_2(&self, disk_size: u64) -> bool {
+        u32::try_from(self.vm_state_size()).is_ok()
+            && self.disk_size().is_none_or(|size| size == disk_size)
+    }
+
     /// Bytes of the disk when it was taken, if that is recorded.
     pub fn disk_size(&self) -> Option<u64> {
         Some(u64::from_be_bytes(*self.extra.get(8..)?.first_chunk()?))

@@ -23,6 +23,7 @@ pub use entry::{MAX_ENTRY, Snapshot};
 pub use table::Table;
 
 use super::Qcow2;
+use super::alloc::Run;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::L1Entry;
 use super::read::read_padded;
@@ -30,6 +31,7 @@ use super::standing::OnDisk;
 use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What an open image knows of its snapshots.
@@ -89,6 +91,29 @@ impl Qcow2 {
         }
     }
 
+    /// Refuses what goes by the snapshots if their table cannot be read.
+    pub(super) fn check_snapshots(&self) -> Result<(), Error> {
+        self.snapshots.table().map(drop)
+    }
+
+    /// Refuses to free what a snapshot's own L1 table takes if something else is there, too.
+    fn check_own_table(&self, table: &Table, index: usize) -> Result<(), Error> {
+        let header = self.header_now();
+        let place = |start: u64, entries: u32| start..start + u64::from(entries) * 8;
+        let places = table.list.iter().map(|other| place(other.l1_table_offset, other.l1_size));
+        let own = place(table.list[index].l1_table_offset, table.list[index].l1_size);
+        let others = places.enumerate().filter(|(other, _)| *other != index);
+        let active = place(header.l1_table_offset, header.l1_size);
+        let snapshots = header.snapshots_offset..header.snapshots_offset + table.bytes;
+        let mut all = others.map(|(_, place)| place).chain([active, snapshots]);
+        let clashes =
+            |other: Range<u64>| own.start < other.end && other.start < own.end && !own.is_empty();
+        match all.any(clashes) {
+            true => Err(invalid_l1_offset()),
+            false => Ok(()),
+        }
+    }
+
     /// What has to be on disk before the snapshots change. The disk does not, so that bitmaps stay
     /// true.
     async fn prepare_snapshots(&self) -> IoResult {
@@ -107,10 +132,11 @@ impl Qcow2 {
         }
         let (offset, len) = (snapshot.l1_table_offset, snapshot.l1_size as usize * 8);
         let file = self.file();
-        let is_there = len == 0 || offset < file.len();
+        // The file may end in its last cluster.
+        let end = file.len().next_multiple_of(self.geometry.cluster_size());
+        let is_there = len == 0 || offset.checked_add(len as u64).is_some_and(|last| last <= end);
         if !self.geometry.is_cluster_start(offset) || !is_there {
-            let error = Error::new("Snapshot L1 table offset invalid");
-            return Err(error.with_errno(Errno::EINVAL));
+            return Err(invalid_l1_offset());
         }
         let failed = |errno| Error::os("Could not read the snapshot's L1 table", errno);
         let mut bytes = AlignedBuf::new(len, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
@@ -136,6 +162,15 @@ impl Qcow2 {
         self.change_header(|header| self.settled(header)).await?;
         self.journal.close(false);
         Ok(())
+    }
+
+    /// Takes one reference of each cluster back; no entry on disk has it any more.
+    pub(super) async fn drop_references(&self, runs: &[Run]) -> IoResult {
+        self.unsettle().await?;
+        self.refcounts().await?.release(self, runs).await?;
+        self.write_refcounts().await?;
+        self.set_copied().await?;
+        self.settle().await
     }
 
     /// Writes the header, durably, if something changes in it.
@@ -185,6 +220,10 @@ fn unsettled(header: &mut Header) {
     if header.version >= 3 {
         header.incompatible |= Incompatible::DIRTY;
     }
+}
+
+fn invalid_l1_offset() -> Error {
+    Error::new("Snapshot L1 table offset invalid").with_errno(Errno::EINVAL)
 }
 
 fn not_found() -> Error {

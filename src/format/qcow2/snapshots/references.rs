@@ -11,7 +11,7 @@ use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
 impl Qcow2 {
     /// The disk's L1 table.
-    pub(super) fn active_l1(&self) -> Vec<L1Entry> {
+    pub(in crate::format::qcow2) fn active_l1(&self) -> Vec<L1Entry> {
         let entries = u64::from(self.header_now().l1_size);
         (0..entries).map(|index| self.l1.get(index)).collect()
     }
@@ -49,6 +49,24 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Whether all that entries of L1 tables name, and that their L2 tables name, makes sense and is counted.
+    /// What is not counted would be given out while references are raised.
+    pub(in crate::format::qcow2) async fn check_references(
+        &self,
+        entries: impl Iterator<Item = (u64, L1Entry)>,
+    ) -> IoResult {
+        for (index, entry) in entries.filter(|(_, entry)| entry.l2_table() != 0) {
+            let clusters = self.named_by(index, entry).await?;
+            let mut refcounts = self.refcounts().await?;
+            for cluster in clusters {
+                if refcounts.get(self, cluster).await? == 0 {
+                    return Err(corrupt::bad_refcount(self, cluster));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Tells the storage of clusters that are free now.
     async fn return_freed(&self, refcounts: &mut Refcounts, mut free: Vec<u64>) -> IoResult {
         refcounts.write(self).await?;
@@ -59,22 +77,36 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The L2 table that an entry names and the clusters that this names: each as often as it does.
-    async fn named_by(&self, index: u64, entry: L1Entry) -> IoResult<Vec<u64>> {
-        let guest = index * self.geometry.l2_coverage();
-        let file = self.file();
+    /// The L2 table that an entry of an L1 table names, as the file has it.
+    ///
+    /// # Errors
+    /// There can be no table, or it cannot be read.
+    pub(in crate::format::qcow2) async fn stored_l2(
+        &self,
+        index: u64,
+        entry: L1Entry,
+    ) -> IoResult<Vec<L2Entry>> {
         let table = entry.l2_table();
         let is_sane = !entry.has_reserved_bits() && self.geometry.is_cluster_start(table);
-        if !is_sane || table >= file.len() {
+        if !is_sane || table >= self.file().len() {
+            let guest = index * self.geometry.l2_coverage();
             return Err(corrupt::bad_l1(self, guest, entry));
         }
         let size = self.geometry.cluster_size() as usize;
         let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
-        read_padded(&file, table, &bytes.io_vec()).await?;
-        let mut clusters = vec![self.run_of(table).first];
-        for (n, bytes) in bytes.chunks_exact(self.geometry.l2_entry_size() as usize).enumerate() {
-            let word = |bytes: &[u8]| bytes.iter().fold(0u64, |w, &b| w << 8 | u64::from(b));
-            let entry = L2Entry { word: word(&bytes[..8]), bitmap: word(&bytes[8..]) };
+        read_padded(&self.file(), table, &bytes.io_vec()).await?;
+        let word = |bytes: &[u8]| bytes.iter().fold(0u64, |w, &b| w << 8 | u64::from(b));
+        let entries = bytes[..size].chunks_exact(self.geometry.l2_entry_size() as usize);
+        let read = |bytes: &[u8]| L2Entry { word: word(&bytes[..8]), bitmap: word(&bytes[8..]) };
+        Ok(entries.map(read).collect())
+    }
+
+    /// The L2 table that an entry names and the clusters that this names: each as often as it does.
+    async fn named_by(&self, index: u64, entry: L1Entry) -> IoResult<Vec<u64>> {
+        let guest = index * self.geometry.l2_coverage();
+        let entries = self.stored_l2(index, entry).await?;
+        let mut clusters = vec![self.run_of(entry.l2_table()).first];
+        for (n, entry) in entries.into_iter().enumerate() {
             if let Err(error) = self.geometry.decode(entry) {
                 let guest = guest + ((n as u64) << self.geometry.cluster_bits);
                 return Err(corrupt::bad_entry(self, guest, entry, error));

@@ -126,6 +126,22 @@ impl Qcow2 {
         Ok(gone)
     }
 
+    /// Fills in what version 3 wants of the snapshots' entries.
+    pub(in crate::format::qcow2) async fn complete_snapshots(&self) -> IoResult {
+        let table = match self.header_now().nb_snapshots {
+            0 => return Ok(()),
+            _ => self.snapshots.table().map_err(|error| error.errno().unwrap_or(Errno::EIO))?,
+        };
+        if table.list.iter().all(Snapshot::is_complete) {
+            return Ok(());
+        }
+        self.prepare_snapshots().await?;
+        let replaced = self.replace_table(&table, table.list.clone(), |_| {}).await;
+        let old = replaced.map_err(|(_, errno)| errno)?;
+        self.give_back(&[old]).await;
+        Ok(())
+    }
+
     pub(in crate::format::qcow2) async fn write_table(&self, at: u64, bytes: &[u8]) -> IoResult {
         let file = self.file();
         if !bytes.is_empty() {

@@ -2,6 +2,7 @@
 //! with qemu-img and with us.
 
 mod names;
+mod old;
 
 use super::*;
 use std::fs;
