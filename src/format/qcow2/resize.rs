@@ -89,6 +89,7 @@ impl Qcow2 {
         if version < 3 && self.header_now().nb_snapshots > 0 {
             return refused("Can't resize a v2 image which has snapshots");
         }
+        self.check_snapshots()?;
         let old = self.size();
         if len < old && preallocation != Preallocation::Off {
             return refused("Preallocation can't be used for shrinking an image");

@@ -18,6 +18,9 @@ impl Qcow2 {
         let table = self.snapshot_table()?;
         let index = table.find(which).ok_or_else(super::not_found)?;
         let l1 = self.snapshot_l1(&table.list[index]).await?;
+        self.check_own_table(&table, index)?;
+        let not_freed = |errno| Error::os("Failed to free the cluster and L1 table", errno);
+        self.check_references((0..).zip(l1.iter().copied())).await.map_err(not_freed)?;
         self.prepare_snapshots().await.map_err(failed)?;
         let mut list = table.list.clone();
         let snapshot = list.remove(index);
@@ -40,7 +43,7 @@ impl Qcow2 {
         };
         if let Err(errno) = self.take_back(&l1, &[old, own_table]).await {
             self.leave_to_repair("taking back the references of a deleted snapshot", errno);
-            return Err(Error::os("Failed to free the snapshot's clusters", errno));
+            return Err(not_freed(errno));
         }
         Ok(snapshot.info())
     }

@@ -1,7 +1,7 @@
 //! Turning the disk back to a snapshot, for good or for a look.
 
 use super::{Snapshot, unsettled};
-use crate::block::{BitmapStore, Error, SnapshotKey, WriteFlags};
+use crate::block::{BitmapStore, Error, SECTOR, SnapshotKey, WriteFlags};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout::{L1Entry, MAX_L1_BYTES};
@@ -21,7 +21,15 @@ impl Qcow2 {
         let snapshot = &table.list[index];
         let theirs = self.snapshot_l1(snapshot).await?;
         let size = snapshot.disk_size().unwrap_or(self.size());
+        let invalid = |text: &str| Err(Error::new(text).with_errno(Errno::EINVAL));
+        if size > i64::MAX as u64 {
+            return invalid("Image size cannot be negative");
+        }
+        if !size.is_multiple_of(SECTOR) {
+            return invalid("The new size must be a multiple of 512");
+        }
         let l1 = self.l1_for(&theirs, size).ok_or_else(|| failed(Errno(libc::EFBIG)))?;
+        self.check_references((0..).zip(theirs.iter().copied())).await.map_err(failed)?;
         self.prepare_snapshots().await.map_err(failed)?;
         self.prepare_writing().await.map_err(failed)?;
         // What the tables say is on disk.
@@ -41,7 +49,7 @@ impl Qcow2 {
     /// A snapshot's L1 table as one of a disk of `size` bytes; none if there can be no such disk.
     fn l1_for(&self, theirs: &[L1Entry], size: u64) -> Option<Vec<L1Entry>> {
         let needed = self.geometry.l1_entries_for(size).max(theirs.len() as u64).max(1);
-        if needed * 8 > MAX_L1_BYTES || size > i64::MAX as u64 {
+        if needed * 8 > MAX_L1_BYTES {
             return None;
         }
         let mut l1: Vec<_> = theirs.iter().map(|entry| entry.with_copied(false)).collect();

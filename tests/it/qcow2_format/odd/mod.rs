@@ -3,6 +3,7 @@
 
 mod names;
 mod old;
+mod snapshots;
 
 use super::*;
 use std::fs;
