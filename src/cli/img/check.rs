@@ -90,9 +90,7 @@ async fn check(images: &Images, image: Opened, line: &Line, fix: Fix, json: bool
     }
     images.close(image).await?;
     Ok(match report {
-        CheckReport { check_errors: 1.., .. } => {
-            return Ok(1);
-        }
+        CheckReport { check_errors: 1.., .. } => return Err("Check failed".to_owned().into()),
         CheckReport { corruptions: 1.., .. } => CORRUPT,
         CheckReport { leaks: 1.., .. } => LEAKS,
         _ => 0,

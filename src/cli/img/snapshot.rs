@@ -49,9 +49,12 @@ async fn run(context: &Context, line: Line) -> Ended {
         Some(_) => list(&image, name),
         None => Ok(0),
     };
-    images.close(image).await?;
+    let closed = images.close(image).await;
     images.end().await;
-    ended
+    // An image that cannot be closed after a failure has been told of in the log.
+    let code = ended?;
+    closed?;
+    Ok(code)
 }
 
 /// What the format can do with internal snapshots.

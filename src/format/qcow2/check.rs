@@ -13,6 +13,7 @@ mod references;
 mod snapshots;
 mod walk;
 
+use super::corrupt;
 use super::extensions::Extension;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::{Geometry, L1Entry, OFFSET_MASK};
@@ -138,14 +139,24 @@ struct Check<'a> {
     must_rebuild: bool,
     /// Tables made no sense, so there may be references that were not found.
     is_incomplete: bool,
+    has_told_corruption: bool,
 }
 
 impl<'a> Check<'a> {
     fn new(file: &'a Node, header: Header, fix: Fix, say: &'a mut dyn FnMut(&str)) -> Check<'a> {
         let geometry = header.geometry();
         let report = CheckReport::default();
-        let (must_rebuild, is_incomplete) = (false, false);
-        Check { file, header, geometry, fix, say, report, must_rebuild, is_incomplete }
+        Check {
+            file,
+            header,
+            geometry,
+            fix,
+            say,
+            report,
+            must_rebuild: false,
+            is_incomplete: false,
+            has_told_corruption: false,
+        }
     }
 }
 
@@ -242,6 +253,9 @@ impl Check<'_> {
         // A region may end in the cluster behind the file.
         let end = if references.get(end) > 0 { end + 1 } else { end };
         let per_block = self.geometry.refcount_block_entries();
+        // The header is always there.
+        self.report.image_end_offset =
+            self.report.image_end_offset.max(self.geometry.cluster_size());
         let mut next = 0;
         while let Some(index) = refcounts.next_in_use(next, references, per_block) {
             next = index + 1;
@@ -251,6 +265,7 @@ impl Check<'_> {
             }
             let last = (first + per_block).min(end);
             if !refcounts.load(self.file, index).await? {
+                self.tell_unaligned_block(index, refcounts.entry(index)).await?;
                 for cluster in first..last {
                     self.report.check_errors += 1;
                     self.say(format!(
@@ -274,6 +289,24 @@ impl Check<'_> {
             refcounts.store(self.file).await?;
         }
         if fix != Fix::Nothing {
+            self.file.flush().await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// A block that cannot be where the table says is told of once. A repair marks the image before it goes
+    /// on, so that nobody allocates in what it leaves if it ends early.
+    async fn tell_unaligned_block(&mut self, index: u64, offset: u64) -> Result<(), Error> {
+        if std::mem::replace(&mut self.has_told_corruption, true) {
+            return Ok(());
+        }
+        let message = corrupt::unaligned_refcount_block(index as usize, offset);
+        let is_repair = self.fix != Fix::Nothing;
+        self.say(corrupt::line(is_repair, &message));
+        // Version 2 cannot say it.
+        if is_repair && self.header.version >= 3 {
+            self.header.incompatible |= Incompatible::CORRUPT;
+            write(self.file, 0, &self.header.fields()).await?;
             self.file.flush().await.map_err(failed)?;
         }
         Ok(())

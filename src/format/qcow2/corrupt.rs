@@ -11,7 +11,7 @@ use super::header::Incompatible;
 use super::layout::{BadEntry, L1Entry, L2Entry};
 use super::overlap::Kinds;
 use crate::block::{Corrupted, Notice, Notices};
-use crate::io::{Errno, IoResult};
+use crate::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -44,8 +44,9 @@ impl Corruption {
 }
 
 impl Qcow2 {
-    /// Gives a request's result back. Before an error, sees to it that the header says what was found.
-    pub(super) async fn marked<T>(&self, result: IoResult<T>) -> IoResult<T> {
+    /// Gives the result of a request or an operation back. Before an error, sees to it that the header says
+    /// what was found.
+    pub(super) async fn marked<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
         if result.is_err() && self.corruption.is_fatal() {
             self.mark_corrupt().await;
         }
@@ -78,19 +79,24 @@ impl Qcow2 {
             return;
         }
         let name = &self.name;
-        match is_fatal {
-            true => log::error!(
-                "{name}: qcow2: Marking image as corrupt: {message}; further corruption events will \
-                 be suppressed"
-            ),
-            false => log::error!(
-                "{name}: qcow2: Image is corrupt: {message}; further non-fatal corruption events \
-                 will be suppressed"
-            ),
-        }
+        log::error!("{name}: {}", line(is_fatal, &message));
         let node = name.clone();
         let corrupted = Corrupted { node, message, place, is_fatal };
         self.corruption.notices.tell(Notice::Corrupted(corrupted));
+    }
+}
+
+/// How it is told.
+pub fn line(is_fatal: bool, message: &str) -> String {
+    match is_fatal {
+        true => format!(
+            "qcow2: Marking image as corrupt: {message}; further corruption events will be \
+             suppressed"
+        ),
+        false => format!(
+            "qcow2: Image is corrupt: {message}; further non-fatal corruption events will be \
+             suppressed"
+        ),
     }
 }
 
@@ -158,8 +164,12 @@ pub fn data_outside(image: &Qcow2, what: &str, at: u64) -> Errno {
 
 /// An entry of the refcount table that names no place where a block can be.
 pub fn bad_refcount_table(image: &Qcow2, index: usize, entry: u64) -> Errno {
-    let index = hex(index as u64);
-    fatal(image, format!("Refblock offset {entry:#x} unaligned (reftable index: {index})"))
+    fatal(image, unaligned_refcount_block(index, entry))
+}
+
+/// What is told of such an entry.
+pub fn unaligned_refcount_block(index: usize, entry: u64) -> String {
+    format!("Refblock offset {entry:#x} unaligned (reftable index: {})", hex(index as u64))
 }
 
 /// A reference to a cluster that counts none.

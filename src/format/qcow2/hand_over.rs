@@ -41,6 +41,7 @@ impl Qcow2 {
     async fn look_anew(&self) -> Result<(), Error> {
         let file = self.file();
         let mut header = open::read_header(&file).await?;
+        open::check_counted(&header)?;
         let bad = Incompatible::DIRTY | Incompatible::CORRUPT;
         if self.is_writable && header.incompatible & bad == Incompatible::DIRTY {
             header = open::repair(&self.name, &file).await?;

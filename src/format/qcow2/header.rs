@@ -292,9 +292,6 @@ impl Header {
             let size = geometry.cluster_size() / layout::SUBCLUSTERS;
             return Err(Error::new(format!("Unsupported subcluster size: {size}")));
         }
-        if self.refcount_table_clusters == 0 {
-            return Err(Error::new("Image does not contain a reference count table"));
-        }
         let table_bytes = (self.refcount_table_clusters as u64) << self.cluster_bits;
         let place = |what: &str, offset: u64, bytes: u64| {
             let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);

@@ -385,15 +385,17 @@ impl Compress for Qcow2 {
 
 impl Image for Qcow2 {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, shrink, Preallocation::Off))
+        let resized = self.resize_to(len, shrink, Preallocation::Off);
+        Box::pin(async move { self.marked(resized.await).await })
     }
 
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, false, preallocation))
+        let grown = self.resize_to(len, false, preallocation);
+        Box::pin(async move { self.marked(grown.await).await })
     }
 
     fn amend(&self, changes: Map) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move { self.amend_to(&changes).await })
+        Box::pin(async move { self.marked(self.amend_to(&changes).await).await })
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
@@ -439,13 +441,14 @@ impl Image for Qcow2 {
         name: Option<&'a str>,
         format: Option<&'a str>,
     ) -> LocalFuture<'a, Result<(), Error>> {
-        Box::pin(self.change_backing(name, format))
+        let changed = self.change_backing(name, format);
+        Box::pin(async move { self.marked(changed.await).await })
     }
 
     fn make_empty(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             let failed = |errno| Error::os("Could not change the mapping", errno);
-            self.give_up_all().await.map_err(failed)
+            self.marked(self.give_up_all().await.map_err(failed)).await
         })
     }
 

@@ -32,6 +32,9 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let mut header = read_header(&node).await?;
     check_known(&header)?;
     let for_check = opening.policy().for_check;
+    if !for_check {
+        check_counted(&header)?;
+    }
     let may_repair = !for_check
         && opening.is_active()
         && held.contains(Perm::WRITE)
@@ -182,6 +185,14 @@ fn check_known(header: &Header) -> Result<(), Error> {
         return Err(Error::new("Encrypted qcow2 images are not supported"));
     }
     Ok(())
+}
+
+/// Refuses an image without a refcount table, which only a repair can use.
+pub(super) fn check_counted(header: &Header) -> Result<(), Error> {
+    match header.refcount_table_clusters {
+        0 => Err(Error::new("Image does not contain a reference count table")),
+        _ => Ok(()),
+    }
 }
 
 /// Whether the image is opened for writing. With `auto-read-only` it is as its file is.

@@ -190,6 +190,8 @@ impl Qcow2 {
         let failed = |what: &'static str| move |errno| Error::os(what, errno);
         let discarding = failed("Failed to discard cropped clusters");
         let sizing = failed("Failed to update the image size");
+        let counted = self.refcounts().await.and_then(|counts| counts.check_table(self));
+        counted.map_err(failed("Failed to discard unused refblocks"))?;
         let shows = self.shows_backing(new..self.size());
         match (shows, self.geometry.zero_flag) {
             (false, _) => {

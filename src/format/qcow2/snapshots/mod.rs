@@ -236,18 +236,18 @@ impl Snapshots for Qcow2 {
     }
 
     fn create<'a>(&'a self, new: NewSnapshot<'a>) -> LocalFuture<'a, Result<SnapshotInfo, Error>> {
-        Box::pin(self.create_snapshot(new))
+        Box::pin(async move { self.marked(self.create_snapshot(new).await).await })
     }
 
     fn apply<'a>(&'a self, which: SnapshotKey<'a>) -> LocalFuture<'a, Result<(), Error>> {
-        Box::pin(self.apply_snapshot(which))
+        Box::pin(async move { self.marked(self.apply_snapshot(which).await).await })
     }
 
     fn delete<'a>(
         &'a self,
         which: SnapshotKey<'a>,
     ) -> LocalFuture<'a, Result<SnapshotInfo, Error>> {
-        Box::pin(self.delete_snapshot(which))
+        Box::pin(async move { self.marked(self.delete_snapshot(which).await).await })
     }
 
     fn load<'a>(&'a self, which: SnapshotKey<'a>) -> LocalFuture<'a, Result<(), Error>> {

@@ -1,6 +1,7 @@
 //! Images that old versions of QEMU made, and odd ones, whose bytes were patched: the same command lines
 //! with qemu-img and with us.
 
+mod counts;
 mod names;
 mod old;
 mod snapshots;
