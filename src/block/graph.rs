@@ -29,6 +29,7 @@ use super::{
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
 use crate::options::Map;
+use drain::Drain;
 use heights::Height;
 use permissions::Plan;
 use std::collections::BTreeMap;
@@ -54,6 +55,8 @@ pub(super) struct State {
     nodes: BTreeMap<u64, Entry>,
     next_id: u64,
     next_block: u64,
+    /// Under way.
+    drains: Vec<Drain>,
 }
 
 struct Entry {
@@ -289,7 +292,7 @@ impl Graph {
 
     /// Takes permissions on a node for something that is not a node. `what` is how conflicts call
     /// it: `export 'e0'`, `an unnamed block device`. `user` is told to pause when the graph changes
-    /// below it; without one, nothing of it may be in flight while others change the graph.
+    /// below it, at once if it is changing; without one, nothing of it may be in flight while others change the graph.
     ///
     /// # Errors
     /// A conflict with other users, a read-only node, or locks that other processes hold; nothing
@@ -310,9 +313,17 @@ impl Graph {
     pub(super) fn begin_use(&self, node: &Arc<Node>, by: By, perms: Perms) -> Result<(), Error> {
         let mut state = self.0.state.lock();
         let id = state.id(node)?;
+        let user = match &by {
+            By::User { user, .. } => user.as_ref().and_then(Weak::upgrade),
+            By::Node { .. } | By::Opening { .. } => None,
+        };
         let mut plan = Plan::new(&mut state);
         plan.add(id, Use { by, perms, active: node.is_active() });
-        plan.apply()
+        plan.apply()?;
+        if let Some(user) = user {
+            state.hold_inside(id, &user);
+        }
+        Ok(())
     }
 
     // ---- For opening

@@ -6,7 +6,7 @@
 
 use super::permissions::{Plan, release_locks};
 use super::turns::Turn;
-use super::{By, Graph};
+use super::{By, Graph, State};
 use crate::block::{Error, LocalFuture, Node, Perm, Perms, Preallocation, Snapshots, resizable};
 use crate::io::epoch;
 use std::collections::BTreeSet;
@@ -17,8 +17,11 @@ pub trait User: Send + Sync {
     /// Starts no more requests and waits until those it has started have completed.
     fn quiesce(&self) -> LocalFuture<'_, ()>;
 
+    /// The same for a user that has started nothing yet, because it has just come. Returns at once.
+    fn hold(&self);
+
     /// Goes on. Called once after each [`User::quiesce`], also after one that was not waited for to
-    /// its end.
+    /// its end, and after each [`User::hold`].
     fn resume(&self);
 
     /// The length of the node has changed; called while the user is paused.
@@ -43,22 +46,60 @@ pub(super) struct Used {
     pub users: Vec<Arc<dyn User>>,
 }
 
+/// Who is paused, and where. Users that come to these nodes, or to nodes that stand on them, are
+/// paused too.
+pub(super) struct Drain {
+    id: u64,
+    nodes: Vec<u64>,
+    users: Vec<Arc<dyn User>>,
+}
+
 /// The graph at rest around a node, until it is dropped: its users are paused, and nobody else
 /// changes the graph.
 pub struct Drained<'a> {
-    users: Vec<Arc<dyn User>>,
+    graph: &'a Graph,
+    id: u64,
     _turn: Turn<'a>,
 }
 
 impl Drained<'_> {
-    pub(super) fn users(&self) -> impl Iterator<Item = &Arc<dyn User>> {
-        self.users.iter()
+    /// Those that are paused, also those that have come since.
+    pub(super) fn users(&self) -> Vec<Arc<dyn User>> {
+        let mut state = self.graph.0.state.lock();
+        state.drain(self.id).map_or_else(Vec::new, |drain| drain.users.clone())
     }
 }
 
 impl Drop for Drained<'_> {
     fn drop(&mut self) {
-        self.users.iter().for_each(|user| user.resume());
+        let mut state = self.graph.0.state.lock();
+        let mut ended = state.drains.extract_if(.., |drain| drain.id == self.id);
+        let users = ended.next().map_or_else(Vec::new, |drain| drain.users);
+        drop(ended);
+        drop(state);
+        users.iter().for_each(|user| user.resume());
+    }
+}
+
+impl State {
+    fn drain(&mut self, id: u64) -> Option<&mut Drain> {
+        self.drains.iter_mut().find(|drain| drain.id == id)
+    }
+
+    /// Pauses a user that has just come to a node, if that stands on one that is drained.
+    pub(super) fn hold_inside(&mut self, node: u64, user: &Arc<dyn User>) {
+        let (mut pending, mut below) = (vec![node], BTreeSet::new());
+        while let Some(id) = pending.pop() {
+            if !self.drains.is_empty() && below.insert(id) {
+                pending.extend(&self.entry(id).children);
+            }
+        }
+        for drain in &mut self.drains {
+            if drain.nodes.iter().any(|id| below.contains(id)) {
+                user.hold();
+                drain.users.push(user.clone());
+            }
+        }
     }
 }
 
@@ -68,19 +109,37 @@ impl Graph {
         self.drain_all(std::slice::from_ref(node)).await
     }
 
-    /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of them.
+    /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of
+    /// them: also who comes before the drain is over.
     pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained<'_>, Error> {
         let turn = self.turn().await;
-        let mut users = Vec::new();
-        for node in nodes {
-            users.extend(self.users_above(node)?);
-        }
-        let mut drained = Drained { users: Vec::with_capacity(users.len()), _turn: turn };
+        let (drained, users) = {
+            let mut state = self.0.state.lock();
+            let ids = nodes.iter().map(|node| state.id(node)).collect::<Result<Vec<_>, _>>()?;
+            let users = ids.iter().flat_map(|&id| state.above(id));
+            let users: Vec<_> = users.flat_map(|used| used.users).collect();
+            (self.begin_drain(&mut state, ids, turn), users)
+        };
         for user in users {
-            drained.users.push(user.clone());
+            if let Some(drain) = self.0.state.lock().drain(drained.id) {
+                drain.users.push(user.clone());
+            }
             user.quiesce().await;
         }
         Ok(drained)
+    }
+
+    /// With nobody paused yet.
+    fn begin_drain<'a>(
+        &'a self,
+        state: &mut State,
+        nodes: Vec<u64>,
+        turn: Turn<'a>,
+    ) -> Drained<'a> {
+        state.next_id += 1;
+        let id = state.next_id;
+        state.drains.push(Drain { id, nodes, users: Vec::new() });
+        Drained { graph: self, id, _turn: turn }
     }
 
     /// Turns the edge from `parent` to its child in `role` to another node, under running users.
@@ -120,7 +179,7 @@ impl Graph {
         let len = parent.len();
         let old = child.replace(node.clone());
         if parent.len() != len {
-            drained.users.iter().for_each(|user| user.resized());
+            drained.users().iter().for_each(|user| user.resized());
         }
         // Again, for those who came to the parent and found the old node below it.
         let members = parent.members();
@@ -159,7 +218,7 @@ impl Graph {
         };
         if result.is_ok() {
             node.bitmaps().resize(node.len(), &members);
-            drained.users.iter().for_each(|user| user.resized());
+            drained.users().iter().for_each(|user| user.resized());
         }
         drop(hold);
         result
@@ -174,7 +233,8 @@ impl Graph {
         work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
     ) -> Option<Result<T, Error>> {
         let turn = self.turn().await;
-        self.with_snapshots_now(&Drained { users: Vec::new(), _turn: turn }, node, work).await
+        let drained = self.begin_drain(&mut self.0.state.lock(), Vec::new(), turn);
+        self.with_snapshots_now(&drained, node, work).await
     }
 
     /// [`Graph::with_snapshots`] for whoever has drained the graph.
@@ -214,22 +274,24 @@ impl Graph {
         Ok(())
     }
 
-    /// The registered users of a node and of all nodes above it.
-    fn users_above(&self, node: &Arc<Node>) -> Result<Vec<Arc<dyn User>>, Error> {
-        Ok(self.above(node)?.into_iter().flat_map(|used| used.users).collect())
-    }
-
     /// A node and all nodes above it.
     pub(super) fn above(&self, node: &Arc<Node>) -> Result<Vec<Used>, Error> {
         let state = self.0.state.lock();
-        let mut pending = vec![state.id(node)?];
+        Ok(state.above(state.id(node)?))
+    }
+}
+
+impl State {
+    /// A node and all nodes above it.
+    fn above(&self, node: u64) -> Vec<Used> {
+        let mut pending = vec![node];
         let mut seen = BTreeSet::new();
         let mut found = Vec::new();
         while let Some(id) = pending.pop() {
             if !seen.insert(id) {
                 continue;
             }
-            let (entry, mut users) = (state.entry(id), Vec::new());
+            let (entry, mut users) = (self.entry(id), Vec::new());
             for one in &entry.uses {
                 match &one.by {
                     By::Node { id, .. } => pending.push(*id),
@@ -239,7 +301,7 @@ impl Graph {
             }
             found.push(Used { node: entry.node.clone(), users });
         }
-        Ok(found)
+        found
     }
 }
 

@@ -182,7 +182,7 @@ impl Graph {
             user.moved(new).await;
         }
         if old.len() != new.len() {
-            drained.users().for_each(|user| user.resized());
+            drained.users().iter().for_each(|user| user.resized());
         }
         // Again, for those who came meanwhile and found the old node.
         let members = old.members();

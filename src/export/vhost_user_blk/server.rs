@@ -369,6 +369,11 @@ impl User for Shared {
         Box::pin(offload(move || shared.pause()))
     }
 
+    /// No front end is let in before the export has its node ([`Export::start`]).
+    fn hold(&self) {
+        self.current.lock().paused += 1;
+    }
+
     fn resume(&self) {
         let mut current = self.current.lock();
         current.paused = current.paused.saturating_sub(1);
