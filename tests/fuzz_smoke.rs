@@ -8,6 +8,7 @@ mod targets;
 
 use fastrand::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -23,11 +24,29 @@ fn with_seeds(rounds: u64, make: impl Fn(&mut Rng) -> Vec<u8>, target: impl Fn(&
     let rounds = if given.is_some() { 1 } else { rounds };
     for seed in (0..rounds).map(|i| first.wrapping_add(i)) {
         let input = make(&mut Rng::with_seed(seed));
-        let _end = Deadline::new(seed);
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| target(&input, seed))) {
-            eprintln!("failed with VUBLK_SEED={seed}");
-            resume_unwind(panic);
-        }
+        hold(format!("VUBLK_SEED={seed}"), || target(&input, seed));
+    }
+}
+
+/// Gives `target` the inputs that lie in the tree for it.
+fn with_kept(name: &str, target: impl Fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds").join(name);
+    let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{folder:?}: {e}"));
+    let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "no input in {folder:?}");
+    for path in paths {
+        let input = std::fs::read(&path).expect("an input");
+        hold(path.display().to_string(), || target(&input));
+    }
+}
+
+/// Runs `work`, and names the input `what` if it fails or does not end.
+fn hold(what: String, work: impl FnOnce()) {
+    let _end = Deadline::new(what.clone());
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+        eprintln!("failed with {what}");
+        resume_unwind(panic);
     }
 }
 
@@ -40,11 +59,11 @@ struct Deadline {
 }
 
 impl Deadline {
-    fn new(seed: u64) -> Deadline {
+    fn new(what: String) -> Deadline {
         let (sender, receiver) = mpsc::channel::<()>();
         std::thread::spawn(move || {
             if receiver.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("still at it after {LIMIT:?} with VUBLK_SEED={seed}");
+                eprintln!("still at it after {LIMIT:?} with {what}");
                 std::process::abort();
             }
         });
@@ -63,6 +82,19 @@ fn honest(rng: &mut Rng) -> Vec<u8> {
     let mut bytes = bytes(rng);
     bytes.insert(0, rng.u8(..) & !3);
     bytes
+}
+
+#[test]
+fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    with_kept("virtqueue", targets::virtqueue::run);
+    with_kept("vhost_user_messages", targets::vhost_user_messages::run);
+    with_kept("options", targets::options::run);
+    with_kept("nvme", targets::nvme::run);
+    with_kept("qcow2_header", targets::qcow2_header::run);
+    with_kept("qcow2_check", targets::qcow2_check::run);
+    with_kept("qcow2_snapshots", targets::qcow2_snapshots::run);
+    with_kept("qcow2_bitmaps", targets::qcow2_bitmaps::run);
 }
 
 #[test]
