@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test test-nvme test-without-io-uring bench bench-nvme fuzz install install-files package
+.PHONY: help setup demo test test-nvme test-without-io-uring bench bench-nvme fuzz fuzz-seeds install install-files package
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
@@ -52,15 +52,13 @@ bench-nvme: setup
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= virtqueue vhost_user_messages options nvme qcow2_header qcow2_check qcow2_snapshots qcow2_bitmaps
-FUZZ_LIMITS = -timeout=20 -rss_limit_mb=2048 -max_len=4096 -len_control=0
 
-# The sanitizers are an unstable part of the compiler: RUSTC_BOOTSTRAP lets a stable one have them.
+# Its last lines tell how often each target ran in a second. fuzz-seeds keeps in the tree what the runs have found.
 fuzz: setup
-	@$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz
-	@for target in $(FUZZ_TARGETS); do \
-		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz $$target -- \
-			-max_total_time=$(FUZZ_SECONDS) $(FUZZ_LIMITS) || exit 1; \
-	done
+	@tests/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+fuzz-seeds: setup
+	@tests/fuzz/run.sh --seeds $(FUZZ_TARGETS)
 
 SOAK_SECONDS ?= 3600
 

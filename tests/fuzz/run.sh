@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Fuzzes each TARGET for so many seconds, one after the other, and says at the end how often each ran:
+#
+#   tests/fuzz/run.sh SECONDS TARGET…      runs them
+#   tests/fuzz/run.sh --seeds TARGET…      takes into seeds/ what corpus/ reaches beyond them
+#
+# A target starts from tests/fuzz/seeds/TARGET and from what earlier runs have left in tests/fuzz/corpus/TARGET. An
+# input that fails lies in tests/fuzz/artifacts/TARGET. FUZZ_OPTIONS are further options of libFuzzer.
+#
+# The address sanitizer watches the Rust code alone. libFuzzer would take several times as long as an input if it were
+# built with the sanitizer too, as it is by default. Coverage is counted in vublk's own crates alone, because libFuzzer
+# looks at all counters after each input.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+what=$1
+shift
+for target; do
+    mkdir -p tests/fuzz/{seeds,corpus,artifacts}/"$target"
+done
+
+host=$(rustc -vV | sed -n 's/^host: //p')
+coverage='"-Cpasses=sancov-module"'
+for option in level=3 inline-8bit-counters pc-table; do
+    coverage+=", \"-Cllvm-args=-sanitizer-coverage-$option\""
+done
+
+# Sanitizers and flags of single crates are unstable parts of the compiler: RUSTC_BOOTSTRAP lets a stable one have them.
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="${RUSTFLAGS-} -Zsanitizer=address" \
+    CFLAGS="${CFLAGS-} -fno-sanitize=address" CXXFLAGS="${CXXFLAGS-} -fno-sanitize=address" \
+    cargo build --release --manifest-path tests/fuzz/Cargo.toml --target "$host" -Zprofile-rustflags \
+    --config "profile.release.package.vublk.rustflags=[$coverage]" \
+    --config "profile.release.package.vublk-vfio.rustflags=[$coverage]" "${@/#/--bin=}"
+metadata=$(cargo metadata --format-version 1 --no-deps --manifest-path tests/fuzz/Cargo.toml)
+programs=$(sed 's/.*"target_directory":"\([^"]*\)".*/\1/' <<<"$metadata")/$host/release
+
+# A small quarantine stays in the processor's caches. Looking for leaks takes longer than most inputs.
+export ASAN_OPTIONS=quarantine_size_mb=8:malloc_context_size=8:detect_stack_use_after_return=0:${ASAN_OPTIONS-}
+options=(-timeout=20 -rss_limit_mb=2048 -max_len=512 -len_control=0 -detect_leaks=0 -entropic=0 -print_funcs=0)
+read -ra more <<<"${FUZZ_OPTIONS-}"
+options+=("${more[@]}")
+
+if [ "$what" = --seeds ]; then
+    for target; do
+        "$programs/$target" "${options[@]}" -set_cover_merge=1 -use_counters=0 \
+            "tests/fuzz/seeds/$target" "tests/fuzz/corpus/$target"
+    done
+    exit
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+rates=()
+for target; do
+    "$programs/$target" "${options[@]}" -max_total_time="$what" -print_final_stats=1 \
+        -artifact_prefix="tests/fuzz/artifacts/$target/" \
+        "tests/fuzz/corpus/$target" "tests/fuzz/seeds/$target" 2>&1 | tee "$log"
+    rates+=("$(sed -n 's/^Done \([0-9]*\) runs in \([0-9]*\) second.*/\1 \2/p' "$log" |
+        awk -v target="$target" '{ printf "%-20s %9d runs, %6d a second", target, $1, $1 / $2 }')")
+done
+printf '%s\n' '' "${rates[@]}"
