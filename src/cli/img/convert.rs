@@ -201,7 +201,7 @@ async fn convert(
     if target.image.len() < len {
         return Err("output file is smaller than input file".into());
     }
-    let zero_from = known_zeroes(line, &target, len, sparse.is_some()).await;
+    let zero_from = known_zeroes(line, &target, len, sparse.is_some()).await?;
     let Target { image: target, has_backing, .. } = target;
     let base = if has_backing { extents::backing(sources[0].node()) } else { None };
     let progress = Arc::new(context.progress(line));
@@ -294,18 +294,23 @@ fn check_backing(line: &Line, options: &Map, sources: &[Arc<Opened>]) -> Result<
 }
 
 /// From which byte on the target is known to read as zeroes.
-async fn known_zeroes(line: &Line, target: &Target, len: u64, sparse: bool) -> u64 {
+async fn known_zeroes(line: &Line, target: &Target, len: u64, sparse: bool) -> Result<u64, Failed> {
     if line.has("target-is-zero") {
-        return 0;
+        return Ok(0);
     }
     if target.made == Some(Made { reads_zeroes: true }) {
-        return extents::backing(target.image.node()).map_or(0, |backing| backing.len());
+        let backing = extents::backing(target.image.node());
+        return Ok(backing.map_or(0, |backing| backing.len()));
+    }
+    if !sparse || target.has_backing {
+        return Ok(u64::MAX);
     }
     // All at once, where that is quick.
     let flags = ZeroFlags::UNMAP | ZeroFlags::NO_FALLBACK;
-    match sparse && !target.has_backing && target.image.zero(0, len, flags).await.is_ok() {
-        true => 0,
-        false => u64::MAX,
+    match target.image.zero(0, len, flags).await {
+        Ok(()) => Ok(0),
+        Err(errno) if errno.is_unsupported() => Ok(u64::MAX),
+        Err(errno) => Err(describe(Trouble::Write(0, errno))),
     }
 }
 
