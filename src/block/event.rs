@@ -1,16 +1,19 @@
 //! Events: what a format, or a node itself, is about to do, told to a debugging filter below it
 //! (blkdebug), which may make the operation fail or hold it up.
 //!
-//! A format raises one with [`Node::event`] on its file's node before the I/O that the event names.
-//! As long as no debugging filter is open in the process, that is one look at a flag which nobody
-//! writes. The fast road raises none: below a format, a debugging filter has no fast road.
+//! A format raises one with [`Node::event`] on its file's node before the I/O that the event names;
+//! a node raises those of its own requests on itself. The filter hears what is raised on its own node, and
+//! nothing of what is above or below, as in QEMU. As long as no debugging filter is open in the process, an
+//! event is one look at a flag which nobody writes. The fast road raises none: below a format, a debugging
+//! filter has no fast road.
 
 use super::{LocalFuture, Node};
+use crate::io::IoResult;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::{self, StrDeserializer};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// What is about to happen. The names are those of QEMU's `BlkdebugEvent`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
@@ -131,52 +134,88 @@ pub fn are_heard() -> bool {
     DEBUGGERS.load(Ordering::Relaxed) != 0
 }
 
+/// Whether something was written to a node since its last flush; known only while anybody hears events.
+#[derive(Default)]
+pub(super) struct Unflushed(AtomicBool);
+
+impl Unflushed {
+    pub fn note(&self) {
+        if are_heard() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Node {
-    /// Tells a debugging filter, this node or one below it, what is about to be done; waits as long
-    /// as it wants.
+    /// Tells a debugging filter, if this node is one, what is about to be done; waits as long as it wants.
     pub async fn event(&self, event: Event) {
         if are_heard() {
             self.raise(event).await;
         }
     }
 
-    /// The events of a flush, which are of the file that the node stands on.
-    pub(super) async fn flush_events(&self) {
-        if are_heard()
-            && let Some(file) = file_of(self)
+    /// As [`Node::event`], of rounding a request out to whole blocks. A node does that for the one that it
+    /// stands on, whose blocks they are, and a filter there hears of it.
+    pub(super) async fn rounding_event(&self, event: Option<Event>) {
+        if let Some(event) = event
+            && are_heard()
         {
-            file.raise(Event::FlushToOs).await;
-            file.raise(Event::FlushToDisk).await;
+            let below = match self.driver().debugger() {
+                Some(_) => None,
+                None => debugged_below(self),
+            };
+            below.as_deref().unwrap_or(self).raise(event).await;
         }
+    }
+
+    /// Tells the filter that the node stands on.
+    async fn event_below(&self, event: Event) {
+        if let Some(below) = self.driver().children().first() {
+            below.node().raise(event).await;
+        }
+    }
+
+    /// A flush with its events. One that has nothing to make durable does not go on to the storage.
+    pub(super) async fn flush_heard(&self, unflushed: &Unflushed) -> IoResult {
+        self.event_below(Event::FlushToOs).await;
+        let is_needed = unflushed.0.swap(false, Ordering::Relaxed);
+        if is_needed {
+            self.event_below(Event::FlushToDisk).await;
+        }
+        let result = self.driver().flush().await;
+        if is_needed && result.is_err() {
+            unflushed.note();
+        }
+        result
     }
 
     /// Boxed, so that the futures of those who raise events stay small.
     fn raise(&self, event: Event) -> LocalFuture<'_, ()> {
         Box::pin(async move {
             if let Some(debugger) = self.driver().debugger() {
-                return debugger.raised(event).await;
-            }
-            let mut below = file_of(self);
-            while let Some(node) = below {
-                if let Some(debugger) = node.driver().debugger() {
-                    return debugger.raised(event).await;
-                }
-                below = file_of(&node);
+                debugger.raised(event).await;
             }
         })
     }
 
     /// The first node with a debugger from this one downwards.
     pub fn debugged(self: &Arc<Node>) -> Option<Arc<Node>> {
-        let mut at = Some(self.clone());
-        while let Some(node) = at {
-            if node.driver().debugger().is_some() {
-                return Some(node);
-            }
-            at = file_of(&node);
+        match self.driver().debugger() {
+            Some(_) => Some(self.clone()),
+            None => debugged_below(self),
         }
-        None
     }
+}
+
+fn debugged_below(node: &Node) -> Option<Arc<Node>> {
+    let mut below = file_of(node);
+    while let Some(node) = below {
+        if node.driver().debugger().is_some() {
+            return Some(node);
+        }
+        below = file_of(&node);
+    }
+    None
 }
 
 fn file_of(node: &Node) -> Option<Arc<Node>> {

@@ -1,12 +1,32 @@
 //! What is stored where: block status through a whole backing chain, and in runs as long as they are
 //! alike.
 
-use super::{Decider, Extent, Node, Precision, Status};
+use super::{Decider, Extent, Node, Place, Precision, Status};
 use crate::io::IoResult;
 use std::sync::Arc;
 
 /// The most that is asked about at once, in bytes.
 const MOST: u64 = 1 << 30;
+
+/// What lies behind a driver's own end; zeroes before it go on there.
+pub(super) const REST: Status = Status::ZERO.union(Status::ALLOCATED);
+
+impl Node {
+    /// The rest of the last sector, behind the driver's own end: zeroes, beside the last byte.
+    pub(super) async fn status_of_rest(
+        &self,
+        at: u64,
+        len: u64,
+        precision: Precision,
+    ) -> IoResult<Extent> {
+        let Some(last) = self.driver().len().checked_sub(1) else {
+            return Ok(Extent { len, status: REST, place: None });
+        };
+        let place = self.driver().status(last, 1, precision).await?.place;
+        let place = place.map(|place| Place { offset: place.offset + (at - last), ..place });
+        Ok(Extent { len, status: REST, place })
+    }
+}
 
 /// What is known of a range.
 #[derive(Clone)]

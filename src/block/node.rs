@@ -6,6 +6,8 @@
 
 use super::bitmap::Bitmaps;
 use super::driver::*;
+use super::event::{self, Unflushed};
+use super::extents::REST;
 use super::overlap::Overlap;
 use super::threshold::WriteMarks;
 use super::{Event, Notices, Perm, Perms};
@@ -101,6 +103,7 @@ pub struct Node {
     active: AtomicBool,
     /// Nothing can be written any more ([`Driver::freeze`]); set by the graph.
     frozen: AtomicBool,
+    unflushed: Unflushed,
     /// Who may have requests on the fast road through this node.
     members: Mutex<Vec<Arc<epoch::Member>>>,
 }
@@ -136,6 +139,7 @@ impl Node {
             perms: AtomicU16::new(0),
             active: AtomicBool::new(true),
             frozen: AtomicBool::new(false),
+            unflushed: Unflushed::default(),
             members: Mutex::default(),
         })
     }
@@ -380,7 +384,14 @@ impl Node {
             self.write_modified(at, from, pass).await?;
         }
         self.event(Event::PwritevDone).await;
-        if flags.contains(WriteFlags::FUA) && !native { self.flush().await } else { Ok(()) }
+        self.end_write(flags.contains(WriteFlags::FUA) && !native).await
+    }
+
+    /// Notes what a flush has to make durable; makes a write durable that has to be so.
+    async fn end_write(&self, is_durable: bool) -> IoResult {
+        let result = if is_durable { self.flush().await } else { Ok(()) };
+        self.unflushed.note();
+        result
     }
 
     /// Makes a range read as zeroes, by the quickest way there is. Past the end as [`Node::write`].
@@ -419,7 +430,7 @@ impl Node {
             self.zero_written(at, len, flags).await?;
         }
         self.event(Event::PwritevDone).await;
-        if flags.contains(ZeroFlags::FUA) { self.flush().await } else { Ok(()) }
+        self.end_write(flags.contains(ZeroFlags::FUA)).await
     }
 
     /// Advises that a range is no longer needed. What does not fill whole units, or cannot be given
@@ -444,6 +455,7 @@ impl Node {
             }
             pos += n;
         }
+        self.unflushed.note();
         Ok(())
     }
 
@@ -495,8 +507,10 @@ impl Node {
         if self.options.no_flush || self.traits.abilities.contains(Abilities::READ_ONLY) {
             return Ok(());
         }
-        self.flush_events().await;
-        self.driver.flush().await
+        match event::are_heard() {
+            true => self.flush_heard(&self.unflushed).await,
+            false => self.driver.flush().await,
+        }
     }
 
     /// What is known of a range: at least its first byte, at most `len` bytes.
@@ -504,11 +518,13 @@ impl Node {
         self.check_range(at, len)?;
         let own = self.driver.len();
         if at >= own {
-            let status = Status::ZERO | Status::ALLOCATED;
-            return Ok(Extent { len, status, place: None });
+            return self.status_of_rest(at, len, precision).await;
         }
         let mut extent = self.driver.status(at, len.min(own - at), precision).await?;
         extent.len = extent.len.min(len);
+        if at + extent.len == own && extent.status == REST {
+            extent.len = len;
+        }
         Ok(extent)
     }
 
@@ -610,6 +626,16 @@ impl Node {
         Ok(())
     }
 
+    /// Reads a block that a request covers in part: the one that it begins in, ends in, or both.
+    async fn read_rest(&self, at: u64, into: &mut [u8], (head, tail): (bool, bool)) -> IoResult {
+        self.rounding_event(head.then_some(Event::PwritevRmwHead)).await;
+        self.rounding_event(tail.then_some(Event::PwritevRmwTail)).await;
+        self.read_block(at, into).await?;
+        self.rounding_event(head.then_some(Event::PwritevRmwAfterHead)).await;
+        self.rounding_event(tail.then_some(Event::PwritevRmwAfterTail)).await;
+        Ok(())
+    }
+
     /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk. Past the
     /// end there are zeroes.
     async fn read_block(&self, at: u64, into: &mut [u8]) -> IoResult {
@@ -672,16 +698,15 @@ impl Node {
         while pos < end {
             let n = (end - pos).min(self.bounce_limit());
             let mut bounce = self.bounce(n)?;
-            if pos < at {
-                self.event(Event::PwritevRmwHead).await;
-                self.read_block(pos, &mut bounce[..align as usize]).await?;
-                self.event(Event::PwritevRmwAfterHead).await;
-            }
             let tail = (n - align) as usize;
-            if pos + n > at + from.len() && (tail > 0 || pos >= at) {
-                self.event(Event::PwritevRmwTail).await;
-                self.read_block(pos + tail as u64, &mut bounce[tail..][..align as usize]).await?;
-                self.event(Event::PwritevRmwAfterTail).await;
+            let has_tail = pos + n > at + from.len();
+            if pos < at {
+                let events = (true, has_tail && tail == 0);
+                self.read_rest(pos, &mut bounce[..align as usize], events).await?;
+            }
+            if has_tail && (tail > 0 || pos >= at) {
+                let rest = &mut bounce[tail..][..align as usize];
+                self.read_rest(pos + tail as u64, rest, (false, true)).await?;
             }
             let skip = at.saturating_sub(pos);
             let done = (pos + skip) - at;

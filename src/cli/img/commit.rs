@@ -108,7 +108,7 @@ async fn commit(
     copied.map_err(convert::describe)?;
     base.node().flush().await.map_err(|errno| format!("Could not flush the image: {errno}"))?;
     if !keeps_top {
-        let empty = |error: Error| error.at(format!("Could not empty {}", wanted.name));
+        let empty = |error: Error| error.at(format!("Failed to empty {}", wanted.name));
         let driver = top.node().driver();
         driver.image().ok_or("Operation not supported")?.make_empty().await.map_err(empty)?;
     }

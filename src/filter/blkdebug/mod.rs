@@ -19,6 +19,7 @@ use crate::options::{Map, NodeRef, Value};
 use rules::{InjectError, IoType, Rules, SetState};
 use serde::Deserialize;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 pub static ENTRY: DriverEntry = DriverEntry {
@@ -124,6 +125,8 @@ struct Blkdebug {
     options: Map,
     traits: Traits,
     rules: Rules,
+    /// Something was written since the last flush.
+    is_written: AtomicBool,
     taken: Perm,
     unshared: Perm,
     _hearing: Hearing,
@@ -154,6 +157,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
         options: given.flatten()?,
         traits,
         rules: Rules::new(errors, transitions),
+        is_written: AtomicBool::new(false),
         taken: perms(&options.take_child_perms),
         unshared: perms(&options.unshare_child_perms),
         _hearing: Hearing::new(),
@@ -236,6 +240,8 @@ impl Limits {
             max_zero,
             discard_align: discard_align as u32,
             max_discard,
+            // A flush follows such writes, so that rules strike that.
+            abilities: image.abilities - Abilities::FUA,
             ..image
         })
     }
@@ -313,6 +319,7 @@ impl Driver for Blkdebug {
         flags: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
+            self.is_written.store(true, Ordering::Relaxed);
             self.check(IoType::Write, Some(at..at + from.len())).await?;
             write_below(&self.node(), at, from, flags).await
         })
@@ -320,6 +327,7 @@ impl Driver for Blkdebug {
 
     fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
+            self.is_written.store(true, Ordering::Relaxed);
             self.check(IoType::WriteZeroes, Some(at..at + len)).await?;
             self.node().zero(at, len, flags).await
         })
@@ -327,6 +335,7 @@ impl Driver for Blkdebug {
 
     fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
+            self.is_written.store(true, Ordering::Relaxed);
             self.check(IoType::Discard, Some(at..at + len)).await?;
             self.node().discard(at, len).await
         })
@@ -334,7 +343,11 @@ impl Driver for Blkdebug {
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(async move {
-            self.check(IoType::Flush, None).await?;
+            // A flush that has nothing to do cannot fail.
+            if self.is_written.load(Ordering::Relaxed) {
+                self.check(IoType::Flush, None).await?;
+                self.is_written.store(false, Ordering::Relaxed);
+            }
             self.node().flush().await
         })
     }
@@ -365,6 +378,7 @@ impl Image for Blkdebug {
     fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             let node = self.node();
+            self.is_written.store(true, Ordering::Relaxed);
             resizable(&node)?.resize(len, shrink).await
         })
     }
@@ -372,6 +386,7 @@ impl Image for Blkdebug {
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             let node = self.node();
+            self.is_written.store(true, Ordering::Relaxed);
             resizable(&node)?.grow(len, preallocation).await
         })
     }

@@ -17,7 +17,7 @@ use super::corrupt;
 use super::extensions::Extension;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::{Geometry, L1Entry, OFFSET_MASK};
-use crate::block::{CheckReport, Error, Fix, Node, WriteFlags};
+use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
 use crate::io::{Errno, IoResult, IoVec};
 use refcounts::Refcounts;
 use references::References;
@@ -63,6 +63,8 @@ pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
             )));
         }
     }
+    file.event(Event::ClusterAlloc).await;
+    file.event(Event::RefblockAlloc).await;
     check.rebuild(&mut references).await?;
     // What the old structure took is free now.
     let references = check.count_references().await?;

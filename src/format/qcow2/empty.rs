@@ -43,7 +43,11 @@ impl Qcow2 {
         // A machine's state behind the disk's end goes with the disk that it belonged to.
         self.unmap(self.size(), Kind::Crop).await?;
         self.flush_all().await?;
+        self.event(Event::L1Update).await;
         self.shrink_l1(0).await?;
+        // Here the refcounts change where they are: no table takes the place of the old one.
+        self.event(Event::RefblockAlloc).await;
+        self.event(Event::ReftableUpdate).await;
         self.cut_to_use().await
     }
 

@@ -185,9 +185,9 @@ impl Qcow2 {
         };
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
-        let free = refcounts.release(self, &packing).await?;
+        let free = refcounts.unreserve(self, &packing).await?;
         let mut unused = self.pool.lock().drain();
-        refcounts.release(self, &unused).await?;
+        refcounts.unreserve(self, &unused).await?;
         unused.extend(free.iter().map(|&first| Run { first, count: 1, is_fresh: true }));
         self.cut_file(&unused, packed_end).await;
         drop(refcounts);

@@ -7,6 +7,7 @@
 use super::Qcow2;
 use super::alloc::Run;
 use super::refcounts::Refcounts;
+use crate::block::Event;
 use crate::io::IoResult;
 use crate::io::epoch::Grace;
 use crate::io::sync::Mutex;
@@ -63,7 +64,12 @@ impl Freed {
 impl Qcow2 {
     /// Books that entries, handed to the kernel and shown to readers, name these no more.
     pub(super) async fn free(&self, releases: &[Release]) {
-        if !releases.is_empty() && self.freed.push(releases) {
+        if releases.is_empty() {
+            return;
+        }
+        self.event(Event::ClusterFree).await;
+        self.event(Event::RefblockAlloc).await;
+        if self.freed.push(releases) {
             // Whether it succeeds matters to the guest's own flush alone.
             let _ = self.flush_all().await;
         }
@@ -107,7 +113,7 @@ impl Qcow2 {
             };
             let Some(batch) = batch else { return };
             for release in batch.releases {
-                match refcounts.release(self, &[release.run]).await {
+                match refcounts.unreserve(self, &[release.run]).await {
                     Ok(free) if release.discard => self.discard_clusters(&free).await,
                     Ok(_) => {}
                     // They are leaked at worst.

@@ -153,6 +153,13 @@ impl Qcow2 {
         self.l2.pin(slice, self.load_slice(guest), |words| self.check_slice(words)).await
     }
 
+    /// The slice of a guest offset, which has no L2 table yet, as the first that a new one has.
+    pub(super) async fn pin_empty(&self, guest: u64) -> IoResult<Pinned<'_>> {
+        let (slice, _) = self.slice_of(guest);
+        let words = self.slice_bytes as usize / 8;
+        self.l2.pin(slice, async move { Ok(vec![0; words]) }, |_| ()).await
+    }
+
     async fn load_slice(&self, guest: u64) -> IoResult<Vec<u64>> {
         let at = self.slice_offset(guest)?;
         let words = self.slice_bytes / 8;

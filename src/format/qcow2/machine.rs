@@ -2,6 +2,7 @@
 //! byte of the disk uses (specification, "Snapshots": `vm_state_size`).
 
 use super::Qcow2;
+use crate::block::Event;
 use crate::io::{Errno, IoResult, IoVec};
 
 impl Qcow2 {
@@ -21,6 +22,7 @@ impl Qcow2 {
 
     pub(super) async fn machine_at(&self, at: u64, into: &IoVec<'_>) -> IoResult {
         let place = self.state_place(at, into.len())?;
+        self.event(Event::VmstateLoad).await;
         self.read_range(place, into).await
     }
 
@@ -29,6 +31,7 @@ impl Qcow2 {
         if !self.is_writable {
             return Err(Errno::EPERM);
         }
+        self.event(Event::VmstateSave).await;
         self.prepare_writing().await?;
         self.grow_l1(self.geometry.l1_entries_for(place + from.len())).await?;
         self.write_range(place, from).await

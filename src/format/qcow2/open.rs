@@ -63,6 +63,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let counts = match is_writable && !for_check {
         true => {
             let place = (header.refcount_table_offset, header.refcount_table_clusters);
+            node.event(Event::ReftableLoad).await;
             let counts = Refcounts::load(&node, geometry, place, caches.refcounts).await;
             let counts = counts.map_err(no_refcounts)?;
             Some(Arc::new(Lock::new(counts)))

@@ -145,12 +145,14 @@ impl Qcow2 {
         file.event(Event::WriteCompressed).await;
         file.write(host, &IoVec::concat(&parts), WriteFlags::empty()).await?;
         file.flush().await?;
+        self.event(Event::L2UpdateCompressed).await;
         self.change_entries(guest, &entries).await
     }
 
     /// A place for as many units as there is one for side by side, at least one, counted; how many.
     async fn place(&self, units: &[&[u8]]) -> IoResult<(u64, usize)> {
         let bits = self.geometry.cluster_bits;
+        self.event(Event::ClusterAllocBytes).await;
         let mut packing = self.packing.lock().await;
         let first = units[0].len() as u64;
         self.make_room(&mut packing, first).await?;
@@ -225,7 +227,7 @@ impl Qcow2 {
     async fn count_ahead(&self, runs: &[Run], more: u64, surplus: Vec<Run>) -> IoResult {
         let mut refcounts = self.refcounts().await?;
         if !surplus.is_empty() {
-            refcounts.release(self, &surplus).await?;
+            refcounts.unreserve(self, &surplus).await?;
         }
         refcounts.raise(self, runs, more).await
     }

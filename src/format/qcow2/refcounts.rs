@@ -314,19 +314,18 @@ impl Refcounts {
     }
 
     /// Writes `blocks` new blocks from cluster `at` on, which count themselves and `more` clusters
-    /// behind them, durably. They are in memory then, but not in the table.
+    /// behind them, durably. They are in memory then, but not in the table. `event` names their write.
     async fn make_blocks<'a>(
         &mut self,
         image: &'a Qcow2,
-        at: u64,
-        blocks: u64,
-        more: u64,
+        (at, blocks, more): (u64, u64, u64),
+        event: Event,
     ) -> IoResult<Claim<'a>> {
         let used = at..at + blocks + more;
         let claim = image.claim(vec![self.run(image, at, blocks + more)]);
         image.check_reserved(&claim.runs).await?;
         image.grow_file(used.end << self.geometry.cluster_bits).await?;
-        image.event(Event::RefblockAllocWriteBlocks).await;
+        image.event(event).await;
         let (first, _) = self.place(at);
         let size = self.geometry.cluster_size() as usize;
         let file = image.file();
@@ -361,8 +360,15 @@ impl Refcounts {
     /// any more, durably, and that nothing is under way to them. Gives the clusters that are free
     /// now.
     pub async fn release(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
-        let mut free = Vec::new();
         image.event(Event::ClusterFree).await;
+        image.event(Event::RefblockAlloc).await;
+        self.unreserve(image, runs).await
+    }
+
+    /// As [`Refcounts::release`], of what was counted ahead and not used, or whose end was told when the
+    /// entries dropped it.
+    pub async fn unreserve(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
+        let mut free = Vec::new();
         for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
             let count = self.get(image, cluster).await?;
             if count == 0 {
@@ -395,6 +401,7 @@ impl Refcounts {
         change: Change,
         free: &mut Vec<u64>,
     ) -> Result<(), (u64, Errno)> {
+        image.event(Event::RefblockAlloc).await;
         for (n, &cluster) in clusters.iter().enumerate() {
             self.change_one(image, cluster, change, free).await.map_err(|e| (n as u64, e))?;
         }

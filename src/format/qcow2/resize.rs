@@ -284,6 +284,7 @@ impl Qcow2 {
         let empty = vec![0; count as usize * 8];
         let place = self.header_now().l1_table_offset + first * 8;
         let empty = IoVec::from_ref(&empty);
+        self.event(Event::L1ShrinkWriteTable).await;
         let written = self.file().write(place, &empty, WriteFlags::empty()).await;
         // Also if it has failed: the disk may have either, and nothing goes to the old tables.
         (first..self.l1.entries()).for_each(|index| self.l1.set(index, L1Entry(0)));
@@ -293,6 +294,7 @@ impl Qcow2 {
         self.l2.forget(is_dropped);
         drop(turn);
         written?;
+        self.event(Event::L1ShrinkFreeL2Clusters).await;
         let release = |&table: &u64| Release { run: self.run_of(table), discard: true };
         self.free(&tables.iter().map(release).collect::<Vec<_>>()).await;
         Ok(())
@@ -305,7 +307,7 @@ impl Qcow2 {
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
         let unused = self.pool.lock().drain();
-        refcounts.release(self, &unused).await?;
+        refcounts.unreserve(self, &unused).await?;
         let file = self.file();
         let end = self.geometry.clusters(file.driver().len());
         let used = refcounts.end_of_use(self, end).await?;

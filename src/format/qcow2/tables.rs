@@ -41,6 +41,11 @@ impl Qcow2 {
         // Whether the write fails or not, the entry may be there.
         taken.keep();
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        // What a new table holds need not be read.
+        let _first = match old.l2_table() {
+            0 => Some(self.pin_empty(guest).await?),
+            _ => None,
+        };
         self.l1.set(index, entry);
         self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
         drop(turn);
@@ -57,8 +62,8 @@ impl Qcow2 {
 
     /// Writes the new table, durably: empty, or as the old one is.
     async fn fill_table(&self, guest: u64, old: L1Entry, host: u64, is_fresh: bool) -> IoResult {
-        self.event(Event::L2AllocWrite).await;
         if old.l2_table() == 0 && is_fresh {
+            self.event(Event::L2AllocWrite).await;
             return Ok(());
         }
         let size = self.geometry.cluster_size() as usize;
@@ -71,8 +76,10 @@ impl Qcow2 {
             {
                 return Err(corrupt::bad_l1(self, guest, old));
             }
+            self.event(Event::L2AllocCowRead).await;
             read_padded(&file, old.l2_table(), &table.io_vec()).await?;
         }
+        self.event(Event::L2AllocWrite).await;
         file.write(host, &table.io_vec(), WriteFlags::empty()).await?;
         file.flush().await
     }
@@ -96,12 +103,14 @@ impl Qcow2 {
                 // The file may end where the table does.
                 self.grow_file(now.l1_table_offset + (held << bits)).await?;
                 let empty = vec![0; (len - old) as usize];
+                self.event(Event::L1GrowWriteTable).await;
                 self.write_table(now.l1_table_offset + old, &empty).await?;
                 (now.l1_table_offset, None)
             }
             false => {
                 let clusters = self.geometry.clusters(len);
                 self.event(Event::L1GrowAllocTable).await;
+                self.event(Event::ClusterAlloc).await;
                 let (run, claim) = self.refcounts().await?.reserve_run(self, clusters).await?;
                 self.event(Event::L1GrowWriteTable).await;
                 let place = run.first << bits;

@@ -204,6 +204,10 @@ impl Qcow2 {
     ) -> IoResult<Copied> {
         let shown = self.shown(part);
         let was_zero = is_fresh && self.reads_zero(shown.clone()).await?;
+        if was_zero && shown != part.data {
+            // What was reserved past the end of the file reads as zeroes already.
+            self.event(Event::ClusterAllocSpace).await;
+        }
         let head = match was_zero {
             true => None,
             false => self.copy_of(shown.start..part.data.start).await?,

@@ -204,14 +204,11 @@ fn a_copy_that_cannot_be_written_fails_the_read_and_is_made_by_the_next() {
 fn copies_raise_their_event_so_that_they_can_be_made_to_fail() {
     simulated(Disorder::wild(1), |_| async {
         let Chain { options, _lower, .. } = chain(&[LEN]);
-        let (_top, file) = sim_disk(SimOptions::new(LEN));
-        // The top's file with blkdebug around it.
-        let (head, tail) = options.split_once(",file.file.driver=").unwrap();
-        let (_, tail) = tail.split_once(",file.backing.").unwrap();
+        // The image that is copied to with blkdebug around it.
         let options = format!(
-            "{head},file.file.driver=blkdebug{},file.file.inject-error.0.event=cor_write,\
-             file.file.inject-error.0.iotype=write,file.file.inject-error.0.once=on,file.backing.{tail}",
-            nest("file.file.image", &file)
+            "{},file.driver=blkdebug,file.inject-error.0.event=cor_write,\
+             file.inject-error.0.iotype=write,file.inject-error.0.once=on",
+            options.replace(",file.", ",file.image.")
         );
         let opened = open(&options).await;
         let ones = vec![1; CLUSTER as usize];

@@ -7,6 +7,7 @@ mod chains;
 mod compressed;
 mod data_files;
 mod deep;
+mod events;
 mod files;
 mod guessing;
 mod io;

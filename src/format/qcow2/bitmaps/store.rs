@@ -2,7 +2,7 @@
 
 use super::load::read_table;
 use super::{BitmapFlags, Stored, StoredBitmap, TableEntry, decode_table_entry};
-use crate::block::{Bitmap, BitmapStore, Bitmaps, Error, LocalFuture, WriteFlags};
+use crate::block::{Bitmap, BitmapStore, Bitmaps, Error, Event, LocalFuture, WriteFlags};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::{Claim, Run, Taken};
 use crate::format::qcow2::extensions::BitmapsPointer;
@@ -162,6 +162,7 @@ impl Qcow2 {
     ) -> IoResult<(u64, Claim<'a>)> {
         let clusters = self.geometry.clusters(bytes.len() as u64).max(1);
         bytes.resize((clusters << self.geometry.cluster_bits) as usize, 0);
+        self.event(Event::ClusterAlloc).await;
         let (run, claim) = self.take_run(clusters).await?;
         let place = self.hold(run);
         let at = place.host();

@@ -2,7 +2,7 @@
 
 use super::references::References;
 use super::{failed, read_or_zero, read_words, write};
-use crate::block::{Error, Node};
+use crate::block::{Error, Event, Node};
 use crate::format::qcow2::header::Header;
 use crate::format::qcow2::layout::{self, Geometry, REFTABLE_OFFSET_MASK};
 use std::ops::Range;
@@ -48,6 +48,9 @@ impl Refcounts {
         }
         let offset = self.entry(index);
         let good = self.geometry.is_cluster_start(offset);
+        if good && offset != 0 {
+            file.event(Event::RefblockLoad).await;
+        }
         match offset {
             0 => self.block.fill(0),
             _ if good => read_or_zero(file, offset, &mut self.block).await.map_err(failed)?,

@@ -96,7 +96,14 @@ impl Refcounts {
         if table_clusters << self.geometry.cluster_bits > layout::MAX_REFCOUNT_TABLE_BYTES {
             return Err(Errno(libc::EFBIG));
         }
-        let claim = self.make_blocks(image, at, blocks, table_clusters + more).await?;
+        let event = match table_clusters {
+            0 => Event::RefblockAllocWrite,
+            _ => {
+                image.event(Event::ReftableGrow).await;
+                Event::RefblockAllocWriteBlocks
+            }
+        };
+        let claim = self.make_blocks(image, (at, blocks, table_clusters + more), event).await?;
         image.overlaps.note(Kinds::REFCOUNT_BLOCK, at..at + blocks);
         let entries = (0..blocks).map(|n| (at + n) << self.geometry.cluster_bits).collect();
         let named = match table_clusters {

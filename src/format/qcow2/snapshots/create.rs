@@ -2,7 +2,7 @@
 //! are counted, and writes go on.
 
 use super::{Snapshot, Table};
-use crate::block::{Error, NewSnapshot, SnapshotInfo, WriteFlags};
+use crate::block::{Error, Event, NewSnapshot, SnapshotInfo, WriteFlags};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::{Claim, Run};
 use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
@@ -42,6 +42,7 @@ impl Qcow2 {
         // All that was answered is on disk as readers see it.
         self.flush_all().await.map_err(failed)?;
         let l1 = self.active_l1();
+        self.event(Event::ClusterAlloc).await;
         let (copy, _claim) = self.take_l1(l1.len()).await.map_err(failed)?;
         let snapshot = Snapshot {
             l1_table_offset: copy.first << self.geometry.cluster_bits,

@@ -1,7 +1,7 @@
 //! The references of all that an L1 table names: raised, lowered, and the COPIED flags of the disk's
 //! entries that follow from them.
 
-use crate::block::WriteFlags;
+use crate::block::{Event, WriteFlags};
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
 use crate::format::qcow2::read::read_padded;
@@ -94,6 +94,7 @@ impl Qcow2 {
         }
         let size = self.geometry.cluster_size() as usize;
         let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
+        self.event(Event::L2Load).await;
         read_padded(&self.file(), table, &bytes.io_vec()).await?;
         let word = |bytes: &[u8]| bytes.iter().fold(0u64, |w, &b| w << 8 | u64::from(b));
         let entries = bytes[..size].chunks_exact(self.geometry.l2_entry_size() as usize);

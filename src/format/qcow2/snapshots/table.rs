@@ -2,7 +2,7 @@
 
 use super::Snapshot;
 use super::entry::MAX_ENTRY;
-use crate::block::{Error, Node, SnapshotKey, WriteFlags};
+use crate::block::{Error, Event, Node, SnapshotKey, WriteFlags};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::header::Header;
@@ -101,6 +101,7 @@ impl Qcow2 {
             return Err((false, Errno(libc::EFBIG)));
         }
         let clusters = self.geometry.clusters(new.bytes);
+        self.event(Event::ClusterAlloc).await;
         let (run, _claim) = self.take_run(clusters).await.map_err(|errno| (false, errno))?;
         if let Err(errno) = self.write_table(run.first << bits, &bytes).await {
             self.give_back(&[run]).await;
