@@ -168,6 +168,18 @@ fn pins() -> usize {
     descriptors::limit().clamp(1, PINS)
 }
 
+/// Tries the call that everything goes through. System call filters may allow a ring to be made and not to be
+/// used.
+fn can_enter(disabled: &IoUring) -> io::Result<()> {
+    match disabled.submitter().submit() {
+        // What the kernel itself says while the ring is disabled.
+        Err(error) if error.raw_os_error() != Some(libc::EBADFD) => {
+            Err(io::Error::new(error.kind(), format!("io_uring_enter: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Uring {
     /// A ring for the calling thread alone.
     pub fn new() -> io::Result<Uring> {
@@ -198,6 +210,7 @@ impl Uring {
                     if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
                         return Err(io::Error::other("io_uring is too old (Linux 5.11 is needed)"));
                     }
+                    can_enter(&ring)?;
                     ring.submitter().register_files(&[-1; PINS][..pins()])?;
                     let mut allowed: Vec<_> =
                         OPERATIONS.into_iter().map(Restriction::sqe_op).collect();

@@ -8,6 +8,17 @@ use vublk_testkit::{Disk, Options, Server, seccomp};
 
 #[test]
 fn threads_take_over_with_one_warning_for_all_workers() {
+    assert_threads_take_over_without(seccomp::IO_URING_SETUP);
+}
+
+#[test]
+fn threads_take_over_where_rings_can_be_made_but_not_entered_or_not_set_up() {
+    for call in [seccomp::IO_URING_ENTER, seccomp::IO_URING_REGISTER] {
+        assert_threads_take_over_without(call);
+    }
+}
+
+fn assert_threads_take_over_without(call: u32) {
     let dir = tempfile::tempdir().unwrap();
     new_image(&dir.path().join("disk.img"), SIZE);
     let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
@@ -15,7 +26,7 @@ fn threads_take_over_with_one_warning_for_all_workers() {
     command.args(arguments).args(["--cache", "writeback"]).current_dir(dir.path());
     command.stdout(std::process::Stdio::null());
     // SAFETY: makes two system calls and allocates nothing.
-    unsafe { command.pre_exec(seccomp::forbid_io_uring) };
+    unsafe { command.pre_exec(move || seccomp::forbid(call)) };
     let mut server = Server::spawn(command).unwrap();
     let socket = dir.path().join("socket");
     server.wait_socket(&socket, LIMIT).unwrap();
@@ -33,4 +44,5 @@ fn threads_take_over_with_one_warning_for_all_workers() {
     assert!(server.wait_exit(LIMIT).unwrap().success());
     let warnings = server.stderr().matches("io_uring cannot be used").count();
     assert_eq!(warnings, 1, "{}", server.stderr());
+    assert!(!server.stderr().contains("ERROR"), "{}", server.stderr());
 }

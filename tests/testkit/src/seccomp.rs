@@ -5,8 +5,10 @@ use std::io;
 
 const X86_64: u32 = 0xc000_003e;
 const AARCH64: u32 = 0xc000_00b7;
-/// io_uring_setup, the same number everywhere.
-const IO_URING_SETUP: u32 = 425;
+/// io_uring_setup, the same number everywhere; so the other two.
+pub const IO_URING_SETUP: u32 = 425;
+pub const IO_URING_ENTER: u32 = 426;
+pub const IO_URING_REGISTER: u32 = 427;
 
 /// From now on this thread, and all threads and processes that it starts, get EPERM where they ask
 /// for an io_uring. Allocates nothing: it may be called between fork and exec.
