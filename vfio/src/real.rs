@@ -293,8 +293,9 @@ impl PciFunction for Vfio {
             };
             let text = match errno {
                 libc::ENOMEM => format!(
-                    "locking {mib} MiB of memory is not allowed: raise the limit (ulimit -l, \
-                     LimitMEMLOCK=)"
+                    "locking {mib} MiB of memory is not allowed (RLIMIT_MEMLOCK = {}): raise it (ulimit -l, \
+                     LimitMEMLOCK= of a unit) to hold all memory of all guests",
+                    lockable()
                 ),
                 libc::ENOSPC => format!(
                     "mapping {mib} MiB: no more mappings: raise dma_entry_limit of vfio_iommu_type1"
@@ -344,5 +345,16 @@ impl PciFunction for Vfio {
 
     fn request_event(&self) -> Option<&EventFd> {
         self.request.as_ref()
+    }
+}
+
+/// How much memory the process may lock, as a limit says it.
+fn lockable() -> String {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes one structure.
+    unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
+    match limit.rlim_cur {
+        libc::RLIM_INFINITY => "unlimited".into(),
+        bytes => bytes.to_string(),
     }
 }

@@ -238,8 +238,8 @@ impl Space {
                     foreign.wanted.retain(|other| other.registration != piece.registration);
                     let left = before - foreign.wanted.len();
                     log::warn!(
-                        "{}: {error}: the device copies what guests keep in {} MiB or more; raise \
-                         the limit on locked memory (ulimit -l, LimitMEMLOCK=), or set guest-dma=off",
+                        "{}: {error}: what guests keep in {} MiB or more is copied, as guest-dma=off \
+                         copies all",
                         self.function.name(),
                         (piece.memory.len() + left * PIECE) >> 20
                     );

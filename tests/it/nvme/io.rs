@@ -167,7 +167,7 @@ fn the_tools_write_and_read_namespaces_of_all_kinds() {
         ("absent", "there is no such PCI device"),
         ("name", "is not a PCI address"),
         ("taken", "is used by another process"),
-        ("memlock", "ulimit -l"),
+        ("memlock", "RLIMIT_MEMLOCK = 65536"),
         ("user", "no permission on /dev/vfio/"),
         ("unbound", "run `vublk nvme bind 0000:00:10.0`"),
     ] {
