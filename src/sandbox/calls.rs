@@ -234,6 +234,8 @@ fn listed(plan: &Plan) -> Program {
     let this = SeccompCondition::new(0, SeccompCmpArgLen::Dword, is.clone(), 0)?;
     let no_new_limit = SeccompCondition::new(2, SeccompCmpArgLen::Qword, is.clone(), 0)?;
     rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![this, no_new_limit])?]);
+    // Both ends are the process's own: a connection begins with one.
+    rules.insert(libc::SYS_socketpair, vec![one(0, is.clone(), libc::AF_UNIX as u64)?]);
     if plan.connects || plan.grows {
         rules.insert(libc::SYS_socket, vec![one(0, is, libc::AF_UNIX as u64)?]);
     }

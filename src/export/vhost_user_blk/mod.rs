@@ -13,6 +13,7 @@
 //! * [`watch`]: requests that the kernel does not finish.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
+//! * `handler`: what the `vhost` crate does not do by itself.
 //! * [`metrics`]: what is counted for those who watch.
 //! * [`write_cache`]: what the guest has made of its write cache.
 
@@ -23,6 +24,7 @@ pub mod dirty_log;
 pub mod door;
 pub mod failure;
 pub mod hand_over;
+mod handler;
 pub mod held;
 pub mod inflight;
 mod journal;

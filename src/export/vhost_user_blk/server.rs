@@ -8,6 +8,7 @@ use super::cut_off::CutOff;
 use super::door::{Address, Door, wait_readable};
 use super::failure::{Failure, IoErrors};
 use super::hand_over;
+use super::handler;
 use super::loss::Losses;
 use super::metrics::ExportMetrics;
 use super::notices::{Channel, Notices};
@@ -23,7 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use vhost::vhost_user::Error as VhostError;
 use vmm_sys_util::eventfd::EventFd;
 
 /// What an export is made of.
@@ -259,7 +260,10 @@ impl Shared {
         }
         current.front_end = Some((clone, session.clone()));
         drop(current);
-        let mut handler = BackendReqHandler::from_stream(stream, session.clone());
+        let mut handler = match handler::new(stream, session.clone()) {
+            Ok(handler) => handler,
+            Err(error) => return log::error!(export = &*self.name; "a front end is not served: {error}"),
+        };
         let mut wait = hand_over::Wait::default();
         let mut channel = Channel::new(&self.name, &self.notices);
         let end = loop {

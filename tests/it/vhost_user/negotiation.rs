@@ -1,6 +1,9 @@
 //! Which features are offered, and what becomes of a front end that takes others.
 
+use std::os::unix::net::UnixStream;
+
 use vublk_testkit::frontend::{MemoryMessages, QueueSetup};
+use vublk_testkit::message::{NEED_REPLY, VERSION, receive, send};
 use vublk_testkit::request::{Laid, Request, Shape};
 use vublk_testkit::ring::DriverRing;
 use vublk_testkit::spec::{feature, protocol, status};
@@ -190,4 +193,43 @@ fn the_number_of_queues_is_the_exports() {
         assert_eq!(connection.max_queues(), want);
         assert_eq!(u64::from(connection.config().unwrap().num_queues), want);
     }
+}
+
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_OWNER: u32 = 3;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_BASE: u32 = 10;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+
+#[test]
+fn a_front_end_that_never_asks_for_the_features_gets_the_answers_that_it_wants() {
+    let mut daemon = Daemon::file("");
+    let stream = UnixStream::connect(daemon.socket(0)).unwrap();
+    let number = |value: u64| value.to_le_bytes().to_vec();
+    let pair = |a: u32, b: u32| [a.to_le_bytes(), b.to_le_bytes()].concat();
+    for (request, payload, value) in [
+        (SET_PROTOCOL_FEATURES, number(protocol::REPLY_ACK | protocol::MQ), 0),
+        (SET_OWNER, vec![], 0),
+        (SET_FEATURES, number(feature::PROTOCOL_FEATURES | feature::VERSION_1), 0),
+        (SET_VRING_NUM, pair(0, 128), 0),
+        (SET_VRING_BASE, pair(0, 7), 0),
+        (SET_VRING_NUM, pair(0, 129), 1),
+    ] {
+        send(&stream, request, VERSION | NEED_REPLY, None, &payload, &[]).unwrap();
+        let answer = receive(&stream, LIMIT).unwrap().expect("an answer");
+        assert_eq!((answer.request, answer.value()), (request, Some(value)));
+    }
+    assert_eq!(receive(&stream, LIMIT).unwrap(), None, "a wrong message ends the connection");
+    daemon.assert_serves(0);
+}
+
+#[test]
+fn a_front_end_that_has_not_taken_answers_gets_none() {
+    let daemon = Daemon::file("");
+    let stream = UnixStream::connect(daemon.socket(0)).unwrap();
+    send(&stream, SET_OWNER, VERSION | NEED_REPLY, None, &[], &[]).unwrap();
+    send(&stream, GET_FEATURES, VERSION, None, &[], &[]).unwrap();
+    let answer = receive(&stream, LIMIT).unwrap().expect("an answer");
+    assert_eq!(answer.request, GET_FEATURES);
 }
