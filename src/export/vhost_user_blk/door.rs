@@ -67,6 +67,14 @@ impl Door {
             Way::Connect(path) => connect(path, name, stop),
         }
     }
+
+    /// The socket of ours that front ends come to.
+    pub fn listener(&self) -> Option<RawFd> {
+        match &self.way {
+            Way::Listen(listener) => Some(listener.as_raw_fd()),
+            _ => None,
+        }
+    }
 }
 
 fn accept(listener: &UnixListener, name: &str, stop: RawFd) -> Option<UnixStream> {

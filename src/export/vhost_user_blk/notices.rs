@@ -55,11 +55,14 @@ pub struct Channel<'a> {
     socket: Option<OwnedFd>,
     /// What comes with the message that is next.
     offered: Option<OwnedFd>,
+    /// The listening socket that other front ends come to, until one has.
+    others: Option<RawFd>,
 }
 
 impl<'a> Channel<'a> {
-    pub fn new(name: &'a str, notices: &'a Notices) -> Channel<'a> {
-        Channel { name, notices, socket: None, offered: None }
+    /// `others`: the socket that front ends come to, if they come to one of ours.
+    pub fn new(name: &'a str, notices: &'a Notices, others: Option<RawFd>) -> Channel<'a> {
+        Channel { name, notices, socket: None, offered: None, others }
     }
 
     /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
@@ -69,16 +72,22 @@ impl<'a> Channel<'a> {
             let due = running
                 && self.socket.is_some()
                 && self.notices.config_changed.load(Ordering::SeqCst);
-            let mut polled = [stream, self.notices.wake.as_raw_fd()].map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            });
+            // The kernel passes over a negative number.
+            let fds = [stream, self.notices.wake.as_raw_fd(), self.others.unwrap_or(-1)];
+            let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
             let (count, timeout) = (polled.len() as libc::nfds_t, if due { QUIET } else { -1 });
             // SAFETY: the array lives through the call, and its length is given.
             let ready = unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) };
             if ready < 0 && Errno::last().0 != libc::EINTR || polled[0].revents != 0 {
                 break;
+            }
+            if polled[2].revents != 0 {
+                // It stays readable until the next front end is served, so this is said once.
+                self.others = None;
+                log::warn!(
+                    export = self.name;
+                    "another front end has connected: it waits until this one disconnects"
+                );
             }
             if polled[1].revents != 0 {
                 let _ = self.notices.wake.read();

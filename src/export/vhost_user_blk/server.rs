@@ -229,14 +229,14 @@ impl Shared {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            self.serve_one(stream);
+            self.serve_one(stream, door.listener());
         }
         if !self.stopping.load(Ordering::SeqCst) {
             ended();
         }
     }
 
-    fn serve_one(&self, stream: UnixStream) {
+    fn serve_one(&self, stream: UnixStream, others: Option<RawFd>) {
         log::info!(export = &*self.name; "front end connected");
         if let Some(metrics) = &self.disk.metrics {
             metrics.connections.fetch_add(1, Ordering::Relaxed);
@@ -265,7 +265,7 @@ impl Shared {
             Err(error) => return log::error!(export = &*self.name; "a front end is not served: {error}"),
         };
         let mut wait = hand_over::Wait::default();
-        let mut channel = Channel::new(&self.name, &self.notices);
+        let mut channel = Channel::new(&self.name, &self.notices, others);
         let end = loop {
             if self.stopping.load(Ordering::SeqCst) {
                 break None;

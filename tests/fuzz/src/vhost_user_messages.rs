@@ -134,7 +134,7 @@ fn connect(served: &Served, data: &[u8]) {
     let mut handler = BackendReqHandler::from_stream(theirs, session.clone());
     let notices = Notices::new().expect("an eventfd");
     notices.config_changed();
-    let mut channel = Channel::new("fuzz", &notices);
+    let mut channel = Channel::new("fuzz", &notices, None);
     loop {
         channel.wait(handler.as_raw_fd(), true);
         match handler.handle_request() {

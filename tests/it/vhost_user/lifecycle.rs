@@ -358,3 +358,19 @@ fn the_daemon_ends_with_a_front_end_connected_and_requests_in_flight() {
         assert!(queue.in_flight() <= 1, "{} were forgotten", queue.in_flight());
     }
 }
+
+#[test]
+fn a_second_front_end_that_has_to_wait_is_told_of_once() {
+    let mut daemon = Daemon::file("");
+    let mut disk = daemon.open(&Options::default());
+    let waiting = [(); 2].map(|()| UnixStream::connect(daemon.socket(0)).unwrap());
+    daemon.wait_log("another front end has connected: it waits until this one disconnects", 1);
+    disk.read(0, &mut [0; 512]).unwrap();
+    drop(disk);
+    drop(waiting);
+    daemon.assert_serves(0);
+    let log = daemon.end();
+    // Those that waited may have been seen to wait for each other, too.
+    let times = log.matches("another front end has connected").count();
+    assert!((1..=3).contains(&times), "{log}");
+}
