@@ -173,7 +173,8 @@ fn two_disks_of_one_daemon_keep_their_own_data_when_the_front_end_goes_and_a_new
         for disk in vda vdb; do echo "$disk $(sha256sum </dev/$disk)"; done
         "#,
     );
-    let second = Guest::new().disk(server.socket(0)).disk(server.socket(1)).run(
+    // The second one has as many queues for a disk as QEMU would give 66 processors.
+    let second = Guest::new().disk(server.socket(0)).disk_with_queues(server.socket(1), 66).run(
         r#"
         for disk in vda vdb; do echo "$disk $(sha256sum </dev/$disk)"; done
         dd if=/dev/vda of=/dev/vdb bs=1M count=1 conv=fsync 2>/dev/null
