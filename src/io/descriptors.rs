@@ -90,7 +90,7 @@ impl Reserve {
         let mut set_aside = SET_ASIDE.lock();
         are_left(set_aside.saturating_add(count)).then(|| {
             *set_aside += count;
-            Reserve { wanted: count, ..Reserve::default() }
+            Reserve { wanted: count, used: 0, most_used: 0 }
         })
     }
 
@@ -102,9 +102,9 @@ impl Reserve {
         });
     }
 
-    /// The holder will never have more open than it had at most so far.
-    pub fn settle(&mut self) {
-        self.change(|reserve| reserve.wanted = reserve.most_used);
+    /// The holder will never have more than `more` open besides what it had at most so far.
+    pub fn settle(&mut self, more: usize) {
+        self.change(|reserve| reserve.wanted = reserve.most_used + more);
     }
 
     fn change(&mut self, change: impl FnOnce(&mut Reserve)) {
@@ -136,8 +136,8 @@ mod tests {
         reserve.set_used(3);
         assert_eq!(reserve.left(), 2);
         reserve.set_used(1);
-        reserve.settle();
-        assert_eq!(reserve.left(), 2, "it had three once");
+        reserve.settle(1);
+        assert_eq!(reserve.left(), 3, "it had three once");
         reserve.set_used(4);
         assert_eq!(reserve.left(), 0);
     }

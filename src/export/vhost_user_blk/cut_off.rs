@@ -13,12 +13,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct CutOff {
     /// For the log.
     name: String,
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     done: AtomicBool,
 }
 
 impl CutOff {
-    pub fn new(name: String, stream: UnixStream) -> CutOff {
+    pub fn new(name: String, stream: Arc<UnixStream>) -> CutOff {
         CutOff { name, stream, done: AtomicBool::new(false) }
     }
 

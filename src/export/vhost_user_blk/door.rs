@@ -3,6 +3,7 @@
 use super::socket::{self, SocketFile};
 use crate::block::Error;
 use crate::io::Errno;
+use crate::io::descriptors::{self, Reserve};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -23,8 +24,8 @@ pub enum Address {
 /// The first wait for a front end that does not listen, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// How long no front end is accepted after one could not be.
-const PAUSE: Duration = Duration::from_millis(100);
+/// How often it is looked whether there are descriptors again.
+const SHORT_RETRY: Duration = Duration::from_millis(100);
 
 /// A place where one front end after the other is met.
 pub(super) struct Door {
@@ -59,12 +60,13 @@ impl Door {
         Ok(Door { _own_file: own_file, way })
     }
 
-    /// The next front end, waited for until `stop` is readable. None then, and when no more come.
-    pub fn next(&mut self, name: &str, stop: RawFd) -> Option<UnixStream> {
+    /// The next front end, waited for until `stop` is readable, and the `count` descriptors that are set aside
+    /// for it. None then, and when no more come.
+    pub fn next(&mut self, name: &str, count: usize, stop: RawFd) -> Option<(UnixStream, Reserve)> {
         match &mut self.way {
-            Way::Once(stream) => stream.take(),
-            Way::Listen(listener) => accept(listener, name, stop),
-            Way::Connect(path) => connect(path, name, stop),
+            Way::Once(stream) => Some((stream.take()?, Reserve::take(count).unwrap_or_default())),
+            Way::Listen(listener) => accept(listener, name, count, stop),
+            Way::Connect(path) => connect(path, name, count, stop),
         }
     }
 
@@ -77,20 +79,51 @@ impl Door {
     }
 }
 
-fn accept(listener: &UnixListener, name: &str, stop: RawFd) -> Option<UnixStream> {
+/// Sets descriptors aside for a front end, which is kept waiting until so many are left: one that is let in
+/// and then cut off in the middle loses its disk. None once `stop` is readable.
+fn set_aside(count: usize, name: &str, stop: RawFd) -> Option<Reserve> {
+    let mut told = false;
+    loop {
+        if let Some(reserve) = Reserve::take(count) {
+            return Some(reserve);
+        }
+        if !told {
+            told = true;
+            let limit = descriptors::name_limit();
+            log::error!(
+                export = name;
+                "a front end waits: the {count} descriptors that it may need are not left ({limit})"
+            );
+        }
+        if wait_readable(&[stop], Some(SHORT_RETRY)).is_some() {
+            return None;
+        }
+    }
+}
+
+fn accept(
+    listener: &UnixListener,
+    name: &str,
+    count: usize,
+    stop: RawFd,
+) -> Option<(UnixStream, Reserve)> {
+    let mut told = None;
     // Waiting and accepting are two steps, and the caller may have gone in between.
     let _ = listener.set_nonblocking(true);
     loop {
         if wait_readable(&[stop, listener.as_raw_fd()], None) != Some(1) {
             return None;
         }
+        let reserve = set_aside(count, name, stop)?;
         match listener.accept() {
-            Ok((stream, _)) => return Some(stream),
+            Ok((stream, _)) => return Some((stream, reserve)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                log::error!(export = name; "accept: {error}");
-                // Out of descriptors, most likely: do not spin on it.
-                if wait_readable(&[stop], Some(PAUSE)).is_some() {
+                if told.replace(error.kind()) != Some(error.kind()) {
+                    log::error!(export = name; "accept: {}", descriptors::explain(&error));
+                }
+                // The listener stays readable, and its front end is not to be waited for in a loop.
+                if wait_readable(&[stop], Some(SHORT_RETRY)).is_some() {
                     return None;
                 }
             }
@@ -98,7 +131,7 @@ fn accept(listener: &UnixListener, name: &str, stop: RawFd) -> Option<UnixStream
     }
 }
 
-fn connect(path: &Path, name: &str, stop: RawFd) -> Option<UnixStream> {
+fn connect(path: &Path, name: &str, count: usize, stop: RawFd) -> Option<(UnixStream, Reserve)> {
     let (mut wait, longest) = RETRY;
     let mut told = None;
     loop {
@@ -106,13 +139,14 @@ fn connect(path: &Path, name: &str, stop: RawFd) -> Option<UnixStream> {
         if wait_readable(&[stop], Some(wait)).is_some() {
             return None;
         }
+        let reserve = set_aside(count, name, stop)?;
         let error = match socket::try_connect(path) {
-            Ok(stream) => return Some(stream),
+            Ok(stream) => return Some((stream, reserve)),
             Err(error) => error,
         };
         if told != Some(error.kind()) {
-            let path = path.display();
-            log::warn!(export = name; "no front end at '{path}': {error}: trying on");
+            let (path, why) = (path.display(), descriptors::explain(&error));
+            log::warn!(export = name; "no front end at '{path}': {why}: trying on");
             told = Some(error.kind());
         }
         wait = (wait * 2).min(longest);

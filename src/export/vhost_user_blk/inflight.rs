@@ -21,7 +21,7 @@
 //! Whatever is read from the memory may be anything: every index is checked where it is used.
 
 use crate::block::Survivor;
-use crate::io::{Errno, SharedMapping};
+use crate::io::{SharedMapping, descriptors};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
@@ -124,7 +124,10 @@ impl Region {
         check(num_queues, queue_size)?;
         let parts = part_len(queue_size) * num_queues as usize;
         let len = parts + OWN_LEN;
-        let failed = |what: &str| format!("inflight region: {what}: {}", Errno::last());
+        let failed = |what: &str| {
+            let error = std::io::Error::last_os_error();
+            format!("inflight region: {what}: {}", descriptors::explain(&error))
+        };
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
         // SAFETY: the name is a C string; the call has no other precondition.
         let fd = unsafe { libc::memfd_create(c"vublk-inflight".as_ptr(), flags) };
@@ -149,7 +152,9 @@ impl Region {
         file.write_all_at(&MAGIC.to_ne_bytes(), parts as u64)
             .map_err(|e| format!("inflight region: {e}"))?;
         let told = VhostUserInflight::new(len as u64, 0, num_queues, queue_size);
-        let theirs = file.try_clone().map_err(|e| format!("inflight region: {e}"))?;
+        let theirs = file.try_clone();
+        let theirs =
+            theirs.map_err(|e| format!("inflight region: {}", descriptors::explain(&e)))?;
         Ok((Region::map(&told, file)?, told, theirs))
     }
 

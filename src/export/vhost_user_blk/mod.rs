@@ -13,7 +13,7 @@
 //! * [`watch`]: requests that the kernel does not finish.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
-//! * `handler`: what the `vhost` crate does not do by itself.
+//! * `peek`, `handler`: what the `vhost` crate does not tell of messages, and does not do by itself.
 //! * [`metrics`]: what is counted for those who watch.
 //! * [`write_cache`]: what the guest has made of its write cache.
 
@@ -32,6 +32,7 @@ mod loss;
 pub mod memory;
 pub mod metrics;
 pub mod notices;
+pub mod peek;
 pub mod queue;
 pub mod request;
 pub mod ring;

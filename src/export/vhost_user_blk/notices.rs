@@ -2,7 +2,7 @@
 //! vhost-user text, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG), so that a resize reaches a running guest.
 //!
 //! The front end gives a socket for it. The `vhost` crate takes that and can send other messages
-//! only, so each message is looked at before the crate reads it, and the socket is kept in a
+//! only, so each message is looked at before the crate reads it ([`super::peek`]), and the socket is kept in a
 //! descriptor of our own.
 //!
 //! The rule held here: a notice never waits for the front end. It goes out in a quiet moment, because
@@ -10,19 +10,14 @@
 //! for the answer to another question; and while a ring runs, because what comes before may be passed
 //! over (a guest of QEMU 7.2 once missed a resize that fell into a reconnect).
 
+use super::peek::{HEADER_LEN, Next};
 use crate::io::Errno;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Milliseconds without a message after which the front end is taken to wait for no answer.
 const QUIET: libc::c_int = 20;
-
-/// Bytes of a message's header: request, flags, and length of what follows.
-const HEADER_LEN: usize = 12;
-
-/// VHOST_USER_SET_BACKEND_REQ_FD.
-const SET_BACKEND_REQ_FD: u32 = 21;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, protocol version 1, no answer wanted, nothing follows.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
@@ -66,8 +61,8 @@ impl<'a> Channel<'a> {
     }
 
     /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
-    /// told, if a ring is `running`. What it has sent is left to be read.
-    pub fn wait(&mut self, stream: RawFd, running: bool) {
+    /// told, if a ring is `running`. What it has sent is left to be read, and looked at.
+    pub fn wait(&mut self, stream: RawFd, running: bool) -> Next {
         loop {
             let due = running
                 && self.socket.is_some()
@@ -95,7 +90,9 @@ impl<'a> Channel<'a> {
                 self.tell();
             }
         }
-        self.offered = offered_socket(stream);
+        let mut next = Next::look(stream);
+        self.offered = next.channel.take();
+        next
     }
 
     /// The message that came last was right: what came with it is used from now on, unless the front end
@@ -126,49 +123,5 @@ impl<'a> Channel<'a> {
         if errno.0 != libc::EAGAIN {
             self.socket = None;
         }
-    }
-}
-
-/// Looks at the message that is next without taking it, and gives the socket that comes with it if
-/// it is the one that brings a socket. The kernel gives a descriptor of its own with each look.
-fn offered_socket(stream: RawFd) -> Option<OwnedFd> {
-    let mut header = [0u32; HEADER_LEN / 4];
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: at most `HEADER_LEN` bytes are written to the array, which has as many. Descriptors
-    // are not asked for, so none is made.
-    let seen = unsafe { libc::recv(stream, header.as_mut_ptr().cast(), HEADER_LEN, flags) };
-    if seen != HEADER_LEN as isize || header[0] != SET_BACKEND_REQ_FD {
-        return None;
-    }
-    // Aligned as control messages are.
-    let mut control = [0u64; 4];
-    let mut part = libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: HEADER_LEN };
-    // SAFETY: all zeroes are a valid msghdr.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    // Room for one descriptor and no more (CMSG_SPACE would leave it for two): the kernel gives none
-    // that has no room.
-    // SAFETY: computes a number.
-    message.msg_controllen = unsafe { libc::CMSG_LEN(size_of::<RawFd>() as u32) } as usize;
-    // SAFETY: the parts of the message are locals with the lengths given.
-    let seen = unsafe { libc::recvmsg(stream, &mut message, flags | libc::MSG_CMSG_CLOEXEC) };
-    if seen < 0 {
-        return None;
-    }
-    // SAFETY: the kernel has filled in the message.
-    let first = unsafe { libc::CMSG_FIRSTHDR(&message) };
-    if first.is_null() {
-        return None;
-    }
-    // SAFETY: not null, so it lies in `control`, which has room for it and for one descriptor.
-    unsafe {
-        let wanted = libc::CMSG_LEN(size_of::<RawFd>() as u32) as usize;
-        let rights = (*first).cmsg_level == libc::SOL_SOCKET
-            && (*first).cmsg_type == libc::SCM_RIGHTS
-            && (*first).cmsg_len as usize == wanted;
-        let fd = libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned();
-        rights.then(|| OwnedFd::from_raw_fd(fd))
     }
 }

@@ -8,7 +8,7 @@ use super::cut_off::CutOff;
 use super::door::{Address, Door, wait_readable};
 use super::failure::{Failure, IoErrors};
 use super::hand_over;
-use super::handler;
+use super::handler::{self, Handler};
 use super::loss::Losses;
 use super::metrics::ExportMetrics;
 use super::notices::{Channel, Notices};
@@ -17,6 +17,7 @@ use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
 use crate::block::{Activity, Error, LocalFuture, Node, SECTOR};
+use crate::io::descriptors::{self, Reserve};
 use crate::io::sync::Mutex;
 use crate::io::{Worker, offload};
 use std::os::fd::{AsRawFd, RawFd};
@@ -26,6 +27,15 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use vhost::vhost_user::Error as VhostError;
 use vmm_sys_util::eventfd::EventFd;
+
+/// Descriptors of a connection besides those of its queues: its stream and a copy of it.
+const OF_CONNECTION: usize = 2;
+
+/// Descriptors that a connection has only for moments once its queues have theirs, and its socket for notices.
+const IN_PASSING: usize = 2;
+
+/// Descriptors of a queue: for kicks, for calls, and for errors.
+const OF_QUEUE: usize = 3;
 
 /// What an export is made of.
 pub struct ExportOptions {
@@ -61,7 +71,7 @@ struct Shared {
 #[derive(Default)]
 struct Current {
     /// The connection being served, to cut it off, and its session.
-    front_end: Option<(UnixStream, Arc<std::sync::Mutex<Session>>)>,
+    front_end: Option<(Arc<UnixStream>, Arc<std::sync::Mutex<Session>>)>,
     /// Sessions that begin meanwhile begin paused.
     paused: u32,
 }
@@ -225,23 +235,27 @@ impl Shared {
 
     /// The door closes with the last front end.
     fn serve(&self, mut door: Door, ended: impl FnOnce()) {
-        while let Some(stream) = door.next(&self.name, self.stop.as_raw_fd()) {
+        while let Some((stream, reserve)) =
+            door.next(&self.name, self.descriptors_to_reserve(), self.stop.as_raw_fd())
+        {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            self.serve_one(stream, door.listener());
+            self.serve_one(stream, reserve, door.listener());
         }
         if !self.stopping.load(Ordering::SeqCst) {
             ended();
         }
     }
 
-    fn serve_one(&self, stream: UnixStream, others: Option<RawFd>) {
-        log::info!(export = &*self.name; "front end connected");
-        if let Some(metrics) = &self.disk.metrics {
-            metrics.connections.fetch_add(1, Ordering::Relaxed);
-            metrics.connected.store(true, Ordering::Relaxed);
-        }
+    /// How many descriptors must be left for a front end to be let in. Most front ends use fewer queues than
+    /// they are offered, so what the queues may need is no more than a quarter of all.
+    fn descriptors_to_reserve(&self) -> usize {
+        let queues = usize::from(self.disk.options.num_queues) * OF_QUEUE;
+        OF_CONNECTION + IN_PASSING + queues.min(descriptors::limit() / 4)
+    }
+
+    fn serve_one(&self, stream: UnixStream, mut reserve: Reserve, others: Option<RawFd>) {
         let session = Session::new(
             self.name.clone(),
             self.disk.clone(),
@@ -249,60 +263,94 @@ impl Shared {
             self.first_worker,
         );
         let session = Arc::new(std::sync::Mutex::new(session));
-        let mut current = self.current.lock();
-        let copies = stream
-            .set_nonblocking(false)
-            .and_then(|()| Ok((stream.try_clone()?, stream.try_clone()?)));
-        let Ok((clone, for_queues)) = copies else { return };
-        lock(&session).set_cut_off(CutOff::new(self.name.clone(), for_queues));
-        for _ in 0..current.paused {
-            lock(&session).pause();
-        }
-        current.front_end = Some((clone, session.clone()));
-        drop(current);
-        let mut handler = match handler::new(stream, session.clone()) {
+        let mut handler = match self.begin(stream, &session) {
             Ok(handler) => handler,
-            Err(error) => return log::error!(export = &*self.name; "a front end is not served: {error}"),
+            Err(error) => {
+                let why = descriptors::explain(&error);
+                return log::error!(export = &*self.name; "a front end is not served: {why}");
+            }
         };
-        let mut wait = hand_over::Wait::default();
+        log::info!(export = &*self.name; "front end connected");
+        if let Some(metrics) = &self.disk.metrics {
+            metrics.connections.fetch_add(1, Ordering::Relaxed);
+            metrics.connected.store(true, Ordering::Relaxed);
+        }
         let mut channel = Channel::new(&self.name, &self.notices, others);
-        let end = loop {
-            if self.stopping.load(Ordering::SeqCst) {
-                break None;
-            }
-            match self.take_disk(&session, &mut wait, handler.as_raw_fd()) {
-                Ok(true) => {}
-                Ok(false) => continue,
-                Err(error) => break Some(error),
-            }
-            let running = lock(&session).is_running();
-            channel.wait(handler.as_raw_fd(), running);
-            match handler.handle_request() {
-                Ok(()) => {
-                    channel.accept(lock(&session).has_channel());
-                    let moved = lock(&session).take_moved();
-                    if moved {
-                        self.disk.hand_over.give_up(&self.name, &self.workers[0]);
-                    }
-                }
-                Err(VhostError::Disconnected) => break None,
-                Err(VhostError::SocketRetry(_)) => {}
-                Err(error) => break Some(error),
-            }
-        };
+        let end = self.hear(&session, &mut handler, &mut channel, &mut reserve);
         lock(&session).stop_all();
         self.current.lock().front_end = None;
         if let Some(metrics) = &self.disk.metrics {
             metrics.connected.store(false, Ordering::Relaxed);
         }
         // Memory and descriptors are given back before the log says that the front end has gone.
-        drop((channel, handler, session));
+        drop((channel, handler, session, reserve));
         match end {
-            Some(error) if !self.stopping.load(Ordering::SeqCst) => {
+            Err(error) if !self.stopping.load(Ordering::SeqCst) => {
                 log::warn!(export = &*self.name; "connection ended: {error}")
             }
             _ => log::info!(export = &*self.name; "front end disconnected"),
         }
+    }
+
+    /// Makes a connection the one that is served.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    fn begin(
+        &self,
+        stream: UnixStream,
+        session: &Arc<std::sync::Mutex<Session>>,
+    ) -> std::io::Result<Handler> {
+        stream.set_nonblocking(false)?;
+        let copy = Arc::new(stream.try_clone()?);
+        let handler = handler::new(stream, session.clone())?;
+        let mut current = self.current.lock();
+        lock(session).set_cut_off(CutOff::new(self.name.clone(), copy.clone()));
+        for _ in 0..current.paused {
+            lock(session).pause();
+        }
+        current.front_end = Some((copy, session.clone()));
+        Ok(handler)
+    }
+
+    /// Does what the front end says until it goes, or until the export ends.
+    ///
+    /// # Errors
+    /// It has said something wrong, or what it wants cannot be done.
+    fn hear(
+        &self,
+        session: &std::sync::Mutex<Session>,
+        handler: &mut Handler,
+        channel: &mut Channel,
+        reserve: &mut Reserve,
+    ) -> Result<(), VhostError> {
+        let mut wait = hand_over::Wait::default();
+        while !self.stopping.load(Ordering::SeqCst) {
+            if !self.take_disk(session, &mut wait, handler.as_raw_fd())? {
+                continue;
+            }
+            let running = lock(session).is_running();
+            let next = channel.wait(handler.as_raw_fd(), running);
+            next.check()?;
+            match handler.handle_request() {
+                Ok(()) => {}
+                Err(VhostError::Disconnected) => return Ok(()),
+                Err(VhostError::SocketRetry(_)) => continue,
+                Err(error) => return Err(next.explain(error)),
+            }
+            let mut session = lock(session);
+            channel.accept(session.has_channel());
+            reserve.set_used(OF_CONNECTION + session.descriptors());
+            if session.is_running() {
+                reserve.settle(IN_PASSING);
+            }
+            let moved = session.take_moved();
+            drop(session);
+            if moved {
+                self.disk.hand_over.give_up(&self.name, &self.workers[0]);
+            }
+        }
+        Ok(())
     }
 
     /// The I/O of earlier connections has ended: the rings of this one may begin.

@@ -339,6 +339,15 @@ impl Session {
         self.rings.iter().any(|ring| ring.running.is_some())
     }
 
+    /// Descriptors of the front end's that its rings have.
+    pub fn descriptors(&self) -> usize {
+        let of = |ring: &RingState| {
+            let kick = matches!(ring.kick, Kick::Fd(_));
+            [kick, ring.call.is_some(), ring.err.is_some()].map(usize::from).iter().sum::<usize>()
+        };
+        self.rings.iter().map(of).sum()
+    }
+
     /// Rings that start from now on track their requests there.
     fn track_in(&mut self, region: inflight::Region) -> Result<()> {
         if let Some(index) = self.rings.iter().position(|ring| ring.running.is_some()) {

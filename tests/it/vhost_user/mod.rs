@@ -3,6 +3,7 @@
 
 mod config;
 mod daemon;
+mod descriptors;
 mod differential;
 mod dirty_log;
 mod fence;
