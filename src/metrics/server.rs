@@ -5,7 +5,7 @@ use super::http;
 use super::text::{self, Process};
 use crate::block::Error;
 use crate::export::vhost_user_blk::socket::{self, SocketFile};
-use crate::io::process_cpu_ns;
+use crate::io::{descriptors, process_cpu_ns};
 use crate::service::{Observed, SOCKET_PATIENCE, wait_for_socket};
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write};
@@ -243,7 +243,7 @@ impl Watcher {
             Ok(stream) => stream,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return,
             Err(error) => {
-                log::warn!("metrics: accept: {error}");
+                log::warn!("metrics: accept: {}", descriptors::explain(&error));
                 // Out of descriptors, most likely: do not spin on it.
                 self.paused_until = Some(Instant::now() + PAUSE);
                 return self.listen(EventSet::empty());

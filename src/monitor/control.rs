@@ -5,6 +5,7 @@ use super::poll::{Polled, accept, poll, polled};
 use super::session::{Session, Step};
 use super::{commands, events};
 use crate::block::Error;
+use crate::io::descriptors;
 use crate::options::{Map, Value};
 use crate::sandbox;
 use crate::service::Service;
@@ -241,7 +242,8 @@ impl Monitor {
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => {
-                    log::error!("monitor '{}': accept: {error}", self.chardev.id);
+                    let why = descriptors::explain(&error);
+                    log::error!("monitor '{}': accept: {why}", self.chardev.id);
                     // Out of descriptors, most likely: do not spin on it.
                     self.paused_until = Some(Instant::now() + PAUSE);
                 }
