@@ -1,11 +1,11 @@
 //! Clients that come, go, send garbage or do not read.
 
 use super::{Client, daemon};
-use crate::vhost_user::{Daemon, seed};
+use crate::vhost_user::{Daemon, LIMIT, seed};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const NULL: [&str; 2] = ["--blockdev", "driver=null-co,node-name=n,size=1048576"];
 
@@ -158,6 +158,49 @@ fn a_monitor_on_a_loopback_port_and_one_in_pretty_print() {
         "{said}"
     );
     drop(daemon);
+}
+
+/// Sets the limit on a process's descriptors; gives the one before.
+fn limit_descriptors(pid: u32, limit: libc::rlim_t) -> libc::rlim_t {
+    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structures live through the calls; the process is a child of this one.
+    unsafe {
+        let pid = pid as libc::pid_t;
+        assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut old), 0);
+        let new = libc::rlimit { rlim_cur: limit, ..old };
+        assert_eq!(libc::prlimit(pid, libc::RLIMIT_NOFILE, &new, std::ptr::null_mut()), 0);
+    }
+    old.rlim_cur
+}
+
+#[test]
+fn a_daemon_out_of_descriptors_serves_the_clients_it_has_and_takes_others_later() {
+    let daemon = crate::metrics::daemon(&[
+        "--chardev",
+        "socket,id=two,path=DIR/two.sock,server=on,wait=off",
+        "--monitor",
+        "two",
+    ]);
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let pid = daemon.server.pid();
+    let is_free = |number: &u64| !std::fs::exists(format!("/proc/{pid}/fd/{number}")).unwrap();
+    let before = limit_descriptors(pid, (0..).find(is_free).unwrap());
+    let mut other = UnixStream::connect(daemon.path("two.sock")).unwrap();
+    let scraper = crate::metrics::connect(&daemon.path("metrics.sock"));
+    for said in ["monitor 'two': accept: ", "metrics: accept: "] {
+        let began = Instant::now();
+        while !daemon.server.stderr().contains(said) {
+            assert!(began.elapsed() < LIMIT, "{}", daemon.server.stderr());
+            client.run("query-block", json!({}));
+        }
+    }
+    limit_descriptors(pid, before);
+    other.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut greeting = [0; 6];
+    other.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"{\"QMP\"");
+    assert!(crate::metrics::page(scraper).contains("vublk_build_info"));
+    assert_eq!(daemon_end(daemon), Some(0));
 }
 
 /// Ends the daemon by a signal, and gives its exit code.
