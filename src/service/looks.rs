@@ -10,7 +10,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
     let Some((raw, file)) = raw_over_file(registry, node) else { return };
     let Some(name) = file.driver().filename() else { return };
     let name = name.escape_debug();
-    if raw.len() == 0 {
+    if raw.is_empty() {
         log::warn!("{name} is empty: the guest finds a disk of no bytes");
         return;
     }
