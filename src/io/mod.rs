@@ -54,7 +54,7 @@ pub use offload::{Blocking, offload};
 pub use op::{Durable, Op, OpKind, Segments, Started, Token};
 pub use shared_mapping::SharedMapping;
 pub use source::{Polled, Source, SourceId};
-pub use spare::make_last_rings;
+pub use spare::{make_last_rings, may_make_rings};
 pub use timer::sleep;
 pub use turn::Local;
 pub use worker::{

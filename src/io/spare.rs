@@ -15,6 +15,11 @@ pub fn make_last_rings(count: usize) {
     *LEFT.lock() = Some(rings);
 }
 
+/// Whether rings are made as they are needed.
+pub fn may_make_rings() -> bool {
+    LEFT.lock().is_none()
+}
+
 /// A ring for the calling thread.
 pub(super) fn take_ring() -> io::Result<Uring> {
     let Some(left) = &mut *LEFT.lock() else { return Uring::new() };

@@ -1,6 +1,8 @@
 //! What an image looks like that is opened as raw bytes: a warning to those who gave the wrong format.
 
+use crate::block::registry::Guess;
 use crate::block::{Kind, Node, Registry, probe};
+use crate::io::{self, Worker, WorkerOptions};
 use std::sync::Arc;
 
 /// Warns of a new node, with or without filters over it, that gives the bytes of a file or device as they are
@@ -14,8 +16,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
         log::warn!("{name} is empty: the guest finds a disk of no bytes");
         return;
     }
-    // If it cannot be read, the guest will be told.
-    if let Ok(Some(guess)) = probe::look(registry, &file, "").await
+    if let Some(guess) = look(registry, &file).await
         && guess.name() != raw.driver().name()
     {
         let format = guess.name();
@@ -24,6 +25,25 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
              its disk, and destroys the image if it writes"
         );
     }
+}
+
+/// What the file looks like. If it cannot be read, the guest will be told.
+///
+/// Each worker that reads from a drive of our own takes one of its queues, of which there may be few: a worker
+/// that ends afterwards gives it back. A sandbox has no rings to spare for such workers.
+async fn look(registry: &'static Registry, file: &Arc<Node>) -> Option<Guess> {
+    if file.driver().drive().is_none() {
+        return probe::look(registry, file, "").await.ok()?;
+    }
+    if !io::may_make_rings() {
+        return None;
+    }
+    let file = file.clone();
+    let look = move || {
+        let worker = Worker::start("look", WorkerOptions::default()).ok()?;
+        worker.block_on(move || async move { probe::look(registry, &file, "").await }).ok()?
+    };
+    io::offload(look).await
 }
 
 /// The node of the driver `raw` that a node is, below filters, and the protocol's that it stands on.

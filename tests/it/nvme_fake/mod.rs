@@ -37,6 +37,17 @@ fn write(worker: &Worker, node: &Arc<Node>, at: u64, byte: u8) -> Result<(), Err
     })
 }
 
+/// Whether a worker's requests go to its own queue at once.
+fn is_fast(worker: &Worker, node: &Arc<Node>) -> bool {
+    let node = node.clone();
+    worker.call(move |_| {
+        let announcer = vublk::io::epoch::Announcer::default();
+        let turn = announcer.enter();
+        let mapping = node.map(turn.in_flight(), 0, 4096, Access::Write);
+        matches!(mapping.target, vublk::block::Target::Data { .. })
+    })
+}
+
 fn close(graph: &Graph, worker: &Worker) {
     let graph = graph.clone();
     worker.block_on(move || async move { graph.close().await });
@@ -134,18 +145,9 @@ fn the_fast_road_ends_at_the_controller_once_the_worker_has_a_queue() {
     let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
     let node = open_on(&graph, &worker, "disk", &options).unwrap();
     let held = hold(&graph, &node);
-    let is_fast = |node: &Arc<Node>| {
-        let node = node.clone();
-        worker.call(move |_| {
-            let announcer = vublk::io::epoch::Announcer::default();
-            let turn = announcer.enter();
-            let mapping = node.map(turn.in_flight(), 0, 4096, Access::Write);
-            matches!(mapping.target, vublk::block::Target::Data { .. })
-        })
-    };
-    assert!(!is_fast(&node));
+    assert!(!is_fast(&worker, &node));
     write(&worker, &node, 0, 1).unwrap();
-    assert!(is_fast(&node));
+    assert!(is_fast(&worker, &node));
     let same = node.clone();
     let extent =
         worker.block_on(move || async move { same.status(0, 4096, Precision::Zeroes).await });

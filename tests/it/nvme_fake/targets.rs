@@ -1,10 +1,12 @@
-//! Namespaces that images are made on.
+//! Namespaces that images are made on, or that are taken for raw ones.
 
-use super::worker;
-use crate::disks::nvme_disk;
+use super::{hold, is_fast, worker, write};
+use crate::disks::{REGISTRY, nvme_disk};
+use vublk::block::OpenPolicy;
 use vublk::block::create::Made;
 use vublk::drivers;
-use vublk::options::Map;
+use vublk::options::{Map, keyval};
+use vublk::service::Service;
 use vublk_vfio::fake::Config;
 
 /// What copies rely on that leave zeroes out.
@@ -33,4 +35,21 @@ fn what_is_made_on_a_namespace_reports_whether_what_was_there_before_shows() {
         assert!(!fake.has_mappings(), "the controller is free again");
         assert_eq!(fake.complaints(), Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_look_at_a_new_raw_node_leaves_the_only_queue_to_the_worker_that_serves_guests() {
+    let (fake, options) = nvme_disk(Config { pairs: 1, ..Config::default() });
+    let service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
+    let options = format!("driver=raw,node-name=d,file.{}", options.replace(",", ",file."));
+    let options = keyval::parse(&options, None).unwrap().options;
+    let node = service.blockdev_add(options).unwrap();
+    assert_ne!(fake.counts().commands, 0, "it was looked at");
+    let worker = worker("nvme");
+    let held = hold(service.graph(), &node);
+    write(&worker, &node, 0, 1).unwrap();
+    assert!(is_fast(&worker, &node));
+    drop((held, node, worker));
+    drop(service);
+    assert_eq!(fake.complaints(), Vec::<String>::new());
 }
