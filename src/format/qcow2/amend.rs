@@ -8,12 +8,10 @@
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
-use super::read::read_padded;
 use super::standing::Stop;
-use super::{Qcow2, backing, check, hand_over};
+use super::{Qcow2, check, hand_over, header_cluster, header_steps};
+use crate::block::Error;
 use crate::block::create::{CreateOption, ValueType};
-use crate::block::{Error, WriteFlags};
-use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::{Map, Value, bytes};
 use std::sync::atomic::Ordering;
 
@@ -162,6 +160,37 @@ impl Wanted {
     }
 }
 
+impl Wanted {
+    /// The header that all this comes to, but for the width of refcounts.
+    fn applied_to(&self, old: &Header) -> Header {
+        let mut new = old.clone();
+        new.version = self.version;
+        if let Some(lazy) = self.lazy_refcounts {
+            new.compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
+        }
+        if self.data_file_raw == Some(false) {
+            new.autoclear -= Autoclear::RAW_DATA_FILE;
+        }
+        if let Some(name) = &self.data_file {
+            new.extensions.retain(|extension| !matches!(extension, Extension::DataFile(_)));
+            if !name.is_empty() {
+                new.extensions.push(Extension::DataFile(bytes::bytes_of(name).into_owned()));
+            }
+        }
+        let is_names = |extension: &Extension| matches!(extension, Extension::FeatureNames(_));
+        if new.version < 3 {
+            new.compatible = Compatible::empty();
+            new.autoclear = Autoclear::empty();
+            new.incompatible = Incompatible::empty();
+            new.compression = Compression::Zlib;
+            new.extensions.retain(|extension| !is_names(extension));
+        } else if old.version < 3 && new.cluster_bits > extensions::FEATURE_NAMES_MIN_CLUSTER_BITS {
+            new.extensions.push(extensions::feature_names());
+        }
+        new
+    }
+}
+
 impl Qcow2 {
     /// As [`Image::amend`](crate::block::Image::amend).
     pub(super) async fn amend_to(&self, changes: &Map) -> Result<(), Error> {
@@ -172,6 +201,7 @@ impl Qcow2 {
         if wanted.version < old.version {
             self.check_downgrade(wanted.size.unwrap_or(self.size())).await?;
         }
+        header_steps::check(&old, wanted.applied_to(&old))?;
         if wanted.version > old.version {
             self.complete_snapshots().await.map_err(failed)?;
         }
@@ -212,49 +242,10 @@ impl Qcow2 {
     /// Writes the header that all this comes to, durably.
     async fn rewrite_header(&self, wanted: &Wanted) -> Result<(), Error> {
         let file = self.file();
-        let mut new = super::open::read_header(&file).await?;
-        let old = new.clone();
-        new.version = wanted.version;
-        if let Some(lazy) = wanted.lazy_refcounts {
-            new.compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
-        }
-        if wanted.data_file_raw == Some(false) {
-            new.autoclear -= Autoclear::RAW_DATA_FILE;
-        }
-        if let Some(name) = &wanted.data_file {
-            new.extensions.retain(|extension| !matches!(extension, Extension::DataFile(_)));
-            if !name.is_empty() {
-                new.extensions.push(Extension::DataFile(bytes::bytes_of(name).into_owned()));
-            }
-        }
-        let is_names = |extension: &Extension| matches!(extension, Extension::FeatureNames(_));
-        if new.version < 3 {
-            new.compatible = Compatible::empty();
-            new.autoclear = Autoclear::empty();
-            new.incompatible = Incompatible::empty();
-            new.compression = Compression::Zlib;
-            new.extensions.retain(|extension| !is_names(extension));
-        } else if old.version < 3 && new.cluster_bits > extensions::FEATURE_NAMES_MIN_CLUSTER_BITS {
-            new.extensions.push(extensions::feature_names());
-        }
-        if new == old {
-            return Ok(());
-        }
-        let failed = |errno| Error::os("Failed to update the image header", errno);
-        // Where only fields change they are one write, which is done or not.
-        let steps = match new.version != old.version || new.extensions != old.extensions {
-            true => {
-                let size = self.geometry.cluster_size() as usize;
-                let mut disk = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM).map_err(failed)?;
-                read_padded(&file, 0, &disk.io_vec()).await.map_err(failed)?;
-                backing::steps(&old, &disk, &mut new)?
-            }
-            false => vec![(0, new.fields())],
-        };
-        for (at, bytes) in &steps {
-            let bytes = IoVec::from_ref(bytes);
-            file.write(*at, &bytes, WriteFlags::empty()).await.map_err(failed)?;
-            file.flush().await.map_err(failed)?;
+        let old = super::open::read_header(&file).await?;
+        let new = wanted.applied_to(&old);
+        if new != old {
+            header_cluster::rewrite(&file, &old, new).await?;
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ mod walk;
 use super::corrupt;
 use super::extensions::Extension;
 use super::header::{Autoclear, Header, Incompatible};
+use super::header_cluster;
 use super::layout::{Geometry, L1Entry, OFFSET_MASK};
 use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
 use crate::io::{Errno, IoResult, IoVec};
@@ -238,10 +239,9 @@ impl Check<'_> {
         {
             return Ok(());
         }
-        self.header.extensions.retain(|extension| !is_bitmaps(extension));
-        let cluster = self.header.encode()?;
-        write(self.file, 0, &cluster).await?;
-        self.file.flush().await.map_err(failed)
+        let new = header_cluster::with_bitmaps(&self.header, None);
+        self.header = header_cluster::rewrite(self.file, &self.header, new).await?;
+        Ok(())
     }
 
     /// Compares what is counted in the image with what there is, and repairs what `fix` names.
@@ -308,8 +308,7 @@ impl Check<'_> {
         // Version 2 cannot say it.
         if is_repair && self.header.version >= 3 {
             self.header.incompatible |= Incompatible::CORRUPT;
-            write(self.file, 0, &self.header.fields()).await?;
-            self.file.flush().await.map_err(failed)?;
+            header_cluster::write_fields(self.file, &self.header).await.map_err(failed)?;
         }
         Ok(())
     }
@@ -424,8 +423,7 @@ impl Check<'_> {
         self.file.flush().await.map_err(failed)?;
         if self.report.corruptions == 0 && self.header.incompatible.intersects(bad) {
             self.header.incompatible -= bad;
-            write(self.file, 0, &self.header.fields()).await?;
-            self.file.flush().await.map_err(failed)?;
+            header_cluster::write_fields(self.file, &self.header).await.map_err(failed)?;
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ const DATA_FILE: u32 = 0x4441_5441;
 /// Longest name of a backing file's format, in bytes.
 const FORMAT_NAME_LIMIT: usize = 15;
 /// Of an entry in the feature name table: type, bit, name.
-const FEATURE_LEN: usize = 48;
+pub const FEATURE_LEN: usize = 48;
 
 /// One header extension.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,25 +61,48 @@ impl BitmapsPointer {
 }
 
 /// Reads the extensions in `area`: up to the one that says it is the last, or as many as there are.
+/// A feature name table that ends within an entry is left out: it is a [`filler`].
 ///
 /// # Errors
 /// In QEMU's words, when one does not fit into the area or has the wrong length.
 pub fn parse(mut area: &[u8]) -> Result<Vec<Extension>, Error> {
     let mut found = Vec::new();
-    while let Some((&kind, rest)) = area.split_first_chunk() {
-        let kind = u32::from_be_bytes(kind);
-        let Some((&len, rest)) = rest.split_first_chunk() else { break };
-        if kind == END {
-            break;
+    while let Some((kind, len, rest)) = split(area) {
+        let data = rest.get(..len).ok_or_else(|| Error::new("Header extension too large"))?;
+        if kind != FEATURE_NAMES || len.is_multiple_of(FEATURE_LEN) {
+            found.push(Extension::parse(kind, data)?);
         }
-        let too_large = || Error::new("Header extension too large");
-        let len = u32::from_be_bytes(len) as usize;
-        let data = rest.get(..len).ok_or_else(too_large)?;
-        found.push(Extension::parse(kind, data)?);
         // The last one's padding may be cut off.
         area = rest.get(len.next_multiple_of(8)..).unwrap_or_default();
     }
     Ok(found)
+}
+
+/// The first extension's kind, the length of its data in bytes, and what follows these two; none at
+/// the end.
+fn split(area: &[u8]) -> Option<(u32, usize, &[u8])> {
+    let (&kind, rest) = area.split_first_chunk()?;
+    let (&len, rest) = rest.split_first_chunk()?;
+    let kind = u32::from_be_bytes(kind);
+    (kind != END).then_some((kind, u32::from_be_bytes(len) as usize, rest))
+}
+
+/// The bytes at the start of `area` that [`parse`] looks at, the end mark among them.
+pub fn stored_len(area: &[u8]) -> usize {
+    let mut left = area;
+    while let Some((_, len, rest)) = split(left) {
+        left = rest.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    area.len() - left.len() + left.len().min(8)
+}
+
+/// The start of an extension that readers skip, and that is left out when the header is written
+/// again: a feature name table of `len` bytes that do not matter. Its length is none that a table can
+/// have.
+pub fn filler(len: usize) -> [u8; 8] {
+    debug_assert!(!len.is_multiple_of(FEATURE_LEN));
+    let (kind, len) = (FEATURE_NAMES.to_be_bytes(), (len as u32).to_be_bytes());
+    std::array::from_fn(|n| if n < 4 { kind[n] } else { len[n - 4] })
 }
 
 /// The extensions in the order that QEMU writes them, and the end mark.

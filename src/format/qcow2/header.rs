@@ -3,9 +3,8 @@
 //!
 //! Everything that leaves [`Header::parse`] is inside the limits of [`super::layout`]; whether
 //! tables lie inside the file is for whoever reads them. What we do not know is kept as it is:
-//! extensions, fields behind the known ones, compatible bits. The rule for writing: a table that
-//! moved, or a bit that changed, is one write of [`Header::fields`], which never crosses a sector;
-//! the whole cluster ([`Header::encode`]) is rewritten only when extensions or names change.
+//! extensions, fields behind the known ones, compatible bits. `header_cluster` says how a header is
+//! changed; [`Header::encode`] is for new images.
 
 use super::extensions::{self, Extension};
 use super::layout::{self, Geometry};
@@ -410,95 +409,85 @@ impl Header {
     /// file's name.
     ///
     /// # Errors
-    /// ENOSPC when all that does not fit into the cluster; EINVAL when the name is too long for any.
+    /// As [`Header::place`].
     pub fn encode(&mut self) -> Result<Vec<u8>, Error> {
-        self.encode_with(self.full_length(), 0)
+        self.place(0)?;
+        let mut out = vec![0; 1 << self.cluster_bits];
+        for (at, bytes) in self.parts() {
+            out[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        Ok(out)
+    }
+
+    /// Gives everything its place: the extensions behind all fields that are known, and the name
+    /// behind the extensions, at `least` so many bytes into the cluster.
+    ///
+    /// # Errors
+    /// ENOSPC when all that does not fit into the cluster; EINVAL when the name is too long for any.
+    pub fn place(&mut self, least: usize) -> Result<(), Error> {
+        let start = self.full_length();
+        self.place_name(start, (start + extensions::encode(&self.extensions).len()).max(least))
+    }
+
+    /// Gives the name its place: `at` bytes into the cluster. The structure has `header_length` bytes.
+    ///
+    /// # Errors
+    /// As [`Header::place`].
+    pub fn place_name(&mut self, header_length: usize, at: usize) -> Result<(), Error> {
+        use crate::io::Errno;
+        let name = self.backing_file.as_deref().unwrap_or_default();
+        if name.len() > BACKING_NAME_LIMIT {
+            return Err(Error::new("Backing file name too long").with_errno(Errno(libc::EINVAL)));
+        }
+        if at + name.len() > 1 << self.cluster_bits {
+            return Err(
+                Error::new("qcow2 header exceeds cluster size").with_errno(Errno(libc::ENOSPC))
+            );
+        }
+        self.backing_file_offset = if name.is_empty() { 0 } else { at as u64 };
+        self.header_length = header_length as u32;
+        Ok(())
+    }
+
+    /// Everything lies where it does in `other`.
+    pub fn take_places(&mut self, other: &Header) {
+        self.backing_file_offset = other.backing_file_offset;
+        self.header_length = other.header_length;
     }
 
     /// Of the structure with all fields that are known, in bytes.
-    fn full_length(&self) -> usize {
+    pub fn full_length(&self) -> usize {
         match self.version {
             2 => V2_LEN,
             _ => KNOWN_LEN + self.unknown_fields.len(),
         }
     }
 
-    /// The same, but all that can stays where it is. The name does, or goes behind that place if the
-    /// extensions reach so far: so that it is never written over before the header names another
-    /// place. Where the cluster has no room for that, it goes behind the extensions.
-    ///
-    /// # Errors
-    /// As [`Header::encode`].
-    pub fn encode_keeping_name(&mut self) -> Result<Vec<u8>, Error> {
-        let range = self.name_range();
-        let end = self.header_length as usize + extensions::encode(&self.extensions).len();
-        let behind = end > range.start;
-        let least = if behind { range.end.next_multiple_of(8) } else { range.start };
-        if least + range.len() > 1 << self.cluster_bits {
-            return self.encode();
-        }
-        self.encode_with(self.header_length as usize, least)
-    }
-
-    /// Says that the name lies `at` bytes into the cluster.
-    pub fn set_name_place(&mut self, at: usize) {
-        self.backing_file_offset = at as u64;
-    }
-
-    /// Makes the name's place that of `other`.
-    pub fn move_name(&mut self, other: &Header) {
-        self.backing_file_offset = other.backing_file_offset;
-    }
-
-    fn encode_with(&mut self, header_length: usize, least: usize) -> Result<Vec<u8>, Error> {
-        use crate::io::Errno;
-        let cluster_size = 1 << self.cluster_bits;
-        let name = self.backing_file.as_deref().unwrap_or_default();
-        if name.len() > BACKING_NAME_LIMIT {
-            return Err(Error::new("Backing file name too long").with_errno(Errno(libc::EINVAL)));
-        }
-        let extensions = extensions::encode(&self.extensions);
-        let name_offset = (header_length + extensions.len()).max(least);
-        if name_offset + name.len() > cluster_size {
-            return Err(
-                Error::new("qcow2 header exceeds cluster size").with_errno(Errno(libc::ENOSPC))
-            );
-        }
-        self.header_length = header_length as u32;
-        self.backing_file_offset = if name.is_empty() { 0 } else { name_offset as u64 };
+    /// The structure: all fields, also those that we do not know.
+    pub fn structure(&self) -> Vec<u8> {
         let mut out = self.fields();
         if self.version >= 3 {
             out.extend(self.unknown_fields.iter().skip(FIXED_LEN - KNOWN_LEN));
         }
-        out.extend(extensions);
-        out.resize(name_offset.max(out.len()), 0);
-        out.extend(self.backing_file.as_deref().unwrap_or_default());
-        out.resize(cluster_size, 0);
-        Ok(out)
+        out
     }
-}
 
-impl Header {
+    /// What is where in the cluster: the structure with the extensions, and the backing file's name.
+    pub fn parts(&self) -> [(usize, Vec<u8>); 2] {
+        let extensions = extensions::encode(&self.extensions);
+        let name = self.backing_file.clone().unwrap_or_default();
+        [(0, [self.structure(), extensions].concat()), (self.name_range().start, name)]
+    }
+
     /// Where the backing file's name is stored, in bytes; empty if there is none.
     pub fn name_range(&self) -> std::ops::Range<usize> {
         let (at, name) = (self.backing_file_offset as usize, self.backing_file.as_deref());
         at..at + name.map_or(0, <[u8]>::len)
     }
 
-    /// Where the extensions are stored, in bytes.
-    pub fn extensions_range(&self) -> std::ops::Range<usize> {
-        let start = self.header_length as usize;
-        start..start + extensions::encode(&self.extensions).len()
-    }
-
-    /// As [`Header::encode`], the backing file's name at `at`, behind the extensions.
-    pub fn encode_with_name_at(&mut self, at: usize) -> Result<Vec<u8>, Error> {
-        let bytes = self.encode_with(self.full_length(), at)?;
-        match self.name_range() {
-            name if name.is_empty() || name.start == at => Ok(bytes),
-            _ => Err(Error::new("qcow2 header exceeds cluster size")
-                .with_errno(crate::io::Errno(libc::ENOSPC))),
-        }
+    /// Where the extensions end in `cluster`, which this header was read from, in bytes.
+    pub fn extensions_end(&self, cluster: &[u8]) -> usize {
+        self.header_length as usize + extensions::stored_len(self.extension_area(cluster))
     }
 }
 

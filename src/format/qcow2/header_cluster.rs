@@ -1,109 +1,166 @@
-//! Changes of what follows the header's fields: extensions, and with them the place of the backing
-//! file's name.
+//! The one writer of an image's header.
 //!
-//! That may be more than the one sector that a crash leaves old or new. So what would make no sense
-//! half-written is not looked at meanwhile: the autoclear bit, which says that the bitmaps extension
-//! can be trusted, is taken back first and set by the last write, which is of the first sector. In
-//! between, sectors are written from the last to the second, so that the end mark is there before
-//! what it ends, and a name that has to move is copied before the header points to the copy.
+//! A crash keeps any of the sectors that were written since the last flush. So the header changes in
+//! [steps](super::header_steps), and the rule for each is:
+//!
+//! * First the sectors behind the first are written, but nothing that the header on disk relies on: its
+//!   extensions and the backing file's name stay as they are, where they are.
+//! * When these are durable, one sector is written, which makes the new header the one that holds:
+//!   the first, or the only one in which the two differ. It is durable before anything else happens.
+//! * So after a crash there is one of the two, whole. A header between the wanted one and the one that
+//!   was there has the backing file and the extensions of either, but may lack the feature names.
+//! * What cannot change by such steps, because the cluster has no room for them, is refused before
+//!   anything is written.
+//!
+//! Fields that change alone are in the first sector, and are one write.
 
 use super::Qcow2;
 use super::extensions::{BitmapsPointer, Extension};
 use super::header::{Autoclear, Header};
+use super::header_steps::{Sector, Step, steps};
 use super::order::LockGuard;
 use super::read::read_padded;
 use super::standing::OnDisk;
-use crate::block::{Error, WriteFlags};
+use crate::block::{Error, Node, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
-use std::ops::Range;
 
-const SECTOR: usize = 512;
+fn failed(errno: Errno) -> Error {
+    Error::os("Failed to update the header", errno)
+}
+
+/// Changes the header in `file` from `old` to `new`, durably; gives it with all in its place. Nobody has
+/// the image open for writing, or it is not written any more.
+///
+/// # Errors
+/// There is no room for the change, or I/O failed. The header is sound then.
+pub(super) async fn rewrite(file: &Node, old: &Header, new: Header) -> Result<Header, Error> {
+    let disk = read_cluster(file, old).await.map_err(failed)?;
+    let mut reached = old.clone();
+    for Step { header, rest, switch } in steps(old, &disk, new)? {
+        write_durably(file, &rest).await.map_err(failed)?;
+        write_durably(file, &[switch]).await.map_err(failed)?;
+        reached = header;
+    }
+    Ok(reached)
+}
+
+/// Writes the fields of a header of which nothing else has changed, durably.
+pub(super) async fn write_fields(file: &Node, header: &Header) -> IoResult {
+    write_durably(file, &[(0, header.fields())]).await
+}
+
+async fn read_cluster(file: &Node, header: &Header) -> IoResult<AlignedBuf> {
+    let mut cluster = AlignedBuf::new(1 << header.cluster_bits, 4096).ok_or(Errno::ENOMEM)?;
+    read_padded(file, 0, &cluster.io_vec()).await?;
+    Ok(cluster)
+}
+
+/// Writes sectors side by side, and sees to it that they are durable.
+async fn write_durably(file: &Node, sectors: &[Sector]) -> IoResult {
+    if sectors.is_empty() {
+        return Ok(());
+    }
+    for (at, bytes) in sectors {
+        file.write(*at, &IoVec::from_ref(bytes), WriteFlags::empty()).await?;
+    }
+    file.flush().await
+}
 
 impl Qcow2 {
     /// Names another bitmap directory in the header, durably, or none. What the new one needs is
     /// durable.
     pub(super) async fn name_bitmaps(&self, pointer: Option<BitmapsPointer>) -> Result<(), Error> {
         let mut header = self.header.lock().await;
-        let mut new = header.clone();
-        let old = new.extensions.iter().position(|one| matches!(one, Extension::Bitmaps(_)));
-        match (pointer, old) {
-            (Some(pointer), Some(old)) => new.extensions[old] = Extension::Bitmaps(pointer),
-            (Some(pointer), None) => new.extensions.push(Extension::Bitmaps(pointer)),
-            (None, Some(old)) => drop(new.extensions.remove(old)),
-            (None, None) => {}
-        }
-        new.autoclear.set(Autoclear::BITMAPS, pointer.is_some());
-        self.write_cluster(&mut header, new).await
+        let new = with_bitmaps(&header, pointer);
+        self.change_cluster(&mut header, new).await
     }
 
-    /// Writes the first cluster as `new` has it.
-    async fn write_cluster(
+    /// Changes the header, durably, also what follows its fields. `current` is what the lock guards.
+    ///
+    /// # Errors
+    /// There is no room for the change, or I/O failed: then a header between the two may hold, in
+    /// memory as on the disk.
+    pub(super) async fn change_cluster(
         &self,
-        header: &mut LockGuard<'_, Header>,
-        mut new: Header,
+        current: &mut LockGuard<'_, Header>,
+        new: Header,
     ) -> Result<(), Error> {
-        let failed = |errno| Error::os("Failed to update the header", errno);
-        if self.header_state.get() == OnDisk::Lost {
-            return Err(failed(Errno::EIO));
+        if self.header_state.get() == OnDisk::InDoubt {
+            let same = current.clone();
+            self.write_header(current, same).await.map_err(failed)?;
         }
-        let size = self.geometry.cluster_size() as usize;
-        let mut old = AlignedBuf::new(size, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
-        read_padded(&self.file(), 0, &old.io_vec()).await.map_err(failed)?;
-        let bytes = new.encode_keeping_name()?;
-        let sectors = || (0..size).step_by(SECTOR).map(|at| at..at + SECTOR);
-        let changed: Vec<_> = sectors().filter(|at| old[at.clone()] != bytes[at.clone()]).collect();
-        if changed.len() > 1 {
-            let tail = &changed[usize::from(changed[0].start == 0)..];
-            self.write_tail(header, &new, &bytes, tail).await.map_err(failed)?;
-        }
-        // The first sector, or the only one that differs.
-        if let Some(last) = changed.first() {
-            let at = if changed.len() > 1 { 0..SECTOR } else { last.clone() };
-            // If it fails, the fields are written again as they are now.
-            let has_fields = at.start == 0;
-            if has_fields {
-                self.header_state.set(OnDisk::InDoubt);
-            }
-            self.write_part(&bytes, at).await.map_err(failed)?;
-            if has_fields {
-                self.header_state.set(OnDisk::Same);
-            }
-        }
-        self.show_header(header, new);
-        Ok(())
-    }
-
-    /// Writes the sectors behind the first, none of which the header relies on meanwhile.
-    async fn write_tail(
-        &self,
-        header: &mut LockGuard<'_, Header>,
-        new: &Header,
-        bytes: &[u8],
-        tail: &[Range<usize>],
-    ) -> IoResult {
-        if header.autoclear.contains(Autoclear::BITMAPS) {
-            let mut distrusted = (**header).clone();
-            distrusted.autoclear -= Autoclear::BITMAPS;
-            self.write_header(header, distrusted).await?;
-        }
-        let name = new.name_range();
-        if name != header.name_range() {
-            // Nothing is there yet.
-            self.write_part(bytes, name).await?;
-            let mut moved = (**header).clone();
-            moved.move_name(new);
-            self.write_header(header, moved).await?;
-        }
-        for at in tail.iter().rev() {
-            self.write_part(bytes, at.clone()).await?;
-        }
-        Ok(())
-    }
-
-    async fn write_part(&self, bytes: &[u8], at: Range<usize>) -> IoResult {
         let file = self.file();
-        let start = at.start as u64;
-        file.write(start, &IoVec::from_ref(&bytes[at]), WriteFlags::empty()).await?;
-        file.flush().await
+        let disk = read_cluster(&file, current).await.map_err(failed)?;
+        for Step { header, rest, switch } in steps(current, &disk, new)? {
+            write_durably(&file, &rest).await.map_err(failed)?;
+            *self.header_switch.lock() = Some(switch);
+            self.write_header(current, header).await.map_err(failed)?;
+        }
+        Ok(())
     }
+
+    /// Writes changed fields of the header, durably. `current` is what the lock guards.
+    ///
+    /// When it fails the disk may have it or not: it holds in memory, and [`Self::settle_header`]
+    /// writes it again.
+    pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
+        let mut fields = new.fields();
+        self.header_state.set(OnDisk::InDoubt);
+        self.show_header(current, new);
+        let file = self.file();
+        let switch = self.header_switch.lock().clone();
+        match switch {
+            Some((0, mut sector)) => {
+                sector[..fields.len()].copy_from_slice(&fields);
+                fields = sector;
+            }
+            // It is the only one that changes, so the fields are right with it and without it.
+            Some(other) => write_durably(&file, &[other]).await?,
+            None => {}
+        }
+        write_durably(&file, &[(0, fields)]).await?;
+        *self.header_switch.lock() = None;
+        self.header_state.set(OnDisk::Same);
+        Ok(())
+    }
+
+    /// Sees to it that the disk has the header that is in memory.
+    pub(super) async fn settle_header(&self) -> IoResult {
+        if self.header_state.get() != OnDisk::InDoubt {
+            return Ok(());
+        }
+        let mut header = self.header.lock().await;
+        // Whoever had it may have written it meanwhile.
+        if self.header_state.get() != OnDisk::InDoubt {
+            return Ok(());
+        }
+        let same = header.clone();
+        self.write_header(&mut header, same).await
+    }
+
+    pub(super) fn show_header(&self, current: &mut Header, new: Header) {
+        // Whoever looks at a place that is noted asks the copy whether it is still so.
+        *self.header_copy.lock() = new.clone();
+        self.note_header(&new);
+        *current = new;
+    }
+
+    /// The header as it is on disk, but for what is being written.
+    pub(super) fn header_now(&self) -> Header {
+        self.header_copy.lock().clone()
+    }
+}
+
+/// The header with another pointer to bitmaps, or without.
+pub(super) fn with_bitmaps(header: &Header, pointer: Option<BitmapsPointer>) -> Header {
+    let mut new = header.clone();
+    let old = new.extensions.iter().position(|one| matches!(one, Extension::Bitmaps(_)));
+    match (pointer, old) {
+        (Some(pointer), Some(old)) => new.extensions[old] = Extension::Bitmaps(pointer),
+        (Some(pointer), None) => new.extensions.push(Extension::Bitmaps(pointer)),
+        (None, Some(old)) => drop(new.extensions.remove(old)),
+        (None, None) => {}
+    }
+    new.autoclear.set(Autoclear::BITMAPS, pointer.is_some());
+    new
 }

@@ -15,7 +15,8 @@
 //! | `bitmaps` | persistent dirty bitmaps: loaded, marked as in use, stored |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
-//! | `batch`, `tables`, `header_cluster` | entries, tables and the header on their way to the kernel |
+//! | `batch`, `tables` | entries and tables on their way to the kernel |
+//! | `header_cluster`, `header_steps` | the one writer of the header, and the order of its writes |
 //! | `journal` | entries that wait until what they show is durable |
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
@@ -44,6 +45,7 @@ mod freed;
 mod hand_over;
 pub mod header;
 mod header_cluster;
+mod header_steps;
 mod holes;
 mod in_place;
 pub mod info;
@@ -163,6 +165,8 @@ pub struct Qcow2 {
     /// What `header` guards, for those who only look.
     header_copy: Mutex<Header>,
     header_state: HeaderState,
+    /// While the header is in doubt: the whole sector to be written, if not only its fields change.
+    header_switch: Mutex<Option<header_steps::Sector>>,
     /// Held while an L1 entry changes.
     tables: Lock<()>,
     /// Held while a child grows.

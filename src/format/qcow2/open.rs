@@ -119,6 +119,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         file_align: node.traits().request_align.into(),
         header_copy: Mutex::new(header.clone()),
         header_state: Default::default(),
+        header_switch: Default::default(),
         header: Lock::new(header),
         tables: Lock::new(()),
         growing: Lock::new(()),

@@ -13,9 +13,6 @@ pub enum OnDisk {
     Same,
     /// That, or the one before: it is written again before anything relies on it.
     InDoubt,
-    /// Its whole cluster was being written anew, and that failed: a program that starts finds the old
-    /// one or the new one, and it stays as it is until then.
-    Lost,
 }
 
 /// Why nothing is written.
@@ -47,8 +44,7 @@ impl HeaderState {
     pub fn get(&self) -> OnDisk {
         match self.0.load(Ordering::SeqCst) {
             n if n == OnDisk::Same as u8 => OnDisk::Same,
-            n if n == OnDisk::InDoubt as u8 => OnDisk::InDoubt,
-            _ => OnDisk::Lost,
+            _ => OnDisk::InDoubt,
         }
     }
 

@@ -1,9 +1,9 @@
-//! Tables and the header, on their way to the disk: new L2 tables, those that a snapshot shares, a
-//! longer L1 table, the bits of the header that say what state the image is in.
+//! Tables on their way to the disk: new L2 tables, those that a snapshot shares, a longer L1 table;
+//! and what has to be there before the first write.
 
 use super::alloc::Run;
 use super::freed::Release;
-use super::header::{Autoclear, Header, Incompatible};
+use super::header::{Autoclear, Incompatible};
 use super::layout::{self, L1Entry};
 use super::overlap::Kinds;
 use super::read::read_padded;
@@ -137,50 +137,6 @@ impl Qcow2 {
             self.refcounts().await?.release(self, &[run]).await?;
         }
         Ok(())
-    }
-
-    /// The header as it is on disk, but for what is being written.
-    pub(super) fn header_now(&self) -> Header {
-        self.header_copy.lock().clone()
-    }
-
-    /// Writes changed fields of the header, durably. `current` is what the lock guards.
-    ///
-    /// When it fails the disk may have it or not: it holds in memory, and [`Self::settle_header`]
-    /// writes it again.
-    pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
-        if self.header_state.get() == OnDisk::Lost {
-            return Err(Errno::EIO);
-        }
-        let bytes = new.fields();
-        self.header_state.set(OnDisk::InDoubt);
-        self.show_header(current, new);
-        let file = self.file();
-        file.write(0, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        file.flush().await?;
-        self.header_state.set(OnDisk::Same);
-        Ok(())
-    }
-
-    /// Sees to it that the disk has the header that is in memory.
-    pub(super) async fn settle_header(&self) -> IoResult {
-        if self.header_state.get() != OnDisk::InDoubt {
-            return Ok(());
-        }
-        let mut header = self.header.lock().await;
-        // Whoever had it may have written it meanwhile.
-        if self.header_state.get() != OnDisk::InDoubt {
-            return Ok(());
-        }
-        let same = header.clone();
-        self.write_header(&mut header, same).await
-    }
-
-    pub(super) fn show_header(&self, current: &mut Header, new: Header) {
-        // Whoever looks at a place that is noted asks the copy whether it is still so.
-        *self.header_copy.lock() = new.clone();
-        self.note_header(&new);
-        *current = new;
     }
 
     /// What has to be on disk before the first write: that promises of others are not kept, that

@@ -1,9 +1,11 @@
 //! Metadata that could not be written: what is counted on afterwards reaches the disk before
 //! anything that relies on it.
 
+use super::consistency;
 use super::sim::{Image, below, check, disk, image};
 use crate::disks::{open_holding, seed, simulated};
 use vublk::block::*;
+use vublk::format::qcow2::header::Header;
 use vublk::io::sim::Disorder;
 use vublk::io::{Errno, IoVec};
 use vublk::protocol::sim::{Effect, Fault, Kinds};
@@ -160,4 +162,41 @@ fn what_many_tables_that_could_not_be_written_have_stopped_goes_on_without_a_flu
         assert!(kept == found, "seed {seed}");
         check(&lower.bytes(), false).unwrap();
     }
+}
+
+#[test]
+fn a_header_that_could_not_be_written_is_the_old_one_or_the_new_one_and_can_be_changed_again() {
+    let (old, new) = ("a".repeat(500), "b".repeat(700));
+    let create = format!("cluster_size=64k,backing_fmt=raw,backing_file={old}");
+    let bytes = image(LEN, &create);
+    let name = |bytes: &[u8]| {
+        let header = Header::parse(&bytes[..1 << 16]).unwrap();
+        String::from_utf8(header.backing_file.unwrap()).unwrap()
+    };
+    let mut failures = 0;
+    for spare in 0..8 {
+        let (lower, options) = disk(&bytes, 4 << 20, |_| ());
+        let (_, base) = disk(&vec![0; LEN as usize], LEN, |_| ());
+        let options = format!("driver=qcow2{}{}", below("file", &options), below("backing", &base));
+        let (faulty, was, wanted) = (lower.clone(), old.clone(), new.clone());
+        failures += simulated(Disorder::wild(spare), move |_| async move {
+            let image = Image::open(&options).await;
+            let driver = image.node.driver().image().unwrap();
+            let fault = Fault::new(Kinds::WRITE, Effect::Fail(Errno::EIO));
+            faulty.inject(fault.within(0..1 << 16).after(spare).once());
+            let failed = driver.set_backing(Some(&wanted), Some("raw")).await.is_err();
+            assert!([&was, &wanted].contains(&&name(&faulty.bytes())), "write {spare}");
+            // Whatever relies on the header comes after it.
+            let data = [7; 512];
+            image.node.write(0, &IoVec::from_ref(&data), WriteFlags::empty()).await.unwrap();
+            let found = name(&faulty.bytes());
+            assert_eq!(driver.info().backing_filename.as_deref(), Some(&*found), "write {spare}");
+            driver.set_backing(Some(&wanted), Some("raw")).await.unwrap();
+            image.close().await;
+            u32::from(failed)
+        });
+        assert_eq!(name(&lower.bytes()), new);
+        consistency::check(&lower.bytes(), false).unwrap();
+    }
+    assert!(failures > 0, "no write of the header failed");
 }

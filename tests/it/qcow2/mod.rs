@@ -8,6 +8,7 @@ mod damaged;
 mod failing;
 mod fast_writes;
 mod full;
+mod header_crash;
 mod images;
 mod journal;
 mod judge;

@@ -60,7 +60,7 @@ pub fn image(len: u64, create: &str) -> Vec<u8> {
     let create = &*create.replace(DATA, &data);
     let path = dir.path().join("image");
     let mut command = Command::new("qemu-img");
-    command.args(["create", "-q", "-f", "qcow2"]);
+    command.args(["create", "-q", "-u", "-f", "qcow2"]);
     if !create.is_empty() {
         command.args(["-o", create]);
     }

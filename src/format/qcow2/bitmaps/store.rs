@@ -6,6 +6,9 @@ use crate::block::{Bitmap, BitmapStore, Bitmaps, Error, Event, LocalFuture, Writ
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::{Claim, Run, Taken};
 use crate::format::qcow2::extensions::BitmapsPointer;
+use crate::format::qcow2::hand_over::has_bitmaps;
+use crate::format::qcow2::header_cluster::with_bitmaps;
+use crate::format::qcow2::header_steps;
 use crate::format::qcow2::layout;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::Arc;
@@ -254,6 +257,18 @@ impl Qcow2 {
         self.change_directory(&mut stored, entries, Vec::new()).await.map_err(|e| e.at(at))
     }
 
+    /// Whether the header can point to a bitmap directory.
+    fn check_pointer(&self) -> Result<(), Error> {
+        let header = self.header_now();
+        match has_bitmaps(&header) {
+            true => Ok(()),
+            false => {
+                let pointer = Some(BitmapsPointer::new(1, 0, 0));
+                header_steps::check(&header, with_bitmaps(&header, pointer))
+            }
+        }
+    }
+
     /// What stands between a bitmap and its place in the image, if something does.
     fn refusal(&self, name: &str, granularity: u64) -> Option<String> {
         let bits = self.size().div_ceil(granularity);
@@ -275,6 +290,8 @@ impl Qcow2 {
             "Too much space will be occupied by the bitmap. Use larger granularity".to_owned()
         } else if persistent >= layout::MAX_BITMAPS as usize {
             "Maximum number of persistent bitmaps is already reached".to_owned()
+        } else if let Err(error) = self.check_pointer() {
+            error.to_string()
         } else {
             return None;
         };

@@ -6,6 +6,7 @@
 use super::refcounts::Refcounts;
 use super::{Check, failed, write};
 use crate::block::{Error, Fix};
+use crate::format::qcow2::header_cluster;
 use crate::format::qcow2::snapshots::Snapshot;
 
 impl Check<'_> {
@@ -59,8 +60,7 @@ impl Check<'_> {
         self.file.flush().await.map_err(failed)?;
         let gone = self.header.snapshots_offset >> bits;
         self.header.snapshots_offset = first << bits;
-        write(self.file, 0, &self.header.fields()).await?;
-        self.file.flush().await.map_err(failed)?;
+        header_cluster::write_fields(self.file, &self.header).await.map_err(failed)?;
         for cluster in gone..gone + self.geometry.clusters(old.bytes) {
             let left = references.get(cluster).saturating_sub(1);
             refcounts.set(self.file, cluster..cluster + 1, left).await?;

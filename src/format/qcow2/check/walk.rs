@@ -6,6 +6,7 @@ use crate::block::{Error, Fix, Preallocation};
 use crate::format::qcow2::bitmaps;
 use crate::format::qcow2::extensions::Extension;
 use crate::format::qcow2::header::Autoclear;
+use crate::format::qcow2::header_cluster;
 use crate::format::qcow2::layout;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry, OFFSET_MASK, REFTABLE_OFFSET_MASK};
 use crate::format::qcow2::snapshots::{Snapshot, Table};
@@ -410,7 +411,6 @@ impl Check<'_> {
         self.file.flush().await.map_err(failed)?;
         self.header.refcount_table_offset = table << bits;
         self.header.refcount_table_clusters = table_clusters as u32;
-        write(self.file, 0, &self.header.fields()).await?;
-        self.file.flush().await.map_err(failed)
+        header_cluster::write_fields(self.file, &self.header).await.map_err(failed)
     }
 }
