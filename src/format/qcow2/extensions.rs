@@ -61,21 +61,26 @@ impl BitmapsPointer {
 }
 
 /// Reads the extensions in `area`: up to the one that says it is the last, or as many as there are.
-/// A feature name table that ends within an entry is left out: it is a [`filler`].
 ///
 /// # Errors
 /// In QEMU's words, when one does not fit into the area or has the wrong length.
-pub fn parse(mut area: &[u8]) -> Result<Vec<Extension>, Error> {
+pub fn parse(area: &[u8]) -> Result<Vec<Extension>, Error> {
     let mut found = Vec::new();
+    parse_into(&mut found, area)?;
+    Ok(found)
+}
+
+/// As [`parse`]; before an error, `found` gets the extensions that make sense.
+pub fn parse_into(found: &mut Vec<Extension>, mut area: &[u8]) -> Result<(), Error> {
+    let too_large = || Error::new("Header extension too large");
     while let Some((kind, len, rest)) = split(area) {
-        let data = rest.get(..len).ok_or_else(|| Error::new("Header extension too large"))?;
-        if kind != FEATURE_NAMES || len.is_multiple_of(FEATURE_LEN) {
-            found.push(Extension::parse(kind, data)?);
-        }
+        let data = rest.get(..len).ok_or_else(too_large)?;
+        found.push(Extension::parse(kind, data)?);
         // The last one's padding may be cut off.
         area = rest.get(len.next_multiple_of(8)..).unwrap_or_default();
     }
-    Ok(found)
+    // Not even a kind and a length fit.
+    if (1..8).contains(&area.len()) { Err(too_large()) } else { Ok(()) }
 }
 
 /// The first extension's kind, the length of its data in bytes, and what follows these two; none at
@@ -97,17 +102,16 @@ pub fn stored_len(area: &[u8]) -> usize {
 }
 
 /// The start of an extension that readers skip, and that is left out when the header is written
-/// again: a feature name table of `len` bytes that do not matter. Its length is none that a table can
-/// have.
+/// again: a feature name table of `len` bytes that do not matter, which ends within an entry.
 pub fn filler(len: usize) -> [u8; 8] {
     debug_assert!(!len.is_multiple_of(FEATURE_LEN));
     let (kind, len) = (FEATURE_NAMES.to_be_bytes(), (len as u32).to_be_bytes());
     std::array::from_fn(|n| if n < 4 { kind[n] } else { len[n - 4] })
 }
 
-/// The extensions in the order that QEMU writes them, and the end mark.
+/// The extensions in the order that QEMU writes them, and the end mark. A [`filler`] is left out.
 pub fn encode(extensions: &[Extension]) -> Vec<u8> {
-    let mut sorted: Vec<_> = extensions.iter().collect();
+    let mut sorted: Vec<_> = extensions.iter().filter(|one| !one.is_filler()).collect();
     sorted.sort_by_key(|extension| extension.rank());
     let mut out = Vec::new();
     for extension in sorted {
@@ -174,6 +178,11 @@ impl Extension {
         }
     }
 
+    /// Whether it is a table of feature names that ends within an entry.
+    pub fn is_filler(&self) -> bool {
+        matches!(self, Extension::FeatureNames(table) if !table.len().is_multiple_of(FEATURE_LEN))
+    }
+
     fn rank(&self) -> u32 {
         match self {
             Extension::BackingFormat(_) => 0,
@@ -233,25 +242,41 @@ impl BitmapsPointer {
     }
 }
 
-/// The names of the bits in `mask`, of the incompatible features, as the image's own table has
-/// them; what it does not name, as one number.
-pub fn incompatible_feature_names(extensions: &[Extension], mut mask: u64) -> String {
-    let table = extensions.iter().find_map(|extension| match extension {
+/// What a program must do that does not know a feature's bit; the number stands for it in tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeatureKind {
+    Incompatible = 0,
+    Compatible = 1,
+    Autoclear = 2,
+}
+
+/// The names of the bits in `mask`, of features of one kind, as the image's own table has them; what
+/// it does not name, as one number. Of several tables the last one counts.
+pub fn names_of(extensions: &[Extension], kind: FeatureKind, mut mask: u64) -> String {
+    let table = extensions.iter().rev().find_map(|extension| match extension {
         Extension::FeatureNames(table) => Some(&table[..]),
         _ => None,
     });
     let mut names = Vec::new();
-    for entry in table.unwrap_or_default().chunks_exact(FEATURE_LEN) {
-        let bit = 1u64.checked_shl(entry[1].into()).unwrap_or(0);
-        if entry[0] != 0 || mask & bit == 0 {
+    // The last entry may be cut off.
+    for entry in table.unwrap_or_default().chunks(FEATURE_LEN) {
+        let [of, bit, name @ ..] = entry else { break };
+        // There are no bits beyond 63.
+        let bit = 1u64.checked_shl((*bit).into()).unwrap_or(0);
+        let name = until_nul(name);
+        if *of != kind as u8 || mask & bit == 0 || name.is_empty() {
             continue;
         }
         mask &= !bit;
-        let name = until_nul(&entry[2..]);
         names.push(String::from_utf8_lossy(name).escape_debug().to_string());
     }
     if mask != 0 {
-        names.push(format!("Unknown incompatible feature: {mask:x}"));
+        let kind = match kind {
+            FeatureKind::Incompatible => "incompatible",
+            FeatureKind::Compatible => "compatible",
+            FeatureKind::Autoclear => "autoclear",
+        };
+        names.push(format!("Unknown {kind} feature: {mask:x}"));
     }
     names.join(", ")
 }
@@ -261,21 +286,24 @@ pub const FEATURE_NAMES_MIN_CLUSTER_BITS: u32 = 12;
 
 /// The feature name table as QEMU 7.2 writes it.
 pub fn feature_names() -> Extension {
-    let bit = |mask: Incompatible| mask.bits().trailing_zeros() as u8;
+    use FeatureKind::{Autoclear, Compatible};
+    let known = |mask: Incompatible, name| {
+        (FeatureKind::Incompatible, mask.bits().trailing_zeros() as u8, name)
+    };
     let features = [
-        (0, bit(Incompatible::DIRTY), "dirty bit"),
-        (0, bit(Incompatible::CORRUPT), "corrupt bit"),
-        (0, bit(Incompatible::DATA_FILE), "external data file"),
-        (0, bit(Incompatible::COMPRESSION), "compression type"),
-        (0, bit(Incompatible::EXTENDED_L2), "extended L2 entries"),
-        (1, 0, "lazy refcounts"),
-        (2, 0, "bitmaps"),
-        (2, 1, "raw external data"),
+        known(Incompatible::DIRTY, "dirty bit"),
+        known(Incompatible::CORRUPT, "corrupt bit"),
+        known(Incompatible::DATA_FILE, "external data file"),
+        known(Incompatible::COMPRESSION, "compression type"),
+        known(Incompatible::EXTENDED_L2, "extended L2 entries"),
+        (Compatible, 0, "lazy refcounts"),
+        (Autoclear, 0, "bitmaps"),
+        (Autoclear, 1, "raw external data"),
     ];
     let mut table = Vec::with_capacity(features.len() * FEATURE_LEN);
     for (kind, bit, name) in features {
         let end = table.len() + FEATURE_LEN;
-        table.extend([kind, bit]);
+        table.extend([kind as u8, bit]);
         table.extend(name.as_bytes());
         table.resize(end, 0);
     }

@@ -61,6 +61,9 @@ impl Qcow2 {
                 "the image has another layout or backing file than when it was opened",
             ));
         }
+        if self.is_writable {
+            open::clear_unknown(&self.name, &file, &mut header).await?;
+        }
         self.l1.replace(&open::load_l1(&file, &header).await?);
         self.l2.forget(|_| true);
         if let Some(counts) = &self.counts {

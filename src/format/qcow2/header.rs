@@ -6,7 +6,7 @@
 //! extensions, fields behind the known ones, compatible bits. `header_cluster` says how a header is
 //! changed; [`Header::encode`] is for new images.
 
-use super::extensions::{self, Extension};
+use super::extensions::{self, Extension, FeatureKind};
 use super::layout::{self, Geometry};
 use crate::block::Error;
 use crate::options::bytes::until_nul;
@@ -187,8 +187,8 @@ impl Header {
         if header.backing_file_offset > cluster.len() as u64 {
             return Err(Error::new("Invalid backing file offset"));
         }
-        header.check_features(cluster)?;
         header.check_compression(head[104])?;
+        header.check_features(cluster)?;
         header.check_tables()?;
         let area = header.extension_area(cluster);
         header.extensions = extensions::parse(area)?;
@@ -252,8 +252,9 @@ impl Header {
             return Ok(());
         }
         // Who made the image may have left names, even if not all of the header makes sense to us.
-        let known = extensions::parse(self.extension_area(cluster)).unwrap_or_default();
-        let names = extensions::incompatible_feature_names(&known, unknown);
+        let mut known = Vec::new();
+        let _ = extensions::parse_into(&mut known, self.extension_area(cluster));
+        let names = extensions::names_of(&known, FeatureKind::Incompatible, unknown);
         Err(Error::new(format!("Unsupported qcow2 feature(s): {names}")))
     }
 

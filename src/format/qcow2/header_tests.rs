@@ -146,6 +146,21 @@ fn wrong_headers_are_refused_in_qemus_words() {
         &[(100, &w(65544))],
         &[(72, &q(1 << 5 | 1 << 63))],
         &[(72, &q(1 << 5 | 1 << 40)), (0x70, &feature_table)],
+        // Names of other kinds of features, none, the first of two, cut off, in the last table.
+        &[(72, &q(1 << 63)), (0x78, b"\x01\x3fname\0")],
+        &[(72, &q(1 << 63)), (0x78, b"\x02\x3fname\0")],
+        &[(72, &q(1 << 63 | 1 << 5)), (0x78, b"\x00\x3f\0")],
+        &[(72, &q(1 << 63)), (0x78, b"\0\x3fa\0"), (0xa8, b"\0\x3fb\0")],
+        &[(72, &q(1 << 63 | 1)), (0x78, b"\0\x00known\0")],
+        &[(72, &q(1 << 63)), (0x78, b"\0\x3faaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")],
+        &[(72, &q(1 << 63)), (0x74, &w(0x20)), (0x78, b"\0\x3fcut\0")],
+        &[
+            (72, &q(1 << 63 | 1 << 5)),
+            (0x74, &w(0x30)),
+            (0x78, b"\0\x3ffirst\0"),
+            (0xa8, b"\x68\x03\xf8\x57\0\0\0\x30\0\x05last\0"),
+        ],
+        &[(72, &q(!0))],
         &[(72, &q(8))],
         &[(104, &[1])],
         &[(104, &[2]), (72, &q(8))],
@@ -169,6 +184,15 @@ fn wrong_headers_are_refused_in_qemus_words() {
         &[(8, &q(65530)), (16, &w(100))],
         &[(0x74, &w(0x10000))],
         &[(0x74, &w(u32::MAX))],
+        &[(0x70, &w(0x1234_5678)), (0x74, &w(0xff78)), (0xfff0, &w(1)), (0xfff4, &w(9))],
+        &[(0x70, &w(0x1234_5678)), (0x74, &w(0xff80)), (0xfff8, &w(1)), (0xfffc, &w(1))],
+        &[(100, &w(0xfff8)), (0xfff8, &w(1)), (0xfffc, &w(8))],
+        // Behind the last extension there is no room for another, nor for an end mark.
+        &[(8, &q(0x71)), (16, &w(4))],
+        &[(8, &q(0x74)), (16, &w(4))],
+        &[(8, &q(0x77)), (16, &w(4)), (0x70, &w(0))],
+        &[(8, &q(0x7c)), (16, &w(4)), (0x70, &w(1)), (0x74, &w(0))],
+        &[(8, &q(0x1fd)), (16, &w(4)), (0x70, &w(1)), (0x74, &w(0x186))],
         &[(0x70, &w(0xe279_2aca)), (0x74, &w(16))],
         &[(0x70, &w(0x0537_be77)), (0x74, &w(16))],
         &[(0x70, &w(0x2385_2875)), (0x74, &w(16)), (88, &q(1))],
@@ -212,6 +236,9 @@ fn odd_headers_that_qemu_opens_open_here_too() {
         &[(8, &q(0x210)), (16, &w(0))],
         &[(0x74, &w(65536 - 0x78))],
         &[(0x74, &w(7))],
+        &[(8, &q(0x70)), (16, &w(4)), (0x70, b"name")],
+        &[(8, &q(0x1fd)), (16, &w(4)), (0x70, &w(1)), (0x74, &w(0x185)), (0x1fd, b"name")],
+        &[(0x70, &w(1)), (0x74, &w(0xff80)), (0xfff8, &w(1)), (0xfffc, &w(0))],
         &[(0x70, &w(0xe279_2aca)), (0x74, &w(15))],
         &[(80, &q(!0)), (88, &q(!0 << 2))],
     ];
@@ -265,4 +292,34 @@ fn a_header_that_does_not_fit_its_cluster_is_not_written() {
     header.cluster_bits = 16;
     header.backing_file = Some(vec![b'x'; 1024]);
     assert_eq!(header.encode().unwrap_err().errno().map(|e| e.0), Some(libc::EINVAL));
+}
+
+#[test]
+fn features_have_the_names_that_the_image_gives_them() {
+    use FeatureKind::*;
+    use extensions::names_of;
+    let entry = |kind: u8, bit: u8, name: &str| {
+        let mut entry = [&[kind, bit], name.as_bytes()].concat();
+        entry.resize(48, 0);
+        entry
+    };
+    let table = [
+        entry(0, 69, "there is no such bit"),
+        entry(0, 5, "five"),
+        entry(1, 5, "may be ignored"),
+        entry(2, 63, "ends"),
+        entry(2, 5, "ends, too"),
+        entry(3, 6, "another kind"),
+        entry(0, 255, "nor this one"),
+    ];
+    let known = [Extension::FeatureNames(table.concat())];
+    let mask = 1 << 63 | 1 << 6 | 1 << 5;
+    let rest = "Unknown incompatible feature: 8000000000000040";
+    assert_eq!(names_of(&known, Incompatible, mask), format!("five, {rest}"));
+    let rest = "Unknown compatible feature: 8000000000000040";
+    assert_eq!(names_of(&known, Compatible, mask), format!("may be ignored, {rest}"));
+    let rest = "Unknown autoclear feature: 40";
+    assert_eq!(names_of(&known, Autoclear, mask), format!("ends, ends, too, {rest}"));
+    assert_eq!(names_of(&[], Autoclear, 3), "Unknown autoclear feature: 3");
+    assert_eq!(names_of(&known, Autoclear, 0), "");
 }

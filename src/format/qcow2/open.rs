@@ -2,7 +2,7 @@
 
 use super::bitmaps::ImageBitmaps;
 use super::corrupt::Corruption;
-use super::extensions::Extension;
+use super::extensions::{self, Extension, FeatureKind};
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
 use super::journal::Journal;
 use super::l1::L1Table;
@@ -12,7 +12,7 @@ use super::order::Lock;
 use super::overlap::{Kinds, Overlaps};
 use super::read::read_padded;
 use super::refcounts::Refcounts;
-use super::{Qcow2, check, snapshots};
+use super::{Qcow2, check, header_cluster, snapshots};
 use crate::block::*;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Blocking, Errno, IoVec};
@@ -58,6 +58,9 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let l1 = L1Table::new(&load_l1(&node, &header).await?);
 
     let is_writable = is_writable(opening, &node, &header)?;
+    if is_writable && opening.is_active() && held.contains(Perm::WRITE) {
+        clear_unknown(opening.name(), &node, &mut header).await?;
+    }
     let lazy = lazy_refcounts(&options.lazy_refcounts, &header)?;
     // A check reads them itself, and may find that there are none.
     let counts = match is_writable && !for_check {
@@ -179,6 +182,24 @@ pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
     let repaired = check::check(file, Fix::All, &mut say).await;
     repaired.map_err(|error| error.at("Could not repair dirty image"))?;
     read_header(file).await
+}
+
+/// Takes back what the header promises of features that we do not know, durably, because whatever is
+/// written from now on may break it.
+pub(super) async fn clear_unknown(
+    name: &str,
+    file: &Node,
+    header: &mut Header,
+) -> Result<(), Error> {
+    let unknown = header.autoclear - Autoclear::KNOWN;
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let names = extensions::names_of(&header.extensions, FeatureKind::Autoclear, unknown.bits());
+    log::info!("{name}: qcow2: these features no longer hold: {names}");
+    header.autoclear -= unknown;
+    let written = header_cluster::write_fields(file, header).await;
+    written.map_err(|errno| Error::os("Failed to update the header", errno))
 }
 
 /// Refuses what nobody here can make sense of.

@@ -4,6 +4,7 @@ mod amend;
 mod check;
 mod check_lines;
 mod create;
+mod features;
 mod info;
 mod odd;
 
