@@ -221,7 +221,7 @@ impl Qcow2 {
         if wanted.version < old.version {
             self.expand_zeroes().await?;
         }
-        // Nor is anything written on the fast road any more.
+        // That ends fast writes, too.
         self.close_image().await.map_err(failed)?;
         // From here on the file is not as this node has it in memory.
         self.stopped.stop(Stop::ForGood);
