@@ -370,7 +370,7 @@ fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
                 align_ends(&mut mine, &wanted);
                 if rebuilds_beyond(&wanted) {
                     let left = check_theirs(&ours, Fix::Nothing).unwrap().lines;
-                    assert!(left.iter().all(|line| line.contains(PAST_END)), "{seed}: {left:?}");
+                    assert!(!left.iter().any(|line| line.contains("reference=")), "{left:?}");
                     continue 'images;
                 }
                 assert_eq!(mine, wanted, "VUBLK_SEED={seed} {fix:?}");
