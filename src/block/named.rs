@@ -140,13 +140,14 @@ impl Registry {
         if given.contains("filename") {
             return Ok(false);
         }
-        match (self.driver_in(given)?, given.get("file")) {
+        let below = ["file", "image"].iter().find_map(|role| given.get(role));
+        match (self.driver_in(given)?, below) {
             (Some(entry), _) if entry.kind == Kind::Protocol => {
                 let takes_path = entry.options.iter().any(|option| option.name == "filename");
                 Ok(takes_path && entry.read_name.is_none())
             }
             (_, None) => Ok(true),
-            (_, Some(Value::Map(file))) => self.wants_name(file),
+            (_, Some(Value::Map(below))) => self.wants_name(below),
             (_, Some(_)) => Ok(false),
         }
     }

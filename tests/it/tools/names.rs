@@ -153,6 +153,7 @@ fn what_is_given_for_a_data_file_is_merged_with_the_recorded_name() {
         "qemu-io -c 'open -o data-file.locking=off ext.qcow2' -c 'read -P 1 0 1M'",
         "qemu-io -c 'open -o data-file.driver=raw ext.qcow2' -c 'read -P 1 0 1M'",
         "qemu-io -c 'open -o data-file.filename=e.raw ext.qcow2' -c 'read -P 0 0 1M'",
+        "qemu-io -c 'open -o data-file.driver=blkdebug,data-file.image.driver=file,data-file.image.filename=e.raw ext.qcow2' -c 'read -P 0 0 1M'",
     ] {
         let ended = place.run(line);
         assert_eq!(ended.code, Some(0), "{line}: {ended:?}");
