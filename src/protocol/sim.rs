@@ -173,6 +173,11 @@ impl SimDisk {
         PUBLISHED.lock().insert(name.to_owned(), self.clone());
     }
 
+    /// Forgets the disk of a name; who has it open keeps it.
+    pub fn withdraw(name: &str) {
+        PUBLISHED.lock().remove(name);
+    }
+
     /// Adds a rule, behind those that there are.
     pub fn inject(&self, fault: Fault) {
         self.0.waits.fetch_or(fault.waits(), Ordering::SeqCst);

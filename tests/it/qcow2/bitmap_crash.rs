@@ -2,7 +2,7 @@
 //! is corrupt, and a bitmap that does not say itself that it is out of date is right.
 
 use super::judge::{orderly, sound};
-use super::sim::{Image, below, disk};
+use super::sim::{Image, below, disk, passing};
 use crate::disks::{crashes, open_holding, seed, simulated};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -119,7 +119,7 @@ async fn change(node: &Arc<Node>, rng: &mut fastrand::Rng) {
 type Contents = (Vec<u8>, Vec<(String, Option<Vec<bool>>)>);
 
 fn contents(state: &[u8], backing: &str) -> Contents {
-    let (_disk, options) = disk(state, state.len() as u64, |_| {});
+    let (_disk, options) = passing(state, state.len() as u64);
     let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
     simulated(orderly(), |_| async move {
         let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();

@@ -1,7 +1,7 @@
 //! What the crash suites do alike with the states that crashes leave.
 
 use super::consistency;
-use super::sim::{Image, below, check, disk};
+use super::sim::{Image, below, check, passing};
 use crate::disks::simulated;
 use std::borrow::Cow;
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub fn may_be_wrong(state: &[u8]) -> bool {
 
 /// The image after a repair.
 pub fn repair(state: &[u8]) -> Vec<u8> {
-    let (disk, options) = disk(state, state.len() as u64 + ROOM, |_| {});
+    let (disk, options) = passing(state, state.len() as u64 + ROOM);
     let options = format!("driver=qcow2{}", below("file", &options));
     simulated(orderly(), |_| async move {
         let image = Image::open(&options).await;

@@ -81,6 +81,33 @@ pub fn disk(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (Si
     (disk, format!("driver=sim,disk={name}"))
 }
 
+/// A disk that can be opened as long as this is held: one of thousands.
+pub struct Passing(SimDisk, String);
+
+impl std::ops::Deref for Passing {
+    type Target = SimDisk;
+
+    fn deref(&self) -> &SimDisk {
+        &self.0
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        SimDisk::withdraw(&self.1);
+    }
+}
+
+/// As [`disk`], for what a crash has left.
+pub fn passing(bytes: &[u8], most: u64) -> (Passing, String) {
+    let mut options = SimOptions::new((bytes.len() as u64).next_multiple_of(512));
+    options.max_len = most;
+    let (disk, name) = (SimDisk::holding(options, bytes), unique());
+    disk.publish(&name);
+    let options = format!("driver=sim,disk={name}");
+    (Passing(disk, name), options)
+}
+
 /// The disk of an image, and that of its data, if they are two.
 pub struct Disks {
     pub image: SimDisk,

@@ -4,7 +4,7 @@
 
 use super::consistency;
 use super::judge::{may_be_wrong, orderly, repair, request};
-use super::sim::{EVERY, Image, Judged, below, check, disk, image, try_every};
+use super::sim::{EVERY, Image, Judged, below, check, disk, image, passing, try_every};
 use crate::disks::{crashes, open_holding, seed, simulated};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -277,7 +277,7 @@ fn contents(state: &[u8], snapshot: Option<&str>) -> (Vec<String>, Allowed) {
     let bits = Header::cluster_bits(state.first_chunk().unwrap()).unwrap();
     let header = Header::parse(&state[..1 << bits]).unwrap();
     assert_eq!(header.size, LEN);
-    let (_disk, options) = disk(state, state.len() as u64, |_| {});
+    let (_disk, options) = passing(state, state.len() as u64);
     let options = format!("driver=qcow2,read-only=on{}", below("file", &options));
     let snapshot = snapshot.map(str::to_owned);
     simulated(orderly(), |_| async move {
