@@ -111,7 +111,7 @@ fn an_honest_guest_gets_every_request_back_with_a_status() {
 fn a_chain_of_65536_readable_segments_is_read_as_the_flush_that_it_is() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     // Honest, a plain disk, 130 regions side by side, a ring of 16, and the request.
-    let shown = targets::virtqueue::show(&[0, 0, 0, 0, 31, 0, 0, 0, 0, 0, 0, 0, 0, 15]);
+    let shown = targets::virtqueue::show(b"\0\0\0\0\x1f\0\0\0\0\0\0\0\0long flush");
     assert_eq!(shown.long_flushes, 1, "the input no longer leads to such a flush");
 }
 

@@ -13,6 +13,10 @@ impl<'a> Input<'a> {
         self.0.is_empty()
     }
 
+    pub fn starts_with(&self, what: &[u8]) -> bool {
+        self.0.starts_with(what)
+    }
+
     fn array<const N: usize>(&mut self) -> [u8; N] {
         let mut out = [0; N];
         let taken = self.bytes(N);
