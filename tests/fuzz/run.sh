@@ -7,9 +7,9 @@
 # A target starts from tests/fuzz/seeds/TARGET and from what earlier runs have left in tests/fuzz/corpus/TARGET. An
 # input that fails lies in tests/fuzz/artifacts/TARGET. FUZZ_OPTIONS are further options of libFuzzer.
 #
-# The address sanitizer watches the Rust code alone. libFuzzer would take several times as long as an input if it were
-# built with the sanitizer too, as it is by default. Coverage is counted in vublk's own crates alone, because libFuzzer
-# looks at all counters after each input.
+# The address sanitizer watches the Rust code alone: libFuzzer's bookkeeping after each input is slower if it is built
+# with the sanitizer too, as it is by default. Coverage is counted in vublk's own crates alone, because libFuzzer looks at
+# all counters after each input.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 what=$1
