@@ -14,10 +14,15 @@ use super::peek::{HEADER_LEN, Next};
 use crate::io::Errno;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Milliseconds without a message after which the front end is taken to wait for no answer.
 const QUIET: libc::c_int = 20;
+
+/// How long another front end waits before the log says so. One that connects again may be quicker than
+/// the end of its first connection.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, protocol version 1, no answer wanted, nothing follows.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
@@ -50,14 +55,16 @@ pub struct Channel<'a> {
     socket: Option<OwnedFd>,
     /// What comes with the message that is next.
     offered: Option<OwnedFd>,
-    /// The listening socket that other front ends come to, until one has.
+    /// The listening socket that other front ends come to, until one has been told of.
     others: Option<RawFd>,
+    /// When one was seen to have come.
+    came: Option<Instant>,
 }
 
 impl<'a> Channel<'a> {
     /// `others`: the socket that front ends come to, if they come to one of ours.
     pub fn new(name: &'a str, notices: &'a Notices, others: Option<RawFd>) -> Channel<'a> {
-        Channel { name, notices, socket: None, offered: None, others }
+        Channel { name, notices, socket: None, offered: None, others, came: None }
     }
 
     /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
@@ -67,18 +74,23 @@ impl<'a> Channel<'a> {
             let due = running
                 && self.socket.is_some()
                 && self.notices.config_changed.load(Ordering::SeqCst);
-            // The kernel passes over a negative number.
-            let fds = [stream, self.notices.wake.as_raw_fd(), self.others.unwrap_or(-1)];
+            // The kernel passes over a negative number. The listener stays readable until the next front
+            // end is served.
+            let others = if self.came.is_none() { self.others.unwrap_or(-1) } else { -1 };
+            let fds = [stream, self.notices.wake.as_raw_fd(), others];
             let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-            let (count, timeout) = (polled.len() as libc::nfds_t, if due { QUIET } else { -1 });
+            let (count, timeout) =
+                (polled.len() as libc::nfds_t, if due { QUIET } else { self.patience() });
             // SAFETY: the array lives through the call, and its length is given.
             let ready = unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) };
             if ready < 0 && Errno::last().0 != libc::EINTR || polled[0].revents != 0 {
                 break;
             }
             if polled[2].revents != 0 {
-                // It stays readable until the next front end is served, so this is said once.
-                self.others = None;
+                self.came = Some(Instant::now());
+            }
+            if self.patience() == 0 {
+                (self.others, self.came) = (None, None);
                 log::warn!(
                     export = self.name;
                     "another front end has connected: it waits until this one disconnects"
@@ -93,6 +105,12 @@ impl<'a> Channel<'a> {
         let mut next = Next::look(stream);
         self.offered = next.channel.take();
         next
+    }
+
+    /// Milliseconds until another front end has waited for long; -1 if there is none.
+    fn patience(&self) -> libc::c_int {
+        let left = self.came.map(|came| PATIENCE.saturating_sub(came.elapsed()));
+        left.map_or(-1, |left| left.as_micros().div_ceil(1000) as libc::c_int)
     }
 
     /// The message that came last was right: what came with it is used from now on, unless the front end
