@@ -119,7 +119,7 @@ async fn change(node: &Arc<Node>, rng: &mut fastrand::Rng) {
 type Contents = (Vec<u8>, Vec<(String, Option<Vec<bool>>)>);
 
 fn contents(state: &[u8], backing: &str) -> Contents {
-    let (_disk, options) = passing(state, state.len() as u64);
+    let (_disk, options) = passing(state, state.len() as u64, |_| {});
     let options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
     simulated(orderly(), |_| async move {
         let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();

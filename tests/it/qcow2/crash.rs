@@ -333,9 +333,9 @@ fn run(case: &Case, seed: u64, tries: Tries, sample: usize, does: Work) -> Judge
 }
 
 fn contents(state: &[u8], data: &[u8], backing: &str) -> Vec<u8> {
-    let (_disk, options) = passing(state, state.len() as u64);
+    let (_disk, options) = passing(state, state.len() as u64, |_| {});
     let mut options = format!("driver=qcow2,read-only=on{}{backing}", below("file", &options));
-    let data = (!data.is_empty()).then(|| passing(data, data.len() as u64));
+    let data = (!data.is_empty()).then(|| passing(data, data.len() as u64, |_| {}));
     if let Some((_, below_it)) = &data {
         options += &below("data-file", below_it);
     }

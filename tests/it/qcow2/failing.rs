@@ -151,7 +151,7 @@ fn what_many_tables_that_could_not_be_written_have_stopped_goes_on_without_a_flu
             });
         let (found, state) = found;
         check(&state, false).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-        let (_disk, options) = passing(&state, state.len() as u64);
+        let (_disk, options) = passing(&state, state.len() as u64, |_| {});
         let options = format!("driver=qcow2,read-only=on{}", below("file", &options));
         let kept = simulated(Disorder::wild(1), |_| async move {
             let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();

@@ -2,7 +2,7 @@
 //! corrupt, and when there is room again everything goes on as if nothing had been.
 
 use super::consistency;
-use super::sim::{Image, below, check, disk, image};
+use super::sim::{Image, below, check, image, passing};
 use crate::disks::{open_holding, seed, simulated};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -234,7 +234,7 @@ fn run(
         options.traits.request_align = align;
         options.traits.buffer_align = align;
     };
-    let (lower, options) = disk(&bytes, MOST, shape);
+    let (lower, options) = passing(&bytes, MOST, shape);
     let options = format!("driver=qcow2,discard=unmap{}{more}", below("file", &options));
     let model = Rc::new(RefCell::new(vec![vec![0]; (LEN / SECTOR) as usize]));
     let what = format!("{create}, {full:?}, seed {seed}, n {n}");
@@ -274,7 +274,7 @@ fn run(
         judge(&what, &state, sample);
     }
     judge(&what, &lower.bytes(), sample);
-    let (_again, options) = disk(&lower.bytes(), MOST, |_| ());
+    let (_again, options) = passing(&lower.bytes(), MOST, |_| ());
     let options = format!("driver=qcow2,read-only=on{}", below("file", &options));
     let wanted: Vec<u8> = model.borrow().iter().map(|sector| sector[0]).collect();
     let found = simulated(Disorder::wild(1), |_| async move {
@@ -302,7 +302,7 @@ fn fill_up(disk: &SimDisk, full: Full, n: u64) {
 /// closed cleanly is repaired then.
 fn judge(what: &str, bytes: &[u8], sample: bool) {
     if bytes[79] & 1 == 1 {
-        let (lower, options) = disk(bytes, MOST, |_| ());
+        let (lower, options) = passing(bytes, MOST, |_| ());
         let options = format!("driver=qcow2{}", below("file", &options));
         simulated(Disorder::wild(1), |_| async move { Image::open(&options).await.close().await });
         let repaired = lower.bytes();

@@ -232,7 +232,7 @@ fn repaired(state: &[u8], has_data_file: bool) -> Vec<u8> {
     if state[7] < 3 || state[79] & 1 == 0 {
         return state.to_vec();
     }
-    let (disk_, options) = passing(state, MOST);
+    let (disk_, options) = passing(state, MOST, |_| {});
     let mut options = format!("driver=qcow2{}", below("file", &options));
     options += &below("backing", &disk(&vec![BACKING; LEN as usize], LEN, |_| {}).1);
     if has_data_file {
@@ -245,11 +245,11 @@ fn repaired(state: &[u8], has_data_file: bool) -> Vec<u8> {
 
 /// Opens what a crash left, and reads the disk: nobody has written anything else than what it showed.
 fn assert_opens(state: &[u8], data: &[u8], backing: u8, at: &str) {
-    let (_disk, options) = passing(state, state.len() as u64);
-    let (_base, base) = passing(&vec![backing; LEN as usize], LEN);
+    let (_disk, options) = passing(state, state.len() as u64, |_| {});
+    let (_base, base) = passing(&vec![backing; LEN as usize], LEN, |_| {});
     let mut options = format!("driver=qcow2,read-only=on{}", below("file", &options));
     options += &below("backing", &base);
-    let data = (!data.is_empty()).then(|| passing(data, data.len() as u64));
+    let data = (!data.is_empty()).then(|| passing(data, data.len() as u64, |_| {}));
     if let Some((_, data)) = &data {
         options += &below("data-file", data);
     }

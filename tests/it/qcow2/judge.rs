@@ -25,7 +25,7 @@ pub fn may_be_wrong(state: &[u8]) -> bool {
 
 /// The image after a repair.
 pub fn repair(state: &[u8]) -> Vec<u8> {
-    let (disk, options) = passing(state, state.len() as u64 + ROOM);
+    let (disk, options) = passing(state, state.len() as u64 + ROOM, |_| {});
     let options = format!("driver=qcow2{}", below("file", &options));
     simulated(orderly(), |_| async move {
         let image = Image::open(&options).await;

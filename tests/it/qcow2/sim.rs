@@ -81,7 +81,7 @@ pub fn disk(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (Si
     (disk, format!("driver=sim,disk={name}"))
 }
 
-/// A disk that can be opened as long as this is held: one of thousands.
+/// A disk that can be opened as long as this is held.
 pub struct Passing(SimDisk, String);
 
 impl std::ops::Deref for Passing {
@@ -98,13 +98,10 @@ impl Drop for Passing {
     }
 }
 
-/// As [`disk`], for what a crash has left.
-pub fn passing(bytes: &[u8], most: u64) -> (Passing, String) {
-    let mut options = SimOptions::new((bytes.len() as u64).next_multiple_of(512));
-    options.max_len = most;
-    let (disk, name) = (SimDisk::holding(options, bytes), unique());
-    disk.publish(&name);
-    let options = format!("driver=sim,disk={name}");
+/// As [`disk`], for one of thousands.
+pub fn passing(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (Passing, String) {
+    let (disk, options) = disk(bytes, most, shape);
+    let name = options.trim_start_matches("driver=sim,disk=").to_owned();
     (Passing(disk, name), options)
 }
 

@@ -277,7 +277,7 @@ fn contents(state: &[u8], snapshot: Option<&str>) -> (Vec<String>, Allowed) {
     let bits = Header::cluster_bits(state.first_chunk().unwrap()).unwrap();
     let header = Header::parse(&state[..1 << bits]).unwrap();
     assert_eq!(header.size, LEN);
-    let (_disk, options) = passing(state, state.len() as u64);
+    let (_disk, options) = passing(state, state.len() as u64, |_| {});
     let options = format!("driver=qcow2,read-only=on{}", below("file", &options));
     let snapshot = snapshot.map(str::to_owned);
     simulated(orderly(), |_| async move {
