@@ -22,13 +22,17 @@ impl Node {
         found
     }
 
+    /// What this node, and then each that it stands on, answers to `ask`, as far as they have an answer.
+    pub fn ask_all<T>(&self, mut ask: impl FnMut(&Node) -> Option<T>) -> Vec<T> {
+        let own = ask(self);
+        own.into_iter().chain(self.below().iter().filter_map(|node| ask(node))).collect()
+    }
+
     /// The files and devices that the disk is in, by their real names: of each node without children that is wanted.
     pub fn files(&self, is_wanted: impl Fn(&Node) -> bool) -> Vec<PathBuf> {
-        let below = self.below();
-        let nodes = below.iter().map(Arc::as_ref).chain([self]);
-        let bottoms = nodes.filter(|node| node.driver().children().is_empty() && is_wanted(node));
         let file = |node: &Node| bytes::path_of(&node.driver().filename()?).canonicalize().ok();
-        let mut found: Vec<_> = bottoms.filter_map(file).collect();
+        let mut found = self
+            .ask_all(|node| if node.is_bottom() && is_wanted(node) { file(node) } else { None });
         found.sort();
         found.dedup();
         found
@@ -37,11 +41,14 @@ impl Node {
     /// How the next process knows that all of this one's I/O of the node has ended
     /// ([`Driver::fence`](super::Driver::fence)).
     pub fn fence(&self) -> Fence {
-        let is_bottom = |node: &Node| node.driver().children().is_empty();
         let own = |node: &Node| node.driver().fence(node.perms());
-        let below = self.below();
-        let bottoms = below.iter().map(Arc::as_ref).chain([self]).filter(|node| is_bottom(node));
-        bottoms.map(own).reduce(Fence::and).unwrap_or(Fence::Never)
+        let fences = self.ask_all(|node| node.is_bottom().then(|| own(node)));
+        fences.into_iter().reduce(Fence::and).unwrap_or(Fence::Never)
+    }
+
+    /// Whether the node stands on no other.
+    fn is_bottom(&self) -> bool {
+        self.driver().children().is_empty()
     }
 
     /// Whether a flush has failed in such a way that all later ones will, until the storage is opened again:

@@ -35,8 +35,6 @@ pub struct DriveHealth {
 impl super::Node {
     /// The drives that the node stands on.
     pub fn drives(&self) -> Vec<Arc<dyn Drive>> {
-        let below = self.below();
-        let nodes = [self].into_iter().chain(below.iter().map(|node| &**node));
-        nodes.filter_map(|node| node.driver().drive()).collect()
+        self.ask_all(|node| node.driver().drive())
     }
 }

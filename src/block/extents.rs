@@ -60,7 +60,7 @@ impl Run {
 /// The image that `node` takes what it has not from.
 pub fn backing(node: &Node) -> Option<Arc<Node>> {
     let children = node.driver().children();
-    children.iter().find(|child| child.role() == "backing").map(|child| child.node())
+    children.iter().find(|child| child.is_backing()).map(|child| child.node())
 }
 
 /// The image in the chain from `node` down that decides what the first bytes of a range are, and how many; none

@@ -55,9 +55,7 @@ impl Node {
     /// Admits a guest's memory to everything that the node stands on. What a driver cannot do is told
     /// in the log, and costs copies.
     pub fn admit(&self, region: GuestRegion) -> Vec<Admission> {
-        let below = self.below();
-        let nodes = [self].into_iter().chain(below.iter().map(|node| &**node));
-        nodes.filter_map(|node| node.admit_own(region)).collect()
+        self.ask_all(|node| node.admit_own(region))
     }
 
     fn admit_own(&self, region: GuestRegion) -> Option<Admission> {

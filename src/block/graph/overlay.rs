@@ -9,7 +9,7 @@ use super::drain::check_traits;
 use super::permissions::{Plan, release_locks};
 use super::{By, Drained, Graph, State, User};
 use crate::block::open::Depth;
-use crate::block::{BACKING, DriverEntry, Error, Node, Registry};
+use crate::block::{BACKING, Child, DriverEntry, Error, Node, Registry};
 use crate::io::epoch;
 use crate::options::{Map, Value};
 use std::sync::Arc;
@@ -138,7 +138,7 @@ impl Graph {
             if !above.parents.is_empty() {
                 check_traits(old, new)?;
             }
-            // Whoever may have fast requests through the one has them through the other from now on.
+            // Members with fast requests through the old node have them through the new one from now on.
             old.members().iter().for_each(|member| new.add_member(member));
             let mut plan = Plan::new(&mut state);
             plan.move_uses(from, to, |_| true);
@@ -222,7 +222,7 @@ async fn flush(base: &Node) -> Result<(), Error> {
         .map_err(|errno| Error::os(format!("Error flushing '{}'", base.name()), errno))
 }
 
-/// Who uses a node directly.
+/// The direct users of a node.
 struct Above {
     /// Other nodes, and the index of the child by which they use it.
     parents: Vec<(Arc<Node>, usize)>,
@@ -274,7 +274,7 @@ impl State {
         for one in &self.entry(self.id(node)?).uses {
             let By::Node { id, child } = &one.by else { continue };
             let above = &self.entry(*id).node;
-            if above.driver().children()[*child].role() == BACKING {
+            if above.driver().children()[*child].is_backing() {
                 let (name, above) = (node.name(), above.name());
                 return Err(Error::new(format!(
                     "Node '{name}' is busy: node is used as backing hd of '{above}'"
@@ -295,7 +295,7 @@ impl State {
         if !entry.uses.is_empty() || !entry.monitor {
             return refused("The overlay is already in use");
         }
-        if driver.children().iter().any(|child| child.role() == BACKING) {
+        if driver.children().iter().any(Child::is_backing) {
             return refused("The overlay already has a backing image");
         }
         if !registry.get(driver.name()).is_some_and(DriverEntry::has_backing) {
@@ -317,7 +317,7 @@ impl State {
         Ok(entry.asked.clone())
     }
 
-    /// Who uses a node, all of whom can be moved to another.
+    /// The direct users of a node, if all of them can be moved to another.
     fn above_to_move(&self, node: &Arc<Node>) -> Result<Above, Error> {
         let above = self.directly_above(self.id(node)?);
         match &above.stuck {
