@@ -6,8 +6,8 @@
 //! pool's limit if need be, and no owner has more threads than its share.
 
 use super::unwind::AbortOnPanic;
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a thread waits for more before it ends.
@@ -33,13 +33,13 @@ pub(super) struct Pool<J> {
     /// What the threads are called.
     name: &'static str,
     limits: Limits,
-    state: LazyLock<Mutex<State<J>>>,
+    state: Mutex<State<J>>,
     work: Condvar,
 }
 
 struct State<J> {
     /// Owners with jobs that run or wait.
-    owners: HashMap<u64, Owned<J>>,
+    owners: BTreeMap<u64, Owned<J>>,
     /// Owners with waiting jobs, of which none runs. A thread that looks for work takes these first.
     first: VecDeque<u64>,
     /// Owners with waiting jobs, some running, and room in their share.
@@ -57,18 +57,6 @@ struct Owned<J> {
 impl<J> Default for Owned<J> {
     fn default() -> Owned<J> {
         Owned { waiting: VecDeque::new(), running: 0 }
-    }
-}
-
-impl<J: Job> Default for State<J> {
-    fn default() -> State<J> {
-        State {
-            owners: HashMap::new(),
-            first: VecDeque::new(),
-            others: VecDeque::new(),
-            threads: 0,
-            idle: 0,
-        }
     }
 }
 
@@ -134,7 +122,14 @@ impl<J: Job> State<J> {
 
 impl<J: Job> Pool<J> {
     pub const fn new(name: &'static str, limits: Limits) -> Pool<J> {
-        Pool { name, limits, state: LazyLock::new(Mutex::default), work: Condvar::new() }
+        let state = State {
+            owners: BTreeMap::new(),
+            first: VecDeque::new(),
+            others: VecDeque::new(),
+            threads: 0,
+            idle: 0,
+        };
+        Pool { name, limits, state: Mutex::new(state), work: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State<J>> {
