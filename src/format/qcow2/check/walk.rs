@@ -11,6 +11,7 @@ use crate::format::qcow2::layout;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry, OFFSET_MASK, REFTABLE_OFFSET_MASK};
 use crate::format::qcow2::snapshots::{Snapshot, Table};
 use crate::io::Errno;
+use std::ops::Range;
 
 /// Bits 9 to 55 and the flags: what a standard entry may have.
 const STANDARD: u64 = OFFSET_MASK | 1 << 63 | 1 << 62 | 1;
@@ -344,29 +345,31 @@ impl Check<'_> {
     }
 
     /// The first cluster that a repair may take, if nothing refers to it. Where references may be missing,
-    /// nothing that was ever in use is taken.
+    /// nothing that was ever in use is taken, and nothing closely behind the end of the file that an entry
+    /// leads to: a guest could write to what is put there.
     pub(super) fn first_to_take(&self) -> u64 {
-        match (self.is_incomplete, self.report.check_errors > 0) {
+        let unused = match (self.is_incomplete, self.report.check_errors > 0) {
             (false, _) => 0,
             (true, false) => self.geometry.clusters(self.report.image_end_offset),
             (true, true) => self.geometry.clusters(self.file.driver().len()),
-        }
+        };
+        let named = self.closely_behind().rev().find(|&cluster| self.beyond.get(cluster) != 0);
+        unused.max(named.map_or(0, |last| last + 1))
+    }
+
+    /// The clusters behind the end of the file that a repair passes over where entries lead to them.
+    fn closely_behind(&self) -> Range<u64> {
+        let end = self.geometry.clusters(self.file.driver().len());
+        end..end + self.near()
     }
 
     /// Counts the references to clusters closely behind the end of the file, which is about to grow: they
-    /// become clusters of zeroes, and not parts of a table that a guest can then write to. The cluster behind
-    /// the last of them; 0 if there is none.
-    fn take_in_beyond(&self, refs: &mut References) -> Result<u64, Error> {
-        let end = self.geometry.clusters(self.file.driver().len());
-        let mut free = 0;
-        for cluster in end..end + self.near() {
-            let count = self.beyond.get(cluster);
-            (0..count).try_for_each(|_| refs.add(cluster, 1))?;
-            if count != 0 {
-                free = cluster + 1;
-            }
+    /// become clusters of zeroes.
+    fn take_in_beyond(&self, refs: &mut References) -> Result<(), Error> {
+        for cluster in self.closely_behind() {
+            (0..self.beyond.get(cluster)).try_for_each(|_| refs.add(cluster, 1))?;
         }
-        Ok(free)
+        Ok(())
     }
 
     /// Makes the file at least so long.
@@ -387,7 +390,8 @@ impl Check<'_> {
         let bits = geometry.cluster_bits;
         // The blocks by what they count. Each may need another one for itself.
         let mut blocks = std::collections::BTreeMap::new();
-        let mut free = self.first_to_take().max(self.take_in_beyond(refs)?);
+        let mut free = self.first_to_take();
+        self.take_in_beyond(refs)?;
         let (table, table_clusters) = loop {
             let mut cluster = 0;
             while let Some(index) = refs.next_page(cluster).map(|cluster| cluster / per_block) {
@@ -424,7 +428,7 @@ impl Check<'_> {
         }
         let taken = blocks.values().copied().chain(table..table + table_clusters);
         let last = taken.clone().max().unwrap_or(0);
-        if taken.into_iter().any(|cluster| self.beyond.get(cluster) != 0) {
+        if taken.clone().any(|cluster| self.beyond.get(cluster) != 0) {
             return Err(Error::new(
                 "Check failed: the image refers to clusters where its refcounts would be rebuilt",
             ));
