@@ -54,8 +54,6 @@ impl Qcow2 {
         let lowered = self.change_references(l1, Change::Lower, u64::MAX).await;
         lowered.map_err(|(_, errno)| errno)?;
         self.give_back(tables).await;
-        self.write_refcounts().await?;
-        self.set_copied().await?;
-        self.settle().await
+        self.end_lowering().await
     }
 }

@@ -168,6 +168,11 @@ impl Qcow2 {
     pub(super) async fn drop_references(&self, runs: &[Run]) -> IoResult {
         self.unsettle().await?;
         self.refcounts().await?.release(self, runs).await?;
+        self.end_lowering().await
+    }
+
+    /// Writes lowered references, and then what follows from them.
+    async fn end_lowering(&self) -> IoResult {
         self.write_refcounts().await?;
         self.set_copied().await?;
         self.settle().await
