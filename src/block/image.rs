@@ -27,9 +27,7 @@ pub trait Image: Send + Sync {
         if preallocation == Preallocation::Off {
             return self.resize(len, false);
         }
-        let name = preallocation.name();
-        let error = Error::new(format!("Unsupported preallocation mode: {name}"));
-        Box::pin(std::future::ready(Err(error)))
+        Box::pin(std::future::ready(Err(preallocation.unsupported())))
     }
 
     /// Changes options that the image was made with, given in their types, of those that its format
@@ -196,6 +194,11 @@ impl Preallocation {
             Preallocation::Falloc => "falloc",
             Preallocation::Full => "full",
         }
+    }
+
+    /// The refusal by drivers that cannot allocate so, in QEMU's words.
+    pub fn unsupported(self) -> Error {
+        Error::new(format!("Unsupported preallocation mode: {}", self.name()))
     }
 }
 

@@ -111,7 +111,7 @@ pub fn grow(file: &File, old: u64, new: u64, preallocation: Preallocation) -> Re
 
 fn refuse_metadata(preallocation: Preallocation) -> Result<(), Error> {
     if preallocation == Preallocation::Metadata {
-        return Err(Error::new("Unsupported preallocation mode: metadata"));
+        return Err(preallocation.unsupported());
     }
     Ok(())
 }

@@ -304,8 +304,7 @@ impl Image for Nvme {
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             if preallocation != Preallocation::Off {
-                let name = preallocation.name();
-                return Err(Error::new(format!("Unsupported preallocation mode: {name}")));
+                return Err(preallocation.unsupported());
             }
             self.look_again().await?;
             match len <= self.len() {
