@@ -175,7 +175,7 @@ impl Node {
         }
     }
 
-    /// A flush with its events. One that has nothing to make durable does not go on to the storage.
+    /// A flush with its events. That of the storage is raised only if there is something to make durable.
     pub(super) async fn flush_heard(&self, unflushed: &Unflushed) -> IoResult {
         self.event_below(Event::FlushToOs).await;
         let is_needed = unflushed.0.swap(false, Ordering::Relaxed);

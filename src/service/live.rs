@@ -75,19 +75,17 @@ impl Service {
     /// All exports, newest first.
     pub fn exports(&self) -> Vec<ExportInfo> {
         let info = |served: &Served| {
-            let (node_name, (held, errors, last_failure)) = match &served.state {
-                State::Serving(export, _) => (export.node().name().to_owned(), export.failures()),
-                State::Ending(_) => (served.node_name.clone(), (0, 0, None)),
-            };
-            let flush_failed = match &served.state {
-                State::Serving(export, _) => export.has_lost(),
-                State::Ending(_) => false,
+            let (node_name, flush_failed, (held, errors, last_failure)) = match &served.state {
+                State::Serving(export, _) => {
+                    (export.node().name().to_owned(), export.has_lost(), export.failures())
+                }
+                State::Ending(_) => (served.node_name.clone(), false, (0, 0, None)),
             };
             ExportInfo {
-                flush_failed,
                 id: served.id.clone(),
                 node_name,
                 shutting_down: matches!(served.state, State::Ending(_)),
+                flush_failed,
                 held,
                 errors,
                 last_failure,

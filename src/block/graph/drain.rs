@@ -46,8 +46,8 @@ pub(super) struct Used {
     pub users: Vec<Arc<dyn User>>,
 }
 
-/// Who is paused, and where. Users that come to these nodes, or to nodes that stand on them, are
-/// paused too.
+/// A drain under way: its nodes, and the users that it has paused. Users that come to these nodes, or to
+/// nodes that stand on them, are paused too.
 pub(super) struct Drain {
     id: u64,
     nodes: Vec<u64>,
@@ -88,9 +88,12 @@ impl State {
 
     /// Pauses a user that has just come to a node, if that stands on one that is drained.
     pub(super) fn hold_inside(&mut self, node: u64, user: &Arc<dyn User>) {
+        if self.drains.is_empty() {
+            return;
+        }
         let (mut pending, mut below) = (vec![node], BTreeSet::new());
         while let Some(id) = pending.pop() {
-            if !self.drains.is_empty() && below.insert(id) {
+            if below.insert(id) {
                 pending.extend(&self.entry(id).children);
             }
         }
