@@ -2,13 +2,13 @@
 //! /etc. What serves disks or works on images works there.
 
 use super::process::EndPid;
-use super::{VUBLK, directory, run, stderr};
+use super::{VUBLK, directory, end, run, stderr, use_disk};
 use crate::monitor::Client;
 use crate::vhost_user::LIMIT;
 use serde_json::json;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use vublk_testkit::{Disk, Options, Server};
+use vublk_testkit::Server;
 
 /// A root of its own, with `disk.img` of 1 MiB.
 struct Jail(tempfile::TempDir);
@@ -62,22 +62,6 @@ impl Jail {
         server.wait_socket(&self.path(socket), LIMIT).unwrap();
         server
     }
-}
-
-fn use_disk(socket: &Path) {
-    let mut disk = Disk::open(socket, &Options::default()).unwrap();
-    let (written, mut read) = ([7; 4096], [0; 4096]);
-    disk.write(8, &written).unwrap();
-    disk.flush().unwrap();
-    disk.read(8, &mut read).unwrap();
-    assert_eq!(read, written);
-}
-
-fn end(mut server: Server) -> String {
-    server.signal(libc::SIGTERM).unwrap();
-    let status = server.wait_exit(LIMIT).unwrap();
-    assert!(status.success(), "{status}: {}", server.stderr());
-    server.stderr()
 }
 
 /// What cannot be had without /proc, which names the other threads.

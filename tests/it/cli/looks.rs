@@ -6,7 +6,8 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use vublk_testkit::Server;
 
-use super::serve::{assert_refused, end, serve};
+use super::end;
+use super::serve::{assert_refused, serve};
 use super::{VUBLK, run, stderr};
 use crate::monitor::Client;
 use crate::vhost_user::LIMIT;

@@ -2,7 +2,7 @@
 //! refuses to it through its monitor. What a confined process can try itself is tried in the unit
 //! tests; that all ordinary service goes on is shown by all other tests, for their daemons run so.
 
-use super::{VUBLK, directory, run, stderr};
+use super::{VUBLK, directory, end, run, stderr, use_disk};
 use crate::monitor::{self, Client};
 use crate::vhost_user::{LIMIT, SIZE, new_image};
 use serde_json::json;
@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use vublk_testkit::{Disk, Options, Server, seccomp};
+use vublk_testkit::{Options, Server, seccomp};
 
 const EXPORT: &str =
     "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path=s,writable=on";
@@ -37,22 +37,6 @@ fn status(pid: u32, name: &str) -> String {
     line.unwrap_or_else(|| panic!("no {name}: {all}")).trim().to_owned()
 }
 
-fn use_disk(dir: &Path) {
-    let mut disk = Disk::open(&dir.join("s"), &Options::default()).unwrap();
-    let (written, mut read) = ([7; 4096], [0; 4096]);
-    disk.write(8, &written).unwrap();
-    disk.flush().unwrap();
-    disk.read(8, &mut read).unwrap();
-    assert_eq!(read, written);
-}
-
-fn end(mut server: Server) -> String {
-    server.signal(libc::SIGTERM).unwrap();
-    let status = server.wait_exit(LIMIT).unwrap();
-    assert!(status.success(), "{status}: {}", server.stderr());
-    server.stderr()
-}
-
 #[test]
 fn serve_goes_into_the_sandbox_by_itself_and_not_if_told() {
     let dir = directory();
@@ -73,8 +57,8 @@ fn serve_goes_into_the_sandbox_by_itself_and_not_if_told() {
         let none = core.split_whitespace().skip(4).take(2).all(|limit| limit == "1");
         assert!(none || !confined, "{core}");
         // One front end after the other.
-        use_disk(dir.path());
-        use_disk(dir.path());
+        use_disk(&dir.path().join("s"));
+        use_disk(&dir.path().join("s"));
         assert_eq!(end(server), "");
         assert!(!dir.path().join("s").exists(), "its socket is gone");
     }
@@ -97,7 +81,7 @@ fn a_data_file_that_the_image_names_is_served_as_far_as_the_policy_goes() {
     assert!(said.contains("'data' is named by the image only"), "{said}");
     let mut server = Server::spawn(serve(&[])).unwrap();
     server.wait_socket(&dir.path().join("s"), LIMIT).unwrap();
-    use_disk(dir.path());
+    use_disk(&dir.path().join("s"));
     assert_eq!(end(server), "");
     let data = std::fs::read(dir.path().join("data")).unwrap();
     assert_eq!(data[4096..8192], [7; 4096], "the guest's bytes are where the guest has them");
@@ -110,7 +94,7 @@ fn a_data_file_that_the_image_names_is_served_as_far_as_the_policy_goes() {
 fn every_thread_of_a_server_is_in_the_sandbox() {
     let dir = directory();
     let server = serve(dir.path(), &["--workers", "3"]);
-    use_disk(dir.path());
+    use_disk(&dir.path().join("s"));
     let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
     let mut count = 0;
     for task in tasks {
@@ -192,7 +176,7 @@ fn what_the_kernel_does_not_offer_is_told_once_and_is_an_error_if_it_was_asked_f
     ] {
         let mut server = start_without(dir.path(), call, &[]);
         server.wait_socket(&dir.path().join("s"), LIMIT).unwrap();
-        use_disk(dir.path());
+        use_disk(&dir.path().join("s"));
         let said = end(server);
         assert_eq!(said.matches("sandbox: ").count(), 1, "{said}");
         assert!(said.contains(words), "{said}");
@@ -232,7 +216,7 @@ fn a_server_becomes_the_user_that_it_is_told_with_its_groups_and_gives_it_the_so
     assert_eq!(status(pid, "CapEff"), "0000000000000000");
     let socket = std::fs::metadata(dir.path().join("s")).unwrap();
     assert_eq!((socket.uid(), socket.gid()), (4242, 4243));
-    use_disk(dir.path());
+    use_disk(&dir.path().join("s"));
     end(server);
     // The folder is root's, so the socket stays, and the next one takes its place.
     let more = ["--user", "nobody", "--socket-owner", "4244:4245", "--sandbox", "off"];
@@ -240,7 +224,7 @@ fn a_server_becomes_the_user_that_it_is_told_with_its_groups_and_gives_it_the_so
     let socket = std::fs::metadata(dir.path().join("s")).unwrap();
     assert_eq!((socket.uid(), socket.gid()), (4244, 4245));
     server_is_nobody(server.pid());
-    use_disk(dir.path());
+    use_disk(&dir.path().join("s"));
     end(server);
 }
 

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use vublk_testkit::spec::feature;
 use vublk_testkit::{Disk, Error, Options, Server, message};
 
-use super::{VUBLK, directory, run, stderr};
+use super::{VUBLK, directory, end, run, stderr};
 use crate::vhost_user::LIMIT;
 
 /// `vublk serve` in `dir`, ready: it has told so through the socket that systemd would give it.
@@ -35,12 +35,6 @@ pub fn serve(dir: &Path, arguments: &[&str]) -> Server {
 
 fn open(dir: &Path, socket: &str) -> Disk {
     Disk::open(&dir.join(socket), &Options::default()).unwrap()
-}
-
-pub fn end(mut server: Server) {
-    server.signal(libc::SIGTERM).unwrap();
-    let status = server.wait_exit(LIMIT).unwrap();
-    assert!(status.success(), "{status}: {}", server.stderr());
 }
 
 /// Exit code 1 and one line that holds `words`.

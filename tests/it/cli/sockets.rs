@@ -1,7 +1,7 @@
 //! Where `vublk serve` meets front ends besides at a path of its own: descriptors that it is given,
 //! systemd's, and sockets of front ends. And the command line of QEMU's conventions for back ends.
 
-use super::{VUBLK, directory, run, stderr};
+use super::{VUBLK, directory, end, run, stderr};
 use crate::vhost_user::LIMIT;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -48,12 +48,6 @@ fn use_disk(mut disk: Disk, salt: u8) {
     disk.write(u64::from(salt), &written).unwrap();
     disk.read(u64::from(salt), &mut read).unwrap();
     assert_eq!(read, written);
-}
-
-fn end(mut server: Server) {
-    server.signal(libc::SIGTERM).unwrap();
-    let status = server.wait_exit(LIMIT).unwrap();
-    assert!(status.success(), "{status}: {}", server.stderr());
 }
 
 #[test]

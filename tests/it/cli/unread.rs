@@ -13,7 +13,7 @@ use vublk_testkit::request::Request;
 use vublk_testkit::spec::status;
 use vublk_testkit::{Disk, Options, Server};
 
-use super::{VUBLK, directory};
+use super::{VUBLK, directory, end};
 use crate::metrics::{Scrape, connect};
 use crate::monitor::Client;
 use crate::vhost_user::{LIMIT, export_of};
@@ -71,11 +71,6 @@ fn fail(disk: &mut Disk, sectors: std::ops::Range<u64>) {
         let read = Request::In { sector, len: 512 };
         assert_eq!(disk.run(&read).unwrap().status, status::IOERR);
     }
-}
-
-fn end(mut server: Server) {
-    server.signal(libc::SIGTERM).unwrap();
-    assert!(server.wait_exit(LIMIT).unwrap().success());
 }
 
 /// The number of lines that the log says it has lost.
@@ -245,7 +240,7 @@ fn a_service_manager_that_does_not_read_holds_up_nothing_and_is_told_later() {
         fill(&path);
         end(server);
         while told_now(&manager).is_some_and(|text| text == "FILL=1") {}
-        // One that reads is told of the end.
+        // A manager that reads is told of the end.
         let server = start();
         assert_eq!(told(&manager), "READY=1");
         end(server);

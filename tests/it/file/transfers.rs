@@ -10,11 +10,7 @@ fn options(path: &Path) -> String {
 
 /// Random requests against a copy in memory.
 pub fn matches_a_model(bench: &Bench, disk: &Disk, holes_read_zero: bool) {
-    let seed = match std::env::var("VUBLK_SEED") {
-        Ok(text) => text.parse().expect("VUBLK_SEED is a number"),
-        Err(_) => 1u64,
-    };
-    println!("VUBLK_SEED={seed}");
+    let seed = crate::disks::seed();
     let node = disk.node.clone();
     bench.run(move || async move {
         let mut random = fastrand::Rng::with_seed(seed);

@@ -72,13 +72,18 @@ pub fn image(len: u64, create: &str) -> Vec<u8> {
 /// A published disk that holds `bytes`, and grows as far as `most`; the options of its node. `shape`
 /// changes what the disk is like.
 pub fn disk(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (SimDisk, String) {
+    let (disk, name) = published(bytes, most, shape);
+    (disk, format!("driver=sim,disk={name}"))
+}
+
+/// The same, and the name by which it is published.
+fn published(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (SimDisk, String) {
     let mut options = SimOptions::new((bytes.len() as u64).next_multiple_of(512));
     options.max_len = most;
     shape(&mut options);
-    let disk = SimDisk::holding(options, bytes);
-    let name = unique();
+    let (disk, name) = (SimDisk::holding(options, bytes), unique());
     disk.publish(&name);
-    (disk, format!("driver=sim,disk={name}"))
+    (disk, name)
 }
 
 /// A disk that can be opened as long as this is held.
@@ -100,8 +105,8 @@ impl Drop for Passing {
 
 /// As [`disk`], for one of thousands.
 pub fn passing(bytes: &[u8], most: u64, shape: impl FnOnce(&mut SimOptions)) -> (Passing, String) {
-    let (disk, options) = disk(bytes, most, shape);
-    let name = options.trim_start_matches("driver=sim,disk=").to_owned();
+    let (disk, name) = published(bytes, most, shape);
+    let options = format!("driver=sim,disk={name}");
     (Passing(disk, name), options)
 }
 

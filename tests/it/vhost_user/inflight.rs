@@ -361,7 +361,7 @@ fn overlay() -> Daemon {
 
 /// Runs one of QEMU's tools on an image as soon as the locks of a killed daemon are gone; its output,
 /// and that it ended with one of these codes.
-fn qemu(program: &str, arguments: &[&str], image: &std::path::Path, codes: &[i32]) -> String {
+pub fn qemu(program: &str, arguments: &[&str], image: &std::path::Path, codes: &[i32]) -> String {
     let until = Instant::now() + LIMIT;
     loop {
         let mut command = std::process::Command::new(program);

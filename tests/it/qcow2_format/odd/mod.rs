@@ -11,6 +11,21 @@ use std::fs;
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// Runs commands of qemu-io, and others of qemu-img (which begin with `!`), on the image in a folder.
+fn change(dir: &Path, commands: &[&str]) {
+    for command in commands {
+        match command.strip_prefix('!') {
+            Some(line) => {
+                qemu_img(dir, &with_image(line));
+            }
+            None => {
+                let output = run(dir, &["qemu-io", "-c", command], &["image"]);
+                assert!(output.status.success(), "{command}: {}", stderr(&output));
+            }
+        }
+    }
+}
+
 /// An image's bytes.
 #[derive(Clone)]
 struct Bytes(Vec<u8>);
@@ -21,17 +36,7 @@ impl Bytes {
     fn new(options: &str, commands: &[&str]) -> Bytes {
         let dir = crate::file::on_tmpfs();
         qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", options, "image", "4M"]);
-        for command in commands {
-            match command.strip_prefix('!') {
-                Some(line) => {
-                    qemu_img(dir.path(), &with_image(line));
-                }
-                None => {
-                    let output = run(dir.path(), &["qemu-io", "-c", command], &["image"]);
-                    assert!(output.status.success(), "{command}: {}", stderr(&output));
-                }
-            }
-        }
+        change(dir.path(), commands);
         Bytes(fs::read(dir.path().join("image")).unwrap())
     }
 

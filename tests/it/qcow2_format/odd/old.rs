@@ -56,17 +56,7 @@ fn an_image_with_snapshots_becomes_one_of_version_2_without_losing_what_they_sho
                 run(dir.path(), &["qemu-io", "-f", "raw", "-c", "write -P 9 0 4M"], &["base.raw"]);
             assert!(output.status.success());
             qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", options, "image", "4M"]);
-            for command in commands {
-                match command.strip_prefix('!') {
-                    Some(line) => {
-                        qemu_img(dir.path(), &with_image(line));
-                    }
-                    None => {
-                        let output = run(dir.path(), &["qemu-io", "-c", command], &["image"]);
-                        assert!(output.status.success(), "{}", stderr(&output));
-                    }
-                }
-            }
+            change(dir.path(), commands);
         };
         make(&zeroes);
         let shown = || {
