@@ -299,7 +299,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// A block that cannot be where the table says is told of once. A repair marks the image before it goes
+    /// Tells once that a block cannot be where the table says. A repair marks the image before it goes
     /// on, so that nobody allocates in what it leaves if it ends early.
     async fn tell_unaligned_block(&mut self, index: u64, offset: u64) -> Result<(), Error> {
         if std::mem::replace(&mut self.has_told_corruption, true) {

@@ -167,7 +167,7 @@ pub fn bad_refcount_table(image: &Qcow2, index: usize, entry: u64) -> Errno {
     fatal(image, unaligned_refcount_block(index, entry))
 }
 
-/// What is told of such an entry.
+/// The text for an entry of the refcount table that names no place where a block can be.
 pub fn unaligned_refcount_block(index: usize, entry: u64) -> String {
     format!("Refblock offset {entry:#x} unaligned (reftable index: {})", hex(index as u64))
 }

@@ -130,7 +130,7 @@ impl Qcow2 {
             return Ok(());
         }
         let mut header = self.header.lock().await;
-        // Whoever had it may have written it meanwhile.
+        // The task that held the lock may have written it.
         if self.header_state.get() != OnDisk::InDoubt {
             return Ok(());
         }
@@ -139,7 +139,7 @@ impl Qcow2 {
     }
 
     pub(super) fn show_header(&self, current: &mut Header, new: Header) {
-        // Whoever looks at a place that is noted asks the copy whether it is still so.
+        // Readers of a noted place ask the copy whether it still holds.
         *self.header_copy.lock() = new.clone();
         self.note_header(&new);
         *current = new;

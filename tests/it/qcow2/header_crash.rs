@@ -238,7 +238,7 @@ fn repaired(state: &[u8], has_data_file: bool) -> Vec<u8> {
     if has_data_file {
         options += &below("data-file", &disk(&vec![0; LEN as usize], LEN, |_| {}).1);
     }
-    // Who opens it for writing repairs it.
+    // Opening it for writing repairs it.
     simulated(orderly(), |_| async move { Image::open(&options).await.close().await });
     disk_.bytes()
 }

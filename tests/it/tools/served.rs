@@ -24,7 +24,7 @@ fn an_overlay_is_created_over_an_image_that_is_being_served() {
         "qemu-img create -f qcow2 -F qcow2 -b q.qcow2 b.qcow2 16M",
         // The format is not told, and has to be looked for.
         "qemu-img create -f qcow2 -b q.qcow2 c.qcow2",
-        // What is served is two images down.
+        // The served image is two images down.
         "qemu-img create -f qcow2 -F qcow2 -b over.qcow2 d.qcow2",
         "qemu-img create -f qcow2 -o extended_l2=on,preallocation=full -F qcow2 -b q.qcow2 e.qcow2",
         "qemu-img create -f qcow2 -F qcow2 -o backing_file=q.qcow2 f.qcow2",

@@ -1,4 +1,4 @@
-//! The graph at rest: whose turn it is to change it, and who is paused meanwhile.
+//! Turns to change the graph, and the users that a drain pauses.
 
 use super::*;
 use std::task::Poll;
