@@ -23,11 +23,11 @@ pub use transaction::Step;
 use crate::block::graph::{Attachment, Graph};
 use crate::block::registry::Guess;
 use crate::block::{Error, Node, OpenPolicy, Perm, Perms, Registry, TemporaryImage, probe};
-use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
-use crate::export::vhost_user_blk::{
-    Address, DiskOptions, Export, ExportMetrics, ExportOptions, FailureOptions, IoErrors,
-    ReadErrors, WriteErrors, listening_fd,
+use crate::export::core::watch::DEFAULT_TIMEOUT;
+use crate::export::core::{
+    Address, ExportMetrics, FailureOptions, IoErrors, ReadErrors, WriteErrors, listening_fd,
 };
+use crate::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
 use crate::io::{Worker, WorkerOptions};
 use crate::options::{self, Map};
 use live::Ended;

@@ -11,7 +11,8 @@ use std::time::Duration;
 use vublk::block::{
     Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, Transfer, WriteFlags,
 };
-use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportMetrics, ExportOptions};
+use vublk::export::core::{Address, ExportMetrics};
+use vublk::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
 use vublk::io::epoch::{Announcer, Generation};
 use vublk::io::sync::locks_taken;
 use vublk::io::{

@@ -40,6 +40,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/protocol/nvme/way.rs", "memory that a request borrows, for a device"),
     ("src/protocol/sim.rs", "implements `Leaf::start`"),
     ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
+    ("src/export/core/", "sockets of ours, and poll(2) on them"),
     ("src/export/vhost_user_blk/", "guest memory and its rings"),
     ("src/sandbox/", "what the kernel is asked to forbid, and the signal handlers of that"),
     ("src/monitor/poll.rs", "poll(2), accept4(2), and descriptors from the command line"),

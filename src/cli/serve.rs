@@ -9,10 +9,9 @@ use super::process::{EndSignals, Manager, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
 use crate::block::Error;
 use crate::drivers;
-use crate::export::vhost_user_blk::watch::DEFAULT_TIMEOUT;
-use crate::export::vhost_user_blk::{
-    Address, DiskOptions, FailureOptions, ReadErrors, WriteErrors,
-};
+use crate::export::core::watch::DEFAULT_TIMEOUT;
+use crate::export::core::{Address, FailureOptions, ReadErrors, WriteErrors};
+use crate::export::vhost_user_blk::DiskOptions;
 use crate::io::{WorkerOptions, descriptors};
 use crate::metrics;
 use crate::options::{Map, Size, Value, bytes, size};

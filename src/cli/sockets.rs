@@ -1,7 +1,7 @@
 //! The sockets of a command line: where front ends connect, or where we do.
 
 use crate::block::Error;
-use crate::export::vhost_user_blk::{Address, Socket, socket, socket_fd};
+use crate::export::core::{Address, Socket, socket, socket_fd};
 use crate::service::SOCKET_PATIENCE;
 use std::io::ErrorKind;
 use std::os::fd::RawFd;

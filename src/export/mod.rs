@@ -1,3 +1,4 @@
-//! How disks leave the process: one folder for each transport.
+//! How disks leave the process: one folder for each transport, and what they share.
 
+pub mod core;
 pub mod vhost_user_blk;

@@ -4,7 +4,7 @@ use super::Address;
 use super::http;
 use super::text::{self, Process};
 use crate::block::Error;
-use crate::export::vhost_user_blk::socket::{self, SocketFile};
+use crate::export::core::socket::{self, SocketFile};
 use crate::io::{descriptors, process_cpu_ns};
 use crate::service::{Observed, SOCKET_PATIENCE, wait_for_socket};
 use std::fs::File;

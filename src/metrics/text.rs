@@ -1,10 +1,8 @@
 //! The page: Prometheus's text format 0.0.4, or OpenMetrics 1.0, which differs in little.
 
 use crate::block::DriveHealth;
-use crate::export::vhost_user_blk::ExportMetrics;
-use crate::export::vhost_user_blk::metrics::{
-    BUCKETS, OPERATIONS, OperationMetrics, QueueMetrics, bound,
-};
+use crate::export::core::ExportMetrics;
+use crate::export::core::metrics::{BUCKETS, OPERATIONS, OperationMetrics, QueueMetrics, bound};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

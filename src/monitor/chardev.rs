@@ -2,7 +2,7 @@
 
 use super::poll;
 use crate::block::Error;
-use crate::export::vhost_user_blk::socket::{self, SocketFile};
+use crate::export::core::socket::{self, SocketFile};
 use crate::options::{self, Map, bytes, is_identifier, keyval, qemuopts};
 use serde::Deserialize;
 use std::io::ErrorKind;

@@ -5,7 +5,7 @@
 
 use super::slow::{self, Later};
 use crate::block::Error;
-use crate::export::vhost_user_blk::{Failure, IoError};
+use crate::export::core::{Failure, IoError};
 use crate::io::Errno;
 use crate::options::{self, Map, Value};
 use crate::service::Service;

@@ -1,7 +1,7 @@
 //! The system calls of the monitors' sockets.
 
 use crate::block::Error;
-use crate::export::vhost_user_blk::listening_fd;
+use crate::export::core::listening_fd;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;

@@ -1,7 +1,7 @@
 //! A daemon that is started while the one before it still ends: it waits for its socket, as it waits
 //! for the image.
 
-use crate::export::vhost_user_blk::socket::is_listened_on;
+use crate::export::core::socket::is_listened_on;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};

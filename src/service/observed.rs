@@ -2,7 +2,7 @@
 //! nobody and nothing, and keep nothing alive.
 
 use crate::block::{Drive, DriveHealth};
-use crate::export::vhost_user_blk::ExportMetrics;
+use crate::export::core::ExportMetrics;
 use crate::io::sync::Mutex;
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};

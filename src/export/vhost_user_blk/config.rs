@@ -1,8 +1,8 @@
 //! What the disk tells the guest of itself: feature bits and the configuration space
 //! (virtio 1.2, sections 5.2.3 and 5.2.4), computed from the node.
 
-use super::failure::FailureOptions;
 use crate::block::{Abilities, Node};
+use crate::export::core::failure::FailureOptions;
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};

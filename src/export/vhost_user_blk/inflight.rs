@@ -221,7 +221,7 @@ impl Region {
         }
     }
 
-    /// Whether an fsync has failed ([`super::loss`]).
+    /// Whether an fsync has failed ([`crate::export::core::loss`]).
     pub fn has_loss(&self) -> bool {
         self.trailer().is_some_and(|trailer| trailer.loss.load(Relaxed) != 0)
     }

@@ -11,17 +11,17 @@ mod failing;
 pub use failing::{AtStop, Stopped};
 
 use super::calls::CallPolicy;
-use super::cut_off::LossWatch;
 use super::dirty_log::DirtyLog;
-use super::failure::{Failure, Operation};
-use super::held::Held;
 use super::inflight::Tracker;
 use super::memory::Memory;
-use super::metrics::Recorder;
+use super::memory_loss::LossWatch;
 use super::request::{Disk, Ended, HEADER_LEN, Header, Kind, Status, trim};
 use super::ring::{Broken, SplitRing};
-use super::watch::Watch;
 use crate::block::{Access, Target, Transfer};
+use crate::export::core::failure::{Failure, Operation};
+use crate::export::core::held::Held;
+use crate::export::core::metrics::Recorder;
+use crate::export::core::watch::Watch;
 use crate::io::epoch::{Announcer, Generation, Turn};
 use crate::io::{
     Io, IoResult, IoVec, Polled, Source, SourceId, Started, Token, iovec, thread_cpu_ns,

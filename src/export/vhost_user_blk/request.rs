@@ -2,14 +2,14 @@
 //! for all that the fast one leaves.
 
 use super::config::{self, DiskOptions};
-use super::failure::{Action, Failure, Failures, Operation};
-use super::hand_over::HandOver;
-use super::journal::Journal;
-use super::loss::Losses;
-use super::metrics::ExportMetrics;
-use super::watch::Lingering;
-use super::write_cache::WriteCache;
 use crate::block::{Child, Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::export::core::failure::{Action, Failure, Failures, Operation};
+use crate::export::core::hand_over::HandOver;
+use crate::export::core::journal::Journal;
+use crate::export::core::loss::Losses;
+use crate::export::core::metrics::ExportMetrics;
+use crate::export::core::watch::Lingering;
+use crate::export::core::write_cache::WriteCache;
 use crate::io::iovec::iovec;
 use crate::io::sync::Mutex;
 use crate::io::{Errno, IoResult, IoVec, SourceId};

@@ -4,19 +4,19 @@
 //! a second front end waits in the socket's queue meanwhile. The thread never touches guest I/O.
 
 use super::config::DiskOptions;
-use super::cut_off::CutOff;
-use super::door::{Address, Door, wait_readable};
-use super::failure::{Failure, IoErrors};
-use super::hand_over;
 use super::handler::{self, Handler};
-use super::loss::Losses;
-use super::metrics::ExportMetrics;
 use super::notices::{Channel, Notices};
 use super::queue::Queue;
 use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
 use crate::block::{Activity, Error, LocalFuture, Node, SECTOR};
+use crate::export::core::cut_off::CutOff;
+use crate::export::core::door::{Address, Door, wait_readable};
+use crate::export::core::failure::{Failure, IoErrors};
+use crate::export::core::hand_over;
+use crate::export::core::loss::Losses;
+use crate::export::core::metrics::ExportMetrics;
 use crate::io::descriptors::{self, Reserve};
 use crate::io::sync::Mutex;
 use crate::io::{Worker, offload};

@@ -7,15 +7,16 @@
 mod messages;
 
 use super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
-use super::cut_off::{CutOff, LossWatch};
 use super::dirty_log::DirtyLog;
 use super::inflight;
 use super::memory::{Memory, Region};
+use super::memory_loss::LossWatch;
 use super::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use super::request::Disk;
 use super::ring::{Addresses, MAX_SIZE, SplitRing};
-use super::watch::{Watch, linger};
 use crate::block::Fence;
+use crate::export::core::cut_off::CutOff;
+use crate::export::core::watch::{Watch, linger};
 use crate::io::{Errno, SourceId, Worker};
 use std::fs::File;
 use std::io;
@@ -59,7 +60,7 @@ pub struct Session {
     hung: Arc<AtomicBool>,
     /// Nothing begins any more.
     ended: bool,
-    /// The guest has gone from here ([`super::hand_over`]).
+    /// The guest has gone from here ([`crate::export::core::hand_over`]).
     moved: bool,
 }
 

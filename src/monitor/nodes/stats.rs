@@ -5,8 +5,8 @@
 
 use super::{Nodes, when_listed};
 use crate::block::graph::NodeInfo;
-use crate::export::vhost_user_blk::ExportMetrics;
-use crate::export::vhost_user_blk::metrics::OperationMetrics;
+use crate::export::core::ExportMetrics;
+use crate::export::core::metrics::OperationMetrics;
 use crate::monitor::commands::{CommandError, object};
 use crate::monitor::slow::Later;
 use crate::options::{self, Map, Value};

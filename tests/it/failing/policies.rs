@@ -2,7 +2,7 @@
 
 use super::{Stage, block, write_of};
 use crate::vhost_user::Daemon;
-use vublk::export::vhost_user_blk::failure::{Action, Operation};
+use vublk::export::core::failure::{Action, Operation};
 use vublk::protocol::sim::Kinds;
 use vublk_testkit::Options;
 use vublk_testkit::request::{Range, Request};

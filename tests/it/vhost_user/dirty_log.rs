@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
-use vublk::export::vhost_user_blk::{Address, DiskOptions, Export, ExportOptions};
+use vublk::export::core::Address;
+use vublk::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
 use vublk::io::{Errno, IoResult, IoVec, Worker, WorkerOptions};
 use vublk::options::keyval;
 use vublk_testkit::dirty_log::{PAGE, pages, written};

@@ -1,9 +1,9 @@
 //! Requests that the storage fails, as their queue meets them: reported, ignored, or held and tried
 //! again. Nothing of it is on the warm road.
 
-use super::super::failure::{Action, Failure, Operation};
 use super::super::request::{Kind, Status};
 use super::{KEEP_SEGMENTS, Queue, Slot};
+use crate::export::core::failure::{Action, Failure, Operation};
 use crate::io::Io;
 
 /// What becomes of held requests when their queue stops.

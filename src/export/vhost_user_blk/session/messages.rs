@@ -2,11 +2,11 @@
 
 use super::super::config::{self, CONFIG_SIZE, F_LOG_ALL, WCE_OFFSET};
 use super::super::dirty_log::DirtyLog;
-use super::super::failure::{Failure, Operation};
 use super::super::inflight;
 use super::super::memory::{MAX_REGIONS, Region};
 use super::super::ring::{Addresses, MAX_SIZE};
 use super::{Kick, Session, for_words, refuse};
+use crate::export::core::failure::{Failure, Operation};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;

@@ -6,7 +6,7 @@
 //!
 //! [`Journaled`]: crate::block::Journaled
 
-use super::inflight::Region;
+use super::super::vhost_user_blk::inflight::Region;
 use crate::block::{Error, Node, Survivor};
 use crate::io::Worker;
 use crate::io::sync::Mutex;

@@ -10,7 +10,7 @@
 //! It is read once in a turn of the worker ([`Io::turn_time`]), for all requests that ended
 //! before it and all that are taken after it.
 
-use super::request::{Kind, Status};
+use super::super::vhost_user_blk::request::{Kind, Status};
 use crate::io::Io;
 use crate::io::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -13,7 +13,7 @@
 //!
 //! A record is a yes or a no. Any value but zero in the memory, and a file of any kind at the record's place, means yes.
 
-use super::inflight::Region;
+use super::super::vhost_user_blk::inflight::Region;
 use crate::block::{Abilities, Error, Node, flush_record};
 use crate::io::{self, Errno, sync::Mutex};
 use std::fs;

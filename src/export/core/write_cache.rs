@@ -3,7 +3,7 @@
 //! A guest says it once, when its driver starts; front ends do not repeat it. So the choice outlives
 //! the connection, and, in the memory in which requests in flight are tracked, the daemon.
 
-use super::inflight::Region;
+use super::super::vhost_user_blk::inflight::Region;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The write cache of a disk, whoever connects for it. Changed on control threads alone.

@@ -28,7 +28,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 const SHORT_RETRY: Duration = Duration::from_millis(100);
 
 /// A place where one front end after the other is met.
-pub(super) struct Door {
+pub struct Door {
     /// Goes before the listener does.
     _own_file: Option<SocketFile>,
     way: Way,
@@ -155,7 +155,7 @@ fn connect(path: &Path, name: &str, count: usize, stop: RawFd) -> Option<(UnixSt
 
 /// Waits until one of the descriptors is readable, the first of which comes first: its index. None
 /// if the time is over, or something is wrong.
-pub(super) fn wait_readable(fds: &[RawFd], time: Option<Duration>) -> Option<usize> {
+pub fn wait_readable(fds: &[RawFd], time: Option<Duration>) -> Option<usize> {
     let mut polled: Vec<_> =
         fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
     let timeout = time.map_or(-1, |time| time.as_millis() as libc::c_int);

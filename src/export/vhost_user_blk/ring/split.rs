@@ -4,8 +4,8 @@
 //! only the copy is used; an index that cannot be right stops the queue. Used elements are written
 //! as they come, but the used index moves, and the guest is told, once a batch.
 
-use super::dirty_log::{DirtyLog, UsedLog};
-use super::memory::Memory;
+use super::super::dirty_log::{DirtyLog, UsedLog};
+use super::super::memory::Memory;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
@@ -361,7 +361,7 @@ impl SplitRing {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::Region;
+    use super::super::super::memory::Region;
     use super::*;
     use std::os::fd::{FromRawFd, OwnedFd};
     use vhost::vhost_user::message::VhostUserMemoryRegion;
