@@ -9,14 +9,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::Duration;
 use vublk::block::{
-    Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, Transfer, WriteFlags,
+    Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, WriteFlags,
 };
 use vublk::export::core::{Address, ExportMetrics};
 use vublk::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
 use vublk::io::epoch::{Announcer, Generation};
 use vublk::io::sync::locks_taken;
 use vublk::io::{
-    AlignedBuf, Io, IoResult, IoVec, Polled, Source, SourceId, Started, Token, Worker,
+    AlignedBuf, Io, IoResult, IoVec, Polled, Segments, Source, SourceId, Started, Token, Worker,
     WorkerOptions,
 };
 use vublk::options::keyval;
@@ -167,11 +167,10 @@ impl Source for Load {
                 assert_eq!(mapping.len, BLOCK as u64);
                 let started = match mapping.target {
                     Target::Data { leaf, offset } => {
-                        let len = BLOCK as u32;
-                        let transfer = Transfer { access, offset, len, segments: &slot.list };
+                        let op = access.op(offset, Segments::new(&slot.list, BLOCK as u64));
                         // SAFETY: the slot stays in place until the load ends, with nothing in
                         // flight.
-                        unsafe { leaf.start(io, transfer, Token { source: me, tag }) }
+                        unsafe { leaf.start(io, op, Token { source: me, tag }) }
                     }
                     Target::Zero => Started::Done(Ok(())),
                     Target::Slow => panic!("the road is slow"),

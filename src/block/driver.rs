@@ -24,7 +24,7 @@
 //! before the flush was called; it waits for no others.
 
 use super::{Child, Image};
-use crate::io::{Errno, InFlight, IoResult, IoVec, Started};
+use crate::io::{Durable, Errno, InFlight, IoResult, IoVec, Op, Segments, Started};
 use crate::options::Map;
 use std::fs::File;
 use std::future::Future;
@@ -160,6 +160,18 @@ pub enum Access {
     /// A write that is durable when it completes: only to be answered with `Data` where the mapping
     /// itself is durable, and by a leaf that has [`Abilities::FUA`].
     DurableWrite,
+}
+
+impl Access {
+    /// The operation that does this from `offset` on, with the memory of `segments`.
+    #[inline]
+    pub fn op(self, offset: u64, segments: Segments) -> Op {
+        match self {
+            Access::Read => Op::Read { offset, segments },
+            Access::Write => Op::Write { offset, segments, durable: Durable::No },
+            Access::DurableWrite => Op::Write { offset, segments, durable: Durable::Yes },
+        }
+    }
 }
 
 /// Where the first `len` bytes of a range live.
@@ -460,29 +472,15 @@ pub trait Driver: Send + Sync + 'static {
 
 /// The bottom of the graph on the fast road: starts a transfer and comes back at once.
 pub trait Leaf: Send + Sync {
-    /// Starts a transfer of `transfer.len` bytes that obeys the traits of the leaf's node.
+    /// Starts a read or a write ([`Access::op`]) that obeys the traits of the leaf's node, at an offset
+    /// in the leaf's own space. It is done as a whole or fails. What else an [`Op`] may ask for, it need
+    /// not do (ENOTSUP).
     ///
     /// `token`'s source is told of the completion, unless the answer is `Started::Done`.
     ///
     /// # Safety
     /// The list of segments stays in place, and the memory mapped, until the completion.
-    unsafe fn start(
-        &self,
-        io: &crate::io::Io,
-        transfer: Transfer<'_>,
-        token: crate::io::Token,
-    ) -> Started;
-}
-
-/// One whole read or write on a leaf.
-#[derive(Clone, Copy)]
-pub struct Transfer<'a> {
-    pub access: Access,
-    /// Bytes, in the leaf's own space.
-    pub offset: u64,
-    /// Bytes; the sum of the segments.
-    pub len: u32,
-    pub segments: &'a [libc::iovec],
+    unsafe fn start(&self, io: &crate::io::Io, op: Op, token: crate::io::Token) -> Started;
 }
 
 /// What a driver does when its image becomes ours, and when it becomes another's

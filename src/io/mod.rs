@@ -6,7 +6,7 @@
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
-//! * [`op`]: operations on descriptors; `slots`: those in flight, and whom to tell of their end.
+//! * [`op`]: the operation; `slots`: those in flight, and whom to tell of their end.
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
@@ -51,7 +51,7 @@ pub use epoch::InFlight;
 pub use errno::{Errno, IoResult};
 pub use iovec::{IoVec, is_aligned};
 pub use offload::{Blocking, offload};
-pub use op::{Durable, Op, OpKind, Segments, Started, Token};
+pub use op::{Durable, Op, Segments, Started, Token};
 pub use shared_mapping::SharedMapping;
 pub use source::{Polled, Source, SourceId};
 pub use spare::{make_last_rings, may_make_rings};
@@ -66,23 +66,23 @@ use std::os::fd::RawFd;
 /// Reads `into.len()` bytes from `offset` on; what lies past the end of the file is zeroes.
 pub async fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> IoResult {
     // SAFETY: the list and its memory are borrowed until the future is done or dropped.
-    unsafe { current().run(Op::read(fd, offset, into)) }.await
+    unsafe { current().run(fd, Op::Read { offset, segments: into.into() }) }.await
 }
 
 /// Writes all of `from` at `offset`.
 pub async fn write(fd: RawFd, offset: u64, from: &IoVec<'_>, durable: Durable) -> IoResult {
     // SAFETY: as for `read`.
-    unsafe { current().run(Op::write(fd, offset, from, durable)) }.await
+    unsafe { current().run(fd, Op::Write { offset, segments: from.into(), durable }) }.await
 }
 
 /// fdatasync.
 pub async fn fsync(fd: RawFd) -> IoResult {
     // SAFETY: names no memory.
-    unsafe { current().run(Op::fsync(fd)) }.await
+    unsafe { current().run(fd, Op::Fsync) }.await
 }
 
 /// fallocate with `mode`.
 pub async fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> IoResult {
     // SAFETY: names no memory.
-    unsafe { current().run(Op::fallocate(fd, mode, offset, len)) }.await
+    unsafe { current().run(fd, Op::Fallocate { mode, offset, len }) }.await
 }

@@ -1,7 +1,10 @@
-//! What a worker can be asked to do: the operations on file descriptors, and whom to tell.
+//! An operation: the one type for what a leaf is asked to do, what a worker keeps in flight, and what a
+//! ring carries out.
+//!
+//! A descriptor and a number that names the caller travel beside it: a leaf knows its own descriptor,
+//! and each layer has a number of its own kind.
 
 use super::{Errno, IoVec};
-use std::os::fd::RawFd;
 
 /// Who is told that an operation is done: a [`Source`](super::Source) of the worker, and a number of
 /// the source's own choosing.
@@ -23,76 +26,70 @@ impl Token {
     }
 }
 
-/// One operation on a file descriptor.
+/// One operation on a file descriptor, or on a leaf of the block graph.
 ///
-/// Transfers are whole or they fail: the worker resubmits what a short transfer left, and fills what
-/// lies past the end of the file with zeroes.
+/// A worker's reads and writes are whole or they fail: it asks again for what a short transfer left, and
+/// fills what lies past the end of the file with zeroes. A ring carries out an operation once, and may
+/// do a part of it.
 #[derive(Clone, Copy, Debug)]
-pub struct Op {
-    pub fd: RawFd,
-    pub kind: OpKind,
-    /// Bytes from the start of the file.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum OpKind {
-    /// The segments must stay mapped, and the list itself in place, until the completion.
-    Read(Segments),
-    /// `durable`: the data is on stable storage at the completion (RWF_DSYNC).
-    Write(Segments, Durable),
+pub enum Op {
+    /// Reads from `offset` bytes on.
+    Read { offset: u64, segments: Segments },
+    /// Writes from `offset` bytes on.
+    Write { offset: u64, segments: Segments, durable: Durable },
     /// fdatasync.
     Fsync,
-    /// fallocate with this mode.
-    Fallocate(i32),
+    /// fallocate with this mode, in bytes.
+    Fallocate { mode: i32, offset: u64, len: u64 },
+    /// Completes whenever the descriptor becomes readable, again and again.
+    PollMany,
+    /// Completes when the descriptor is, or becomes, readable.
+    PollOnce,
+    /// Ends the poll that carries this user data.
+    PollEnd(u64),
 }
 
 /// Whether a write is durable when it completes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durable {
+    /// The data is on stable storage at the completion (RWF_DSYNC).
     Yes,
     No,
 }
 
-/// A borrowed list of segments whose lifetime the starter of the operation guards.
+/// A borrowed list of memory segments whose lifetime the starter of the operation guards.
 #[derive(Clone, Copy, Debug)]
 pub struct Segments {
-    pub(super) base: *const libc::iovec,
-    pub(super) count: usize,
+    base: *const libc::iovec,
+    count: usize,
+    len: u64,
 }
 
 impl Segments {
-    /// Takes the list by address. The starter keeps it in place until the operation has completed.
-    pub fn new(list: &[libc::iovec]) -> Segments {
-        Segments { base: list.as_ptr(), count: list.len() }
+    /// Takes the list by address; it has `len` bytes. The starter keeps the list in place, and the memory
+    /// that it names mapped, until the operation has completed.
+    pub fn new(list: &[libc::iovec], len: u64) -> Segments {
+        debug_assert_eq!(list.iter().map(|segment| segment.iov_len as u64).sum::<u64>(), len);
+        Segments { base: list.as_ptr(), count: list.len(), len }
+    }
+
+    /// The bytes of all segments together.
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks for an empty transfer")]
+    pub fn len(self) -> u64 {
+        self.len
     }
 
     /// # Safety
     /// The list must still be in place.
-    pub(super) unsafe fn as_slice<'a>(self) -> &'a [libc::iovec] {
+    pub unsafe fn as_slice<'a>(self) -> &'a [libc::iovec] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts(self.base, self.count) }
     }
 }
 
-impl Op {
-    pub fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> Op {
-        Op { fd, kind: OpKind::Read(Segments::new(into.as_raw())), offset, len: into.len() }
-    }
-
-    pub fn write(fd: RawFd, offset: u64, from: &IoVec<'_>, durable: Durable) -> Op {
-        let kind = OpKind::Write(Segments::new(from.as_raw()), durable);
-        Op { fd, kind, offset, len: from.len() }
-    }
-
-    pub fn fsync(fd: RawFd) -> Op {
-        Op { fd, kind: OpKind::Fsync, offset: 0, len: 0 }
-    }
-
-    pub fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> Op {
-        Op { fd, kind: OpKind::Fallocate(mode), offset, len }
+impl From<&IoVec<'_>> for Segments {
+    fn from(list: &IoVec<'_>) -> Segments {
+        Segments::new(list.as_raw(), list.len())
     }
 }
 

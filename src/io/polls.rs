@@ -1,8 +1,9 @@
 //! Waiting for descriptors with epoll, for rings that are not the kernel's.
 
 use super::errno::Errno;
-use super::ring::{Completion, Kind, Submission};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use super::op::Op;
+use super::ring::Completion;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -24,13 +25,12 @@ impl Polls {
         Ok(Polls { epoll: Epoll::new()?, polls: Vec::new() })
     }
 
-    /// Begins a poll.
+    /// Begins a poll of `op`'s kind.
     ///
     /// # Errors
     /// The completion that tells why it could not.
-    pub fn start(&mut self, submission: Submission) -> Result<(), Completion> {
-        let Submission { user_data, fd, kind } = submission;
-        let once = matches!(kind, Kind::PollOnce);
+    pub fn start(&mut self, user_data: u64, fd: RawFd, op: Op) -> Result<(), Completion> {
+        let once = matches!(op, Op::PollOnce);
         // SAFETY: the descriptor is only borrowed for the call; if it is not open the call fails.
         let file = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned();
         let free = self.polls.iter().position(Option::is_none);

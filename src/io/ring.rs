@@ -5,53 +5,19 @@
 //! the worker and no locks are taken. Such a ring's descriptor never wakes epoll; the worker waits
 //! inside the ring, and everything it waits for comes through it.
 //!
-//! A ring is made disabled, restricted to the operations of [`Kind`], and enabled by its worker. A
+//! A ring is made disabled, restricted to the operations of [`Op`], and enabled by its worker. A
 //! system call filter does not see what goes through a ring: without the restriction it would open
 //! files and connect sockets for whoever has taken the process over.
 
 use super::clock::Clock;
 use super::descriptors;
-use super::op::{Durable, Segments};
+use super::op::{Durable, Op};
 use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
-
-/// An entry for the ring. `user_data` comes back with the completion.
-#[derive(Clone, Copy, Debug)]
-pub struct Submission {
-    pub user_data: u64,
-    pub fd: RawFd,
-    pub kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum Kind {
-    Read {
-        segments: Segments,
-        offset: u64,
-    },
-    Write {
-        segments: Segments,
-        offset: u64,
-        durable: Durable,
-    },
-    /// fdatasync.
-    Fsync,
-    Fallocate {
-        mode: i32,
-        offset: u64,
-        len: u64,
-    },
-    /// A completion whenever the descriptor becomes readable, again and again.
-    PollMany,
-    /// One completion when the descriptor is, or becomes, readable.
-    PollOnce,
-    /// Ends the poll that carries this user data.
-    PollEnd(u64),
-}
 
 #[derive(Clone, Copy, Debug)]
 pub struct Completion {
@@ -77,11 +43,12 @@ pub enum Wait {
 }
 
 pub trait Ring {
-    /// Queues an entry; it starts at the next `enter`, or at once when the queue is full.
+    /// Queues an operation; it starts at the next `enter`, or at once when the queue is full. The
+    /// completion carries `user_data`. Operations on no descriptor come with -1.
     ///
     /// # Safety
     /// Memory that a read or write names stays mapped, and its list in place, until the completion.
-    unsafe fn push(&mut self, entry: Submission);
+    unsafe fn push(&mut self, user_data: u64, fd: RawFd, op: Op);
 
     /// Whether `enter` would have something to do without sleeping: entries to start, or
     /// completions that only the kernel knows of.
@@ -243,10 +210,10 @@ impl Uring {
         self.ring.submitter().register_enable_rings()
     }
 
-    fn entry(submission: Submission) -> squeue::Entry {
-        let fd = types::Fd(submission.fd);
-        let entry = match submission.kind {
-            Kind::Read { segments, offset } => {
+    fn entry(user_data: u64, fd: RawFd, op: Op) -> squeue::Entry {
+        let fd = types::Fd(fd);
+        let entry = match op {
+            Op::Read { segments, offset } => {
                 // SAFETY: whoever pushes guarantees that the list is in place.
                 match unsafe { segments.as_slice() } {
                     [one] => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
@@ -257,7 +224,7 @@ impl Uring {
                         .build(),
                 }
             }
-            Kind::Write { segments, offset, durable } => {
+            Op::Write { segments, offset, durable } => {
                 let flags = if durable == Durable::Yes { libc::RWF_DSYNC } else { 0 };
                 // SAFETY: as above.
                 match unsafe { segments.as_slice() } {
@@ -273,21 +240,21 @@ impl Uring {
                         .build(),
                 }
             }
-            Kind::Fsync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-            Kind::Fallocate { mode, offset, len } => {
+            Op::Fsync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Op::Fallocate { mode, offset, len } => {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
-            Kind::PollMany => opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build(),
-            Kind::PollOnce => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
-            Kind::PollEnd(user_data) => opcode::PollRemove::new(user_data).build(),
+            Op::PollMany => opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build(),
+            Op::PollOnce => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
+            Op::PollEnd(user_data) => opcode::PollRemove::new(user_data).build(),
         };
-        entry.user_data(submission.user_data)
+        entry.user_data(user_data)
     }
 }
 
 impl Ring for Uring {
-    unsafe fn push(&mut self, submission: Submission) {
-        let entry = Self::entry(submission);
+    unsafe fn push(&mut self, user_data: u64, fd: RawFd, op: Op) {
+        let entry = Self::entry(user_data, fd, op);
         // SAFETY: the caller's promise on the memory that the entry names.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.enter(Wait::No);
@@ -439,7 +406,7 @@ mod tests {
         }
         assert!(ring.must_enter());
         // SAFETY: names no memory.
-        unsafe { ring.push(Submission { user_data: 9, fd: -1, kind: Kind::PollEnd(1) }) };
+        unsafe { ring.push(9, -1, Op::PollEnd(1)) };
         ring.enter(Wait::Forever);
         ring.reap(&mut out);
         assert_eq!(out.len(), 1);

@@ -10,9 +10,9 @@
 
 use super::errno::Errno;
 use super::iovec::IoVec;
-use super::op::{Durable, Segments};
+use super::op::{Durable, Op, Segments};
 use super::polls::{Polls, calls};
-use super::ring::{Completion, Kind, Ring, Submission, Wait};
+use super::ring::{Completion, Ring, Wait};
 use super::sync::Mutex;
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
@@ -125,7 +125,7 @@ pub struct SimRing {
     rng: fastrand::Rng,
     /// Nanoseconds.
     clock: u64,
-    queued: Vec<Submission>,
+    queued: Vec<Begun>,
     /// What has started, by when it is due, equal times in a seeded order.
     due: BTreeMap<(u64, u64), Begun>,
     hung: Vec<Begun>,
@@ -134,7 +134,10 @@ pub struct SimRing {
 }
 
 struct Begun {
-    submission: Submission,
+    user_data: u64,
+    fd: RawFd,
+    op: Op,
+    /// What a file has left when it was asked before.
     ticket: u64,
 }
 
@@ -158,27 +161,28 @@ impl SimRing {
     }
 
     fn start_queued(&mut self) {
-        for submission in std::mem::take(&mut self.queued) {
-            match submission.kind {
-                Kind::PollMany | Kind::PollOnce => {
-                    self.ready.extend(self.polls.start(submission).err());
+        for begun in std::mem::take(&mut self.queued) {
+            let Begun { user_data, fd, op, .. } = begun;
+            match op {
+                Op::PollMany | Op::PollOnce => {
+                    self.ready.extend(self.polls.start(user_data, fd, op).err());
                 }
-                Kind::PollEnd(user_data) => self.end_poll(submission, user_data),
+                Op::PollEnd(poll) => self.end_poll(user_data, poll),
                 _ => {
                     let longest = self.disorder.max_delay.as_nanos() as u64;
                     let delay = self.rng.u64(0..=longest);
-                    self.schedule(delay, Begun { submission, ticket: 0 });
+                    self.schedule(delay, begun);
                 }
             }
         }
     }
 
-    fn end_poll(&mut self, submission: Submission, user_data: u64) {
-        let ended = self.polls.end(user_data);
+    fn end_poll(&mut self, user_data: u64, poll: u64) {
+        let ended = self.polls.end(poll);
         if ended {
-            self.complete(user_data, -libc::ECANCELED);
+            self.complete(poll, -libc::ECANCELED);
         }
-        self.complete(submission.user_data, if ended { 0 } else { -libc::ENOENT });
+        self.complete(user_data, if ended { 0 } else { -libc::ENOENT });
     }
 
     fn complete(&mut self, user_data: u64, result: i32) {
@@ -207,7 +211,7 @@ impl SimRing {
     }
 
     fn perform(&mut self, mut begun: Begun) {
-        let Submission { user_data, fd, .. } = begun.submission;
+        let Begun { user_data, fd, op, .. } = begun;
         if begun.ticket == 0 && self.rng.f64() < self.disorder.interrupted {
             let errno = if self.rng.bool() { libc::EINTR } else { libc::EAGAIN };
             return self.complete(user_data, -errno);
@@ -218,7 +222,7 @@ impl SimRing {
             None if is_direct(fd) => DIRECT_BLOCK,
             None => BLOCK,
         };
-        let op = self.sim_op(begun.submission.kind, block);
+        let op = self.sim_op(op, block);
         let executed = match &file {
             Some(file) => file.execute(&op, &mut begun.ticket),
             None => Executed::Now(execute_real(fd, &op)),
@@ -231,22 +235,22 @@ impl SimRing {
         }
     }
 
-    fn sim_op<'a>(&mut self, kind: Kind, block: u64) -> SimOp<'a> {
-        match kind {
-            Kind::Read { segments, offset } => {
+    fn sim_op<'a>(&mut self, op: Op, block: u64) -> SimOp<'a> {
+        match op {
+            Op::Read { segments, offset } => {
                 SimOp::Read { offset, into: self.part(segments, block) }
             }
-            Kind::Write { segments, offset, durable } => {
+            Op::Write { segments, offset, durable } => {
                 SimOp::Write { offset, from: self.part(segments, block), durable }
             }
-            Kind::Fallocate { mode, offset, len } => SimOp::Allocate { mode, offset, len },
-            Kind::Fsync | Kind::PollMany | Kind::PollOnce | Kind::PollEnd(_) => SimOp::Sync,
+            Op::Fallocate { mode, offset, len } => SimOp::Allocate { mode, offset, len },
+            Op::Fsync | Op::PollMany | Op::PollOnce | Op::PollEnd(_) => SimOp::Sync,
         }
     }
 
     /// The segments, or so much of them as this transfer is going to move.
     fn part<'a>(&mut self, segments: Segments, block: u64) -> IoVec<'a> {
-        // SAFETY: whoever pushed the entry keeps the list, and the memory that it names, in place
+        // SAFETY: whoever pushed the operation keeps the list, and the memory that it names, in place
         // until the completion, which has not been given out yet.
         let whole = unsafe { IoVec::from_raw(segments.as_slice()) };
         let blocks = whole.len() / block;
@@ -293,8 +297,8 @@ impl SimRing {
 }
 
 impl Ring for SimRing {
-    unsafe fn push(&mut self, entry: Submission) {
-        self.queued.push(entry);
+    unsafe fn push(&mut self, user_data: u64, fd: RawFd, op: Op) {
+        self.queued.push(Begun { user_data, fd, op, ticket: 0 });
     }
 
     fn must_enter(&self) -> bool {

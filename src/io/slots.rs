@@ -4,12 +4,13 @@
 //! The rule it guards: an operation is whole or it fails. What a short or interrupted transfer left
 //! is asked for again, and what lies past the end of a file reads as zeroes.
 
-use super::op::{Op, OpKind, Segments, Started, Token};
-use super::ring::{Kind, Submission, Wait};
+use super::op::{Op, Segments, Started, Token};
+use super::ring::Wait;
 use super::turn::{BATCH, tag};
 use super::worker::Io;
 use super::{Errno, IoResult, iovec};
 use std::future::Future;
+use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -20,6 +21,7 @@ pub(super) struct Ops {
 }
 
 struct Slot {
+    fd: RawFd,
     op: Op,
     /// Bytes transferred so far.
     done: u64,
@@ -40,26 +42,19 @@ impl Io {
     ///
     /// # Safety
     /// For reads and writes: the segments stay mapped, and their list in place, until then.
-    pub unsafe fn start(&self, op: Op, token: Token) -> Started {
-        let slot = self.ops.borrow_mut().insert(op, Owner::Source(token));
+    pub unsafe fn start(&self, fd: RawFd, op: Op, token: Token) -> Started {
+        let slot = self.ops.borrow_mut().insert(fd, op, Owner::Source(token));
         // SAFETY: the caller's promise.
-        unsafe { self.push(slot, op) };
+        unsafe { self.push(slot, fd, op) };
         Started::Pending
     }
 
     /// # Safety
     /// As for [`Io::start`].
-    unsafe fn push(&self, slot: u32, op: Op) {
-        let Op { fd, offset, len, .. } = op;
-        let kind = match op.kind {
-            OpKind::Read(segments) => Kind::Read { segments, offset },
-            OpKind::Write(segments, durable) => Kind::Write { segments, offset, durable },
-            OpKind::Fsync => Kind::Fsync,
-            OpKind::Fallocate(mode) => Kind::Fallocate { mode, offset, len },
-        };
+    unsafe fn push(&self, slot: u32, fd: RawFd, op: Op) {
         let user_data = tag::pack(tag::OP, 0, slot);
         // SAFETY: the caller's promise.
-        unsafe { self.ring.borrow_mut().push(Submission { user_data, fd, kind }) };
+        unsafe { self.ring.borrow_mut().push(user_data, fd, op) };
     }
 
     /// Books a completion of slot `index`. Its owner and result, once the operation is over.
@@ -69,10 +64,11 @@ impl Io {
         let result = match slot.outcome(result) {
             Outcome::Over(result) => result,
             Outcome::Continue(op) => {
+                let fd = slot.fd;
                 drop(ops);
                 // SAFETY: what the starter promised lasts until the completion, and the list of the
                 // remaining segments lies in the slot until then.
-                unsafe { self.push(index, op) };
+                unsafe { self.push(index, fd, op) };
                 return None;
             }
         };
@@ -99,10 +95,10 @@ impl Io {
     /// # Safety
     /// For reads and writes: the segments stay mapped, and their list in place, until the future is
     /// done or dropped. The future must not be forgotten.
-    pub(super) unsafe fn run(self: &Rc<Io>, op: Op) -> Operation {
-        let slot = self.ops.borrow_mut().insert(op, Owner::Future(None));
+    pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op) -> Operation {
+        let slot = self.ops.borrow_mut().insert(fd, op, Owner::Future(None));
         // SAFETY: the caller's promise.
-        unsafe { self.push(slot, op) };
+        unsafe { self.push(slot, fd, op) };
         Operation { io: self.clone(), slot: Some(slot) }
     }
 }
@@ -114,8 +110,8 @@ impl Ops {
         Ops { slots, free }
     }
 
-    fn insert(&mut self, op: Op, owner: Owner) -> u32 {
-        let slot = Slot { op, done: 0, tail: None, owner };
+    fn insert(&mut self, fd: RawFd, op: Op, owner: Owner) -> u32 {
+        let slot = Slot { fd, op, done: 0, tail: None, owner };
         match self.free.pop() {
             Some(index) => {
                 self.slots[index as usize] = slot;
@@ -144,10 +140,10 @@ enum Outcome {
 impl Slot {
     /// What a completion with `result` means for the operation as a whole.
     fn outcome(&mut self, result: i32) -> Outcome {
-        let (segments, write) = match self.op.kind {
-            OpKind::Read(segments) => (segments, None),
-            OpKind::Write(segments, durable) => (segments, Some(durable)),
-            OpKind::Fsync | OpKind::Fallocate(_) => {
+        let (offset, segments, write) = match self.op {
+            Op::Read { offset, segments } => (offset, segments, None),
+            Op::Write { offset, segments, durable } => (offset, segments, Some(durable)),
+            _ => {
                 return match result {
                     r if r == -libc::EINTR || r == -libc::EAGAIN => Outcome::Continue(self.op),
                     r if r < 0 => Outcome::Over(Err(Errno(-r))),
@@ -156,19 +152,20 @@ impl Slot {
             }
         };
         if result == -libc::EINTR || result == -libc::EAGAIN {
-            return Outcome::Continue(self.rest(segments));
+            return Outcome::Continue(self.rest());
         }
         if result < 0 {
             // The tail of a direct read that ends in the middle of the file's last sector cannot
             // be asked for again: it is not aligned.
-            if -result == libc::EINVAL && self.done > 0 && write.is_none() && self.is_at_end() {
+            if -result == libc::EINVAL && self.done > 0 && write.is_none() && self.is_at_end(offset)
+            {
                 self.zero_rest(segments);
                 return Outcome::Over(Ok(()));
             }
             return Outcome::Over(Err(Errno(-result)));
         }
         self.done += result as u64;
-        if self.done >= self.op.len {
+        if self.done >= segments.len() {
             return Outcome::Over(Ok(()));
         }
         match (result, write) {
@@ -178,23 +175,20 @@ impl Slot {
             }
             // A write that moves nothing and reports nothing would be asked for forever.
             (0, Some(_)) => Outcome::Over(Err(Errno::ENOSPC)),
-            _ => Outcome::Continue(self.rest(segments)),
+            _ => Outcome::Continue(self.rest()),
         }
     }
 
     /// The operation on what is not transferred yet.
-    fn rest(&mut self, segments: Segments) -> Op {
+    fn rest(&mut self) -> Op {
         let mut op = self.op;
-        op.offset += self.done;
-        op.len -= self.done;
-        if self.done > 0 {
-            self.tail = Some(self.left(segments));
-            let list = self.tail.as_deref().map_or(segments, Segments::new);
-            op.kind = match op.kind {
-                OpKind::Read(_) => OpKind::Read(list),
-                OpKind::Write(_, durable) => OpKind::Write(list, durable),
-                other => other,
-            };
+        if self.done > 0
+            && let Op::Read { offset, segments } | Op::Write { offset, segments, .. } = &mut op
+        {
+            let left = self.left(*segments);
+            let tail = self.tail.insert(left);
+            *offset += self.done;
+            *segments = Segments::new(tail, segments.len() - self.done);
         }
         op
     }
@@ -222,13 +216,13 @@ impl Slot {
     }
 
     /// Whether the file ends where the transfer stopped. Asked only after a short direct read.
-    fn is_at_end(&self) -> bool {
+    fn is_at_end(&self, offset: u64) -> bool {
         // SAFETY: fstat writes the whole structure or fails.
         let (result, stat) = unsafe {
             let mut stat = std::mem::zeroed::<libc::stat64>();
-            (libc::fstat64(self.op.fd, &mut stat), stat)
+            (libc::fstat64(self.fd, &mut stat), stat)
         };
-        result == 0 && stat.st_size as u64 <= self.op.offset + self.done
+        result == 0 && stat.st_size as u64 <= offset + self.done
     }
 }
 

@@ -5,12 +5,13 @@
 //! ([`super::pool`]). Descriptors are waited for with epoll.
 
 use super::errno::Errno;
+use super::op::Op;
 use super::polls::{Polls, calls};
 use super::pool::{Job, Limits, Pool};
-use super::ring::{Completion, Kind, Ring, Submission, Wait};
+use super::ring::{Completion, Ring, Wait};
 use super::sync::Mutex;
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -24,7 +25,7 @@ static POOL: Pool<Operation> = Pool::new("io", Limits { each: 64, all: 256 });
 
 /// The ring. Of one worker, as the kernel's is.
 pub struct Threads {
-    queued: Vec<Submission>,
+    queued: Vec<(u64, RawFd, Op)>,
     polls: Polls,
     ready: VecDeque<Completion>,
     done: Arc<Done>,
@@ -44,38 +45,40 @@ struct Done {
 
 /// One operation on its way through a thread.
 struct Operation {
-    submission: Submission,
+    user_data: u64,
+    fd: RawFd,
+    op: Op,
     done: Arc<Done>,
 }
 
-// SAFETY: whoever pushed the entry keeps the list, and the memory that it names, in place until the
+// SAFETY: whoever pushed the operation keeps the list, and the memory that it names, in place until the
 // completion, on whatever thread the operation runs.
 unsafe impl Send for Operation {}
 
 impl Job for Operation {
     fn owner(&self) -> u64 {
-        self.submission.fd as u64
+        self.fd as u64
     }
 
     fn run(self) {
-        let Submission { user_data, fd, kind } = self.submission;
-        let result = match kind {
+        let Operation { user_data, fd, op, done } = self;
+        let result = match op {
             // SAFETY: the completion has not been given out yet, so list and memory are in place.
-            Kind::Read { segments, offset } => unsafe {
+            Op::Read { segments, offset } => unsafe {
                 calls::read(fd, segments.as_slice(), offset)
             },
             // SAFETY: as above.
-            Kind::Write { segments, offset, durable } => unsafe {
+            Op::Write { segments, offset, durable } => unsafe {
                 calls::write(fd, segments.as_slice(), offset, durable)
             },
-            Kind::Fsync => calls::sync(fd),
-            Kind::Fallocate { mode, offset, len } => calls::allocate(fd, mode, offset, len),
+            Op::Fsync => calls::sync(fd),
+            Op::Fallocate { mode, offset, len } => calls::allocate(fd, mode, offset, len),
             // Never handed to a thread.
-            Kind::PollMany | Kind::PollOnce | Kind::PollEnd(_) => Err(Errno(libc::EINVAL)),
+            Op::PollMany | Op::PollOnce | Op::PollEnd(_) => Err(Errno(libc::EINVAL)),
         };
         // One transfer moves less than 2 GiB.
         let result = result.map_or_else(|errno| -errno.0, |count| count as i32);
-        self.done.tell(Completion { user_data, result, more: false });
+        done.tell(Completion { user_data, result, more: false });
     }
 }
 
@@ -102,8 +105,8 @@ impl Threads {
         };
         let mut polls = Polls::new()?;
         let (user_data, fd) = (super::turn::tag::pack(super::turn::tag::NONE, 0, 0), &done.wake);
-        let wake = Submission { user_data, fd: fd.as_raw_fd(), kind: Kind::PollMany };
-        if let Err(Completion { result, .. }) = polls.start(wake) {
+        let started = polls.start(user_data, fd.as_raw_fd(), Op::PollMany);
+        if let Err(Completion { result, .. }) = started {
             return Err(std::io::Error::from_raw_os_error(-result));
         }
         Ok(Threads {
@@ -118,27 +121,28 @@ impl Threads {
 
     fn start_queued(&mut self) {
         let Threads { queued, polls, ready, done, .. } = self;
-        queued.retain(|&submission| match submission.kind {
-            Kind::PollMany | Kind::PollOnce => {
-                ready.extend(polls.start(submission).err());
+        queued.retain(|&(user_data, fd, op)| match op {
+            Op::PollMany | Op::PollOnce => {
+                ready.extend(polls.start(user_data, fd, op).err());
                 false
             }
-            Kind::PollEnd(user_data) => {
+            Op::PollEnd(user_data) => {
                 polls.end(user_data);
                 false
             }
             _ => true,
         });
         if !queued.is_empty() {
-            let operation = |submission| Operation { submission, done: done.clone() };
+            let operation =
+                |(user_data, fd, op)| Operation { user_data, fd, op, done: done.clone() };
             POOL.submit(queued.drain(..).map(operation));
         }
     }
 }
 
 impl Ring for Threads {
-    unsafe fn push(&mut self, entry: Submission) {
-        self.queued.push(entry);
+    unsafe fn push(&mut self, user_data: u64, fd: RawFd, op: Op) {
+        self.queued.push((user_data, fd, op));
     }
 
     fn must_enter(&self) -> bool {

@@ -5,7 +5,8 @@
 //! do it spins as long as [`Spin`] says, then asks all sources for kicks and sleeps in the ring. Idle
 //! costs nothing.
 
-use super::ring::{Completion, Kind, Pin, Ring, Submission, Wait};
+use super::op::Op;
+use super::ring::{Completion, Pin, Ring, Wait};
 use super::slots::Owner;
 use super::spin::Spin;
 use super::worker::{self, Io, Message, NEVER, Shared};
@@ -200,17 +201,15 @@ impl Local {
         let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
         if let Some(Watch { number, pending: true, .. }) = entry.watch.take() {
             let user_data = tag::pack(tag::NONE, 0, 0);
-            let kind = Kind::PollEnd(tag::pack(tag::KICK, number, index));
+            let op = Op::PollEnd(tag::pack(tag::KICK, number, index));
             // SAFETY: names no memory.
-            unsafe { self.io.ring.borrow_mut().push(Submission { user_data, fd: -1, kind }) };
+            unsafe { self.io.ring.borrow_mut().push(user_data, -1, op) };
         }
     }
 
     fn poll_many(&self, user_data: u64, fd: RawFd) {
         // SAFETY: names no memory.
-        unsafe {
-            self.io.ring.borrow_mut().push(Submission { user_data, fd, kind: Kind::PollMany })
-        };
+        unsafe { self.io.ring.borrow_mut().push(user_data, fd, Op::PollMany) };
     }
 
     /// A source has been armed: its kick is waited for, if that is not so all the time.
@@ -221,9 +220,8 @@ impl Local {
             && !std::mem::replace(&mut watch.pending, true)
         {
             let user_data = tag::pack(tag::KICK, watch.number, index);
-            let submission = Submission { user_data, fd: watch.fd, kind: Kind::PollOnce };
             // SAFETY: names no memory.
-            unsafe { self.io.ring.borrow_mut().push(submission) };
+            unsafe { self.io.ring.borrow_mut().push(user_data, watch.fd, Op::PollOnce) };
         }
     }
 

@@ -8,7 +8,7 @@ use crate::block::registry::OpenFn;
 use crate::block::{
     Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, HandOver, Kind, Leaf,
     LocalFuture, Mapping, NameParts, Opening, OptionHelp, Perms, Place, Precision, Status, Target,
-    Traits, Transfer, WriteFlags, ZeroFlags,
+    Traits, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, InFlight, IoResult, IoVec, Started};
 use crate::options::Map;
@@ -205,7 +205,7 @@ impl Driver for Null {
 }
 
 impl Leaf for Null {
-    unsafe fn start(&self, _: &io::Io, _: Transfer<'_>, _: io::Token) -> Started {
+    unsafe fn start(&self, _: &io::Io, _: io::Op, _: io::Token) -> Started {
         Started::Done(Ok(()))
     }
 }

@@ -14,12 +14,12 @@ pub use log::{Change, Crash, Tries, WriteLog};
 
 use crate::block::{
     Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, Image, Kind, Leaf, LocalFuture,
-    Mapping, OptionHelp, Perms, Place, Precision, SECTOR, Status, Target, Traits, Transfer,
-    WriteFlags, ZeroFlags,
+    Mapping, OptionHelp, Perms, Place, Precision, SECTOR, Status, Target, Traits, WriteFlags,
+    ZeroFlags,
 };
 use crate::io::sim::{Executed, SimFd, SimFile, SimOp, register};
 use crate::io::sync::Mutex;
-use crate::io::{self, Durable, Errno, InFlight, IoResult, IoVec, Op, OpKind, Segments, Started};
+use crate::io::{self, Durable, Errno, InFlight, IoResult, IoVec, Op, Started};
 use fault::Faults;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -604,28 +604,27 @@ impl Driver for Sim {
 }
 
 impl Leaf for Sim {
-    unsafe fn start(&self, io: &io::Io, transfer: Transfer<'_>, token: io::Token) -> Started {
-        let Transfer { access, offset, len, segments } = transfer;
+    unsafe fn start(&self, io: &io::Io, op: Op, token: io::Token) -> Started {
+        let (offset, segments, write) = match op {
+            Op::Read { offset, segments } => (offset, segments, None),
+            Op::Write { offset, segments, durable } => (offset, segments, Some(durable)),
+            _ => return Started::Done(Err(Errno::ENOTSUP)),
+        };
+        // SAFETY: the caller keeps the list in place.
+        let segments = unsafe { segments.as_slice() };
         self.check_transfer(offset, segments);
-        let durable = if access == Access::DurableWrite { Durable::Yes } else { Durable::No };
         if io.is_simulated() {
-            let list = Segments::new(segments);
-            let kind = match access {
-                Access::Read => OpKind::Read(list),
-                _ => OpKind::Write(list, durable),
-            };
-            let op = Op { fd: self.fd.as_raw_fd(), kind, offset, len: len as u64 };
             // SAFETY: the caller's promise.
-            return unsafe { io.start(op, token) };
+            return unsafe { io.start(self.fd.as_raw_fd(), op, token) };
         }
         // SAFETY: as above.
         let list = unsafe { IoVec::from_raw(segments) };
         let mut done = 0;
         while done < list.len() {
             let (offset, rest) = (offset + done, list.slice(done, list.len() - done));
-            let op = match access {
-                Access::Read => SimOp::Read { offset, into: rest },
-                _ => SimOp::Write { offset, from: rest, durable },
+            let op = match write {
+                None => SimOp::Read { offset, into: rest },
+                Some(durable) => SimOp::Write { offset, from: rest, durable },
             };
             let result = match self.disk.execute(&op, &mut 0) {
                 Executed::Now(result) => result,

@@ -5,10 +5,11 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
-use vublk::block::{Access, Node, Target, Transfer};
+use vublk::block::{Access, Node, Target};
 use vublk::io::epoch::{Announcer, Generation};
 use vublk::io::{
-    AlignedBuf, Io, IoResult, IoVec, Local, Polled, Source, SourceId, Started, Token, is_aligned,
+    AlignedBuf, Io, IoResult, IoVec, Local, Polled, Segments, Source, SourceId, Started, Token,
+    is_aligned,
 };
 
 /// Starts transfers on the fast road of one node. Clones are the same queue.
@@ -120,7 +121,7 @@ impl Road {
             let list: Box<[libc::iovec]> = IoVec::from_mut(part).as_raw().into();
             match mapping.target {
                 Target::Data { leaf, offset } if is_aligned(&list, node.traits().buffer_align) => {
-                    extents.push((leaf, offset, mapping.len as u32));
+                    extents.push((leaf, offset, mapping.len));
                     lists.push(list);
                 }
                 Target::Zero if access == Access::Read => part.fill(0),
@@ -135,10 +136,10 @@ impl Road {
         });
         let (mut left, mut result) = (lists.len(), Ok(()));
         for ((leaf, offset, len), list) in extents.into_iter().zip(&lists) {
-            let transfer = Transfer { access, offset, len, segments: list };
+            let op = access.op(offset, Segments::new(list, len));
             let token = Token { source: me, tag: tag as u32 };
             // SAFETY: the buffer and the lists stay in the slot until the completion.
-            if let Started::Done(done) = unsafe { leaf.start(io, transfer, token) } {
+            if let Started::Done(done) = unsafe { leaf.start(io, op, token) } {
                 left -= 1;
                 result = result.and(done);
             }

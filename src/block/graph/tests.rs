@@ -131,7 +131,7 @@ impl Leaf for Store {
     unsafe fn start(
         &self,
         _: &crate::io::Io,
-        _: Transfer<'_>,
+        _: crate::io::Op,
         _: crate::io::Token,
     ) -> crate::io::Started {
         crate::io::Started::Done(Ok(()))

@@ -17,14 +17,14 @@ use super::memory::Memory;
 use super::memory_loss::LossWatch;
 use super::request::{Disk, Ended, HEADER_LEN, Header, Kind, Status, trim};
 use super::ring::{Broken, SplitRing};
-use crate::block::{Access, Target, Transfer};
+use crate::block::{Access, Target};
 use crate::export::core::failure::{Failure, Operation};
 use crate::export::core::held::Held;
 use crate::export::core::metrics::Recorder;
 use crate::export::core::watch::Watch;
 use crate::io::epoch::{Announcer, Generation, Turn};
 use crate::io::{
-    Io, IoResult, IoVec, Polled, Source, SourceId, Started, Token, iovec, thread_cpu_ns,
+    Io, IoResult, IoVec, Polled, Segments, Source, SourceId, Started, Token, iovec, thread_cpu_ns,
 };
 use std::cell::RefCell;
 use std::fs::File;
@@ -660,9 +660,9 @@ fn start_fast(
             {
                 return None;
             }
-            let transfer = Transfer { access, offset, len: slot.len, segments };
+            let op = access.op(offset, Segments::new(segments, slot.len.into()));
             // SAFETY: the slot and the guest's memory stay in place until the request is finished.
-            Some(unsafe { leaf.start(io, transfer, token) })
+            Some(unsafe { leaf.start(io, op, token) })
         }
         Target::Zero if access == Access::Read => {
             // SAFETY: the guest's memory is mapped.

@@ -34,12 +34,10 @@ pub use options::{Aio, FileOptions, Locking};
 use crate::block::node::SECTOR;
 use crate::block::{
     Access, Driver, Error, Extent, Fence, HandOver, Image, Leaf, LocalFuture, Locks, Mapping,
-    NodeOptions, Perms, Place, Preallocation, Precision, Status, Target, Traits, Transfer,
-    WriteFlags, ZeroFlags,
+    NodeOptions, Perms, Place, Preallocation, Precision, Status, Target, Traits, WriteFlags,
+    ZeroFlags,
 };
-use crate::io::{
-    self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Segments, Started, Token,
-};
+use crate::io::{self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Started, Token};
 use crate::options::{Map, filename};
 use flush::Flushes;
 use lock::ImageLocks;
@@ -56,7 +54,7 @@ use zero::Missing;
 /// the ring would hand it to a kernel thread, because tmpfs knows no other way of not waiting: the
 /// hand-over costs more than the copy. Longer ones go there, so that they do not keep the worker
 /// from its other queues.
-const COPY_LIMIT: u32 = 64 << 10;
+const COPY_LIMIT: u64 = 64 << 10;
 
 /// An open file or device.
 pub struct FileDriver {
@@ -370,27 +368,28 @@ impl Driver for FileDriver {
 }
 
 impl Leaf for FileDriver {
-    unsafe fn start(&self, io: &Io, transfer: Transfer<'_>, token: Token) -> Started {
-        if self.in_memory && transfer.len <= COPY_LIMIT {
-            let read = transfer.access == Access::Read;
-            let way = if read { sys::Way::Read } else { sys::Way::Write };
-            // SAFETY: the caller keeps the segments mapped.
-            let moved = unsafe { sys::transfer(self.fd, transfer.offset, transfer.segments, way) };
-            if moved == transfer.len as usize {
+    unsafe fn start(&self, io: &Io, mut op: Op, token: Token) -> Started {
+        let (offset, segments, way) = match &mut op {
+            Op::Read { offset, segments } => (*offset, *segments, sys::Way::Read),
+            Op::Write { offset, segments, durable } => {
+                if self.no_flush {
+                    *durable = Durable::No;
+                }
+                (*offset, *segments, sys::Way::Write)
+            }
+            _ => return Started::Done(Err(Errno::ENOTSUP)),
+        };
+        if self.in_memory && segments.len() <= COPY_LIMIT {
+            // SAFETY: the caller keeps the list in place and the segments mapped.
+            let moved = unsafe { sys::transfer(self.fd, offset, segments.as_slice(), way) };
+            if moved as u64 == segments.len() {
                 return Started::Done(Ok(()));
             }
             // Short or failed: once more, whole, by the way that knows what to make of it.
         }
-        let segments = Segments::new(transfer.segments);
-        let kind = match transfer.access {
-            Access::Read => io::OpKind::Read(segments),
-            Access::DurableWrite if !self.no_flush => io::OpKind::Write(segments, Durable::Yes),
-            Access::Write | Access::DurableWrite => io::OpKind::Write(segments, Durable::No),
-        };
-        let (offset, len) = (transfer.offset, u64::from(transfer.len));
         // SAFETY: the caller keeps the segments mapped and their list in place until the
         // completion.
-        unsafe { io.start(Op { fd: self.fd, kind, offset, len }, token) }
+        unsafe { io.start(self.fd, op, token) }
     }
 }
 

@@ -22,9 +22,9 @@ pub use shared::adopt;
 use crate::block::{
     Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, Fence, GuestRegion,
     HandOver, Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms,
-    Place, Preallocation, Precision, Status, Target, Traits, Transfer, WriteFlags, ZeroFlags,
+    Place, Preallocation, Precision, Status, Target, Traits, WriteFlags, ZeroFlags,
 };
-use crate::io::{Errno, InFlight, Io, IoResult, IoVec, Started, Token};
+use crate::io::{self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Started, Token};
 use crate::options::Map;
 use lane::Lane;
 use shared::{Claim, Shared};
@@ -227,20 +227,24 @@ impl Driver for Nvme {
 }
 
 impl Leaf for Nvme {
-    unsafe fn start(&self, io: &Io, transfer: Transfer<'_>, token: Token) -> Started {
+    unsafe fn start(&self, io: &Io, op: Op, token: Token) -> Started {
         // `map` has answered that there is one.
         let Some(lane) = Lane::of(io, self.shared()) else {
             return Started::Done(Err(Errno::EIO));
         };
         // SAFETY: the caller keeps the list in place and the memory mapped until the completion.
-        let segments = unsafe { Segments::new(transfer.segments) };
-        let (at, len, token) = (transfer.offset, transfer.len, token.to_bits());
-        let request = match transfer.access {
-            Access::Read => self.namespace.read(at, len, segments, token),
-            access => {
-                let durable = access == Access::DurableWrite && !self.no_flush;
-                self.namespace.write(at, len, segments, durable, token)
+        let list = |segments: io::Segments| unsafe { Segments::new(segments.as_slice()) };
+        let token = token.to_bits();
+        let request = match op {
+            Op::Read { offset, segments } => {
+                self.namespace.read(offset, segments.len() as u32, list(segments), token)
             }
+            Op::Write { offset, segments, durable } => {
+                let durable = durable == Durable::Yes && !self.no_flush;
+                let len = segments.len() as u32;
+                self.namespace.write(offset, len, list(segments), durable, token)
+            }
+            _ => return Started::Done(Err(Errno::ENOTSUP)),
         };
         lane.submit(io, request);
         Started::Pending
