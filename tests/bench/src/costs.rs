@@ -1,4 +1,4 @@
-//! What an option costs: CPU per request with it and without, in many short turns.
+//! What an option, or a change of the program, costs: CPU per request with it and without, in many short turns.
 
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ pub enum What {
     Sandbox,
     /// It offers metrics.
     Metrics,
+    /// It is this build, not the one before ([`Programs::before`]).
+    Build,
 }
 
 /// One load, with and without.
@@ -43,12 +45,13 @@ const LOADS: [(u16, bool, Mode); 4] = [
     (128, false, Mode::Poll),
 ];
 
-/// Takes `pairs` pairs of turns of `seconds` on each load.
+/// Takes `pairs` pairs of turns of `seconds` on each load. The two servers have a disk each; both may be the same
+/// file where nothing is locked.
 pub fn compare(
     programs: &Programs,
     option: What,
     disk: &str,
-    content: &Content,
+    content: [&Content; 2],
     pairs: usize,
     seconds: f64,
 ) -> Result<Vec<Compared>> {
@@ -106,19 +109,25 @@ pub fn compare(
 fn servers_for(
     programs: &Programs,
     option: What,
-    content: &Content,
+    [off, on]: [&Content; 2],
 ) -> Result<(Running, Option<Running>)> {
     let start = |setup| servers::start(programs, Kind::Vublk, &setup, Some(SERVER_CPU));
-    let one = Setup::one(content.clone());
+    let (one, other) = (Setup::one(off.clone()), Setup::one(on.clone()));
     match option {
         What::Tracking => Ok((start(Setup { locking: true, ..one })?, None)),
         What::Sandbox => {
-            let with = Setup { sandbox: true, ..one.clone() };
+            let with = Setup { sandbox: true, ..other };
             Ok((start(one)?, Some(start(with)?)))
         }
         What::Metrics => {
-            let with = Setup { metrics: true, ..one.clone() };
+            let with = Setup { metrics: true, ..other };
             Ok((start(one)?, Some(start(with)?)))
+        }
+        What::Build => {
+            let before =
+                Programs { vublk: programs.before.clone().unwrap_or_default(), ..programs.clone() };
+            let old = servers::start(&before, Kind::Vublk, &one, Some(SERVER_CPU))?;
+            Ok((old, Some(start(other)?)))
         }
     }
 }
@@ -140,6 +149,7 @@ impl Compared {
             What::Tracking => "tracking",
             What::Sandbox => "sandbox",
             What::Metrics => "metrics",
+            What::Build => "this build",
         };
         Verdict {
             what: format!("{}: CPU with {option} ÷ without", self.what),

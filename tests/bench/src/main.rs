@@ -57,6 +57,9 @@ struct Cli {
     dir: PathBuf,
     #[arg(long, default_value = "target/release/vublk")]
     vublk: PathBuf,
+    /// Another build of vublk: measure the two against each other, and nothing else
+    #[arg(long, value_name = "VUBLK")]
+    before: Option<PathBuf>,
     #[arg(long, default_value = "qemu-storage-daemon")]
     qsd: PathBuf,
 }
@@ -124,9 +127,10 @@ fn main() -> ExitCode {
 }
 
 fn bench(cli: Cli) -> vublk_testkit::Result<()> {
-    let chosen = |group| cli.groups.is_empty() || cli.groups.contains(&group);
+    let compares = cli.before.is_some();
+    let chosen = |group| !compares && (cli.groups.is_empty() || cli.groups.contains(&group));
     let plan = Plan {
-        programs: Programs { vublk: cli.vublk, qsd: cli.qsd },
+        programs: Programs { vublk: cli.vublk, before: cli.before, qsd: cli.qsd },
         only: match cli.only.is_empty() {
             true => Kind::value_variants().to_vec(),
             false => cli.only.clone(),
@@ -209,6 +213,13 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         println!("{table}");
         verdicts.extend(more);
     }
+    if let Some(before) = &plan.programs.before {
+        headline(&format!(
+            "CPU per request: {} before, this build after (ns)",
+            machine::version(before)
+        ));
+        verdicts.extend(cost(&plan, What::Build)?);
+    }
     conclude(&verdicts);
     Ok(())
 }
@@ -252,9 +263,25 @@ fn cost(plan: &Plan, option: What) -> vublk_testkit::Result<Vec<Verdict>> {
     // Many short turns: what else the machine does then falls on both alike.
     let (pairs, seconds) = if plan.quick { (2, 0.05) } else { (plan.rounds * 10, 0.2) };
     println!("{}", costs::HEAD);
+    let mut disks = vec![
+        ("null", [Content::Null, Content::Null]),
+        ("raw on tmpfs", [on_tmpfs.clone(), on_tmpfs]),
+    ];
+    let mut images = Vec::new();
+    if option == What::Build {
+        for name in ["before.qcow2", "after.qcow2"] {
+            images.push(qcow2::full_image(&file, Path::new("/dev/shm"), name)?);
+        }
+        let content = |image: &qcow2::Scratch| Content::Qcow2 {
+            path: image.0.clone(),
+            options: "",
+            direct: false,
+        };
+        disks.push(("qcow2 on tmpfs", [content(&images[0]), content(&images[1])]));
+    }
     let mut verdicts = Vec::new();
-    for (disk, content) in [("null", Content::Null), ("raw on tmpfs", on_tmpfs)] {
-        for one in costs::compare(&plan.programs, option, disk, &content, pairs, seconds)? {
+    for (disk, [off, on]) in &disks {
+        for one in costs::compare(&plan.programs, option, disk, [off, on], pairs, seconds)? {
             println!("{}", one.row());
             verdicts.push(one.verdict());
         }

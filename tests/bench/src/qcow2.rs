@@ -64,6 +64,14 @@ fn ratio(what: String, value: f64, limit: f64, at_least: bool) -> Verdict {
     Verdict { what, value, limit, at_least }
 }
 
+/// An image with the bytes of a file, all its clusters allocated.
+pub fn full_image(data: &DataFile, dir: &Path, name: &str) -> Result<Scratch> {
+    let image = Scratch::new(dir, name)?;
+    let (from, to) = (text(&data.0), text(&image.0));
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", "0", from, to])?;
+    Ok(image)
+}
+
 /// Allocated clusters on tmpfs: each server has a copy of one image, and vublk a raw one besides.
 pub fn allocated(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
     let shm = Path::new("/dev/shm");
@@ -71,18 +79,7 @@ pub fn allocated(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
     let mut contestants: Vec<Contestant> = Vec::new();
     let mut images = Vec::new();
     for kind in plan.kinds(&[Kind::Vublk, Kind::Qsd]) {
-        let image = Scratch::new(shm, &format!("{kind:?}.qcow2"))?;
-        qemu_img(&[
-            "convert",
-            "-f",
-            "raw",
-            "-O",
-            "qcow2",
-            "-S",
-            "0",
-            text(&data.0),
-            text(&image.0),
-        ])?;
+        let image = full_image(&data, shm, &format!("{kind:?}.qcow2"))?;
         let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: false };
         contestants.push((Who::Server(kind), kind, Setup::one(content)));
         images.push(image);

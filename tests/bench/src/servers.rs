@@ -80,8 +80,11 @@ impl Setup {
 }
 
 /// Where the programs are.
+#[derive(Clone)]
 pub struct Programs {
     pub vublk: PathBuf,
+    /// Another build of vublk, to compare with.
+    pub before: Option<PathBuf>,
     pub qsd: PathBuf,
 }
 
