@@ -137,17 +137,14 @@ fn a_front_end_that_comes_back_is_told_what_it_missed() {
 #[test]
 fn descriptors_are_taken_from_sockets_that_are_given_again_and_again() {
     let mut daemon = daemon(&SERVED);
-    let open_files = |daemon: &Daemon| {
-        std::fs::read_dir(format!("/proc/{}/fd", daemon.server.pid())).unwrap().count()
-    };
     let (mut disk, _) = open(&daemon);
     capacity(&mut disk);
-    let before = open_files(&daemon);
+    let before = daemon.server.open_files();
     for _ in 0..50 {
         give_socket(&mut disk);
     }
     capacity(&mut disk);
-    assert_eq!(open_files(&daemon), before);
+    assert_eq!(daemon.server.open_files(), before);
     drop(disk);
     daemon.assert_serves(0);
 }

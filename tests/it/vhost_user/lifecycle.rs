@@ -163,12 +163,9 @@ fn a_second_front_end_waits_until_the_first_has_gone() {
 #[test]
 fn front_ends_that_come_and_go_at_every_step_leave_nothing_behind() {
     let mut daemon = Daemon::file("num-queues=2");
-    let open_files = |daemon: &Daemon| {
-        std::fs::read_dir(format!("/proc/{}/fd", daemon.server.pid())).unwrap().count()
-    };
     daemon.assert_serves(0);
     daemon.wait_log("front end disconnected", 1);
-    let before = open_files(&daemon);
+    let before = daemon.server.open_files();
     for turn in 0..40 {
         let mut disk = daemon.open(&Options { num_queues: 2, ..Options::default() });
         submit_reads(disk.queue(turn % 2), 32);
@@ -177,7 +174,7 @@ fn front_ends_that_come_and_go_at_every_step_leave_nothing_behind() {
     }
     daemon.assert_serves(0);
     daemon.wait_log("front end disconnected", 82);
-    assert_eq!(open_files(&daemon), before, "descriptors are closed with their session");
+    assert_eq!(daemon.server.open_files(), before, "descriptors are closed with their session");
 }
 
 #[test]

@@ -156,8 +156,7 @@ fn queues_that_are_offered_and_not_used_take_no_descriptors_and_no_threads() {
         let daemon = Daemon::null("size=1048576", &format!("num-queues={offered}"));
         let mut disk = daemon.open(&Options::default());
         disk.read(0, &mut [0; 4096]).unwrap();
-        let descriptors = format!("/proc/{}/fd", daemon.server.pid());
-        (std::fs::read_dir(descriptors).unwrap().count(), daemon.server.threads().unwrap().len())
+        (daemon.server.open_files(), daemon.server.threads().unwrap().len())
     });
     assert_eq!(taken[0], taken[1], "descriptors and threads");
 }

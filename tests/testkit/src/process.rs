@@ -76,6 +76,20 @@ impl Server {
         self.child.id()
     }
 
+    /// How many descriptors it has open once that has stayed the same for a while: some are open for moments only.
+    pub fn open_files(&self) -> usize {
+        let mut same = 0;
+        let mut last = 0;
+        while same < 10 {
+            let open = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
+            let count = open.map_or(0, Iterator::count);
+            same = if count == last { same + 1 } else { 0 };
+            last = count;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        last
+    }
+
     /// What it wrote to standard error so far.
     pub fn stderr(&self) -> String {
         let kept = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
