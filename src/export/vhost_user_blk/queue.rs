@@ -6,7 +6,11 @@
 //!
 //! Nothing here allocates once warm, takes a lock, or writes to memory that other workers write to.
 
+mod ends;
 mod failing;
+mod slot;
+mod slow;
+mod take;
 
 pub use failing::{AtStop, Stopped};
 
@@ -15,17 +19,15 @@ use super::dirty_log::DirtyLog;
 use super::inflight::Tracker;
 use super::memory::Memory;
 use super::memory_loss::LossWatch;
-use super::request::{Disk, Ended, HEADER_LEN, Header, Kind, Status, trim};
+use super::request::Disk;
 use super::ring::{Broken, SplitRing};
-use crate::block::{Access, Target};
-use crate::export::core::failure::{Failure, Operation};
 use crate::export::core::held::Held;
 use crate::export::core::metrics::Recorder;
 use crate::export::core::watch::Watch;
-use crate::io::epoch::{Announcer, Generation, Turn};
-use crate::io::{
-    Io, IoResult, IoVec, Polled, Segments, Source, SourceId, Started, Token, iovec, thread_cpu_ns,
-};
+use crate::io::epoch::Announcer;
+use crate::io::{Io, IoResult, Polled, Source, SourceId};
+use slot::Slot;
+use slow::Finished;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write;
@@ -35,15 +37,6 @@ use std::sync::{Arc, mpsc};
 
 /// Chains taken from one queue in a turn, so that the other queues of the worker have theirs.
 const SHARE: u16 = 256;
-
-/// Chains that are taken together: their headers are fetched before the first of them is looked at,
-/// what of them is done at once is published together, and what is not is submitted together.
-/// Larger batches would keep the storage waiting for its first request.
-const BATCH: u16 = 16;
-
-/// Chains in the first batch of a turn. A guest that has just kicked goes to sleep next; the first
-/// results are quick enough to keep it awake, and waking it costs more than many requests.
-const FIRST_BATCH: u16 = 4;
 
 /// Segments that an idle slot may keep room for.
 const KEEP_SEGMENTS: usize = 256;
@@ -96,48 +89,6 @@ struct Counts {
     requests: u64,
     slow: u64,
     flushes: u64,
-}
-
-#[derive(Default)]
-struct Slot {
-    busy: bool,
-    /// The road that the request took: how its end must be booked.
-    fast: bool,
-    /// It was held before.
-    again: bool,
-    /// Looks of the watch since it was taken.
-    age: u8,
-    /// For the recorder: when it was taken.
-    taken_at: u64,
-    kind: Option<Kind>,
-    /// The chain's memory; for transfers, `data` of it is the data.
-    segments: Vec<libc::iovec>,
-    data: (u32, u32),
-    /// Bytes of data.
-    len: u32,
-    offset: u64,
-    status: Option<std::ptr::NonNull<u8>>,
-    generation: Generation,
-}
-
-impl Slot {
-    /// Marks what the request has written to the guest's memory. How much of a failed read has
-    /// landed is not known.
-    #[cold]
-    fn mark(&self, log: &DirtyLog, memory: &Memory, status: std::ptr::NonNull<u8>, written: u32) {
-        let data = || &self.segments[self.data.0 as usize..self.data.1 as usize];
-        match self.kind {
-            Some(Kind::In) => log.mark_segments(memory, data(), u64::MAX),
-            Some(Kind::GetId) => log.mark_segments(memory, data(), written as u64),
-            _ => {}
-        }
-        log.mark_segments(memory, &[iovec::iovec(status.as_ptr(), 1)], 1);
-    }
-}
-
-struct Finished {
-    head: u16,
-    result: Result<Ended, Failure>,
 }
 
 /// What a queue writes is marked in a log, and in which of the guest's addresses its used ring.
@@ -298,324 +249,6 @@ impl Queue {
         }
     }
 
-    /// Takes and starts up to `count` chains.
-    ///
-    /// In two steps, a batch at a time: the guest has just written the headers on another
-    /// processor, and the second step finds them on their way instead of waiting for each.
-    fn take(&mut self, io: &Rc<Io>, me: SourceId, mut count: u16) -> Result<(), Broken> {
-        // One announcement covers the batch. The record is counted apart from self, so that the
-        // requests may change self meanwhile.
-        let announcer = self.announcer.clone();
-        let turn = announcer.enter();
-        let mut batch = FIRST_BATCH;
-        self.calls.taken(count as u32, thread_cpu_ns);
-        self.watch.begin(io);
-        if let Some(recorder) = &mut self.recorder {
-            recorder.begin(io);
-        }
-        loop {
-            let mut chains = [(0u16, 0u32); BATCH as usize];
-            let (mut taken, mut broken) = (0, None);
-            for chain in &mut chains[..batch.min(count) as usize] {
-                if !self.has_room() {
-                    break;
-                }
-                match self.gather() {
-                    Ok(gathered) => *chain = gathered,
-                    Err(why) => {
-                        broken = Some(why);
-                        break;
-                    }
-                }
-                taken += 1;
-            }
-            for &(head, readable) in &chains[..taken as usize] {
-                self.start(io, me, &turn, head, readable as usize);
-            }
-            count -= taken;
-            match broken {
-                Some(why) => return Err(why),
-                None if count == 0 || !self.has_room() => return Ok(()),
-                None => {
-                    self.show_used();
-                    if self.calls.is_early() {
-                        self.call();
-                    }
-                    io.submit();
-                }
-            }
-            batch = BATCH;
-        }
-    }
-
-    /// Makes what is done visible to the guest. Where its memory is lost nothing is: the requests
-    /// stay in flight, and may be done again when a front end comes back with all of it.
-    fn show_used(&mut self) {
-        if self.loss.is_lost(&self.memory) {
-            self.broken = true;
-            return;
-        }
-        // Who comes back where nothing is tracked does again all that it has not seen done.
-        if self.watch.is_hung() && self.inflight.is_none() {
-            return;
-        }
-        self.ring.publish();
-        if let Some(tracker) = &mut self.inflight
-            && !self.loss.is_lost(&self.memory)
-        {
-            tracker.settle(self.ring.published());
-        }
-    }
-
-    /// Touches what a request failed on, so that it shows if the memory is no longer there: the
-    /// kernel meets that without a signal.
-    #[cold]
-    fn probe(&self, head: u16) {
-        for segment in &self.slots[head as usize].segments {
-            // SAFETY: the segments are mapped guest memory.
-            unsafe { iovec::probe(segment) };
-        }
-    }
-
-    /// Tells the guest of what it can see, if it wants to be told.
-    fn call(&mut self) {
-        if self.ring.must_call()
-            && let Some(call) = &self.call
-        {
-            // An eventfd: full means that the guest has a notification waiting already.
-            let _ = (&**call).write(&1u64.to_ne_bytes());
-            if let Some(recorder) = &self.recorder {
-                recorder.notified();
-            }
-        }
-    }
-
-    /// Takes the next chain: its head, and how many of its segments the device reads.
-    fn gather(&mut self) -> Result<(u16, u32), Broken> {
-        let again = self.inflight.as_mut().and_then(Tracker::replay);
-        let again = again.or_else(|| self.next_held());
-        let head = match again {
-            Some(head) => head,
-            None => self.ring.pop()?,
-        };
-        if again.is_none() && self.slots[head as usize].busy {
-            return Err(Broken::Busy(head));
-        }
-        let readable = self.seize(head)?;
-        if let Some(tracker) = &mut self.inflight
-            && again.is_none()
-        {
-            tracker.mark(head);
-        }
-        self.counts.requests += u64::from(!self.slots[head as usize].again);
-        Ok((head, readable))
-    }
-
-    /// Looks a chain's memory up. It is in flight from here on.
-    fn seize(&mut self, head: u16) -> Result<u32, Broken> {
-        let slot = &mut self.slots[head as usize];
-        let readable = self.ring.gather(&self.memory, head, &mut slot.segments)?;
-        let (out, into) = slot.segments.split_at_mut(readable);
-        if out.iter().map(|s| s.iov_len).sum::<usize>() < HEADER_LEN {
-            return Err(Broken::Layout { head });
-        }
-        // The status is the last byte that the device may write (section 5.2.6.2).
-        let Some(last) = into.iter_mut().rev().find(|s| s.iov_len > 0) else {
-            return Err(Broken::Layout { head });
-        };
-        last.iov_len -= 1;
-        let status = last.iov_base.cast::<u8>().wrapping_add(last.iov_len);
-        slot.status = std::ptr::NonNull::new(status);
-        prefetch(out[0].iov_base.cast());
-        slot.busy = true;
-        slot.age = 0;
-        if let Some(recorder) = &self.recorder {
-            slot.taken_at = recorder.taken_at(slot.again.then_some(slot.taken_at));
-        }
-        self.in_flight += 1;
-        self.held += slot.segments.len();
-        // At most 1024 descriptors, each in at most 509 regions.
-        Ok(readable as u32)
-    }
-
-    /// Starts what the chain's header asks for.
-    #[inline]
-    fn start(&mut self, io: &Rc<Io>, me: SourceId, turn: &Turn<'_>, head: u16, readable: usize) {
-        let slot = &mut self.slots[head as usize];
-        let header = Header::parse(Header::read(&slot.segments[..readable]));
-        slot.kind = header.kind();
-        let Some(kind) = slot.kind else {
-            return self.finish(head, Status::Unsupported, 0);
-        };
-        let access = match kind {
-            Kind::In => Access::Read,
-            Kind::Out if self.disk.write_through.load(Ordering::Relaxed) => Access::DurableWrite,
-            Kind::Out => Access::Write,
-            _ => return self.go_slow(io, me, head, kind, header.sector, readable),
-        };
-        self.transfer(io, me, turn, head, kind, access, header.sector, readable);
-    }
-
-    /// A read or write: on the fast road if the graph allows it.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one request, at hand in registers")]
-    #[inline]
-    fn transfer(
-        &mut self,
-        io: &Rc<Io>,
-        me: SourceId,
-        turn: &Turn<'_>,
-        head: u16,
-        kind: Kind,
-        access: Access,
-        sector: u64,
-        readable: usize,
-    ) {
-        let slot = &mut self.slots[head as usize];
-        let (from, segments) = match access {
-            Access::Read => (readable, &mut slot.segments[readable..]),
-            _ => (0, &mut slot.segments[..readable]),
-        };
-        let all: usize = segments.iter().map(|s| s.iov_len).sum();
-        let skip = if access == Access::Read { 0 } else { HEADER_LEN };
-        let len = all - skip;
-        let range = trim(segments, skip, len);
-        slot.data = ((from + range.start) as u32, (from + range.end) as u32);
-        let allowed = access == Access::Read || self.disk.options.writable;
-        let offset = match self.disk.transfer_range(sector, len as u64) {
-            Some(offset) if allowed && len <= u32::MAX as usize => offset,
-            _ => return self.finish(head, Status::IoError, 0),
-        };
-        slot.len = len as u32;
-        slot.offset = offset;
-        if len == 0 {
-            return self.finish(head, Status::Ok, 0);
-        }
-        let token = Token { source: me, tag: head as u32 };
-        match start_fast(&self.disk, turn, io, slot, access, token) {
-            Some(Started::Pending) => {
-                slot.fast = true;
-                slot.generation = turn.begin();
-            }
-            Some(Started::Done(result)) => self.transferred(io, head, result),
-            None => {
-                let writes = access != Access::Read;
-                let data = slot.data;
-                let list = &slot.segments[data.0 as usize..data.1 as usize];
-                // SAFETY: the queue keeps `memory` mapped while the request is in flight.
-                let list = unsafe { IoVec::from_raw(list) };
-                let (out, into) = if writes {
-                    (list, IoVec::from_mut(&mut []))
-                } else {
-                    (IoVec::from_mut(&mut []), list)
-                };
-                self.spawn(io, me, head, kind, sector, out, into);
-            }
-        }
-    }
-
-    fn go_slow(
-        &mut self,
-        io: &Rc<Io>,
-        me: SourceId,
-        head: u16,
-        kind: Kind,
-        sector: u64,
-        readable: usize,
-    ) {
-        let slot = &mut self.slots[head as usize];
-        slot.data = (readable as u32, slot.segments.len() as u32);
-        (slot.offset, slot.len) = (0, 0);
-        let (out, into) = slot.segments.split_at(readable);
-        // SAFETY: the queue keeps `memory` mapped while the request is in flight.
-        let (out, into) = unsafe { (IoVec::from_raw(out), IoVec::from_raw(into)) };
-        let out = out.slice(HEADER_LEN as u64, out.len() - HEADER_LEN as u64);
-        self.counts.flushes += u64::from(kind == Kind::Flush);
-        self.spawn(io, me, head, kind, sector, out, into);
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the parts of one request")]
-    fn spawn(
-        &mut self,
-        io: &Rc<Io>,
-        me: SourceId,
-        head: u16,
-        kind: Kind,
-        sector: u64,
-        out: IoVec<'static>,
-        into: IoVec<'static>,
-    ) {
-        self.counts.slow += 1;
-        let (disk, finished, worker) = (self.disk.clone(), self.finished.clone(), io.clone());
-        let durable = disk.write_through.load(Ordering::Relaxed);
-        io.spawn(async move {
-            let result = disk.run(kind, sector, out, into, durable).await;
-            finished.borrow_mut().push(Finished { head, result });
-            worker.wake_source(me);
-        });
-    }
-
-    /// The end of a transfer on the fast road.
-    fn transferred(&mut self, io: &Io, head: u16, result: IoResult) {
-        let slot = &self.slots[head as usize];
-        let read = slot.kind == Some(Kind::In);
-        match result {
-            Ok(()) => self.finish(head, Status::Ok, if read { slot.len } else { 0 }),
-            Err(errno) => {
-                let operation = if read { Operation::Read } else { Operation::Write };
-                let (offset, len) = (slot.offset, slot.len as u64);
-                self.failed(io, head, Failure { operation, offset, len, errno });
-            }
-        }
-    }
-
-    /// The end of a request on the slow road.
-    fn slow_ended(&mut self, io: &Io, Finished { head, result }: Finished) {
-        if let Some(recorder) = &mut self.recorder {
-            recorder.end(io);
-        }
-        match result {
-            Ok(Ended { status, written, bytes }) => {
-                self.slots[head as usize].len = bytes;
-                self.finish(head, status, written);
-            }
-            Err(failure) => self.failed(io, head, failure),
-        }
-    }
-
-    /// Writes the status and hands the chain back.
-    fn finish(&mut self, head: u16, status: Status, written: u32) {
-        let slot = &mut self.slots[head as usize];
-        if let Some(at) = slot.status.take() {
-            // SAFETY: the byte lies in the guest's memory, which stays mapped as long as the
-            // request is in flight.
-            unsafe { at.write_volatile(status as u8) };
-            if let Some(log) = &self.log {
-                slot.mark(log, &self.memory, at, written);
-            }
-        }
-        slot.busy = false;
-        slot.fast = false;
-        if let Some(recorder) = &mut self.recorder {
-            recorder.ended(slot.kind, status, slot.taken_at, slot.len);
-        }
-        if std::mem::take(&mut slot.again) && status == Status::Ok {
-            self.on_hold.succeeded();
-        }
-        self.held -= slot.segments.len();
-        if slot.segments.capacity() > KEEP_SEGMENTS {
-            slot.segments = Vec::new();
-        }
-        self.in_flight -= 1;
-        self.ring.push(head, written + 1);
-        if let Some(tracker) = &mut self.inflight {
-            tracker.link(head);
-        }
-    }
-
-    fn next_finished(&self) -> Option<Finished> {
-        self.finished.borrow_mut().pop()
-    }
-
     /// What was waiting for the queue to be empty.
     fn when_empty(&mut self) -> bool {
         if self.in_flight > 0 || self.to_replay() > 0 {
@@ -634,55 +267,6 @@ impl Queue {
         counters.slow.fetch_add(slow, Ordering::Relaxed);
         counters.flushes.fetch_add(flushes, Ordering::Relaxed);
     }
-}
-
-/// Starts a transfer where the graph says that its bytes live, if it can say so.
-#[inline]
-fn start_fast(
-    disk: &Disk,
-    turn: &Turn<'_>,
-    io: &Io,
-    slot: &Slot,
-    access: Access,
-    token: Token,
-) -> Option<Started> {
-    let node = disk.root.fast(turn.in_flight());
-    let mapping = node.map(turn.in_flight(), slot.offset, slot.len as u64, access);
-    if mapping.len < slot.len as u64 {
-        return None;
-    }
-    let segments = &slot.segments[slot.data.0 as usize..slot.data.1 as usize];
-    match mapping.target {
-        Target::Data { leaf, offset } => {
-            let traits = node.traits();
-            if traits.buffer_align > 1 && !iovec::is_aligned(segments, traits.buffer_align)
-                || segments.len() > traits.max_segments as usize
-            {
-                return None;
-            }
-            let op = access.op(offset, Segments::new(segments, slot.len.into()));
-            // SAFETY: the slot and the guest's memory stay in place until the request is finished.
-            Some(unsafe { leaf.start(io, op, token) })
-        }
-        Target::Zero if access == Access::Read => {
-            // SAFETY: the guest's memory is mapped.
-            unsafe { iovec::zero(segments) };
-            Some(Started::Done(Ok(())))
-        }
-        _ => None,
-    }
-}
-
-/// Asks the processor for a cache line that is soon to be read.
-#[inline]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; it never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 impl Source for Queue {

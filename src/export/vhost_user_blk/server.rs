@@ -3,39 +3,27 @@
 //! One control thread per export accepts, serves until the front end goes away, and accepts again;
 //! a second front end waits in the socket's queue meanwhile. The thread never touches guest I/O.
 
+mod connection;
+mod user;
+
 use super::config::DiskOptions;
-use super::handler::{self, Handler};
-use super::notices::{Channel, Notices};
+use super::notices::Notices;
 use super::queue::Queue;
 use super::request::{Counters, Disk};
 use super::session::Session;
 use crate::block::graph::User;
-use crate::block::{Activity, Error, LocalFuture, Node, SECTOR};
-use crate::export::core::cut_off::CutOff;
-use crate::export::core::door::{Address, Door, wait_readable};
+use crate::block::{Activity, Error, Node};
+use crate::export::core::door::{Address, Door};
 use crate::export::core::failure::{Failure, IoErrors};
-use crate::export::core::hand_over;
 use crate::export::core::loss::Losses;
 use crate::export::core::metrics::ExportMetrics;
-use crate::io::descriptors::{self, Reserve};
+use crate::io::Worker;
 use crate::io::sync::Mutex;
-use crate::io::{Worker, offload};
-use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use vhost::vhost_user::Error as VhostError;
 use vmm_sys_util::eventfd::EventFd;
-
-/// Descriptors of a connection besides those of its queues: its stream and a copy of it.
-const OF_CONNECTION: usize = 2;
-
-/// Descriptors that a connection has only for moments once its queues have theirs, and its socket for notices.
-const IN_PASSING: usize = 2;
-
-/// Descriptors of a queue: for kicks, for calls, and for errors.
-const OF_QUEUE: usize = 3;
 
 /// What an export is made of.
 pub struct ExportOptions {
@@ -231,235 +219,6 @@ impl Shared {
                 }
             });
         }
-    }
-
-    /// The door closes with the last front end.
-    fn serve(&self, mut door: Door, ended: impl FnOnce()) {
-        while let Some((stream, reserve)) =
-            door.next(&self.name, self.descriptors_to_reserve(), self.stop.as_raw_fd())
-        {
-            if self.stopping.load(Ordering::SeqCst) {
-                return;
-            }
-            self.serve_one(stream, reserve, door.listener());
-        }
-        if !self.stopping.load(Ordering::SeqCst) {
-            ended();
-        }
-    }
-
-    /// How many descriptors must be left for a front end to be let in. Most front ends use fewer queues than
-    /// they are offered, so what the queues may need is no more than a quarter of all.
-    fn descriptors_to_reserve(&self) -> usize {
-        let queues = usize::from(self.disk.options.num_queues) * OF_QUEUE;
-        OF_CONNECTION + IN_PASSING + queues.min(descriptors::limit() / 4)
-    }
-
-    fn serve_one(&self, stream: UnixStream, mut reserve: Reserve, others: Option<RawFd>) {
-        let session = Session::new(
-            self.name.clone(),
-            self.disk.clone(),
-            self.workers.clone(),
-            self.first_worker,
-        );
-        let session = Arc::new(std::sync::Mutex::new(session));
-        let mut handler = match self.begin(stream, &session) {
-            Ok(handler) => handler,
-            Err(error) => {
-                let why = descriptors::explain(&error);
-                return log::error!(export = &*self.name; "a front end is not served: {why}");
-            }
-        };
-        log::info!(export = &*self.name; "front end connected");
-        if let Some(metrics) = &self.disk.metrics {
-            metrics.connections.fetch_add(1, Ordering::Relaxed);
-            metrics.connected.store(true, Ordering::Relaxed);
-        }
-        let mut channel = Channel::new(&self.name, &self.notices, others);
-        let end = self.hear(&session, &mut handler, &mut channel, &mut reserve);
-        lock(&session).stop_all();
-        self.current.lock().front_end = None;
-        if let Some(metrics) = &self.disk.metrics {
-            metrics.connected.store(false, Ordering::Relaxed);
-        }
-        // Memory and descriptors are given back before the log says that the front end has gone.
-        drop((channel, handler, session, reserve));
-        match end {
-            Err(error) if !self.stopping.load(Ordering::SeqCst) => {
-                log::warn!(export = &*self.name; "connection ended: {error}")
-            }
-            _ => log::info!(export = &*self.name; "front end disconnected"),
-        }
-    }
-
-    /// Makes a connection the one that is served.
-    ///
-    /// # Errors
-    /// There are no descriptors left.
-    fn begin(
-        &self,
-        stream: UnixStream,
-        session: &Arc<std::sync::Mutex<Session>>,
-    ) -> std::io::Result<Handler> {
-        stream.set_nonblocking(false)?;
-        let copy = Arc::new(stream.try_clone()?);
-        let handler = handler::new(stream, session.clone())?;
-        let mut current = self.current.lock();
-        lock(session).set_cut_off(CutOff::new(self.name.clone(), copy.clone()));
-        for _ in 0..current.paused {
-            lock(session).pause();
-        }
-        current.front_end = Some((copy, session.clone()));
-        Ok(handler)
-    }
-
-    /// Does what the front end says until it goes, or until the export ends.
-    ///
-    /// # Errors
-    /// It has said something wrong, or what it wants cannot be done.
-    fn hear(
-        &self,
-        session: &std::sync::Mutex<Session>,
-        handler: &mut Handler,
-        channel: &mut Channel,
-        reserve: &mut Reserve,
-    ) -> Result<(), VhostError> {
-        let mut wait = hand_over::Wait::default();
-        while !self.stopping.load(Ordering::SeqCst) {
-            if !self.take_disk(session, &mut wait, handler.as_raw_fd())? {
-                continue;
-            }
-            let running = lock(session).is_running();
-            let next = channel.wait(handler.as_raw_fd(), running);
-            next.check()?;
-            match handler.handle_request() {
-                Ok(()) => {}
-                Err(VhostError::Disconnected) => return Ok(()),
-                Err(VhostError::SocketRetry(_)) => continue,
-                Err(error) => return Err(next.explain(error)),
-            }
-            let mut session = lock(session);
-            channel.accept(session.has_channel());
-            reserve.set_used(OF_CONNECTION + session.descriptors());
-            if session.is_running() {
-                reserve.settle(IN_PASSING);
-            }
-            let moved = session.take_moved();
-            drop(session);
-            if moved {
-                self.disk.hand_over.give_up(&self.name, &self.workers[0]);
-            }
-        }
-        Ok(())
-    }
-
-    /// The I/O of earlier connections has ended: the rings of this one may begin.
-    fn go_on(&self) {
-        log::info!(export = &*self.name; "I/O of an earlier connection has ended");
-        let front_end = self.current.lock().front_end.as_ref().map(|(_, session)| session.clone());
-        if let Some(session) = front_end
-            && let Err(error) = lock(&session).start_waiting()
-        {
-            log::warn!(export = &*self.name; "connection closed: {error}");
-            if let Some((stream, _)) = &self.current.lock().front_end {
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-            }
-        }
-    }
-
-    /// Makes the disk ours if a ring waits for it. True when there is nothing to do but to hear what
-    /// the front end says.
-    fn take_disk(
-        &self,
-        session: &std::sync::Mutex<Session>,
-        wait: &mut hand_over::Wait,
-        stream: RawFd,
-    ) -> Result<bool, VhostError> {
-        if !lock(session).waits_for_disk() {
-            wait.end();
-            return Ok(true);
-        }
-        // Others may ask the session meanwhile, so it is not locked.
-        if let Err(error) = self.disk.hand_over.take(&self.workers[0]) {
-            let refused = |error: Error| std::io::Error::other(error.to_string());
-            wait.go_on(&self.name, error).map_err(|e| VhostError::ReqHandlerError(refused(e)))?;
-            let fds = [stream, self.stop.as_raw_fd()];
-            return Ok(wait_readable(&fds, Some(hand_over::RETRY)) == Some(0));
-        }
-        if self.disk.capacity.load(Ordering::SeqCst) != self.disk.node().len() / SECTOR {
-            self.resized();
-        }
-        lock(session).start_waiting()?;
-        Ok(true)
-    }
-
-    /// Has the session go over to the node that the disk is on now. Blocks: not to be called on a worker.
-    fn change_node(&self) {
-        let current = self.current.lock();
-        if let Some((stream, session)) = &current.front_end
-            && let Err(error) = lock(session).change_node()
-        {
-            log::warn!(export = &*self.name; "connection closed: {error}");
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
-    }
-
-    /// The sessions' word for it blocks: not to be called on a worker.
-    fn pause(&self) {
-        self.disk.lingering.wait(&self.name);
-        let mut current = self.current.lock();
-        current.paused += 1;
-        if let Some((_, session)) = &current.front_end {
-            lock(session).pause();
-        }
-    }
-}
-
-impl User for Shared {
-    fn quiesce(&self) -> LocalFuture<'_, ()> {
-        let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
-        Box::pin(offload(move || shared.pause()))
-    }
-
-    /// No front end is let in before the export has its node ([`Export::start`]).
-    fn hold(&self) {
-        self.current.lock().paused += 1;
-    }
-
-    fn resume(&self) {
-        let mut current = self.current.lock();
-        current.paused = current.paused.saturating_sub(1);
-        if let Some((_, session)) = &current.front_end {
-            lock(session).resume();
-        }
-    }
-
-    fn can_move(&self) -> bool {
-        true
-    }
-
-    fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
-        // The graph has it until all workers have passed.
-        drop(self.disk.root.replace(node.clone()));
-        if let Some(metrics) = &self.disk.metrics {
-            node.name().clone_into(&mut metrics.node.lock());
-        }
-        let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
-        Box::pin(offload(move || {
-            shared.change_node();
-            if shared.disk.options.writable {
-                shared.disk.losses.follow(&shared.name, &shared.disk.node());
-            }
-        }))
-    }
-
-    fn resized(&self) {
-        let sectors = self.disk.node().len() / SECTOR;
-        self.disk.capacity.store(sectors, Ordering::SeqCst);
-        if let Some(metrics) = &self.disk.metrics {
-            metrics.size.store(sectors * SECTOR, Ordering::Relaxed);
-        }
-        self.notices.config_changed();
     }
 }
 

@@ -2,7 +2,8 @@
 //! again. Nothing of it is on the warm road.
 
 use super::super::request::{Kind, Status};
-use super::{KEEP_SEGMENTS, Queue, Slot};
+use super::slot::Slot;
+use super::{KEEP_SEGMENTS, Queue};
 use crate::export::core::failure::{Action, Failure, Operation};
 use crate::io::Io;
 

@@ -1,0 +1,95 @@
+//! From the leaf to the used ring: how requests end, and when the guest sees it.
+
+use super::super::request::{Kind, Status};
+use super::{KEEP_SEGMENTS, Queue};
+use crate::export::core::failure::{Failure, Operation};
+use crate::io::{Io, IoResult, iovec};
+use std::io::Write;
+
+impl Queue {
+    /// The end of a transfer on the fast road.
+    pub(super) fn transferred(&mut self, io: &Io, head: u16, result: IoResult) {
+        let slot = &self.slots[head as usize];
+        let read = slot.kind == Some(Kind::In);
+        match result {
+            Ok(()) => self.finish(head, Status::Ok, if read { slot.len } else { 0 }),
+            Err(errno) => {
+                let operation = if read { Operation::Read } else { Operation::Write };
+                let (offset, len) = (slot.offset, slot.len as u64);
+                self.failed(io, head, Failure { operation, offset, len, errno });
+            }
+        }
+    }
+
+    /// Writes the status and hands the chain back.
+    pub(super) fn finish(&mut self, head: u16, status: Status, written: u32) {
+        let slot = &mut self.slots[head as usize];
+        if let Some(at) = slot.status.take() {
+            // SAFETY: the byte lies in the guest's memory, which stays mapped as long as the
+            // request is in flight.
+            unsafe { at.write_volatile(status as u8) };
+            if let Some(log) = &self.log {
+                slot.mark(log, &self.memory, at, written);
+            }
+        }
+        slot.busy = false;
+        slot.fast = false;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.ended(slot.kind, status, slot.taken_at, slot.len);
+        }
+        if std::mem::take(&mut slot.again) && status == Status::Ok {
+            self.on_hold.succeeded();
+        }
+        self.held -= slot.segments.len();
+        if slot.segments.capacity() > KEEP_SEGMENTS {
+            slot.segments = Vec::new();
+        }
+        self.in_flight -= 1;
+        self.ring.push(head, written + 1);
+        if let Some(tracker) = &mut self.inflight {
+            tracker.link(head);
+        }
+    }
+
+    /// Touches what a request failed on, so that it shows if the memory is no longer there: the
+    /// kernel meets that without a signal.
+    #[cold]
+    pub(super) fn probe(&self, head: u16) {
+        for segment in &self.slots[head as usize].segments {
+            // SAFETY: the segments are mapped guest memory.
+            unsafe { iovec::probe(segment) };
+        }
+    }
+
+    /// Makes what is done visible to the guest. Where its memory is lost nothing is: the requests
+    /// stay in flight, and may be done again when a front end comes back with all of it.
+    pub(super) fn show_used(&mut self) {
+        if self.loss.is_lost(&self.memory) {
+            self.broken = true;
+            return;
+        }
+        // Who comes back where nothing is tracked does again all that it has not seen done.
+        if self.watch.is_hung() && self.inflight.is_none() {
+            return;
+        }
+        self.ring.publish();
+        if let Some(tracker) = &mut self.inflight
+            && !self.loss.is_lost(&self.memory)
+        {
+            tracker.settle(self.ring.published());
+        }
+    }
+
+    /// Tells the guest of what it can see, if it wants to be told.
+    pub(super) fn call(&mut self) {
+        if self.ring.must_call()
+            && let Some(call) = &self.call
+        {
+            // An eventfd: full means that the guest has a notification waiting already.
+            let _ = (&**call).write(&1u64.to_ne_bytes());
+            if let Some(recorder) = &self.recorder {
+                recorder.notified();
+            }
+        }
+    }
+}

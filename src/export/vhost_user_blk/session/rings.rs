@@ -1,0 +1,167 @@
+//! The rings of a connection: what the front end says of them, and how they start.
+
+use super::super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
+use super::super::inflight;
+use super::super::memory_loss::LossWatch;
+use super::super::queue::{Queue, QueueLog, QueueStart};
+use super::super::ring::{Addresses, MAX_SIZE, SplitRing};
+use super::{Session, refuse};
+use crate::block::Fence;
+use crate::export::core::watch::Watch;
+use crate::io::SourceId;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use vhost::vhost_user::Result;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+/// What the front end has said of a ring.
+pub(super) struct RingState {
+    pub(super) size: u16,
+    pub(super) at: Option<Addresses>,
+    /// The guest address that its used ring is to be logged at.
+    pub(super) log_used: Option<u64>,
+    pub(super) base: u16,
+    pub(super) kick: Kick,
+    pub(super) call: Option<Arc<File>>,
+    pub(super) err: Option<Arc<File>>,
+    pub(super) enabled: bool,
+    pub(super) running: Option<(usize, SourceId)>,
+    /// Heads of requests that are held while the ring goes over to other memory, where nothing else
+    /// tells of them.
+    pub(super) held: Vec<u16>,
+}
+
+pub(super) enum Kick {
+    /// None was set yet: the ring is not started.
+    Unset,
+    /// The ring is to be polled.
+    Poll,
+    Fd(File),
+}
+
+impl RingState {
+    pub(super) fn new() -> RingState {
+        RingState {
+            size: 0,
+            at: None,
+            log_used: None,
+            base: 0,
+            kick: Kick::Unset,
+            call: None,
+            err: None,
+            enabled: false,
+            running: None,
+            held: Vec::new(),
+        }
+    }
+}
+
+impl Session {
+    /// Where a ring lies that is to run and does not: all that it needs has been said.
+    fn is_due(&self, ring: &RingState) -> Option<Addresses> {
+        let protocol = self.features.unwrap_or(0) & F_PROTOCOL_FEATURES != 0;
+        // Without the protocol features a ring is enabled from the start.
+        let enabled = ring.enabled || !protocol;
+        let started = !matches!(ring.kick, Kick::Unset);
+        ring.at.filter(|_| started && enabled && ring.running.is_none())
+    }
+
+    /// Whether a ring is kept back because the disk is not ours.
+    pub fn waits_for_disk(&self) -> bool {
+        !self.disk.hand_over.is_active() && self.rings.iter().any(|r| self.is_due(r).is_some())
+    }
+
+    /// Starts a ring if all that it needs has been said, and the disk is ours.
+    pub(super) fn start_ring(&mut self, index: usize) -> Result<()> {
+        let ring = &self.rings[index];
+        let Some(at) = self.is_due(ring) else { return Ok(()) };
+        // While I/O of an earlier connection may still land nothing begins; its end starts the ring.
+        if self.ended || self.disk.lingering.any() || !self.disk.hand_over.is_active() {
+            return Ok(());
+        }
+        if let Some(region) = &self.inflight {
+            let attached =
+                self.disk.journal.attach(&self.name, &self.disk.node(), region, &self.workers[0]);
+            attached.or_else(|error| refuse(error.to_string()))?;
+        }
+        let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
+        let event_index = self.has(VIRTIO_RING_F_EVENT_IDX);
+        let mut split = SplitRing::new(&self.memory, size, at, ring.base, event_index)
+            .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+        let inflight = match &self.inflight {
+            None => None,
+            Some(region) => {
+                let tracker = inflight::Tracker::recover(region, index, size, split.published())
+                    .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+                // The base that the front end knows may be that of a daemon which died.
+                let again = tracker.to_replay();
+                split.go_on_behind(again);
+                if again > 0 {
+                    log::info!(
+                        export = &*self.name;
+                        "queue {index}: {again} requests are begun again"
+                    );
+                }
+                Some(tracker)
+            }
+        };
+        let start = QueueStart {
+            export: self.name.clone(),
+            index,
+            recorder: self.disk.metrics.as_ref().and_then(|metrics| metrics.recorder(index)),
+            disk: self.disk.clone(),
+            memory: self.memory.clone(),
+            ring: split,
+            inflight,
+            log: self.log_of(index),
+            size,
+            held: ring.held.clone(),
+            call: ring.call.clone(),
+            err: ring.err.clone(),
+            paused: self.paused,
+        };
+        let kick = match &ring.kick {
+            Kick::Fd(file) => Some(file.as_raw_fd()),
+            _ => None,
+        };
+        let worker = (self.first_worker + index) % self.workers.len();
+        let loss = LossWatch::new(self.cut_off.clone());
+        let timeout = self.disk.options.failures.io_timeout;
+        let watch = Watch::new(timeout, self.cut_off.clone(), self.hung.clone());
+        // Every start scans the ring unprompted: a source is polled as it is attached.
+        // Only who tracks requests has them begun again.
+        let fence = self.inflight.as_ref().map(|_| self.disk.node().fence());
+        let source = self.workers[worker].call(move |local| {
+            let mut queue = Queue::new(start);
+            queue.watch_loss(loss);
+            queue.watch_hangs(watch);
+            local.attach_pinned(Box::new(queue), kick, fence.as_ref().map_or(&[], Fence::files))
+        });
+        let source = source.or_else(|why| {
+            refuse(format!("queue {index}: the kernel does not keep the image's locks: {why}"))
+        })?;
+        self.rings[index].running = Some((worker, source));
+        self.rings[index].held.clear();
+        self.disk.running.lock().push((worker, source));
+        Ok(())
+    }
+
+    /// What is to be marked of a ring's writes now.
+    pub(super) fn log_of(&self, index: usize) -> QueueLog {
+        let log = self.log.clone().filter(|_| self.has(F_LOG_ALL));
+        QueueLog { log, used: self.rings[index].log_used }
+    }
+
+    /// Starts the rings that have waited, for I/O of an earlier connection or for the disk.
+    pub fn start_waiting(&mut self) -> Result<()> {
+        (0..self.rings.len()).try_for_each(|index| self.start_ring(index))
+    }
+
+    /// Starts rings that were stopped, whose memory devices below the node may reach.
+    pub(super) fn start_on_node(&mut self, rings: Vec<usize>) -> Result<()> {
+        let node = self.disk.node();
+        self.memory.regions().iter().for_each(|region| region.admit(&node));
+        rings.into_iter().try_for_each(|index| self.start_ring(index))
+    }
+}

@@ -1,0 +1,147 @@
+//! How the rings of a connection pause and stop: they take nothing more, and what is in flight ends first.
+
+use super::super::config::F_LOG_ALL;
+use super::super::queue::{AtStop, Queue, Stopped};
+use super::{Session, refuse};
+use crate::export::core::watch::linger;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use vhost::vhost_user::Result;
+
+/// How long a ring may take to stop before the log says that it is still waited for.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether a ring that is to stop is to be given up.
+const STOP_LOOK: Duration = Duration::from_millis(100);
+
+impl Session {
+    /// Stops rings, all at once, and waits until nothing of them is in flight.
+    ///
+    /// # Errors
+    /// Something in flight does not end. Those rings are left to themselves, and the connection is
+    /// closed.
+    pub(super) fn stop_rings(
+        &mut self,
+        indices: impl Iterator<Item = usize>,
+        held: AtStop,
+    ) -> Result<()> {
+        let mut stopping = Vec::new();
+        for index in indices {
+            let Some((worker, source)) = self.rings[index].running.take() else { continue };
+            self.disk.running.lock().retain(|running| *running != (worker, source));
+            let (sender, receiver) = mpsc::channel();
+            self.workers[worker].send(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    queue.stop(sender, held);
+                }
+            });
+            stopping.push((index, receiver));
+        }
+        let mut result = Ok(());
+        for (index, receiver) in stopping {
+            let Some(stopped) = self.wait_stopped(index, &receiver) else {
+                linger(&self.disk, receiver);
+                if let Some(cut_off) = &self.cut_off {
+                    cut_off.cut("I/O in flight does not end");
+                }
+                result = refuse(format!("queue {index}: I/O in flight does not end"));
+                continue;
+            };
+            self.rings[index].base = stopped.base;
+            // Where requests are tracked they are found there.
+            if self.inflight.is_none() {
+                self.rings[index].held = stopped.held;
+            }
+            // Until the queue is gone: the last to hold a guest's memory unmaps it, which takes long
+            // and must not be the worker, whose other disks would wait.
+            while receiver.recv().is_ok() {}
+        }
+        result
+    }
+
+    /// What a ring leaves that was told to stop; none if its I/O is given up on.
+    fn wait_stopped(&self, index: usize, receiver: &mpsc::Receiver<Stopped>) -> Option<Stopped> {
+        let timeout = self.disk.options.failures.io_timeout;
+        // The queue's own watch tells a little later than the deadline, so that this is for those
+        // who cannot tell: a worker that hangs itself.
+        let most = if timeout.is_zero() { Duration::MAX } else { 2 * timeout };
+        let began = Instant::now();
+        let mut told = STOP_PATIENCE;
+        loop {
+            match receiver.recv_timeout(STOP_LOOK) {
+                Ok(stopped) => return Some(stopped),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    let waited = began.elapsed();
+                    if self.hung.load(Ordering::SeqCst) || waited > most {
+                        return None;
+                    }
+                    if waited >= told {
+                        told += STOP_PATIENCE;
+                        log::warn!(
+                            export = &*self.name;
+                            "queue {index}: I/O in flight has not ended for {} s",
+                            waited.as_secs()
+                        );
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Some(Stopped { base: self.rings[index].base, held: Vec::new() });
+                }
+            }
+        }
+    }
+
+    /// Stops every ring. The end of each session.
+    pub fn stop_all(&mut self) {
+        self.ended = true;
+        // Whatever does not end, the session does.
+        let _ = self.stop_rings(0..self.rings.len(), self.at_stop());
+        self.let_journal_go();
+    }
+
+    /// Whether requests that are held when a ring stops may stay so: where they are tracked, whoever
+    /// starts the ring again, here or in a daemon after this one, finds them there. Otherwise nothing
+    /// would ever complete them.
+    fn may_leave_held(&self) -> bool {
+        // While pages are logged a stop may be the end of a migration: what is held here is not known
+        // at the other end.
+        self.inflight.is_some() && !self.has(F_LOG_ALL)
+    }
+
+    /// What becomes of held requests when a ring stops for good, as far as we know.
+    pub(super) fn at_stop(&self) -> AtStop {
+        if self.may_leave_held() { AtStop::Leave } else { AtStop::Fail }
+    }
+
+    /// Takes no more requests, and returns once none is in flight.
+    pub fn pause(&mut self) {
+        self.paused += 1;
+        let (sender, receiver) = mpsc::channel();
+        for (worker, source) in self.rings.iter().filter_map(|ring| ring.running) {
+            let sender = sender.clone();
+            self.workers[worker].send(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    queue.pause(Box::new(move || {
+                        let _ = sender.send(());
+                    }));
+                }
+            });
+        }
+        drop(sender);
+        // Ends when every queue has sent its word and dropped its sender.
+        while receiver.recv().is_ok() {}
+    }
+
+    /// Undoes one `pause`.
+    pub fn resume(&mut self) {
+        self.paused = self.paused.saturating_sub(1);
+        for (worker, source) in self.rings.iter().filter_map(|ring| ring.running) {
+            self.workers[worker].send(move |local| {
+                if let Some(queue) = local.source::<Queue>(source) {
+                    queue.resume();
+                }
+            });
+        }
+    }
+}
