@@ -46,7 +46,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/monitor/poll.rs", "poll(2), accept4(2), and descriptors from the command line"),
     ("src/cli/", "what a process does once: signals, forking"),
     ("src/tools/nvme/passthrough.rs", "a command to a controller of the kernel's"),
-    ("src/service.rs", "what a process does once: signals, forking"),
+    ("src/service/export_options.rs", "descriptors from the command line"),
     ("vfio/src/dma.rs", "memory that a device reads and writes"),
     ("vfio/src/mmio.rs", "a device's registers"),
     ("vfio/src/real.rs", "calls of VFIO that the crate for it lacks, and its promises on memory"),

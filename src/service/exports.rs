@@ -1,25 +1,73 @@
-//! What can be asked of a running service: listings, and taking things away again.
+//! The lives of exports: how they begin and end, and what is told of them.
 //!
 //! The rule held here: nothing waits for a guest without limit. An export ends on a thread of its
 //! own, and [`Service::take_ended`] tells when it has.
 
-use super::{Pending, Served, Service, State};
-use crate::block::graph::NodeInfo;
-use crate::block::name::Names;
-use crate::block::{Abilities, Error, Node, Notice, Notices};
-use crate::export::core::{ExportMetrics, Failure, IoError, IoErrors};
-use crate::export::vhost_user_blk::Export;
-use crate::io::sync::Mutex;
-use crate::options::{Map, bytes};
-use std::os::fd::{AsRawFd, RawFd};
+use super::{Pending, Service, handover};
+use crate::block::graph::Attachment;
+use crate::block::{Error, Node, Perm, Perms};
+use crate::export::core::{Address, ExportMetrics, Failure};
+use crate::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
+use crate::io::Worker;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 use std::time::Duration;
-use vmm_sys_util::eventfd::EventFd;
+
+/// Queues at most that an export may have: messages that bring a queue's descriptors name it by 8 bits, so
+/// that the descriptors of queue 256 would become those of queue 0.
+pub const MAX_QUEUES: u16 = 256;
 
 /// How long the end of an export is waited for. Where nothing is in flight it takes less, and then
 /// the node is free when the call returns, as scripts for qemu-storage-daemon expect.
 const END_WAIT: Duration = Duration::from_millis(500);
+
+/// How long a socket may be listened on by others before it is refused.
+pub const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
+
+pub(super) struct Served {
+    pub(super) id: String,
+    /// Of what it served when it was told to end.
+    node_name: String,
+    /// The socket file that it has made.
+    socket: Option<PathBuf>,
+    metrics: Option<Arc<ExportMetrics>>,
+    state: State,
+}
+
+enum State {
+    Serving(Box<Export>, Attachment),
+    /// Told to end; the thread waits for it.
+    Ending(JoinHandle<()>),
+}
+
+impl State {
+    /// Ends the export, or waits until it has.
+    fn end(self) {
+        match self {
+            // In this order: no more requests, then no more user.
+            State::Serving(export, attachment) => {
+                drop(export);
+                drop(attachment);
+            }
+            State::Ending(thread) => drop(thread.join()),
+        }
+    }
+}
+
+/// A disk to serve, whoever asks for it.
+pub struct NewExport {
+    pub id: String,
+    pub node: Arc<Node>,
+    pub disk: DiskOptions,
+    pub address: Address,
+    pub workers: Vec<Arc<Worker>>,
+    /// A node that is inactive stays so until the first front end starts a ring. Else it becomes
+    /// active now.
+    pub allow_inactive: bool,
+    /// The operator knows what failed flushes of earlier processes have lost.
+    pub accept_loss: bool,
+}
 
 /// What is told of an export in listings.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,41 +86,71 @@ pub struct ExportInfo {
     pub last_failure: Option<Failure>,
 }
 
-/// The exports that have ended by themselves, and how that is noticed.
-pub(super) struct Ended {
-    ids: Mutex<Vec<String>>,
-    notice: EventFd,
-}
-
-impl Ended {
-    pub(super) fn new() -> Result<Arc<Ended>, Error> {
-        let notice = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
-        let notice = notice.map_err(|e| Error::os("eventfd", e))?;
-        Ok(Arc::new(Ended { ids: Mutex::default(), notice }))
-    }
-
-    pub(super) fn tell(&self, id: String) {
-        self.ids.lock().push(id);
-        let _ = self.notice.write(1);
-    }
-
-    /// Makes a sign of it when `notices` has something to give.
-    pub(super) fn listen(&self, notices: &Notices) -> Result<(), Error> {
-        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
-        notices.on_notice(move || {
-            let _ = notice.write(1);
+impl Service {
+    /// Serves a node.
+    pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
+        let NewExport { id, node, disk, address, workers, allow_inactive, accept_loss } = new;
+        if disk.num_queues == 0 {
+            return Err(Error::new("num-queues must be greater than 0"));
+        }
+        if disk.num_queues > MAX_QUEUES {
+            return Err(Error::new(format!("num-queues must be at most {MAX_QUEUES}")));
+        }
+        if disk.writable && node.is_read_only() {
+            return Err(Error::new("Cannot export read-only node as writable"));
+        }
+        let mut held = Perm::CONSISTENT_READ;
+        if disk.writable {
+            held |= Perm::WRITE;
+        }
+        let perms = Perms { held, shared: Perm::all() };
+        let first_worker = self.exports.len();
+        let queues = disk.num_queues;
+        let is_timed = self.observed.is_some();
+        let metrics = (is_timed || self.counts).then(|| {
+            let of = (node.name(), node.len());
+            Arc::new(ExportMetrics::new(&id, of, disk.writable, queues, is_timed))
         });
+        let name = id.clone();
+        let options = ExportOptions { name, disk, workers, first_worker, metrics: metrics.clone() };
+        if let (Address::Path { path, .. }, Some(give_up)) = (&address, self.patience) {
+            handover::wait_for_socket(path, SOCKET_PATIENCE, give_up);
+        }
+        if !allow_inactive {
+            self.activate(&node)?;
+        }
+        let socket = match &address {
+            Address::Path { path, .. } => Some(path.clone()),
+            _ => None,
+        };
+        // The front end is let in last: by then all permissions are held.
+        let export = Export::new(node.clone(), address, options)?;
+        export.tell(self.io_errors.clone());
+        let user = Some(export.user());
+        let what = format!("export '{id}'");
+        let attachment = self.patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
+        export.take_up_losses(accept_loss)?;
+        export.follow(attachment.activity());
+        let (name, ended) = (id.clone(), self.ended.clone());
+        let export = export.start(move || ended.tell(name))?;
+        if let (Some(observed), Some(metrics)) = (&self.observed, &metrics) {
+            observed.add(metrics.clone());
+            observed.add_drives(node.drives());
+        }
+        let state = State::Serving(Box::new(export), attachment);
+        let node_name = node.name().to_owned();
+        self.exports.push(Served { id, node_name, socket, metrics, state });
         Ok(())
     }
 
-    /// What the storage fails; noticed in the same way.
-    pub(super) fn io_errors(&self) -> Result<Arc<IoErrors>, Error> {
-        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
-        Ok(Arc::new(IoErrors::new(notice)))
+    /// Makes a node active, unless it is.
+    fn activate(&self, node: &Arc<Node>) -> Result<(), Error> {
+        self.patiently(|| {
+            let (graph, node) = (self.graph.clone(), node.clone());
+            self.control.block_on(move || async move { graph.activate(&node).await })
+        })
     }
-}
 
-impl Service {
     /// All exports, newest first.
     pub fn exports(&self) -> Vec<ExportInfo> {
         let info = |served: &Served| {
@@ -173,22 +251,6 @@ impl Service {
         }
     }
 
-    /// What the storage has failed since this was last asked.
-    pub fn take_io_errors(&self) -> Vec<IoError> {
-        self.io_errors.take()
-    }
-
-    /// What nodes have had to tell since this was last asked.
-    pub fn take_notices(&self) -> Vec<Notice> {
-        self.graph.notices().take()
-    }
-
-    /// Readable while [`Service::take_ended`], [`Service::take_io_errors`] or
-    /// [`Service::take_notices`] has something to give.
-    pub fn ended_notice(&self) -> RawFd {
-        self.ended.notice.as_raw_fd()
-    }
-
     /// The names of the exports that have ended since this was last asked. One whose front end was
     /// the only one that it could have is among them, and is still there.
     pub fn take_ended(&mut self) -> Vec<String> {
@@ -213,91 +275,13 @@ impl Service {
         self.exports.drain(..).rev().map(end).collect()
     }
 
-    /// Deletes a node that was opened by name.
-    ///
-    /// # Errors
-    /// [`Graph::delete`](crate::block::Graph::delete).
-    pub fn blockdev_del(&self, name: &str) -> Pending<Result<(), Error>> {
-        let (graph, name) = (self.graph.clone(), name.to_owned());
-        Pending::start(&self.control, move || async move { graph.delete(&name).await })
-    }
-
-    /// [`Service::blockdev_add`], but an image that is locked is not waited for.
-    pub fn blockdev_open(&self, options: Map) -> Pending<Result<Arc<Node>, Error>> {
-        let graph = self.graph.clone();
-        Pending::start(&self.control, move || super::open_disk(graph, options))
-    }
-
-    /// Sets the length of a node, in bytes; its exports see it.
-    pub fn resize(&self, node: &Arc<Node>, len: u64) -> Pending<Result<(), Error>> {
-        let (graph, node) = (self.graph.clone(), node.clone());
-        Pending::start(&self.control, move || async move { graph.resize(&node, len).await })
-    }
-
-    /// Changes the bitmaps of a node.
-    pub fn change_bitmaps<F>(&self, node: Arc<Node>, change: F) -> Pending<Result<(), Error>>
-    where
-        F: AsyncFnOnce(&Arc<Node>) -> Result<(), Error> + Send + 'static,
-    {
-        let graph = self.graph.clone();
-        Pending::start(
-            &self.control,
-            move || async move { graph.change_bitmaps(&node, change).await },
-        )
-    }
-
-    /// Deletes an object that nothing uses.
-    pub fn object_del(&mut self, id: &str) -> Result<(), Error> {
-        let shown = id.escape_debug();
-        let found = self.iothreads.iter().position(|(name, _)| name == id);
-        let index = found.ok_or_else(|| Error::new(format!("object '{shown}' not found")))?;
-        // Everything that runs on a worker holds a reference to it.
-        if Arc::strong_count(&self.iothreads[index].1) > 1 {
-            return Err(Error::new(format!("object '{shown}' is in use, can not be deleted")));
-        }
-        self.iothreads.remove(index);
-        Ok(())
-    }
-
-    /// What there is to tell of all nodes, newest first, and the bytes that each occupies.
-    pub fn query_nodes(&self) -> Pending<Vec<(NodeInfo, Option<u64>)>> {
-        let graph = self.graph.clone();
-        Pending::start(&self.control, move || async move {
-            let (mut all, mut names) = (Vec::new(), Names::new(graph.registry()));
-            for node in graph.nodes() {
-                let allocated = match node.driver().image() {
-                    Some(image) => image.allocated().await.ok(),
-                    None => None,
-                };
-                all.push((NodeInfo::of(&node, &mut names), allocated));
-            }
-            all
-        })
-    }
-
     /// What exports have counted, oldest first.
     pub fn counted(&self) -> Vec<Arc<ExportMetrics>> {
         self.exports.iter().filter_map(|served| served.metrics.clone()).collect()
     }
 
-    /// The files and devices that are open, and whether for writing.
-    pub fn files(&self) -> Vec<(PathBuf, bool)> {
-        let file = |node: &Arc<Node>| {
-            let driver = node.driver();
-            let name = if driver.children().is_empty() { driver.filename() } else { None };
-            let writable = !node.traits().abilities.contains(Abilities::READ_ONLY);
-            name.map(|name| (bytes::path_of(&name).into_owned(), writable))
-        };
-        self.graph.nodes().iter().filter_map(file).collect()
-    }
-
     /// The socket files that exports have made.
     pub fn sockets(&self) -> Vec<PathBuf> {
         self.exports.iter().filter_map(|served| served.socket.clone()).collect()
-    }
-
-    /// The same without asking the storage, which may not answer.
-    pub fn list_nodes(&self) -> Vec<(NodeInfo, Option<u64>)> {
-        self.graph.query().into_iter().map(|info| (info, None)).collect()
     }
 }

@@ -1,0 +1,62 @@
+//! What a service has to tell that nobody has asked for: exports that have ended, requests that the storage
+//! has failed, what nodes notice. One descriptor is readable while there is something.
+
+use super::Service;
+use crate::block::{Error, Notice, Notices};
+use crate::export::core::{IoError, IoErrors};
+use crate::io::sync::Mutex;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
+
+/// The exports that have ended by themselves, and how that is noticed.
+pub(super) struct Ended {
+    pub(super) ids: Mutex<Vec<String>>,
+    pub(super) notice: EventFd,
+}
+
+impl Ended {
+    pub(super) fn new() -> Result<Arc<Ended>, Error> {
+        let notice = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let notice = notice.map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(Ended { ids: Mutex::default(), notice }))
+    }
+
+    pub(super) fn tell(&self, id: String) {
+        self.ids.lock().push(id);
+        let _ = self.notice.write(1);
+    }
+
+    /// Makes a sign of it when `notices` has something to give.
+    pub(super) fn listen(&self, notices: &Notices) -> Result<(), Error> {
+        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        notices.on_notice(move || {
+            let _ = notice.write(1);
+        });
+        Ok(())
+    }
+
+    /// What the storage fails; noticed in the same way.
+    pub(super) fn io_errors(&self) -> Result<Arc<IoErrors>, Error> {
+        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(IoErrors::new(notice)))
+    }
+}
+
+impl Service {
+    /// What the storage has failed since this was last asked.
+    pub fn take_io_errors(&self) -> Vec<IoError> {
+        self.io_errors.take()
+    }
+
+    /// What nodes have had to tell since this was last asked.
+    pub fn take_notices(&self) -> Vec<Notice> {
+        self.graph.notices().take()
+    }
+
+    /// Readable while [`Service::take_ended`], [`Service::take_io_errors`] or
+    /// [`Service::take_notices`] has something to give.
+    pub fn ended_notice(&self) -> RawFd {
+        self.ended.notice.as_raw_fd()
+    }
+}
