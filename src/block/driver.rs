@@ -22,6 +22,15 @@
 //! Requests in flight together have no order among themselves. A completed write is seen by every
 //! later read of any worker. [`Driver::flush`] makes durable every write completed, on any worker,
 //! before the flush was called; it waits for no others.
+//!
+//! # State on each worker
+//!
+//! Requests come on every worker that serves a user of the node, and a driver is shared by all of them. If
+//! it needs something that each worker has for itself (a queue pair, a connection), it declares a
+//! [`PerWorker`](crate::io::PerWorker). The first request of the slow road on a worker makes the state;
+//! [`Driver::map`] asks whether there is one, and the leaf finds it by its index. A driver closes its slot
+//! in [`Driver::close`], before what the states stand on goes, and waits until the workers have let go.
+//! A worker that ends lets go of its state before.
 
 use super::{Child, Image};
 use crate::io::{Durable, Errno, InFlight, IoResult, IoVec, Op, Segments, Started};

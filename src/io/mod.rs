@@ -12,6 +12,7 @@
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own.
 //! * [`descriptors`]: how many there may be, and those that are set aside.
+//! * [`per_worker`]: state of which each worker has its own.
 //! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
 //! * [`shared_mapping`]: memory that another process may take away again.
 //! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
@@ -28,6 +29,7 @@ pub mod iovec;
 pub mod offload;
 pub mod op;
 pub mod pages;
+pub mod per_worker;
 pub mod periodic;
 mod polls;
 mod pool;
@@ -52,6 +54,7 @@ pub use errno::{Errno, IoResult};
 pub use iovec::{IoVec, is_aligned};
 pub use offload::{Blocking, offload};
 pub use op::{Durable, Op, Segments, Started, Token};
+pub use per_worker::{PerWorker, WorkerState};
 pub use shared_mapping::SharedMapping;
 pub use source::{Polled, Source, SourceId};
 pub use spare::{make_last_rings, may_make_rings};

@@ -509,6 +509,7 @@ impl Local {
             && self.io.tasks.get() == 0
             && self.sources.iter().flatten().all(|entry| entry.source.may_be_left())
             && !self.io.shared.mail.load(Ordering::SeqCst)
+            && !self.io.leave_all()
     }
 
     /// One round of work and, if there is none, of waiting. False when the worker may end.

@@ -2,6 +2,7 @@
 //! parts and the handle that other threads hold; [`super::turn`] is what the thread does.
 
 use super::device::Devices;
+use super::per_worker::States;
 use super::ring::{Completion, Ring, Wait};
 use super::slots::Ops;
 use super::spare;
@@ -81,6 +82,14 @@ pub fn may_block() -> bool {
     CURRENT.with_borrow(|io| io.as_ref().is_some_and(|io| io.shared.may_block))
 }
 
+/// What `look` finds on the worker that this thread is, without another reference to it.
+///
+/// # Panics
+/// On a thread that is no worker.
+pub(super) fn with_current<T>(look: impl FnOnce(&Io) -> T) -> T {
+    CURRENT.with_borrow(|io| look(io.as_ref().expect("called on a worker's thread")))
+}
+
 pub(super) fn set_current(io: Option<Rc<Io>>) {
     CURRENT.set(io);
 }
@@ -95,6 +104,11 @@ impl Shared {
             Some(io) => io.run_queue.push(task),
             None => self.send(Message::Task(task)),
         }
+    }
+
+    /// Runs `work` on the worker, between two turns; never if it has ended.
+    pub(super) fn run(&self, work: impl FnOnce(&mut Local) + Send + 'static) {
+        self.send(Message::Run(Box::new(work)));
     }
 
     fn send(&self, message: Message) {
@@ -119,6 +133,7 @@ pub struct Io {
     pub(super) tasks: Cell<usize>,
     pub(super) timers: Timers,
     pub(super) devices: Devices,
+    pub(super) states: States,
     /// When the sources want to look at the clock, in nanoseconds; [`NEVER`].
     pub(super) tick: Cell<u64>,
     /// What [`Io::turn_time`] gives; [`NEVER`]: the clock was not read yet.
@@ -140,6 +155,7 @@ impl Io {
             tasks: Cell::new(0),
             timers: Timers::default(),
             devices: Devices::default(),
+            states: States::default(),
             tick: Cell::new(NEVER),
             turn_time: Cell::new(NEVER),
             shared,
@@ -229,7 +245,7 @@ impl Worker {
 
     /// Runs `work` on the worker, between two turns.
     pub fn send(&self, work: impl FnOnce(&mut Local) + Send + 'static) {
-        self.shared.send(Message::Run(Box::new(work)));
+        self.shared.run(work);
     }
 
     /// Runs `work` on the worker and waits for its answer. Not to be called on the worker itself.
@@ -326,7 +342,7 @@ where
     local.io().spawn(async move {
         *theirs.borrow_mut() = Some(future.await);
     });
-    while result.borrow().is_none() {
+    while result.borrow().is_none() || local.io().leave_all() {
         local.round();
     }
     set_current(None);

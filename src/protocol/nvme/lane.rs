@@ -6,8 +6,10 @@
 //! pairs, of others.
 
 use super::shared::Shared;
-use crate::io::{self, Errno, Io, IoResult, Polled, Source, SourceId, Token};
+use crate::block::LocalFuture;
+use crate::io::{self, Errno, Io, IoResult, Polled, Source, SourceId, Token, WorkerState};
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, mpsc};
@@ -51,6 +53,7 @@ pub struct Host {
 
 pub struct Lane {
     shared: Arc<Shared>,
+    queue: u16,
     /// None once it has ended.
     pair: RefCell<Option<QueuePair>>,
     tasks: RefCell<Tasks>,
@@ -61,6 +64,16 @@ pub struct Lane {
     awake: Cell<bool>,
     /// When [`QueuePair::tick`] is due, on the ring's clock, while anything is in flight.
     due: Cell<Option<u64>>,
+    end: RefCell<End>,
+}
+
+#[derive(Default)]
+enum End {
+    #[default]
+    NotAsked,
+    /// The source ends when nothing is in flight, and wakes the task that waits for it.
+    Asked(Option<Waker>),
+    Reached,
 }
 
 /// Requests of tasks.
@@ -97,10 +110,6 @@ impl Tasks {
     }
 }
 
-fn key(shared: &Arc<Shared>) -> usize {
-    Arc::as_ptr(shared) as usize
-}
-
 pub fn result(status: Status) -> IoResult {
     match status.errno() {
         0 => Ok(()),
@@ -109,18 +118,6 @@ pub fn result(status: Status) -> IoResult {
 }
 
 impl Lane {
-    /// The worker's own, if it has one.
-    #[inline]
-    pub fn of(io: &Io, shared: &Arc<Shared>) -> Option<Rc<Lane>> {
-        io.kept(key(shared))
-    }
-
-    /// Whether the worker that this thread is has one.
-    #[inline]
-    pub fn is_here(shared: &Arc<Shared>) -> bool {
-        io::current().keeps(key(shared))
-    }
-
     /// Gives the worker a queue pair.
     pub fn attach(io: &Io, shared: &Arc<Shared>, pair: QueuePair) -> Rc<Lane> {
         let (sender, remotes) = mpsc::channel();
@@ -128,14 +125,15 @@ impl Lane {
         let event = pair.event();
         let lane = Rc::new(Lane {
             shared: shared.clone(),
+            queue: pair.id(),
             pair: RefCell::new(Some(pair)),
             tasks: RefCell::default(),
             remotes,
             me: Cell::new(None),
             awake: Cell::new(true),
             due: Cell::new(None),
+            end: RefCell::default(),
         });
-        io.keep(key(shared), lane.clone());
         io.attach_device(Box::new(LaneSource(lane.clone())), event);
         shared.add_host(host);
         lane
@@ -150,6 +148,12 @@ impl Lane {
                 self.ask_for_tick(io, pair, io.now());
             }
         }
+        self.wake(io);
+    }
+
+    /// Has the source polled in this turn.
+    #[inline]
+    fn wake(&self, io: &Io) {
         if !self.awake.replace(true)
             && let Some(me) = self.me.get()
         {
@@ -252,18 +256,16 @@ impl LaneSource {
         self.0.pair.borrow().as_ref().map_or(0, QueuePair::in_flight)
     }
 
-    /// Nobody is on the controller any more: gives the queue pair back, elsewhere, because that blocks.
-    fn end(&self, io: &Rc<Io>) {
-        let lane = &self.0;
-        io.let_go(key(&lane.shared));
-        if let Some(pair) = lane.pair.borrow_mut().take() {
-            let shared = lane.shared.clone();
-            io.spawn(io::offload(move || {
-                let queue = pair.id();
-                drop(pair);
-                shared.remove_host(queue);
-            }));
+    /// Whether the lane is to end, and nothing keeps it.
+    fn has_ended(&self) -> bool {
+        if self.in_flight() > 0 {
+            return false;
         }
+        let mut end = self.0.end.borrow_mut();
+        let End::Asked(waiting) = &mut *end else { return false };
+        waiting.take().into_iter().for_each(Waker::wake);
+        *end = End::Reached;
+        true
     }
 }
 
@@ -276,8 +278,7 @@ impl Source for LaneSource {
             told = pair.reap(|done| lane.end(io, done));
         }
         let any = lane.take_remotes(io);
-        if lane.shared.is_closing() && self.in_flight() == 0 {
-            self.end(io);
+        if self.has_ended() {
             return Polled::Ended;
         }
         if told > 0 || any { Polled::Busy } else { Polled::Idle }
@@ -298,7 +299,8 @@ impl Source for LaneSource {
     fn arm(&mut self) -> bool {
         let armed = self.0.pair.borrow_mut().as_mut().is_none_or(QueuePair::arm);
         // What was sent or asked for before the event was read is looked for now.
-        let armed = armed && !self.0.shared.is_closing() && !self.0.take_remotes(&io::current());
+        let is_to_end = matches!(*self.0.end.borrow(), End::Asked(_));
+        let armed = armed && !is_to_end && !self.0.take_remotes(&io::current());
         self.0.awake.set(!armed);
         armed
     }
@@ -330,13 +332,23 @@ impl Source for LaneSource {
     }
 }
 
-impl Drop for Lane {
-    /// Its worker ends. Blocks.
-    fn drop(&mut self) {
-        if let Some(pair) = self.pair.borrow_mut().take() {
-            let queue = pair.id();
-            drop(pair);
-            self.shared.remove_host(queue);
-        }
+impl WorkerState for Lane {
+    /// Waits for what is in flight, and gives the queue pair back: elsewhere, because that blocks.
+    fn leave(self: Rc<Lane>) -> LocalFuture<'static, ()> {
+        self.shared.remove_host(self.queue);
+        *self.end.borrow_mut() = End::Asked(None);
+        self.wake(&io::current());
+        Box::pin(async move {
+            poll_fn(|cx| match &mut *self.end.borrow_mut() {
+                End::Asked(waiting) => {
+                    *waiting = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+                _ => Poll::Ready(()),
+            })
+            .await;
+            let pair = self.pair.borrow_mut().take();
+            io::offload(move || drop(pair)).await;
+        })
     }
 }

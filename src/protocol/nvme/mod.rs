@@ -26,7 +26,6 @@ use crate::block::{
 };
 use crate::io::{self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Started, Token};
 use crate::options::Map;
-use lane::Lane;
 use shared::{Claim, Shared};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -134,7 +133,7 @@ impl Driver for Nvme {
 
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, _: Access) -> Mapping<'a> {
         // A worker gets its queue pair with its first request of the slow road.
-        if !Lane::is_here(self.shared()) {
+        if !self.shared().lanes().is_here() {
             return Mapping::slow(want);
         }
         Mapping { len: want, target: Target::Data { leaf: self, offset: at } }
@@ -229,7 +228,7 @@ impl Driver for Nvme {
 impl Leaf for Nvme {
     unsafe fn start(&self, io: &Io, op: Op, token: Token) -> Started {
         // `map` has answered that there is one.
-        let Some(lane) = Lane::of(io, self.shared()) else {
+        let Some(lane) = self.shared().lanes().get(io) else {
             return Started::Done(Err(Errno::EIO));
         };
         // SAFETY: the caller keeps the list in place and the memory mapped until the completion.

@@ -2,10 +2,10 @@
 //! when the last of them is closed.
 
 use super::entry::{NvmeOptions, from_driver};
-use super::lane::Host;
+use super::lane::{Host, Lane};
 use crate::block::{Drive, DriveHealth, Error};
 use crate::io::sync::Mutex;
-use crate::io::{self, Errno, IoResult};
+use crate::io::{self, Errno, IoResult, PerWorker};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -33,8 +33,9 @@ pub struct Shared {
     controller: Mutex<Option<Controller>>,
     /// Namespaces that nodes are on.
     claimed: Mutex<BTreeSet<u32>>,
-    /// No node is on it any more: lanes end.
-    closing: AtomicBool,
+    /// The queue pair of each worker, as far as the controller has so many. Closed when no node is on it
+    /// any more.
+    lanes: PerWorker<Lane>,
     /// Workers that have a queue pair, for those that get none.
     hosts: Mutex<Vec<Host>>,
     next_host: AtomicUsize,
@@ -49,16 +50,13 @@ impl Shared {
         controller.ok_or_else(|| Error::new(format!("{}: it is being closed", self.address)))
     }
 
-    pub fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Relaxed)
+    pub fn lanes(&self) -> &PerWorker<Lane> {
+        &self.lanes
     }
 
     /// A worker has a queue pair now.
     pub fn add_host(&self, host: Host) {
         self.hosts.lock().push(host);
-        if self.is_closing() {
-            self.wake_hosts();
-        }
     }
 
     pub fn remove_host(&self, queue: u16) {
@@ -70,10 +68,6 @@ impl Shared {
         let hosts = self.hosts.lock();
         let next = self.next_host.fetch_add(1, Ordering::Relaxed);
         hosts.get(next % hosts.len().max(1)).cloned()
-    }
-
-    fn wake_hosts(&self) {
-        self.hosts.lock().iter().for_each(|host| host.waker.wake());
     }
 
     /// Lets the device reach a guest's memory; once, however many nodes ask.
@@ -146,7 +140,7 @@ impl Claim {
     /// None if the controller is being let go of.
     fn join(shared: Arc<Shared>, namespace: u32) -> Option<Result<Claim, Error>> {
         let mut claimed = shared.claimed.lock();
-        if shared.closing.load(Ordering::SeqCst) {
+        if shared.lanes.is_closed() {
             return None;
         }
         let is_new = claimed.insert(namespace);
@@ -181,11 +175,8 @@ impl Claim {
         claimed.remove(&self.namespace);
         let last = claimed.is_empty();
         if last {
-            self.shared.closing.store(true, Ordering::SeqCst);
-        }
-        drop(claimed);
-        if last {
-            self.shared.wake_hosts();
+            // Under the lock: nobody joins a controller that is about to go.
+            self.shared.lanes.close();
         }
         last
     }
@@ -196,13 +187,9 @@ impl Claim {
         if !self.release() {
             return Ok(());
         }
-        let began = Instant::now();
-        while !self.shared.hosts.lock().is_empty() {
-            if began.elapsed() > PATIENCE {
-                log::error!("{}: its queues are still in use", self.shared.address);
-                return Err(Errno(libc::ETIMEDOUT));
-            }
-            io::sleep(PAUSE).await;
+        if !self.shared.lanes.left_within(PATIENCE).await {
+            log::error!("{}: its queues are still in use", self.shared.address);
+            return Err(Errno(libc::ETIMEDOUT));
         }
         // The address is free for others when the node is gone: it still has the device open.
         let controller = self.shared.controller.lock().take();
@@ -230,7 +217,7 @@ impl Shared {
             address,
             controller: Mutex::default(),
             claimed: Mutex::default(),
-            closing: AtomicBool::new(false),
+            lanes: PerWorker::default(),
             hosts: Mutex::default(),
             next_host: AtomicUsize::new(0),
             registered: Mutex::default(),

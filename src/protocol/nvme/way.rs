@@ -21,38 +21,20 @@ enum Way {
     There(Host),
 }
 
-/// Stands in for a lane that is being made, so that one worker makes one.
-struct Making;
-
 /// How this worker's requests reach the controller. Made with the first.
 async fn find(shared: &Arc<Shared>) -> IoResult<Way> {
-    let io = io::current();
-    let making = Arc::as_ptr(shared) as usize + 1;
-    loop {
-        if let Some(lane) = Lane::of(&io, shared) {
-            return Ok(Way::Here(lane));
-        }
-        if shared.is_closing() {
-            return Err(Errno(libc::ENODEV));
-        }
-        if !io.keeps(making) {
-            break;
-        }
-        io::sleep(PAUSE).await;
+    match shared.lanes().get_or_make(async |io| make(io, shared).await).await {
+        Ok(lane) => Ok(Way::Here(lane)),
+        Err(errno @ Errno(libc::EBUSY)) => shared.host().map(Way::There).ok_or(errno),
+        Err(errno) => Err(errno),
     }
-    io.keep(making, Rc::new(Making));
-    let made = make(&io, shared).await;
-    io.let_go(making);
-    made
 }
 
-async fn make(io: &Rc<Io>, shared: &Arc<Shared>) -> IoResult<Way> {
+async fn make(io: &Rc<Io>, shared: &Arc<Shared>) -> IoResult<Rc<Lane>> {
     let controller = shared.controller().map_err(|_| Errno(libc::ENODEV))?;
     match io::offload(move || controller.queue_pair()).await {
-        Ok(pair) => Ok(Way::Here(Lane::attach(io, shared, pair))),
-        Err(error) if error.errno() == libc::EBUSY => {
-            shared.host().map(Way::There).ok_or(Errno(libc::EBUSY))
-        }
+        Ok(pair) => Ok(Lane::attach(io, shared, pair)),
+        Err(error) if error.errno() == libc::EBUSY => Err(Errno(libc::EBUSY)),
         Err(error) => {
             let error = from_driver(error);
             log::error!("{error}");
