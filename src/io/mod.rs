@@ -6,6 +6,7 @@
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
 //! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
+//! * [`socket`]: connecting, sending and receiving.
 //! * [`op`]: the operation; `slots`: those in flight, and whom to tell of their end.
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
@@ -37,6 +38,7 @@ pub mod ring;
 pub mod shared_mapping;
 pub mod sim;
 mod slots;
+pub mod socket;
 pub mod source;
 mod spare;
 mod spin;
@@ -56,9 +58,10 @@ pub use offload::{Blocking, offload};
 pub use op::{Durable, Op, Segments, Started, Token};
 pub use per_worker::{PerWorker, WorkerState};
 pub use shared_mapping::SharedMapping;
+pub use socket::Socket;
 pub use source::{Polled, Source, SourceId};
 pub use spare::{make_last_rings, may_make_rings};
-pub use timer::sleep;
+pub use timer::{Deadline, sleep};
 pub use turn::Local;
 pub use worker::{
     Io, Worker, WorkerOptions, current, may_block, process_cpu_ns, run_local, run_on, thread_cpu_ns,
@@ -69,23 +72,31 @@ use std::os::fd::RawFd;
 /// Reads `into.len()` bytes from `offset` on; what lies past the end of the file is zeroes.
 pub async fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> IoResult {
     // SAFETY: the list and its memory are borrowed until the future is done or dropped.
-    unsafe { current().run(fd, Op::Read { offset, segments: into.into() }) }.await
+    unsafe { current().run(fd, Op::Read { offset, segments: into.into() }, Deadline::NEVER) }
+        .await
+        .map(|_| ())
 }
 
 /// Writes all of `from` at `offset`.
 pub async fn write(fd: RawFd, offset: u64, from: &IoVec<'_>, durable: Durable) -> IoResult {
     // SAFETY: as for `read`.
-    unsafe { current().run(fd, Op::Write { offset, segments: from.into(), durable }) }.await
+    unsafe {
+        current().run(fd, Op::Write { offset, segments: from.into(), durable }, Deadline::NEVER)
+    }
+    .await
+    .map(|_| ())
 }
 
 /// fdatasync.
 pub async fn fsync(fd: RawFd) -> IoResult {
     // SAFETY: names no memory.
-    unsafe { current().run(fd, Op::Fsync) }.await
+    unsafe { current().run(fd, Op::Fsync, Deadline::NEVER) }.await.map(|_| ())
 }
 
 /// fallocate with `mode`.
 pub async fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> IoResult {
     // SAFETY: names no memory.
-    unsafe { current().run(fd, Op::Fallocate { mode, offset, len }) }.await
+    unsafe { current().run(fd, Op::Fallocate { mode, offset, len }, Deadline::NEVER) }
+        .await
+        .map(|_| ())
 }

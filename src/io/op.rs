@@ -41,12 +41,28 @@ pub enum Op {
     Fsync,
     /// fallocate with this mode, in bytes.
     Fallocate { mode: i32, offset: u64, len: u64 },
-    /// Completes whenever the descriptor becomes readable, again and again.
-    PollMany,
+    /// Sends on a socket: all of it or a part, which the completion tells. Without SIGPIPE.
+    Send { segments: Segments },
+    /// Receives from a socket what is there, once there is something; nothing at the end of the stream.
+    Receive { segments: Segments },
+    /// Completes when the descriptor has, or gets, one of these events (poll(2)), and tells which. `many`:
+    /// whenever it gets one, again and again.
+    Poll { events: u32, many: bool },
+    /// Cancels the operation that carries this user data, if it still can be: that completes with
+    /// ECANCELED then.
+    Cancel(u64),
+}
+
+impl Op {
     /// Completes when the descriptor is, or becomes, readable.
-    PollOnce,
-    /// Ends the poll that carries this user data.
-    PollEnd(u64),
+    pub const POLL_ONCE: Op = Op::Poll { events: libc::POLLIN as u32, many: false };
+    /// Completes whenever the descriptor becomes readable.
+    pub const POLL_MANY: Op = Op::Poll { events: libc::POLLIN as u32, many: true };
+
+    /// Whether it waits for somebody else, perhaps for ever, and can be cancelled at any time.
+    pub(super) fn waits(&self) -> bool {
+        matches!(self, Op::Send { .. } | Op::Receive { .. } | Op::Poll { .. })
+    }
 }
 
 /// Whether a write is durable when it completes.

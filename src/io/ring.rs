@@ -7,7 +7,8 @@
 //!
 //! A ring is made disabled, restricted to the operations of [`Op`], and enabled by its worker. A
 //! system call filter does not see what goes through a ring: without the restriction it would open
-//! files and connect sockets for whoever has taken the process over.
+//! files and connect sockets for whoever has taken the process over. For that reason connecting goes by
+//! system calls ([`super::socket`]).
 
 use super::clock::Clock;
 use super::descriptors;
@@ -47,7 +48,7 @@ pub trait Ring {
     /// completion carries `user_data`. Operations on no descriptor come with -1.
     ///
     /// # Safety
-    /// Memory that a read or write names stays mapped, and its list in place, until the completion.
+    /// Memory that the operation names stays mapped, and its list in place, until the completion.
     unsafe fn push(&mut self, user_data: u64, fd: RawFd, op: Op);
 
     /// Whether `enter` would have something to do without sleeping: entries to start, or
@@ -112,18 +113,25 @@ pub struct Uring {
     /// Which descriptors the ring's table of files has, and how often they are pinned. Nothing uses the
     /// table: the kernel lets go of what is in it when the last request of the ring has ended.
     pinned: Vec<Option<(RawFd, u32)>>,
+    /// Made with the first operation that needs one.
+    messages: Option<Messages>,
 }
 
-/// All that [`Uring::entry`] makes, each without flags.
-const OPERATIONS: [u8; 8] = [
+/// All that [`Uring::entry`] makes, each without flags. On sockets that is no more than the system calls that
+/// every confined process keeps; what makes and connects sockets is not here.
+const OPERATIONS: [u8; 12] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
     opcode::Write::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
+    opcode::Send::CODE,
+    opcode::SendMsg::CODE,
+    opcode::Recv::CODE,
+    opcode::RecvMsg::CODE,
     opcode::PollAdd::CODE,
-    opcode::PollRemove::CODE,
+    opcode::AsyncCancel::CODE,
 ];
 
 /// IORING_REGISTER_FILES_UPDATE, the one thing that is registered with a ring after it is enabled: a file
@@ -189,6 +197,7 @@ impl Uring {
                         stale_turns: 0,
                         clock: Clock::new(),
                         pinned: Vec::new(),
+                        messages: None,
                     });
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),
@@ -210,7 +219,7 @@ impl Uring {
         self.ring.submitter().register_enable_rings()
     }
 
-    fn entry(user_data: u64, fd: RawFd, op: Op) -> squeue::Entry {
+    fn entry(&mut self, user_data: u64, fd: RawFd, op: Op) -> squeue::Entry {
         let fd = types::Fd(fd);
         let entry = match op {
             Op::Read { segments, offset } => {
@@ -244,17 +253,70 @@ impl Uring {
             Op::Fallocate { mode, offset, len } => {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
             }
-            Op::PollMany => opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build(),
-            Op::PollOnce => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
-            Op::PollEnd(user_data) => opcode::PollRemove::new(user_data).build(),
+            Op::Send { segments } => {
+                // SAFETY: as above.
+                match unsafe { segments.as_slice() } {
+                    [one] => {
+                        opcode::Send::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                            .flags(libc::MSG_NOSIGNAL)
+                            .build()
+                    }
+                    many => opcode::SendMsg::new(fd, self.message(many))
+                        .flags(libc::MSG_NOSIGNAL as u32)
+                        .build(),
+                }
+            }
+            Op::Receive { segments } => {
+                // SAFETY: as above.
+                match unsafe { segments.as_slice() } {
+                    [one] => opcode::Recv::new(fd, one.iov_base.cast(), one.iov_len as u32).build(),
+                    many => opcode::RecvMsg::new(fd, self.message(many)).build(),
+                }
+            }
+            Op::Poll { events, many } => opcode::PollAdd::new(fd, events).multi(many).build(),
+            Op::Cancel(user_data) => opcode::AsyncCancel::new(user_data).build(),
         };
         entry.user_data(user_data)
     }
 }
 
+/// What sendmsg(2) and recvmsg(2) take besides the list: nothing.
+pub(super) fn message(list: &[libc::iovec]) -> libc::msghdr {
+    // SAFETY: all zeroes is a valid value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = list.as_ptr().cast_mut();
+    // The kernel takes no more; what is left out is sent or received later.
+    message.msg_iovlen = list.len().min(libc::UIO_MAXIOV as usize) as _;
+    message
+}
+
+/// The heads of messages, which the kernel reads when it takes the entry that names them.
+struct Messages {
+    list: Box<[libc::msghdr]>,
+    next: usize,
+}
+
+// SAFETY: between two turns nobody follows the pointers; the ring moves to the thread that enables it empty.
+unsafe impl Send for Messages {}
+
+impl Uring {
+    /// Fills in the head of a message that stays in place until the kernel has read it.
+    fn message(&mut self, list: &[libc::iovec]) -> *mut libc::msghdr {
+        let messages = self.messages.get_or_insert_with(|| {
+            // One more than entries: the oldest may still be queued.
+            let list = (0..=SUBMISSIONS).map(|_| message(&[])).collect();
+            Messages { list, next: 0 }
+        });
+        messages.next = (messages.next + 1) % messages.list.len();
+        let place = &mut messages.list[messages.next];
+        *place = message(list);
+        place
+    }
+}
+
 impl Ring for Uring {
     unsafe fn push(&mut self, user_data: u64, fd: RawFd, op: Op) {
-        let entry = Self::entry(user_data, fd, op);
+        let entry = self.entry(user_data, fd, op);
         // SAFETY: the caller's promise on the memory that the entry names.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.enter(Wait::No);
@@ -406,7 +468,7 @@ mod tests {
         }
         assert!(ring.must_enter());
         // SAFETY: names no memory.
-        unsafe { ring.push(9, -1, Op::PollEnd(1)) };
+        unsafe { ring.push(9, -1, Op::Cancel(1)) };
         ring.enter(Wait::Forever);
         ring.reap(&mut out);
         assert_eq!(out.len(), 1);
@@ -465,8 +527,10 @@ mod tests {
         let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).build();
         let linked = opcode::Fsync::new(types::Fd(-1)).build().flags(squeue::Flags::ASYNC);
         let plain = opcode::Fsync::new(types::Fd(-1)).build();
-        for (entry, wanted) in [(open, libc::EACCES), (linked, libc::EACCES), (plain, libc::EBADF)]
-        {
+        let connect = opcode::Connect::new(types::Fd(-1), std::ptr::null(), 0).build();
+        let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
+        let refused = [open, linked, connect, socket].map(|entry| (entry, libc::EACCES));
+        for (entry, wanted) in refused.into_iter().chain([(plain, libc::EBADF)]) {
             // SAFETY: the path outlives the ring.
             unsafe { ring.ring.submission().push(&entry) }.unwrap();
             ring.ring.submit_and_wait(1).unwrap();

@@ -6,7 +6,10 @@
 //! system calls; descriptors of [`register`]ed [`SimFile`]s by them.
 //!
 //! Polls are of real descriptors, because wake-ups from other threads are real: they are looked at
-//! in each turn, and waited for only when nothing is due on the virtual clock.
+//! in each turn, and waited for only when nothing is due on the virtual clock. Simulated sockets
+//! ([`socket`]) have delays, parts and resets of their own.
+
+pub mod socket;
 
 use super::errno::Errno;
 use super::iovec::IoVec;
@@ -164,10 +167,11 @@ impl SimRing {
         for begun in std::mem::take(&mut self.queued) {
             let Begun { user_data, fd, op, .. } = begun;
             match op {
-                Op::PollMany | Op::PollOnce => {
-                    self.ready.extend(self.polls.start(user_data, fd, op).err());
+                Op::Cancel(cancelled) => self.cancel(user_data, cancelled),
+                op if op.waits() && fd < FIRST_SIM_FD => {
+                    // SAFETY: the promise of whoever pushed the operation.
+                    self.ready.extend(unsafe { self.polls.start(user_data, fd, op) });
                 }
-                Op::PollEnd(poll) => self.end_poll(user_data, poll),
                 _ => {
                     let longest = self.disorder.max_delay.as_nanos() as u64;
                     let delay = self.rng.u64(0..=longest);
@@ -177,12 +181,16 @@ impl SimRing {
         }
     }
 
-    fn end_poll(&mut self, user_data: u64, poll: u64) {
-        let ended = self.polls.end(poll);
-        if ended {
-            self.complete(poll, -libc::ECANCELED);
+    fn cancel(&mut self, user_data: u64, cancelled: u64) {
+        let is_it = |begun: &Begun| begun.user_data == cancelled && begun.op.waits();
+        let waiting = self.hung.len() + self.due.len();
+        self.hung.retain(|begun| !is_it(begun));
+        self.due.retain(|_, begun| !is_it(begun));
+        if self.hung.len() + self.due.len() < waiting {
+            self.complete(cancelled, -libc::ECANCELED);
+            return self.complete(user_data, 0);
         }
-        self.complete(user_data, if ended { 0 } else { -libc::ENOENT });
+        self.ready.extend(self.polls.cancel(user_data, cancelled));
     }
 
     fn complete(&mut self, user_data: u64, result: i32) {
@@ -216,6 +224,15 @@ impl SimRing {
             let errno = if self.rng.bool() { libc::EINTR } else { libc::EAGAIN };
             return self.complete(user_data, -errno);
         }
+        if op.waits() {
+            let is_new = std::mem::replace(&mut begun.ticket, 1) == 0;
+            let short = self.disorder.short;
+            return match socket::execute(fd, op, is_new, short, &mut self.rng) {
+                Some(Ok(count)) => self.complete(user_data, count as i32),
+                Some(Err(errno)) => self.complete(user_data, -errno.0),
+                None => self.hung.push(begun),
+            };
+        }
         let file = if fd >= FIRST_SIM_FD { registered(fd) } else { None };
         let block = match &file {
             Some(file) => file.block(),
@@ -244,7 +261,7 @@ impl SimRing {
                 SimOp::Write { offset, from: self.part(segments, block), durable }
             }
             Op::Fallocate { mode, offset, len } => SimOp::Allocate { mode, offset, len },
-            Op::Fsync | Op::PollMany | Op::PollOnce | Op::PollEnd(_) => SimOp::Sync,
+            _ => SimOp::Sync,
         }
     }
 

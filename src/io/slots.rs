@@ -6,6 +6,7 @@
 
 use super::op::{Op, Segments, Started, Token};
 use super::ring::Wait;
+use super::timer::Deadline;
 use super::turn::{BATCH, tag};
 use super::worker::Io;
 use super::{Errno, IoResult, iovec};
@@ -28,13 +29,18 @@ struct Slot {
     /// The list of what a short transfer left.
     tail: Option<Box<[libc::iovec]>>,
     owner: Owner,
+    deadline: Deadline,
+    /// What it comes to if it is cancelled, once it has been asked to end.
+    stop: Option<Errno>,
+    /// Tells operations apart that have the slot one after another: a request to cancel one may come late.
+    turn: u32,
 }
 
 pub(super) enum Owner {
     Nobody,
     Source(Token),
     Future(Option<Waker>),
-    Finished(IoResult),
+    Finished(IoResult<u32>),
 }
 
 impl Io {
@@ -43,32 +49,85 @@ impl Io {
     /// # Safety
     /// For reads and writes: the segments stay mapped, and their list in place, until then.
     pub unsafe fn start(&self, fd: RawFd, op: Op, token: Token) -> Started {
-        let slot = self.ops.borrow_mut().insert(fd, op, Owner::Source(token));
         // SAFETY: the caller's promise.
-        unsafe { self.push(slot, fd, op) };
+        unsafe { self.start_until(fd, op, token, Deadline::NEVER) }
+    }
+
+    /// As [`Io::start`]. An operation that waits for somebody else (on a socket) is cancelled soon after the
+    /// deadline, and fails with ETIMEDOUT.
+    ///
+    /// # Safety
+    /// As for [`Io::start`].
+    pub unsafe fn start_until(
+        &self,
+        fd: RawFd,
+        op: Op,
+        token: Token,
+        deadline: Deadline,
+    ) -> Started {
+        // SAFETY: the caller's promise.
+        unsafe { self.begin(fd, op, Owner::Source(token), deadline) };
         Started::Pending
     }
 
+    /// Cancels the operations in flight of a token that wait for somebody else. Each completes all the same:
+    /// with ECANCELED, unless its end was on the way. Until then its memory stays in use.
+    pub fn cancel(&self, token: Token) {
+        self.stop(
+            Errno(libc::ECANCELED),
+            |_, slot| matches!(slot.owner, Owner::Source(other) if other == token),
+        );
+    }
+
+    /// Cancels the operations whose deadline has come, and asks to be called when the next one does.
+    pub(super) fn stop_late(&self, now: u64) {
+        self.stop(Errno(libc::ETIMEDOUT), |_, slot| slot.deadline.0 <= now);
+        let ops = self.ops.borrow();
+        let waiting = ops.slots.iter().filter(|slot| slot.can_stop());
+        if let Some(next) = waiting.map(|slot| slot.deadline).min() {
+            self.tick_by(next.0);
+        }
+    }
+
+    /// Cancels what is chosen, and not being cancelled yet.
+    fn stop(&self, why: Errno, is_chosen: impl Fn(u32, &Slot) -> bool) {
+        let mut ops = self.ops.borrow_mut();
+        for (index, slot) in (0..).zip(&mut ops.slots) {
+            if slot.can_stop() && is_chosen(index, slot) {
+                slot.stop = Some(why);
+                let cancel = Op::Cancel(slot.user_data(index));
+                // SAFETY: names no memory.
+                unsafe { self.ring.borrow_mut().push(tag::pack(tag::NONE, 0, 0), -1, cancel) };
+            }
+        }
+    }
+
+    /// Starts an operation; gives its slot.
+    ///
     /// # Safety
     /// As for [`Io::start`].
-    unsafe fn push(&self, slot: u32, fd: RawFd, op: Op) {
-        let user_data = tag::pack(tag::OP, 0, slot);
+    unsafe fn begin(&self, fd: RawFd, op: Op, owner: Owner, deadline: Deadline) -> u32 {
+        let (index, user_data) = self.ops.borrow_mut().insert(fd, op, owner, deadline);
+        if deadline != Deadline::NEVER {
+            self.tick_by(deadline.0);
+        }
         // SAFETY: the caller's promise.
         unsafe { self.ring.borrow_mut().push(user_data, fd, op) };
+        index
     }
 
     /// Books a completion of slot `index`. Its owner and result, once the operation is over.
-    pub(super) fn finish(&self, index: u32, result: i32) -> Option<(Owner, IoResult)> {
+    pub(super) fn finish(&self, index: u32, result: i32) -> Option<(Owner, IoResult<u32>)> {
         let mut ops = self.ops.borrow_mut();
         let slot = &mut ops.slots[index as usize];
         let result = match slot.outcome(result) {
             Outcome::Over(result) => result,
             Outcome::Continue(op) => {
-                let fd = slot.fd;
+                let (fd, user_data) = (slot.fd, slot.user_data(index));
                 drop(ops);
                 // SAFETY: what the starter promised lasts until the completion, and the list of the
                 // remaining segments lies in the slot until then.
-                unsafe { self.push(index, fd, op) };
+                unsafe { self.ring.borrow_mut().push(user_data, fd, op) };
                 return None;
             }
         };
@@ -90,15 +149,14 @@ impl Io {
         }
     }
 
-    /// Runs an operation for a task.
+    /// Runs an operation for a task, with a deadline as [`Io::start_until`].
     ///
     /// # Safety
     /// For reads and writes: the segments stay mapped, and their list in place, until the future is
     /// done or dropped. The future must not be forgotten.
-    pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op) -> Operation {
-        let slot = self.ops.borrow_mut().insert(fd, op, Owner::Future(None));
+    pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op, deadline: Deadline) -> Operation {
         // SAFETY: the caller's promise.
-        unsafe { self.push(slot, fd, op) };
+        let slot = unsafe { self.begin(fd, op, Owner::Future(None), deadline) };
         Operation { io: self.clone(), slot: Some(slot) }
     }
 }
@@ -110,48 +168,71 @@ impl Ops {
         Ops { slots, free }
     }
 
-    fn insert(&mut self, fd: RawFd, op: Op, owner: Owner) -> u32 {
-        let slot = Slot { fd, op, done: 0, tail: None, owner };
-        match self.free.pop() {
+    /// Gives the slot, and the user data of its operation.
+    fn insert(&mut self, fd: RawFd, op: Op, owner: Owner, deadline: Deadline) -> (u32, u64) {
+        let mut new = Slot { fd, op, done: 0, tail: None, owner, deadline, stop: None, turn: 0 };
+        let index = match self.free.pop() {
             Some(index) => {
-                self.slots[index as usize] = slot;
+                let slot = &mut self.slots[index as usize];
+                new.turn = slot.turn.wrapping_add(1);
+                *slot = new;
                 index
             }
             None => {
-                self.slots.push(slot);
+                self.slots.push(new);
                 self.slots.len() as u32 - 1
             }
-        }
+        };
+        (index, self.slots[index as usize].user_data(index))
     }
 
     fn remove(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         slot.tail = None;
         slot.owner = Owner::Nobody;
+        slot.deadline = Deadline::NEVER;
         self.free.push(index);
     }
 }
 
+const INTERRUPTED: i32 = -libc::EINTR;
+const AGAIN: i32 = -libc::EAGAIN;
+const CANCELLED: i32 = -libc::ECANCELED;
+
 enum Outcome {
-    Over(IoResult),
+    Over(IoResult<u32>),
     Continue(Op),
 }
 
 impl Slot {
+    fn user_data(&self, index: u32) -> u64 {
+        tag::pack(tag::OP, self.turn, index)
+    }
+
+    /// Whether it is in flight, waits for somebody else, and has not been asked to end.
+    fn can_stop(&self) -> bool {
+        matches!(self.owner, Owner::Source(_) | Owner::Future(_))
+            && self.op.waits()
+            && self.stop.is_none()
+    }
+
     /// What a completion with `result` means for the operation as a whole.
     fn outcome(&mut self, result: i32) -> Outcome {
         let (offset, segments, write) = match self.op {
             Op::Read { offset, segments } => (offset, segments, None),
             Op::Write { offset, segments, durable } => (offset, segments, Some(durable)),
-            _ => {
-                return match result {
-                    r if r == -libc::EINTR || r == -libc::EAGAIN => Outcome::Continue(self.op),
-                    r if r < 0 => Outcome::Over(Err(Errno(-r))),
-                    _ => Outcome::Over(Ok(())),
+            op => {
+                return match (result, self.stop) {
+                    (count @ 0.., _) => {
+                        Outcome::Over(Ok(if op.waits() { count as u32 } else { 0 }))
+                    }
+                    (INTERRUPTED | AGAIN | CANCELLED, Some(why)) => Outcome::Over(Err(why)),
+                    (INTERRUPTED | AGAIN, None) => Outcome::Continue(op),
+                    (errno, _) => Outcome::Over(Err(Errno(-errno))),
                 };
             }
         };
-        if result == -libc::EINTR || result == -libc::EAGAIN {
+        if matches!(result, INTERRUPTED | AGAIN) {
             return Outcome::Continue(self.rest());
         }
         if result < 0 {
@@ -160,18 +241,18 @@ impl Slot {
             if -result == libc::EINVAL && self.done > 0 && write.is_none() && self.is_at_end(offset)
             {
                 self.zero_rest(segments);
-                return Outcome::Over(Ok(()));
+                return Outcome::Over(Ok(0));
             }
             return Outcome::Over(Err(Errno(-result)));
         }
         self.done += result as u64;
         if self.done >= segments.len() {
-            return Outcome::Over(Ok(()));
+            return Outcome::Over(Ok(0));
         }
         match (result, write) {
             (0, None) => {
                 self.zero_rest(segments);
-                Outcome::Over(Ok(()))
+                Outcome::Over(Ok(0))
             }
             // A write that moves nothing and reports nothing would be asked for forever.
             (0, Some(_)) => Outcome::Over(Err(Errno::ENOSPC)),
@@ -226,15 +307,16 @@ impl Slot {
     }
 }
 
-/// An operation in flight for a task. Dropping it waits until the kernel has let go of the memory.
+/// An operation in flight for a task. Dropping it cancels what waits for somebody else, and waits until
+/// the kernel has let go of the memory.
 pub(super) struct Operation {
     io: Rc<Io>,
     slot: Option<u32>,
 }
 
 impl Future for Operation {
-    type Output = IoResult;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult> {
+    type Output = IoResult<u32>;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoResult<u32>> {
         let slot = self.slot.expect("polled after it was done");
         let mut ops = self.io.ops.borrow_mut();
         match &mut ops.slots[slot as usize].owner {
@@ -256,13 +338,15 @@ impl Future for Operation {
 impl Drop for Operation {
     fn drop(&mut self) {
         let Some(slot) = self.slot else { return };
+        let user_data = self.io.ops.borrow().slots[slot as usize].user_data(slot);
+        self.io.stop(Errno(libc::ECANCELED), |index, _| index == slot);
         let finished =
             || matches!(self.io.ops.borrow().slots[slot as usize].owner, Owner::Finished(_));
         // Another operation that was dropped may have reaped this one's completion.
         let mut completions = self.io.stash.take();
         loop {
             for completion in completions {
-                if completion.user_data == tag::pack(tag::OP, 0, slot) {
+                if completion.user_data == user_data {
                     self.io.finish(slot, completion.result);
                 } else {
                     self.io.stash.borrow_mut().push(completion);

@@ -20,6 +20,12 @@ pub trait Source: Any {
     /// An operation started with this source's token is done.
     fn complete(&mut self, io: &Rc<Io>, tag: u32, result: IoResult);
 
+    /// As `complete`, with what the operation counted: bytes of a send or receive, events of a poll; zero of
+    /// all others. For sources that start such operations.
+    fn counted(&mut self, io: &Rc<Io>, tag: u32, result: IoResult<u32>) {
+        self.complete(io, tag, result.map(|_| ()));
+    }
+
     /// The end of a turn: makes results visible, and notifies at most once.
     fn publish(&mut self);
 

@@ -2,7 +2,7 @@
 //! system call filter does not know it. It costs more per request; nothing else is different.
 //!
 //! Operations block in threads that all workers share; a file that stalls holds up no other
-//! ([`super::pool`]). Descriptors are waited for with epoll.
+//! ([`super::pool`]). Descriptors are waited for with epoll, sockets that have nothing to give or no room too.
 
 use super::errno::Errno;
 use super::op::Op;
@@ -74,7 +74,9 @@ impl Job for Operation {
             Op::Fsync => calls::sync(fd),
             Op::Fallocate { mode, offset, len } => calls::allocate(fd, mode, offset, len),
             // Never handed to a thread.
-            Op::PollMany | Op::PollOnce | Op::PollEnd(_) => Err(Errno(libc::EINVAL)),
+            Op::Send { .. } | Op::Receive { .. } | Op::Poll { .. } | Op::Cancel(_) => {
+                Err(Errno(libc::EINVAL))
+            }
         };
         // One transfer moves less than 2 GiB.
         let result = result.map_or_else(|errno| -errno.0, |count| count as i32);
@@ -105,8 +107,9 @@ impl Threads {
         };
         let mut polls = Polls::new()?;
         let (user_data, fd) = (super::turn::tag::pack(super::turn::tag::NONE, 0, 0), &done.wake);
-        let started = polls.start(user_data, fd.as_raw_fd(), Op::PollMany);
-        if let Err(Completion { result, .. }) = started {
+        // SAFETY: names no memory.
+        let failed = unsafe { polls.start(user_data, fd.as_raw_fd(), Op::POLL_MANY) };
+        if let Some(Completion { result, .. }) = failed {
             return Err(std::io::Error::from_raw_os_error(-result));
         }
         Ok(Threads {
@@ -122,12 +125,13 @@ impl Threads {
     fn start_queued(&mut self) {
         let Threads { queued, polls, ready, done, .. } = self;
         queued.retain(|&(user_data, fd, op)| match op {
-            Op::PollMany | Op::PollOnce => {
-                ready.extend(polls.start(user_data, fd, op).err());
+            Op::Cancel(cancelled) => {
+                ready.extend(polls.cancel(user_data, cancelled));
                 false
             }
-            Op::PollEnd(user_data) => {
-                polls.end(user_data);
+            op if op.waits() => {
+                // SAFETY: the promise of whoever pushed the operation.
+                ready.extend(unsafe { polls.start(user_data, fd, op) });
                 false
             }
             _ => true,

@@ -59,6 +59,26 @@ impl Timers {
     }
 }
 
+/// Until when an operation may take, on the worker's own clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline(pub(super) u64);
+
+impl Deadline {
+    /// As long as it takes.
+    pub const NEVER: Deadline = Deadline(u64::MAX);
+
+    /// So much later than now, on the current worker.
+    pub fn after(time: Duration) -> Deadline {
+        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Deadline(super::current().now().saturating_add(ns))
+    }
+
+    /// Whether it has come, on the current worker.
+    pub fn has_passed(self) -> bool {
+        self != Deadline::NEVER && super::current().now() >= self.0
+    }
+}
+
 /// Waits at least that long on the current worker.
 pub async fn sleep(time: Duration) {
     let io = super::current();

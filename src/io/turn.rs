@@ -201,7 +201,7 @@ impl Local {
         let Some(Some(entry)) = self.sources.get_mut(index as usize) else { return };
         if let Some(Watch { number, pending: true, .. }) = entry.watch.take() {
             let user_data = tag::pack(tag::NONE, 0, 0);
-            let op = Op::PollEnd(tag::pack(tag::KICK, number, index));
+            let op = Op::Cancel(tag::pack(tag::KICK, number, index));
             // SAFETY: names no memory.
             unsafe { self.io.ring.borrow_mut().push(user_data, -1, op) };
         }
@@ -209,7 +209,7 @@ impl Local {
 
     fn poll_many(&self, user_data: u64, fd: RawFd) {
         // SAFETY: names no memory.
-        unsafe { self.io.ring.borrow_mut().push(user_data, fd, Op::PollMany) };
+        unsafe { self.io.ring.borrow_mut().push(user_data, fd, Op::POLL_MANY) };
     }
 
     /// A source has been armed: its kick is waited for, if that is not so all the time.
@@ -221,7 +221,7 @@ impl Local {
         {
             let user_data = tag::pack(tag::KICK, watch.number, index);
             // SAFETY: names no memory.
-            unsafe { self.io.ring.borrow_mut().push(user_data, watch.fd, Op::PollOnce) };
+            unsafe { self.io.ring.borrow_mut().push(user_data, watch.fd, Op::POLL_ONCE) };
         }
     }
 
@@ -316,6 +316,7 @@ impl Local {
         }
         self.io.tick.set(NEVER);
         let io = self.io.clone();
+        io.stop_late(now);
         for (index, entry) in self.sources.iter_mut().enumerate() {
             if let Some(entry) = entry
                 && entry.source.tick(&io, now)
@@ -366,7 +367,7 @@ impl Local {
                         io.finish(number, completion.result)
                         && let Some(Some(entry)) = self.sources.get_mut(token.source.0 as usize)
                     {
-                        entry.source.complete(&io, token.tag, result);
+                        entry.source.counted(&io, token.tag, result);
                         self.activate(token.source.0);
                     }
                 }
