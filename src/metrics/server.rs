@@ -1,23 +1,30 @@
-//! The thread that answers those who ask for metrics.
+//! The worker that answers those who ask for metrics: one task that accepts clients, and one for each of them.
 
 use super::Address;
 use super::http;
 use super::text::{self, Process};
 use crate::block::Error;
 use crate::export::core::socket::{self, SocketFile};
-use crate::io::{descriptors, process_cpu_ns};
+use crate::io::task::yield_now;
+use crate::io::{
+    Deadline, IoResult, IoVec, Socket, Worker, WorkerOptions, current, descriptors, process_cpu_ns,
+    sleep, socket as sockets,
+};
 use crate::service::{Observed, SOCKET_PATIENCE, wait_for_socket};
+use std::cell::RefCell;
 use std::fs::File;
-use std::io::{ErrorKind, Read as _, Write};
+use std::future::{Future, poll_fn};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Clients that are served at a time. One more takes the place of the one that has been there longest.
@@ -34,14 +41,14 @@ const RETRY: Duration = Duration::from_millis(10);
 
 /// Offers the metrics of a service until it is dropped.
 pub struct Server {
-    stop: EventFd,
-    thread: Option<JoinHandle<()>>,
-    /// Removed before the thread, and with it the listener, ends.
+    stop: Arc<EventFd>,
+    worker: Option<Worker>,
+    /// Removed before the worker, and with it the listener, ends.
     own_file: Option<SocketFile>,
 }
 
 impl Server {
-    /// Listens, and starts the thread. A daemon that still ends is waited for as on other sockets, until
+    /// Listens, and starts the worker. A daemon that still ends is waited for as on other sockets, until
     /// `give_up` says so. `log_lines_dropped` counts what the log has lost.
     ///
     /// # Errors
@@ -59,11 +66,20 @@ impl Server {
             Address::Tcp(address) => (Listener::Tcp(at_port(address, give_up)?), None),
         };
         // From here on a failure removes the file.
-        let mut server = Server { stop, thread: None, own_file };
-        let watcher =
-            Watcher::new(listener, &server.stop, observed, log_lines_dropped).map_err(failed)?;
-        let thread = std::thread::Builder::new().name("metrics".into()).stack_size(256 << 10);
-        server.thread = Some(thread.spawn(move || watcher.serve()).map_err(failed)?);
+        let mut server = Server { stop: Arc::new(stop), worker: None, own_file };
+        // Opened while files can still be opened.
+        let status = File::open("/proc/self/status").ok();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let started = now.map_or(0.0, |now| now.as_secs_f64());
+        let page = Page { observed, log_lines_dropped, started, status };
+        let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
+        let worker = Worker::start("metrics", options).map_err(failed)?;
+        let stop = server.stop.clone();
+        worker.send(move |local| {
+            let clients = Rc::new(Clients { page, served: RefCell::default() });
+            local.io().spawn(clients.accept(listener, stop));
+        });
+        server.worker = Some(worker);
         Ok(server)
     }
 
@@ -77,9 +93,8 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.own_file = None;
         let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // It ends when its tasks have.
+        self.worker = None;
     }
 }
 
@@ -120,168 +135,114 @@ impl Listener {
         }
     }
 
-    fn accept(&self) -> std::io::Result<File> {
+    fn accept(&self) -> std::io::Result<Socket> {
         let fd: OwnedFd = match self {
-            Listener::Unix(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nonblocking(true)?;
-                stream.into()
-            }
-            Listener::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nonblocking(true)?;
-                stream.into()
-            }
+            Listener::Unix(listener) => listener.accept()?.0.into(),
+            Listener::Tcp(listener) => listener.accept()?.0.into(),
         };
-        Ok(File::from(fd))
+        Socket::try_from(fd).map_err(Into::into)
     }
 }
 
-/// What an event is about: the end, the listener, or the client of a place.
-const STOP: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST_CLIENT: u64 = 2;
+/// Those who are served, and what they are told.
+struct Clients {
+    page: Page,
+    /// In the order in which they came.
+    served: RefCell<Vec<Rc<Socket>>>,
+}
 
-/// The thread's own.
-struct Watcher {
-    epoll: Epoll,
-    listener: Listener,
-    clients: [Option<Client>; CLIENTS],
+impl Clients {
+    /// Serves all that come until it is told to stop.
+    async fn accept(self: Rc<Self>, listener: Listener, stop: Arc<EventFd>) {
+        let readable = libc::POLLIN as u32;
+        let mut stopped = pin!(sockets::poll(stop.as_raw_fd(), readable, Deadline::NEVER));
+        loop {
+            match listener.accept() {
+                Ok(client) => {
+                    self.clone().admit(client);
+                    // However many come, those that are there have their turn.
+                    yield_now().await;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let client = sockets::poll(listener.fd(), readable, Deadline::NEVER);
+                    if first(stopped.as_mut(), pin!(client)).await {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    log::warn!("metrics: accept: {}", descriptors::explain(&error));
+                    // Out of descriptors, most likely: do not spin on it.
+                    if first(stopped.as_mut(), pin!(sleep(PAUSE))).await {
+                        break;
+                    }
+                }
+            }
+        }
+        self.served.borrow().iter().for_each(|client| client.shut_down());
+    }
+
+    /// Serves a client by a task of its own.
+    fn admit(self: Rc<Self>, client: Socket) {
+        let client = Rc::new(client);
+        let mut served = self.served.borrow_mut();
+        if served.len() == CLIENTS {
+            // Its task hears of it.
+            served.remove(0).shut_down();
+        }
+        served.push(client.clone());
+        drop(served);
+        current().spawn(async move {
+            // What the client does wrong is its own affair.
+            let _ = self.serve(&client).await;
+            self.served.borrow_mut().retain(|other| !Rc::ptr_eq(other, &client));
+        });
+    }
+
+    async fn serve(&self, client: &Socket) -> IoResult {
+        let deadline = Deadline::after(PATIENCE);
+        let (mut request, mut buffer) = (Vec::new(), [0; 1024]);
+        let answer = loop {
+            let n = client.receive(&IoVec::from_mut(&mut buffer), deadline).await?;
+            if n == 0 {
+                return Ok(());
+            }
+            request.extend_from_slice(&buffer[..n as usize]);
+            match http::read(&request) {
+                None => {}
+                Some(Ok(request)) => break self.page.answer(&request),
+                Some(Err(refusal)) => break refusal,
+            }
+        };
+        let mut sent = 0;
+        while sent < answer.len() {
+            sent += client.send(&IoVec::from_ref(&answer[sent..]), deadline).await? as usize;
+        }
+        Ok(())
+    }
+}
+
+/// Waits for either; true if it is the first.
+async fn first<T>(
+    mut one: Pin<&mut impl Future<Output = IoResult<u32>>>,
+    mut other: Pin<&mut impl Future<Output = T>>,
+) -> bool {
+    poll_fn(|cx| match one.as_mut().poll(cx) {
+        Poll::Ready(_) => Poll::Ready(true),
+        Poll::Pending => other.as_mut().poll(cx).map(|_| false),
+    })
+    .await
+}
+
+/// What the page is made of.
+struct Page {
     observed: Arc<Observed>,
     log_lines_dropped: fn() -> u64,
-    /// No client is accepted before: the last could not be.
-    paused_until: Option<Instant>,
     started: f64,
-    /// `/proc/self/status`, opened while files can still be opened.
+    /// `/proc/self/status`.
     status: Option<File>,
 }
 
-struct Client {
-    stream: File,
-    until: Instant,
-    request: Vec<u8>,
-    /// Empty until the request is there.
-    answer: Vec<u8>,
-    sent: usize,
-}
-
-/// What has come of a client.
-enum Read {
-    /// More is to come.
-    More,
-    Request(http::Request),
-    /// What it is to be answered.
-    Refused(Vec<u8>),
-    Gone,
-}
-
-impl Watcher {
-    fn new(
-        listener: Listener,
-        stop: &EventFd,
-        observed: Arc<Observed>,
-        log_lines_dropped: fn() -> u64,
-    ) -> std::io::Result<Watcher> {
-        let epoll = Epoll::new()?;
-        let event = |number| EpollEvent::new(EventSet::IN, number);
-        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), event(STOP))?;
-        epoll.ctl(ControlOperation::Add, listener.fd(), event(LISTENER))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        Ok(Watcher {
-            epoll,
-            listener,
-            clients: [const { None }; CLIENTS],
-            observed,
-            log_lines_dropped,
-            paused_until: None,
-            started: now.map_or(0.0, |now| now.as_secs_f64()),
-            status: File::open("/proc/self/status").ok(),
-        })
-    }
-
-    fn serve(mut self) {
-        let mut events = [EpollEvent::default(); CLIENTS + 2];
-        loop {
-            // Interrupted: as if nothing had come.
-            let count = self.epoll.wait(self.timeout(), &mut events).unwrap_or(0);
-            for event in &events[..count] {
-                match event.data() {
-                    STOP => return,
-                    LISTENER => self.accept(),
-                    place => self.go_on((place - FIRST_CLIENT) as usize),
-                }
-            }
-            let now = Instant::now();
-            if self.paused_until.is_some_and(|until| until <= now) {
-                self.paused_until = None;
-                self.listen(EventSet::IN);
-            }
-            for client in &mut self.clients {
-                if client.as_ref().is_some_and(|client| client.until <= now) {
-                    *client = None;
-                }
-            }
-        }
-    }
-
-    /// Waits for clients from now on, or no longer.
-    fn listen(&self, events: EventSet) {
-        // The listener is in the set, so that this cannot fail.
-        let event = EpollEvent::new(events, LISTENER);
-        let _ = self.epoll.ctl(ControlOperation::Modify, self.listener.fd(), event);
-    }
-
-    /// Milliseconds until a client has had its time, or others are accepted again; -1: neither.
-    fn timeout(&self) -> i32 {
-        let first = self.clients.iter().flatten().map(|client| client.until);
-        let first = first.chain(self.paused_until).min();
-        first.map_or(-1, |at| at.saturating_duration_since(Instant::now()).as_millis() as i32 + 1)
-    }
-
-    fn accept(&mut self) {
-        let stream = match self.listener.accept() {
-            Ok(stream) => stream,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-            Err(error) => {
-                log::warn!("metrics: accept: {}", descriptors::explain(&error));
-                // Out of descriptors, most likely: do not spin on it.
-                self.paused_until = Some(Instant::now() + PAUSE);
-                return self.listen(EventSet::empty());
-            }
-        };
-        // A free place comes first.
-        let until = |place: &usize| self.clients[*place].as_ref().map(|client| client.until);
-        let place = (0..CLIENTS).min_by_key(until).unwrap_or(0);
-        self.clients[place] = None;
-        let event = EpollEvent::new(EventSet::IN, FIRST_CLIENT + place as u64);
-        if self.epoll.ctl(ControlOperation::Add, stream.as_raw_fd(), event).is_ok() {
-            let until = Instant::now() + PATIENCE;
-            let (request, answer) = (Vec::new(), Vec::new());
-            self.clients[place] = Some(Client { stream, until, request, answer, sent: 0 });
-        }
-    }
-
-    /// Reads or writes what there is; closing the connection takes it from the epoll set.
-    fn go_on(&mut self, place: usize) {
-        let Some(mut client) = self.clients[place].take() else { return };
-        if client.answer.is_empty() {
-            client.answer = match client.read() {
-                Read::More => return self.clients[place] = Some(client),
-                Read::Request(request) => self.answer(&request),
-                Read::Refused(answer) => answer,
-                Read::Gone => return,
-            };
-            let event = EpollEvent::new(EventSet::OUT, FIRST_CLIENT + place as u64);
-            let fd = client.stream.as_raw_fd();
-            if self.epoll.ctl(ControlOperation::Modify, fd, event).is_err() {
-                return;
-            }
-        }
-        if !client.write() {
-            self.clients[place] = Some(client);
-        }
-    }
-
+impl Page {
     fn answer(&self, request: &http::Request) -> Vec<u8> {
         let process = Process {
             started: self.started,
@@ -292,41 +253,6 @@ impl Watcher {
         let (exports, drives) = (self.observed.exports(), self.observed.drives());
         http::answer(request, &text::page(request.format, process, &exports, &drives))
     }
-}
-
-impl Client {
-    fn read(&mut self) -> Read {
-        let mut buffer = [0; 1024];
-        let n = match self.stream.read(&mut buffer) {
-            Ok(0) => return Read::Gone,
-            Ok(n) => n,
-            Err(error) if is_passing(&error) => return Read::More,
-            Err(_) => return Read::Gone,
-        };
-        self.request.extend_from_slice(&buffer[..n]);
-        match http::read(&self.request) {
-            None => Read::More,
-            Some(Ok(request)) => Read::Request(request),
-            Some(Err(refusal)) => Read::Refused(refusal),
-        }
-    }
-
-    /// Writes what there is room for. True if the client is done with, one way or the other.
-    fn write(&mut self) -> bool {
-        while let Some(rest @ [_, ..]) = self.answer.get(self.sent..) {
-            match self.stream.write(rest) {
-                Ok(0) => return true,
-                Ok(n) => self.sent += n,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return !is_passing(&error),
-            }
-        }
-        true
-    }
-}
-
-fn is_passing(error: &std::io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 /// The process's resident memory in bytes, from its status file.
