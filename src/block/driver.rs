@@ -408,6 +408,12 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// Whether it connects to servers while it serves. The sandbox leaves a process the system calls for that
+    /// only if a node that is open says so.
+    fn uses_network(&self) -> bool {
+        false
+    }
+
     /// The drive that it works on itself, if that tells of its health.
     fn drive(&self) -> Option<std::sync::Arc<dyn super::Drive>> {
         None

@@ -101,6 +101,7 @@ pub fn plan(service: &Service) -> Plan {
     let place = |(path, writable)| Place { path, writable };
     Plan {
         files: service.files().into_iter().map(place).collect(),
+        network: service.uses_network(),
         own: service.sockets().iter().map(|path| absolute(path)).collect(),
         notice: Some(service.ended_notice()),
         ..Plan::default()

@@ -1,14 +1,15 @@
 //! Which system calls the confined process can make: a seccomp filter.
 //!
-//! The rule held here: no call that starts a program or a process, makes a socket for another host,
-//! changes who the process is or what it may do, looks into other processes, makes memory executable,
+//! The rule held here: no call that starts a program or a process, makes a socket for another host
+//! (unless a driver that is open works over the network), changes who the process is or what it may do, looks into other processes, makes memory executable,
 //! or makes a ring. What opens files is there, because Landlock decides on it ([`super::files`]).
 //!
 //! # For drivers with needs of their own
 //!
 //! A driver that makes system calls while it serves, other than I/O on what it has open, lists them
 //! here: requests of ioctl(2) in [`REQUESTS`], others in [`SERVING`]. One that drives a device itself
-//! (VFIO) adds that interface's requests, for mapping guest memory is one, and it comes at any time.
+//! (VFIO) adds that interface's requests, for mapping guest memory is one, and it comes at any time. One
+//! that connects to servers says so (`uses_network` in src/block/driver.rs).
 
 use super::{Plan, refused};
 use crate::io::ring::REGISTER_FILES_UPDATE;
@@ -128,7 +129,7 @@ const SERVING_BEFORE: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const SERVING_BEFORE: &[c_long] = &[];
 
-/// Besides, of a process that meets front ends at new sockets.
+/// Besides, of a process that meets front ends at new sockets, or whose drivers connect to servers.
 const MEETING: &[c_long] = &[libc::SYS_connect];
 
 /// Besides, of one whose monitor may add exports, and accepts what failed flushes have lost: their records are looked for
@@ -209,7 +210,7 @@ fn listed(plan: &Plan) -> Program {
     let mut allow = |calls: &[c_long]| rules.extend(calls.iter().map(|&call| (call, Vec::new())));
     allow(SERVING);
     allow(SERVING_BEFORE);
-    if plan.connects || plan.grows {
+    if plan.connects || plan.grows || plan.network {
         allow(MEETING);
     }
     if plan.grows {
@@ -236,8 +237,13 @@ fn listed(plan: &Plan) -> Program {
     rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![this, no_new_limit])?]);
     // Both ends are the process's own: a connection begins with one.
     rules.insert(libc::SYS_socketpair, vec![one(0, is.clone(), libc::AF_UNIX as u64)?]);
-    if plan.connects || plan.grows {
-        rules.insert(libc::SYS_socket, vec![one(0, is, libc::AF_UNIX as u64)?]);
+    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|family| family as u64);
+    match plan {
+        Plan { network: true, .. } => drop(rules.insert(libc::SYS_socket, any(0, &families)?)),
+        Plan { connects: true, .. } | Plan { grows: true, .. } => {
+            rules.insert(libc::SYS_socket, any(0, &families[..1])?);
+        }
+        _ => {}
     }
     let others = match refused::CAN_HANDLE {
         true => SeccompAction::Trap,

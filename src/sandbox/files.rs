@@ -69,9 +69,13 @@ pub fn keeps_out(path: &Path, writable: bool, makes: bool) -> bool {
 /// Why there are none: in the kernel, most likely.
 pub(super) fn ruleset(plan: &Plan) -> Result<OwnedFd, String> {
     let failed = |error: landlock::RulesetError| error.to_string();
+    let mut network = AccessNet::from_all(VERSION);
+    if plan.network {
+        network.remove(AccessNet::ConnectTcp);
+    }
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(VERSION))
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(VERSION)))
+        .and_then(|rules| rules.handle_access(network))
         .and_then(|rules| rules.scope(Scope::from_all(VERSION)))
         .and_then(Ruleset::create)
         .map_err(failed)?;

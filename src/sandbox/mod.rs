@@ -38,6 +38,8 @@ pub struct Plan {
     pub own: Vec<PathBuf>,
     /// It connects to sockets of others.
     pub connects: bool,
+    /// Drivers make connections to servers, of whatever host, while they serve.
+    pub network: bool,
     /// Nodes, exports and iothreads may be added: what lies beside the files that are open, in their
     /// folders, may be opened, and sockets made where sockets are.
     pub grows: bool,

@@ -109,6 +109,26 @@ fn a_confined_process_can_neither_open_other_files_nor_connect_nor_execute() {
 }
 
 #[test]
+fn a_process_whose_drivers_use_the_network_connects_and_does_no_more_with_it() {
+    if let Some(dir) = std::env::var_os(WHERE) {
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = tcp.local_addr().unwrap();
+        let unix = Path::new(&dir).join("socket");
+        let _listener = UnixListener::bind(&unix).unwrap();
+        let files = vec![Place { path: unix.clone(), writable: true }];
+        assert_eq!(confine(&Plan { files, network: true, ..Plan::default() }), Ok(Vec::new()));
+        assert_eq!(error(TcpStream::connect(address)), None);
+        assert_eq!(error(UnixStream::connect(&unix)), None);
+        assert_eq!(error(std::net::TcpListener::bind("127.0.0.1:0")), Some(libc::EPERM));
+        assert_eq!(error(File::open("/etc/passwd")), Some(libc::EACCES));
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let name = "a_process_whose_drivers_use_the_network_connects_and_does_no_more_with_it";
+    alone(name, dir.path());
+}
+
+#[test]
 fn a_process_that_grows_opens_what_lies_beside_its_images_and_makes_sockets_beside_its_own() {
     if let Some(dir) = std::env::var_os(WHERE) {
         let dir = Path::new(&dir);

@@ -108,4 +108,9 @@ impl Service {
         };
         self.graph.nodes().iter().filter_map(file).collect()
     }
+
+    /// Whether a node connects to servers while it serves.
+    pub fn uses_network(&self) -> bool {
+        self.graph.nodes().iter().any(|node| node.driver().uses_network())
+    }
 }
