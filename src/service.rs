@@ -16,8 +16,7 @@ mod snapshots;
 mod told;
 mod transaction;
 
-pub use export_options::check_block_size;
-pub use exports::{ExportInfo, MAX_QUEUES, NewExport, SOCKET_PATIENCE};
+pub use exports::{ExportInfo, NewExport, SOCKET_PATIENCE};
 pub use handover::wait_for_socket;
 pub use observed::Observed;
 pub use overlays::NewOverlay;

@@ -11,8 +11,8 @@ use std::time::Duration;
 use vublk::block::{
     Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, WriteFlags,
 };
-use vublk::export::core::{Address, ExportMetrics};
-use vublk::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
+use vublk::export::core::{Address, DiskOptions, Export, ExportMetrics, Parts};
+use vublk::export::vhost_user_blk::{DeviceOptions, Options as ServerOptions, Server};
 use vublk::io::epoch::{Announcer, Generation};
 use vublk::io::sync::locks_taken;
 use vublk::io::{
@@ -424,21 +424,17 @@ fn a_watched_guest_costs_nothing(options: &str, chains: Chains, watched: bool) {
     let _attachment: Attachment = graph.attach(&node, "an export", perms, None).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.sock");
-    let disk = DiskOptions {
-        writable: true,
-        write_through: false,
-        logical_block_size: 512,
-        num_queues: 1,
-        serial: String::new(),
-        failures: Default::default(),
-    };
+    let disk = DiskOptions { writable: true, write_through: false, failures: Default::default() };
     let metrics =
         watched.then(|| Arc::new(ExportMetrics::new("disk", ("top", node.len()), true, 1, true)));
     let counted = metrics.clone();
     let workers = vec![worker.clone()];
-    let served = ExportOptions { name: "disk".into(), disk, workers, first_worker: 0, metrics };
+    let parts = Parts { name: "disk".into(), node, disk, workers, first_worker: 0, metrics };
     let address = Address::Path { path: path.clone(), mode: None, owner: None };
-    let _export = Export::new(node, address, served).unwrap().start(|| ()).unwrap();
+    let device = DeviceOptions { num_queues: 1, serial: String::new() };
+    let options_of = ServerOptions { address, logical_block_size: 512, device };
+    let mut export = Server::new(parts, options_of).unwrap();
+    export.start(Box::new(|| ())).unwrap();
     let mut guest = Guest::new(&path, chains);
     guest.run(100);
     // What the question itself costs is in both.

@@ -177,6 +177,23 @@ fn uses<'a>(code: &str, modules: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[test]
+fn the_core_of_exports_names_no_transport() {
+    let mut complaints = Vec::new();
+    for Source { path, text } in sources() {
+        if !path.starts_with("src/export/core/") {
+            continue;
+        }
+        for (n, line) in text.lines().enumerate() {
+            let line = line.to_lowercase();
+            if ["vhost", "virtio", "nbd", "fuse"].iter().any(|name| line.contains(name)) {
+                complaints.push(format!("{path}:{}: {}", n + 1, line.trim()));
+            }
+        }
+    }
+    report(complaints);
+}
+
+#[test]
 fn every_file_says_what_it_holds_and_is_not_too_long() {
     let mut complaints = Vec::new();
     for Source { path, text } in sources() {

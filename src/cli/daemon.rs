@@ -10,6 +10,7 @@ use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
+use crate::export;
 use crate::io::descriptors;
 use crate::metrics;
 use crate::monitor::Control;
@@ -219,7 +220,10 @@ fn help(option: &str, about: Option<&crate::options::Value>) -> Option<String> {
                 .into(),
         ),
         ("chardev", None) => Some("Available chardev backend types: \n  socket\n".into()),
-        ("export", None) => Some("Supported export types:\n  vhost-user-blk\n".into()),
+        ("export", None) => {
+            let names = export::LIST.iter().map(|entry| format!("  {}\n", entry.name));
+            Some(format!("Supported export types:\n{}", names.collect::<String>()))
+        }
         _ => None,
     }
 }

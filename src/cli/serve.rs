@@ -10,13 +10,13 @@ use super::sockets::{Descriptors, SocketArg};
 use crate::block::Error;
 use crate::drivers;
 use crate::export::core::watch::DEFAULT_TIMEOUT;
-use crate::export::core::{Address, FailureOptions, ReadErrors, WriteErrors};
-use crate::export::vhost_user_blk::DiskOptions;
+use crate::export::core::{Address, DiskOptions, FailureOptions, ReadErrors, WriteErrors};
+use crate::export::vhost_user_blk::{self, DeviceOptions, MAX_QUEUES, check_block_size};
 use crate::io::{WorkerOptions, descriptors};
 use crate::metrics;
 use crate::options::{Map, Size, Value, bytes, size};
 use crate::sandbox::{self, Plan};
-use crate::service::{MAX_QUEUES, NewExport, Service, check_block_size};
+use crate::service::{NewExport, Service};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -251,13 +251,16 @@ impl Serve {
             let overlay = service.add_overlay(&format!("snapshot{index}"), &node);
             node = overlay.map_err(|e| e.at(&shown))?;
         }
-        let block = self.logical_block_size.0;
+        let logical_block_size = self.logical_block_size.0;
+        check_block_size(&id, logical_block_size)?;
+        let device = DeviceOptions {
+            num_queues: self.num_queues,
+            serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
+        };
+        let transport = Box::new(vhost_user_blk::Options { address, logical_block_size, device });
         let disk = DiskOptions {
             writable: !self.read_only,
             write_through: matches!(self.cache, Cache::Writethrough | Cache::Directsync),
-            logical_block_size: check_block_size(&id, block)?,
-            num_queues: self.num_queues,
-            serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
             failures: FailureOptions {
                 werror: self.werror,
                 rerror: self.rerror,
@@ -267,7 +270,7 @@ impl Serve {
         let workers = workers.iter().map(|name| service.iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;
         let (allow_inactive, accept_loss) = (self.incoming, self.accept_loss);
-        let new = NewExport { id, node, disk, address, workers, allow_inactive, accept_loss };
+        let new = NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss };
         Ok(service.export(new).map_err(|e| e.at(&shown))?)
     }
 

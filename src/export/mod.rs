@@ -1,4 +1,38 @@
-//! How disks leave the process: one folder for each transport, and what they share.
+//! How disks leave the process: one folder for each transport, and the core that they share.
+//!
+//! A new transport is a folder, its `mod` line, and its entry in [`LIST`].
 
 pub mod core;
 pub mod vhost_user_blk;
+
+use self::core::Transport;
+use crate::block::Error;
+use crate::options::Map;
+
+/// One type of export.
+pub struct ExportEntry {
+    /// As options and listings name it.
+    pub name: &'static str,
+    /// Reads the options that only this type has.
+    pub parse: fn(Map) -> Result<Box<dyn Transport>, Error>,
+}
+
+/// All types that can be served.
+pub const LIST: &[&ExportEntry] = &[&vhost_user_blk::ENTRY];
+
+/// What qemu-storage-daemon 7.2 knows besides, so that a type that we lack is told from one that nobody has.
+const NOT_AVAILABLE: [&str; 3] = ["nbd", "fuse", "vduse-blk"];
+
+/// The type of this name.
+///
+/// # Errors
+/// There is none.
+pub fn by_name(name: &str) -> Result<&'static ExportEntry, Error> {
+    match LIST.iter().find(|entry| entry.name == name) {
+        Some(entry) => Ok(entry),
+        None if NOT_AVAILABLE.contains(&name) => {
+            Err(Error::new(format!("exports of type '{name}' are not available")))
+        }
+        None => Err(Error::new(format!("Parameter 'type' does not accept value '{name}'"))),
+    }
+}

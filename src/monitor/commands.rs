@@ -160,7 +160,7 @@ fn query_block_exports(service: &mut Service, arguments: Map) -> Outcome {
     let exports = service.exports().into_iter().map(|export| {
         let mut info = Map::from_iter([
             ("id", Value::from(export.id)),
-            ("type", Value::from("vhost-user-blk")),
+            ("type", Value::from(export.type_name)),
             ("node-name", Value::from(export.node_name)),
             ("shutting-down", Value::from(export.shutting_down)),
         ]);

@@ -49,6 +49,12 @@ pub fn from_map<T: DeserializeOwned>(map: Map) -> Result<T, Error> {
     from_value(Value::Map(map))
 }
 
+/// Reads the keys of a struct out of an object, and gives the rest.
+pub fn split_map<T: DeserializeOwned>(mut map: Map) -> Result<(T, Map), Error> {
+    let value = T::deserialize(Part(&mut map))?;
+    Ok((value, map))
+}
+
 /// Reads any value.
 pub fn from_value<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
     T::deserialize(Reader(value))
@@ -58,6 +64,32 @@ impl Map {
     /// Removes `key` and reads it as a `T`; `None` if it is absent.
     pub fn take_as<T: DeserializeOwned>(&mut self, key: &str) -> Result<Option<T>, Error> {
         self.take(key).map(|value| from_value(value).map_err(|e| e.under(key))).transpose()
+    }
+}
+
+/// A deserializer of structs, which takes their keys and leaves the others.
+struct Part<'a>(&'a mut Map);
+
+impl<'de> Deserializer<'de> for Part<'_> {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Error> {
+        Err(Error::here(Kind::WrongType("object")))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        let taken = fields.iter().filter_map(|f| Some(((*f).to_owned(), self.0.take(f)?)));
+        visitor.visit_map(Entries::all(taken.collect()))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit
+        unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
     }
 }
 

@@ -33,7 +33,7 @@ pub mod qemuopts;
 pub mod size;
 pub mod tree;
 
-pub use de::{from_map, from_value};
+pub use de::{from_map, from_value, split_map};
 pub use error::Error;
 pub use identifier::is_identifier;
 pub use node_ref::{NodeRef, NodeRefOrNull};

@@ -6,17 +6,12 @@
 use super::{Pending, Service, handover};
 use crate::block::graph::Attachment;
 use crate::block::{Error, Node, Perm, Perms};
-use crate::export::core::{Address, ExportMetrics, Failure};
-use crate::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
+use crate::export::core::{DiskOptions, Export, ExportMetrics, Failure, Parts, Transport};
 use crate::io::Worker;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-/// Queues at most that an export may have: messages that bring a queue's descriptors name it by 8 bits, so
-/// that the descriptors of queue 256 would become those of queue 0.
-pub const MAX_QUEUES: u16 = 256;
 
 /// How long the end of an export is waited for. Where nothing is in flight it takes less, and then
 /// the node is free when the call returns, as scripts for qemu-storage-daemon expect.
@@ -27,6 +22,7 @@ pub const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 
 pub(super) struct Served {
     pub(super) id: String,
+    type_name: &'static str,
     /// Of what it served when it was told to end.
     node_name: String,
     /// The socket file that it has made.
@@ -36,7 +32,7 @@ pub(super) struct Served {
 }
 
 enum State {
-    Serving(Box<Export>, Attachment),
+    Serving(Box<dyn Export>, Attachment),
     /// Told to end; the thread waits for it.
     Ending(JoinHandle<()>),
 }
@@ -60,7 +56,8 @@ pub struct NewExport {
     pub id: String,
     pub node: Arc<Node>,
     pub disk: DiskOptions,
-    pub address: Address,
+    /// The type of export, with its options.
+    pub transport: Box<dyn Transport>,
     pub workers: Vec<Arc<Worker>>,
     /// A node that is inactive stays so until the first front end starts a ring. Else it becomes
     /// active now.
@@ -73,6 +70,8 @@ pub struct NewExport {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportInfo {
     pub id: String,
+    /// The name of its type.
+    pub type_name: &'static str,
     pub node_name: String,
     /// It is told to end and has not yet.
     pub shutting_down: bool,
@@ -89,13 +88,8 @@ pub struct ExportInfo {
 impl Service {
     /// Serves a node.
     pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
-        let NewExport { id, node, disk, address, workers, allow_inactive, accept_loss } = new;
-        if disk.num_queues == 0 {
-            return Err(Error::new("num-queues must be greater than 0"));
-        }
-        if disk.num_queues > MAX_QUEUES {
-            return Err(Error::new(format!("num-queues must be at most {MAX_QUEUES}")));
-        }
+        let NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss } = new;
+        transport.check(&id)?;
         if disk.writable && node.is_read_only() {
             return Err(Error::new("Cannot export read-only node as writable"));
         }
@@ -105,26 +99,24 @@ impl Service {
         }
         let perms = Perms { held, shared: Perm::all() };
         let first_worker = self.exports.len();
-        let queues = disk.num_queues;
+        let queues = transport.queues();
         let is_timed = self.observed.is_some();
         let metrics = (is_timed || self.counts).then(|| {
             let of = (node.name(), node.len());
             Arc::new(ExportMetrics::new(&id, of, disk.writable, queues, is_timed))
         });
-        let name = id.clone();
-        let options = ExportOptions { name, disk, workers, first_worker, metrics: metrics.clone() };
-        if let (Address::Path { path, .. }, Some(give_up)) = (&address, self.patience) {
+        let socket = transport.socket().map(Path::to_owned);
+        if let (Some(path), Some(give_up)) = (&socket, self.patience) {
             handover::wait_for_socket(path, SOCKET_PATIENCE, give_up);
         }
         if !allow_inactive {
             self.activate(&node)?;
         }
-        let socket = match &address {
-            Address::Path { path, .. } => Some(path.clone()),
-            _ => None,
-        };
         // The front end is let in last: by then all permissions are held.
-        let export = Export::new(node.clone(), address, options)?;
+        let (name, served, counted) = (id.clone(), node.clone(), metrics.clone());
+        let parts = Parts { name, node: served, disk, workers, first_worker, metrics: counted };
+        let mut export = transport.create(parts)?;
+        let type_name = export.type_name();
         export.tell(self.io_errors.clone());
         let user = Some(export.user());
         let what = format!("export '{id}'");
@@ -132,14 +124,14 @@ impl Service {
         export.take_up_losses(accept_loss)?;
         export.follow(attachment.activity());
         let (name, ended) = (id.clone(), self.ended.clone());
-        let export = export.start(move || ended.tell(name))?;
+        export.start(Box::new(move || ended.tell(name)))?;
         if let (Some(observed), Some(metrics)) = (&self.observed, &metrics) {
             observed.add(metrics.clone());
             observed.add_drives(node.drives());
         }
-        let state = State::Serving(Box::new(export), attachment);
+        let state = State::Serving(export, attachment);
         let node_name = node.name().to_owned();
-        self.exports.push(Served { id, node_name, socket, metrics, state });
+        self.exports.push(Served { id, type_name, node_name, socket, metrics, state });
         Ok(())
     }
 
@@ -162,6 +154,7 @@ impl Service {
             };
             ExportInfo {
                 id: served.id.clone(),
+                type_name: served.type_name,
                 node_name,
                 shutting_down: matches!(served.state, State::Ending(_)),
                 flush_failed,
@@ -191,7 +184,7 @@ impl Service {
         let (name, ended) = (id.to_owned(), self.ended.clone());
         let thread = std::thread::Builder::new().name("export end".into()).spawn(move || {
             let Ok((export, attachment)) = take.recv() else { return };
-            drop::<Export>(export);
+            drop::<Box<dyn Export>>(export);
             drop::<crate::block::Attachment>(attachment);
             ended.tell(name);
             let _ = tell.send(());
@@ -201,7 +194,7 @@ impl Service {
             std::mem::replace(&mut served.state, State::Ending(thread))
         {
             export.node().name().clone_into(&mut served.node_name);
-            let _ = give.send((*export, attachment));
+            let _ = give.send((export, attachment));
         }
         if told.recv_timeout(END_WAIT).is_ok() {
             let _ = self.tidy().poll(END_WAIT);
@@ -220,7 +213,7 @@ impl Service {
     /// # Errors
     /// There is none of this name.
     pub fn retry_held(&self, id: &str) -> Result<(), Error> {
-        self.serving(id).map(Export::retry_held)
+        self.serving(id).map(|export| export.retry_held())
     }
 
     /// Fails the held requests of an export to its guest.
@@ -228,7 +221,7 @@ impl Service {
     /// # Errors
     /// There is none of this name.
     pub fn fail_held(&self, id: &str) -> Result<(), Error> {
-        self.serving(id).map(Export::fail_held)
+        self.serving(id).map(|export| export.fail_held())
     }
 
     /// Accepts that a failed flush of an export has lost data.
@@ -239,11 +232,11 @@ impl Service {
         self.serving(id)?.accept_loss()
     }
 
-    fn serving(&self, id: &str) -> Result<&Export, Error> {
+    fn serving(&self, id: &str) -> Result<&dyn Export, Error> {
         let shown = id.escape_debug();
         let served = self.exports.iter().find(|served| served.id == id);
         match served.map(|served| &served.state) {
-            Some(State::Serving(export, _)) => Ok(export),
+            Some(State::Serving(export, _)) => Ok(&**export),
             Some(State::Ending(_)) => {
                 Err(Error::new(format!("Export '{shown}' is already shutting down")))
             }

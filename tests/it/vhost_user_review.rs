@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use crate::vhost_user::Daemon;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vublk::export::core::{Disk as ExportedDisk, DiskOptions};
 use vublk::export::vhost_user_blk::memory::{Memory, Region};
 use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueStart, Stopped};
-use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
-use vublk::export::vhost_user_blk::{DiskOptions, request};
+use vublk::export::vhost_user_blk::ring::{Addresses, Ring, SplitRing};
 use vublk::io;
 use vublk_testkit::frontend::MemoryMessages;
 use vublk_testkit::message;
@@ -328,19 +328,13 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
     let region = Region::map(&shared, file.unwrap().into()).unwrap();
     let memory = Arc::new(Memory::new(vec![Arc::new(region)]).unwrap());
     let at = Addresses { descriptors: 0, available: 4096, used: 8192 };
-    let options = DiskOptions {
-        writable: false,
-        write_through: false,
-        logical_block_size: 512,
-        num_queues: 1,
-        serial: String::new(),
-        failures: Default::default(),
-    };
+    let options =
+        DiskOptions { writable: false, write_through: false, failures: Default::default() };
     let start = QueueStart {
-        export: String::new(),
         index: 0,
         recorder: None,
-        disk: Arc::new(request::Disk::new(opened, options)),
+        disk: Arc::new(ExportedDisk::new("", opened, options, 512, None)),
+        serial: String::new(),
         ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),
         inflight: None,
         log: Default::default(),

@@ -1,25 +1,14 @@
 //! Where front ends come from: they connect to a socket of ours, or we to one of theirs.
 
+use super::address::Address;
 use super::socket::{self, SocketFile};
 use crate::block::Error;
 use crate::io::Errno;
 use crate::io::descriptors::{self, Reserve};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-/// How an export meets its front ends.
-pub enum Address {
-    /// A socket that is made there, and removed at the end.
-    Path { path: PathBuf, mode: Option<u32>, owner: Option<(u32, u32)> },
-    /// A listening socket that somebody else made. Its file is theirs to remove.
-    Listening(OwnedFd),
-    /// A connection that is there already. When it ends, no other comes.
-    Connected(OwnedFd),
-    /// A socket that front ends listen on, one after the other.
-    Connect(PathBuf),
-}
 
 /// The first wait for a front end that does not listen, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -167,56 +156,6 @@ pub fn wait_readable(fds: &[RawFd], time: Option<Duration>) -> Option<usize> {
         }
         if n == 0 || Errno::last().0 != libc::EINTR {
             return None;
-        }
-    }
-}
-
-/// What a socket that somebody else made is.
-pub enum Socket {
-    Listening(OwnedFd),
-    Connected(OwnedFd),
-}
-
-/// Takes over a socket by its descriptor's number.
-///
-/// # Errors
-/// It is no socket.
-///
-/// # Safety
-/// The descriptor must be open and nobody else's.
-pub unsafe fn socket_fd(fd: RawFd) -> Result<Socket, Error> {
-    let mut listening: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes to the integer.
-    let result = unsafe {
-        libc::getsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_ACCEPTCONN,
-            (&raw mut listening).cast(),
-            &mut len,
-        )
-    };
-    if result != 0 {
-        return Err(Error::new(format!("File descriptor '{fd}' is not a socket")));
-    }
-    // SAFETY: the caller's promise.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    Ok(if listening == 0 { Socket::Connected(socket) } else { Socket::Listening(socket) })
-}
-
-/// Takes over a listening socket by its descriptor's number, as `addr.type=fd` gives it.
-///
-/// # Safety
-/// The descriptor must be open and nobody else's.
-pub unsafe fn listening_fd(fd: RawFd) -> Result<OwnedFd, Error> {
-    // SAFETY: the caller's promise.
-    match unsafe { socket_fd(fd) }? {
-        Socket::Listening(socket) => Ok(socket),
-        Socket::Connected(socket) => {
-            // It is not ours after all.
-            let _ = socket.into_raw_fd();
-            Err(Error::new(format!("File descriptor '{fd}' is not a listening socket")))
         }
     }
 }

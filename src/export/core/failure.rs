@@ -151,11 +151,6 @@ impl Failures {
         let _ = self.teller.set(teller);
     }
 
-    /// The export's name; nothing if it has none.
-    pub fn export(&self) -> &str {
-        self.teller.get().map_or("", |teller| &teller.export)
-    }
-
     /// Keeps it as the last one, and tells of it, as one of a node.
     pub fn note(&self, node: &str, failure: Failure, action: Action) {
         *self.last.lock() = Some(failure);

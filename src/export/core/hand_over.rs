@@ -1,21 +1,18 @@
-//! Whose the disk is while its guest moves to another host, and when that changes.
+//! Which daemon has the disk while its guest moves to another host, and when that changes.
 //!
 //! Two daemons have the image open: the one that the guest leaves, and the one that it comes to,
 //! whose image is opened inactive (`--incoming`, `active=off`). The rules, all of them:
 //!
-//! * **No ring runs on an inactive disk.** A ring that could start is kept back. Everything else goes
-//!   on: the front end's messages, other disks, the monitor.
-//! * **The disk is activated when its first ring is to start.** Its locks are tried again and again
+//! * **No request runs on an inactive disk.** Everything else goes on: the front end's messages, other disks,
+//!   the monitor.
+//! * **The disk is activated when the first request could come.** Its locks are tried again and again
 //!   for [`PATIENCE`], with a line in the log after [`TELL_AFTER`]; then the connection ends, and the
-//!   next one may try anew. Once the locks are held the image is looked at anew (another daemon may
-//!   have resized it), the front end is told of a new size, and the rings start.
-//! * **The disk is given up after the last GET_VRING_BASE of a connection that logs dirty pages at
-//!   that time**: no ring is left that a kick descriptor started, the front end has set a log, and
-//!   VHOST_F_LOG_ALL is on. That is how the source's end of a migration looks. A guest that is merely
-//!   stopped keeps its disk, and so does one whose front end dies. Everything is flushed first; an
+//!   next one may try again. Once the locks are held the image is read again (another daemon may
+//!   have resized it), the front end is told of a new size, and requests are served.
+//! * **The disk is given up when the transport sees that the guest has gone.** Everything is flushed first; an
 //!   image that cannot be flushed is not given up. Exports beside this one that use the same image
 //!   keep it.
-//! * **A front end that starts rings again takes the disk back**, by the second rule: the migration
+//! * **A front end that starts again takes the disk back**, by the second rule: the migration
 //!   has failed, or the guest has come home.
 
 use crate::block::{Activity, Error};

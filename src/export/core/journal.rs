@@ -6,7 +6,7 @@
 //!
 //! [`Journaled`]: crate::block::Journaled
 
-use super::super::vhost_user_blk::inflight::Region;
+use super::kept::Kept;
 use crate::block::{Error, Node, Survivor};
 use crate::io::Worker;
 use crate::io::sync::Mutex;
@@ -19,7 +19,7 @@ pub struct Journal(Mutex<Option<Attached>>);
 #[derive(Clone)]
 struct Attached {
     node: Arc<Node>,
-    memory: Arc<Region>,
+    memory: Arc<dyn Kept>,
 }
 
 impl Journal {
@@ -32,7 +32,7 @@ impl Journal {
         &self,
         name: &str,
         node: &Arc<Node>,
-        memory: &Arc<Region>,
+        memory: &Arc<dyn Kept>,
         worker: &Worker,
     ) -> Result<(), Error> {
         let node = node.journaled().filter(|_| memory.has_journal());

@@ -4,7 +4,7 @@
 //! A daemon that starts again would therefore report durable what is lost. The rule, in one place:
 //!
 //! * **Noted**: when storage reports a failed fsync, the failure is noted in this process, in the memory that
-//!   the front end keeps ([`Region::set_loss`]), and beside each image file that failed ([`flush_record`]), before the
+//!   the front end keeps ([`Kept::set_loss`]), and beside each image file that failed ([`flush_record`]), before the
 //!   guest hears of it. An image that is put over such a one gets a record, too: it is what the next daemon writes to.
 //! * **Taken up**: an export that finds a record fails the guest's flushes, as the process did that made it. Reads
 //!   and writes go on. A clean end, a kill and a reboot of the host make no difference: the lost data does not come back.
@@ -13,7 +13,7 @@
 //!
 //! A record is a yes or a no. Any value but zero in the memory, and a file of any kind at the record's place, means yes.
 
-use super::super::vhost_user_blk::inflight::Region;
+use super::kept::Kept;
 use crate::block::{Abilities, Error, Node, flush_record};
 use crate::io::{self, Errno, sync::Mutex};
 use std::fs;
@@ -37,7 +37,7 @@ struct State {
     /// An operator has accepted what was recorded before.
     accepted: bool,
     /// Of the front end that came last.
-    memory: Weak<Region>,
+    memory: Option<Weak<dyn Kept>>,
 }
 
 impl Losses {
@@ -71,9 +71,9 @@ impl Losses {
     }
 
     /// A front end has brought memory, or was given some.
-    pub fn meet(&self, export: &str, region: &Arc<Region>) {
+    pub fn meet(&self, export: &str, region: &Arc<dyn Kept>) {
         let mut state = self.state.lock();
-        state.memory = Arc::downgrade(region);
+        state.memory = Some(Arc::downgrade(region));
         if self.any() {
             region.set_loss(true);
         } else if region.has_loss() && state.accepted {
@@ -117,7 +117,7 @@ impl Losses {
         if self.is_lost.swap(true, Ordering::AcqRel) {
             return None;
         }
-        if let Some(region) = state.memory.upgrade() {
+        if let Some(region) = state.memory.as_ref().and_then(Weak::upgrade) {
             region.set_loss(true);
         }
         drop(state);
@@ -146,7 +146,7 @@ impl Losses {
         }
         let mut state = self.state.lock();
         state.accepted = true;
-        if let Some(region) = state.memory.upgrade() {
+        if let Some(region) = state.memory.as_ref().and_then(Weak::upgrade) {
             removed |= region.has_loss();
             region.set_loss(false);
         }

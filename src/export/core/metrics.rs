@@ -10,7 +10,7 @@
 //! It is read once in a turn of the worker ([`Io::turn_time`]), for all requests that ended
 //! before it and all that are taken after it.
 
-use super::super::vhost_user_blk::request::{Kind, Status};
+use super::failure::Operation;
 use crate::io::Io;
 use crate::io::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -186,12 +186,12 @@ impl Recorder {
         before.filter(|&at| at != 0).unwrap_or(self.now)
     }
 
-    /// A request has ended. `bytes`: of the disk, that it was about.
+    /// A request has ended. `works`: without an error. `bytes`: of the disk, that it was about.
     #[inline]
-    pub fn ended(&mut self, kind: Option<Kind>, status: Status, taken_at: u64, bytes: u32) {
-        let operation = operation(kind);
+    pub fn ended(&mut self, operation: Option<Operation>, works: bool, taken_at: u64, bytes: u32) {
+        let operation = place(operation);
         let mut bytes = u64::from(bytes);
-        if status != Status::Ok {
+        if !works {
             add(&self.to.operations[operation].errors, 1);
             bytes = 0;
         }
@@ -223,8 +223,8 @@ impl Recorder {
 
     /// The storage has failed a request.
     #[cold]
-    pub fn failed(&self, kind: Option<Kind>) {
-        add(&self.to.operations[operation(kind)].storage_errors, 1);
+    pub fn failed(&self, operation: Option<Operation>) {
+        add(&self.to.operations[place(operation)].storage_errors, 1);
     }
 
     /// How things stand at the end of a turn.
@@ -244,14 +244,14 @@ impl Recorder {
 }
 
 #[inline]
-fn operation(kind: Option<Kind>) -> usize {
-    match kind {
-        Some(Kind::In) => 0,
-        Some(Kind::Out) => 1,
-        Some(Kind::Flush) => 2,
-        Some(Kind::Discard) => 3,
-        Some(Kind::WriteZeroes) => 4,
-        Some(Kind::GetId) | None => 5,
+fn place(operation: Option<Operation>) -> usize {
+    match operation {
+        Some(Operation::Read) => 0,
+        Some(Operation::Write) => 1,
+        Some(Operation::Flush) => 2,
+        Some(Operation::Discard) => 3,
+        Some(Operation::WriteZeroes) => 4,
+        None => 5,
     }
 }
 
@@ -283,16 +283,16 @@ mod tests {
         };
         recorder.now = 5_000;
         let at = recorder.taken_at(None);
-        recorder.ended(Some(Kind::In), Status::Ok, at, 512);
-        recorder.ended(Some(Kind::In), Status::Ok, at, 512);
+        recorder.ended(Some(Operation::Read), true, at, 512);
+        recorder.ended(Some(Operation::Read), true, at, 512);
         assert_eq!(counts(), (0u64, 0, 0));
         recorder.settle(8_000);
         assert_eq!(counts(), (2, 1024, 6_000));
         // One of the turn before.
-        recorder.ended(Some(Kind::In), Status::Ok, at, 4096);
+        recorder.ended(Some(Operation::Read), true, at, 4096);
         assert_eq!(counts(), (3, 5120, 9_000));
         // One that fails moves no bytes.
-        recorder.ended(Some(Kind::In), Status::IoError, at, 4096);
+        recorder.ended(Some(Operation::Read), false, at, 4096);
         assert_eq!(counts(), (4, 5120, 12_000));
         // One that was held was taken long ago; one that another daemon took is new here.
         assert_eq!((recorder.taken_at(Some(1)), recorder.taken_at(Some(0))), (1, 8_000));

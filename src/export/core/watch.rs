@@ -8,8 +8,8 @@
 //! It costs the warm road nothing: a slot's age, set to zero when a request is taken, is counted up a
 //! few times per deadline while anything is in flight.
 
-use super::super::vhost_user_blk::request::Disk;
 use super::cut_off::CutOff;
+use super::disk::Disk;
 use crate::io::Io;
 use crate::io::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};

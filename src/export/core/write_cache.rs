@@ -1,9 +1,9 @@
 //! What the guest has made of its write cache, and who is believed of it.
 //!
 //! A guest says it once, when its driver starts; front ends do not repeat it. So the choice outlives
-//! the connection, and, in the memory in which requests in flight are tracked, the daemon.
+//! the connection, and, in the memory that a front end keeps, the daemon.
 
-use super::super::vhost_user_blk::inflight::Region;
+use super::kept::Kept;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The write cache of a disk, whoever connects for it. Changed on control threads alone.
@@ -26,7 +26,7 @@ impl WriteCache {
     }
 
     /// The guest has said so, or was reset.
-    pub fn set(&self, on: bool, region: Option<&Region>) {
+    pub fn set(&self, on: bool, region: Option<&dyn Kept>) {
         self.on.store(on, Ordering::Relaxed);
         self.heard.store(true, Ordering::Relaxed);
         if let Some(region) = region {
@@ -35,7 +35,7 @@ impl WriteCache {
     }
 
     /// Memory has come. It may be of a daemon that has died, to whom the guest has said it.
-    pub fn meet(&self, region: &Region) {
+    pub fn meet(&self, region: &dyn Kept) {
         match region.write_cache() {
             Some(on) if !self.heard.load(Ordering::Relaxed) => {
                 self.on.store(on, Ordering::Relaxed);

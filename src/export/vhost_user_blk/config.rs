@@ -2,7 +2,7 @@
 //! (virtio 1.2, sections 5.2.3 and 5.2.4), computed from the node.
 
 use crate::block::{Abilities, Node};
-use crate::export::core::failure::FailureOptions;
+use crate::export::core::{Disk, DiskOptions};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -26,21 +26,6 @@ pub const WCE_OFFSET: usize = 32;
 
 /// The configuration space as far as it is defined; longer reads find zeroes.
 pub const CONFIG_SIZE: usize = 256;
-
-/// What an export is configured with.
-#[derive(Clone, Debug)]
-pub struct DiskOptions {
-    pub writable: bool,
-    /// Every write is durable before it completes, whatever the guest says of the write cache.
-    pub write_through: bool,
-    /// Bytes, a power of two from 512 to 2 MiB.
-    pub logical_block_size: u32,
-    pub num_queues: u16,
-    /// Up to 20 bytes, read by GET_ID.
-    pub serial: String,
-    /// What is done about requests that the storage fails.
-    pub failures: FailureOptions,
-}
 
 /// The virtio features to offer, the transport's own included.
 pub fn features(node: &Node, options: &DiskOptions) -> u64 {
@@ -72,9 +57,10 @@ pub fn features(node: &Node, options: &DiskOptions) -> u64 {
 }
 
 /// The configuration space for a disk as it is now.
-pub fn space(node: &Node, options: &DiskOptions, write_cache: bool) -> [u8; CONFIG_SIZE] {
+pub fn space(disk: &Disk, num_queues: u16, write_cache: bool) -> [u8; CONFIG_SIZE] {
+    let (node, options) = (disk.node(), &disk.options);
     let traits = node.traits();
-    let block = options.logical_block_size;
+    let block = disk.block_size;
     let physical = traits.request_align.max(block);
     let in_blocks = |bytes: u32| bytes / block;
     let mut space = [0; CONFIG_SIZE];
@@ -88,7 +74,7 @@ pub fn space(node: &Node, options: &DiskOptions, write_cache: bool) -> [u8; CONF
     put(26, &(in_blocks(physical) as u16).to_le_bytes());
     put(28, &in_blocks(traits.optimal_io).to_le_bytes());
     put(WCE_OFFSET, &[u8::from(write_cache)]);
-    put(34, &options.num_queues.to_le_bytes());
+    put(34, &num_queues.to_le_bytes());
     if options.writable {
         let align = traits.discard_align.max(block) / 512;
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());

@@ -21,6 +21,7 @@
 //! Whatever is read from the memory may be anything: every index is checked where it is used.
 
 use crate::block::Survivor;
+use crate::export::core::kept::Kept;
 use crate::io::{SharedMapping, descriptors};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -31,7 +32,7 @@ use std::sync::atomic::{
 };
 use vhost::vhost_user::message::VhostUserInflight;
 
-use super::ring::MAX_SIZE;
+use super::ring::{MAX_SIZE, Tracking};
 
 /// The one way in which anything is stored.
 macro_rules! store {
@@ -209,40 +210,11 @@ impl Region {
         self.num_queues
     }
 
-    /// Whether the guest's write cache was on, if the memory knows.
-    pub fn write_cache(&self) -> Option<bool> {
-        self.trailer().map(|trailer| trailer.write_cache_off.load(Relaxed) == 0)
-    }
-
-    /// Keeps it for the next daemon, if the memory has room for it.
-    pub fn set_write_cache(&self, on: bool) {
-        if let Some(trailer) = self.trailer() {
-            store!(trailer.write_cache_off, u8::from(!on));
-        }
-    }
-
-    /// Whether an fsync has failed ([`crate::export::core::loss`]).
-    pub fn has_loss(&self) -> bool {
-        self.trailer().is_some_and(|trailer| trailer.loss.load(Relaxed) != 0)
-    }
-
-    /// Keeps it for the next daemon, if the memory has room for it.
-    pub fn set_loss(&self, is_lost: bool) {
-        if let Some(trailer) = self.trailer() {
-            store!(trailer.loss, u8::from(is_lost));
-        }
-    }
-
     fn trailer(&self) -> Option<&Trailer> {
         let at = self.mapping.as_ptr().wrapping_add(self.trailer?);
         // SAFETY: the mapping holds it, at a multiple of 64, and cannot lose pages; all fields are
         // atomic and have no invalid values.
         Some(unsafe { &*at.cast::<Trailer>() })
-    }
-
-    /// Whether it has room for a journal.
-    pub fn has_journal(&self) -> bool {
-        self.trailer.is_some()
     }
 
     /// A queue's part; `queue` is below the number of queues.
@@ -261,6 +233,32 @@ impl Region {
         let first = self.part(queue).wrapping_add(size_of::<Header>()).cast::<Entry>();
         // SAFETY: as above; a part has room for that many entries after its header.
         unsafe { std::slice::from_raw_parts(first, self.queue_size as usize) }
+    }
+}
+
+impl Kept for Region {
+    fn write_cache(&self) -> Option<bool> {
+        self.trailer().map(|trailer| trailer.write_cache_off.load(Relaxed) == 0)
+    }
+
+    fn set_write_cache(&self, on: bool) {
+        if let Some(trailer) = self.trailer() {
+            store!(trailer.write_cache_off, u8::from(!on));
+        }
+    }
+
+    fn has_loss(&self) -> bool {
+        self.trailer().is_some_and(|trailer| trailer.loss.load(Relaxed) != 0)
+    }
+
+    fn set_loss(&self, is_lost: bool) {
+        if let Some(trailer) = self.trailer() {
+            store!(trailer.loss, u8::from(is_lost));
+        }
+    }
+
+    fn has_journal(&self) -> bool {
+        self.trailer.is_some()
     }
 }
 
@@ -301,9 +299,23 @@ pub struct Tracker {
 unsafe impl Send for Tracker {}
 
 impl Tracker {
-    /// Takes up the tracking of a queue whose ring has `ring_size` entries and shows `used_index` to
-    /// the guest. Fails where the memory contradicts itself or the ring.
-    pub fn recover(
+    fn header(&self) -> &Header {
+        // SAFETY: the mapping lives as long as self.
+        unsafe { &*self.header }
+    }
+
+    /// `head` is below the ring's size.
+    fn entry(&self, head: u16) -> &Entry {
+        // SAFETY: as above.
+        let entries = unsafe { &*self.entries };
+        &entries[head as usize]
+    }
+}
+
+impl Tracking for Tracker {
+    type Index = u16;
+
+    fn recover(
         region: &Arc<Region>,
         queue: usize,
         ring_size: u16,
@@ -362,45 +374,28 @@ impl Tracker {
         })
     }
 
-    fn header(&self) -> &Header {
-        // SAFETY: the mapping lives as long as self.
-        unsafe { &*self.header }
-    }
-
-    /// `head` is below the ring's size.
-    fn entry(&self, head: u16) -> &Entry {
-        // SAFETY: as above.
-        let entries = unsafe { &*self.entries };
-        &entries[head as usize]
-    }
-
-    /// How many chains are still to be taken again.
-    pub fn to_replay(&self) -> u16 {
+    fn to_replay(&self) -> u16 {
         self.replay.len() as u16
     }
 
-    /// The next chain to be taken again, in the order in which they were taken first. It is marked.
-    pub fn replay(&mut self) -> Option<u16> {
+    fn replay(&mut self) -> Option<u16> {
         self.replay.pop()
     }
 
-    /// A chain was taken from the available ring. Before its I/O begins.
-    pub fn mark(&mut self, head: u16) {
+    fn mark(&mut self, head: u16) {
         let entry = self.entry(head);
         store!(entry.counter, self.counter);
         store!(entry.inflight, 1);
         self.counter = self.counter.wrapping_add(1);
     }
 
-    /// A chain was put into the used ring. Before the guest sees it.
-    pub fn link(&mut self, head: u16) {
+    fn link(&mut self, head: u16) {
         store!(self.entry(head).next, self.header().last_batch_head.load(Relaxed));
         store!(self.header().last_batch_head, head);
         self.batch.push(head);
     }
 
-    /// All that was linked is shown to the guest, by this used index.
-    pub fn settle(&mut self, used_index: u16) {
+    fn settle(&mut self, used_index: u16) {
         if self.batch.is_empty() {
             return;
         }

@@ -7,17 +7,20 @@
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
 //! * [`calls`]: when the guest is told in the middle of a turn.
-//! * [`config`]: what the guest is told of the disk. [`notices`]: that this has changed.
+//! * `options`: how an export is configured. [`device`]: the disk as its guests see it.
+//! * [`config`]: what the guest is told of the disk. [`channel`]: that this has changed.
 //! * `peek`, `handler`: what the `vhost` crate does not tell of messages, and does not do by itself.
 
 pub mod calls;
+pub mod channel;
 pub mod config;
+pub mod device;
 pub mod dirty_log;
 mod handler;
 pub mod inflight;
 pub mod memory;
 pub mod memory_loss;
-pub mod notices;
+mod options;
 pub mod peek;
 pub mod queue;
 pub mod request;
@@ -25,5 +28,11 @@ pub mod ring;
 pub mod server;
 pub mod session;
 
-pub use config::DiskOptions;
-pub use server::{Export, ExportOptions};
+pub use device::DeviceOptions;
+pub use options::{MAX_QUEUES, Options, check_block_size};
+pub use server::Server;
+
+use super::ExportEntry;
+
+/// The type's place in the list of exports.
+pub const ENTRY: ExportEntry = ExportEntry { name: "vhost-user-blk", parse: options::parse };

@@ -16,11 +16,10 @@ pub use failing::{AtStop, Stopped};
 
 use super::calls::CallPolicy;
 use super::dirty_log::DirtyLog;
-use super::inflight::Tracker;
 use super::memory::Memory;
 use super::memory_loss::LossWatch;
-use super::request::Disk;
-use super::ring::{Broken, SplitRing};
+use super::ring::{Broken, Ring, SplitRing, Tracking};
+use crate::export::core::Disk;
 use crate::export::core::held::Held;
 use crate::export::core::metrics::Recorder;
 use crate::export::core::watch::Watch;
@@ -46,17 +45,17 @@ const KEEP_SEGMENTS: usize = 256;
 const HELD_SEGMENTS: usize = 1 << 15;
 
 /// A queue at work. Owned by its worker.
-pub struct Queue {
-    /// For the log: the export's name and the queue's number.
-    export: String,
+pub struct Queue<R: Ring = SplitRing> {
+    /// For the log.
     index: usize,
     disk: Arc<Disk>,
+    serial: Arc<str>,
     memory: Arc<Memory>,
     loss: LossWatch,
     watch: Watch,
-    ring: SplitRing,
+    ring: R,
     /// `None`: the front end does not want requests in flight to be tracked.
-    inflight: Option<Tracker>,
+    inflight: Option<R::Tracker>,
     /// While a migration wants to know what we write.
     log: Option<Arc<DirtyLog>>,
     announcer: Rc<Announcer>,
@@ -78,7 +77,7 @@ pub struct Queue {
     /// Who wants to know when nothing is in flight any more.
     drained: Vec<Box<dyn FnOnce() + Send>>,
     /// Declared, and so dropped, after all that holds the memory.
-    stop: Option<(mpsc::Sender<Stopped>, AtStop)>,
+    stop: Option<(mpsc::Sender<Stopped<R::Index>>, AtStop)>,
     counts: Counts,
     /// `None`: nobody watches.
     recorder: Option<Recorder>,
@@ -99,15 +98,16 @@ pub struct QueueLog {
 }
 
 /// What a queue is started with.
-pub struct QueueStart {
-    /// For the log: the export's name and the queue's number.
-    pub export: String,
+pub struct QueueStart<R: Ring = SplitRing> {
+    /// The queue's number.
     pub index: usize,
     pub recorder: Option<Recorder>,
     pub disk: Arc<Disk>,
+    /// What GET_ID reads.
+    pub serial: String,
     pub memory: Arc<Memory>,
-    pub ring: SplitRing,
-    pub inflight: Option<Tracker>,
+    pub ring: R,
+    pub inflight: Option<R::Tracker>,
     pub log: QueueLog,
     pub size: u16,
     /// Heads of requests that another queue held on this ring, where that is not tracked.
@@ -120,11 +120,11 @@ pub struct QueueStart {
 
 // SAFETY: the ring's pointers lead into mappings that any thread may use; a queue is built on a
 // control thread and from then on stays on its worker.
-unsafe impl Send for QueueStart {}
+unsafe impl<R: Ring> Send for QueueStart<R> {}
 
-impl Queue {
+impl<R: Ring> Queue<R> {
     /// A queue, on the thread that will serve it.
-    pub fn new(start: QueueStart) -> Queue {
+    pub fn new(start: QueueStart<R>) -> Queue<R> {
         let announcer = Rc::new(Announcer::default());
         start.disk.node().add_member(announcer.member());
         let mut slots: Vec<_> =
@@ -134,9 +134,9 @@ impl Queue {
         held.iter().for_each(|&head| slots[head as usize].busy = true);
         start.disk.failures.hold(held.len());
         let mut queue = Queue {
-            export: start.export,
             index: start.index,
             disk: start.disk,
+            serial: start.serial.into(),
             memory: start.memory,
             loss: LossWatch::default(),
             watch: Watch::default(),
@@ -171,7 +171,7 @@ impl Queue {
 
     /// Takes nothing more; once nothing is in flight, ends, and tells `stopped` what it leaves. The
     /// channel ends when the queue is gone.
-    pub fn stop(&mut self, stopped: mpsc::Sender<Stopped>, held: AtStop) {
+    pub fn stop(&mut self, stopped: mpsc::Sender<Stopped<R::Index>>, held: AtStop) {
         self.stop = Some((stopped, held));
         if held == AtStop::Fail {
             self.fail_held();
@@ -232,7 +232,7 @@ impl Queue {
         if self.broken || self.paused != 0 || !self.has_room() {
             return 0;
         }
-        let died = self.inflight.as_ref().map_or(0, Tracker::to_replay);
+        let died = self.inflight.as_ref().map_or(0, Tracking::to_replay);
         died + if self.stop.is_none() { self.on_hold.due() } else { 0 }
     }
 
@@ -243,7 +243,7 @@ impl Queue {
         if self.loss.is_lost(&self.memory) {
             return;
         }
-        log::warn!(export = &*self.export; "queue {}: stopped: {why}", self.index);
+        log::warn!(export = &*self.disk.name; "queue {}: stopped: {why}", self.index);
         if let Some(err) = &self.err {
             let _ = (&**err).write(&1u64.to_ne_bytes());
         }
@@ -269,7 +269,7 @@ impl Queue {
     }
 }
 
-impl Source for Queue {
+impl<R: Ring> Source for Queue<R> {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let mut polled = Polled::Idle;
         if let Some(recorder) = &mut self.recorder {

@@ -1,20 +1,11 @@
-//! Block requests (virtio 1.2, section 5.2.6): what the guest asks for, checked, and the slow road
-//! for all that the fast one leaves.
+//! Block requests (virtio 1.2, section 5.2.6): what the guest asks for, checked, and what it is told of the end.
 
-use super::config::{self, DiskOptions};
-use crate::block::{Child, Node, SECTOR, WriteFlags, ZeroFlags};
-use crate::export::core::failure::{Action, Failure, Failures, Operation};
-use crate::export::core::hand_over::HandOver;
-use crate::export::core::journal::Journal;
-use crate::export::core::loss::Losses;
-use crate::export::core::metrics::ExportMetrics;
-use crate::export::core::watch::Lingering;
-use crate::export::core::write_cache::WriteCache;
+use super::config::MAX_DISCARD_SECTORS;
+use crate::block::{SECTOR, WriteFlags, ZeroFlags};
+use crate::export::core::disk::{Disk, Request};
+use crate::export::core::failure::{Failure, Operation};
 use crate::io::iovec::iovec;
-use crate::io::sync::Mutex;
-use crate::io::{Errno, IoResult, IoVec, SourceId};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::io::{Errno, IoResult, IoVec};
 use virtio_bindings::virtio_blk::*;
 
 /// The byte that ends every request.
@@ -34,41 +25,6 @@ impl From<IoResult> for Status {
             Err(_) => Status::IoError,
         }
     }
-}
-
-/// A disk as its queues see it, on whatever worker.
-pub struct Disk {
-    /// Whose place another may take while nothing is in flight.
-    pub root: Child,
-    pub options: DiskOptions,
-    /// The virtio features that guests are offered, which may not change under them.
-    pub features: u64,
-    /// In sectors of 512 bytes.
-    pub capacity: AtomicU64,
-    /// Writes must be durable before they complete: the guest switched the write cache off, or
-    /// knows of none.
-    pub write_through: AtomicBool,
-    pub write_cache: WriteCache,
-    pub counters: Counters,
-    pub failures: Failures,
-    /// `None`: nobody watches.
-    pub metrics: Option<Arc<ExportMetrics>>,
-    pub lingering: Lingering,
-    /// The queues that run: worker and source. For those who have something to say to all of them.
-    pub running: Mutex<Vec<(usize, SourceId)>>,
-    pub hand_over: HandOver,
-    pub journal: Journal,
-    pub losses: Losses,
-}
-
-/// Requests since the export began. Queues count on their own and add up when they stop, so that
-/// workers share no cache line while they work.
-#[derive(Default)]
-pub struct Counters {
-    pub requests: AtomicU64,
-    pub slow: AtomicU64,
-    pub flushes: AtomicU64,
-    pub errors: AtomicU64,
 }
 
 /// How a request ended that the storage has not failed.
@@ -92,9 +48,24 @@ pub enum Kind {
     In,
     Out,
     Flush,
-    GetId,
     Discard,
     WriteZeroes,
+    GetId,
+}
+
+impl Kind {
+    /// What it is to the disk, if it is about the disk's data.
+    #[inline]
+    pub fn operation(self) -> Option<Operation> {
+        Some(match self {
+            Kind::In => Operation::Read,
+            Kind::Out => Operation::Write,
+            Kind::Flush => Operation::Flush,
+            Kind::Discard => Operation::Discard,
+            Kind::WriteZeroes => Operation::WriteZeroes,
+            Kind::GetId => return None,
+        })
+    }
 }
 
 /// The 16 bytes that every request begins with.
@@ -144,195 +115,105 @@ impl Header {
     }
 }
 
-impl Disk {
-    /// The disk that an export of `node` is.
-    pub fn new(node: Arc<Node>, options: DiskOptions) -> Disk {
-        Disk {
-            features: config::features(&node, &options),
-            capacity: AtomicU64::new(node.len() / SECTOR),
-            write_through: AtomicBool::new(options.write_through),
-            write_cache: WriteCache::default(),
-            counters: Counters::default(),
-            failures: Failures::default(),
-            metrics: None,
-            lingering: Lingering::default(),
-            running: Mutex::default(),
-            hand_over: HandOver::default(),
-            journal: Journal::default(),
-            losses: Losses::default(),
-            root: Child::new("root", node),
-            options,
+/// Does a request on the slow road. `out` is what follows the header, `into` what comes before
+/// the status byte; both hold less than 4 GiB.
+///
+/// # Errors
+/// What the storage has failed.
+pub async fn run(
+    disk: &Disk,
+    serial: &str,
+    (kind, sector): (Kind, u64),
+    out: IoVec<'_>,
+    into: IoVec<'_>,
+    durable: bool,
+) -> Result<Ended, Failure> {
+    let ok = |written, bytes| Ok(Ended { status: Status::Ok, written, bytes });
+    match kind {
+        Kind::In => {
+            let len = into.len() as u32;
+            let Some(at) = disk.transfer_range(sector, into.len()) else {
+                return Ok(Status::IoError.into());
+            };
+            disk.run(Request::Read { at, into }).await?;
+            ok(len, len)
         }
-    }
-
-    /// What the disk is on, for all but the fast road.
-    pub fn node(&self) -> Arc<Node> {
-        self.root.node()
-    }
-
-    /// Checks a transfer's range and gives its offset in bytes. It begins at a block and is made of
-    /// whole sectors; its end may lie inside a block, as qemu-storage-daemon allows: the block size
-    /// is advice to the guest, not the unit of the protocol (section 5.2.4).
-    pub fn transfer_range(&self, sector: u64, len: u64) -> Option<u64> {
-        let mask = self.options.logical_block_size as u64 - 1;
-        let offset = sector.checked_mul(SECTOR)?;
-        let end = offset.checked_add(len)?;
-        let inside = end <= self.capacity.load(Ordering::Relaxed) * SECTOR;
-        (inside && offset & mask == 0 && len.is_multiple_of(SECTOR)).then_some(offset)
-    }
-
-    /// Does a request on the slow road. `out` is what follows the header, `into` what comes before
-    /// the status byte; both hold less than 4 GiB.
-    ///
-    /// # Errors
-    /// What the storage has failed.
-    pub async fn run(
-        &self,
-        kind: Kind,
-        sector: u64,
-        out: IoVec<'_>,
-        into: IoVec<'_>,
-        durable: bool,
-    ) -> Result<Ended, Failure> {
-        let ended = self.run_once(kind, sector, out, into, durable).await;
-        if ended.is_err() {
-            self.losses.note(self.failures.export(), &self.node()).await;
+        Kind::Out => {
+            let len = out.len() as u32;
+            let at = match disk.transfer_range(sector, out.len()) {
+                Some(at) if disk.options.writable => at,
+                _ => return Ok(Status::IoError.into()),
+            };
+            let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
+            disk.run(Request::Write { at, from: out, flags }).await?;
+            ok(0, len)
         }
-        ended
-    }
-
-    async fn run_once(
-        &self,
-        kind: Kind,
-        sector: u64,
-        out: IoVec<'_>,
-        into: IoVec<'_>,
-        durable: bool,
-    ) -> Result<Ended, Failure> {
-        let failed =
-            |operation, offset, len| move |errno| Failure { operation, offset, len, errno };
-        let ok = |written, bytes| Ok(Ended { status: Status::Ok, written, bytes });
-        match kind {
-            Kind::In => {
-                let len = into.len();
-                let Some(at) = self.transfer_range(sector, len) else {
-                    return Ok(Status::IoError.into());
-                };
-                self.node().read(at, &into).await.map_err(failed(Operation::Read, at, len))?;
-                ok(len as u32, len as u32)
+        Kind::Flush => {
+            disk.run(Request::Flush).await?;
+            ok(0, 0)
+        }
+        Kind::GetId => {
+            let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+            let n = serial.len().min(id.len());
+            id[..n].copy_from_slice(&serial.as_bytes()[..n]);
+            into.copy_from(&id);
+            ok(into.len().min(id.len() as u64) as u32, 0)
+        }
+        Kind::Discard | Kind::WriteZeroes => match range(disk, kind, &out, durable) {
+            Ok((request, len)) => {
+                disk.run(request).await?;
+                ok(0, len)
             }
-            Kind::Out => {
-                let len = out.len();
-                let at = match self.transfer_range(sector, len) {
-                    Some(at) if self.options.writable => at,
-                    _ => return Ok(Status::IoError.into()),
-                };
-                let flags = if durable { WriteFlags::FUA } else { WriteFlags::empty() };
-                let written = self.node().write(at, &out, flags).await;
-                written.map_err(failed(Operation::Write, at, len))?;
-                ok(0, len as u32)
-            }
-            Kind::Flush if self.losses.any() => Err(failed(Operation::Flush, 0, 0)(Errno::EIO)),
-            Kind::Flush => {
-                self.node().flush().await.map_err(failed(Operation::Flush, 0, 0))?;
-                ok(0, 0)
-            }
-            Kind::GetId => {
-                let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
-                let serial = self.options.serial.as_bytes();
-                let n = serial.len().min(id.len());
-                id[..n].copy_from_slice(&serial[..n]);
-                into.copy_from(&id);
-                ok(into.len().min(id.len() as u64) as u32, 0)
-            }
-            Kind::Discard | Kind::WriteZeroes => self.discard_or_zero(kind, &out, durable).await,
-        }
+            Err(status) => Ok(status.into()),
+        },
     }
+}
 
-    /// One segment of section 5.2.6's `virtio_blk_discard_write_zeroes`; the configuration space
-    /// says that we take no more.
-    async fn discard_or_zero(
-        &self,
-        kind: Kind,
-        out: &IoVec<'_>,
-        durable: bool,
-    ) -> Result<Ended, Failure> {
-        const SEGMENT: usize = 16;
-        if !self.options.writable {
-            return Ok(Status::IoError.into());
-        }
-        if out.len() > SEGMENT as u64 {
-            return Ok(Status::Unsupported.into());
-        }
-        if out.len() < SEGMENT as u64 {
-            return Ok(Status::IoError.into());
-        }
-        let mut bytes = [0; SEGMENT];
-        out.copy_to(&mut bytes);
-        let [sector @ .., a, b, c, d, e, f, g, h] = bytes;
-        let sector = u64::from_le_bytes(sector);
-        let count = u32::from_le_bytes([a, b, c, d]);
-        let flags = u32::from_le_bytes([e, f, g, h]);
-        let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-        let unknown = flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-        if count > config::MAX_DISCARD_SECTORS {
-            return Ok(Status::IoError.into());
-        }
-        let len = count as u64 * SECTOR;
-        let Some(at) = self.transfer_range(sector, len) else {
-            return Ok(Status::IoError.into());
-        };
-        // After the range, as qemu-storage-daemon does: guests see one order of checks.
-        if unknown || unmap && kind == Kind::Discard {
-            return Ok(Status::Unsupported.into());
-        }
-        let (operation, result) = match kind {
-            Kind::Discard => (Operation::Discard, self.node().discard(at, len).await),
-            _ => {
-                let mut zero = ZeroFlags::empty();
-                zero.set(ZeroFlags::UNMAP, unmap);
-                zero.set(ZeroFlags::FUA, durable);
-                (Operation::WriteZeroes, self.node().zero(at, len, zero).await)
-            }
-        };
-        result.map_err(|errno| Failure { operation, offset: at, len, errno })?;
-        Ok(Ended { status: Status::Ok, written: 0, bytes: len as u32 })
+/// Reads one segment of section 5.2.6's `virtio_blk_discard_write_zeroes`; the configuration space
+/// says that we take no more. Gives the request and its length in bytes.
+fn range(
+    disk: &Disk,
+    kind: Kind,
+    out: &IoVec<'_>,
+    durable: bool,
+) -> Result<(Request<'static>, u32), Status> {
+    const SEGMENT: usize = 16;
+    if !disk.options.writable {
+        return Err(Status::IoError);
     }
-
-    /// Decides what is done about a request that the storage has failed, and tells of it.
-    pub fn failed(&self, failure: Failure) -> Action {
-        let mut action = self.options.failures.action(&failure);
-        let durable = match failure.operation {
-            Operation::Flush => true,
-            Operation::Read => false,
-            _ => self.write_through.load(Ordering::Relaxed) && self.node().is_poisoned(),
-        };
-        let in_vain = action == Action::Stop && durable;
-        if in_vain {
-            action = Action::Report;
+    if out.len() > SEGMENT as u64 {
+        return Err(Status::Unsupported);
+    }
+    if out.len() < SEGMENT as u64 {
+        return Err(Status::IoError);
+    }
+    let mut bytes = [0; SEGMENT];
+    out.copy_to(&mut bytes);
+    let [sector @ .., a, b, c, d, e, f, g, h] = bytes;
+    let sector = u64::from_le_bytes(sector);
+    let count = u32::from_le_bytes([a, b, c, d]);
+    let flags = u32::from_le_bytes([e, f, g, h]);
+    let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+    let unknown = flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+    if count > MAX_DISCARD_SECTORS {
+        return Err(Status::IoError);
+    }
+    let len = count as u64 * SECTOR;
+    let at = disk.transfer_range(sector, len).ok_or(Status::IoError)?;
+    // After the range, as qemu-storage-daemon does: guests see one order of checks.
+    if unknown || unmap && kind == Kind::Discard {
+        return Err(Status::Unsupported);
+    }
+    let request = match kind {
+        Kind::Discard => Request::Discard { at, len },
+        _ => {
+            let mut flags = ZeroFlags::empty();
+            flags.set(ZeroFlags::UNMAP, unmap);
+            flags.set(ZeroFlags::FUA, durable);
+            Request::WriteZeroes { at, len, flags }
         }
-        self.log_failure(&failure, in_vain);
-        self.failures.note(self.node().name(), failure, action);
-        action
-    }
-
-    pub fn log_failure(&self, failure: &Failure, in_vain: bool) {
-        let seen = self.counters.errors.fetch_add(1, Ordering::Relaxed) + 1;
-        let (export, node) = (self.failures.export(), self.node());
-        let node = node.name();
-        let Failure { operation, offset, len, errno } = failure;
-        let operation = operation.name();
-        let why = if in_vain {
-            "; it is reported, not held: after a failed fsync the kernel says yes to the next one, \
-             and what did not land is lost all the same"
-        } else {
-            ""
-        };
-        log::warn!(
-            export;
-            "{node}: {operation} of {len} bytes at {offset} failed: {errno} (error {seen}){why}"
-        );
-    }
+    };
+    Ok((request, len as u32))
 }
 
 /// The part of a list of segments from byte `from` on, `len` bytes long, without allocation where

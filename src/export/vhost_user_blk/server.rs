@@ -6,17 +6,15 @@
 mod connection;
 mod user;
 
-use super::config::DiskOptions;
-use super::notices::Notices;
+use super::device::Device;
+use super::options::Options;
 use super::queue::Queue;
-use super::request::{Counters, Disk};
 use super::session::Session;
+use crate::block::Error;
 use crate::block::graph::User;
-use crate::block::{Activity, Error, Node};
-use crate::export::core::door::{Address, Door};
-use crate::export::core::failure::{Failure, IoErrors};
-use crate::export::core::loss::Losses;
-use crate::export::core::metrics::ExportMetrics;
+use crate::export::core::door::Door;
+use crate::export::core::notices::Notices;
+use crate::export::core::{Disk, Export, Parts};
 use crate::io::Worker;
 use crate::io::sync::Mutex;
 use std::os::unix::net::UnixStream;
@@ -25,20 +23,8 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
-/// What an export is made of.
-pub struct ExportOptions {
-    /// For the log and for those who ask.
-    pub name: String,
-    pub disk: DiskOptions,
-    /// Queues are dealt to these in turn, beginning with number `first_worker`.
-    pub workers: Vec<Arc<Worker>>,
-    pub first_worker: usize,
-    /// What is counted for those who watch.
-    pub metrics: Option<Arc<ExportMetrics>>,
-}
-
 /// A disk that front ends can connect to, until it is dropped.
-pub struct Export {
+pub struct Server {
     shared: Arc<Shared>,
     door: Option<Door>,
     thread: Option<JoinHandle<()>>,
@@ -46,7 +32,7 @@ pub struct Export {
 
 struct Shared {
     me: Weak<Shared>,
-    name: String,
+    device: Arc<Device>,
     disk: Arc<Disk>,
     workers: Vec<Arc<Worker>>,
     first_worker: usize,
@@ -64,22 +50,24 @@ struct Current {
     paused: u32,
 }
 
-impl Export {
+impl Server {
     /// Opens the socket. Nobody is served before [`Export::start`].
-    pub fn new(node: Arc<Node>, address: Address, options: ExportOptions) -> Result<Export, Error> {
-        let door = Door::new(address)?;
-        let lost = options.metrics.as_ref().map(|metrics| metrics.flush_failed.clone());
-        let losses = Losses::new(lost.unwrap_or_default());
-        let disk = Disk { metrics: options.metrics, losses, ..Disk::new(node, options.disk) };
-        let disk = Arc::new(disk);
+    ///
+    /// # Errors
+    /// The socket or a descriptor cannot be had.
+    pub fn new(parts: Parts, options: Options) -> Result<Server, Error> {
+        let door = Door::new(options.address)?;
+        let Parts { name, node, disk, workers, first_worker, metrics } = parts;
+        let disk = Disk::new(&name, node, disk, options.logical_block_size as u32, metrics);
+        let device = Arc::new(Device::new(disk, options.device));
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
         let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
         let shared = Arc::new_cyclic(|me| Shared {
             me: me.clone(),
-            name: options.name,
-            disk,
-            workers: options.workers,
-            first_worker: options.first_worker,
+            disk: device.disk.clone(),
+            device,
+            workers,
+            first_worker,
             stopping: AtomicBool::new(false),
             stop,
             notices,
@@ -91,13 +79,25 @@ impl Export {
                 shared.go_on();
             }
         });
-        Ok(Export { shared, door: Some(door), thread: None })
+        Ok(Server { shared, door: Some(door), thread: None })
+    }
+}
+
+impl Export for Server {
+    fn type_name(&self) -> &'static str {
+        super::ENTRY.name
     }
 
-    /// Serves front ends from now on. The caller holds the permissions on the node for as long as
-    /// the export lives. `ended` is called when no other front end can come.
-    pub fn start(mut self, ended: impl FnOnce() + Send + 'static) -> Result<Export, Error> {
-        let Some(door) = self.door.take() else { return Ok(self) };
+    fn disk(&self) -> &Arc<Disk> {
+        &self.shared.disk
+    }
+
+    fn user(&self) -> Arc<dyn User> {
+        self.shared.clone()
+    }
+
+    fn start(&mut self, ended: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
+        let Some(door) = self.door.take() else { return Ok(()) };
         let theirs = self.shared.clone();
         let thread = std::thread::Builder::new()
             .name("export".into())
@@ -105,79 +105,19 @@ impl Export {
             .spawn(move || theirs.serve(door, ended))
             .map_err(|e| Error::os("cannot start an export's thread", e))?;
         self.thread = Some(thread);
-        Ok(self)
+        Ok(())
     }
 
-    /// The disk is taken and given up through the hold that the export has on its node. Before
-    /// [`Export::start`].
-    pub fn follow(&self, activity: Activity) {
-        self.shared.disk.hand_over.follow(activity);
+    fn retry_held(&self) {
+        self.shared.device.to_queues(&self.shared.workers, Queue::retry_held);
     }
 
-    /// What the graph tells of changes below the disk.
-    pub fn user(&self) -> Arc<dyn User> {
-        self.shared.clone()
-    }
-
-    /// Requests that the storage fails are told there from now on.
-    pub fn tell(&self, to: Arc<IoErrors>) {
-        let Shared { name, disk, .. } = &*self.shared;
-        disk.failures.tell(name, to);
-    }
-
-    /// Requests that are held, requests that the storage has failed, and the last of these.
-    pub fn failures(&self) -> (usize, u64, Option<Failure>) {
-        let Disk { failures, counters, .. } = &*self.shared.disk;
-        (failures.held(), counters.errors.load(Ordering::Relaxed), failures.last())
-    }
-
-    /// Whether flushes fail until an operator accepts what a failed one has lost.
-    pub fn has_lost(&self) -> bool {
-        self.shared.disk.losses.any()
-    }
-
-    /// Has all held requests tried again now.
-    pub fn retry_held(&self) {
-        self.shared.to_queues(Queue::retry_held);
-    }
-
-    /// Has all held requests failed to the guest.
-    pub fn fail_held(&self) {
-        self.shared.to_queues(Queue::fail_held);
-    }
-
-    /// Looks for what failed flushes of earlier processes have left, or, if the operator accepts it, forgets
-    /// it. Before [`Export::start`].
-    ///
-    /// # Errors
-    /// It cannot be forgotten.
-    pub fn take_up_losses(&self, accept: bool) -> Result<(), Error> {
-        let Shared { name, disk, .. } = &*self.shared;
-        match disk.options.writable {
-            true => disk.losses.begin(name, &disk.node(), accept),
-            false => Ok(()),
-        }
-    }
-
-    /// The operator accepts that a failed flush has lost data: flushes work again.
-    ///
-    /// # Errors
-    /// A record of it cannot be removed.
-    pub fn accept_loss(&self) -> Result<(), Error> {
-        self.shared.disk.losses.accept(&self.shared.name, &self.shared.disk.node())
-    }
-
-    pub fn name(&self) -> &str {
-        &self.shared.name
-    }
-
-    pub fn node(&self) -> Arc<Node> {
-        self.shared.disk.node()
+    fn fail_held(&self) {
+        self.shared.device.to_queues(&self.shared.workers, Queue::fail_held);
     }
 }
 
-impl Drop for Export {
-    /// Cuts the front end off, waits for what is in flight, removes our own socket file.
+impl Drop for Server {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         let _ = self.shared.stop.write(1);
@@ -187,38 +127,12 @@ impl Drop for Export {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        let disk = &self.shared.disk;
         // Whoever may open the image next relies on it.
-        self.shared.disk.lingering.wait(&self.shared.name);
-        self.shared.disk.journal.detach(&self.shared.name, &self.shared.workers[0]);
-        let Shared { name, disk, .. } = &*self.shared;
-        disk.losses.note_at_the_end(name, &disk.node());
-        let Counters { requests, slow, flushes, errors } = &self.shared.disk.counters;
-        log::info!(
-            export = &*self.shared.name;
-            "ended: requests={} slow={} flushes={} errors={}",
-            requests.load(Ordering::Relaxed),
-            slow.load(Ordering::Relaxed),
-            flushes.load(Ordering::Relaxed),
-            errors.load(Ordering::Relaxed),
-        );
-    }
-}
-
-impl Shared {
-    /// Has every queue that runs do something, soon. Waits for nobody.
-    fn to_queues(&self, work: fn(&mut Queue)) {
-        let running = self.disk.running.lock().clone();
-        for (worker, source) in running {
-            let disk = self.disk.clone();
-            self.workers[worker].send(move |local| {
-                // By now the number may be that of another source.
-                if let Some(queue) = local.source::<Queue>(source)
-                    && queue.serves(&disk)
-                {
-                    work(queue);
-                }
-            });
-        }
+        disk.lingering.wait(&disk.name);
+        disk.journal.detach(&disk.name, &self.shared.workers[0]);
+        disk.losses.note_at_the_end(&disk.name, &disk.node());
+        disk.log_end();
     }
 }
 

@@ -8,12 +8,14 @@ mod messages;
 mod rings;
 mod stops;
 
+use super::device::Device;
 use super::dirty_log::DirtyLog;
 use super::inflight;
 use super::memory::{Memory, Region};
 use super::queue::{AtStop, Queue};
-use super::request::Disk;
+use crate::export::core::Disk;
 use crate::export::core::cut_off::CutOff;
+use crate::export::core::kept::Kept;
 use crate::io::{Errno, Worker};
 use rings::{Kick, RingState};
 use std::fs::File;
@@ -26,7 +28,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 /// The state of one connection.
 pub struct Session {
-    name: String,
+    device: Arc<Device>,
     disk: Arc<Disk>,
     workers: Vec<Arc<Worker>>,
     /// The worker of the first queue; the others follow in turn.
@@ -50,7 +52,7 @@ pub struct Session {
     hung: Arc<AtomicBool>,
     /// Nothing begins any more.
     ended: bool,
-    /// The guest has gone from here ([`crate::export::core::hand_over`]).
+    /// The guest has gone from here ([`Session::has_moved`]).
     moved: bool,
 }
 
@@ -72,16 +74,11 @@ fn for_words(file: File) -> Result<Arc<File>> {
 }
 
 impl Session {
-    pub fn new(
-        name: String,
-        disk: Arc<Disk>,
-        workers: Vec<Arc<Worker>>,
-        first_worker: usize,
-    ) -> Session {
+    pub fn new(device: Arc<Device>, workers: Vec<Arc<Worker>>, first_worker: usize) -> Session {
         let session = Session {
-            name,
             rings: Vec::new(),
-            disk,
+            disk: device.disk.clone(),
+            device,
             workers,
             first_worker,
             features: None,
@@ -106,7 +103,7 @@ impl Session {
 
     /// Queues that the disk offers.
     fn num_queues(&self) -> usize {
-        self.disk.options.num_queues.into()
+        self.device.options.num_queues.into()
     }
 
     /// A ring that the front end speaks of. One that it never does takes no memory.
@@ -137,7 +134,8 @@ impl Session {
     }
 
     fn set_write_cache(&self, on: bool) {
-        self.disk.write_cache.set(on, self.inflight.as_deref());
+        let kept = self.inflight.as_deref().map(|region| region as &dyn Kept);
+        self.disk.write_cache.set(on, kept);
         self.apply_write_cache();
     }
 
@@ -214,7 +212,8 @@ impl Session {
         self.disk.write_cache.meet(&region);
         self.apply_write_cache();
         let region = Arc::new(region);
-        self.disk.losses.meet(&self.name, &region);
+        let kept: Arc<dyn Kept> = region.clone();
+        self.disk.losses.meet(&self.disk.name, &kept);
         self.inflight = Some(region);
         Ok(())
     }
@@ -222,7 +221,7 @@ impl Session {
     /// The memory that holds the image's journal goes. If I/O may still land, the next session sees to it.
     fn let_journal_go(&self) {
         if !self.disk.lingering.any() {
-            self.disk.journal.detach(&self.name, &self.workers[0]);
+            self.disk.journal.detach(&self.disk.name, &self.workers[0]);
         }
     }
 

@@ -6,8 +6,9 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Graph, Perm, Perms, Registry};
 use vublk::export::core::failure::FailureOptions;
-use vublk::export::vhost_user_blk::DiskOptions;
-use vublk::export::vhost_user_blk::request::Disk;
+use vublk::export::core::{Disk, DiskOptions};
+use vublk::export::vhost_user_blk::DeviceOptions;
+use vublk::export::vhost_user_blk::device::Device;
 use vublk::io::Errno;
 use vublk::options::keyval;
 use vublk::protocol::sim::{self, Effect, Fault, Kinds, SimDisk, SimOptions};
@@ -48,7 +49,7 @@ pub enum Under {
 
 /// An open disk.
 pub struct Opened {
-    pub disk: Arc<Disk>,
+    pub device: Arc<Device>,
     _attachment: Attachment,
     _graph: Graph,
 }
@@ -106,11 +107,10 @@ pub async fn open(wanted: Wanted) -> Opened {
     let options = DiskOptions {
         writable: wanted.writable,
         write_through: wanted.write_through,
-        logical_block_size: wanted.logical_block_size,
-        num_queues: wanted.num_queues,
-        serial: "fuzz".to_owned(),
         failures: wanted.failures,
     };
-    let disk = Arc::new(Disk::new(node, options));
-    Opened { disk, _attachment: attachment, _graph: graph }
+    let disk = Disk::new("fuzz", node, options, wanted.logical_block_size, None);
+    let device = DeviceOptions { num_queues: wanted.num_queues, serial: "fuzz".to_owned() };
+    let device = Arc::new(Device::new(disk, device));
+    Opened { device, _attachment: attachment, _graph: graph }
 }

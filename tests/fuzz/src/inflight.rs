@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserInflight;
 use vublk::export::vhost_user_blk::inflight::{Region, Tracker};
+use vublk::export::vhost_user_blk::ring::Tracking;
 
 /// Bytes of a queue's header, and of each entry behind it.
 const HEADER: u64 = 16;

@@ -18,7 +18,8 @@ use std::time::Duration;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-use vublk::export::vhost_user_blk::notices::{Channel, Notices};
+use vublk::export::core::notices::Notices;
+use vublk::export::vhost_user_blk::channel::Channel;
 use vublk::export::vhost_user_blk::session::Session;
 use vublk::io::{Worker, WorkerOptions};
 
@@ -82,7 +83,7 @@ static SERVED: LazyLock<Mutex<Served>> = LazyLock::new(|| {
         num_queues: QUEUES,
     };
     let opened = workers[0].block_on(move || disk::open(wanted));
-    let fenced = opened.disk.node().fence().holds();
+    let fenced = opened.device.disk.node().fence().holds();
     assert!(fenced, "without its locks the disk is not offered inflight tracking");
     Mutex::new(Served { opened, workers })
 });
@@ -129,11 +130,11 @@ fn connect(served: &Served, data: &[u8]) {
     ours.shutdown(Shutdown::Write).expect("it is open");
 
     let Served { opened, workers } = served;
-    let session = Session::new("fuzz".to_owned(), opened.disk.clone(), workers.clone(), 0);
+    let session = Session::new(opened.device.clone(), workers.clone(), 0);
     let session = Arc::new(Mutex::new(session));
     let mut handler = BackendReqHandler::from_stream(theirs, session.clone());
     let notices = Notices::new().expect("an eventfd");
-    notices.config_changed();
+    notices.resized();
     let mut channel = Channel::new("fuzz", &notices, None);
     loop {
         channel.wait(handler.as_raw_fd(), true);

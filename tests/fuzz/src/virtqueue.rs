@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::export::core::ExportMetrics;
 use vublk::export::core::failure::{FailureOptions, ReadErrors, WriteErrors};
 use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
-use vublk::export::vhost_user_blk::ring::{Addresses, SplitRing};
+use vublk::export::vhost_user_blk::ring::{Addresses, Ring, SplitRing, Tracking};
 use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, run_local, sleep};
 
@@ -312,10 +312,10 @@ impl Guest {
             }
         };
         *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
-            export: "fuzz".to_owned(),
             index: 0,
             recorder: ExportMetrics::new("fuzz", ("node", 0), true, 1, true).recorder(0),
-            disk: opened.disk.clone(),
+            disk: opened.device.disk.clone(),
+            serial: "fuzz".to_owned(),
             memory: guest.memory.memory.clone(),
             ring,
             inflight,

@@ -126,7 +126,7 @@ fn as_json_each_line_is_an_object_with_time_level_target_message_and_export() {
         failed["message"],
         "d1: read of 512 bytes at 0 failed: Input/output error (error 1)"
     );
-    assert_eq!(failed["target"], "vublk::export::vhost_user_blk::request");
+    assert_eq!(failed["target"], "vublk::export::core::disk");
     // Why it ends, too.
     for arguments in [
         &["serve", "-f", "raw", "none", "-s", "a.sock", "--log-format", "json"][..],

@@ -10,8 +10,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vublk::block::{Attachment, Graph, Node};
-use vublk::export::core::Address;
-use vublk::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
+use vublk::export::core::{Address, DiskOptions, Export, Parts};
+use vublk::export::vhost_user_blk::{DeviceOptions, Options as ServerOptions, Server};
 use vublk::io::Worker;
 use vublk_testkit::frontend::MemoryMessages;
 use vublk_testkit::request::{Request, Shape};
@@ -21,20 +21,14 @@ use vublk_vfio::fake::{Config, Fake, Fault};
 use vublk_vfio::spec::{IoOpcode, Status};
 
 /// Serves the disk to a front end.
-fn serve(node: &Arc<Node>, worker: &Arc<Worker>, path: &Path) -> Export {
-    let disk = DiskOptions {
-        writable: true,
-        write_through: false,
-        logical_block_size: 512,
-        num_queues: 1,
-        serial: String::new(),
-        failures: Default::default(),
-    };
+fn serve(node: &Arc<Node>, worker: &Arc<Worker>, path: &Path) -> Server {
+    let disk = DiskOptions { writable: true, write_through: false, failures: Default::default() };
     let workers = vec![worker.clone()];
-    let options =
-        ExportOptions { name: "disk".into(), disk, workers, first_worker: 0, metrics: None };
+    let (name, node) = ("disk".into(), node.clone());
+    let parts = Parts { name, node, disk, workers, first_worker: 0, metrics: None };
     let address = Address::Path { path: path.to_owned(), mode: None, owner: None };
-    Export::new(node.clone(), address, options).unwrap()
+    let device = DeviceOptions { num_queues: 1, serial: String::new() };
+    Server::new(parts, ServerOptions { address, logical_block_size: 512, device }).unwrap()
 }
 
 /// A disk of a controller that is served to a front end.
@@ -44,7 +38,7 @@ struct Served {
     node: Arc<Node>,
     held: Attachment,
     folder: TempDir,
-    export: Export,
+    export: Server,
 }
 
 impl Served {
@@ -53,7 +47,8 @@ impl Served {
         let node = open_on(&graph, &worker, "disk", options).unwrap();
         let held = hold(&graph, &node);
         let folder = tempfile::tempdir().unwrap();
-        let export = serve(&node, &worker, &folder.path().join("socket")).start(|| ()).unwrap();
+        let mut export = serve(&node, &worker, &folder.path().join("socket"));
+        export.start(Box::new(|| ())).unwrap();
         Served { graph, worker, node, held, folder, export }
     }
 
@@ -119,7 +114,8 @@ fn a_namespace_that_changes_has_its_new_length_for_everybody_above_without_being
     let held = hold(&graph, &node);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let export = serve(&node, &worker, &path).start(|| ()).unwrap();
+    let mut export = serve(&node, &worker, &path);
+    export.start(Box::new(|| ())).unwrap();
     let attached = graph.attach(&node, "export 'disk'", perms(), Some(export.user())).unwrap();
     let protocol = protocol::DEFAULT | protocol::BACKEND_REQ;
     let mut disk = Disk::open(&path, &Options { protocol, ..Options::default() }).unwrap();

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
-use vublk::export::core::Address;
-use vublk::export::vhost_user_blk::{DiskOptions, Export, ExportOptions};
+use vublk::export::core::{Address, DiskOptions, Export, Parts};
+use vublk::export::vhost_user_blk::{DeviceOptions, Options as ServerOptions, Server};
 use vublk::io::{Errno, IoResult, IoVec, Worker, WorkerOptions};
 use vublk::options::keyval;
 use vublk_testkit::dirty_log::{PAGE, pages, written};
@@ -243,19 +243,14 @@ fn a_read_that_fails_is_marked_because_it_may_have_landed_in_part() {
     let _attachment = graph.attach(&node, "an export", perms, None).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.sock");
-    let disk = DiskOptions {
-        writable: true,
-        write_through: false,
-        logical_block_size: 512,
-        num_queues: 1,
-        serial: String::new(),
-        failures: Default::default(),
-    };
+    let disk = DiskOptions { writable: true, write_through: false, failures: Default::default() };
     let workers = vec![worker.clone()];
-    let served =
-        ExportOptions { name: "half".into(), disk, workers, first_worker: 0, metrics: None };
+    let parts = Parts { name: "half".into(), node, disk, workers, first_worker: 0, metrics: None };
     let address = Address::Path { path: path.clone(), mode: None, owner: None };
-    let _export = Export::new(node, address, served).unwrap().start(|| ()).unwrap();
+    let device = DeviceOptions { num_queues: 1, serial: String::new() };
+    let served = ServerOptions { address, logical_block_size: 512, device };
+    let mut export = Server::new(parts, served).unwrap();
+    export.start(Box::new(|| ())).unwrap();
     let mut disk = Disk::open(&path, &options()).unwrap();
     let log = new_log();
     disk.start_logging(&log).unwrap();

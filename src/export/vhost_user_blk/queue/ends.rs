@@ -1,12 +1,13 @@
 //! From the leaf to the used ring: how requests end, and when the guest sees it.
 
 use super::super::request::{Kind, Status};
+use super::super::ring::{Ring, Tracking};
 use super::{KEEP_SEGMENTS, Queue};
 use crate::export::core::failure::{Failure, Operation};
 use crate::io::{Io, IoResult, iovec};
 use std::io::Write;
 
-impl Queue {
+impl<R: Ring> Queue<R> {
     /// The end of a transfer on the fast road.
     pub(super) fn transferred(&mut self, io: &Io, head: u16, result: IoResult) {
         let slot = &self.slots[head as usize];
@@ -35,7 +36,8 @@ impl Queue {
         slot.busy = false;
         slot.fast = false;
         if let Some(recorder) = &mut self.recorder {
-            recorder.ended(slot.kind, status, slot.taken_at, slot.len);
+            let operation = slot.kind.and_then(Kind::operation);
+            recorder.ended(operation, status == Status::Ok, slot.taken_at, slot.len);
         }
         if std::mem::take(&mut slot.again) && status == Status::Ok {
             self.on_hold.succeeded();

@@ -2,6 +2,7 @@
 //! again. Nothing of it is on the warm road.
 
 use super::super::request::{Kind, Status};
+use super::super::ring::Ring;
 use super::slot::Slot;
 use super::{KEEP_SEGMENTS, Queue};
 use crate::export::core::failure::{Action, Failure, Operation};
@@ -19,14 +20,14 @@ pub enum AtStop {
 
 /// What a queue leaves behind.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stopped {
+pub struct Stopped<I = u16> {
     /// Where the available ring is to be continued.
-    pub base: u16,
+    pub base: I,
     /// The heads of requests that are held, in the order in which they failed.
     pub held: Vec<u16>,
 }
 
-impl Queue {
+impl<R: Ring> Queue<R> {
     /// Tries all held requests again now.
     pub fn retry_held(&mut self) {
         self.on_hold.retry_now();
@@ -72,7 +73,7 @@ impl Queue {
         }
         let read = failure.operation == Operation::Read;
         if let Some(recorder) = &self.recorder {
-            recorder.failed(self.slots[head as usize].kind);
+            recorder.failed(self.slots[head as usize].kind.and_then(Kind::operation));
         }
         match self.disk.failed(failure) {
             Action::Report => self.finish(head, Status::from(Err(failure.errno)), 0),
@@ -99,7 +100,7 @@ impl Queue {
         if let Some(delay) = first {
             let seconds = delay / 1_000_000_000;
             let index = self.index;
-            log::warn!(export = &*self.export; "queue {index}: held, and tried again in {seconds} s");
+            log::warn!(export = &*self.disk.name; "queue {index}: held, and tried again in {seconds} s");
         }
         if let Some((_, AtStop::Fail)) = self.stop {
             self.fail_held();
@@ -134,7 +135,7 @@ impl Queue {
                  are in flight",
                 self.in_flight
             );
-            self.watch.hangs(&self.export, &line);
+            self.watch.hangs(&self.disk.name, &line);
         }
     }
 }

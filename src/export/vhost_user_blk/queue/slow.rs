@@ -1,6 +1,7 @@
 //! The slow road of a queue: requests that become tasks of the same worker.
 
-use super::super::request::{Ended, HEADER_LEN, Kind};
+use super::super::request::{self, Ended, HEADER_LEN, Kind};
+use super::super::ring::Ring;
 use super::Queue;
 use crate::export::core::failure::Failure;
 use crate::io::{Io, IoVec, SourceId};
@@ -12,7 +13,7 @@ pub(super) struct Finished {
     pub(super) result: Result<Ended, Failure>,
 }
 
-impl Queue {
+impl<R: Ring> Queue<R> {
     pub(super) fn go_slow(
         &mut self,
         io: &Rc<Io>,
@@ -46,9 +47,10 @@ impl Queue {
     ) {
         self.counts.slow += 1;
         let (disk, finished, worker) = (self.disk.clone(), self.finished.clone(), io.clone());
+        let serial = self.serial.clone();
         let durable = disk.write_through.load(Ordering::Relaxed);
         io.spawn(async move {
-            let result = disk.run(kind, sector, out, into, durable).await;
+            let result = request::run(&disk, &serial, (kind, sector), out, into, durable).await;
             finished.borrow_mut().push(Finished { head, result });
             worker.wake_source(me);
         });

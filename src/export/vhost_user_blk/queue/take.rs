@@ -3,12 +3,12 @@
 //! The rule held here: a request is fast in whole or slow in whole. A transfer that the graph cannot map at once
 //! goes the slow road, and so does all that is no transfer.
 
-use super::super::inflight::Tracker;
-use super::super::request::{Disk, HEADER_LEN, Header, Kind, Status, trim};
-use super::super::ring::Broken;
+use super::super::request::{HEADER_LEN, Header, Kind, Status, trim};
+use super::super::ring::{Broken, Ring, Tracking};
 use super::Queue;
 use super::slot::Slot;
 use crate::block::{Access, Target};
+use crate::export::core::Disk;
 use crate::io::epoch::Turn;
 use crate::io::{Io, IoVec, Segments, SourceId, Started, Token, iovec, thread_cpu_ns};
 use std::rc::Rc;
@@ -23,7 +23,7 @@ const BATCH: u16 = 16;
 /// results are quick enough to keep it awake, and waking it costs more than many requests.
 const FIRST_BATCH: u16 = 4;
 
-impl Queue {
+impl<R: Ring> Queue<R> {
     /// Takes and starts up to `count` chains.
     ///
     /// In two steps, a batch at a time: the guest has just written the headers on another
@@ -76,7 +76,7 @@ impl Queue {
 
     /// Takes the next chain: its head, and how many of its segments the device reads.
     fn gather(&mut self) -> Result<(u16, u32), Broken> {
-        let again = self.inflight.as_mut().and_then(Tracker::replay);
+        let again = self.inflight.as_mut().and_then(Tracking::replay);
         let again = again.or_else(|| self.next_held());
         let head = match again {
             Some(head) => head,

@@ -5,12 +5,11 @@
 //! as they come, but the used index moves, and the guest is told, once a batch.
 
 use super::super::dirty_log::{DirtyLog, UsedLog};
+use super::super::inflight::Tracker;
 use super::super::memory::Memory;
+use super::{Addresses, Broken, MAX_SIZE, Ring};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
-
-/// Entries at most, of a ring or an indirect table; QEMU's limit too.
-pub const MAX_SIZE: u16 = 1024;
 
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
@@ -27,78 +26,7 @@ struct Descriptor {
     next: u16,
 }
 
-/// Where the three parts of a ring lie, in the front end's address space.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Addresses {
-    pub descriptors: u64,
-    pub available: u64,
-    pub used: u64,
-}
-
-/// Why a queue must be stopped: what the guest did wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Broken {
-    /// The available index is further ahead than the ring is long.
-    AvailableIndex {
-        next: u16,
-        index: u16,
-    },
-    Head(u16),
-    /// A head that is still in flight was made available again.
-    Busy(u16),
-    Next {
-        head: u16,
-        next: u16,
-    },
-    /// More descriptors than the ring has, so there is a loop.
-    TooLong {
-        head: u16,
-    },
-    Address {
-        head: u16,
-        addr: u64,
-        len: u32,
-    },
-    Indirect {
-        head: u16,
-        addr: u64,
-        len: u32,
-    },
-    /// A part that the device reads comes after one that it writes.
-    Order {
-        head: u16,
-    },
-    /// No room for the status byte, or less than a header.
-    Layout {
-        head: u16,
-    },
-}
-
-impl std::fmt::Display for Broken {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match *self {
-            Broken::AvailableIndex { next, index } => {
-                write!(f, "available index {index} is out of range (next is {next})")
-            }
-            Broken::Head(head) => write!(f, "descriptor index {head} is outside the ring"),
-            Broken::Busy(head) => write!(f, "descriptor {head} is in flight already"),
-            Broken::Next { head, next } => {
-                write!(f, "chain {head}: next descriptor {next} is outside the table")
-            }
-            Broken::TooLong { head } => write!(f, "chain {head}: looped or too long"),
-            Broken::Address { head, addr, len } => {
-                write!(f, "chain {head}: {len} bytes at {addr:#x} are not in the guest's memory")
-            }
-            Broken::Indirect { head, addr, len } => {
-                write!(f, "chain {head}: bad indirect table of {len} bytes at {addr:#x}")
-            }
-            Broken::Order { head } => write!(f, "chain {head}: readable part after a writable one"),
-            Broken::Layout { head } => write!(f, "chain {head}: too short for a block request"),
-        }
-    }
-}
-
-/// A ring in use.
+/// A split ring in use.
 pub struct SplitRing {
     size: u16,
     event_index: bool,
@@ -119,9 +47,26 @@ pub struct SplitRing {
 }
 
 impl SplitRing {
-    /// A ring at these addresses. `size` is a power of two up to [`MAX_SIZE`]; `base` is where to go
-    /// on in the available ring. Goes on in the used ring where the guest sees it end.
-    pub fn new(
+    fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
+        // SAFETY: `new` checked that both rings lie in mapped memory at even host addresses, `index`
+        // is inside the ring at every call, and the mapping lives as long as self.
+        unsafe { AtomicU16::from_ptr(base.add(index)) }
+    }
+
+    fn available_index(&self) -> &AtomicU16 {
+        self.atomic(self.available, 1)
+    }
+
+    fn used_index(&self) -> &AtomicU16 {
+        self.atomic(self.used, 1)
+    }
+}
+
+impl Ring for SplitRing {
+    type Index = u16;
+    type Tracker = Tracker;
+
+    fn new(
         memory: &Arc<Memory>,
         size: u16,
         at: Addresses,
@@ -165,51 +110,30 @@ impl SplitRing {
         Ok(ring)
     }
 
-    pub fn next_available(&self) -> u16 {
+    fn next_available(&self) -> u16 {
         self.next_available
     }
 
-    /// What the guest sees of the used ring ends here.
-    pub fn published(&self) -> u16 {
+    fn published(&self) -> u16 {
         self.published
     }
 
-    /// Our stores to the used ring are marked at this guest address from now on, or no more. Those
-    /// of the past may not have been: all of it is marked at the beginning.
-    pub fn set_log(&mut self, log: Option<(Arc<DirtyLog>, u64)>) {
+    fn set_log(&mut self, log: Option<(Arc<DirtyLog>, u64)>) {
         self.log = log.map(|(log, at)| UsedLog::new(log, at, self.size));
         if let Some(log) = &self.log {
             log.all();
         }
     }
 
-    /// Goes on in the available ring behind so many chains that were taken and not handed back: the
-    /// guest has made available what it sees used, then these, and then what is to be taken next.
-    pub fn go_on_behind(&mut self, in_flight: u16) {
+    fn go_on_behind(&mut self, in_flight: u16) {
         self.next_available = self.published.wrapping_add(in_flight);
     }
 
-    fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
-        // SAFETY: `new` checked that both rings lie in mapped memory at even host addresses, `index`
-        // is inside the ring at every call, and the mapping lives as long as self.
-        unsafe { AtomicU16::from_ptr(base.add(index)) }
-    }
-
-    fn available_index(&self) -> &AtomicU16 {
-        self.atomic(self.available, 1)
-    }
-
-    fn used_index(&self) -> &AtomicU16 {
-        self.atomic(self.used, 1)
-    }
-
-    /// Whether the guest has made something available. Cheap, for spinning.
-    pub fn has_work(&self) -> bool {
+    fn has_work(&self) -> bool {
         self.available_index().load(Ordering::Relaxed) != self.next_available
     }
 
-    /// How many chains the guest has made available.
-    pub fn available(&self) -> Result<u16, Broken> {
+    fn available(&self) -> Result<u16, Broken> {
         let index = self.available_index().load(Ordering::Acquire);
         let count = index.wrapping_sub(self.next_available);
         if count > self.size {
@@ -218,8 +142,7 @@ impl SplitRing {
         Ok(count)
     }
 
-    /// Takes the next chain's head. `available` must have told of one.
-    pub fn pop(&mut self) -> Result<u16, Broken> {
+    fn pop(&mut self) -> Result<u16, Broken> {
         let entry = 2 + (self.next_available & (self.size - 1)) as usize;
         let head = self.atomic(self.available, entry).load(Ordering::Relaxed);
         if head >= self.size {
@@ -229,9 +152,7 @@ impl SplitRing {
         Ok(head)
     }
 
-    /// Gathers a chain's memory: first what the device reads, then what it writes. Returns how many
-    /// of the segments are the former.
-    pub fn gather(
+    fn gather(
         &self,
         memory: &Memory,
         head: u16,
@@ -290,8 +211,7 @@ impl SplitRing {
         }
     }
 
-    /// Hands a chain back, `written` bytes of it written. The guest sees it after `publish`.
-    pub fn push(&mut self, head: u16, written: u32) {
+    fn push(&mut self, head: u16, written: u32) {
         let entry = (self.next_used & (self.size - 1)) as usize;
         // SAFETY: `new` checked the used ring's place; an element is 8 bytes, after 4 of header,
         // and the address is a multiple of 4.
@@ -303,8 +223,7 @@ impl SplitRing {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Makes all that was pushed visible.
-    pub fn publish(&mut self) {
+    fn publish(&mut self) {
         if self.published != self.next_used {
             self.used_index().store(self.next_used, Ordering::Release);
             if let Some(log) = &self.log {
@@ -314,8 +233,7 @@ impl SplitRing {
         }
     }
 
-    /// Whether the guest wants to be told of what was published since this was asked last.
-    pub fn must_call(&mut self) -> bool {
+    fn must_call(&mut self) -> bool {
         let (old, new) = (self.called, self.published);
         if old == new {
             return false;
@@ -332,8 +250,8 @@ impl SplitRing {
         }
     }
 
-    /// Asks for a kick at the next chain. False if one is there already (section 2.7.10).
-    pub fn want_kick(&mut self) -> bool {
+    fn want_kick(&mut self) -> bool {
+        // Section 2.7.10.
         if self.event_index {
             // After the used elements of 8 bytes, which follow 4 bytes of header.
             self.atomic(self.used, 2 + 4 * self.size as usize)
@@ -348,8 +266,8 @@ impl SplitRing {
         !self.has_work()
     }
 
-    /// Says that no kicks are needed. With the event index the old event, left behind, says it.
-    pub fn no_kick(&mut self) {
+    fn no_kick(&mut self) {
+        // With the event index the old event, left behind, says it.
         if !self.event_index {
             self.atomic(self.used, 0).store(USED_NO_NOTIFY, Ordering::Relaxed);
             if let Some(log) = &self.log {

@@ -1,15 +1,15 @@
 //! Front ends, one after the other: how one is met, heard, and let go.
 
+use super::super::channel::Channel;
 use super::super::handler::{self, Handler};
-use super::super::notices::Channel;
 use super::super::session::Session;
 use super::{Shared, lock};
-use crate::block::graph::User;
-use crate::block::{Error, SECTOR};
+use crate::block::Error;
 use crate::export::core::cut_off::CutOff;
 use crate::export::core::door::{Door, wait_readable};
 use crate::export::core::hand_over;
 use crate::io::descriptors::{self, Reserve};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ impl Shared {
     /// The door closes with the last front end.
     pub(super) fn serve(&self, mut door: Door, ended: impl FnOnce()) {
         while let Some((stream, reserve)) =
-            door.next(&self.name, self.descriptors_to_reserve(), self.stop.as_raw_fd())
+            door.next(&self.disk.name, self.descriptors_to_reserve(), self.stop.as_raw_fd())
         {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
@@ -44,31 +44,26 @@ impl Shared {
     /// How many descriptors must be left for a front end to be let in. Most front ends use fewer queues than
     /// they are offered, so what the queues may need is no more than a quarter of all.
     fn descriptors_to_reserve(&self) -> usize {
-        let queues = usize::from(self.disk.options.num_queues) * OF_QUEUE;
+        let queues = usize::from(self.device.options.num_queues) * OF_QUEUE;
         OF_CONNECTION + IN_PASSING + queues.min(descriptors::limit() / 4)
     }
 
     fn serve_one(&self, stream: UnixStream, mut reserve: Reserve, others: Option<RawFd>) {
-        let session = Session::new(
-            self.name.clone(),
-            self.disk.clone(),
-            self.workers.clone(),
-            self.first_worker,
-        );
+        let session = Session::new(self.device.clone(), self.workers.clone(), self.first_worker);
         let session = Arc::new(std::sync::Mutex::new(session));
         let mut handler = match self.begin(stream, &session) {
             Ok(handler) => handler,
             Err(error) => {
                 let why = descriptors::explain(&error);
-                return log::error!(export = &*self.name; "a front end is not served: {why}");
+                return log::error!(export = &*self.disk.name; "a front end is not served: {why}");
             }
         };
-        log::info!(export = &*self.name; "front end connected");
+        log::info!(export = &*self.disk.name; "front end connected");
         if let Some(metrics) = &self.disk.metrics {
             metrics.connections.fetch_add(1, Ordering::Relaxed);
             metrics.connected.store(true, Ordering::Relaxed);
         }
-        let mut channel = Channel::new(&self.name, &self.notices, others);
+        let mut channel = Channel::new(&self.disk.name, &self.notices, others);
         let end = self.hear(&session, &mut handler, &mut channel, &mut reserve);
         lock(&session).stop_all();
         self.current.lock().front_end = None;
@@ -79,9 +74,9 @@ impl Shared {
         drop((channel, handler, session, reserve));
         match end {
             Err(error) if !self.stopping.load(Ordering::SeqCst) => {
-                log::warn!(export = &*self.name; "connection ended: {error}")
+                log::warn!(export = &*self.disk.name; "connection ended: {error}")
             }
-            _ => log::info!(export = &*self.name; "front end disconnected"),
+            _ => log::info!(export = &*self.disk.name; "front end disconnected"),
         }
     }
 
@@ -98,7 +93,11 @@ impl Shared {
         let copy = Arc::new(stream.try_clone()?);
         let handler = handler::new(stream, session.clone())?;
         let mut current = self.current.lock();
-        lock(session).set_cut_off(CutOff::new(self.name.clone(), copy.clone()));
+        let theirs = copy.clone();
+        let cut_off = CutOff::new(self.disk.name.clone(), move || {
+            let _ = theirs.shutdown(Shutdown::Both);
+        });
+        lock(session).set_cut_off(cut_off);
         for _ in 0..current.paused {
             lock(session).pause();
         }
@@ -140,7 +139,7 @@ impl Shared {
             let moved = session.take_moved();
             drop(session);
             if moved {
-                self.disk.hand_over.give_up(&self.name, &self.workers[0]);
+                self.disk.hand_over.give_up(&self.disk.name, &self.workers[0]);
             }
         }
         Ok(())
@@ -161,12 +160,13 @@ impl Shared {
         // Others may ask the session meanwhile, so it is not locked.
         if let Err(error) = self.disk.hand_over.take(&self.workers[0]) {
             let refused = |error: Error| std::io::Error::other(error.to_string());
-            wait.go_on(&self.name, error).map_err(|e| VhostError::ReqHandlerError(refused(e)))?;
+            wait.go_on(&self.disk.name, error)
+                .map_err(|e| VhostError::ReqHandlerError(refused(e)))?;
             let fds = [stream, self.stop.as_raw_fd()];
             return Ok(wait_readable(&fds, Some(hand_over::RETRY)) == Some(0));
         }
-        if self.disk.capacity.load(Ordering::SeqCst) != self.disk.node().len() / SECTOR {
-            self.resized();
+        if self.disk.take_size() {
+            self.notices.resized();
         }
         lock(session).start_waiting()?;
         Ok(true)
@@ -174,14 +174,14 @@ impl Shared {
 
     /// The I/O of earlier connections has ended: the rings of this one may begin.
     pub(super) fn go_on(&self) {
-        log::info!(export = &*self.name; "I/O of an earlier connection has ended");
+        log::info!(export = &*self.disk.name; "I/O of an earlier connection has ended");
         let front_end = self.current.lock().front_end.as_ref().map(|(_, session)| session.clone());
         if let Some(session) = front_end
             && let Err(error) = lock(&session).start_waiting()
         {
-            log::warn!(export = &*self.name; "connection closed: {error}");
+            log::warn!(export = &*self.disk.name; "connection closed: {error}");
             if let Some((stream, _)) = &self.current.lock().front_end {
-                let _ = stream.shutdown(std::net::Shutdown::Both);
+                let _ = stream.shutdown(Shutdown::Both);
             }
         }
     }

@@ -2,10 +2,9 @@
 
 use super::{Shared, lock};
 use crate::block::graph::User;
-use crate::block::{LocalFuture, Node, SECTOR};
+use crate::block::{LocalFuture, Node};
 use crate::io::offload;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 impl Shared {
     /// Has the session go over to the node that the disk is on now. Blocks: not to be called on a worker.
@@ -14,14 +13,14 @@ impl Shared {
         if let Some((stream, session)) = &current.front_end
             && let Err(error) = lock(session).change_node()
         {
-            log::warn!(export = &*self.name; "connection closed: {error}");
+            log::warn!(export = &*self.disk.name; "connection closed: {error}");
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
     }
 
     /// The sessions' word for it blocks: not to be called on a worker.
     fn pause(&self) {
-        self.disk.lingering.wait(&self.name);
+        self.disk.lingering.wait(&self.disk.name);
         let mut current = self.current.lock();
         current.paused += 1;
         if let Some((_, session)) = &current.front_end {
@@ -54,26 +53,18 @@ impl User for Shared {
     }
 
     fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
-        // The graph has it until all workers have passed.
-        drop(self.disk.root.replace(node.clone()));
-        if let Some(metrics) = &self.disk.metrics {
-            node.name().clone_into(&mut metrics.node.lock());
-        }
+        self.disk.change_node(node);
         let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
         Box::pin(offload(move || {
             shared.change_node();
             if shared.disk.options.writable {
-                shared.disk.losses.follow(&shared.name, &shared.disk.node());
+                shared.disk.losses.follow(&shared.disk.name, &shared.disk.node());
             }
         }))
     }
 
     fn resized(&self) {
-        let sectors = self.disk.node().len() / SECTOR;
-        self.disk.capacity.store(sectors, Ordering::SeqCst);
-        if let Some(metrics) = &self.disk.metrics {
-            metrics.size.store(sectors * SECTOR, Ordering::Relaxed);
-        }
-        self.notices.config_changed();
+        self.disk.take_size();
+        self.notices.resized();
     }
 }

@@ -8,6 +8,7 @@ use super::super::ring::{Addresses, MAX_SIZE};
 use super::rings::Kick;
 use super::{Session, for_words, refuse};
 use crate::export::core::failure::{Failure, Operation};
+use crate::export::core::kept::Kept;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -37,11 +38,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.disk.features)
+        Ok(self.device.features)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !self.disk.features;
+        let unknown = features & !self.device.features;
         if unknown != 0 {
             return refuse(format!("virtio features {unknown:#x} were not offered"));
         }
@@ -168,9 +169,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         ring.kick = Kick::Unset;
         ring.call = None;
         let base = ring.base as u32;
-        // Not while I/O of an earlier connection may still land.
-        let logs = self.log.is_some() && self.has(F_LOG_ALL) && !self.disk.lingering.any();
-        self.moved = logs && self.rings.iter().all(|ring| matches!(ring.kick, Kick::Unset));
+        self.moved = self.has_moved();
         Ok(VhostUserVringState::new(index, base))
     }
 
@@ -228,7 +227,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
         let write_cache = !self.disk.write_through.load(Ordering::Relaxed);
-        let space = config::space(&self.disk.node(), &self.disk.options, write_cache);
+        let space = config::space(&self.disk, self.device.options.num_queues, write_cache);
         let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
         match offset.checked_add(size as usize) {
             Some(end) if end <= CONFIG_SIZE => Ok(space[offset..end].to_vec()),
@@ -242,7 +241,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let offset = if offset >= CONFIG_BASE { offset - CONFIG_BASE } else { offset } as usize;
         let &[wce] = buf else { return refuse(format!("{} bytes of configuration", buf.len())) };
         // A driver may write before it is ready, and so before we know what it has negotiated.
-        let features = self.features.unwrap_or(self.disk.features);
+        let features = self.features.unwrap_or(self.device.features);
         let switches = features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
         if offset != WCE_OFFSET || wce > 1 || !switches {
             return refuse(format!("configuration byte {offset} set to {wce}"));
@@ -263,7 +262,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_backend_req_fd(&mut self, _backend: Backend) {
-        // `notices` has a descriptor of its own, and sends what the crate cannot.
+        // `channel` has a descriptor of its own, and sends what the crate cannot.
     }
 
     fn set_gpu_socket(&mut self, _backend: GpuBackend) -> Result<()> {
@@ -309,7 +308,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
-        let log = DirtyLog::map(&self.name, log, file).or_else(refuse)?;
+        let log = DirtyLog::map(&self.disk.name, log, file).or_else(refuse)?;
         // The old one stays mapped until no queue marks in it any more.
         let _old = self.log.replace(Arc::new(log));
         if self.has(F_LOG_ALL) {

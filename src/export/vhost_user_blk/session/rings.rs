@@ -1,12 +1,12 @@
 //! The rings of a connection: what the front end says of them, and how they start.
 
 use super::super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
-use super::super::inflight;
 use super::super::memory_loss::LossWatch;
 use super::super::queue::{Queue, QueueLog, QueueStart};
-use super::super::ring::{Addresses, MAX_SIZE, SplitRing};
+use super::super::ring::{Addresses, MAX_SIZE, Ring, SplitRing, Tracking};
 use super::{Session, refuse};
 use crate::block::Fence;
+use crate::export::core::kept::Kept;
 use crate::export::core::watch::Watch;
 use crate::io::SourceId;
 use std::fs::File;
@@ -81,46 +81,11 @@ impl Session {
             return Ok(());
         }
         if let Some(region) = &self.inflight {
-            let attached =
-                self.disk.journal.attach(&self.name, &self.disk.node(), region, &self.workers[0]);
+            let (disk, kept) = (&self.disk, region.clone() as Arc<dyn Kept>);
+            let attached = disk.journal.attach(&disk.name, &disk.node(), &kept, &self.workers[0]);
             attached.or_else(|error| refuse(error.to_string()))?;
         }
-        let size = if ring.size == 0 { MAX_SIZE } else { ring.size };
-        let event_index = self.has(VIRTIO_RING_F_EVENT_IDX);
-        let mut split = SplitRing::new(&self.memory, size, at, ring.base, event_index)
-            .or_else(|why| refuse(format!("queue {index}: {why}")))?;
-        let inflight = match &self.inflight {
-            None => None,
-            Some(region) => {
-                let tracker = inflight::Tracker::recover(region, index, size, split.published())
-                    .or_else(|why| refuse(format!("queue {index}: {why}")))?;
-                // The base that the front end knows may be that of a daemon which died.
-                let again = tracker.to_replay();
-                split.go_on_behind(again);
-                if again > 0 {
-                    log::info!(
-                        export = &*self.name;
-                        "queue {index}: {again} requests are begun again"
-                    );
-                }
-                Some(tracker)
-            }
-        };
-        let start = QueueStart {
-            export: self.name.clone(),
-            index,
-            recorder: self.disk.metrics.as_ref().and_then(|metrics| metrics.recorder(index)),
-            disk: self.disk.clone(),
-            memory: self.memory.clone(),
-            ring: split,
-            inflight,
-            log: self.log_of(index),
-            size,
-            held: ring.held.clone(),
-            call: ring.call.clone(),
-            err: ring.err.clone(),
-            paused: self.paused,
-        };
+        let start = self.lay_out::<SplitRing>(index, at, ring.base)?;
         let kick = match &ring.kick {
             Kick::Fd(file) => Some(file.as_raw_fd()),
             _ => None,
@@ -143,8 +108,54 @@ impl Session {
         })?;
         self.rings[index].running = Some((worker, source));
         self.rings[index].held.clear();
-        self.disk.running.lock().push((worker, source));
+        self.device.running.lock().push((worker, source));
         Ok(())
+    }
+
+    /// The queue of a ring that lies at these addresses, and what of it is to be begun again.
+    fn lay_out<R: Ring>(
+        &self,
+        index: usize,
+        at: Addresses,
+        base: R::Index,
+    ) -> Result<QueueStart<R>> {
+        let state = &self.rings[index];
+        let size = if state.size == 0 { MAX_SIZE } else { state.size };
+        let event_index = self.has(VIRTIO_RING_F_EVENT_IDX);
+        let mut ring = R::new(&self.memory, size, at, base, event_index)
+            .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+        let inflight = match &self.inflight {
+            None => None,
+            Some(region) => {
+                let tracker = R::Tracker::recover(region, index, size, ring.published())
+                    .or_else(|why| refuse(format!("queue {index}: {why}")))?;
+                // The base that the front end knows may be that of a daemon which died.
+                let again = tracker.to_replay();
+                ring.go_on_behind(again);
+                if again > 0 {
+                    log::info!(
+                        export = &*self.disk.name;
+                        "queue {index}: {again} requests are begun again"
+                    );
+                }
+                Some(tracker)
+            }
+        };
+        Ok(QueueStart {
+            index,
+            recorder: self.disk.metrics.as_ref().and_then(|metrics| metrics.recorder(index)),
+            disk: self.disk.clone(),
+            serial: self.device.options.serial.clone(),
+            memory: self.memory.clone(),
+            ring,
+            inflight,
+            log: self.log_of(index),
+            size,
+            held: state.held.clone(),
+            call: state.call.clone(),
+            err: state.err.clone(),
+            paused: self.paused,
+        })
     }
 
     /// What is to be marked of a ring's writes now.

@@ -2,6 +2,7 @@
 
 use super::super::config::F_LOG_ALL;
 use super::super::queue::{AtStop, Queue, Stopped};
+use super::rings::Kick;
 use super::{Session, refuse};
 use crate::export::core::watch::linger;
 use std::sync::atomic::Ordering;
@@ -29,7 +30,7 @@ impl Session {
         let mut stopping = Vec::new();
         for index in indices {
             let Some((worker, source)) = self.rings[index].running.take() else { continue };
-            self.disk.running.lock().retain(|running| *running != (worker, source));
+            self.device.running.lock().retain(|running| *running != (worker, source));
             let (sender, receiver) = mpsc::channel();
             self.workers[worker].send(move |local| {
                 if let Some(queue) = local.source::<Queue>(source) {
@@ -79,7 +80,7 @@ impl Session {
                     if waited >= told {
                         told += STOP_PATIENCE;
                         log::warn!(
-                            export = &*self.name;
+                            export = &*self.disk.name;
                             "queue {index}: I/O in flight has not ended for {} s",
                             waited.as_secs()
                         );
@@ -90,6 +91,16 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Whether the guest has moved to another host, as it looks after GET_VRING_BASE: no ring is left that a
+    /// kick descriptor started, the front end has set a log, and VHOST_F_LOG_ALL is on. That is how the
+    /// source's end of a migration looks. A guest that is merely stopped keeps its disk, and so does one whose
+    /// front end dies.
+    pub(super) fn has_moved(&self) -> bool {
+        // Not while I/O of an earlier connection may still land.
+        let logs = self.log.is_some() && self.has(F_LOG_ALL) && !self.disk.lingering.any();
+        logs && self.rings.iter().all(|ring| matches!(ring.kick, Kick::Unset))
     }
 
     /// Stops every ring. The end of each session.

@@ -11,11 +11,10 @@
 //! over (a guest of QEMU 7.2 once missed a resize that fell into a reconnect).
 
 use super::peek::{HEADER_LEN, Next};
+use crate::export::core::notices::Notices;
 use crate::io::Errno;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use vmm_sys_util::eventfd::EventFd;
 
 /// Milliseconds without a message after which the front end is taken to wait for no answer.
 const QUIET: libc::c_int = 20;
@@ -26,26 +25,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, protocol version 1, no answer wanted, nothing follows.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
-
-/// What the front ends of an export are still to be told. Outlives connections: who connects next is
-/// told what the one before it was not.
-pub struct Notices {
-    config_changed: AtomicBool,
-    wake: EventFd,
-}
-
-impl Notices {
-    pub fn new() -> std::io::Result<Notices> {
-        let wake = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
-        Ok(Notices { config_changed: AtomicBool::new(false), wake })
-    }
-
-    /// The configuration space reads differently from now on. Never waits.
-    pub fn config_changed(&self) {
-        self.config_changed.store(true, Ordering::SeqCst);
-        let _ = self.wake.write(1);
-    }
-}
 
 /// The way to one front end. Of its connection's thread.
 pub struct Channel<'a> {
@@ -71,13 +50,11 @@ impl<'a> Channel<'a> {
     /// told, if a ring is `running`. What it has sent is left to be read, and looked at.
     pub fn wait(&mut self, stream: RawFd, running: bool) -> Next {
         loop {
-            let due = running
-                && self.socket.is_some()
-                && self.notices.config_changed.load(Ordering::SeqCst);
+            let due = running && self.socket.is_some() && self.notices.is_due();
             // The kernel passes over a negative number. The listener stays readable until the next front
             // end is served.
             let others = if self.came.is_none() { self.others.unwrap_or(-1) } else { -1 };
-            let fds = [stream, self.notices.wake.as_raw_fd(), others];
+            let fds = [stream, self.notices.descriptor(), others];
             let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
             let (count, timeout) =
                 (polled.len() as libc::nfds_t, if due { QUIET } else { self.patience() });
@@ -97,7 +74,7 @@ impl<'a> Channel<'a> {
                 );
             }
             if polled[1].revents != 0 {
-                let _ = self.notices.wake.read();
+                self.notices.seen();
             } else if ready == 0 && due {
                 self.tell();
             }
@@ -126,7 +103,7 @@ impl<'a> Channel<'a> {
 
     fn tell(&mut self) {
         let Some(socket) = &self.socket else { return };
-        self.notices.config_changed.store(false, Ordering::SeqCst);
+        self.notices.take();
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: the message is a local of the length given.
         let sent = unsafe {
