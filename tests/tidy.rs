@@ -176,18 +176,48 @@ fn uses<'a>(code: &str, modules: &[&'a str]) -> Vec<&'a str> {
     found
 }
 
+/// Where the types of exports are known through their list alone.
+const NAMES_NO_TRANSPORT: &[&str] =
+    &["src/export/core/", "src/monitor/", "src/metrics/", "src/service/", "src/service.rs"];
+
 #[test]
-fn the_core_of_exports_names_no_transport() {
+fn only_transports_and_command_lines_name_a_transport() {
     let mut complaints = Vec::new();
     for Source { path, text } in sources() {
-        if !path.starts_with("src/export/core/") {
+        if !NAMES_NO_TRANSPORT.iter().any(|place| path.starts_with(place)) {
             continue;
         }
         for (n, line) in text.lines().enumerate() {
             let line = line.to_lowercase();
-            if ["vhost", "virtio", "nbd", "fuse"].iter().any(|name| line.contains(name)) {
+            let words = line.split(|c: char| !c.is_alphanumeric());
+            let names =
+                |word: &str| matches!(word, "vhost" | "virtio" | "virtqueue" | "vring" | "fuse");
+            if words.into_iter().any(names) {
                 complaints.push(format!("{path}:{}: {}", n + 1, line.trim()));
             }
+        }
+    }
+    report(complaints);
+}
+
+/// The files that a text names, in its order: what is in backquotes, with a folder and an ending.
+fn named_files(text: &str) -> Vec<&str> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.filter(|name| name.contains('/') && name.ends_with(".rs")).collect()
+}
+
+#[test]
+fn the_architecture_names_each_file_once_and_each_is_there() {
+    let text = std::fs::read_to_string(root().join("docs/architecture.md")).unwrap();
+    let named = named_files(&text);
+    assert!(named.len() > 30, "only {} files are named", named.len());
+    let mut complaints = Vec::new();
+    for (n, name) in named.iter().enumerate() {
+        if !root().join(name).is_file() {
+            complaints.push(format!("docs/architecture.md: {name} is not there"));
+        }
+        if named[..n].contains(name) {
+            complaints.push(format!("docs/architecture.md: {name} is named twice"));
         }
     }
     report(complaints);
@@ -271,4 +301,5 @@ fn the_rules_find_what_breaks_them() {
     assert_eq!(uses("let a = crate::io::sleep(b);", &modules), ["io"]);
     assert_eq!(strip(r#"a("un\"safe // b") // c"#), "a() ");
     assert_eq!(strip("a('\"') // c"), "a() ".replace("()", "(')"));
+    assert_eq!(named_files("`a/b.rs` c `d` e `f/g.rs`, `h/`"), ["a/b.rs", "f/g.rs"]);
 }
