@@ -1,5 +1,5 @@
 //! Devices that a worker drives itself, without its ring: queues in memory that are polled for
-//! completions, and an eventfd to sleep on.
+//! completions, and an eventfd to sleep on. Connections that drivers make are attached alike.
 //!
 //! Such a device is a [`Source`] of each worker that uses it. It tells others' sources that their
 //! operations have ended ([`Io::deliver`]); drivers keep it in a [`PerWorker`](super::PerWorker). Its
@@ -16,7 +16,7 @@ use std::os::fd::RawFd;
 const DELIVERED: usize = 1024;
 
 pub(super) struct Devices {
-    new: RefCell<Vec<(Box<dyn Source>, RawFd)>>,
+    new: RefCell<Vec<(Box<dyn Source>, Option<RawFd>)>>,
     delivered: RefCell<VecDeque<(Token, IoResult)>>,
 }
 
@@ -31,12 +31,14 @@ impl Default for Devices {
 
 impl Io {
     /// Adds a source in this turn; it is polled until it has nothing, and then again when `event`
-    /// becomes readable. The descriptor stays open as long as the source is attached.
-    pub fn attach_device(&self, source: Box<dyn Source>, event: RawFd) {
+    /// becomes readable. The descriptor stays open as long as the source is attached. Without one it is
+    /// polled after a completion of its own, and when it is woken, if it rests ([`Source::rests`]): so do
+    /// connections, whose events are the ends of their operations.
+    pub fn attach_device(&self, source: Box<dyn Source>, event: Option<RawFd>) {
         self.devices.new.borrow_mut().push((source, event));
     }
 
-    pub(super) fn next_device(&self) -> Option<(Box<dyn Source>, RawFd)> {
+    pub(super) fn next_device(&self) -> Option<(Box<dyn Source>, Option<RawFd>)> {
         self.devices.new.borrow_mut().pop()
     }
 

@@ -167,9 +167,10 @@ impl Local {
         while let Some((source, event)) = self.io.next_device() {
             let id = self.insert(source);
             self.watches = (self.watches + 1) & 0xff_ffff;
-            let watch = Watch { number: self.watches, fd: event, once: true, pending: false };
+            let number = self.watches;
+            let watch = event.map(|fd| Watch { number, fd, once: true, pending: false });
             if let Some(Some(entry)) = self.sources.get_mut(id.0 as usize) {
-                entry.watch = Some(watch);
+                entry.watch = watch;
             }
             self.activate(id.0);
         }
@@ -412,7 +413,10 @@ impl Local {
         let mut at = 0;
         while at < self.active.len() {
             match self.sources[self.active[at] as usize].as_mut() {
-                Some(entry) if entry.idle_turns > LAZY_TURNS && entry.watch.is_some() => {
+                Some(entry)
+                    if entry.idle_turns > LAZY_TURNS
+                        && (entry.watch.is_some() || entry.source.rests()) =>
+                {
                     if entry.source.arm() {
                         entry.active = false;
                         let index = self.active.swap_remove(at);

@@ -15,7 +15,7 @@ impl Graph {
         let notice = own.notice();
         let event = notice.event();
         let (graph, node) = (Arc::downgrade(&self.0), Arc::downgrade(node));
-        io::current().attach_device(Box::new(Follower { graph, node, notice }), event);
+        io::current().attach_device(Box::new(Follower { graph, node, notice }), Some(event));
     }
 
     /// Makes known the length that a node's storage has now.

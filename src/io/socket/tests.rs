@@ -5,7 +5,7 @@ use super::*;
 use crate::io::ring::{Ring, Uring};
 use crate::io::sim::{Disorder, SimRing};
 use crate::io::threads::Threads;
-use crate::io::{self, Io, Polled, Source, SourceId, Token, run_local, run_on};
+use crate::io::{self, Io, Polled, Source, SourceId, Token, run_on};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::net::{TcpListener, TcpStream};
@@ -371,14 +371,12 @@ fn a_source_starts_operations_that_end_by_deadline_by_request_or_done() {
         let list = vec![io::iovec::iovec(at, 60), io::iovec::iovec(at.wrapping_add(60), 40)];
         let heard = Rc::new(RefCell::new(Vec::new()));
         let theirs = heard.clone();
-        run_local(ring, move |local| {
-            let source =
-                Started { a, b, _buffer: buffer, list, has_begun: false, heard: theirs.clone() };
-            local.attach(Box::new(source), None);
-            async move {
-                while theirs.borrow().iter().filter(|(tag, _)| *tag != 0).count() < 4 {
-                    sleep(Duration::from_millis(1)).await;
-                }
+        run_on(ring, async move {
+            let heard = theirs.clone();
+            let source = Started { a, b, _buffer: buffer, list, has_begun: false, heard };
+            io::current().attach_device(Box::new(source), None);
+            while theirs.borrow().iter().filter(|(tag, _)| *tag != 0).count() < 4 {
+                sleep(Duration::from_millis(1)).await;
             }
         });
         let mut heard = heard.take();

@@ -134,7 +134,7 @@ impl Lane {
             due: Cell::new(None),
             end: RefCell::default(),
         });
-        io.attach_device(Box::new(LaneSource(lane.clone())), event);
+        io.attach_device(Box::new(LaneSource(lane.clone())), Some(event));
         shared.add_host(host);
         lane
     }
