@@ -1,8 +1,9 @@
 //! Operations in flight on a worker: their slots, what a completion means for them, and whom to
 //! tell of their end.
 //!
-//! The rule it guards: an operation is whole or it fails. What a short or interrupted transfer left
-//! is asked for again, and what lies past the end of a file reads as zeroes.
+//! The rules it guards: a read or write is whole or it fails. What a short or interrupted one left is asked
+//! for again, and what lies past the end of a file reads as zeroes. On a socket a part is a success. And an
+//! operation keeps its slot and its memory until its completion, also when it has been cancelled.
 
 use super::op::{Op, Segments, Started, Token};
 use super::ring::Wait;
@@ -47,7 +48,7 @@ impl Io {
     /// Starts an operation; `token`'s source hears of its end.
     ///
     /// # Safety
-    /// For reads and writes: the segments stay mapped, and their list in place, until then.
+    /// The segments that the operation names stay mapped, and their list in place, until then.
     pub unsafe fn start(&self, fd: RawFd, op: Op, token: Token) -> Started {
         // SAFETY: the caller's promise.
         unsafe { self.start_until(fd, op, token, Deadline::NEVER) }
@@ -152,7 +153,7 @@ impl Io {
     /// Runs an operation for a task, with a deadline as [`Io::start_until`].
     ///
     /// # Safety
-    /// For reads and writes: the segments stay mapped, and their list in place, until the future is
+    /// The segments that the operation names stay mapped, and their list in place, until the future is
     /// done or dropped. The future must not be forgotten.
     pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op, deadline: Deadline) -> Operation {
         // SAFETY: the caller's promise.
