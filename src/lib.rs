@@ -9,6 +9,7 @@
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
+//! * [`copy`]: the copy engine: the contents of disks to another disk.
 //! * [`export`]: transports: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
 //! * [`metrics`]: what watchers of a service are told.
@@ -16,7 +17,7 @@
 //! * [`sandbox`]: what the process gives up when it has started.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → monitor → service → export → block → io`, `cli → tools → block`, `format,
+//! Arrows go one way: `cli → monitor → service → export → block → io`, `cli → tools → copy → block`, `format,
 //! filter, protocol → block, io`. A test reads the `use` lines and holds this.
 
 // The standard macros panic where they cannot print; `tools::output` has others.
@@ -24,6 +25,7 @@
 
 pub mod block;
 pub mod cli;
+pub mod copy;
 pub mod drivers;
 pub mod export;
 pub mod filter;

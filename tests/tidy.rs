@@ -8,6 +8,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("io", &["io"]),
     ("options", &["options"]),
     ("block", &["block", "io", "options"]),
+    ("copy", &["copy", "block", "io"]),
     ("format", &["format", "block", "io", "options"]),
     ("filter", &["filter", "block", "io", "options"]),
     ("protocol", &["protocol", "block", "io", "options"]),
@@ -16,13 +17,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("monitor", &["monitor", "service", "sandbox", "export", "drivers", "block", "io", "options"]),
     ("metrics", &["metrics", "service", "export", "block", "io"]),
     ("service", &["service", "export", "drivers", "block", "io", "options"]),
-    ("tools", &["tools", "drivers", "block", "io", "options"]),
+    ("tools", &["tools", "copy", "drivers", "block", "io", "options"]),
     ("sandbox", &["sandbox", "io"]),
     (
         "cli",
         &[
-            "cli", "tools", "monitor", "metrics", "service", "sandbox", "export", "drivers",
-            "block", "io", "options",
+            "cli", "tools", "copy", "monitor", "metrics", "service", "sandbox", "export",
+            "drivers", "block", "io", "options",
         ],
     ),
 ];

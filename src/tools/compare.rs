@@ -1,10 +1,11 @@
 //! Whether two disks have the same contents. Where both read as zeroes, nothing is read; where a
 //! longer one goes on, it must read as zeroes.
 
-use super::zeroes::is_zero;
-use super::{Opened, Progress};
+use super::Progress;
 use crate::block::extents::{self, Run};
 use crate::block::{Precision, SECTOR, Status};
+use crate::copy::Disk;
+use crate::copy::zeroes::is_zero;
 use crate::io::{AlignedBuf, Errno};
 
 /// Bytes that are read of each disk at a time.
@@ -33,7 +34,7 @@ pub enum Trouble {
 
 /// Compares two disks. `mismatch` is told if their lengths differ, once nothing but that can decide.
 pub async fn compare(
-    disks: [&Opened; 2],
+    disks: [&Disk; 2],
     strict: bool,
     progress: &Progress,
     mismatch: impl FnOnce(),
@@ -98,19 +99,19 @@ pub async fn compare(
     Ok(Verdict::Identical)
 }
 
-async fn look(disks: [&Opened; 2], disk: usize, at: u64, len: u64) -> Result<Run, Trouble> {
+async fn look(disks: [&Disk; 2], disk: usize, at: u64, len: u64) -> Result<Run, Trouble> {
     let run = extents::look(disks[disk].node(), at, len, Precision::Zeroes, None).await;
     run.map_err(|errno| Trouble::Status(disk, at, errno))
 }
 
-async fn read(disks: [&Opened; 2], disk: usize, at: u64, into: &mut [u8]) -> Result<(), Trouble> {
+async fn read(disks: [&Disk; 2], disk: usize, at: u64, into: &mut [u8]) -> Result<(), Trouble> {
     let result = disks[disk].read(at, &crate::io::IoVec::from_mut(into)).await;
     result.map_err(|errno| Trouble::Read(disk, at, errno))
 }
 
 /// Where the range of the buffer's length is not all zero: the sector's offset on the disk.
 async fn all_zeroes(
-    disks: [&Opened; 2],
+    disks: [&Disk; 2],
     disk: usize,
     at: u64,
     buffer: &mut [u8],

@@ -8,13 +8,15 @@ use super::cache::Cache;
 use super::naming::{self, Named};
 use crate::block::policy::FollowBacking;
 use crate::block::{
-    Attachment, Error, Graph, Node, OpenPolicy, Packed, Perm, Perms, Preallocation, Registry,
-    SECTOR, TemporaryImage, WriteFlags, ZeroFlags, flush_record, name, probe, resizable,
+    Attachment, Error, Graph, Node, OpenPolicy, Perm, Perms, Preallocation, Registry,
+    TemporaryImage, flush_record, name, probe, resizable,
 };
-use crate::io::{Errno, IoResult, IoVec};
+use crate::copy::Disk;
+use crate::io::Errno;
 use crate::options::{Map, Value};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -66,8 +68,9 @@ pub struct Images {
     warn: Box<dyn Fn(&str)>,
 }
 
-/// An open image. Its node's length is the disk's.
+/// An open image, which is read and written as a [`Disk`].
 pub struct Opened {
+    disk: Disk,
     attachment: Attachment,
     /// The image itself, if this is a temporary overlay of it.
     below: Option<String>,
@@ -80,7 +83,14 @@ pub struct Opened {
     given: Map,
     /// By guessing.
     pub guessed_raw: bool,
-    write_through: bool,
+}
+
+impl Deref for Opened {
+    type Target = Disk;
+
+    fn deref(&self) -> &Disk {
+        &self.disk
+    }
 }
 
 impl Images {
@@ -167,7 +177,20 @@ impl Images {
                 wanted.name
             ));
         }
+        let mut disk = Disk::new(node).write_through(wanted.cache.write_through);
+        if let Some(copier) = &copier {
+            disk = disk.read_through(copier.node().clone());
+        }
+        if guessed_raw {
+            let name = wanted.name.to_owned();
+            disk = disk.guarded(Arc::new(move |sector| {
+                let found = registry.probe(sector, &name);
+                let stays_raw = found.is_none_or(|guess| guess.name() == "raw");
+                if stays_raw { Ok(()) } else { Err(Errno::EPERM) }
+            }));
+        }
         Ok(Opened {
+            disk,
             attachment,
             below,
             copier,
@@ -175,7 +198,6 @@ impl Images {
             name: wanted.name.to_owned(),
             given,
             guessed_raw,
-            write_through: wanted.cache.write_through,
         })
     }
 
@@ -320,17 +342,9 @@ fn permissions(wanted: &Wanted<'_>) -> Perms {
 }
 
 impl Opened {
-    pub fn node(&self) -> &Arc<Node> {
-        self.attachment.node()
-    }
-
-    /// Bytes.
-    pub fn len(&self) -> u64 {
-        self.node().len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// The disk, for work that outlives a borrow. The image stays open as long as this is.
+    pub fn disk(&self) -> Disk {
+        self.disk.clone()
     }
 
     /// The driver's name.
@@ -345,37 +359,6 @@ impl Opened {
     /// What the image is called in listings: a name that opens the same disk, but for its backing file.
     pub fn filename(&self) -> String {
         name::name_without_backing(self.node(), self.registry, &self.given)
-    }
-
-    pub async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
-        self.copier.as_ref().unwrap_or(&self.attachment).node().read(at, into).await
-    }
-
-    pub async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
-        if self.guessed_raw && at < SECTOR {
-            self.check_first_sector(at, from).await?;
-        }
-        let mut flags = flags;
-        flags.set(WriteFlags::FUA, self.write_through || flags.contains(WriteFlags::FUA));
-        self.node().write(at, from, flags).await
-    }
-
-    /// Writes compressed ([`Node::write_compressed`]).
-    pub async fn write_compressed(&self, at: u64, from: &IoVec<'_>) -> IoResult {
-        let flags = if self.write_through { WriteFlags::FUA } else { WriteFlags::empty() };
-        self.node().write_compressed(at, from, flags).await
-    }
-
-    /// Stores what was packed from `plain` ([`Node::store_packed`]).
-    pub async fn store_packed(&self, packed: &[Packed], plain: &IoVec<'_>) -> IoResult {
-        self.node().store_packed(packed, plain).await?;
-        if self.write_through { self.node().flush().await } else { Ok(()) }
-    }
-
-    pub async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
-        let mut flags = flags;
-        flags.set(ZeroFlags::FUA, self.write_through || flags.contains(ZeroFlags::FUA));
-        self.node().zero(at, len, flags).await
     }
 
     /// Takes or gives up the right to change the length.
@@ -411,15 +394,5 @@ impl Opened {
         }
         node.bitmaps().resize(node.len(), &node.members());
         Ok(())
-    }
-
-    /// Whether a guessed raw image would still be one after this write.
-    async fn check_first_sector(&self, at: u64, from: &IoVec<'_>) -> IoResult {
-        let mut sector = [0; SECTOR as usize];
-        let len = SECTOR.min(self.len());
-        self.node().read(0, &IoVec::from_mut(&mut sector[..len as usize])).await?;
-        from.copy_to(&mut sector[at as usize..]);
-        let found = self.registry.probe(&sector, &self.name);
-        if found.is_some_and(|guess| guess.name() != "raw") { Err(Errno::EPERM) } else { Ok(()) }
     }
 }

@@ -4,8 +4,8 @@ use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, 
 use super::{Context, Ended, Tool, convert, outln};
 use crate::block::{Error, extents};
 use crate::cli::getopt::{Line, switch, valued};
+use crate::copy::{Copy, copy};
 use crate::tools::chain::{self, Layers};
-use crate::tools::copy::{Copy, copy};
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
@@ -88,10 +88,9 @@ async fn commit(
     };
     let Layers { top, between, base } =
         chain::open_for_commit(images, image, wanted, depth).await?;
-    let (top, base) = (Arc::new(top), Arc::new(base));
     let work = Copy {
-        sources: vec![top.clone()],
-        target: base.clone(),
+        sources: vec![top.disk()],
+        target: base.disk(),
         lanes: LANES,
         in_order: false,
         compress: false,
@@ -103,7 +102,9 @@ async fn commit(
         rate,
     };
     let helpers = convert::helpers(LANES);
-    let copied = copy(work, &helpers, progress.clone(), Box::new(|_, _| {})).await;
+    let shown = progress.clone();
+    let told = Box::new(move |part, whole| shown.advance(part, whole));
+    let copied = copy(work, &helpers, told, Box::new(|_, _| {})).await;
     drop(helpers);
     copied.map_err(convert::describe)?;
     base.node().flush().await.map_err(|errno| format!("Could not flush the image: {errno}"))?;
@@ -112,13 +113,7 @@ async fn commit(
         let driver = top.node().driver();
         driver.image().ok_or("Operation not supported")?.make_empty().await.map_err(empty)?;
     }
-    for image in [top].into_iter().filter_map(|image| Arc::try_unwrap(image).ok()) {
-        images.close(image).await?;
-    }
-    for image in between {
-        images.close(image).await?;
-    }
-    for image in [base].into_iter().filter_map(|image| Arc::try_unwrap(image).ok()) {
+    for image in [top].into_iter().chain(between).chain([base]) {
         images.close(image).await?;
     }
     Ok(0)

@@ -8,10 +8,10 @@ use crate::block::create::Made;
 use crate::block::{Error, ZeroFlags, create_options, extents};
 
 use crate::cli::getopt::{Line, long_switch, switch, valued};
+use crate::copy::{Copy, Trouble, copy};
 use crate::drivers;
 use crate::io::{Worker, WorkerOptions};
 use crate::options::{Map, Value, qemuopts};
-use crate::tools::copy::{Copy, Trouble, copy};
 use crate::tools::{Cache, Images, Opened, Wanted};
 use std::sync::Arc;
 
@@ -184,7 +184,7 @@ async fn convert(
     let mut sources = Vec::new();
     for name in names {
         let wanted = arguments::wanted(line, name, "f", "image-opts")?;
-        sources.push(Arc::new(images.open(&Wanted { cache, exclusive: true, ..wanted }).await?));
+        sources.push(images.open(&Wanted { cache, exclusive: true, ..wanted }).await?);
     }
     let len = sources.iter().map(|source| source.len()).sum();
     if let Some(snapshot) = &asked.snapshot {
@@ -207,8 +207,8 @@ async fn convert(
     let progress = Arc::new(context.progress(line));
     progress.set(0.0);
     let work = Copy {
-        sources: sources.clone(),
-        target: target.clone(),
+        sources: sources.iter().map(|source| source.disk()).collect(),
+        target: target.disk(),
         lanes,
         in_order: !line.has("W"),
         compress: line.has("c"),
@@ -228,7 +228,9 @@ async fn convert(
         }
     });
     let helpers = helpers(lanes);
-    let copied = copy(work, &helpers, progress.clone(), salvaged).await;
+    let shown = progress.clone();
+    let told = Box::new(move |part, whole| shown.advance(part, whole));
+    let copied = copy(work, &helpers, told, salvaged).await;
     drop(helpers);
     if copied.is_ok() {
         progress.set(100.0);
@@ -239,9 +241,7 @@ async fn convert(
         bitmap_copy::copy(context, sources[0].node(), target.node()).await?;
     }
     for image in [target].into_iter().chain(sources) {
-        if let Ok(image) = Arc::try_unwrap(image) {
-            images.close(image).await?;
-        }
+        images.close(image).await?;
     }
     Ok(0)
 }
@@ -269,7 +269,7 @@ pub(super) fn describe(trouble: Trouble) -> Failed {
 
 /// Whether a backing file was named, in whichever of the two ways; of a target that exists it is taken
 /// on trust.
-fn check_backing(line: &Line, options: &Map, sources: &[Arc<Opened>]) -> Result<bool, Failed> {
+fn check_backing(line: &Line, options: &Map, sources: &[Opened]) -> Result<bool, Failed> {
     let backing = match line.has("n") {
         true => line.get("B"),
         false => options.get("backing_file").and_then(Value::as_str),
@@ -316,7 +316,7 @@ async fn known_zeroes(line: &Line, target: &Target, len: u64, sparse: bool) -> R
 
 /// The image that is written to.
 struct Target {
-    image: Arc<Opened>,
+    image: Opened,
     /// Its backing file supplies what the source takes from its own.
     has_backing: bool,
     /// What its driver reported, if it was made here.
@@ -330,7 +330,7 @@ async fn open_target(
     name: &str,
     mut options: Map,
     len: u64,
-    sources: &[Arc<Opened>],
+    sources: &[Opened],
 ) -> Result<Target, Failed> {
     let registry = drivers::registry();
     let image_opts = line.has("target-image-opts");
@@ -400,5 +400,5 @@ async fn open_target(
     }
     // Without a backing file nothing is supplied, whatever was said.
     let has_backing = has_backing && extents::backing(target.node()).is_some();
-    Ok(Target { image: Arc::new(target), has_backing, made })
+    Ok(Target { image: target, has_backing, made })
 }

@@ -6,10 +6,10 @@ use super::arguments::{
 use super::{Context, Ended, Failed, Tool};
 use crate::block::Error;
 use crate::cli::getopt::{Line, switch, valued};
+use crate::copy::rebase::{Trouble, make_own};
 use crate::drivers;
 use crate::io::Errno;
 use crate::options::filename;
-use crate::tools::rebase::{Trouble, make_own};
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 
 pub static TOOL: Tool = Tool {
@@ -95,7 +95,9 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -
             None => None,
         };
         if base.is_none() || format.is_some() {
-            make_own(&image, new.as_ref(), compress, progress).await.map_err(describe)?;
+            let (new, told) =
+                (new.as_ref().map(Opened::disk), |part, whole| progress.step(part, whole));
+            make_own(&image.disk(), new.as_ref(), compress, told).await.map_err(describe)?;
         }
         if let Some(new) = new {
             images.close(new).await?;

@@ -8,11 +8,14 @@
 //! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for. What is to be
 //! compressed goes in whole units of the target, packed by each lane before its turn to write.
 
+mod disk;
 mod plan;
+pub mod rebase;
 mod turns;
+pub mod zeroes;
 
-use super::zeroes::{is_zero, zero_prefix};
-use super::{Opened, Progress};
+pub use disk::{Disk, Guard};
+
 use crate::block::{Node, Packed, WriteFlags, ZeroFlags};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoVec, Worker, current, sleep};
@@ -20,6 +23,7 @@ use plan::{Kind, Piece, Plan};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use turns::{Signal, Turns};
+use zeroes::{is_zero, zero_prefix};
 
 /// The most that one lane reads at once, in bytes, from the storage itself.
 const CHUNK: u64 = 2 << 20;
@@ -32,8 +36,8 @@ const PAGE: u64 = 4096;
 /// What is to be copied, and how.
 pub struct Copy {
     /// Not empty.
-    pub sources: Vec<Arc<Opened>>,
-    pub target: Arc<Opened>,
+    pub sources: Vec<Disk>,
+    pub target: Disk,
     /// Pieces on their way at the same time. Not 0.
     pub lanes: usize,
     /// Writes reach the target in the order of their offsets.
@@ -58,8 +62,8 @@ pub struct Copy {
 impl Copy {
     /// The most that one lane reads at once, in bytes.
     fn chunk(&self) -> u64 {
-        let mut images = self.sources.iter().chain([&self.target]);
-        let direct = images.any(|image| image.node().options().direct);
+        let mut disks = self.sources.iter().chain([&self.target]);
+        let direct = disks.any(|disk| disk.node().options().direct);
         let chunk = if direct { CHUNK } else { CACHED_CHUNK };
         chunk.max(self.unit().unwrap_or(0))
     }
@@ -76,7 +80,7 @@ impl Copy {
 
     /// The source that has the byte at `at` of the target, the byte's offset in it, and how many
     /// bytes there are from there on.
-    fn source_at(&self, at: u64) -> Option<(&Opened, u64, u64)> {
+    fn source_at(&self, at: u64) -> Option<(&Disk, u64, u64)> {
         let mut from = at;
         for source in &self.sources {
             if from < source.len() {
@@ -109,6 +113,9 @@ impl Trouble {
     }
 }
 
+/// Told how many bytes more are done, of how many in all.
+pub type Progress = Box<dyn Fn(u64, u64) + Send + Sync>;
+
 /// Told of what could not be read and became zeroes: the offset in the target.
 pub type Salvaged = Box<dyn Fn(u64, Errno) + Send + Sync>;
 
@@ -117,7 +124,7 @@ struct Shared {
     copy: Copy,
     plan: Plan,
     turns: Turns,
-    progress: Arc<Progress>,
+    progress: Progress,
     salvaged: Salvaged,
     trouble: Mutex<Option<Trouble>>,
     /// Lanes that have not ended.
@@ -132,7 +139,7 @@ struct Shared {
 pub async fn copy(
     copy: Copy,
     helpers: &[Worker],
-    progress: Arc<Progress>,
+    progress: Progress,
     salvaged: Salvaged,
 ) -> Result<(), Trouble> {
     let plan = Plan::new(&copy).await?;
@@ -225,7 +232,7 @@ impl Shared {
         let step = self.copy.unit().unwrap_or(plan::STEP);
         let mut left = piece.told;
         while left > 0 {
-            self.progress.advance(left.min(step), self.plan.total());
+            (self.progress)(left.min(step), self.plan.total());
             left -= left.min(step);
         }
         Ok(())
@@ -256,7 +263,7 @@ impl Shared {
     }
 
     /// Reads sector by sector; those that cannot be read become zeroes.
-    async fn salvage(&self, to: u64, source: &Opened, from: u64, bytes: &mut [u8]) {
+    async fn salvage(&self, to: u64, source: &Disk, from: u64, bytes: &mut [u8]) {
         let mut at = 0;
         for sector in bytes.chunks_mut(512) {
             let len = sector.len() as u64;

@@ -1,8 +1,8 @@
 //! Standing an image on another backing file: what would be read differently is copied into the image
 //! first, and is durable before the header names the new file.
 
+use super::Disk;
 use super::zeroes::is_zero;
-use super::{Opened, Progress};
 use crate::block::extents;
 use crate::block::{Node, Precision, SECTOR, Status, WriteFlags, ZeroFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
@@ -23,12 +23,12 @@ pub enum Trouble {
 }
 
 /// Copies what differs between what an image stands on and `new`, both possibly shorter than it, or
-/// nothing at all. `compress`: whole units of the image's driver, which can, are stored so.
+/// nothing at all. `progress` is told of each step how many are done with it, of how many. `compress`: whole units of the image's driver, which can, are stored so.
 pub async fn make_own(
-    image: &Opened,
-    new: Option<&Opened>,
+    image: &Disk,
+    new: Option<&Disk>,
     compress: bool,
-    progress: &Progress,
+    progress: impl Fn(u64, u64),
 ) -> Result<(), Trouble> {
     let memory = || AlignedBuf::new(CHUNK as usize, 4096).ok_or(Trouble::Memory);
     let mut work = Work {
@@ -53,7 +53,7 @@ pub async fn make_own(
             // As QEMU tells it: in steps of one size, and none where the image has its own.
             let step = CHUNK.min(end - at);
             work.copy(at, at + step).await?;
-            progress.step(1, len / len.min(CHUNK));
+            progress(1, len / len.min(CHUNK));
             at += step;
         }
     }
@@ -64,7 +64,7 @@ pub async fn make_own(
 }
 
 struct Work<'a> {
-    image: &'a Opened,
+    image: &'a Disk,
     old: Option<Arc<Node>>,
     new: Option<Arc<Node>>,
     /// What is compressed as one, in bytes; none to compress nothing.
