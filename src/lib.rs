@@ -10,7 +10,7 @@
 //! * [`block`]: the contract between disks' users and their implementations.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`copy`]: the copy engine: the contents of disks to another disk.
-//! * [`export`]: transports: vhost-user-blk.
+//! * [`export`]: transports on one core: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
 //! * [`metrics`]: what watchers of a service are told.
 //! * [`tools`]: what the image tools do, whoever calls them.

@@ -36,3 +36,21 @@ pub fn by_name(name: &str) -> Result<&'static ExportEntry, Error> {
         None => Err(Error::new(format!("Parameter 'type' does not accept value '{name}'"))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_type_that_we_lack_is_told_from_one_that_nobody_has() {
+        for entry in LIST {
+            assert_eq!(by_name(entry.name).map(|found| found.name).ok(), Some(entry.name));
+        }
+        for name in NOT_AVAILABLE {
+            let error = by_name(name).err().unwrap().to_string();
+            assert_eq!(error, format!("exports of type '{name}' are not available"));
+        }
+        let error = by_name("nbdd").err().unwrap().to_string();
+        assert_eq!(error, "Parameter 'type' does not accept value 'nbdd'");
+    }
+}

@@ -207,3 +207,13 @@ fn a_missing_option_is_told_before_a_superfluous_one() {
 fn the_empty_backing_name_means_no_backing() {
     assert_eq!(all("backing=").unwrap().backing, Some(NodeRefOrNull::Null));
 }
+
+#[test]
+fn a_struct_takes_its_keys_and_leaves_the_others_to_be_read() {
+    let given = keyval::parse("path=a,other=b,more=c", None).unwrap().options;
+    let (address, rest): (UnixAddress, Map) = split_map(given).unwrap();
+    assert_eq!(address, UnixAddress { path: "a".into() });
+    assert_eq!(rest.iter().map(|(key, _)| key).collect::<Vec<_>>(), ["other", "more"]);
+    let missing = split_map::<UnixAddress>(rest).unwrap_err();
+    assert_eq!(missing.to_string(), "Parameter 'path' is missing");
+}

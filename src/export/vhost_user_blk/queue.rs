@@ -118,10 +118,6 @@ pub struct QueueStart<R: Ring = SplitRing> {
     pub paused: u32,
 }
 
-// SAFETY: the ring's pointers lead into mappings that any thread may use; a queue is built on a
-// control thread and from then on stays on its worker.
-unsafe impl<R: Ring> Send for QueueStart<R> {}
-
 impl<R: Ring> Queue<R> {
     /// A queue, on the thread that will serve it.
     pub fn new(start: QueueStart<R>) -> Queue<R> {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub const MAX_SIZE: u16 = 1024;
 
 /// A ring in use. A chain is known by its head, a number below the ring's size.
-pub trait Ring: Sized + 'static {
+pub trait Ring: Sized + Send + 'static {
     /// A place in the ring.
     type Index: Copy + Send + 'static;
 

@@ -46,6 +46,9 @@ pub struct SplitRing {
     _memory: Arc<Memory>,
 }
 
+// SAFETY: the pointers lead into mappings that any thread may use and that `_memory` keeps.
+unsafe impl Send for SplitRing {}
+
 impl SplitRing {
     fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
         // SAFETY: `new` checked that both rings lie in mapped memory at even host addresses, `index`
