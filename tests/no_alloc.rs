@@ -97,17 +97,16 @@ struct Slot {
     /// Kept for the memory that the list names.
     _buf: AlignedBuf,
     list: [libc::iovec; 1],
-    generation: Generation,
+    generation: Option<Generation>,
 }
 
 impl Load {
     fn new(node: Arc<Node>, done: mpsc::Sender<Found>) -> Load {
-        let announcer = Announcer::default();
-        node.add_member(announcer.member());
+        let announcer = node.announcer();
         let slot = |_| {
             let mut buf = AlignedBuf::new(BLOCK, BLOCK).unwrap();
             let list = [IoVec::from_mut(&mut buf).as_raw()[0]];
-            Slot { _buf: buf, list, generation: Generation::default() }
+            Slot { _buf: buf, list, generation: None }
         };
         Load {
             blocks: node.len() / BLOCK as u64,
@@ -129,7 +128,8 @@ impl Load {
 
     fn end(&mut self, tag: u32, result: IoResult) {
         result.unwrap();
-        self.announcer.end(self.slots[tag as usize].generation);
+        let generation = self.slots[tag as usize].generation.take();
+        self.announcer.end(generation.expect("it was begun"));
         self.free.push(tag);
         self.ended += 1;
         if self.ended == WARM {
@@ -164,7 +164,7 @@ impl Source for Load {
                 let at = self.begun * 7 % self.blocks * BLOCK as u64;
                 self.begun += 1;
                 let slot = &mut self.slots[tag as usize];
-                slot.generation = turn.begin();
+                slot.generation = Some(turn.begin());
                 let mapping = self.node.map(turn.in_flight(), at, BLOCK as u64, access);
                 assert_eq!(mapping.len, BLOCK as u64);
                 let started = match mapping.target {

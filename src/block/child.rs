@@ -7,6 +7,7 @@
 
 use super::Node;
 use crate::io::InFlight;
+use crate::io::epoch::Announcer;
 use crate::io::sync::Mutex;
 use std::cell::RefCell;
 use std::mem::ManuallyDrop;
@@ -63,6 +64,18 @@ impl Child {
         let mut owner = self.owner.lock();
         self.node.store(Arc::as_ptr(&node).cast_mut(), Ordering::Release);
         std::mem::replace(&mut **owner, node)
+    }
+}
+
+impl Node {
+    /// An announcer for requests on the fast road through this node and all that it stands on: whoever changes
+    /// one of them waits for it.
+    pub fn announcer(&self) -> Announcer {
+        // SAFETY: it is listed with every node that the way down from here leads through; those that
+        // take a place in the graph later take over the lists of those whose place it was.
+        let announcer = unsafe { Announcer::new() };
+        self.add_member(announcer.member());
+        announcer
     }
 }
 

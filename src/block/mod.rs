@@ -7,7 +7,7 @@
 //! * [`bitmap`]: which parts of a node were written.
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`compress`]: storing data compressed.
-//! * [`overlap`]: which writes wait for which.
+//! * [`overlap`]: which writes wait for which. `members`: whose fast requests there may be.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
 //! * [`name`]: what opens the same disk again; [`named`]: options that meet a file name.
@@ -38,6 +38,7 @@ pub mod graph;
 pub mod image;
 pub mod length;
 pub mod memory;
+mod members;
 pub mod name;
 pub mod named;
 pub mod node;

@@ -105,7 +105,7 @@ pub struct Node {
     frozen: AtomicBool,
     unflushed: Unflushed,
     /// Who may have requests on the fast road through this node.
-    members: Mutex<Vec<Arc<epoch::Member>>>,
+    pub(super) members: Mutex<Vec<Arc<epoch::Member>>>,
 }
 
 impl Node {
@@ -307,25 +307,6 @@ impl Node {
     fn takes(&self, at: u64, len: u64) -> bool {
         (at | len) & (self.traits.request_align as u64 - 1) == 0
             && len <= self.traits.max_transfer as u64
-    }
-
-    /// Announces `member` as one whose fast requests may go through this node, and everything below.
-    pub fn add_member(&self, member: &Arc<epoch::Member>) {
-        self.add_own_member(member);
-        self.below().iter().for_each(|node| node.add_own_member(member));
-    }
-
-    fn add_own_member(&self, member: &Arc<epoch::Member>) {
-        let mut members = self.members.lock();
-        members.retain(|m| Arc::strong_count(m) > 1);
-        if !members.iter().any(|m| Arc::ptr_eq(m, member)) {
-            members.push(member.clone());
-        }
-    }
-
-    /// Who may have fast requests through this node.
-    pub fn members(&self) -> Vec<Arc<epoch::Member>> {
-        self.members.lock().clone()
     }
 
     // ---- The slow road

@@ -42,10 +42,14 @@ pub struct Announcer {
     /// Epochs with requests in flight, oldest first, and how many. Usually one.
     generations: RefCell<VecDeque<(u64, u32)>>,
     announced: Cell<u64>,
+    /// Turns that have not ended. While there are any the announcement stays up, so that one that is
+    /// forgotten keeps it up for ever, and does no other harm.
+    turns: Cell<u32>,
     witness: InFlight,
 }
 
-/// The proof, which the fast road asks for, that an announcement is up.
+/// The proof, which the fast road asks for, that an announcement is up which everybody waits for who changes
+/// the graph: only the turn of an announcer that is listed there has one ([`Announcer::new`]).
 pub struct InFlight {
     not_send: PhantomData<*const ()>,
 }
@@ -56,22 +60,38 @@ pub struct Turn<'a> {
     epoch: u64,
 }
 
-/// The epoch that a request was begun in; given back with [`Announcer::end`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The epoch that a request was begun in; given back with [`Announcer::end`], once. One that is lost keeps
+/// the announcement up.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "the announcement stays up until it is given back"]
 pub struct Generation(u64);
 
+/// In tests, for what no graph is asked.
+#[cfg(test)]
 impl Default for Announcer {
     fn default() -> Announcer {
-        Announcer {
-            member: Arc::new(Member { oldest: CachePadded::new(AtomicU64::new(OFFLINE)) }),
-            generations: RefCell::new(VecDeque::with_capacity(16)),
-            announced: Cell::new(OFFLINE),
-            witness: InFlight { not_send: PhantomData },
-        }
+        // SAFETY: tests change what they look at themselves.
+        unsafe { Announcer::new() }
     }
 }
 
 impl Announcer {
+    /// An announcer that is in no list yet.
+    ///
+    /// # Safety
+    /// Before its first turn its [`Announcer::member`] is listed with all that is looked at with the
+    /// turns' [`InFlight`], so that [`synchronize`] is told of it by whoever changes that. For a graph
+    /// [`Node::announcer`](crate::block::Node::announcer) sees to it.
+    pub unsafe fn new() -> Announcer {
+        Announcer {
+            member: Arc::new(Member { oldest: CachePadded::new(AtomicU64::new(OFFLINE)) }),
+            generations: RefCell::new(VecDeque::with_capacity(16)),
+            announced: Cell::new(OFFLINE),
+            turns: Cell::new(0),
+            witness: InFlight { not_send: PhantomData },
+        }
+    }
+
     pub fn member(&self) -> &Arc<Member> {
         &self.member
     }
@@ -85,6 +105,7 @@ impl Announcer {
             self.member.oldest.store(epoch, Ordering::Relaxed);
             fence(Ordering::SeqCst);
         }
+        self.turns.set(self.turns.get() + 1);
         Turn { announcer: self, epoch }
     }
 
@@ -92,12 +113,15 @@ impl Announcer {
     pub fn end(&self, generation: Generation) {
         let mut generations = self.generations.borrow_mut();
         if let Some(entry) = generations.iter_mut().find(|(epoch, _)| *epoch == generation.0) {
-            entry.1 -= 1;
+            entry.1 = entry.1.saturating_sub(1);
         }
     }
 
-    /// Brings the announcement up to date, outside a turn.
+    /// Brings the announcement up to date. Within a turn it stays as it is.
     pub fn settle(&self) {
+        if self.turns.get() > 0 {
+            return;
+        }
         let mut generations = self.generations.borrow_mut();
         while generations.front().is_some_and(|&(_, count)| count == 0) {
             generations.pop_front();
@@ -132,6 +156,7 @@ impl Turn<'_> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
+        self.announcer.turns.set(self.announcer.turns.get() - 1);
         self.announcer.settle();
     }
 }
@@ -223,6 +248,26 @@ mod tests {
         let a = Announcer::default();
         drop(a.enter());
         assert!(poll_once(pin!(synchronize(&[a.member().clone()]))));
+    }
+
+    #[test]
+    fn an_announcement_stays_up_through_turns_in_turns_and_those_that_are_forgotten() {
+        let a = Announcer::default();
+        let members = [a.member().clone()];
+        let outer = a.enter();
+        let mut wait = pin!(synchronize(&members));
+        assert!(!poll_once(wait.as_mut()));
+        drop(a.enter());
+        a.settle();
+        assert!(!poll_once(wait.as_mut()), "the outer one has not ended");
+        drop(outer);
+        assert!(poll_once(wait.as_mut()));
+        std::mem::forget(a.enter());
+        drop(a.enter());
+        let mut wait = pin!(synchronize(&members));
+        assert!(!poll_once(wait.as_mut()), "nobody knows whether it has ended");
+        drop(a);
+        assert!(poll_once(wait.as_mut()));
     }
 
     #[test]

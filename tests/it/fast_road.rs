@@ -167,8 +167,7 @@ impl Source for Road {
         let (new, closed) = {
             let mut inbox = self.inbox.borrow_mut();
             if let Some(node) = inbox.node.take() {
-                let announcer = Announcer::default();
-                node.add_member(announcer.member());
+                let announcer = node.announcer();
                 self.announcer = Some((node, announcer));
             }
             (std::mem::take(&mut inbox.new), inbox.closed)

@@ -5,7 +5,6 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 use vublk::block::*;
-use vublk::io::epoch::Announcer;
 use vublk::io::sim::Disorder;
 use vublk::io::{self, Errno, IoVec};
 use vublk::protocol::sim::{Change, Effect, Fault, Kinds, SimOptions};
@@ -271,7 +270,7 @@ fn requests_outside_the_disk_or_without_permission_are_refused() {
         assert_eq!(opened.node.write(0, &list, WriteFlags::empty()).await, Err(Errno::EPERM));
         assert_eq!(opened.node.zero(0, 1024, ZeroFlags::empty()).await, Err(Errno::EPERM));
         assert_eq!(opened.node.discard(0, 1024).await, Err(Errno::EPERM));
-        let announcer = Announcer::default();
+        let announcer = opened.node.announcer();
         let turn = announcer.enter();
         let map = |access| opened.node.map(turn.in_flight(), 0, 1024, access).target;
         assert!(matches!(map(Access::Write), Target::Slow), "nor is there a fast way around");

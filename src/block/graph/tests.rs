@@ -7,7 +7,6 @@ mod drain_tests;
 use super::*;
 use crate::block::registry::{DriverEntry, Kind, OpenFn};
 use crate::block::*;
-use crate::io::epoch::Announcer;
 use crate::io::{InFlight, IoResult, IoVec, WorkerOptions};
 use crate::options::{NodeRef, json, keyval};
 use serde::Deserialize;
@@ -666,8 +665,7 @@ fn fast_requests_keep_the_node_that_they_were_mapped_to() {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                let announcer = Announcer::default();
-                top.add_member(announcer.member());
+                let announcer = top.announcer();
                 let mut pending = std::collections::VecDeque::new();
                 while !stop.load(Ordering::SeqCst) {
                     let turn = announcer.enter();

@@ -121,8 +121,7 @@ pub struct QueueStart<R: Ring = SplitRing> {
 impl<R: Ring> Queue<R> {
     /// A queue, on the thread that will serve it.
     pub fn new(start: QueueStart<R>) -> Queue<R> {
-        let announcer = Rc::new(Announcer::default());
-        start.disk.node().add_member(announcer.member());
+        let announcer = Rc::new(start.disk.node().announcer());
         let mut slots: Vec<_> =
             std::iter::repeat_with(Slot::default).take(start.size as usize).collect();
         let mut held = start.held;
@@ -317,9 +316,8 @@ impl<R: Ring> Source for Queue<R> {
 
     fn complete(&mut self, io: &Rc<Io>, tag: u32, result: IoResult) {
         let head = tag as u16;
-        let slot = &self.slots[head as usize];
-        if slot.fast {
-            self.announcer.end(slot.generation);
+        if let Some(generation) = self.slots[head as usize].generation.take() {
+            self.announcer.end(generation);
         }
         if let Some(recorder) = &mut self.recorder {
             recorder.end(io);

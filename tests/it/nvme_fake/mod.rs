@@ -41,7 +41,7 @@ fn write(worker: &Worker, node: &Arc<Node>, at: u64, byte: u8) -> Result<(), Err
 fn is_fast(worker: &Worker, node: &Arc<Node>) -> bool {
     let node = node.clone();
     worker.call(move |_| {
-        let announcer = vublk::io::epoch::Announcer::default();
+        let announcer = node.announcer();
         let turn = announcer.enter();
         let mapping = node.map(turn.in_flight(), 0, 4096, Access::Write);
         matches!(mapping.target, vublk::block::Target::Data { .. })

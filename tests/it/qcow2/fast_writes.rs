@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 use vublk::block::*;
-use vublk::io::epoch::{Announcer, Turn};
+use vublk::io::epoch::Turn;
 use vublk::io::sim::Disorder;
 use vublk::io::{self, IoVec};
 use vublk::options::{Map, Value};
@@ -59,8 +59,7 @@ fn whatever_withdraws_the_permission_of_fast_writes_waits_for_those_under_way() 
             let node = image.node.clone();
             let ones = vec![1; 1 << 16];
             node.write(0, &IoVec::from_ref(&ones), WriteFlags::empty()).await.unwrap();
-            let announcer = Announcer::default();
-            node.add_member(announcer.member());
+            let announcer = node.announcer();
             let turn = announcer.enter();
             assert!(is_fast(&node, &turn), "{change:?}");
             let write = turn.begin();

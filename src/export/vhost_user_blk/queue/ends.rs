@@ -34,7 +34,6 @@ impl<R: Ring> Queue<R> {
             }
         }
         slot.busy = false;
-        slot.fast = false;
         if let Some(recorder) = &mut self.recorder {
             let operation = slot.kind.and_then(Kind::operation);
             recorder.ended(operation, status == Status::Ok, slot.taken_at, slot.len);

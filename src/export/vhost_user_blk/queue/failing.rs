@@ -88,7 +88,6 @@ impl<R: Ring> Queue<R> {
     fn hold(&mut self, io: &Io, head: u16) {
         let slot = &mut self.slots[head as usize];
         slot.status = None;
-        slot.fast = false;
         self.held -= slot.segments.len();
         slot.segments.clear();
         slot.segments.shrink_to(KEEP_SEGMENTS);

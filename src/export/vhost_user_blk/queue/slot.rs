@@ -9,8 +9,6 @@ use crate::io::iovec;
 #[derive(Default)]
 pub(super) struct Slot {
     pub(super) busy: bool,
-    /// The road that the request took: how its end must be booked.
-    pub(super) fast: bool,
     /// It was held before.
     pub(super) again: bool,
     /// Looks of the watch since it was taken.
@@ -25,7 +23,8 @@ pub(super) struct Slot {
     pub(super) len: u32,
     pub(super) offset: u64,
     pub(super) status: Option<std::ptr::NonNull<u8>>,
-    pub(super) generation: Generation,
+    /// Of a request on the fast road.
+    pub(super) generation: Option<Generation>,
 }
 
 impl Slot {

@@ -177,8 +177,7 @@ impl<R: Ring> Queue<R> {
         let token = Token { source: me, tag: head as u32 };
         match start_fast(&self.disk, turn, io, slot, access, token) {
             Some(Started::Pending) => {
-                slot.fast = true;
-                slot.generation = turn.begin();
+                slot.generation = Some(turn.begin());
             }
             Some(Started::Done(result)) => self.transferred(io, head, result),
             None => {
