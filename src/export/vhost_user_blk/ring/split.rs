@@ -26,6 +26,24 @@ struct Descriptor {
     next: u16,
 }
 
+impl Descriptor {
+    /// Copies a descriptor out of the guest's memory, with one look: the guest may be writing to it.
+    ///
+    /// # Safety
+    /// All of it is mapped. It may lie at any address.
+    #[inline]
+    unsafe fn read(at: *const Descriptor) -> Descriptor {
+        if at.is_aligned() {
+            // SAFETY: the caller's promise, and it is aligned.
+            return unsafe { at.read_volatile() };
+        }
+        // SAFETY: the caller's promise; bytes lie at any address.
+        let bytes = unsafe { at.cast::<[u8; size_of::<Descriptor>()]>().read_volatile() };
+        // SAFETY: all of its fields are numbers, without room between them.
+        unsafe { std::mem::transmute::<[u8; size_of::<Descriptor>()], Descriptor>(bytes) }
+    }
+}
+
 /// A split ring in use.
 pub struct SplitRing {
     size: u16,
@@ -163,7 +181,7 @@ impl Ring for SplitRing {
     ) -> Result<usize, Broken> {
         list.clear();
         // SAFETY: `new` checked the table's place; head was checked against its length.
-        let first = unsafe { self.descriptors.add(head as usize).read_volatile() };
+        let first = unsafe { Descriptor::read(self.descriptors.add(head as usize)) };
         let (table, count, mut entry) = if first.flags & DESC_INDIRECT != 0 {
             let broken = Broken::Indirect { head, addr: first.addr, len: first.len };
             let count = first.len / 16;
@@ -176,7 +194,7 @@ impl Ring for SplitRing {
             }
             let table = memory.host(first.addr, first.len as u64).ok_or(broken)?;
             // SAFETY: the whole table is mapped; the guest may have put it at any address.
-            let entry = unsafe { table.cast::<Descriptor>().read_unaligned() };
+            let entry = unsafe { Descriptor::read(table.cast_const().cast()) };
             (table.cast_const().cast::<Descriptor>(), count as u16, entry)
         } else {
             (self.descriptors, self.size, first)
@@ -210,7 +228,7 @@ impl Ring for SplitRing {
                 return Err(Broken::Next { head, next });
             }
             // SAFETY: next is inside the table, which is mapped.
-            entry = unsafe { table.add(next as usize).read_unaligned() };
+            entry = unsafe { Descriptor::read(table.add(next as usize)) };
         }
     }
 
