@@ -91,7 +91,7 @@ pub struct Node {
     marks: WriteMarks,
     discards: DiscardCounts,
     /// What takes longer than a worker may be kept.
-    pub(super) blocking: Blocking,
+    blocking: Blocking,
     notices: Arc<Notices>,
     /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
     /// graph.
@@ -117,6 +117,17 @@ impl Node {
         notices: Arc<Notices>,
     ) -> Arc<Node> {
         let mut traits = driver.traits();
+    ) -> Arc<Node> {
+        Node::with_share(name, driver, options, notices, Blocking::default())
+    }
+
+    /// As [`Node::new`]; its work that blocks is done in this share of the threads.
+    pub fn with_share(
+        name: String,
+        driver: Box<dyn Driver>,
+        options: NodeOptions,
+        notices: Arc<Notices>,
+        blocking: Blocking,
         if options.read_only {
             traits.abilities |= Abilities::READ_ONLY;
         }
@@ -133,7 +144,7 @@ impl Node {
             overlap: Overlap::default(),
             marks: WriteMarks::default(),
             discards: DiscardCounts::default(),
-            blocking: Blocking::default(),
+            blocking,
             notices,
             held: AtomicU8::new(0),
             perms: AtomicU16::new(0),
@@ -151,6 +162,11 @@ impl Node {
     pub fn driver(&self) -> &dyn Driver {
         &*self.driver
     }
+    /// What runs work that blocks, for all nodes of the disk.
+    pub fn blocking(&self) -> &Blocking {
+        &self.blocking
+    }
+
 
     /// What requests to this node should look like to be quick; any other shape works too.
     pub fn traits(&self) -> Traits {

@@ -12,7 +12,7 @@ use super::graph::{By, Graph};
 use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
 use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Notices, Perms};
-use crate::io::task;
+use crate::io::{Blocking, task};
 use crate::options::{self, Map, NodeRef};
 use backing::Chain;
 use serde::Deserialize;
@@ -42,6 +42,10 @@ pub struct Opening {
     depth: Depth,
     /// The images above this one that led here by recorded names.
     chain: Option<Arc<Chain>>,
+    /// The disk's share of the threads for work that blocks.
+    blocking: Blocking,
+    /// There is a child with the node's data, and the share is that child's.
+    has_storage: bool,
 }
 
 /// What an inline child is to its parent: decides what it takes over where its own options are
@@ -93,6 +97,7 @@ pub(super) struct Inherited {
     no_flush: bool,
     active: bool,
     chain: Option<Arc<Chain>>,
+    blocking: Blocking,
     /// Its first use, from the moment when it is there: what it needs of a long chain below itself is taken once.
     first: Option<(By, Perms)>,
 }
@@ -124,6 +129,13 @@ impl Opening {
     /// The policy of the graph that the node will be in.
     pub fn policy(&self) -> &OpenPolicy {
         self.graph.policy()
+    }
+
+    /// What runs the node's work that blocks. All nodes of a disk have one share of the threads: those
+    /// that are opened with it, and storage that was opened by itself before. Another image that is
+    /// named as a backing file has its own, for it may be many disks'. To be asked for when the children are there.
+    pub fn blocking(&self) -> Blocking {
+        self.blocking.clone()
     }
 
     /// Where the node may tell what befalls it.
@@ -173,6 +185,9 @@ impl Opening {
                 }
             }
         };
+        if inherit == Inherit::Storage && !std::mem::replace(&mut self.has_storage, true) {
+            self.blocking = node.blocking().clone();
+        }
         Ok(Child::new(role, node))
     }
 
@@ -192,6 +207,7 @@ impl Opening {
             no_flush: self.options.no_flush,
             active: self.active,
             chain: self.chain.clone(),
+            blocking: self.blocking.clone(),
             first: None,
         }
     }
@@ -222,6 +238,7 @@ impl Graph {
             }
             let first = inherited.as_mut().and_then(|parent| parent.first.take());
             let chain = inherited.as_ref().and_then(|parent| parent.chain.clone());
+            let blocking = inherited.as_ref().map(|parent| parent.blocking.clone());
             let by_parent = inherited.as_ref().is_none_or(|parent| parent.active);
             let active = common.active.unwrap_or(by_parent);
             let (node_options, auto_read_only) = common.resolve(inherited)?;
@@ -240,6 +257,8 @@ impl Graph {
                 active,
                 depth,
                 chain,
+                blocking: blocking.unwrap_or_default(),
+                has_storage: false,
             };
             let driver = (entry.open)(&mut opening, options).await?;
             let mut node_options = opening.options;
@@ -249,7 +268,8 @@ impl Graph {
                 let text = format!("Driver '{}' cannot be opened inactive", driver.name());
                 return Err(Error::new(text));
             }
-            let node = Node::new(opening.name.clone(), driver, node_options, opening.notices());
+            let (name, notices) = (opening.name.clone(), opening.notices());
+            let node = Node::with_share(name, driver, node_options, notices, opening.blocking());
             node.set_active(active);
             if let Err(error) = self.insert(node.clone(), opening.id, first) {
                 // Nothing was asked of it yet, so there is nothing that its end could lose.
@@ -370,6 +390,7 @@ impl Common {
             no_flush: false,
             active: true,
             chain: None,
+            blocking: Blocking::default(),
             first: None,
         });
         let options = NodeOptions {

@@ -13,7 +13,9 @@ use std::task::{Context, Poll, Waker};
 static POOL: Pool<Call> = Pool::new("offload", Limits { each: 16, all: 64 });
 
 /// The blocking work of one disk, or of whatever else should not be held up by its neighbours. No
-/// more than 16 of its calls run at a time; the others wait for these, and for nobody else's.
+/// more than 16 of its calls run at a time; the others wait for these, and for nobody else's. Clones are the
+/// same disk's.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocking(u64);
 
 /// Work that has an owner.

@@ -1,13 +1,15 @@
 //! What a node does for its driver, seen on a simulated disk that asserts what it was promised.
 
-use crate::disks::{open, open_holding, sim_disk, simulated};
+use crate::disks::{REGISTRY, open, open_holding, sim_disk, simulated};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 use vublk::block::*;
 use vublk::io::sim::Disorder;
 use vublk::io::{self, Errno, IoVec};
+use vublk::options::keyval;
 use vublk::protocol::sim::{Change, Effect, Fault, Kinds, SimOptions};
+use vublk::service::Service;
 
 const LEN: u64 = 64 << 10;
 
@@ -360,4 +362,24 @@ fn blocks_larger_than_a_bounce_buffer_are_read_and_written_whole() {
         }
         assert!(disk.bytes() == expected);
     });
+}
+
+#[test]
+fn all_nodes_of_a_disk_have_one_share_of_the_threads_for_work_that_blocks() {
+    let service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
+    let add =
+        |text: &str| service.blockdev_add(keyval::parse(text, None).unwrap().options).unwrap();
+    let whole = add("driver=layer,node-name=whole,file.driver=raw,file.file.driver=null-co,\
+         backing.driver=raw,backing.file.driver=null-co");
+    for below in whole.below() {
+        assert_eq!(below.blocking(), whole.blocking(), "{}", below.name());
+    }
+    // Storage that was there before has its share already; a backing file may be many disks'.
+    let storage = add("driver=null-co,node-name=storage");
+    let base = add("driver=raw,node-name=base,file.driver=null-co");
+    let over = add("driver=layer,node-name=over,file.driver=raw,file.file=storage,backing=base");
+    assert_ne!(storage.blocking(), whole.blocking());
+    assert_ne!(over.blocking(), base.blocking());
+    assert_eq!(over.driver().children()[0].node().blocking(), storage.blocking());
+    assert_eq!(over.blocking(), storage.blocking());
 }

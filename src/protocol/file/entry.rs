@@ -99,7 +99,7 @@ async fn open(flavour: Flavour, opening: &mut Opening, map: Map) -> Result<Box<d
     let (node, auto_read_only) = (opening.options(), opening.auto_read_only());
     let driver =
         io::offload(move || FileDriver::open(flavour, &options, &node, auto_read_only)).await?;
-    Ok(Box::new(driver))
+    Ok(Box::new(FileDriver { blocking: opening.blocking(), ..driver }))
 }
 
 type Create = fn(&str, &CreateOptions) -> Result<Made, Error>;
