@@ -4,6 +4,7 @@
 //! it is ever made: bytes move by raw copies, and nothing is read twice where a change between the
 //! two reads would matter.
 
+use super::turn_share::moved;
 use smallvec::SmallVec;
 use std::marker::PhantomData;
 
@@ -96,6 +97,7 @@ impl<'m> IoVec<'m> {
 
     /// Copies `from` into the memory, beginning at the list's first byte, up to the shorter of both.
     pub fn copy_from(&self, mut from: &[u8]) {
+        moved(self.len.min(from.len() as u64));
         for segment in &self.segments {
             let n = segment.iov_len.min(from.len());
             // SAFETY: the segment is mapped and writable for 'm; `from` has n bytes.
@@ -106,6 +108,7 @@ impl<'m> IoVec<'m> {
 
     /// Copies the memory's first bytes to `to`, up to the shorter of both.
     pub fn copy_to(&self, mut to: &mut [u8]) {
+        moved(self.len.min(to.len() as u64));
         for segment in &self.segments {
             let n = segment.iov_len.min(to.len());
             // SAFETY: the segment is mapped and readable for 'm; `to` has room for n bytes.
@@ -116,6 +119,7 @@ impl<'m> IoVec<'m> {
 
     /// Zeroes all the memory.
     pub fn zero(&self) {
+        moved(self.len);
         // SAFETY: every segment is mapped and writable for 'm.
         unsafe { zero(&self.segments) }
     }

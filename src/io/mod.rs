@@ -1,6 +1,7 @@
 //! The engine: workers over io_uring, or threads where there is none, and what runs on them.
 //!
 //! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
+//! * [`turn_share`]: how much of a turn each may have.
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
 //! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead; `clock`: what time it is there.
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
@@ -49,6 +50,7 @@ pub mod timer;
 mod turn;
 mod unwind;
 pub mod worker;
+pub mod turn_share;
 
 pub use buffer::AlignedBuf;
 pub use epoch::InFlight;

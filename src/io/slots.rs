@@ -9,6 +9,7 @@ use super::op::{Op, Segments, Started, Token};
 use super::ring::Wait;
 use super::timer::Deadline;
 use super::turn::{BATCH, tag};
+use super::turn_share::moved;
 use super::worker::Io;
 use super::{Errno, IoResult, iovec};
 use std::future::Future;
@@ -156,6 +157,9 @@ impl Io {
     /// The segments that the operation names stay mapped, and their list in place, until the future is
     /// done or dropped. The future must not be forgotten.
     pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op, deadline: Deadline) -> Operation {
+        if let Op::Read { segments, .. } | Op::Write { segments, .. } = op {
+            moved(segments.len());
+        }
         // SAFETY: the caller's promise.
         let slot = unsafe { self.begin(fd, op, Owner::Future(None), deadline) };
         Operation { io: self.clone(), slot: Some(slot) }

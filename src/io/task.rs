@@ -3,35 +3,108 @@
 //! A task is never cancelled: once started it runs to its end, so that nothing it has submitted is
 //! left without an owner.
 
+use super::SourceId;
+use super::turn_share::{self, moved_so_far};
 use super::worker::Io;
 use async_task::Runnable;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
+/// Tasks are run in turns by lane: those of one source are in one lane, with the tasks that they start.
+const LANES: u32 = 64;
+
+/// The lane of tasks that are no source's.
+const COMMON: u32 = 0;
+
+/// The lane of a source's tasks. More sources than lanes share them.
+fn lane_of(source: SourceId) -> u32 {
+    1 + source.0 % (LANES - 1)
+}
+
+/// The tasks of a worker that are to be run.
 #[derive(Default)]
 pub(super) struct RunQueue {
-    runnable: RefCell<VecDeque<Runnable>>,
+    lanes: RefCell<Lanes>,
+    /// What became runnable while tasks were run: for the next turn.
+    later: RefCell<Vec<(u32, Runnable)>>,
+    /// The lane of the task that is run now.
+    running: Cell<Option<u32>>,
+}
+
+struct Lanes {
+    tasks: [VecDeque<Runnable>; LANES as usize],
+    /// A bit for each lane with tasks.
+    filled: u64,
+    /// Where to look first.
+    next: u32,
+    count: usize,
+}
+
+impl Default for Lanes {
+    fn default() -> Lanes {
+        Lanes { tasks: std::array::from_fn(|_| VecDeque::new()), filled: 0, next: 0, count: 0 }
+    }
+}
+
+impl Lanes {
+    fn push(&mut self, lane: u32, task: Runnable) {
+        self.tasks[lane as usize].push_back(task);
+        self.filled |= 1 << lane;
+        self.count += 1;
+    }
+
+    /// The first task of the next lane that has one.
+    fn pop(&mut self) -> Option<(u32, Runnable)> {
+        if self.filled == 0 {
+            return None;
+        }
+        let lane = (self.next + self.filled.rotate_right(self.next).trailing_zeros()) % LANES;
+        let tasks = &mut self.tasks[lane as usize];
+        let task = tasks.pop_front()?;
+        if tasks.is_empty() {
+            self.filled &= !(1 << lane);
+        }
+        self.next = (lane + 1) % LANES;
+        self.count -= 1;
+        Some((lane, task))
+    }
 }
 
 impl RunQueue {
-    pub(super) fn push(&self, task: Runnable) {
-        self.runnable.borrow_mut().push_back(task);
+    pub(super) fn push(&self, lane: u32, task: Runnable) {
+        match self.running.get() {
+            Some(_) => self.later.borrow_mut().push((lane, task)),
+            None => self.lanes.borrow_mut().push(lane, task),
+        }
+    }
+
+    /// The lane of what is started now.
+    fn current_lane(&self) -> u32 {
+        self.running.get().unwrap_or(COMMON)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.runnable.borrow().is_empty()
+        self.lanes.borrow().count == 0
     }
 
-    /// Runs what is runnable now; what becomes so meanwhile waits for the next turn.
+    /// Runs what is runnable now, up to a turn's share; what becomes so meanwhile waits for the next turn.
     pub(super) fn run(&self) {
-        let count = self.runnable.borrow().len();
-        for _ in 0..count {
-            let Some(task) = self.runnable.borrow_mut().pop_front() else { break };
+        let began = moved_so_far();
+        for _ in 0..turn_share::TASKS {
+            let next = self.lanes.borrow_mut().pop();
+            let Some((lane, task)) = next else { break };
+            self.running.set(Some(lane));
             task.run();
+            if moved_so_far().wrapping_sub(began) >= turn_share::BYTES {
+                break;
+            }
         }
+        self.running.set(None);
+        let mut lanes = self.lanes.borrow_mut();
+        self.later.borrow_mut().drain(..).for_each(|(lane, task)| lanes.push(lane, task));
     }
 }
 
@@ -76,8 +149,18 @@ pub async fn apart<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
 }
 
 impl Io {
-    /// Starts a task on this worker.
+    /// Starts a task on this worker. It has its turns with the task that starts it.
     pub fn spawn(self: &Rc<Io>, future: impl Future<Output = ()> + 'static) {
+        self.spawn_in(self.run_queue.current_lane(), future);
+    }
+
+    /// Starts a task on this worker for a source. Sources' tasks have their turns one by one, however many
+    /// each has.
+    pub fn spawn_for(self: &Rc<Io>, source: SourceId, future: impl Future<Output = ()> + 'static) {
+        self.spawn_in(lane_of(source), future);
+    }
+
+    fn spawn_in(self: &Rc<Io>, lane: u32, future: impl Future<Output = ()> + 'static) {
         self.tasks.set(self.tasks.get() + 1);
         let io = self.clone();
         let counted = async move {
@@ -85,8 +168,79 @@ impl Io {
             io.tasks.set(io.tasks.get() - 1);
         };
         let shared = self.shared.clone();
-        let (runnable, task) = async_task::spawn_local(counted, move |task| shared.schedule(task));
+        let (runnable, task) =
+            async_task::spawn_local(counted, move |task| shared.schedule(lane, task));
         task.detach();
-        self.run_queue.push(runnable);
+        self.run_queue.push(lane, runnable);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::IoVec;
+    use crate::io::sim::{Disorder, SimRing};
+    use std::rc::Rc;
+
+    /// Runs what `start` starts on a worker, and gives what was noted by then.
+    fn noted(start: impl FnOnce(&Rc<Io>, &Rc<RefCell<Vec<u32>>>) + 'static) -> Vec<u32> {
+        let ring = SimRing::new(Disorder::wild(1)).unwrap();
+        crate::io::run_on(Box::new(ring), async move {
+            let notes = Rc::new(RefCell::new(Vec::new()));
+            let io = crate::io::current();
+            start(&io, &notes);
+            while io.tasks.get() > 1 {
+                yield_now().await;
+            }
+            notes.take()
+        })
+    }
+
+    #[test]
+    fn a_source_with_many_tasks_does_not_delay_the_tasks_of_another() {
+        let notes = noted(|io, notes| {
+            for source in [1, 1, 1, 1, 2, 2, 3] {
+                let notes = notes.clone();
+                io.spawn_for(SourceId(source), async move { notes.borrow_mut().push(source) });
+            }
+        });
+        assert_eq!(notes, [1, 2, 3, 1, 2, 1, 1]);
+    }
+
+    #[test]
+    fn a_task_that_goes_on_at_once_waits_until_all_others_have_had_their_turn() {
+        let notes = noted(|io, notes| {
+            for source in [1, 2, 2, 2] {
+                let notes = notes.clone();
+                io.spawn_for(SourceId(source), async move {
+                    notes.borrow_mut().push(source);
+                    yield_now().await;
+                    notes.borrow_mut().push(10 * source);
+                });
+            }
+        });
+        assert_eq!(notes[..4], [1, 2, 2, 2]);
+    }
+
+    #[test]
+    fn tasks_that_copy_much_end_the_turn() {
+        let notes = noted(|io, notes| {
+            for n in 0..4 {
+                let notes = notes.clone();
+                io.spawn_for(SourceId(1), async move {
+                    let mut bytes = vec![0; turn_share::BYTES as usize];
+                    IoVec::from_mut(&mut bytes).zero();
+                    notes.borrow_mut().push(n);
+                });
+            }
+            // In the turn after each of these tasks, not after the last.
+            let notes = notes.clone();
+            io.spawn_for(SourceId(2), async move {
+                yield_now().await;
+                notes.borrow_mut().push(9);
+            });
+        });
+        let place = notes.iter().position(|&n| n == 9).unwrap();
+        assert!(place < 4, "{notes:?}");
     }
 }

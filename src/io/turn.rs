@@ -347,7 +347,7 @@ impl Local {
         for message in messages {
             match message {
                 Message::Run(work) => work(self),
-                Message::Task(task) => self.io.run_queue.push(task),
+                Message::Task(lane, task) => self.io.run_queue.push(lane, task),
             }
         }
         self.wake_ready();

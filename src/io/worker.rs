@@ -62,7 +62,7 @@ pub(super) struct Shared {
 
 pub(super) enum Message {
     Run(Box<dyn FnOnce(&mut Local) + Send>),
-    Task(Runnable),
+    Task(u32, Runnable),
 }
 
 thread_local! {
@@ -95,14 +95,14 @@ pub(super) fn set_current(io: Option<Rc<Io>>) {
 }
 
 impl Shared {
-    pub(super) fn schedule(&self, task: Runnable) {
+    pub(super) fn schedule(&self, lane: u32, task: Runnable) {
         let here = CURRENT.with_borrow(|io| match io {
             Some(io) if std::ptr::eq(&*io.shared, self) => Some(io.clone()),
             _ => None,
         });
         match here {
-            Some(io) => io.run_queue.push(task),
-            None => self.send(Message::Task(task)),
+            Some(io) => io.run_queue.push(lane, task),
+            None => self.send(Message::Task(lane, task)),
         }
     }
 

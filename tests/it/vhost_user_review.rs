@@ -1,16 +1,12 @@
 //! Rings and messages at the edges of what the vhost-user-blk export counts, keeps and promises.
 
-use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::vhost_user::Daemon;
-use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vublk::export::core::{Disk as ExportedDisk, DiskOptions};
-use vublk::export::vhost_user_blk::memory::{Memory, Region};
-use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueStart, Stopped};
-use vublk::export::vhost_user_blk::ring::{Addresses, Ring, SplitRing};
+use crate::vhost_user::lone_queue::Lone;
+use vublk::export::vhost_user_blk::queue::{AtStop, Queue, Stopped};
 use vublk::io;
 use vublk_testkit::frontend::MemoryMessages;
 use vublk_testkit::message;
@@ -316,35 +312,8 @@ fn who_stops_a_queue_can_wait_until_it_has_let_go_of_the_memory() {
     // the other disks of the worker would wait.
     let worker = io::Worker::start("worker", io::WorkerOptions::default()).unwrap();
     let opened = worker.block_on(|| async { crate::disks::open("driver=null-co").await.node });
-    let guest = vublk_testkit::Memory::new(&MemoryLayout::single(1 << 20)).unwrap();
-    // SAFETY: the region keeps its descriptor open through the call.
-    let file = unsafe { BorrowedFd::borrow_raw(guest.regions()[0].fd()) }.try_clone_to_owned();
-    let shared = VhostUserMemoryRegion {
-        guest_phys_addr: 0,
-        memory_size: 1 << 20,
-        user_addr: 0,
-        mmap_offset: 0,
-    };
-    let region = Region::map(&shared, file.unwrap().into()).unwrap();
-    let memory = Arc::new(Memory::new(vec![Arc::new(region)]).unwrap());
-    let at = Addresses { descriptors: 0, available: 4096, used: 8192 };
-    let options =
-        DiskOptions { writable: false, write_through: false, failures: Default::default() };
-    let start = QueueStart {
-        index: 0,
-        recorder: None,
-        disk: Arc::new(ExportedDisk::new("", opened, options, 512, None)),
-        serial: String::new(),
-        ring: SplitRing::new(&memory, 16, at, 0, true).unwrap(),
-        inflight: None,
-        log: Default::default(),
-        memory: memory.clone(),
-        size: 16,
-        call: None,
-        err: None,
-        held: Vec::new(),
-        paused: 0,
-    };
+    let lone = Lone::new(1 << 20, 16);
+    let (start, memory) = (lone.start(opened), lone.memory);
     let (told, hears) = mpsc::channel();
     worker.send(move |local| {
         let (sender, stopper) = mpsc::channel();

@@ -11,7 +11,8 @@ use super::metrics::ExportMetrics;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
 use crate::block::{Child, Node, SECTOR, WriteFlags, ZeroFlags};
-use crate::io::{Errno, IoVec};
+use crate::io::task::yield_now;
+use crate::io::{Budget, Errno, IoResult, IoVec, turn_share};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -150,8 +151,16 @@ impl Disk {
     pub async fn run(&self, request: Request<'_>) -> Result<(), Failure> {
         let (operation, offset, len) = request.place();
         let result = match request {
-            Request::Read { at, into } => self.node().read(at, &into).await,
-            Request::Write { at, from, flags } => self.node().write(at, &from, flags).await,
+            Request::Read { at, into } => {
+                let node = self.node();
+                for_each_piece(&into, async |done, piece| node.read(at + done, piece).await).await
+            }
+            Request::Write { at, from, flags } => {
+                let node = self.node();
+                let write =
+                    async |done, piece: &IoVec<'_>| node.write(at + done, piece, flags).await;
+                for_each_piece(&from, write).await
+            }
             Request::Flush if self.losses.any() => Err(Errno::EIO),
             Request::Flush => self.node().flush().await,
             Request::Discard { at, len } => self.node().discard(at, len).await,
@@ -213,4 +222,23 @@ impl Disk {
             errors.load(Ordering::Relaxed),
         );
     }
+}
+
+/// Runs `transfer` on a request's memory in pieces that are no longer than a turn's share, each with its
+/// offset; others on the worker have their turn in between.
+async fn for_each_piece<'m>(
+    memory: &IoVec<'m>,
+    transfer: impl AsyncFn(u64, &IoVec<'m>) -> IoResult,
+) -> IoResult {
+    if memory.len() <= turn_share::BYTES {
+        return transfer(0, memory).await;
+    }
+    let mut done = 0;
+    while done < memory.len() {
+        let n = (memory.len() - done).min(turn_share::BYTES);
+        transfer(done, &memory.slice(done, n)).await?;
+        done += n;
+        yield_now().await;
+    }
+    Ok(())
 }

@@ -42,6 +42,13 @@ const KEEP_SEGMENTS: usize = 256;
 
 /// Segments in flight, all requests of a queue together, beyond which no more are taken: their lists
 /// are our memory, and how many there are is the guest's to say. The last chain may go beyond.
+/// Segments that all slots of a queue together have room for. Beyond that, requests that end leave no room but
+/// for a few.
+const KEEP_IN_ALL: usize = 1 << 16;
+
+/// Segments that a slot keeps room for in any case.
+const KEEP_ALWAYS: usize = 16;
+
 const HELD_SEGMENTS: usize = 1 << 15;
 
 /// A queue at work. Owned by its worker.
@@ -66,6 +73,8 @@ pub struct Queue<R: Ring = SplitRing> {
     held: usize,
     /// Requests that the storage has failed and that are tried again; they are not in flight.
     on_hold: Held,
+    /// Segments that slots have room for.
+    room: usize,
     /// What tasks of the slow road have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
@@ -146,6 +155,7 @@ impl<R: Ring> Queue<R> {
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
             calls: CallPolicy::default(),
+            room: 0,
             err: start.err,
             broken: false,
             paused: start.paused,

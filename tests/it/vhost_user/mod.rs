@@ -13,6 +13,7 @@ pub mod inflight;
 mod layouts;
 mod lifecycle;
 mod lost_memory;
+pub mod lone_queue;
 pub mod memory;
 mod memory_slots;
 mod messages;
@@ -20,6 +21,7 @@ mod negotiation;
 mod queues;
 mod requests;
 mod write_cache;
+mod turns;
 
 pub use crate::disks::seed;
 pub use daemon::{Daemon, LIMIT, SIZE, export_of, new_image};

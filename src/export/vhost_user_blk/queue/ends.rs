@@ -2,7 +2,7 @@
 
 use super::super::request::{Kind, Status};
 use super::super::ring::{Ring, Tracking};
-use super::{KEEP_SEGMENTS, Queue};
+use super::{KEEP_ALWAYS, KEEP_IN_ALL, KEEP_SEGMENTS, Queue};
 use crate::export::core::failure::{Failure, Operation};
 use crate::io::{Io, IoResult, iovec};
 use std::io::Write;
@@ -42,7 +42,8 @@ impl<R: Ring> Queue<R> {
             self.on_hold.succeeded();
         }
         self.held -= slot.segments.len();
-        if slot.segments.capacity() > KEEP_SEGMENTS {
+        let room = slot.segments.capacity();
+        if room > KEEP_SEGMENTS || room > KEEP_ALWAYS && self.room > KEEP_IN_ALL {
             slot.segments = Vec::new();
         }
         self.in_flight -= 1;

@@ -4,7 +4,7 @@
 use super::super::request::{Kind, Status};
 use super::super::ring::Ring;
 use super::slot::Slot;
-use super::{KEEP_SEGMENTS, Queue};
+use super::{KEEP_ALWAYS, Queue};
 use crate::export::core::failure::{Action, Failure, Operation};
 use crate::io::Io;
 
@@ -90,7 +90,9 @@ impl<R: Ring> Queue<R> {
         slot.status = None;
         self.held -= slot.segments.len();
         slot.segments.clear();
-        slot.segments.shrink_to(KEEP_SEGMENTS);
+        self.room -= slot.segments.capacity();
+        slot.segments.shrink_to(KEEP_ALWAYS);
+        self.room += slot.segments.capacity();
         let again = std::mem::take(&mut slot.again);
         self.in_flight -= 1;
         self.disk.failures.hold(1);

@@ -18,6 +18,9 @@ pub(super) struct Slot {
     pub(super) kind: Option<Kind>,
     /// The chain's memory; for transfers, `data` of it is the data.
     pub(super) segments: Vec<libc::iovec>,
+    /// Bytes that the device may read, the header included, and write, without the status.
+    pub(super) readable: usize,
+    pub(super) writable: usize,
     pub(super) data: (u32, u32),
     /// Bytes of data.
     pub(super) len: u32,

@@ -10,7 +10,7 @@ use super::slot::Slot;
 use crate::block::{Access, Target};
 use crate::export::core::Disk;
 use crate::io::epoch::Turn;
-use crate::io::{Io, IoVec, Segments, SourceId, Started, Token, iovec, thread_cpu_ns};
+use crate::io::{Io, Segments, SourceId, Started, Token, iovec, thread_cpu_ns, turn_share};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -19,12 +19,38 @@ use std::sync::atomic::Ordering;
 /// Larger batches would keep the storage waiting for its first request.
 const BATCH: u16 = 16;
 
+/// Memory segments of the chains that a queue takes in a turn. The last chain may go beyond.
+const SEGMENTS: usize = 4096;
+
 /// Chains in the first batch of a turn. A guest that has just kicked goes to sleep next; the first
 /// results are quick enough to keep it awake, and waking it costs more than many requests.
 const FIRST_BATCH: u16 = 4;
 
+/// What a queue has left of its share of a turn.
+struct Share {
+    segments: usize,
+    bytes: usize,
+}
+
+impl Share {
+    fn new() -> Share {
+        Share { segments: SEGMENTS, bytes: turn_share::BYTES as usize }
+    }
+
+    #[inline]
+    fn is_left(&self) -> bool {
+        self.segments > 0 && self.bytes > 0
+    }
+
+    #[inline]
+    fn spend(&mut self, slot: &Slot) {
+        self.segments = self.segments.saturating_sub(slot.segments.len());
+        self.bytes = self.bytes.saturating_sub(slot.readable + slot.writable);
+    }
+}
+
 impl<R: Ring> Queue<R> {
-    /// Takes and starts up to `count` chains.
+    /// Takes and starts up to `count` chains, as many as its share of the turn allows.
     ///
     /// In two steps, a batch at a time: the guest has just written the headers on another
     /// processor, and the second step finds them on their way instead of waiting for each.
@@ -34,6 +60,7 @@ impl<R: Ring> Queue<R> {
         let announcer = self.announcer.clone();
         let turn = announcer.enter();
         let mut batch = FIRST_BATCH;
+        let mut share = Share::new();
         self.calls.taken(count as u32, thread_cpu_ns);
         self.watch.begin(io);
         if let Some(recorder) = &mut self.recorder {
@@ -43,11 +70,14 @@ impl<R: Ring> Queue<R> {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
             for chain in &mut chains[..batch.min(count) as usize] {
-                if !self.has_room() {
+                if !self.has_room() || !share.is_left() {
                     break;
                 }
                 match self.gather() {
-                    Ok(gathered) => *chain = gathered,
+                    Ok(gathered) => {
+                        share.spend(&self.slots[gathered.0 as usize]);
+                        *chain = gathered;
+                    }
                     Err(why) => {
                         broken = Some(why);
                         break;
@@ -61,7 +91,7 @@ impl<R: Ring> Queue<R> {
             count -= taken;
             match broken {
                 Some(why) => return Err(why),
-                None if count == 0 || !self.has_room() => return Ok(()),
+                None if count == 0 || !self.has_room() || !share.is_left() => return Ok(()),
                 None => {
                     self.show_used();
                     if self.calls.is_early() {
@@ -98,9 +128,13 @@ impl<R: Ring> Queue<R> {
     /// Looks a chain's memory up. It is in flight from here on.
     pub(super) fn seize(&mut self, head: u16) -> Result<u32, Broken> {
         let slot = &mut self.slots[head as usize];
-        let readable = self.ring.gather(&self.memory, head, &mut slot.segments)?;
+        self.room -= slot.segments.capacity();
+        let gathered = self.ring.gather(&self.memory, head, &mut slot.segments);
+        self.room += slot.segments.capacity();
+        let readable = gathered?;
         let (out, into) = slot.segments.split_at_mut(readable);
-        if out.iter().map(|s| s.iov_len).sum::<usize>() < HEADER_LEN {
+        slot.readable = out.iter().map(|s| s.iov_len).sum();
+        if slot.readable < HEADER_LEN {
             return Err(Broken::Layout { head });
         }
         // The status is the last byte that the device may write (section 5.2.6.2).
@@ -110,6 +144,7 @@ impl<R: Ring> Queue<R> {
         last.iov_len -= 1;
         let status = last.iov_base.cast::<u8>().wrapping_add(last.iov_len);
         slot.status = std::ptr::NonNull::new(status);
+        slot.writable = into.iter().map(|s| s.iov_len).sum();
         prefetch(out[0].iov_base.cast());
         slot.busy = true;
         slot.age = 0;
@@ -135,9 +170,13 @@ impl<R: Ring> Queue<R> {
             Kind::In => Access::Read,
             Kind::Out if self.disk.write_through.load(Ordering::Relaxed) => Access::DurableWrite,
             Kind::Out => Access::Write,
-            _ => return self.go_slow(io, me, head, kind, header.sector, readable),
+            _ => {
+                slot.data = (readable as u32, slot.segments.len() as u32);
+                (slot.offset, slot.len) = (0, 0);
+                return self.go_slow(io, me, head);
+            }
         };
-        self.transfer(io, me, turn, head, kind, access, header.sector, readable);
+        self.transfer(io, me, turn, head, access, header.sector, readable);
     }
 
     /// A read or write: on the fast road if the graph allows it.
@@ -159,9 +198,10 @@ impl<R: Ring> Queue<R> {
             Access::Read => (readable, &mut slot.segments[readable..]),
             _ => (0, &mut slot.segments[..readable]),
         };
-        let all: usize = segments.iter().map(|s| s.iov_len).sum();
-        let skip = if access == Access::Read { 0 } else { HEADER_LEN };
-        let len = all - skip;
+        let (skip, len) = match access {
+            Access::Read => (0, slot.writable),
+            _ => (HEADER_LEN, slot.readable - HEADER_LEN),
+        };
         let range = trim(segments, skip, len);
         slot.data = ((from + range.start) as u32, (from + range.end) as u32);
         let allowed = access == Access::Read || self.disk.options.writable;
@@ -173,6 +213,10 @@ impl<R: Ring> Queue<R> {
         slot.offset = offset;
         if len == 0 {
             return self.finish(head, Status::Ok, 0);
+        // Longer ones go in pieces, with turns of the others in between.
+        if len as u64 > turn_share::BYTES {
+            return self.go_slow(io, me, head);
+        }
         }
         let token = Token { source: me, tag: head as u32 };
         match start_fast(&self.disk, turn, io, slot, access, token) {
