@@ -32,8 +32,15 @@ pub trait Compress: Send + Sync {
 /// Packs one whole unit; none if that does not make it smaller.
 pub type Packer = Arc<dyn Fn(&[u8]) -> Option<Vec<u8>> + Send + Sync>;
 
-/// Units that are packed at the same time for one request.
-const TOGETHER: usize = 16;
+/// Units that are packed at the same time for one request at most,
+const TOGETHER: u64 = 16;
+/// and bytes, unless one unit is more.
+const TOGETHER_BYTES: u64 = 4 << 20;
+
+/// The bytes of units of `unit` bytes that are packed at the same time for one request.
+pub fn together(unit: u64) -> u64 {
+    unit * (TOGETHER_BYTES / unit).clamp(1, TOGETHER)
+}
 
 /// A unit of the disk, ready to be stored.
 pub struct Packed {
@@ -65,7 +72,7 @@ impl Node {
         }
         let mut done = 0;
         while done < from.len() {
-            let n = (from.len() - done).min(unit * TOGETHER as u64);
+            let n = (from.len() - done).min(together(unit));
             let part = from.slice(done, n);
             let packed = self.pack(at + done, &part).await?;
             self.store_packed(&packed, &part).await?;

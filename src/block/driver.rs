@@ -161,6 +161,15 @@ impl Traits {
     pub const MAX_TRANSFER: u32 = 0x7fe0_0000;
 }
 
+/// The most memory that one request takes in a driver itself, not counting what stands below it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scratch {
+    /// Writes that begin or end inside such a unit, in bytes, copy the rest of it through memory. 0: none do.
+    pub copy_unit: u32,
+    /// What any request may take beside that, in bytes.
+    pub other: u32,
+}
+
 /// What a mapping is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -289,6 +298,11 @@ pub trait Driver: Send + Sync + 'static {
     fn name(&self) -> &'static str;
 
     fn traits(&self) -> Traits;
+
+    /// Constant while the node is open; what is asked for before a request begins ([`super::working_memory`]).
+    fn scratch(&self) -> Scratch {
+        Scratch::default()
+    }
 
     /// The length of the disk, in bytes. Any length: not necessarily a multiple of anything.
     fn len(&self) -> u64;

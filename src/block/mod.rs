@@ -16,6 +16,7 @@
 //! * [`length`]: storage whose length changes by itself.
 //! * [`flush_record`]: what lies beside an image whose flush has failed.
 //! * [`drive`]: the health of drives.
+//! * [`working_memory`]: how much memory of ours a request may take.
 //! * [`memory`]: guest memory that devices reach themselves.
 //! * [`event`]: what is about to happen, for debugging filters.
 //! * [`notice`]: what befalls nodes, for whoever watches the graph; [`threshold`]: writes beyond an offset.
@@ -37,8 +38,8 @@ pub mod flush_record;
 pub mod graph;
 pub mod image;
 pub mod length;
-pub mod memory;
 mod members;
+pub mod memory;
 pub mod name;
 pub mod named;
 pub mod node;
@@ -52,6 +53,7 @@ pub mod registry;
 pub mod snapshot;
 pub mod temporary;
 pub mod threshold;
+pub mod working_memory;
 
 pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
 pub use child::{BACKING, Child};
@@ -60,7 +62,8 @@ pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, cr
 pub use drive::{Drive, DriveHealth};
 pub use driver::{
     Abilities, Access, Decider, Driver, Extent, Fence, HandOver, Journaled, Leaf, LocalFuture,
-    Locks, Mapping, Place, Precision, Status, Survivor, Target, Traits, Way, WriteFlags, ZeroFlags,
+    Locks, Mapping, Place, Precision, Scratch, Status, Survivor, Target, Traits, Way, WriteFlags,
+    ZeroFlags,
 };
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};

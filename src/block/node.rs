@@ -10,6 +10,7 @@ use super::event::{self, Unflushed};
 use super::extents::REST;
 use super::overlap::Overlap;
 use super::threshold::WriteMarks;
+use super::working_memory::WorkingMemory;
 use super::{Event, Notices, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Blocking, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
@@ -22,7 +23,7 @@ pub const SECTOR: u64 = 512;
 
 /// The most memory that one request may take for a bounce buffer, in bytes, unless one block is more;
 /// longer requests go in pieces.
-const BOUNCE_LIMIT: u64 = 1 << 20;
+pub const BOUNCE_LIMIT: u64 = 1 << 20;
 
 /// Common options of every node, whatever its driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,6 +86,7 @@ pub struct Node {
     name: String,
     driver: Box<dyn Driver>,
     traits: Traits,
+    pub(super) working_memory: WorkingMemory,
     options: NodeOptions,
     overlap: Overlap,
     bitmaps: Arc<Bitmaps>,
@@ -116,8 +118,6 @@ impl Node {
         options: NodeOptions,
         notices: Arc<Notices>,
     ) -> Arc<Node> {
-        let mut traits = driver.traits();
-    ) -> Arc<Node> {
         Node::with_share(name, driver, options, notices, Blocking::default())
     }
 
@@ -128,6 +128,8 @@ impl Node {
         options: NodeOptions,
         notices: Arc<Notices>,
         blocking: Blocking,
+    ) -> Arc<Node> {
+        let mut traits = driver.traits();
         if options.read_only {
             traits.abilities |= Abilities::READ_ONLY;
         }
@@ -138,6 +140,7 @@ impl Node {
         Arc::new(Node {
             name,
             bitmaps: bitmaps.unwrap_or_default(),
+            working_memory: WorkingMemory::of(&*driver, &traits),
             driver,
             traits,
             options,
@@ -159,14 +162,14 @@ impl Node {
         &self.name
     }
 
-    pub fn driver(&self) -> &dyn Driver {
-        &*self.driver
-    }
     /// What runs work that blocks, for all nodes of the disk.
     pub fn blocking(&self) -> &Blocking {
         &self.blocking
     }
 
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
 
     /// What requests to this node should look like to be quick; any other shape works too.
     pub fn traits(&self) -> Traits {

@@ -81,6 +81,12 @@ impl Driver for CompressFilter {
         self.traits
     }
 
+    fn scratch(&self) -> Scratch {
+        // The plain units and the packed ones.
+        let packing = 2 * compress::together(u64::from(self.traits.request_align));
+        Scratch { other: u32::try_from(packing).unwrap_or(u32::MAX), ..Scratch::default() }
+    }
+
     fn len(&self) -> u64 {
         self.node().driver().len()
     }

@@ -12,6 +12,7 @@
 //! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
+//! * [`budget`]: how much memory requests may take.
 //! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own.
 //! * [`descriptors`]: how many there may be, and those that are set aside.
 //! * [`per_worker`]: state of which each worker has its own.
@@ -21,6 +22,7 @@
 //!
 //! The engine knows nothing of disks, graphs or transports.
 
+pub mod budget;
 mod buffer;
 mod clock;
 pub mod descriptors;
@@ -48,10 +50,11 @@ pub mod task;
 pub mod threads;
 pub mod timer;
 mod turn;
+pub mod turn_share;
 mod unwind;
 pub mod worker;
-pub mod turn_share;
 
+pub use budget::{Budget, Permit};
 pub use buffer::AlignedBuf;
 pub use epoch::InFlight;
 pub use errno::{Errno, IoResult};

@@ -136,6 +136,8 @@ impl Page {
         });
         let help = "Front ends that have connected.";
         each("vublk_export_connections_total", "counter", help, |e| read(&e.connections));
+        let help = "Memory that may be in use for requests, in bytes.";
+        each("vublk_export_memory_bytes", "gauge", help, |e| e.memory.held());
     }
 
     fn each_operation(
@@ -203,7 +205,7 @@ impl Page {
 
     fn queues(&mut self, exports: &[Arc<ExportMetrics>]) {
         type Count = fn(&QueueMetrics) -> &AtomicU64;
-        let families: [(&str, &str, &str, Count); 6] = [
+        let families: [(&str, &str, &str, Count); 7] = [
             ("in_flight", "gauge", "Requests in flight.", |q| &q.depth),
             (
                 "held",
@@ -211,6 +213,9 @@ impl Page {
                 "Requests that the storage has failed and that are held to be tried again.",
                 |q| &q.held,
             ),
+            ("waiting", "gauge", "Of those in flight, requests that wait for memory.", |q| {
+                &q.waiting
+            }),
             ("polls_total", "counter", "Looks for requests.", |q| &q.polls),
             ("batches_total", "counter", "Looks that have found some.", |q| &q.batches),
             ("kicks_total", "counter", "Kicks from the guest.", |q| &q.kicks),

@@ -49,6 +49,8 @@ pub struct Disk {
     pub hand_over: HandOver,
     pub journal: Journal,
     pub losses: Losses,
+    /// What its requests on the slow path may hold of our memory.
+    pub memory: Arc<Budget>,
 }
 
 /// Requests since the export began. Queues count on their own and add up when they stop, so that
@@ -92,6 +94,8 @@ impl Disk {
         block_size: u32,
         metrics: Option<Arc<ExportMetrics>>,
     ) -> Disk {
+        let memory =
+            metrics.as_ref().map_or_else(Budget::of_disk, |metrics| metrics.memory.clone());
         let lost = metrics.as_ref().map(|metrics| metrics.flush_failed.clone());
         Disk {
             name: name.to_owned(),
@@ -105,6 +109,7 @@ impl Disk {
             hand_over: HandOver::default(),
             journal: Journal::default(),
             losses: Losses::new(lost.unwrap_or_default()),
+            memory,
             root: Child::new("root", node),
             options,
             block_size,

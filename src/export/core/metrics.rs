@@ -11,8 +11,8 @@
 //! before it and all that are taken after it.
 
 use super::failure::Operation;
-use crate::io::Io;
 use crate::io::sync::Mutex;
+use crate::io::{Budget, Io};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -50,6 +50,8 @@ pub struct ExportMetrics {
     pub flush_failed: Arc<AtomicBool>,
     /// Front ends that have connected so far.
     pub connections: AtomicU64,
+    /// What requests hold of our memory.
+    pub memory: Arc<Budget>,
     /// Latencies are measured.
     is_timed: bool,
     /// Made when a queue of the number is first started, and kept when it stops.
@@ -74,6 +76,7 @@ impl ExportMetrics {
             connected: AtomicBool::new(false),
             flush_failed: Arc::default(),
             connections: AtomicU64::new(0),
+            memory: Budget::of_disk(),
             queues: std::iter::repeat_with(OnceLock::new).take(queues.into()).collect(),
         }
     }
@@ -101,6 +104,8 @@ pub struct QueueMetrics {
     pub depth: AtomicU64,
     /// Requests that the storage has failed and that are held.
     pub held: AtomicU64,
+    /// Requests in flight that wait for memory ([`Budget`]) before they begin.
+    pub waiting: AtomicU64,
     /// Times that the worker has looked for requests, and how often there were some.
     pub polls: AtomicU64,
     pub batches: AtomicU64,
@@ -229,9 +234,10 @@ impl Recorder {
 
     /// How things stand at the end of a turn.
     #[inline]
-    pub fn show(&self, depth: usize, held: usize) {
+    pub fn show(&self, depth: usize, held: usize, waiting: usize) {
         self.to.depth.store(depth as u64, Ordering::Relaxed);
         self.to.held.store(held as u64, Ordering::Relaxed);
+        self.to.waiting.store(waiting as u64, Ordering::Relaxed);
     }
 
     pub fn kicked(&self) {

@@ -8,6 +8,7 @@
 
 mod ends;
 mod failing;
+mod parked;
 mod slot;
 mod slow;
 mod take;
@@ -25,6 +26,7 @@ use crate::export::core::metrics::Recorder;
 use crate::export::core::watch::Watch;
 use crate::io::epoch::Announcer;
 use crate::io::{Io, IoResult, Polled, Source, SourceId};
+use parked::Parked;
 use slot::Slot;
 use slow::Finished;
 use std::cell::RefCell;
@@ -40,8 +42,6 @@ const SHARE: u16 = 256;
 /// Segments that an idle slot may keep room for.
 const KEEP_SEGMENTS: usize = 256;
 
-/// Segments in flight, all requests of a queue together, beyond which no more are taken: their lists
-/// are our memory, and how many there are is the guest's to say. The last chain may go beyond.
 /// Segments that all slots of a queue together have room for. Beyond that, requests that end leave no room but
 /// for a few.
 const KEEP_IN_ALL: usize = 1 << 16;
@@ -49,6 +49,8 @@ const KEEP_IN_ALL: usize = 1 << 16;
 /// Segments that a slot keeps room for in any case.
 const KEEP_ALWAYS: usize = 16;
 
+/// Segments in flight, all requests of a queue together, beyond which no more are taken: their lists
+/// are our memory, and how many there are is the guest's to say. The last chain may go beyond.
 const HELD_SEGMENTS: usize = 1 << 15;
 
 /// A queue at work. Owned by its worker.
@@ -71,10 +73,12 @@ pub struct Queue<R: Ring = SplitRing> {
     in_flight: usize,
     /// Segments of the requests in flight.
     held: usize,
-    /// Requests that the storage has failed and that are tried again; they are not in flight.
-    on_hold: Held,
     /// Segments that slots have room for.
     room: usize,
+    /// Requests that the storage has failed and that are tried again; they are not in flight.
+    on_hold: Held,
+    /// Slow requests that wait for memory; they are in flight.
+    parked: Parked,
     /// What tasks of the slow road have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
@@ -151,11 +155,12 @@ impl<R: Ring> Queue<R> {
             slots,
             in_flight: 0,
             held: 0,
+            room: 0,
             on_hold: Held::carried(held),
+            parked: Parked::new(start.size),
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
             calls: CallPolicy::default(),
-            room: 0,
             err: start.err,
             broken: false,
             paused: start.paused,
@@ -284,6 +289,7 @@ impl<R: Ring> Source for Queue<R> {
             self.slow_ended(io, done);
             polled = Polled::Busy;
         }
+        self.unpark(io, me);
         let again = self.to_replay();
         if again > 0 {
             polled = Polled::Busy;
@@ -356,7 +362,7 @@ impl<R: Ring> Source for Queue<R> {
         self.show_used();
         self.call();
         if let Some(recorder) = &self.recorder {
-            recorder.show(self.in_flight, self.on_hold.count());
+            recorder.show(self.in_flight, self.on_hold.count(), self.parked.count());
         }
     }
 

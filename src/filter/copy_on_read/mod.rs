@@ -167,6 +167,11 @@ impl Driver for CopyOnRead {
         self.traits
     }
 
+    /// What is copied goes through a bounce buffer.
+    fn scratch(&self) -> Scratch {
+        Scratch { other: node::BOUNCE_LIMIT as u32, ..Scratch::default() }
+    }
+
     fn len(&self) -> u64 {
         self.node().driver().len()
     }

@@ -78,7 +78,7 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::io::sync::Mutex;
-use crate::io::{Blocking, Errno, InFlight, IoResult, IoVec};
+use crate::io::{Blocking, Budget, Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
 use alloc::Pool;
 use batch::Batches;
@@ -138,8 +138,10 @@ pub struct Qcow2 {
     visits: Visits,
     corruption: Corruption,
     overlaps: Overlaps,
-    /// Unpacking, which takes longer than a worker may be kept.
+    /// Unpacking, which takes longer than a worker may be kept,
     blocking: Blocking,
+    /// and the memory for it. Whoever has some waits for nothing but the file below and the processor.
+    unpacking: Arc<Budget>,
 
     is_writable: bool,
     /// What has to be on disk before the first write is.
@@ -227,6 +229,11 @@ impl Driver for Qcow2 {
 
     fn traits(&self) -> Traits {
         self.traits
+    }
+
+    /// Unpacking is bounded by itself.
+    fn scratch(&self) -> Scratch {
+        Scratch { copy_unit: self.geometry.cluster_size() as u32, other: 0 }
     }
 
     fn len(&self) -> u64 {

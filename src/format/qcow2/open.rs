@@ -15,7 +15,7 @@ use super::refcounts::Refcounts;
 use super::{Qcow2, check, header_cluster, snapshots};
 use crate::block::*;
 use crate::io::sync::Mutex;
-use crate::io::{AlignedBuf, Blocking, Errno, IoVec};
+use crate::io::{AlignedBuf, Budget, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
 use std::sync::Arc;
 

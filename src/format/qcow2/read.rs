@@ -75,13 +75,15 @@ impl Qcow2 {
     }
 
     async fn read_compressed(&self, at: u64, place: Compressed, into: &IoVec<'_>) -> IoResult {
+        let room = place.len + self.geometry.cluster_size();
+        let _room = self.unpacking.take(room).await;
         let cluster = self.unpack(at, place).await?;
         into.copy_from(&cluster[self.geometry.offset_in_cluster(at) as usize..]);
         Ok(())
     }
 
     /// The whole cluster that a compressed entry names.
-    pub(super) async fn unpack(&self, at: u64, place: Compressed) -> IoResult<Vec<u8>> {
+    async fn unpack(&self, at: u64, place: Compressed) -> IoResult<Vec<u8>> {
         let file = self.file();
         if place.host >= file.len() || self.geometry.external_data {
             return Err(corrupt::data_outside(self, "Compressed cluster", place.host));

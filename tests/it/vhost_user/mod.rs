@@ -1,6 +1,7 @@
 //! The vhost-user-blk export against the testkit's front end: no virtual machine, every message and
 //! every byte of the rings under the test's control.
 
+mod budget;
 mod config;
 mod daemon;
 mod descriptors;
@@ -12,16 +13,16 @@ mod hostile;
 pub mod inflight;
 mod layouts;
 mod lifecycle;
-mod lost_memory;
 pub mod lone_queue;
+mod lost_memory;
 pub mod memory;
 mod memory_slots;
 mod messages;
 mod negotiation;
 mod queues;
 mod requests;
-mod write_cache;
 mod turns;
+mod write_cache;
 
 pub use crate::disks::seed;
 pub use daemon::{Daemon, LIMIT, SIZE, export_of, new_image};

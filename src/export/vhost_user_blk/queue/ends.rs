@@ -45,6 +45,7 @@ impl<R: Ring> Queue<R> {
         let room = slot.segments.capacity();
         if room > KEEP_SEGMENTS || room > KEEP_ALWAYS && self.room > KEEP_IN_ALL {
             slot.segments = Vec::new();
+            self.room -= room;
         }
         self.in_flight -= 1;
         self.ring.push(head, written + 1);

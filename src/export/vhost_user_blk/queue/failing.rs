@@ -112,6 +112,8 @@ impl<R: Ring> Queue<R> {
     #[cold]
     pub(super) fn age(&mut self) {
         let mut oldest: Option<(usize, u8)> = None;
+        // Those that wait for memory have not begun.
+        self.parked.heads().for_each(|head| self.slots[head as usize].age = 0);
         let in_flight = |slot: &Slot| slot.busy && slot.status.is_some();
         for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| in_flight(slot)) {
             slot.age = slot.age.saturating_add(1);

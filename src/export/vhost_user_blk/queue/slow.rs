@@ -1,10 +1,13 @@
-//! The slow road of a queue: requests that become tasks of the same worker.
+//! The slow road of a queue: requests that become tasks of the same worker, once there is memory for them
+//! ([`super::parked`]).
 
 use super::super::request::{self, Ended, HEADER_LEN, Kind};
 use super::super::ring::Ring;
 use super::Queue;
+use super::slot::Slot;
+use crate::block::SECTOR;
 use crate::export::core::failure::Failure;
-use crate::io::{Io, IoVec, SourceId};
+use crate::io::{Io, IoVec, Permit, SourceId};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -13,44 +16,44 @@ pub(super) struct Finished {
     pub(super) result: Result<Ended, Failure>,
 }
 
-impl<R: Ring> Queue<R> {
-    pub(super) fn go_slow(
-        &mut self,
-        io: &Rc<Io>,
-        me: SourceId,
-        head: u16,
-        kind: Kind,
-        sector: u64,
-        readable: usize,
-    ) {
-        let slot = &mut self.slots[head as usize];
-        slot.data = (readable as u32, slot.segments.len() as u32);
-        (slot.offset, slot.len) = (0, 0);
-        let (out, into) = slot.segments.split_at(readable);
-        // SAFETY: the queue keeps `memory` mapped while the request is in flight.
-        let (out, into) = unsafe { (IoVec::from_raw(out), IoVec::from_raw(into)) };
-        let out = out.slice(HEADER_LEN as u64, out.len() - HEADER_LEN as u64);
-        self.counts.flushes += u64::from(kind == Kind::Flush);
-        self.spawn(io, me, head, kind, sector, out, into);
+impl Slot {
+    /// What the device reads and writes, without header and status.
+    ///
+    /// # Safety
+    /// The guest's memory stays mapped until the lists are dropped.
+    unsafe fn lists(&self) -> (IoVec<'static>, IoVec<'static>) {
+        let (from, to) = (self.data.0 as usize, self.data.1 as usize);
+        let list = |segments| {
+            // SAFETY: the caller's promise.
+            unsafe { IoVec::from_raw(segments) }
+        };
+        match self.kind {
+            Some(Kind::In) => (IoVec::empty(), list(&self.segments[from..to])),
+            Some(Kind::Out) => (list(&self.segments[from..to]), IoVec::empty()),
+            _ => {
+                let (out, header) = (list(&self.segments[..from]), HEADER_LEN as u64);
+                (out.slice(header, out.len() - header), list(&self.segments[from..to]))
+            }
+        }
     }
+}
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one request")]
-    pub(super) fn spawn(
-        &mut self,
-        io: &Rc<Io>,
-        me: SourceId,
-        head: u16,
-        kind: Kind,
-        sector: u64,
-        out: IoVec<'static>,
-        into: IoVec<'static>,
-    ) {
+impl<R: Ring> Queue<R> {
+    /// Begins a request that has the memory that it may need.
+    pub(super) fn spawn(&mut self, io: &Rc<Io>, me: SourceId, head: u16, permit: Permit) {
+        let slot = &self.slots[head as usize];
+        let Some(kind) = slot.kind else { return };
         self.counts.slow += 1;
+        self.counts.flushes += u64::from(kind == Kind::Flush);
+        // SAFETY: the queue keeps `memory` mapped while the request is in flight.
+        let (out, into) = unsafe { slot.lists() };
+        let sector = slot.offset / SECTOR;
         let (disk, finished, worker) = (self.disk.clone(), self.finished.clone(), io.clone());
         let serial = self.serial.clone();
         let durable = disk.write_through.load(Ordering::Relaxed);
-        io.spawn(async move {
+        io.spawn_for(me, async move {
             let result = request::run(&disk, &serial, (kind, sector), out, into, durable).await;
+            drop(permit);
             finished.borrow_mut().push(Finished { head, result });
             worker.wake_source(me);
         });

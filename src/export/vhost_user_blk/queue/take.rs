@@ -188,7 +188,6 @@ impl<R: Ring> Queue<R> {
         me: SourceId,
         turn: &Turn<'_>,
         head: u16,
-        kind: Kind,
         access: Access,
         sector: u64,
         readable: usize,
@@ -213,10 +212,10 @@ impl<R: Ring> Queue<R> {
         slot.offset = offset;
         if len == 0 {
             return self.finish(head, Status::Ok, 0);
+        }
         // Longer ones go in pieces, with turns of the others in between.
         if len as u64 > turn_share::BYTES {
             return self.go_slow(io, me, head);
-        }
         }
         let token = Token { source: me, tag: head as u32 };
         match start_fast(&self.disk, turn, io, slot, access, token) {
@@ -224,19 +223,7 @@ impl<R: Ring> Queue<R> {
                 slot.generation = Some(turn.begin());
             }
             Some(Started::Done(result)) => self.transferred(io, head, result),
-            None => {
-                let writes = access != Access::Read;
-                let data = slot.data;
-                let list = &slot.segments[data.0 as usize..data.1 as usize];
-                // SAFETY: the queue keeps `memory` mapped while the request is in flight.
-                let list = unsafe { IoVec::from_raw(list) };
-                let (out, into) = if writes {
-                    (list, IoVec::from_mut(&mut []))
-                } else {
-                    (IoVec::from_mut(&mut []), list)
-                };
-                self.spawn(io, me, head, kind, sector, out, into);
-            }
+            None => self.go_slow(io, me, head),
         }
     }
 }
