@@ -15,8 +15,11 @@ use std::os::fd::RawFd;
 /// Ends that there is room for without growing.
 const DELIVERED: usize = 1024;
 
+/// A source, and the event that it is polled after.
+pub(super) type New = (Box<dyn Source>, Option<RawFd>);
+
 pub(super) struct Devices {
-    new: RefCell<Vec<(Box<dyn Source>, Option<RawFd>)>>,
+    new: RefCell<Vec<New>>,
     delivered: RefCell<VecDeque<(Token, IoResult)>>,
 }
 
@@ -38,7 +41,7 @@ impl Io {
         self.devices.new.borrow_mut().push((source, event));
     }
 
-    pub(super) fn next_device(&self) -> Option<(Box<dyn Source>, Option<RawFd>)> {
+    pub(super) fn next_device(&self) -> Option<New> {
         self.devices.new.borrow_mut().pop()
     }
 

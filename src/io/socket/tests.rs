@@ -292,8 +292,11 @@ struct Started {
     _buffer: Box<[u8]>,
     list: Vec<libc::iovec>,
     has_begun: bool,
-    heard: Rc<RefCell<Vec<(u32, IoResult<u32>)>>>,
+    heard: Heard,
 }
+
+/// The ends of operations, in order.
+type Heard = Rc<RefCell<Vec<(u32, IoResult<u32>)>>>;
 
 const FIRST: u32 = 1;
 const LATE: u32 = 2;
@@ -369,7 +372,7 @@ fn a_source_starts_operations_that_end_by_deadline_by_request_or_done() {
         let mut buffer = vec![3u8; 100].into_boxed_slice();
         let at = buffer.as_mut_ptr();
         let list = vec![io::iovec::iovec(at, 60), io::iovec::iovec(at.wrapping_add(60), 40)];
-        let heard = Rc::new(RefCell::new(Vec::new()));
+        let heard = Heard::default();
         let theirs = heard.clone();
         run_on(ring, async move {
             let heard = theirs.clone();
