@@ -1,13 +1,13 @@
 //! Requests that are held: the storage has failed them, and they are tried again until it works or
 //! an operator says otherwise (`werror=stop` and its like).
 //!
-//! Of a held request only the number of its first descriptor is kept: a guest cannot make it cost
-//! more, nor hold more of them than its ring is long. When it is tried again its chain is gathered
-//! anew, and checked as if it had just come: by then the guest's memory may lie elsewhere, and a
-//! hostile guest may have changed the chain.
+//! Of a held request only its number in its queue is kept: a guest cannot make it cost more, nor hold
+//! more requests than its queue is long. When it is tried again, its transport reads and checks it as if it
+//! had just come: by then the guest's memory may lie elsewhere, and a hostile guest may have changed the
+//! request.
 //!
 //! A held request is not in flight: nothing of it is with the kernel, and a drain does not wait for
-//! it. In the memory in which requests in flight are tracked it stays marked.
+//! it. In the memory that tracks requests in flight it stays marked.
 
 use std::collections::VecDeque;
 
