@@ -1,13 +1,18 @@
 //! What a node and all nodes that it stands on answer together. They are visited one after another, however long
 //! the chain is.
 
-use super::{Fence, Node};
+use super::{Child, Fence, Node};
 use crate::options::bytes;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 impl Node {
+    /// The node that has its data or its metadata: the first child that is no backing file.
+    pub fn primary(&self) -> Option<Arc<Node>> {
+        self.driver().children().iter().find(|child| !child.is_backing()).map(Child::node)
+    }
+
     /// All nodes that this one stands on, each once.
     pub fn below(&self) -> Vec<Arc<Node>> {
         let mut seen = HashSet::new();

@@ -5,7 +5,7 @@
 //! keeps the node alive, because whoever replaces a node drops the old one only after all workers
 //! have passed ([`crate::io::epoch`]).
 
-use super::Node;
+use super::{Node, Role};
 use crate::io::InFlight;
 use crate::io::epoch::Announcer;
 use crate::io::sync::Mutex;
@@ -14,12 +14,9 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// The role of the node that an image reads where it has no data.
-pub const BACKING: &str = "backing";
-
 /// An edge of the graph, owned by the parent's driver, or by the user that is no node.
 pub struct Child {
-    role: &'static str,
+    role: Role,
     /// What `owner` holds, for readers that do not lock.
     node: AtomicPtr<Node>,
     /// Taken out when the edge is dropped, and never before.
@@ -27,20 +24,19 @@ pub struct Child {
 }
 
 impl Child {
-    /// `role` is the option's name: `file`, `backing`, …; users that are no node call it `root`.
-    pub fn new(role: &'static str, node: Arc<Node>) -> Child {
+    pub fn new(role: Role, node: Arc<Node>) -> Child {
         let pointer = Arc::as_ptr(&node).cast_mut();
         let owner = Mutex::new(ManuallyDrop::new(node));
         Child { role, node: AtomicPtr::new(pointer), owner }
     }
 
-    pub fn role(&self) -> &'static str {
+    pub fn role(&self) -> Role {
         self.role
     }
 
     /// Whether the node is what the parent reads where it has no data.
     pub fn is_backing(&self) -> bool {
-        self.role == BACKING
+        self.role.is_backing()
     }
 
     /// The node, for the slow road and the control plane.

@@ -170,8 +170,8 @@ impl Node {
 
     /// Tells the filter that the node stands on.
     async fn event_below(&self, event: Event) {
-        if let Some(below) = self.driver().children().first() {
-            below.node().raise(event).await;
+        if let Some(below) = self.primary() {
+            below.raise(event).await;
         }
     }
 
@@ -208,17 +208,12 @@ impl Node {
 }
 
 fn debugged_below(node: &Node) -> Option<Arc<Node>> {
-    let mut below = file_of(node);
+    let mut below = node.primary();
     while let Some(node) = below {
         if node.driver().debugger().is_some() {
             return Some(node);
         }
-        below = file_of(&node);
+        below = node.primary();
     }
     None
-}
-
-fn file_of(node: &Node) -> Option<Arc<Node>> {
-    let child = node.driver().children().iter().find(|child| child.role() == "file");
-    child.map(|child| child.node())
 }

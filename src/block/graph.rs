@@ -25,6 +25,7 @@ use super::policy::OpenPolicy;
 use super::registry::Registry;
 use super::{
     Abilities, BitmapInfo, Discards, Error, ImageInfo, Node, NodeOptions, Notices, Perm, Perms,
+    Role,
 };
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
@@ -92,7 +93,7 @@ pub(super) enum By {
     /// A node stands on it: the parent's number, and the index of the child.
     Node { id: u64, child: usize },
     /// A node that is being opened.
-    Opening { id: u64, name: String, role: &'static str },
+    Opening { id: u64, name: String, role: Role },
     /// Something that is no node: an export, a tool, a job.
     User { id: u64, what: Arc<str>, user: Option<Weak<dyn User>> },
 }
@@ -124,7 +125,7 @@ pub struct NodeInfo {
     /// What its driver tells of it, if it does.
     pub image: Option<ImageInfo>,
     /// Role and name of what it stands on.
-    pub children: Vec<(&'static str, String)>,
+    pub children: Vec<(Role, String)>,
     /// Newest first.
     pub bitmaps: Vec<BitmapInfo>,
     /// Bytes; 0 if there is none ([`Node::set_write_threshold`]).

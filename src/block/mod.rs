@@ -3,7 +3,7 @@
 //!
 //! * [`node`]: what users hold. Checks, aligns, splits, orders.
 //! * [`driver`], [`image`], [`snapshot`]: what formats and protocols implement, and what they can rely on.
-//! * [`child`], [`perm`]: the edges of the graph, and what each user may do.
+//! * [`child`], [`role`], [`perm`]: the edges of the graph, and what each user may do.
 //! * [`bitmap`]: which parts of a node were written.
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`compress`]: storing data compressed.
@@ -50,13 +50,14 @@ pub mod perm;
 pub mod policy;
 pub mod probe;
 pub mod registry;
+pub mod role;
 pub mod snapshot;
 pub mod temporary;
 pub mod threshold;
 pub mod working_memory;
 
 pub use bitmap::{Bitmap, BitmapInfo, BitmapStore, Bitmaps, NewBitmap};
-pub use child::{BACKING, Child};
+pub use child::Child;
 pub use compress::{Compress, Packed, Packer};
 pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, create_options};
 pub use drive::{Drive, DriveHealth};
@@ -74,10 +75,11 @@ pub use memory::{Admission, DeviceMemory, GuestRegion};
 pub use named::NameParts;
 pub use node::{DetectZeroes, Discards, Node, NodeOptions, SECTOR};
 pub use notice::{Corrupted, Notice, Notices};
-pub use open::{Inherit, Opening, RecordedBacking};
+pub use open::{Opening, RecordedBacking};
 pub use perm::{Perm, Perms};
 pub use policy::{FollowBacking, OpenPolicy, Whitelist};
 pub use registry::{DriverEntry, Kind, OptionHelp, Registry};
+pub use role::Role;
 pub use snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
 pub use temporary::TemporaryImage;
 pub use threshold::ThresholdExceeded;

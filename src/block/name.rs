@@ -5,7 +5,7 @@
 //! `json:{…}` with the options that do, in QEMU's order; how the node is cached, locked and the like is not
 //! in it.
 
-use super::{Child, Error, Kind, Node, Registry, extents};
+use super::{Error, Kind, Node, Registry, Role, extents};
 use crate::options::{Map, Value, bytes, filename, json};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub fn name_without_backing(node: &Node, registry: &Registry, given: &Map) -> St
     names.plain(node, None).unwrap_or_else(|| {
         let mut options = names.options(node, None);
         // Nothing is read from it, so that another node may stand in its place.
-        options.take("data-file");
+        options.take(Role::DataFile.name());
         as_given(&mut options, given);
         json_name(options)
     })
@@ -71,7 +71,7 @@ impl<'a> Names<'a> {
 
     fn plain(&mut self, node: &Node, backing: Option<Value>) -> Option<String> {
         let driver = node.driver();
-        let below = driver.children().first().map(Child::node);
+        let below = node.primary();
         let name = below.as_ref().and_then(|below| self.plain_of(below));
         if let Some(own) = driver.name_over(name.as_deref()) {
             return Some(own);
@@ -93,10 +93,10 @@ impl<'a> Names<'a> {
         let mut options = driver.own_options();
         options.insert("driver", driver.name());
         for child in driver.children().iter().filter(|child| !child.is_backing()) {
-            options.insert(child.role(), self.options_of(&child.node()));
+            options.insert(child.role().name(), self.options_of(&child.node()));
         }
         if let Some(backing) = backing {
-            options.insert("backing", backing);
+            options.insert(Role::Backing.name(), backing);
         }
         sorted(options)
     }

@@ -4,8 +4,8 @@
 //! The rule held here: what is given counts, and the name says only what is left open. So options for a child
 //! that nobody named (`file.locking=off`) are merged with those that the name stands for, at every depth.
 
-use super::Error;
 use super::registry::{DriverEntry, Kind, Registry};
+use super::{Error, Role};
 use crate::options::size::{self, BadSize};
 use crate::options::{self, Map, Value, filename};
 
@@ -13,11 +13,8 @@ use crate::options::{self, Map, Value, filename};
 pub struct NameParts {
     pub options: Map,
     /// The child that the rest of the name is of, and that rest.
-    pub below: Option<(&'static str, String)>,
+    pub below: Option<(Role, String)>,
 }
-
-/// The children that are storage: a file name among their options is that of a file or device.
-const STORAGE: [&str; 3] = ["file", "data-file", "image"];
 
 impl Registry {
     /// The options of the node of storage that a file's name stands for: a device, what its prefix or
@@ -36,7 +33,7 @@ impl Registry {
             Some(entry) if takes_name(entry) => {
                 self.take_name(entry, filename::path_for(entry.name, name), given)
             }
-            _ => self.name_below("file", name, given),
+            _ => self.name_below(Role::File, name, given),
         }
     }
 
@@ -75,12 +72,12 @@ impl Registry {
 
     /// Names the drivers of storage that are left open: a `filename` is that of a device or a plain file.
     pub fn complete(&self, mut options: Map) -> Map {
-        for role in STORAGE.into_iter().chain(["backing"]) {
-            let Some(Value::Map(child)) = options.get_mut(role) else { continue };
+        for role in Role::GIVEN {
+            let Some(Value::Map(child)) = options.get_mut(role.name()) else { continue };
             let given = std::mem::take(child);
-            *child = match role {
-                "backing" => self.complete(given),
-                _ => self.complete_storage(given),
+            *child = match role.is_backing() {
+                true => self.complete(given),
+                false => self.complete_storage(given),
             };
         }
         options
@@ -112,8 +109,8 @@ impl Registry {
                 Err(BadSize::OutOfRange) => {}
             }
         }
-        for role in STORAGE.into_iter().chain(["backing"]) {
-            if let Some(Value::Map(child)) = options.get_mut(role) {
+        for role in Role::GIVEN {
+            if let Some(Value::Map(child)) = options.get_mut(role.name()) {
                 self.plain_numbers(child)?;
             }
         }
@@ -129,7 +126,7 @@ impl Registry {
             driver != format && kind(driver).is_some_and(|kind| kind != Kind::Format)
         });
         if is_below && kind(format) == Some(Kind::Format) {
-            return Map::from_iter([("file", said)]);
+            return Map::from_iter([(Role::File.name(), said)]);
         }
         said.take("driver");
         said
@@ -140,7 +137,7 @@ impl Registry {
         if given.contains("filename") {
             return Ok(false);
         }
-        let below = ["file", "image"].iter().find_map(|role| given.get(role));
+        let below = [Role::File, Role::Image].iter().find_map(|role| given.get(role.name()));
         match (self.driver_in(given)?, below) {
             (Some(entry), _) if entry.kind == Kind::Protocol => {
                 let takes_path = entry.options.iter().any(|option| option.name == "filename");
@@ -165,7 +162,7 @@ impl Registry {
         };
         match takes_name(entry) {
             true => self.take_name(entry, filename::path_for(entry.name, name), given),
-            false => self.name_below("file", name, given),
+            false => self.name_below(Role::File, name, given),
         }
     }
 
@@ -187,8 +184,8 @@ impl Registry {
     }
 
     /// The options of a node that has the file of this name as its child.
-    fn name_below(&self, role: &str, name: &str, mut given: Map) -> Result<Map, Error> {
-        let child = match given.take(role) {
+    fn name_below(&self, role: Role, name: &str, mut given: Map) -> Result<Map, Error> {
+        let child = match given.take(role.name()) {
             None => Map::new(),
             Some(Value::Map(child)) => child,
             Some(_) => {
@@ -198,7 +195,7 @@ impl Registry {
                 ));
             }
         };
-        given.insert(role, self.storage(name, child)?);
+        given.insert(role.name(), self.storage(name, child)?);
         Ok(given)
     }
 
@@ -221,7 +218,8 @@ fn takes_name(entry: &DriverEntry) -> bool {
 
 /// The name of the file at the bottom of what the options describe, if they describe it all.
 pub fn file_in(options: &Map) -> Option<&str> {
-    let child = STORAGE.iter().find_map(|role| options.get(role));
+    let mut storage = Role::GIVEN.iter().filter(|role| !role.is_backing());
+    let child = storage.find_map(|role| options.get(role.name()));
     match child {
         Some(Value::Map(child)) => file_in(child),
         Some(_) => None,

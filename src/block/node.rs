@@ -261,7 +261,7 @@ impl Node {
     pub fn journaled(self: &Arc<Node>) -> Option<Arc<Node>> {
         let mut at = self.clone();
         while at.driver.journaled().is_none() {
-            let below = at.driver.children().iter().find(|child| child.role() == "file")?.node();
+            let below = at.primary()?;
             at = below;
         }
         (!at.options.no_flush).then_some(at)

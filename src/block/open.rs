@@ -11,7 +11,7 @@ pub use backing::RecordedBacking;
 use super::graph::{By, Graph};
 use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
-use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Notices, Perms};
+use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Notices, Perms, Role};
 use crate::io::{Blocking, task};
 use crate::options::{self, Map, NodeRef};
 use backing::Chain;
@@ -48,17 +48,6 @@ pub struct Opening {
     has_storage: bool,
 }
 
-/// What an inline child is to its parent: decides what it takes over where its own options are
-/// silent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Inherit {
-    /// It holds the parent's data or metadata: the same caching, read-only if the parent is, and
-    /// discards are passed on, because the parent has decided already what to pass.
-    Storage,
-    /// Another image that the parent reads where it has no data: the same caching, never written.
-    Backing,
-}
-
 /// How far down a graph a node is opened.
 #[derive(Clone, Copy)]
 pub(super) struct Depth {
@@ -69,10 +58,10 @@ pub(super) struct Depth {
 impl Depth {
     pub(super) const TOP: Depth = Depth { nodes: 1, images: 1 };
 
-    fn below(self, inherit: Inherit) -> Depth {
-        match inherit {
-            Inherit::Storage => Depth { nodes: self.nodes + 1, ..self },
-            Inherit::Backing => Depth { images: self.images + 1, ..self },
+    fn below(self, role: Role) -> Depth {
+        match role.is_backing() {
+            false => Depth { nodes: self.nodes + 1, ..self },
+            true => Depth { images: self.images + 1, ..self },
         }
     }
 
@@ -87,7 +76,7 @@ impl Depth {
     }
 }
 
-/// What an inline child takes over.
+/// What an inline child takes over where its own options are silent.
 pub(super) struct Inherited {
     read_only: bool,
     auto_read_only: bool,
@@ -156,14 +145,13 @@ impl Opening {
         at(&self.path, error)
     }
 
-    /// The child in `role` (the option's name), by reference or opened now. `during` is what the
+    /// The child in `role`, by reference or opened now. `during` is what the
     /// driver holds on it until its node is there; from then on,
     /// [`Driver::child_perms`](super::Driver::child_perms) says.
     pub async fn child(
         &mut self,
-        role: &'static str,
+        role: Role,
         options: NodeRef,
-        inherit: Inherit,
         during: Perms,
     ) -> Result<Child, Error> {
         let by = By::Opening { id: self.id, name: self.name.clone(), role };
@@ -174,18 +162,18 @@ impl Opening {
                 node
             }
             NodeRef::Inline(map) => {
-                let path = join(&self.path, role);
-                let inherited = Inherited { first: Some((by, during)), ..self.inherited(inherit) };
-                let (graph, depth) = (self.graph.clone(), self.depth.below(inherit));
+                let path = join(&self.path, role.name());
+                let inherited = Inherited { first: Some((by, during)), ..self.inherited(role) };
+                let (graph, depth) = (self.graph.clone(), self.depth.below(role));
                 let open = async move { graph.open_node(map, path, Some(inherited), depth).await };
-                match inherit {
-                    Inherit::Storage => open.await?,
+                match role.is_backing() {
+                    false => open.await?,
                     // A task of its own, as a chain may be longer than the stack is deep.
-                    Inherit::Backing => task::apart(open).await?,
+                    true => task::apart(open).await?,
                 }
             }
         };
-        if inherit == Inherit::Storage && !std::mem::replace(&mut self.has_storage, true) {
+        if !role.is_backing() && !std::mem::replace(&mut self.has_storage, true) {
             self.blocking = node.blocking().clone();
         }
         Ok(Child::new(role, node))
@@ -196,8 +184,10 @@ impl Opening {
         self.graph.find(name).ok()
     }
 
-    fn inherited(&self, inherit: Inherit) -> Inherited {
-        let backing = inherit == Inherit::Backing;
+    /// The same caching. Storage is read-only if the parent is, and passes on all discards, because the parent
+    /// has decided already what to pass; a backing file is never written.
+    fn inherited(&self, role: Role) -> Inherited {
+        let backing = role.is_backing();
         Inherited {
             read_only: self.options.read_only || backing,
             auto_read_only: self.auto_read_only && !backing,

@@ -35,7 +35,7 @@ struct CompressFilter {
 
 async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(options)?;
-    let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
+    let file = opening.child(Role::File, options.file, Perms::NONE).await?;
     let node = file.node();
     let Some(unit) = node.compression_unit() else {
         return Err(Error::new(format!(

@@ -68,7 +68,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     for (name, value) in [("offset", offset), ("size", size)] {
         value.and_then(|value| window.insert(name, value));
     }
-    let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
+    let file = opening.child(Role::File, options.file, Perms::NONE).await?;
     let node = file.node();
     let offset = check_window(offset.unwrap_or(0), size, node.len())?;
     let traits = traits(node.traits(), offset);

@@ -63,8 +63,14 @@ impl Nodes<'_> {
         self.list.iter().map(|(info, _)| info).find(|info| info.name == name)
     }
 
-    fn child(&self, info: &NodeInfo, role: &str) -> Option<&NodeInfo> {
-        let (_, name) = info.children.iter().find(|(is, _)| *is == role)?;
+    fn backing(&self, info: &NodeInfo) -> Option<&NodeInfo> {
+        let (_, name) = info.children.iter().find(|(role, _)| role.is_backing())?;
+        self.by_name(name)
+    }
+
+    /// The node that has its data or its metadata.
+    fn primary(&self, info: &NodeInfo) -> Option<&NodeInfo> {
+        let (_, name) = info.children.iter().find(|(role, _)| !role.is_backing())?;
         self.by_name(name)
     }
 
@@ -72,19 +78,19 @@ impl Nodes<'_> {
     fn filtered(&self, info: &NodeInfo) -> Option<&NodeInfo> {
         let entry = self.service.graph().registry().get(info.driver)?;
         match entry.kind {
-            Kind::Filter => self.by_name(&info.children.first()?.1),
+            Kind::Filter => self.primary(info),
             _ => None,
         }
     }
 
     /// That, or the image that it reads where it has nothing.
     fn below(&self, info: &NodeInfo) -> Option<&NodeInfo> {
-        self.filtered(info).or_else(|| self.child(info, "backing"))
+        self.filtered(info).or_else(|| self.backing(info))
     }
 
     /// `BlockDeviceInfo`; with `deep`, the image with all below it.
     fn describe(&self, info: &NodeInfo, deep: bool) -> Value {
-        let backing = self.child(info, "backing");
+        let backing = self.backing(info);
         let chain = std::iter::successors(self.below(info), |info| self.below(info));
         // As in QEMU, flat listings do not look.
         let depth = if deep { chain.count() as u64 } else { 0 };

@@ -25,7 +25,7 @@ static NOTE: DriverEntry = DriverEntry {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
             let backing: Option<NodeRefOrNull> = options.take_as("backing")?;
             let read = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
-            let file = opening.child("file", file, Inherit::Storage, read).await?;
+            let file = opening.child(Role::File, file, read).await?;
             let mut line = vec![0; file.node().len() as usize];
             file.node()
                 .read(0, &IoVec::from_mut(&mut line))
@@ -130,7 +130,7 @@ impl Files {
         let file = Path::new(&file).strip_prefix(self.0.path()).unwrap().display().to_string();
         let mut chain = vec![format!("{}:{file}", top.driver().name())];
         if let Some(backing) = children.get(1) {
-            assert_eq!(backing.role(), "backing");
+            assert_eq!(backing.role(), Role::Backing);
             assert!(backing.node().options().read_only);
             chain.extend(self.chain(&backing.node()));
         }

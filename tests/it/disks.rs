@@ -120,7 +120,7 @@ static SUSPEND: DriverEntry = DriverEntry {
     open: |opening, mut options| {
         Box::pin(async move {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
-            let child = opening.child("file", file, Inherit::Storage, Perms::NONE).await?;
+            let child = opening.child(Role::File, file, Perms::NONE).await?;
             Ok(Box::new(Suspend([child])) as Box<dyn Driver>)
         })
     },

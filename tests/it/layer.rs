@@ -16,7 +16,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
         Box::pin(async move {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
             let backing: Option<NodeRefOrNull> = options.take_as("backing")?;
-            let file = opening.child("file", file, Inherit::Storage, Perms::NONE).await?;
+            let file = opening.child(Role::File, file, Perms::NONE).await?;
             let backing = opening.backing(backing, None, &file).await?;
             let node = file.node();
             let below = node.traits();

@@ -7,7 +7,9 @@
 use super::permissions::{Plan, release_locks};
 use super::turns::Turn;
 use super::{By, Graph, State};
-use crate::block::{Error, LocalFuture, Node, Perm, Perms, Preallocation, Snapshots, resizable};
+use crate::block::{
+    Error, LocalFuture, Node, Perm, Perms, Preallocation, Role, Snapshots, resizable,
+};
 use crate::io::epoch;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -153,7 +155,7 @@ impl Graph {
     pub async fn replace(
         &self,
         parent: &Arc<Node>,
-        role: &str,
+        role: Role,
         node: &Arc<Node>,
     ) -> Result<(), Error> {
         let drained = self.drain(parent).await?;

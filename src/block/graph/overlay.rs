@@ -9,7 +9,7 @@ use super::drain::check_traits;
 use super::permissions::{Plan, release_locks};
 use super::{By, Drained, Graph, State, User};
 use crate::block::open::Depth;
-use crate::block::{BACKING, Child, DriverEntry, Error, Node, Registry};
+use crate::block::{Child, DriverEntry, Error, Node, Registry, Role};
 use crate::io::epoch;
 use crate::options::{Map, Value};
 use std::sync::Arc;
@@ -44,7 +44,7 @@ impl Graph {
         flush(base).await?;
         self.forget(overlay).await;
         let mut options = asked.clone();
-        options.insert(BACKING, base.name());
+        options.insert(Role::Backing.name(), base.name());
         let result = match self.open_top(options).await {
             Ok(node) => self.take_over(drained, base, &node).await.map(|()| node),
             Err(error) => Err(error),
@@ -249,7 +249,7 @@ impl State {
             let entry = self.entry(id);
             let children = entry.node.driver().children().iter().zip(&entry.children);
             let own = children
-                .filter(|(child, id)| child.role() != BACKING && self.entry(**id).uses.len() == 1);
+                .filter(|(child, id)| !child.is_backing() && self.entry(**id).uses.len() == 1);
             found.extend(own.map(|(_, id)| id));
             at += 1;
         }
@@ -305,7 +305,7 @@ impl State {
             return refused(&format!("Node '{name}' is inactive"));
         }
         for child in driver.children() {
-            let (node, named) = (child.node(), entry.asked.get(child.role()));
+            let (node, named) = (child.node(), entry.asked.get(child.role().name()));
             if named.and_then(Value::as_str).is_some_and(|name| name != node.name()) {
                 return refused(&format!(
                     "Node '{name}' stands on '{}' since a snapshot of what it was opened with: it \

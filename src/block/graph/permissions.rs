@@ -6,7 +6,7 @@
 
 use super::heights::Height;
 use super::{By, Entry, State, Use};
-use crate::block::{Child, Error, Perm, Perms};
+use crate::block::{Child, Error, Perm, Perms, Role};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -271,14 +271,14 @@ impl<'a> Plan<'a> {
         ))
     }
 
-    fn describe(&self, by: &By) -> (String, &'static str) {
+    fn describe(&self, by: &By) -> (String, Role) {
         match by {
             By::Node { id, child } => {
                 let role = self.state.entry(*id).node.driver().children()[*child].role();
                 (format!("node '{}'", self.name(*id)), role)
             }
-            By::Opening { name, role, .. } => (format!("node '{name}'"), role),
-            By::User { what, .. } => (what.to_string(), "root"),
+            By::Opening { name, role, .. } => (format!("node '{name}'"), *role),
+            By::User { what, .. } => (what.to_string(), Role::Root),
         }
     }
 

@@ -177,7 +177,7 @@ struct Layer {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct LayerOptions {
     file: NodeRef,
-    data: Option<NodeRef>,
+    data_file: Option<NodeRef>,
     #[serde(default)]
     broken: bool,
 }
@@ -190,9 +190,9 @@ async fn open_layer(
 ) -> Result<Box<dyn Driver>, Error> {
     let options: LayerOptions = opening.parse(map)?;
     let during = perms(Perms::NONE);
-    let mut children = vec![opening.child("file", options.file, Inherit::Storage, during).await?];
-    if let Some(data) = options.data {
-        children.push(opening.child("data", data, Inherit::Storage, during).await?);
+    let mut children = vec![opening.child(Role::File, options.file, during).await?];
+    if let Some(data) = options.data_file {
+        children.push(opening.child(Role::DataFile, data, during).await?);
     }
     if options.broken {
         return Err(Error::new("broken"));
@@ -311,7 +311,7 @@ impl Bench {
         self.graph.attach(&node, "an unnamed block device", perms, None).map_err(|e| e.to_string())
     }
 
-    fn replace(&self, parent: &str, role: &'static str, node: &str) -> Result<(), String> {
+    fn replace(&self, parent: &str, role: Role, node: &str) -> Result<(), String> {
         let graph = self.graph.clone();
         let parent = graph.find(parent).unwrap();
         let node = graph.find(node).unwrap();
@@ -436,7 +436,7 @@ fn unnamed_children_get_a_name_and_go_with_their_parent() {
         bench.delete(hidden).unwrap_err(),
         format!("Node {hidden} is not owned by the monitor")
     );
-    assert_eq!(bench.graph.query()[0].children, [("file", hidden.clone())]);
+    assert_eq!(bench.graph.query()[0].children, [(Role::File, hidden.clone())]);
     bench.delete("a").unwrap();
     assert!(bench.names().is_empty());
     assert!(store("unnamed").is_closed());
@@ -563,7 +563,7 @@ fn a_lock_that_is_refused_rolls_back_those_already_taken() {
     let bench = Bench::new();
     bench.open("driver=store,tag=rb1,node-name=f").unwrap();
     bench.open("driver=store,tag=rb2,node-name=g").unwrap();
-    bench.open("driver=pass,node-name=r,file=f,data=g").unwrap();
+    bench.open("driver=pass,node-name=r,file=f,data-file=g").unwrap();
     for (refusing, other) in [("rb1", "rb2"), ("rb2", "rb1")] {
         store(refusing).refuse.store(true, Ordering::SeqCst);
         let error = bench.attach("r", writes()).err().unwrap();
@@ -586,7 +586,7 @@ fn a_node_that_is_reached_twice_is_judged_by_where_it_ends_up() {
     let bench = Bench::new();
     bench.open("driver=store,tag=twice,node-name=f").unwrap();
     bench.open("driver=pass,node-name=a,file=f").unwrap();
-    bench.open("driver=pass,node-name=r,file=a,data=f").unwrap();
+    bench.open("driver=pass,node-name=r,file=a,data-file=f").unwrap();
     let alone = Perms { held: READ, shared: READ };
     let user = bench.attach("r", alone).unwrap();
     let wide = Perms { held: READ | Perm::WRITE, shared: SHARE_ALL };
@@ -635,19 +635,19 @@ fn an_edge_is_turned_with_users_paused_and_permissions_moved() {
     let user: Arc<dyn User> = export.clone();
     let _hold = bench.graph.attach(&top, "export", writes(), Some(user)).unwrap();
 
-    bench.replace("r", "file", "g").unwrap();
+    bench.replace("r", Role::File, "g").unwrap();
     assert_eq!(export.pauses.load(Ordering::SeqCst), 1);
     assert_eq!(export.paused.load(Ordering::SeqCst), 0);
     assert_eq!((store("turn1").locked(), store("turn2").locked()), (Perms::NONE, writes()));
     bench.delete("f").unwrap();
     assert_eq!(bench.delete("g").unwrap_err(), "Block device g is in use");
 
-    assert_eq!(bench.replace("r", "file", "s").unwrap_err(), "Making 'r' stand on itself");
+    assert_eq!(bench.replace("r", Role::File, "s").unwrap_err(), "Making 'r' stand on itself");
     assert_eq!(
-        bench.replace("r", "backing", "g").unwrap_err(),
+        bench.replace("r", Role::Backing, "g").unwrap_err(),
         "Node 'r' does not have a 'backing' child"
     );
-    assert!(bench.replace("r", "file", "h").unwrap_err().contains("aligned to 4096"));
+    assert!(bench.replace("r", Role::File, "h").unwrap_err().contains("aligned to 4096"));
     assert_eq!(export.paused.load(Ordering::SeqCst), 0);
     assert_eq!((store("turn2").locked(), store("turn3").locked()), (writes(), Perms::NONE));
 }
@@ -689,7 +689,7 @@ fn fast_requests_keep_the_node_that_they_were_mapped_to() {
         }
         for id in 1..=ROUNDS {
             bench.open(&format!("driver=store,tag=load{id},id={id},node-name=n{id}")).unwrap();
-            bench.replace("r", "file", &format!("n{id}")).unwrap();
+            bench.replace("r", Role::File, &format!("n{id}")).unwrap();
             bench.delete(&format!("n{}", id - 1)).unwrap();
             assert!(store(&format!("load{}", id - 1)).is_closed());
             let seen = requests.load(Ordering::SeqCst);

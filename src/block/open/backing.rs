@@ -1,9 +1,9 @@
 //! The files that an image names itself: what it takes unwritten bytes from, and what its data is in. They
 //! are given in the options, or recorded in the image and then opened as far as the graph's policy allows.
 
-use super::{Inherit, Opening};
+use super::Opening;
 use crate::block::policy::FollowBacking;
-use crate::block::{BACKING, Child, Error, Perm, Perms, named, probe};
+use crate::block::{Child, Error, Perm, Perms, Role, named, probe};
 use crate::options::{Map, NodeRef, NodeRefOrNull, Value, bytes, filename};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,7 +76,7 @@ impl Opening {
             (None, recorded) => self.backing_options(Map::new(), recorded, file).await,
         };
         let child = match options {
-            Ok(options) => self.child(BACKING, options, Inherit::Backing, during).await,
+            Ok(options) => self.child(Role::Backing, options, during).await,
             Err(error) => Err(error),
         };
         is_told &= self.depth.images <= MOST_TOLD;
@@ -139,7 +139,7 @@ impl Opening {
             None => registry.complete(given),
         };
         if guesses && !options.contains("driver") {
-            let Some(Value::Map(storage)) = options.get("file") else {
+            let Some(Value::Map(storage)) = options.get(Role::File.name()) else {
                 return Err(Error::new("Must specify either driver or file"));
             };
             let format = self.probe(storage.clone()).await?;
@@ -178,11 +178,11 @@ impl Opening {
     /// The format that a file's first bytes tell.
     async fn probe(&mut self, options: Map) -> Result<&'static str, Error> {
         let name = named::file_in(&options).unwrap_or_default().to_owned();
-        let inherited = self.inherited(Inherit::Backing);
+        let inherited = self.inherited(Role::Backing);
         let path = super::join(&self.path, "backing.file");
         let node = self
             .graph
-            .open_node(options, path, Some(inherited), self.depth.below(Inherit::Storage))
+            .open_node(options, path, Some(inherited), self.depth.below(Role::File))
             .await?;
         probe::probe(self.graph.registry(), &node, &name).await.map(|entry| entry.name)
     }

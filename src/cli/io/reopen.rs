@@ -110,7 +110,7 @@ fn changed(node: &Node, options: Map, given: &Map) -> Result<Map, String> {
     };
     let mut changed = Map::new();
     for (key, value) in options {
-        let child = driver.children().iter().find(|child| child.role() == key);
+        let child = driver.children().iter().find(|child| child.role().name() == key);
         let now = given.get(&key).or_else(|| own.get(&key)).cloned().map(Value::into_text);
         match (child, value) {
             (Some(child), Value::Map(options)) => {

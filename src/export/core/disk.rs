@@ -10,7 +10,7 @@ use super::loss::Losses;
 use super::metrics::ExportMetrics;
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
-use crate::block::{Child, Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::block::{Child, Node, Role, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::task::yield_now;
 use crate::io::{Budget, Errno, IoResult, IoVec, turn_share};
 use std::sync::Arc;
@@ -110,7 +110,7 @@ impl Disk {
             journal: Journal::default(),
             losses: Losses::new(lost.unwrap_or_default()),
             memory,
-            root: Child::new("root", node),
+            root: Child::new(Role::Root, node),
             options,
             block_size,
         }

@@ -142,7 +142,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     }
     errors.extend(options.inject_error);
     transitions.extend(options.set_state);
-    let image = opening.child("image", options.image, Inherit::Storage, Perms::NONE).await?;
+    let image = opening.child(Role::Image, options.image, Perms::NONE).await?;
     let limits = Limits {
         align: Limit::new("align", options.align)?,
         max_transfer: Limit::new("max-transfer", options.max_transfer)?,
@@ -167,13 +167,13 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
 /// Reads `blkdebug:CONFIG:IMAGE`, or the name of an image.
 fn read_name(name: &str) -> Result<NameParts, Error> {
     let Some(rest) = name.strip_prefix("blkdebug:") else {
-        return Ok(NameParts { options: Map::new(), below: Some(("image", name.to_owned())) });
+        return Ok(NameParts { options: Map::new(), below: Some((Role::Image, name.to_owned())) });
     };
     let parts = rest.split_once(':');
     let (config, image) =
         parts.ok_or_else(|| Error::new("blkdebug requires both config file and image path"))?;
     let options = Map::from_iter([("config", config)]);
-    Ok(NameParts { options, below: Some(("image", image.to_owned())) })
+    Ok(NameParts { options, below: Some((Role::Image, image.to_owned())) })
 }
 
 /// One of the options that change how requests have to look: its name and its value, 0 if not given.

@@ -52,7 +52,7 @@ struct CopyOnRead {
 
 async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(options)?;
-    let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
+    let file = opening.child(Role::File, options.file, Perms::NONE).await?;
     let node = file.node();
     let traits = node.traits();
     if opening.options().read_only || traits.abilities.contains(Abilities::READ_ONLY) {

@@ -93,7 +93,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
             "prealloc-align parameter of preallocate filter is not aligned to 512",
         ));
     }
-    let file = opening.child("file", options.file, Inherit::Storage, Perms::NONE).await?;
+    let file = opening.child(Role::File, options.file, Perms::NONE).await?;
     let node = file.node();
     let mut traits = node.traits();
     if node.driver().image().is_none() {

@@ -27,7 +27,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         held |= Perm::WRITE;
     }
     let during = Perms::format(Perms { held, shared: Perm::all() });
-    let file = opening.child("file", options.file.clone(), Inherit::Storage, during).await?;
+    let file = opening.child(Role::File, options.file.clone(), during).await?;
     let node = file.node();
     let mut header = read_header(&node).await?;
     check_known(&header)?;
@@ -293,7 +293,7 @@ async fn data_file(
         (true, Some(reference)) => reference,
     };
     let during = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
-    opening.child("data-file", options, Inherit::Storage, during).await.map(Some)
+    opening.child(Role::DataFile, options, during).await.map(Some)
 }
 
 /// The name of the data file that an image with one records.

@@ -118,11 +118,10 @@ impl Nodes<'_> {
             ]);
             map.insert("driver-specific", specific);
         }
-        let primary = info.children.iter().find(|(role, _)| *role != "backing");
-        if let Some(parent) = primary.and_then(|(_, name)| self.by_name(name)) {
+        if let Some(parent) = self.primary(info) {
             map.insert("parent", Value::Map(self.stats(parent, sums, chain)));
         }
-        if chain && let Some(backing) = self.child(info, "backing") {
+        if chain && let Some(backing) = self.backing(info) {
             map.insert("backing", Value::Map(self.stats(backing, sums, chain)));
         }
         map

@@ -156,7 +156,7 @@ fn an_active_node_stands_on_active_nodes_only() {
     let error = bench.open("driver=pass,node-name=top,file=low").err().unwrap();
     assert_eq!(error, "Active node 'top' cannot stand on inactive node 'low'");
     bench.open("driver=pass,node-name=top,file.driver=store,file.tag=activity-8").unwrap();
-    let error = bench.replace("top", "file", "low").unwrap_err();
+    let error = bench.replace("top", Role::File, "low").unwrap_err();
     assert_eq!(error, "Active node 'top' cannot stand on inactive node 'low'");
     assert_eq!(bench.resize("low", 1 << 21).unwrap_err(), "Node 'low' is inactive");
     bench.delete("low").unwrap();

@@ -32,17 +32,17 @@ fn an_edge_is_not_turned_to_what_is_too_deep_for_a_node_far_above() {
     bench.open("driver=pass,node-name=c,file=b").unwrap();
     let user = bench.attach(&top, writes()).unwrap();
     let also = bench.attach("c", reads()).unwrap();
-    let error = bench.replace("a2", "file", &deepest).unwrap_err();
+    let error = bench.replace("a2", Role::File, &deepest).unwrap_err();
     assert_eq!(error, format!("'c' is more than {DEPTH_LIMIT} nodes deep"));
     assert_eq!((store("deep-a").locked(), store("deep-n").locked()), (writes(), Perms::NONE));
     drop(also);
     bench.delete("c").unwrap();
     // What is no longer there no longer counts.
-    bench.replace("a2", "file", &deepest).unwrap();
+    bench.replace("a2", Role::File, &deepest).unwrap();
     assert_eq!((store("deep-a").locked(), store("deep-n").locked()), (Perms::NONE, writes()));
     let error = bench.open("driver=pass,node-name=c,file=b").err().unwrap();
     assert_eq!(error, format!("'c' is more than {DEPTH_LIMIT} nodes deep"));
-    bench.replace("a2", "file", &fits).unwrap();
+    bench.replace("a2", Role::File, &fits).unwrap();
     bench.open("driver=pass,node-name=c,file=b").unwrap();
     drop(user);
     assert_eq!(store("deep-n").locked(), Perms::NONE);
@@ -54,7 +54,7 @@ fn the_last_hold_on_a_long_chain_needs_little_stack() {
     let store = bench.open("driver=store,tag=deep-drop,node-name=f").unwrap();
     let mut node = store.clone();
     for n in 0..10_000 {
-        let children = vec![Child::new("file", node)];
+        let children = vec![Child::new(Role::File, node)];
         let layer = Layer { name: "pass", children, perms: |own| own };
         let notices = bench.graph.notices().clone();
         node = Node::new(format!("{n}"), Box::new(layer), NodeOptions::default(), notices);
