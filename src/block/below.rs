@@ -1,7 +1,7 @@
 //! What a node and all nodes that it stands on answer together. They are visited one after another, however long
 //! the chain is.
 
-use super::{Child, Fence, Node};
+use super::{Child, Fence, Kind, Node};
 use crate::options::bytes;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -11,6 +11,17 @@ impl Node {
     /// The node that has its data or its metadata: the first child that is no backing file.
     pub fn primary(&self) -> Option<Arc<Node>> {
         self.driver().children().iter().find(|child| !child.is_backing()).map(Child::node)
+    }
+
+    /// The first node from this one downwards that is no filter.
+    pub fn below_filters(self: &Arc<Node>) -> Arc<Node> {
+        let mut node = self.clone();
+        while node.driver().entry().kind == Kind::Filter
+            && let Some(below) = node.primary()
+        {
+            node = below;
+        }
+        node
     }
 
     /// All nodes that this one stands on, each once.

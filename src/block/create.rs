@@ -367,17 +367,7 @@ mod tests {
         let open: super::super::registry::OpenFn =
             |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
         let kind = Kind::Format;
-        DriverEntry {
-            name,
-            kind,
-            open,
-            options: &[],
-            prefixes: &[],
-            create,
-            probe: None,
-            is_device: None,
-            read_name: None,
-        }
+        DriverEntry { create, ..DriverEntry::new(name, kind, open) }
     }
 
     const fn protocol(name: &'static str, create: Option<&'static CreateEntry>) -> DriverEntry {

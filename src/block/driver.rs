@@ -32,7 +32,7 @@
 //! in [`Driver::close`], before what the states stand on goes, and waits until the workers have let go.
 //! A worker that ends lets go of its state before.
 
-use super::{Child, Image};
+use super::{Child, DriverEntry, Image};
 use crate::io::{Durable, Errno, InFlight, IoResult, IoVec, Op, Segments, Started};
 use crate::options::Map;
 use std::fs::File;
@@ -294,8 +294,13 @@ pub enum Precision {
     reason = "a disk is asked how long it is, not whether it is"
 )]
 pub trait Driver: Send + Sync + 'static {
+    /// What is true of every node of the driver.
+    fn entry(&self) -> &'static DriverEntry;
+
     /// As in `driver=NAME`.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &'static str {
+        self.entry().name
+    }
 
     fn traits(&self) -> Traits;
 
@@ -368,12 +373,10 @@ pub trait Driver: Send + Sync + 'static {
     /// What is known of the range from `at` on. Agrees byte for byte with `map` and `read`.
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>>;
 
-    /// The child, by index, that a request of `access` needs, with which permissions, when this
-    /// node's own users hold `own`. The default is a format's: it passes on what its users hold, and
-    /// lets nobody else write to what it stands on.
+    /// What it holds on a child, by index, and allows others there, when this node's own users hold and allow
+    /// `own`. The default follows from the child's role.
     fn child_perms(&self, child: usize, own: super::Perms) -> super::Perms {
-        let _ = child;
-        super::Perms::format(own)
+        self.children()[child].role().perms(self.entry().kind, own)
     }
 
     /// Locks of the storage that follow the permissions, for protocols that can tell other

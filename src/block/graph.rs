@@ -24,8 +24,8 @@ use super::open::{Depth, duplicate};
 use super::policy::OpenPolicy;
 use super::registry::Registry;
 use super::{
-    Abilities, BitmapInfo, Discards, Error, ImageInfo, Node, NodeOptions, Notices, Perm, Perms,
-    Role,
+    Abilities, BitmapInfo, Discards, Error, ImageInfo, Kind, Node, NodeOptions, Notices, Perm,
+    Perms, Role,
 };
 use crate::io::sync::Mutex;
 use crate::io::{IoResult, Worker};
@@ -111,6 +111,7 @@ pub struct Attachment {
 pub struct NodeInfo {
     pub name: String,
     pub driver: &'static str,
+    pub kind: Kind,
     /// As asked for, or as `auto-read-only` found it.
     pub read_only: bool,
     /// Its image is ours ([`Activity`]).
@@ -132,7 +133,7 @@ pub struct NodeInfo {
     pub write_threshold: u64,
     /// How far it was written since it was opened, in bytes.
     pub write_highest: u64,
-    pub discards: Discards,
+    pub discards: Option<Discards>,
 }
 
 impl Graph {
@@ -462,6 +463,7 @@ impl NodeInfo {
         NodeInfo {
             name: node.name().to_owned(),
             driver: node.driver().name(),
+            kind: node.driver().entry().kind,
             read_only: node.options().read_only || node.is_frozen(),
             active: node.is_active(),
             options: node.options(),
@@ -472,7 +474,7 @@ impl NodeInfo {
             children: children.map(|c| (c.role(), c.node().name().to_owned())).collect(),
             write_threshold: node.write_threshold(),
             write_highest: node.write_highest(),
-            discards: node.discards(),
+            discards: node.driver().entry().counts_discards.then(|| node.discards()),
             bitmaps: node.bitmaps().all().iter().rev().map(|bitmap| bitmap.info()).collect(),
         }
     }

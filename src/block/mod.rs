@@ -78,7 +78,7 @@ pub use notice::{Corrupted, Notice, Notices};
 pub use open::{Opening, RecordedBacking};
 pub use perm::{Perm, Perms};
 pub use policy::{FollowBacking, OpenPolicy, Whitelist};
-pub use registry::{DriverEntry, Kind, OptionHelp, Registry};
+pub use registry::{DriverEntry, Kind, Naming, OptionHelp, Probe, Registry};
 pub use role::Role;
 pub use snapshot::{NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
 pub use temporary::TemporaryImage;

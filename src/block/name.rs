@@ -76,7 +76,7 @@ impl<'a> Names<'a> {
         if let Some(own) = driver.name_over(name.as_deref()) {
             return Some(own);
         }
-        let is_format = |node: &Node| kind(node, self.registry) == Some(Kind::Format);
+        let is_format = |node: &Node| node.driver().entry().kind == Kind::Format;
         let says_no_more = driver.own_options().is_empty() && backing.is_none();
         // Two formats in one another have no name of their own, nor has a filter.
         let below = below?;
@@ -216,8 +216,4 @@ fn sorted(options: Map) -> Map {
         plain => plain,
     };
     entries.into_iter().map(|(key, value)| (key, nested(value))).collect()
-}
-
-fn kind(node: &Node, registry: &Registry) -> Option<Kind> {
-    registry.get(node.driver().name()).map(|entry| entry.kind)
 }

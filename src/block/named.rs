@@ -4,7 +4,7 @@
 //! The rule held here: what is given counts, and the name says only what is left open. So options for a child
 //! that nobody named (`file.locking=off`) are merged with those that the name stands for, at every depth.
 
-use super::registry::{DriverEntry, Kind, Registry};
+use super::registry::{DriverEntry, Kind, Naming, Registry};
 use super::{Error, Role};
 use crate::options::size::{self, BadSize};
 use crate::options::{self, Map, Value, filename};
@@ -23,6 +23,43 @@ impl Registry {
         self.storage(name, Map::new())
     }
 
+    /// As [`Registry::file_options`], of a file that is to be made. `json:` describes what there is: making a file
+    /// by it could empty the file of another image.
+    pub fn new_file(&self, name: &str) -> Result<Map, Error> {
+        let (entry, name) = match name {
+            // Whoever would make the file says that none can have this name.
+            "" => (self.of_files()?, name),
+            name if name.starts_with("json:") => {
+                return Err(Error::new("Unknown protocol 'json'"));
+            }
+            name => self.read_name(name)?,
+        };
+        let text = |text: &str| Value::Text(text.to_owned());
+        Ok(Map::from_iter([("driver", text(entry.name)), ("filename", text(name))]))
+    }
+
+    /// The driver that a file's name is for, and what of the name is that driver's to read. A name is tried as a
+    /// device, then as `protocol:rest`, and is a plain file otherwise.
+    fn read_name<'n>(&self, name: &'n str) -> Result<(&'static DriverEntry, &'n str), Error> {
+        if name.contains('\0') {
+            return Err(Error::new("A file name cannot hold a zero byte"));
+        }
+        let (entry, name) = match (self.of_device(name), filename::split_protocol(name)) {
+            (Some(device), _) => (device, name),
+            (None, None) => (self.of_files()?, name),
+            (None, Some((prefix, _))) => match self.by_prefix(prefix) {
+                Some(entry) => (entry, entry.path_in(name)),
+                None => return Err(Error::new(format!("Unknown protocol '{prefix}'"))),
+            },
+        };
+        match name {
+            "" => {
+                Err(Error::new(format!("The '{}' block driver requires a file name", entry.name)))
+            }
+            _ => Ok((entry, name)),
+        }
+    }
+
     /// The options of the image of this name, and of `given` for it and for what it stands on. If they have no
     /// `driver`, the format is that of what is in their `file`.
     pub fn image_options(&self, name: &str, given: Map) -> Result<Map, Error> {
@@ -30,9 +67,7 @@ impl Registry {
             return Ok(self.complete(overlay(said, given)));
         }
         match self.driver_in(&given)? {
-            Some(entry) if takes_name(entry) => {
-                self.take_name(entry, filename::path_for(entry.name, name), given)
-            }
+            Some(entry) if takes_name(entry) => self.take_name(entry, entry.path_in(name), given),
             _ => self.name_below(Role::File, name, given),
         }
     }
@@ -65,7 +100,7 @@ impl Registry {
         }
         if given.is_empty() {
             // As it is recorded, whatever it looks like.
-            return Ok(Map::from_iter([("driver", self.driver_of_path(path)), ("filename", path)]));
+            return Ok(Map::from_iter([("driver", self.of_path(path)?.name), ("filename", path)]));
         }
         self.storage(&filename::plain(path), given)
     }
@@ -87,9 +122,9 @@ impl Registry {
         let mut options = self.complete(options);
         if !options.contains("driver")
             && let Some(filename) = options.get("filename").and_then(Value::as_str)
+            && let Ok(entry) = self.of_path(filename)
         {
-            let driver = self.driver_of_path(filename);
-            options.insert("driver", Value::Text(driver.to_owned()));
+            options.insert("driver", Value::Text(entry.name.to_owned()));
         }
         options
     }
@@ -139,10 +174,7 @@ impl Registry {
         }
         let below = [Role::File, Role::Image].iter().find_map(|role| given.get(role.name()));
         match (self.driver_in(given)?, below) {
-            (Some(entry), _) if entry.kind == Kind::Protocol => {
-                let takes_path = entry.options.iter().any(|option| option.name == "filename");
-                Ok(takes_path && entry.read_name.is_none())
-            }
+            (Some(entry), _) if entry.kind == Kind::Protocol => Ok(entry.takes_paths()),
             (_, None) => Ok(true),
             (_, Some(Value::Map(below))) => self.wants_name(below),
             (_, Some(_)) => Ok(false),
@@ -155,13 +187,12 @@ impl Registry {
             return Ok(self.complete(overlay(said, given)));
         }
         let Some(entry) = self.driver_in(&given)? else {
-            let mut named = self.parse_name(name)?;
-            let entry = self.known(&named.take_required_str("driver")?)?;
+            let (entry, name) = self.read_name(name)?;
             given.insert("driver", Value::Text(entry.name.to_owned()));
-            return self.take_name(entry, &named.take_required_str("filename")?, given);
+            return self.take_name(entry, name, given);
         };
         match takes_name(entry) {
-            true => self.take_name(entry, filename::path_for(entry.name, name), given),
+            true => self.take_name(entry, entry.path_in(name), given),
             false => self.name_below(Role::File, name, given),
         }
     }
@@ -171,7 +202,7 @@ impl Registry {
         if given.contains("filename") {
             return Err(Error::new("Can't specify 'file' and 'filename' options at the same time"));
         }
-        let Some(read) = entry.read_name else {
+        let Naming::Own(read) = entry.naming else {
             given.insert("filename", Value::Text(name.to_owned()));
             return Ok(given);
         };
@@ -213,7 +244,7 @@ impl Registry {
 
 /// Whether the driver reads names itself; others pass them to the node below them.
 fn takes_name(entry: &DriverEntry) -> bool {
-    entry.kind == Kind::Protocol || entry.read_name.is_some()
+    entry.kind == Kind::Protocol || !matches!(entry.naming, Naming::Below)
 }
 
 /// The name of the file at the bottom of what the options describe, if they describe it all.
@@ -250,5 +281,70 @@ fn overlay_value(base: &mut Value, given: Value) {
             base.extend(given);
         }
         (base, given) => *base = given,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::OpenFn;
+    use super::*;
+
+    const OPEN: OpenFn = |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
+
+    static FILES: DriverEntry = DriverEntry {
+        prefixes: &["files"],
+        naming: Naming::Path,
+        ..DriverEntry::new("files", Kind::Protocol, OPEN)
+    };
+    static DEVICES: DriverEntry = DriverEntry {
+        prefixes: &["devices"],
+        naming: Naming::Device(|name| name == "/dev/sda" || name == "net:x"),
+        ..DriverEntry::new("devices", Kind::Protocol, OPEN)
+    };
+    static NET: DriverEntry = DriverEntry {
+        prefixes: &["net", "net+unix"],
+        ..DriverEntry::new("net", Kind::Protocol, OPEN)
+    };
+
+    fn read(name: &str) -> Result<(&'static str, &str), String> {
+        let registry = Registry::new(&[&[&FILES, &DEVICES, &NET]]);
+        let read = registry.read_name(name).map(|(entry, name)| (entry.name, name));
+        read.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_name_means_a_device_then_a_protocol_then_a_file() {
+        for (name, driver, filename) in [
+            ("a.raw", "files", "a.raw"),
+            ("./x:y", "files", "./x:y"),
+            ("dir/x:y", "files", "dir/x:y"),
+            ("files:x:y", "files", "x:y"),
+            ("files:files:x", "files", "files:x"),
+            ("files:///a", "files", "///a"),
+            ("/dev/sda", "devices", "/dev/sda"),
+            ("net:x", "devices", "net:x"),
+            ("devices:a", "devices", "a"),
+            ("/dev/fdset/1", "files", "/dev/fdset/1"),
+            ("net://h/x", "net", "net://h/x"),
+            ("net+unix:///x?socket=s", "net", "net+unix:///x?socket=s"),
+            ("json", "files", "json"),
+        ] {
+            assert_eq!(read(name), Ok((driver, filename)), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_that_mean_nothing_are_refused() {
+        for (name, wanted) in [
+            ("", "The 'files' block driver requires a file name"),
+            ("files:", "The 'files' block driver requires a file name"),
+            ("bogus:a", "Unknown protocol 'bogus'"),
+            ("bogus://a", "Unknown protocol 'bogus'"),
+            ("Files:a", "Unknown protocol 'Files'"),
+            (":a", "Unknown protocol ''"),
+            ("a\0b", "A file name cannot hold a zero byte"),
+        ] {
+            assert_eq!(read(name), Err(wanted.to_owned()), "{name}");
+        }
     }
 }

@@ -27,7 +27,7 @@ pub async fn look(
 }
 
 /// The format of what is in `node`, a protocol's; `filename` is how it is called. What no format
-/// knows is `raw`.
+/// knows is raw ([`DriverEntry::is_raw`]).
 ///
 /// # Errors
 /// It cannot be read, or it is of a format that there is no driver for: taken for raw bytes, its
@@ -44,8 +44,6 @@ pub async fn probe(
              raw for a backing file, its container would be the disk, and writes would destroy it)",
             filename.escape_debug()
         ))),
-        None => registry.get("raw").ok_or_else(|| {
-            Error::new("Could not determine image format: No compatible driver found")
-        }),
+        None => Err(Error::new("Could not determine image format: No compatible driver found")),
     }
 }

@@ -5,7 +5,7 @@
 
 use super::create::CreateEntry;
 use super::named::NameParts;
-use super::{Driver, Error, LocalFuture, Opening};
+use super::{Driver, Error, LocalFuture, Opening, Role};
 use crate::options::{Map, filename};
 
 /// What a driver stands for in the graph.
@@ -40,25 +40,90 @@ pub struct DriverEntry {
     pub name: &'static str,
     pub kind: Kind,
     pub open: OpenFn,
+    /// The children that it can have, as options of the same names.
+    pub children: &'static [Role],
     /// The driver's own options, for help texts.
     pub options: &'static [OptionHelp],
     /// File names that begin with one of these and a colon are this driver's.
     pub prefixes: &'static [&'static str],
     /// How a new image is made, if that is possible.
     pub create: Option<&'static CreateEntry>,
-    pub probe: Option<ProbeFn>,
-    /// For protocols that reach devices: whether the file of this name is one of theirs, whatever
-    /// its name looks like.
-    pub is_device: Option<fn(&str) -> bool>,
-    /// How a file's name becomes options, for drivers whose names have a syntax of their own; others take a
-    /// name as it is for the option `filename`.
-    pub read_name: Option<ReadNameFn>,
+    /// How an image of a format is told from others, if it is guessed at all.
+    pub probe: Option<Probe>,
+    pub naming: Naming,
+    /// Listings tell what has become of its discards.
+    pub counts_discards: bool,
+}
+
+/// What a driver makes of a file's name.
+#[derive(Clone, Copy, Debug)]
+pub enum Naming {
+    /// Nothing: the name is that of the file that its child is.
+    Below,
+    /// It is a path, for the option `filename`: that of whatever file is no device.
+    Path,
+    /// It is a path, too: that of a device, if this says so, whatever the name looks like.
+    Device(fn(&str) -> bool),
+    /// It has a syntax of its own.
+    Own(ReadNameFn),
+}
+
+/// How an image of a format is told from others.
+#[derive(Clone, Copy, Debug)]
+pub enum Probe {
+    /// By its first bytes.
+    Bytes(ProbeFn),
+    /// Not at all: nothing in the bytes says what they are, so whatever is of no other format is taken for it.
+    Anything,
+}
+
+impl Probe {
+    fn score(self, head: &[u8], filename: &str) -> u32 {
+        match self {
+            Probe::Bytes(score) => score(head, filename),
+            Probe::Anything => 1,
+        }
+    }
 }
 
 impl DriverEntry {
+    /// A driver of which nothing more is said.
+    pub const fn new(name: &'static str, kind: Kind, open: OpenFn) -> DriverEntry {
+        DriverEntry {
+            name,
+            kind,
+            open,
+            children: &[],
+            options: &[],
+            prefixes: &[],
+            create: None,
+            probe: None,
+            naming: Naming::Below,
+            counts_discards: false,
+        }
+    }
+
+    /// Whether any bytes are an image of it, and a file that was taken for one may be something else.
+    pub fn is_raw(&self) -> bool {
+        matches!(self.probe, Some(Probe::Anything))
+    }
+
+    /// Whether it is called by paths of the file system.
+    pub fn takes_paths(&self) -> bool {
+        matches!(self.naming, Naming::Path | Naming::Device(_))
+    }
+
+    /// What it makes of a name: a prefix is no part of a path.
+    pub(super) fn path_in<'n>(&self, name: &'n str) -> &'n str {
+        match filename::split_protocol(name) {
+            Some((prefix, path)) if self.takes_paths() && self.prefixes.contains(&prefix) => path,
+            _ => name,
+        }
+    }
+
     /// Whether its images can stand on others, which they read where they have no data.
     pub fn has_backing(&self) -> bool {
-        self.options.iter().any(|option| option.name == "backing")
+        self.children.contains(&Role::Backing)
     }
 }
 
@@ -93,6 +158,11 @@ impl Guess {
             Guess::Driver(entry) => entry.name,
             Guess::Foreign(name) => name,
         }
+    }
+
+    /// Whether the bytes are of no format that could be told from others.
+    pub fn is_raw(self) -> bool {
+        matches!(self, Guess::Driver(entry) if entry.is_raw())
     }
 }
 
@@ -136,39 +206,31 @@ impl Registry {
         self.iter().find(|entry| entry.prefixes.contains(&prefix))
     }
 
-    /// The driver that a file's name is for, and what of the name is that driver's to read.
-    pub(super) fn parse_name(&self, name: &str) -> Result<Map, Error> {
-        let is = |entry: &&DriverEntry| entry.is_device.is_some_and(|is| is(name));
-        let device = |_: &str| self.iter().find(is).map(|entry| entry.name);
-        let protocol = |prefix: &str| self.by_prefix(prefix).map(|entry| entry.name);
-        Ok(filename::parse(name, device, protocol)?)
+    /// The driver of plain files.
+    pub fn of_files(&self) -> Result<&'static DriverEntry, Error> {
+        let found = self.iter().find(|entry| matches!(entry.naming, Naming::Path));
+        found.ok_or_else(|| Error::new("No driver opens files"))
     }
 
-    /// As [`Registry::file_options`], of a file that is to be made. `json:` describes what there is: making a file
-    /// by it could empty the file of another image.
-    pub fn new_file(&self, name: &str) -> Result<Map, Error> {
-        match name {
-            // A name that no file can have is told by who would make the file.
-            "" => Ok(Map::from_iter([("driver", "file"), ("filename", "")])),
-            name if name.starts_with("json:") => Err(Error::new("Unknown protocol 'json'")),
-            name => self.parse_name(name),
-        }
+    /// The driver of the device at a path, if there is one.
+    pub(super) fn of_device(&self, path: &str) -> Option<&'static DriverEntry> {
+        self.iter().find(|entry| matches!(entry.naming, Naming::Device(is_one) if is_one(path)))
     }
 
-    /// The driver of the protocol node for a path, whatever it looks like.
-    pub fn driver_of_path(&self, path: &str) -> &'static str {
-        let is = |entry: &DriverEntry| entry.is_device.is_some_and(|is| is(path));
-        self.iter().find(|entry| is(entry)).map_or("file", |entry| entry.name)
+    /// The driver of the file or device at a path, whatever the path looks like.
+    pub fn of_path(&self, path: &str) -> Result<&'static DriverEntry, Error> {
+        self.of_device(path).map_or_else(|| self.of_files(), Ok)
     }
 
     /// The format that is surest of a file's first bytes.
     pub fn probe(&self, head: &[u8], filename: &str) -> Option<Guess> {
         let head = &head[..head.len().min(PROBE_LEN)];
-        let foreign = self.foreign.iter().map(|one| (Guess::Foreign(one.name), one.probe));
+        let foreign =
+            self.foreign.iter().map(|one| (Guess::Foreign(one.name), Probe::Bytes(one.probe)));
         let drivers = self.iter().filter_map(|entry| Some((Guess::Driver(entry), entry.probe?)));
         foreign
             .chain(drivers)
-            .map(|(guess, probe)| (guess, probe(head, filename)))
+            .map(|(guess, probe)| (guess, probe.score(head, filename)))
             .filter(|&(_, score)| score > 0)
             .max_by_key(|&(_, score)| score)
             .map(|(guess, _)| guess)
@@ -179,27 +241,18 @@ impl Registry {
 mod tests {
     use super::*;
 
-    static A: DriverEntry = entry("a", &["x"], Some(|_, _| 1));
-    static B: DriverEntry = entry("b", &[], Some(|head, _| 100 * head.starts_with(b"BB") as u32));
+    static A: DriverEntry = entry("a", &["x"], Some(Probe::Anything));
+    static B: DriverEntry =
+        entry("b", &[], Some(Probe::Bytes(|head, _| 100 * head.starts_with(b"BB") as u32)));
     static C: DriverEntry = entry("c", &[], None);
 
     const fn entry(
         name: &'static str,
         prefixes: &'static [&'static str],
-        probe: Option<ProbeFn>,
+        probe: Option<Probe>,
     ) -> DriverEntry {
         let open: OpenFn = |_, _| Box::pin(std::future::ready(Err(Error::new("not here"))));
-        DriverEntry {
-            name,
-            kind: Kind::Format,
-            open,
-            options: &[],
-            prefixes,
-            create: None,
-            probe,
-            is_device: None,
-            read_name: None,
-        }
+        DriverEntry { prefixes, probe, ..DriverEntry::new(name, Kind::Format, open) }
     }
 
     #[test]

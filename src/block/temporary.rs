@@ -1,7 +1,7 @@
 //! Disks whose changes are thrown away: an overlay in a file of its own, whose name is gone as soon as
 //! it is open.
 
-use super::{Creation, Error, Registry};
+use super::{Creation, Error, Registry, Role};
 use crate::io::{Errno, offload};
 use crate::options::{Map, Value, bytes};
 use std::fs::OpenOptions;
@@ -27,7 +27,7 @@ impl TemporaryImage {
         let folder = std::env::var_os("TMPDIR").unwrap_or_else(|| FOLDER.into());
         let path = offload(move || make_file(Path::new(&folder))).await?;
         let image = TemporaryImage { path, format };
-        let file = Map::from_iter([("driver", "file"), ("filename", &*image.name())]);
+        let file = image.file(registry)?;
         Creation::new(registry, format, (&image.name(), file), Map::new(), Some(len))?
             .run()
             .await?;
@@ -35,19 +35,25 @@ impl TemporaryImage {
     }
 
     /// The options of its node, `name`, which stands on the node `base`.
-    pub fn options(&self, name: &str, base: &str) -> Result<Map, Error> {
+    pub fn options(&self, registry: &Registry, name: &str, base: &str) -> Result<Map, Error> {
         let on = |keys: &[&str]| {
             Value::Map(keys.iter().map(|&key| (key, Value::Text("on".into()))).collect())
         };
-        let mut file = Map::from_iter([("driver", "file"), ("filename", &*self.name())]);
+        let mut file = self.file(registry)?;
         // Nobody else knows the file, and a process that comes later does not find it.
         file.insert("locking", "off");
         let mut node = Map::from_iter([("driver", self.format), ("node-name", name)]);
-        node.insert("backing", base);
+        node.insert(Role::Backing.name(), base);
         node.insert("discard", "unmap");
         node.insert("cache", on(&["no-flush"]));
-        node.insert("file", Value::Map(file));
+        node.insert(Role::File.name(), Value::Map(file));
         Ok(node)
+    }
+
+    /// The options of the file's node.
+    fn file(&self, registry: &Registry) -> Result<Map, Error> {
+        let driver = registry.of_files()?.name;
+        Ok(Map::from_iter([("driver", driver), ("filename", &*self.name())]))
     }
 
     fn name(&self) -> String {

@@ -14,7 +14,7 @@ pub fn unnamed(image: &str, len: u64, looks: Option<Guess>) -> Error {
         Some(Guess::Foreign(name)) => format!(
             "{image} looks like {name}, which vublk does not support: convert it to qcow2 or raw first"
         ),
-        Some(Guess::Driver(entry)) if entry.name != "raw" => {
+        Some(Guess::Driver(entry)) if !entry.is_raw() => {
             let name = entry.name;
             format!("{image} looks like {name}: use -f {name} ({never})")
         }

@@ -300,7 +300,7 @@ impl Serve {
     fn file_options(&self, image: &Path) -> Result<Map, String> {
         use std::os::unix::fs::FileTypeExt;
         let filename = &*bytes::text_of_name(image.as_os_str());
-        let device =
+        let is_device =
             std::fs::metadata(image).is_ok_and(|found| found.file_type().is_block_device());
         let mut file = self.common_options();
         file.insert("filename", filename);
@@ -309,7 +309,10 @@ impl Serve {
                 file.insert("driver", driver);
             }
             None => {
-                file.insert("driver", if device { "host_device" } else { "file" });
+                let registry = drivers::registry();
+                let entry =
+                    if is_device { registry.of_path(filename) } else { registry.of_files() };
+                file.insert("driver", entry.map_err(|error| error.to_string())?.name);
                 file.insert("aio", "io_uring");
             }
         }
@@ -359,8 +362,8 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 /// The driver of a name such as `nvme://…`. Other colons are part of a file's name.
 fn protocol(name: &str) -> Option<&'static str> {
     let (prefix, _) = name.split_once("://")?;
-    let driver = drivers::registry().by_prefix(prefix)?.name;
-    (!matches!(driver, "file" | "host_device")).then_some(driver)
+    let entry = drivers::registry().by_prefix(prefix)?;
+    (!entry.takes_paths()).then_some(entry.name)
 }
 
 /// `USER[:GROUP]`; the group is the user's number if it is not given.

@@ -11,15 +11,11 @@ use serde::Deserialize;
 use std::sync::Arc;
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "compress",
-    kind: Kind::Filter,
-    open: |opening, options| Box::pin(open(opening, options)),
+    children: &[Role::File],
     options: &[OptionHelp { name: "file", value: "node", help: "The image that stores it" }],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    ..DriverEntry::new("compress", Kind::Filter, |opening, options| {
+        Box::pin(open(opening, options))
+    })
 };
 
 #[derive(Deserialize)]
@@ -73,8 +69,8 @@ impl CompressFilter {
 }
 
 impl Driver for CompressFilter {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {
@@ -148,10 +144,6 @@ impl Driver for CompressFilter {
             let extent = self.node().status(at, len, precision).await?;
             Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
         })
-    }
-
-    fn child_perms(&self, _: usize, own: Perms) -> Perms {
-        Perms::filter(own)
     }
 
     fn image(&self) -> Option<&dyn Image> {

@@ -12,15 +12,12 @@ use crate::options::{Map, NodeRef, Value};
 use serde::Deserialize;
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "raw",
-    kind: Kind::Format,
-    open: |opening, options| Box::pin(open(opening, options)),
+    children: &[Role::File],
     options: &[
         OptionHelp { name: "file", value: "node", help: "The node whose bytes these are" },
         OptionHelp { name: "offset", value: "int", help: "Where the disk begins in it, in bytes" },
         OptionHelp { name: "size", value: "int", help: "The disk's length, a multiple of 512" },
     ],
-    prefixes: &[],
     create: Some(&CreateEntry {
         options: &[CreateOption::new("size", ValueType::Size, "Virtual disk size")],
         create: |creation, options| Box::pin(create(creation, options)),
@@ -32,10 +29,8 @@ pub static ENTRY: DriverEntry = DriverEntry {
         }),
         compresses: false,
     }),
-    // Anything is raw, if it is nothing else.
-    probe: Some(|_, _| 1),
-    is_device: None,
-    read_name: None,
+    probe: Some(Probe::Anything),
+    ..DriverEntry::new("raw", Kind::Format, |opening, options| Box::pin(open(opening, options)))
 };
 
 #[derive(Deserialize)]
@@ -150,8 +145,8 @@ impl Raw {
 impl HandOver for Raw {}
 
 impl Driver for Raw {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

@@ -76,8 +76,7 @@ impl Nodes<'_> {
 
     /// What a filter filters.
     fn filtered(&self, info: &NodeInfo) -> Option<&NodeInfo> {
-        let entry = self.service.graph().registry().get(info.driver)?;
-        match entry.kind {
+        match info.kind {
             Kind::Filter => self.primary(info),
             _ => None,
         }

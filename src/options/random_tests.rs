@@ -141,8 +141,7 @@ fn no_text_breaks_a_parser_and_every_error_is_one_line() {
             Ok(parsed) => parsed.options.crumple().map(|_| ()).unwrap_or_else(one_line),
             Err(e) => one_line(e),
         }
-        let known = |prefix: &str| (prefix == "nbd").then_some("nbd");
-        if let Err(e) = filename::parse(&text, |_| None, known) {
+        if let Err(e) = filename::json_options(&text) {
             one_line(e);
         }
         if let Err(e) = filename::resolve(&text, "a") {
@@ -176,7 +175,8 @@ fn long_text_is_read_in_linear_time_or_refused() {
         let _ = keyval::parse(&text, Some("driver"));
         let _ = keyval::parse(&format!("a={text}"), None);
         let _ = qemuopts::parse(&text, None);
-        let _ = filename::parse(&text, |_| None, |_| None);
+        let _ = filename::split_protocol(&text);
+        let _ = filename::json_options(&format!("json:{text}"));
         let _ = size::parse(&text);
     }
     for text in [many("["), many("\"a\":"), many("\\u0041"), many("9"), many(" "), many("[],")] {

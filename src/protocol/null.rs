@@ -4,11 +4,11 @@
 //! what a reader's memory held before from showing. Both names are one driver here: the difference
 //! that they make in QEMU (coroutine or callback) is none of ours.
 
-use crate::block::registry::OpenFn;
+use crate::block::registry::{OpenFn, ReadNameFn};
 use crate::block::{
     Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, HandOver, Kind, Leaf,
-    LocalFuture, Mapping, NameParts, Opening, OptionHelp, Perms, Place, Precision, Status, Target,
-    Traits, WriteFlags, ZeroFlags,
+    LocalFuture, Mapping, NameParts, Naming, Opening, OptionHelp, Perms, Place, Precision, Status,
+    Target, Traits, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, InFlight, IoResult, IoVec, Started};
 use crate::options::Map;
@@ -19,20 +19,20 @@ pub static CO: DriverEntry = entry(
     "null-co",
     &["null-co"],
     |name| read_name(name, "null-co://"),
-    |opening, options| Box::pin(open("null-co", opening, options)),
+    |opening, options| Box::pin(open(&CO, opening, options)),
 );
 
 pub static AIO: DriverEntry = entry(
     "null-aio",
     &["null-aio"],
     |name| read_name(name, "null-aio://"),
-    |opening, options| Box::pin(open("null-aio", opening, options)),
+    |opening, options| Box::pin(open(&AIO, opening, options)),
 );
 
 const fn entry(
     name: &'static str,
     prefixes: &'static [&'static str],
-    read_name: fn(&str) -> Result<NameParts, Error>,
+    read_name: ReadNameFn,
     open: OpenFn,
 ) -> DriverEntry {
     let options = &[
@@ -41,15 +41,10 @@ const fn entry(
         OptionHelp { name: "read-zeroes", value: "on|off", help: "reads zero the memory (off)" },
     ];
     DriverEntry {
-        name,
-        kind: Kind::Protocol,
-        open,
         options,
         prefixes,
-        create: None,
-        probe: None,
-        is_device: None,
-        read_name: Some(read_name),
+        naming: Naming::Own(read_name),
+        ..DriverEntry::new(name, Kind::Protocol, open)
     }
 }
 
@@ -62,7 +57,7 @@ fn read_name(name: &str, only: &str) -> Result<NameParts, Error> {
 }
 
 async fn open(
-    name: &'static str,
+    entry: &'static DriverEntry,
     opening: &mut Opening,
     options: Map,
 ) -> Result<Box<dyn Driver>, Error> {
@@ -70,7 +65,7 @@ async fn open(
     if options.size < 0 {
         return Err(Error::new("Parameter 'size' expects a non-negative number below 2^63"));
     }
-    Ok(Box::new(Null::new(name, options)))
+    Ok(Box::new(Null { entry, options }))
 }
 
 /// The driver's own options.
@@ -93,16 +88,11 @@ impl Default for NullOptions {
 
 /// See the module's text.
 pub struct Null {
-    name: &'static str,
+    entry: &'static DriverEntry,
     options: NullOptions,
 }
 
 impl Null {
-    /// `name` is `null-co` or `null-aio`.
-    pub fn new(name: &'static str, options: NullOptions) -> Null {
-        Null { name, options }
-    }
-
     fn done(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(async {
             if self.options.latency_ns > 0 {
@@ -116,8 +106,8 @@ impl Null {
 impl HandOver for Null {}
 
 impl Driver for Null {
-    fn name(&self) -> &'static str {
-        self.name
+    fn entry(&self) -> &'static DriverEntry {
+        self.entry
     }
 
     fn traits(&self) -> Traits {
@@ -142,7 +132,7 @@ impl Driver for Null {
     }
 
     fn name_over(&self, _: Option<&str>) -> Option<String> {
-        self.own_options().is_empty().then(|| format!("{}://", self.name))
+        self.own_options().is_empty().then(|| format!("{}://", self.name()))
     }
 
     fn len(&self) -> u64 {
@@ -218,7 +208,7 @@ mod tests {
 
     fn parsed(text: &str) -> Null {
         let map = keyval::parse(text, None).unwrap().options;
-        Null::new("null-co", from_map(map).unwrap())
+        Null { entry: &CO, options: from_map(map).unwrap() }
     }
 
     #[test]

@@ -34,21 +34,14 @@ const GARBAGE: u8 = 0xdb;
 
 /// The driver `sim`, for the registries of tests: opens a disk that was [`SimDisk::publish`]ed.
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "sim",
-    kind: Kind::Protocol,
-    open: |opening, options| {
+    options: &[OptionHelp { name: "disk", value: "str", help: "a published disk" }],
+    ..DriverEntry::new("sim", Kind::Protocol, |opening, options| {
         let disk = opening.parse(options).and_then(|NameOnly { disk }| {
             let found = PUBLISHED.lock().get(&disk).cloned();
             found.ok_or_else(|| Error::new(format!("no simulated disk is called '{disk}'")))
         });
         Box::pin(std::future::ready(disk.map(|disk| disk.driver())))
-    },
-    options: &[OptionHelp { name: "disk", value: "str", help: "a published disk" }],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    })
 };
 
 #[derive(Deserialize)]
@@ -457,8 +450,8 @@ impl Sim {
 }
 
 impl Driver for Sim {
-    fn name(&self) -> &'static str {
-        "sim"
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// although they look like an image, or are none. A window of them is one that somebody has chosen, and what lies
 /// over `blkdebug` is left alone, because a read could set it off.
 pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
-    let Some((raw, file)) = raw_over_file(registry, node) else { return };
+    let Some((raw, file)) = raw_over_file(node) else { return };
     let Some(name) = file.driver().filename() else { return };
     let name = name.escape_debug();
     if raw.is_empty() {
@@ -17,7 +17,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
         return;
     }
     if let Some(guess) = look(registry, &file).await
-        && guess.name() != raw.driver().name()
+        && !guess.is_raw()
     {
         let format = guess.name();
         log::warn!(
@@ -46,18 +46,12 @@ async fn look(registry: &'static Registry, file: &Arc<Node>) -> Option<Guess> {
     io::offload(look).await
 }
 
-/// The node of the driver `raw` that a node is, below filters, and the protocol's that it stands on.
-fn raw_over_file(registry: &'static Registry, node: &Arc<Node>) -> Option<(Arc<Node>, Arc<Node>)> {
-    let kind = |node: &Node| registry.get(node.driver().name()).map(|entry| entry.kind);
-    let mut node = node.clone();
-    while kind(&node) == Some(Kind::Filter) {
-        let [child] = node.driver().children() else { return None };
-        let child = child.node();
-        node = child;
-    }
+/// The raw node that a node is, below filters, and the protocol's that it stands on.
+fn raw_over_file(node: &Arc<Node>) -> Option<(Arc<Node>, Arc<Node>)> {
+    let node = node.below_filters();
     let driver = node.driver();
-    let [file] = driver.children() else { return None };
-    let file = file.node();
-    let is_whole_raw = driver.name() == "raw" && driver.own_options().is_empty();
-    (is_whole_raw && kind(&file) == Some(Kind::Protocol)).then_some((node, file))
+    let file = node.primary()?;
+    let is_whole_raw = driver.entry().is_raw() && driver.own_options().is_empty();
+    let is_on_storage = file.driver().entry().kind == Kind::Protocol;
+    (is_whole_raw && is_on_storage).then_some((node, file))
 }

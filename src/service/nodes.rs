@@ -40,7 +40,7 @@ impl Service {
         self.control.block_on(move || async move {
             let image =
                 TemporaryImage::create(graph.registry(), OVERLAY_FORMAT, node.len()).await?;
-            graph.open(image.options(&name, node.name())?).await
+            graph.open(image.options(graph.registry(), &name, node.name())?).await
         })
     }
 

@@ -1,7 +1,7 @@
 //! External snapshots of nodes in use, as QMP makes them.
 
 use crate::block::create::NewBacking;
-use crate::block::{Child, Creation, Error, Graph, Kind, Node, Registry, name};
+use crate::block::{Creation, Error, Graph, Node, Registry, Role, name};
 use crate::options::{Map, Value, json};
 use std::sync::Arc;
 
@@ -39,7 +39,8 @@ pub(super) async fn prepare(
     }
     let file = registry.file_options(filename)?;
     if !exists {
-        let base = &stored_in(base, registry);
+        // What filters do is not kept.
+        let base = &base.below_filters();
         let given = Map::from_iter([
             ("backing_file", Value::Text(recorded(base, registry)?)),
             ("backing_fmt", Value::Text(base.driver().name().to_owned())),
@@ -51,25 +52,11 @@ pub(super) async fn prepare(
     let options = base.options();
     let cache = [("direct", options.direct), ("no-flush", options.no_flush)];
     let mut node = Map::from_iter([("driver", &**format), ("node-name", &*name)]);
-    node.insert("backing", base.name());
-    node.insert("file", Value::Map(file));
+    node.insert(Role::Backing.name(), base.name());
+    node.insert(Role::File.name(), Value::Map(file));
     node.insert("cache", Value::Map(Map::from_iter(cache)));
     node.insert("discard", if options.discard { "unmap" } else { "ignore" });
     Ok(node)
-}
-
-/// The node that has the data of another: what filters do is not kept.
-fn stored_in(base: &Arc<Node>, registry: &Registry) -> Arc<Node> {
-    let is_filter = |node: &Node| {
-        registry.get(node.driver().name()).is_some_and(|entry| entry.kind == Kind::Filter)
-    };
-    let mut node = base.clone();
-    while is_filter(&node)
-        && let Some(below) = node.driver().children().first().map(Child::node)
-    {
-        node = below;
-    }
-    node
 }
 
 /// What an overlay records of the node that it stands on, wherever the overlay's own file is.

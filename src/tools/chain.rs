@@ -3,7 +3,7 @@
 use super::{Images, Opened, Wanted};
 use crate::block::extents;
 use crate::block::name::Names;
-use crate::block::{Error, Node, Registry, named};
+use crate::block::{Error, Node, Registry, Role, named};
 use crate::options::{Map, Value, bytes, filename};
 use std::sync::Arc;
 
@@ -93,5 +93,5 @@ pub async fn open_for_commit(
 
 /// The option that names an open image as the backing file.
 fn standing_on(image: &Opened) -> Map {
-    Map::from_iter([("backing", Value::Text(image.node().name().to_owned()))])
+    Map::from_iter([(Role::Backing.name(), Value::Text(image.node().name().to_owned()))])
 }

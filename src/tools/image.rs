@@ -8,8 +8,8 @@ use super::cache::Cache;
 use super::naming::{self, Named};
 use crate::block::policy::FollowBacking;
 use crate::block::{
-    Attachment, Error, Graph, Node, OpenPolicy, Perm, Perms, Preallocation, Registry,
-    TemporaryImage, flush_record, name, probe, resizable,
+    Attachment, DriverEntry, Error, Graph, Node, OpenPolicy, Perm, Perms, Preallocation, Registry,
+    Role, TemporaryImage, flush_record, name, probe, resizable,
 };
 use crate::copy::Disk;
 use crate::io::Errno;
@@ -145,15 +145,15 @@ impl Images {
         let mut guessed_raw = false;
         if probe {
             let format = self.guess(&options, wanted).await?;
-            guessed_raw = format == "raw";
-            options.insert("driver", format);
+            guessed_raw = format.is_raw();
+            options.insert("driver", format.name);
             registry.plain_numbers(&mut options)?;
         }
         let writable = wanted.writable && !wanted.snapshot;
         common_options(&mut options, &Wanted { writable, ..wanted.clone() });
         options.insert("node-name", self.next_name());
         if wanted.no_backing && probe_has_backing(registry, &options) {
-            options.insert("backing", Value::Null);
+            options.insert(Role::Backing.name(), Value::Null);
         }
         let mut node = self.graph.open(options).await?;
         self.warn_of_losses(&node);
@@ -185,7 +185,7 @@ impl Images {
             let name = wanted.name.to_owned();
             disk = disk.guarded(Arc::new(move |sector| {
                 let found = registry.probe(sector, &name);
-                let stays_raw = found.is_none_or(|guess| guess.name() == "raw");
+                let stays_raw = found.is_none_or(|guess| guess.is_raw());
                 if stays_raw { Ok(()) } else { Err(Errno::EPERM) }
             }));
         }
@@ -218,7 +218,7 @@ impl Images {
     async fn open_overlay(&self, node: &Node, wanted: &Wanted<'_>) -> Result<Arc<Node>, Error> {
         let image =
             TemporaryImage::create(self.graph.registry(), OVERLAY_FORMAT, node.len()).await?;
-        let mut options = image.options(&self.next_name(), node.name())?;
+        let mut options = image.options(self.graph.registry(), &self.next_name(), node.name())?;
         options.insert("read-only", on_off(!wanted.writable));
         self.graph.open(options).await
     }
@@ -237,7 +237,11 @@ impl Images {
     }
 
     /// The format of what `options` have as their `file`.
-    async fn guess(&self, options: &Map, wanted: &Wanted<'_>) -> Result<&'static str, Error> {
+    async fn guess(
+        &self,
+        options: &Map,
+        wanted: &Wanted<'_>,
+    ) -> Result<&'static DriverEntry, Error> {
         let Some(Value::Map(file)) = options.get("file") else {
             let name = options.get("file").and_then(Value::as_str).unwrap_or_default();
             return Err(Error::new(format!("Cannot find device='{name}' nor node-name='{name}'")));
@@ -256,7 +260,7 @@ impl Images {
         drop(node);
         drop(hold);
         self.graph.delete(&name).await?;
-        Ok(found?.name)
+        found
     }
 
     fn next_name(&self) -> String {
@@ -295,7 +299,7 @@ impl Images {
 fn probe_has_backing(registry: &Registry, options: &Map) -> bool {
     let driver = options.get("driver").and_then(Value::as_str);
     let entry = driver.and_then(|name| registry.get(name));
-    entry.is_some_and(|entry| entry.options.iter().any(|option| option.name == "backing"))
+    entry.is_some_and(DriverEntry::has_backing)
 }
 
 fn on_off(value: bool) -> Value {

@@ -18,9 +18,9 @@ static NOTES: LazyLock<Registry> = LazyLock::new(|| {
 });
 
 static NOTE: DriverEntry = DriverEntry {
-    name: "note",
-    kind: Kind::Format,
-    open: |opening, mut options| {
+    children: &[Role::File, Role::Backing],
+    probe: Some(Probe::Bytes(|head, _| 100 * u32::from(head.starts_with(b"NOTE")))),
+    ..DriverEntry::new("note", Kind::Format, |opening, mut options| {
         Box::pin(async move {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
             let backing: Option<NodeRefOrNull> = options.take_as("backing")?;
@@ -39,20 +39,14 @@ static NOTE: DriverEntry = DriverEntry {
             let children = [file].into_iter().chain(backing).collect();
             Ok(Box::new(Note(children)) as Box<dyn Driver>)
         })
-    },
-    options: &[],
-    prefixes: &[],
-    create: None,
-    probe: Some(|head, _| 100 * u32::from(head.starts_with(b"NOTE"))),
-    is_device: None,
-    read_name: None,
+    })
 };
 
 struct Note(Vec<Child>);
 
 impl Driver for Note {
-    fn name(&self) -> &'static str {
-        "note"
+    fn entry(&self) -> &'static DriverEntry {
+        &NOTE
     }
 
     fn traits(&self) -> Traits {
@@ -65,10 +59,6 @@ impl Driver for Note {
 
     fn children(&self) -> &[Child] {
         &self.0
-    }
-
-    fn child_perms(&self, child: usize, own: Perms) -> Perms {
-        if child == 0 { Perms::format(own) } else { Perms::backing(own) }
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {

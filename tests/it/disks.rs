@@ -115,21 +115,14 @@ pub async fn suspend_once() {
 }
 
 static SUSPEND: DriverEntry = DriverEntry {
-    name: "suspend",
-    kind: Kind::Filter,
-    open: |opening, mut options| {
+    children: &[Role::File],
+    ..DriverEntry::new("suspend", Kind::Filter, |opening, mut options| {
         Box::pin(async move {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
             let child = opening.child(Role::File, file, Perms::NONE).await?;
             Ok(Box::new(Suspend([child])) as Box<dyn Driver>)
         })
-    },
-    options: &[],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    })
 };
 
 struct Suspend([Child; 1]);
@@ -144,8 +137,8 @@ impl Suspend {
 }
 
 impl Driver for Suspend {
-    fn name(&self) -> &'static str {
-        "suspend"
+    fn entry(&self) -> &'static DriverEntry {
+        &SUSPEND
     }
 
     fn traits(&self) -> Traits {

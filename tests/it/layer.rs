@@ -10,9 +10,8 @@ use vublk::io::{self, Errno, InFlight, IoResult, IoVec};
 use vublk::options::{NodeRef, NodeRefOrNull};
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "layer",
-    kind: Kind::Format,
-    open: |opening, mut options| {
+    children: &[Role::File, Role::Backing],
+    ..DriverEntry::new("layer", Kind::Format, |opening, mut options| {
         Box::pin(async move {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");
             let backing: Option<NodeRefOrNull> = options.take_as("backing")?;
@@ -39,13 +38,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
             let layer = Layer { children, traits, cluster, len, clusters, writing };
             Ok(Box::new(layer) as Box<dyn Driver>)
         })
-    },
-    options: &[],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    })
 };
 
 /// Bytes, at least.
@@ -122,8 +115,8 @@ impl Layer {
 }
 
 impl Driver for Layer {
-    fn name(&self) -> &'static str {
-        "layer"
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {
@@ -221,10 +214,6 @@ impl Driver for Layer {
             _ => Status::DATA,
         };
         Box::pin(std::future::ready(Ok(Extent { len, status, place: None })))
-    }
-
-    fn child_perms(&self, child: usize, own: Perms) -> Perms {
-        if child == 0 { Perms::format(own) } else { Perms::backing(own) }
     }
 
     fn image(&self) -> Option<&dyn Image> {

@@ -9,7 +9,7 @@ use super::drain::check_traits;
 use super::permissions::{Plan, release_locks};
 use super::{By, Drained, Graph, State, User};
 use crate::block::open::Depth;
-use crate::block::{Child, DriverEntry, Error, Node, Registry, Role};
+use crate::block::{Child, Error, Node, Role};
 use crate::io::epoch;
 use crate::options::{Map, Value};
 use std::sync::Arc;
@@ -39,7 +39,7 @@ impl Graph {
         let asked = {
             let mut state = self.0.state.lock();
             state.check_base(base)?;
-            state.check_overlay(overlay, self.registry())?
+            state.check_overlay(overlay)?
         };
         flush(base).await?;
         self.forget(overlay).await;
@@ -285,7 +285,7 @@ impl State {
     }
 
     /// Whether a node can be put over another; the options by which it was opened.
-    fn check_overlay(&self, name: &str, registry: &Registry) -> Result<Map, Error> {
+    fn check_overlay(&self, name: &str) -> Result<Map, Error> {
         let refused = |why: &str| Err(Error::new(why));
         let Some((_, entry)) = self.by_name(name) else {
             let name = name.escape_debug();
@@ -298,7 +298,7 @@ impl State {
         if driver.children().iter().any(Child::is_backing) {
             return refused("The overlay already has a backing image");
         }
-        if !registry.get(driver.name()).is_some_and(DriverEntry::has_backing) {
+        if !driver.entry().has_backing() {
             return refused("The overlay does not support backing images");
         }
         if !entry.node.is_active() {

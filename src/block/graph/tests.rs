@@ -83,8 +83,8 @@ async fn open_store(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, 
 }
 
 impl Driver for Store {
-    fn name(&self) -> &'static str {
-        "store"
+    fn entry(&self) -> &'static DriverEntry {
+        &STORE
     }
     fn traits(&self) -> Traits {
         self.traits
@@ -168,7 +168,7 @@ impl Image for Store {
 
 /// A layer that passes everything to its first child.
 struct Layer {
-    name: &'static str,
+    entry: &'static DriverEntry,
     children: Vec<Child>,
     perms: fn(Perms) -> Perms,
 }
@@ -185,7 +185,7 @@ struct LayerOptions {
 async fn open_layer(
     opening: &mut Opening,
     map: Map,
-    name: &'static str,
+    entry: &'static DriverEntry,
     perms: fn(Perms) -> Perms,
 ) -> Result<Box<dyn Driver>, Error> {
     let options: LayerOptions = opening.parse(map)?;
@@ -197,12 +197,12 @@ async fn open_layer(
     if options.broken {
         return Err(Error::new("broken"));
     }
-    Ok(Box::new(Layer { name, children, perms }))
+    Ok(Box::new(Layer { entry, children, perms }))
 }
 
 impl Driver for Layer {
-    fn name(&self) -> &'static str {
-        self.name
+    fn entry(&self) -> &'static DriverEntry {
+        self.entry
     }
     fn traits(&self) -> Traits {
         self.children[0].node().traits()
@@ -234,7 +234,7 @@ impl Driver for Layer {
         Box::pin(async move { self.children[0].node().status(at, len, p).await })
     }
     fn hand_over(&self) -> Option<&dyn HandOver> {
-        (self.name == "pass").then_some(self as _)
+        (self.name() == "pass").then_some(self as _)
     }
     fn child_perms(&self, _: usize, own: Perms) -> Perms {
         (self.perms)(own)
@@ -248,23 +248,13 @@ fn strict(own: Perms) -> Perms {
 
 const fn entry(name: &'static str, open: OpenFn) -> DriverEntry {
     let kind = Kind::Format;
-    DriverEntry {
-        name,
-        kind,
-        open,
-        options: &[],
-        prefixes: &[],
-        create: None,
-        probe: None,
-        is_device: None,
-        read_name: None,
-    }
+    DriverEntry { ..DriverEntry::new(name, kind, open) }
 }
 
 static STORE: DriverEntry = entry("store", |o, map| Box::pin(open_store(o, map)));
-static PASS: DriverEntry = entry("pass", |o, map| Box::pin(open_layer(o, map, "pass", |own| own)));
+static PASS: DriverEntry = entry("pass", |o, map| Box::pin(open_layer(o, map, &PASS, |own| own)));
 static STRICT: DriverEntry =
-    entry("strict", |o, map| Box::pin(open_layer(o, map, "strict", strict)));
+    entry("strict", |o, map| Box::pin(open_layer(o, map, &STRICT, strict)));
 
 // ---- The bench
 

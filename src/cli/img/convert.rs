@@ -341,13 +341,12 @@ async fn open_target(
         let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
         let mut file = registry.new_file(name)?;
         let protocol = file.take_required_str("driver").map_err(|e| e.to_string())?;
-        let known = create_options(driver, registry.get(&protocol))?;
-        let takes = |key: &str| known.iter().any(|option| option.name == key);
+        create_options(driver, registry.get(&protocol))?;
         for (option, key, what) in
             [("B", "backing_file", "Backing file"), ("F", "backing_fmt", "Backing file format")]
         {
             if let Some(value) = line.get(option) {
-                if !takes(key) {
+                if !driver.has_backing() {
                     return Err(format!("{what} not supported for file format '{format}'").into());
                 }
                 options.insert(key, Value::Text(value.to_owned()));

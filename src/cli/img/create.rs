@@ -52,13 +52,12 @@ async fn run(context: &Context, line: Line) -> Ended {
         return Ok(0);
     }
     let at = |e: crate::block::Error| e.at(filename);
-    let known = drivers::registry().get(format).and_then(|entry| entry.create);
-    let known = known.map_or(&[][..], |entry| entry.options);
+    let entry = drivers::registry().get(format).filter(|entry| entry.create.is_some());
     for (option, key, what) in
         [("b", "backing_file", "Backing file"), ("F", "backing_fmt", "Backing file format")]
     {
         let Some(value) = line.get(option) else { continue };
-        if !known.is_empty() && known.iter().all(|option| option.name != key) {
+        if entry.is_some_and(|entry| !entry.has_backing()) {
             return Err(
                 format!("{filename}: {what} not supported for file format '{format}'").into()
             );

@@ -85,7 +85,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         }
         arguments::add_options(&mut given, parsed.options);
     }
-    let file = registry.get("file");
+    let file = registry.of_files().ok();
     let known = crate::block::create_options(driver, file)?;
     let options = crate::block::create::take_options(&known, given).map_err(|error| {
         context.fail(&Failed::from(Error::from(error)));

@@ -98,13 +98,14 @@ impl Session {
 fn changed(node: &Node, options: Map, given: &Map) -> Result<Map, String> {
     let driver = node.driver();
     let own = driver.own_options();
-    let entry = drivers::registry().get(driver.name());
+    let entry = driver.entry();
     // Others do not read their options a second time.
-    let known = entry.filter(|entry| entry.kind == Kind::Format).map_or(&[][..], |e| e.options);
+    let known = if entry.kind == Kind::Format { entry.options } else { &[] };
+    let is_child = |key: &str| entry.children.iter().any(|role| role.name() == key);
     let can_change = |key: &str| {
         let is_known = known.iter().any(|option| {
             let rest = option.name.strip_prefix(key);
-            option.value != "node" && rest.is_some_and(|r| r.is_empty() || r.starts_with('.'))
+            !is_child(option.name) && rest.is_some_and(|r| r.is_empty() || r.starts_with('.'))
         });
         is_known || OF_ALL.contains(&key)
     };

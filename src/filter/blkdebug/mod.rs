@@ -23,9 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "blkdebug",
-    kind: Kind::Filter,
-    open: |opening, options| Box::pin(open(opening, options)),
+    children: &[Role::Image],
     options: &[
         OptionHelp { name: "image", value: "node", help: "The node whose requests shall fail" },
         OptionHelp { name: "config", value: "str", help: "A file with rules" },
@@ -73,10 +71,10 @@ pub static ENTRY: DriverEntry = DriverEntry {
         },
     ],
     prefixes: &["blkdebug"],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: Some(read_name),
+    naming: Naming::Own(read_name),
+    ..DriverEntry::new("blkdebug", Kind::Filter, |opening, options| {
+        Box::pin(open(opening, options))
+    })
 };
 
 #[derive(Deserialize)]
@@ -274,8 +272,8 @@ impl Blkdebug {
 impl HandOver for Blkdebug {}
 
 impl Driver for Blkdebug {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

@@ -7,7 +7,7 @@
 
 mod known;
 
-use super::{LIST, read_below, write_below};
+use super::{read_below, write_below};
 use crate::block::*;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef};
@@ -16,9 +16,7 @@ use serde::Deserialize;
 use std::sync::{Arc, Weak};
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "copy-on-read",
-    kind: Kind::Filter,
-    open: |opening, options| Box::pin(open(opening, options)),
+    children: &[Role::File],
     options: &[
         OptionHelp { name: "file", value: "node", help: "The image that copies are written to" },
         OptionHelp {
@@ -27,11 +25,9 @@ pub static ENTRY: DriverEntry = DriverEntry {
             help: "The lowest node of its backing chain that is copied from",
         },
     ],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    ..DriverEntry::new("copy-on-read", Kind::Filter, |opening, options| {
+        Box::pin(open(opening, options))
+    })
 };
 
 #[derive(Deserialize)]
@@ -59,7 +55,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
         return Err(Error::new("Block node is read-only"));
     }
     let bottom = options.bottom.map(|name| find_bottom(opening, &name, &node)).transpose()?;
-    let image = below_filters(node.clone());
+    let image = node.below_filters();
     let cluster = image.driver().image().and_then(|image| image.info().cluster_size);
     let cluster = cluster.unwrap_or(0).max(traits.request_align as u64).next_power_of_two();
     let known = Known::new(node.len(), cluster);
@@ -70,11 +66,13 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
 fn find_bottom(opening: &Opening, name: &str, top: &Arc<Node>) -> Result<Weak<Node>, Error> {
     let shown = name.escape_debug();
     let found = opening.find(name);
-    if name == opening.name() || found.as_ref().is_some_and(|node| is_filter(node)) {
+    if name == opening.name()
+        || found.as_ref().is_some_and(|node| node.driver().entry().kind == Kind::Filter)
+    {
         return Err(Error::new(format!("Bottom node '{shown}' is a filter")));
     }
     let found = found.ok_or_else(|| Error::new(format!("Bottom node '{shown}' not found")))?;
-    let mut layer = Some(below_filters(top.clone()));
+    let mut layer = Some(top.below_filters());
     while let Some(node) = layer {
         if Arc::ptr_eq(&node, &found) {
             return Ok(Arc::downgrade(&found));
@@ -87,23 +85,8 @@ fn find_bottom(opening: &Opening, name: &str, top: &Arc<Node>) -> Result<Weak<No
     )))
 }
 
-fn is_filter(node: &Node) -> bool {
-    LIST.iter().any(|entry| entry.name == node.driver().name())
-}
-
-/// The first node from this one downwards that is no filter.
-fn below_filters(mut node: Arc<Node>) -> Arc<Node> {
-    while is_filter(&node)
-        && let Some(child) = node.driver().children().first()
-    {
-        let below = child.node();
-        node = below;
-    }
-    node
-}
-
 fn backing_of(node: &Node) -> Option<Arc<Node>> {
-    extents::backing(node).map(below_filters)
+    extents::backing(node).map(|below| below.below_filters())
 }
 
 impl CopyOnRead {
@@ -139,7 +122,7 @@ impl CopyOnRead {
             return Ok((own.len, !allocated));
         };
         let mut len = own.len;
-        let mut layer = below_filters(self.node());
+        let mut layer = self.node().below_filters();
         while !std::ptr::eq(bottom.as_ptr(), Arc::as_ptr(&layer)) {
             let Some(next) = backing_of(&layer) else { break };
             let there = next.len().saturating_sub(at);
@@ -159,8 +142,8 @@ impl CopyOnRead {
 }
 
 impl Driver for CopyOnRead {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

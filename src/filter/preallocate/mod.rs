@@ -24,9 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "preallocate",
-    kind: Kind::Filter,
-    open: |opening, options| Box::pin(open(opening, options)),
+    children: &[Role::File],
     options: &[
         OptionHelp { name: "file", value: "node", help: "The file that shall grow in steps" },
         OptionHelp {
@@ -40,11 +38,9 @@ pub static ENTRY: DriverEntry = DriverEntry {
             help: "How far ahead of a write it grows, in bytes (128 MiB)",
         },
     ],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    ..DriverEntry::new("preallocate", Kind::Filter, |opening, options| {
+        Box::pin(open(opening, options))
+    })
 };
 
 #[derive(Deserialize)]
@@ -209,8 +205,8 @@ impl Preallocate {
 }
 
 impl Driver for Preallocate {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

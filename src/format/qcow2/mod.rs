@@ -102,15 +102,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "qcow2",
-    kind: Kind::Format,
-    open: |opening, options| Box::pin(open::open(opening, options)),
+    children: &[Role::File, Role::Backing, Role::DataFile],
     options: options::HELP,
-    prefixes: &[],
     create: Some(&create::CREATE),
-    probe: Some(|head, _| if Header::probe(head) { 100 } else { 0 }),
-    is_device: None,
-    read_name: None,
+    probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
+    ..DriverEntry::new("qcow2", Kind::Format, |opening, options| {
+        Box::pin(open::open(opening, options))
+    })
 };
 
 /// An open image.
@@ -223,8 +221,8 @@ impl Qcow2 {
 }
 
 impl Driver for Qcow2 {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

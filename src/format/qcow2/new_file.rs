@@ -1,7 +1,7 @@
 //! Files that a creation makes, which it removes when it fails, so that the space they took is free again.
 
-use crate::block::Error;
 use crate::block::create::Creation;
+use crate::block::{DriverEntry, Error};
 use std::path::PathBuf;
 
 /// A file that is about to be made.
@@ -15,9 +15,10 @@ impl NewFile {
     /// The file of this name, before it is made.
     pub fn before(creation: &Creation, name: &str) -> NewFile {
         let path = creation.registry().new_file(name).ok().and_then(|mut options| {
-            let is_file = options.take_required_str("driver").is_ok_and(|driver| driver == "file");
-            let path = options.take_required_str("filename").ok().filter(|_| is_file);
-            path.map(PathBuf::from)
+            let driver = options.take_required_str("driver").ok()?;
+            let path = options.take_required_str("filename").ok()?;
+            let is_path = creation.registry().get(&driver).is_some_and(DriverEntry::takes_paths);
+            is_path.then(|| PathBuf::from(path))
         });
         let existed = path.as_ref().is_some_and(|path| path.symlink_metadata().is_ok());
         NewFile { path, existed }

@@ -109,12 +109,12 @@ impl Nodes<'_> {
             ("node-name", Value::from(&*info.name)),
             ("stats", device_stats(info.write_highest, sums.get(&*info.name))),
         ]);
-        if info.driver == "file" || info.driver == "host_device" {
+        if let Some(discards) = info.discards {
             let specific = object([
                 ("driver", Value::from(info.driver)),
-                ("discard-nb-ok", Value::from(info.discards.worked)),
-                ("discard-nb-failed", Value::from(info.discards.failed)),
-                ("discard-bytes-ok", Value::from(info.discards.bytes)),
+                ("discard-nb-ok", Value::from(discards.worked)),
+                ("discard-nb-failed", Value::from(discards.failed)),
+                ("discard-bytes-ok", Value::from(discards.bytes)),
             ]);
             map.insert("driver-specific", specific);
         }

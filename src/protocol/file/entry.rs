@@ -6,17 +6,16 @@ use crate::block::create::{
     CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
 };
 use crate::block::registry::OptionHelp;
-use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Opening, Preallocation};
+use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Naming, Opening, Preallocation};
 use crate::io;
 use crate::options::{self, Map};
 use std::os::unix::fs::FileTypeExt;
 
 pub static FILE: DriverEntry = DriverEntry {
-    name: Flavour::File.name(),
-    kind: Kind::Protocol,
-    open: |opening, map| Box::pin(open(Flavour::File, opening, map)),
     options: OPTIONS,
     prefixes: &["file"],
+    naming: Naming::Path,
+    counts_discards: true,
     create: Some(&CreateEntry {
         options: &[
             CreateOption::new(
@@ -41,15 +40,12 @@ pub static FILE: DriverEntry = DriverEntry {
         compresses: false,
         amend: &[],
     }),
-    probe: None,
-    is_device: None,
-    read_name: None,
+    ..DriverEntry::new("file", Kind::Protocol, |opening, map| {
+        Box::pin(open(Flavour::File, opening, map))
+    })
 };
 
 pub static HOST_DEVICE: DriverEntry = DriverEntry {
-    name: Flavour::HostDevice.name(),
-    kind: Kind::Protocol,
-    open: |opening, map| Box::pin(open(Flavour::HostDevice, opening, map)),
     options: OPTIONS,
     prefixes: &["host_device"],
     create: Some(&CreateEntry {
@@ -64,9 +60,11 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
         compresses: false,
         amend: &[],
     }),
-    probe: None,
-    is_device: Some(is_device),
-    read_name: None,
+    naming: Naming::Device(is_device),
+    counts_discards: true,
+    ..DriverEntry::new("host_device", Kind::Protocol, |opening, map| {
+        Box::pin(open(Flavour::HostDevice, opening, map))
+    })
 };
 
 const SIZE: CreateOption = CreateOption::new("size", ValueType::Size, "Virtual disk size");

@@ -33,9 +33,9 @@ pub use options::{Aio, FileOptions, Locking};
 
 use crate::block::node::SECTOR;
 use crate::block::{
-    Access, Driver, Error, Extent, Fence, HandOver, Image, Leaf, LocalFuture, Locks, Mapping,
-    NodeOptions, Perms, Place, Preallocation, Precision, Status, Target, Traits, WriteFlags,
-    ZeroFlags,
+    Access, Driver, DriverEntry, Error, Extent, Fence, HandOver, Image, Leaf, LocalFuture, Locks,
+    Mapping, NodeOptions, Perms, Place, Preallocation, Precision, Status, Target, Traits,
+    WriteFlags, ZeroFlags,
 };
 use crate::io::{self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Started, Token};
 use crate::options::{Map, filename};
@@ -246,8 +246,8 @@ impl FileDriver {
 }
 
 impl Driver for FileDriver {
-    fn name(&self) -> &'static str {
-        self.flavour.name()
+    fn entry(&self) -> &'static DriverEntry {
+        self.flavour.entry()
     }
 
     fn traits(&self) -> Traits {

@@ -4,9 +4,10 @@
 //! that the descriptor never changes under the fast road. With `auto-read-only` it is opened
 //! read-only where it cannot be had otherwise, and then stays so.
 
+use super::entry::{FILE, HOST_DEVICE};
 use super::options::FileOptions;
 use super::sys;
-use crate::block::{Error, NodeOptions};
+use crate::block::{DriverEntry, Error, NodeOptions};
 use crate::io::Errno;
 use crate::options::bytes;
 use std::fs::{File, FileType, Metadata, OpenOptions};
@@ -28,10 +29,10 @@ pub enum Flavour {
 }
 
 impl Flavour {
-    pub const fn name(self) -> &'static str {
+    pub fn entry(self) -> &'static DriverEntry {
         match self {
-            Flavour::File => "file",
-            Flavour::HostDevice => "host_device",
+            Flavour::File => &FILE,
+            Flavour::HostDevice => &HOST_DEVICE,
         }
     }
 
@@ -50,7 +51,7 @@ impl Flavour {
             Flavour::File => "a regular file",
             Flavour::HostDevice => "either a character or block device",
         };
-        Error::new(format!("'{}' driver requires '{filename}' to be {wanted}", self.name()))
+        Error::new(format!("'{}' driver requires '{filename}' to be {wanted}", self.entry().name))
     }
 }
 
@@ -75,7 +76,7 @@ pub fn open(
     options.check(node)?;
     let filename = &options.filename;
     if filename.is_empty() {
-        let driver = flavour.name();
+        let driver = flavour.entry().name;
         return Err(Error::new(format!("The '{driver}' block driver requires a file name")));
     }
     // Opening a FIFO would wait for its other end.

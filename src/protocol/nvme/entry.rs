@@ -6,7 +6,8 @@ use crate::block::create::{
     CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
 };
 use crate::block::{
-    Driver, DriverEntry, Error, Kind, NameParts, NodeOptions, Opening, OptionHelp, WriteFlags,
+    Driver, DriverEntry, Error, Kind, NameParts, Naming, NodeOptions, Opening, OptionHelp,
+    WriteFlags,
 };
 use crate::io::{AlignedBuf, Errno};
 use crate::options::{Map, Size};
@@ -15,9 +16,6 @@ use std::time::Duration;
 use vublk_vfio::PciAddress;
 
 pub static ENTRY: DriverEntry = DriverEntry {
-    name: "nvme",
-    kind: Kind::Protocol,
-    open: |opening, map| Box::pin(open(opening, map)),
     options: &[
         OptionHelp { name: "device", value: "str", help: "PCI address, as in 0000:01:00.0" },
         OptionHelp { name: "filename", value: "str", help: "nvme://DEVICE[/NAMESPACE]" },
@@ -44,9 +42,8 @@ pub static ENTRY: DriverEntry = DriverEntry {
         amend: &[],
         measure: None,
     }),
-    probe: None,
-    is_device: None,
-    read_name: Some(read_name),
+    naming: Naming::Own(read_name),
+    ..DriverEntry::new("nvme", Kind::Protocol, |opening, map| Box::pin(open(opening, map)))
 };
 
 /// A name is kept as it is.

@@ -20,9 +20,9 @@ pub use entry::{ENTRY, NvmeOptions};
 pub use shared::adopt;
 
 use crate::block::{
-    Abilities, Access, Admission, DeviceMemory, Drive, Driver, Error, Extent, Fence, GuestRegion,
-    HandOver, Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength, Perms,
-    Place, Preallocation, Precision, Status, Target, Traits, WriteFlags, ZeroFlags,
+    Abilities, Access, Admission, DeviceMemory, Drive, Driver, DriverEntry, Error, Extent, Fence,
+    GuestRegion, HandOver, Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength,
+    Perms, Place, Preallocation, Precision, Status, Target, Traits, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Started, Token};
 use crate::options::Map;
@@ -111,8 +111,8 @@ impl Nvme {
 }
 
 impl Driver for Nvme {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn entry(&self) -> &'static DriverEntry {
+        &ENTRY
     }
 
     fn traits(&self) -> Traits {

@@ -53,8 +53,7 @@ pub fn run(data: &[u8]) {
     }
     json::parse_object(text).map(drop).unwrap_or_else(one_line);
 
-    let known = |prefix: &str| (prefix == "nbd").then_some("nbd");
-    filename::parse(text, |_| None, known).map(drop).unwrap_or_else(one_line);
+    filename::json_options(text).map(drop).unwrap_or_else(one_line);
     filename::split_protocol(text);
     let (base, name) = text.split_once('|').unwrap_or((text, "a"));
     filename::resolve(base, name).map(drop).unwrap_or_else(one_line);

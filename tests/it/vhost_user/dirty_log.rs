@@ -187,23 +187,17 @@ fn the_used_ring_is_marked_where_it_is_written_all_the_way_round() {
 struct Half;
 
 static HALF: DriverEntry = DriverEntry {
-    name: "half",
-    kind: Kind::Protocol,
-    open: |_, _| Box::pin(async { Ok(Box::new(Half) as Box<dyn Driver>) }),
-    options: &[],
-    prefixes: &[],
-    create: None,
-    probe: None,
-    is_device: None,
-    read_name: None,
+    ..DriverEntry::new("half", Kind::Protocol, |_, _| {
+        Box::pin(async { Ok(Box::new(Half) as Box<dyn Driver>) })
+    })
 };
 
 static WITH_HALF: std::sync::LazyLock<Registry> =
     std::sync::LazyLock::new(|| Registry::new(&[&[&HALF]]));
 
 impl Driver for Half {
-    fn name(&self) -> &'static str {
-        HALF.name
+    fn entry(&self) -> &'static DriverEntry {
+        &HALF
     }
 
     fn traits(&self) -> Traits {

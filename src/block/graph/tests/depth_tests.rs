@@ -55,7 +55,7 @@ fn the_last_hold_on_a_long_chain_needs_little_stack() {
     let mut node = store.clone();
     for n in 0..10_000 {
         let children = vec![Child::new(Role::File, node)];
-        let layer = Layer { name: "pass", children, perms: |own| own };
+        let layer = Layer { entry: &PASS, children, perms: |own| own };
         let notices = bench.graph.notices().clone();
         node = Node::new(format!("{n}"), Box::new(layer), NodeOptions::default(), notices);
     }
