@@ -110,16 +110,16 @@ pub enum NewBacking {
     Unseen,
 }
 
+fn refused(kind: &str, entry: &DriverEntry) -> Error {
+    Error::new(format!("{kind} driver '{}' does not support image creation", entry.name))
+}
+
 /// The options of a format together with those of the protocol below it, in the order in which they
 /// are shown. A name that both have means the format's.
 pub fn create_options(
     format: &'static DriverEntry,
     protocol: Option<&'static DriverEntry>,
 ) -> Result<Vec<CreateOption>, Error> {
-    let refused = |kind, entry: &DriverEntry| {
-        let name = entry.name;
-        Error::new(format!("{kind} driver '{name}' does not support image creation"))
-    };
     let own = format.create.ok_or_else(|| refused("Format", format))?.options;
     let below = match protocol {
         Some(entry) => entry.create.ok_or_else(|| refused("Protocol", entry))?.options,
@@ -255,7 +255,7 @@ impl Creation {
     }
 
     fn with_size(self) -> Result<Creation, Error> {
-        if self.known.iter().any(|option| option.name == "size") && !self.options.contains("size") {
+        if !self.options.contains("size") {
             return Err(Error::new("Image creation needs a size parameter"));
         }
         Ok(self)
@@ -299,10 +299,23 @@ impl Creation {
 
     /// For a format: makes the file below it, with those of `options` that the protocol knows.
     pub async fn create_file(&self, options: Map) -> Result<Made, Error> {
-        let Some(entry) = self.protocol.create else {
-            return Err(Error::new("no protocol that makes files"));
-        };
-        let mut file = self.file.clone();
+        self.make(self.protocol, self.file.clone(), &options).await
+    }
+
+    /// For a format: makes another file, by its name, with those of `options` that its protocol knows.
+    pub async fn create_other(&self, name: &str, options: &Map) -> Result<Made, Error> {
+        let mut file = self.registry.new_file(name)?;
+        let protocol = self.registry.known(&file.take_required_str("driver")?)?;
+        self.make(protocol, file, options).await
+    }
+
+    async fn make(
+        &self,
+        protocol: &DriverEntry,
+        mut file: Map,
+        options: &Map,
+    ) -> Result<Made, Error> {
+        let entry = protocol.create.ok_or_else(|| refused("Protocol", protocol))?;
         for option in entry.options {
             if let Some(value) = options.get(option.name) {
                 file.insert(option.name, value.clone());

@@ -466,19 +466,11 @@ async fn check_data_file(creation: &Creation, name: &str, size: u64) -> Result<(
 /// The raw file of the disk's bytes, from whatever protocol its name says.
 async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<Made, Error> {
     check_apart(creation, name)?;
-    let mut file = creation.registry().new_file(name)?;
-    let driver = file.take_required_str("driver")?;
-    let entry = creation.registry().get(&driver).and_then(|entry| entry.create);
-    let entry = entry.ok_or_else(|| {
-        Error::new(format!("Protocol driver '{driver}' does not support image creation"))
-    })?;
-    file.insert("size", Value::Int(wanted.size.into()));
-    if let Some(mode) = wanted.preallocation.of_file()
-        && entry.options.iter().any(|option| option.name == "preallocation")
-    {
-        file.insert("preallocation", Value::Str(mode.to_owned()));
+    let mut options = Map::from_iter([("size", Value::Int(wanted.size.into()))]);
+    if let Some(mode) = wanted.preallocation.of_file() {
+        options.insert("preallocation", Value::Str(mode.to_owned()));
     }
-    (entry.create)(creation, file).await
+    creation.create_other(name, &options).await
 }
 
 async fn write(file: &Node, header: &Header, image: &NewImage, first_cluster: &[u8]) -> IoResult {
