@@ -4,6 +4,7 @@
 //! * [`node`]: what users hold. Checks, aligns, splits, orders.
 //! * [`driver`], [`image`], [`snapshot`]: what formats and protocols implement, and what they can rely on.
 //! * [`child`], [`role`], [`perm`]: the edges of the graph, and what each user may do.
+//! * [`pass_through`]: what filters do not change.
 //! * [`bitmap`]: which parts of a node were written.
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`compress`]: storing data compressed.
@@ -46,6 +47,7 @@ pub mod node;
 pub mod notice;
 pub mod open;
 pub mod overlap;
+pub mod pass_through;
 pub mod perm;
 pub mod policy;
 pub mod probe;
@@ -76,6 +78,7 @@ pub use named::NameParts;
 pub use node::{DetectZeroes, Discards, Node, NodeOptions, SECTOR};
 pub use notice::{Corrupted, Notice, Notices};
 pub use open::{Opening, RecordedBacking};
+pub use pass_through::PassThrough;
 pub use perm::{Perm, Perms};
 pub use policy::{FollowBacking, OpenPolicy, Whitelist};
 pub use registry::{DriverEntry, Kind, Naming, OptionHelp, Probe, Registry};

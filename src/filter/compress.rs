@@ -3,12 +3,11 @@
 //! Requests are rounded out to whole units of the image, which the node does. What is stored once is not
 //! written over: such a write fails, as in QEMU.
 
-use super::read_below;
+use crate::block::pass_through::{PassThrough, inside};
 use crate::block::*;
-use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::io::{InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef};
 use serde::Deserialize;
-use std::sync::Arc;
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File],
@@ -57,20 +56,13 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     Ok(Box::new(CompressFilter { file: [file], traits }))
 }
 
-impl CompressFilter {
-    fn node(&self) -> Arc<Node> {
-        self.file[0].node()
-    }
-
-    /// The part of a range that is inside the disk: it was rounded out.
-    fn inside(node: &Node, at: u64, len: u64) -> u64 {
-        len.min(node.len().saturating_sub(at))
-    }
-}
-
-impl Driver for CompressFilter {
+impl PassThrough for CompressFilter {
     fn entry(&self) -> &'static DriverEntry {
         &ENTRY
+    }
+
+    fn below(&self) -> &[Child; 1] {
+        &self.file
     }
 
     fn traits(&self) -> Traits {
@@ -81,14 +73,6 @@ impl Driver for CompressFilter {
         // The plain units and the packed ones.
         let packing = 2 * compress::together(u64::from(self.traits.request_align));
         Scratch { other: u32::try_from(packing).unwrap_or(u32::MAX), ..Scratch::default() }
-    }
-
-    fn len(&self) -> u64 {
-        self.node().driver().len()
-    }
-
-    fn children(&self) -> &[Child] {
-        &self.file
     }
 
     fn map<'a>(
@@ -104,73 +88,20 @@ impl Driver for CompressFilter {
         }
     }
 
-    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { read_below(&self.node(), at, into).await })
+    async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        let node = self.node();
+        let len = inside(&node, at, from.len());
+        node.write_compressed(at, &from.slice(0, len), flags).await
     }
 
-    fn write<'a>(
-        &'a self,
-        at: u64,
-        from: &'a IoVec<'a>,
-        flags: WriteFlags,
-    ) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            let len = Self::inside(&node, at, from.len());
-            node.write_compressed(at, &from.slice(0, len), flags).await
-        })
+    async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        let node = self.node();
+        node.zero(at, inside(&node, at, len), flags).await
     }
 
-    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            node.zero(at, Self::inside(&node, at, len), flags).await
-        })
-    }
-
-    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            node.discard(at, Self::inside(&node, at, len)).await
-        })
-    }
-
-    fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.node().flush().await })
-    }
-
-    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move {
-            let extent = self.node().status(at, len, precision).await?;
-            Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
-        })
-    }
-
-    fn image(&self) -> Option<&dyn Image> {
-        Some(self)
-    }
-}
-
-impl Image for CompressFilter {
-    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let node = self.node();
-            resizable(&node)?.resize(len, shrink).await
-        })
-    }
-
-    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let node = self.node();
-            resizable(&node)?.grow(len, preallocation).await
-        })
-    }
-
-    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let node = self.node();
-            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
+    async fn discard(&self, at: u64, len: u64) -> IoResult {
+        let node = self.node();
+        node.discard(at, inside(&node, at, len)).await
     }
 
     fn info(&self) -> ImageInfo {

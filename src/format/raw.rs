@@ -5,6 +5,7 @@
 //! file system. (qemu-storage-daemon allows it; its guests' devices, like us, do not.)
 
 use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
+use crate::block::pass_through::{PassThrough, status_of};
 use crate::block::registry::{DriverEntry, Kind, OptionHelp};
 use crate::block::*;
 use crate::io::{InFlight, IoResult, IoVec};
@@ -118,10 +119,6 @@ fn traits(file: Traits, offset: u64) -> Traits {
 }
 
 impl Raw {
-    fn node(&self) -> std::sync::Arc<Node> {
-        self.file[0].node()
-    }
-
     /// How long the file is to be for a disk of `len` bytes.
     fn len_of_file(&self, len: u64) -> Result<u64, Error> {
         if self.size.is_some() {
@@ -144,9 +141,13 @@ impl Raw {
 
 impl HandOver for Raw {}
 
-impl Driver for Raw {
+impl PassThrough for Raw {
     fn entry(&self) -> &'static DriverEntry {
         &ENTRY
+    }
+
+    fn below(&self) -> &[Child; 1] {
+        &self.file
     }
 
     fn traits(&self) -> Traits {
@@ -162,14 +163,6 @@ impl Driver for Raw {
         })
     }
 
-    fn hand_over(&self) -> Option<&dyn HandOver> {
-        Some(self)
-    }
-
-    fn children(&self) -> &[Child] {
-        &self.file
-    }
-
     fn map<'a>(
         &'a self,
         inflight: &'a InFlight,
@@ -180,68 +173,43 @@ impl Driver for Raw {
         self.file[0].fast(inflight).map(inflight, self.offset + at, want, access)
     }
 
-    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            node.event(Event::ReadAio).await;
-            let len = self.clamp(&node, at, into.len());
-            if len == into.len() {
-                return node.read(self.offset + at, into).await;
-            }
-            into.slice(len, into.len() - len).zero();
-            node.read(self.offset + at, &into.slice(0, len)).await
-        })
+    async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        let node = self.node();
+        node.event(Event::ReadAio).await;
+        let len = self.clamp(&node, at, into.len());
+        if len == into.len() {
+            return node.read(self.offset + at, into).await;
+        }
+        into.slice(len, into.len() - len).zero();
+        node.read(self.offset + at, &into.slice(0, len)).await
     }
 
-    fn write<'a>(
-        &'a self,
-        at: u64,
-        from: &'a IoVec<'a>,
-        flags: WriteFlags,
-    ) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            node.event(Event::WriteAio).await;
-            let len = self.clamp(&node, at, from.len());
-            if len == from.len() {
-                return node.write(self.offset + at, from, flags).await;
-            }
-            node.write(self.offset + at, &from.slice(0, len), flags).await
-        })
+    async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        let node = self.node();
+        node.event(Event::WriteAio).await;
+        let len = self.clamp(&node, at, from.len());
+        if len == from.len() {
+            return node.write(self.offset + at, from, flags).await;
+        }
+        node.write(self.offset + at, &from.slice(0, len), flags).await
     }
 
-    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            node.zero(self.offset + at, self.clamp(&node, at, len), flags).await
-        })
+    async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        let node = self.node();
+        node.zero(self.offset + at, self.clamp(&node, at, len), flags).await
     }
 
-    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            node.discard(self.offset + at, self.clamp(&node, at, len)).await
-        })
+    async fn discard(&self, at: u64, len: u64) -> IoResult {
+        let node = self.node();
+        node.discard(self.offset + at, self.clamp(&node, at, len)).await
     }
 
-    fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.node().flush().await })
+    async fn status(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
+        let extent = status_of(&self.node(), self.offset + at, len, precision).await?;
+        Ok(Extent { status: extent.status | Status::ALLOCATED, ..extent })
     }
 
-    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move {
-            let offset = self.offset + at;
-            let extent = self.node().status(offset, len, precision).await?;
-            let place = Some(Place { child: Some(0), offset });
-            Ok(Extent { status: extent.status | Status::ALLOCATED, place, ..extent })
-        })
-    }
-
-    fn own_options(&self) -> Map {
-        self.window.clone()
-    }
-
-    fn child_perms(&self, _child: usize, own: Perms) -> Perms {
+    fn perms(&self, own: Perms) -> Perms {
         // No metadata of its own, so no more is held than the users hold.
         let mut perms = own;
         let writes = own.held.intersects(Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE);
@@ -253,34 +221,24 @@ impl Driver for Raw {
         perms
     }
 
-    fn image(&self) -> Option<&dyn Image> {
+    async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
+        let len = self.len_of_file(len)?;
+        let node = self.node();
+        resizable(&node)?.resize(len, shrink).await
+    }
+
+    async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
+        let len = self.len_of_file(len)?;
+        let node = self.node();
+        resizable(&node)?.grow(len, preallocation).await
+    }
+
+    fn own_options(&self) -> Map {
+        self.window.clone()
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
         Some(self)
-    }
-}
-
-impl Image for Raw {
-    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let len = self.len_of_file(len)?;
-            let node = self.node();
-            resizable(&node)?.resize(len, shrink).await
-        })
-    }
-
-    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let len = self.len_of_file(len)?;
-            let node = self.node();
-            resizable(&node)?.grow(len, preallocation).await
-        })
-    }
-
-    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let node = self.node();
-            let image = node.driver().image().ok_or(crate::io::Errno::ENOTSUP)?;
-            image.allocated().await
-        })
     }
 }
 

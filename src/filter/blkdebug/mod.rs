@@ -11,10 +11,10 @@
 mod config;
 mod rules;
 
-use super::{read_below, write_below};
 use crate::block::event::Hearing;
+use crate::block::pass_through::{PassThrough, read_inside, status_of, write_inside};
 use crate::block::*;
-use crate::io::{self, Errno, IoResult, IoVec};
+use crate::io::{self, Errno, InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef, Value};
 use rules::{InjectError, IoType, Rules, SetState};
 use serde::Deserialize;
@@ -246,10 +246,6 @@ impl Limits {
 }
 
 impl Blkdebug {
-    fn node(&self) -> std::sync::Arc<Node> {
-        self.image[0].node()
-    }
-
     /// Fails if a rule says so.
     async fn check(&self, kind: IoType, range: Option<Range<u64>>) -> IoResult {
         let Some(strike) = self.rules.strike(kind, range) else { return Ok(()) };
@@ -271,17 +267,75 @@ impl Blkdebug {
 
 impl HandOver for Blkdebug {}
 
-impl Driver for Blkdebug {
+impl PassThrough for Blkdebug {
     fn entry(&self) -> &'static DriverEntry {
         &ENTRY
+    }
+
+    fn below(&self) -> &[Child; 1] {
+        &self.image
     }
 
     fn traits(&self) -> Traits {
         self.traits
     }
 
-    fn len(&self) -> u64 {
-        self.node().driver().len()
+    fn map<'a>(&'a self, _: &'a InFlight, _: u64, want: u64, _: Access) -> Mapping<'a> {
+        Mapping::slow(want)
+    }
+
+    async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        self.check(IoType::Read, Some(at..at + into.len())).await?;
+        read_inside(&self.node(), at, into).await
+    }
+
+    async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        self.is_written.store(true, Ordering::Relaxed);
+        self.check(IoType::Write, Some(at..at + from.len())).await?;
+        write_inside(&self.node(), at, from, flags).await
+    }
+
+    async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        self.is_written.store(true, Ordering::Relaxed);
+        self.check(IoType::WriteZeroes, Some(at..at + len)).await?;
+        self.node().zero(at, len, flags).await
+    }
+
+    async fn discard(&self, at: u64, len: u64) -> IoResult {
+        self.is_written.store(true, Ordering::Relaxed);
+        self.check(IoType::Discard, Some(at..at + len)).await?;
+        self.node().discard(at, len).await
+    }
+
+    async fn flush(&self) -> IoResult {
+        // A flush that has nothing to do cannot fail.
+        if self.is_written.load(Ordering::Relaxed) {
+            self.check(IoType::Flush, None).await?;
+            self.is_written.store(false, Ordering::Relaxed);
+        }
+        self.node().flush().await
+    }
+
+    async fn status(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
+        self.check(IoType::BlockStatus, Some(at..at + len)).await?;
+        status_of(&self.node(), at, len, precision).await
+    }
+
+    fn perms(&self, own: Perms) -> Perms {
+        let Perms { held, shared } = Perms::filter(own);
+        Perms { held: held | self.taken, shared: shared - self.unshared }
+    }
+
+    async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
+        let node = self.node();
+        self.is_written.store(true, Ordering::Relaxed);
+        resizable(&node)?.resize(len, shrink).await
+    }
+
+    async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
+        let node = self.node();
+        self.is_written.store(true, Ordering::Relaxed);
+        resizable(&node)?.grow(len, preallocation).await
     }
 
     fn own_options(&self) -> Map {
@@ -299,100 +353,7 @@ impl Driver for Blkdebug {
         Some(self)
     }
 
-    fn children(&self) -> &[Child] {
-        &self.image
-    }
-
-    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            self.check(IoType::Read, Some(at..at + into.len())).await?;
-            read_below(&self.node(), at, into).await
-        })
-    }
-
-    fn write<'a>(
-        &'a self,
-        at: u64,
-        from: &'a IoVec<'a>,
-        flags: WriteFlags,
-    ) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            self.is_written.store(true, Ordering::Relaxed);
-            self.check(IoType::Write, Some(at..at + from.len())).await?;
-            write_below(&self.node(), at, from, flags).await
-        })
-    }
-
-    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            self.is_written.store(true, Ordering::Relaxed);
-            self.check(IoType::WriteZeroes, Some(at..at + len)).await?;
-            self.node().zero(at, len, flags).await
-        })
-    }
-
-    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            self.is_written.store(true, Ordering::Relaxed);
-            self.check(IoType::Discard, Some(at..at + len)).await?;
-            self.node().discard(at, len).await
-        })
-    }
-
-    fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move {
-            // A flush that has nothing to do cannot fail.
-            if self.is_written.load(Ordering::Relaxed) {
-                self.check(IoType::Flush, None).await?;
-                self.is_written.store(false, Ordering::Relaxed);
-            }
-            self.node().flush().await
-        })
-    }
-
-    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move {
-            self.check(IoType::BlockStatus, Some(at..at + len)).await?;
-            let extent = self.node().status(at, len, precision).await?;
-            Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
-        })
-    }
-
-    fn child_perms(&self, _child: usize, own: Perms) -> Perms {
-        let Perms { held, shared } = Perms::filter(own);
-        Perms { held: held | self.taken, shared: shared - self.unshared }
-    }
-
     fn debugger(&self) -> Option<&dyn Debugger> {
         Some(&self.rules)
-    }
-
-    fn image(&self) -> Option<&dyn Image> {
-        Some(self)
-    }
-}
-
-impl Image for Blkdebug {
-    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let node = self.node();
-            self.is_written.store(true, Ordering::Relaxed);
-            resizable(&node)?.resize(len, shrink).await
-        })
-    }
-
-    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let node = self.node();
-            self.is_written.store(true, Ordering::Relaxed);
-            resizable(&node)?.grow(len, preallocation).await
-        })
-    }
-
-    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let node = self.node();
-            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
     }
 }

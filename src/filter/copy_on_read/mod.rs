@@ -7,9 +7,9 @@
 
 mod known;
 
-use super::{read_below, write_below};
+use crate::block::pass_through::{PassThrough, inside, read_inside};
 use crate::block::*;
-use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::io::{InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef};
 use known::Known;
 use serde::Deserialize;
@@ -39,7 +39,6 @@ struct Options {
 
 struct CopyOnRead {
     file: [Child; 1],
-    traits: Traits,
     bottom: Option<Weak<Node>>,
     /// What is copied at once, in bytes; a power of two.
     cluster: u64,
@@ -59,7 +58,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     let cluster = image.driver().image().and_then(|image| image.info().cluster_size);
     let cluster = cluster.unwrap_or(0).max(traits.request_align as u64).next_power_of_two();
     let known = Known::new(node.len(), cluster);
-    Ok(Box::new(CopyOnRead { file: [file], traits, bottom, cluster, known }))
+    Ok(Box::new(CopyOnRead { file: [file], bottom, cluster, known }))
 }
 
 /// The node called `name` in the chain that begins with `top`.
@@ -90,10 +89,6 @@ fn backing_of(node: &Node) -> Option<Arc<Node>> {
 }
 
 impl CopyOnRead {
-    fn node(&self) -> Arc<Node> {
-        self.file[0].node()
-    }
-
     /// Copies what there is to copy of the clusters that a range touches.
     async fn copy(&self, node: &Node, at: u64, len: u64) -> IoResult {
         // Those who hold nothing on this node (a format that is being opened) only read.
@@ -141,26 +136,18 @@ impl CopyOnRead {
     }
 }
 
-impl Driver for CopyOnRead {
+impl PassThrough for CopyOnRead {
     fn entry(&self) -> &'static DriverEntry {
         &ENTRY
     }
 
-    fn traits(&self) -> Traits {
-        self.traits
+    fn below(&self) -> &[Child; 1] {
+        &self.file
     }
 
     /// What is copied goes through a bounce buffer.
     fn scratch(&self) -> Scratch {
         Scratch { other: node::BOUNCE_LIMIT as u32, ..Scratch::default() }
-    }
-
-    fn len(&self) -> u64 {
-        self.node().driver().len()
-    }
-
-    fn children(&self) -> &[Child] {
-        &self.file
     }
 
     fn map<'a>(
@@ -180,85 +167,32 @@ impl Driver for CopyOnRead {
         self.file[0].fast(inflight).map(inflight, at, want, access)
     }
 
-    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let node = self.node();
-            let len = into.len().min(node.len().saturating_sub(at));
-            if self.known.run(at, len) < len {
-                self.copy(&node, at, len).await?;
-            }
-            read_below(&node, at, into).await
-        })
+    async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        let node = self.node();
+        let len = inside(&node, at, into.len());
+        if self.known.run(at, len) < len {
+            self.copy(&node, at, len).await?;
+        }
+        read_inside(&node, at, into).await
     }
 
-    fn write<'a>(
-        &'a self,
-        at: u64,
-        from: &'a IoVec<'a>,
-        flags: WriteFlags,
-    ) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { write_below(&self.node(), at, from, flags).await })
+    async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        let result = self.node().zero(at, len, flags).await;
+        self.known.remove(at..at + len);
+        result
     }
 
-    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let result = self.node().zero(at, len, flags).await;
-            self.known.remove(at..at + len);
-            result
-        })
+    async fn discard(&self, at: u64, len: u64) -> IoResult {
+        let result = self.node().discard(at, len).await;
+        self.known.remove(at..at + len);
+        result
     }
 
-    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let result = self.node().discard(at, len).await;
-            self.known.remove(at..at + len);
-            result
-        })
-    }
-
-    fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.node().flush().await })
-    }
-
-    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move {
-            let extent = self.node().status(at, len, precision).await?;
-            Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
-        })
-    }
-
-    fn child_perms(&self, _child: usize, own: Perms) -> Perms {
+    fn perms(&self, own: Perms) -> Perms {
         let Perms { mut held, shared } = Perms::filter(own);
         if !held.is_empty() {
             held |= Perm::WRITE_UNCHANGED;
         }
         Perms { held, shared }
-    }
-
-    fn image(&self) -> Option<&dyn Image> {
-        Some(self)
-    }
-}
-
-impl Image for CopyOnRead {
-    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let node = self.node();
-            resizable(&node)?.resize(len, shrink).await
-        })
-    }
-
-    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async move {
-            let node = self.node();
-            resizable(&node)?.grow(len, preallocation).await
-        })
-    }
-
-    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let node = self.node();
-            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
     }
 }

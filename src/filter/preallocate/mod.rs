@@ -14,13 +14,12 @@
 
 mod gate;
 
-use super::{read_below, write_below};
+use crate::block::pass_through::{PassThrough, write_inside};
 use crate::block::*;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef};
 use gate::{Gate, Inside};
 use serde::Deserialize;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
@@ -115,10 +114,6 @@ fn non_negative(name: &str, value: i64) -> Result<u64, Error> {
 }
 
 impl Preallocate {
-    fn node(&self) -> Arc<Node> {
-        self.file[0].node()
-    }
-
     fn data_end(&self) -> u64 {
         self.data_end.load(Ordering::SeqCst)
     }
@@ -137,7 +132,7 @@ impl Preallocate {
         if end > self.failed.load(Ordering::SeqCst) {
             let _alone = self.growing.alone().await;
             if end > self.reserved.load(Ordering::SeqCst) {
-                self.grow(node, end).await;
+                self.grow_ahead(node, end).await;
             }
         }
         match end <= self.reserved.load(Ordering::SeqCst) {
@@ -146,7 +141,7 @@ impl Preallocate {
         }
     }
 
-    async fn grow(&self, node: &Node, end: u64) {
+    async fn grow_ahead(&self, node: &Node, end: u64) {
         let unit = node.traits().zero_align as u64;
         let goal = end.saturating_add(self.size).min(i64::MAX as u64 - self.align - unit);
         let goal = goal.next_multiple_of(self.align).next_multiple_of(unit);
@@ -204,9 +199,13 @@ impl Preallocate {
     }
 }
 
-impl Driver for Preallocate {
+impl PassThrough for Preallocate {
     fn entry(&self) -> &'static DriverEntry {
         &ENTRY
+    }
+
+    fn below(&self) -> &[Child; 1] {
+        &self.file
     }
 
     fn traits(&self) -> Traits {
@@ -215,10 +214,6 @@ impl Driver for Preallocate {
 
     fn len(&self) -> u64 {
         self.data_end()
-    }
-
-    fn children(&self) -> &[Child] {
-        &self.file
     }
 
     fn map<'a>(
@@ -235,69 +230,41 @@ impl Driver for Preallocate {
         self.file[0].fast(inflight).map(inflight, at, want, access)
     }
 
-    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { read_below(&self.node(), at, into).await })
-    }
-
-    fn write<'a>(
-        &'a self,
-        at: u64,
-        from: &'a IoVec<'a>,
-        flags: WriteFlags,
-    ) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let (node, end) = (self.node(), at + from.len());
-            if flags.contains(WriteFlags::GROW) {
-                let _inside = self.writers.enter().await;
-                let _growing = self.reserve(&node, end).await;
-                let result = node.write(at, from, flags).await;
-                self.move_end(&node, end);
-                return result;
-            }
-            write_below(&node, at, from, flags).await?;
-            self.fill_sector(end);
-            Ok(())
-        })
-    }
-
-    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move {
-            let (node, end) = (self.node(), at + len);
-            if !flags.contains(ZeroFlags::GROW) {
-                node.zero(at, len, flags).await?;
-                self.fill_sector(end);
-                return Ok(());
-            }
+    async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        let (node, end) = (self.node(), at + from.len());
+        if flags.contains(WriteFlags::GROW) {
             let _inside = self.writers.enter().await;
-            let growing = self.reserve(&node, end).await;
-            if growing.is_some() {
-                let result = node.zero(at, len, flags).await;
-                self.move_end(&node, end);
-                return result;
-            }
-            // Behind the old end there are zeroes.
-            let old_end = self.data_end.fetch_max(end, Ordering::SeqCst);
-            let end = end.min(old_end);
-            if at < end { node.zero(at, end - at, flags).await } else { Ok(()) }
-        })
+            let _growing = self.reserve(&node, end).await;
+            let result = node.write(at, from, flags).await;
+            self.move_end(&node, end);
+            return result;
+        }
+        write_inside(&node, at, from, flags).await?;
+        self.fill_sector(end);
+        Ok(())
     }
 
-    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.node().discard(at, len).await })
+    async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        let (node, end) = (self.node(), at + len);
+        if !flags.contains(ZeroFlags::GROW) {
+            node.zero(at, len, flags).await?;
+            self.fill_sector(end);
+            return Ok(());
+        }
+        let _inside = self.writers.enter().await;
+        let growing = self.reserve(&node, end).await;
+        if growing.is_some() {
+            let result = node.zero(at, len, flags).await;
+            self.move_end(&node, end);
+            return result;
+        }
+        // Behind the old end there are zeroes.
+        let old_end = self.data_end.fetch_max(end, Ordering::SeqCst);
+        let end = end.min(old_end);
+        if at < end { node.zero(at, end - at, flags).await } else { Ok(()) }
     }
 
-    fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.node().flush().await })
-    }
-
-    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move {
-            let extent = self.node().status(at, len, precision).await?;
-            Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })
-        })
-    }
-
-    fn child_perms(&self, _child: usize, own: Perms) -> Perms {
+    fn perms(&self, own: Perms) -> Perms {
         let Perms { mut held, mut shared } = Perms::filter(own);
         if self.has_more() {
             held |= Perm::RESIZE;
@@ -309,16 +276,20 @@ impl Driver for Preallocate {
         Perms { held, shared }
     }
 
-    fn image(&self) -> Option<&dyn Image> {
-        Some(self)
+    async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
+        self.resize_to(len, shrink, Preallocation::Off).await
+    }
+
+    async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
+        self.resize_to(len, false, preallocation).await
     }
 
     fn unwritten(&self) -> Option<LocalFuture<'_, IoResult>> {
         self.has_more().then(|| Box::pin(self.trim()) as LocalFuture<'_, IoResult>)
     }
 
-    fn close(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(self.trim())
+    async fn close(&self) -> IoResult {
+        self.trim().await
     }
 }
 
@@ -338,22 +309,5 @@ impl Preallocate {
         if end > data_end {
             self.data_end.fetch_max(end.min(data_end.next_multiple_of(SECTOR)), Ordering::SeqCst);
         }
-    }
-}
-
-impl Image for Preallocate {
-    fn resize(&self, len: u64, shrink: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, shrink, Preallocation::Off))
-    }
-
-    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.resize_to(len, false, preallocation))
-    }
-
-    fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let node = self.node();
-            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
     }
 }
