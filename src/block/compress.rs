@@ -126,7 +126,7 @@ impl Node {
                 self.write(start, &plain, WriteFlags::empty()).await?;
                 continue;
             }
-            let _recorded = self.record(start, end - start);
+            let (_writing, _recorded) = (self.writing(), self.record(start, end - start));
             let _listed = self.list_write(start..end).await;
             compress.store(start, &units).await?;
         }

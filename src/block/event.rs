@@ -96,6 +96,10 @@ pub trait Debugger: Send + Sync {
     /// An event of a request. It goes on when the future is done.
     fn raised(&self, event: Event) -> LocalFuture<'_, ()>;
 
+    /// Something was written since the last flush, and the node it was written to is about to make it durable; an
+    /// error is that of the flush.
+    fn flushing(&self) -> LocalFuture<'_, IoResult>;
+
     /// The next request that raises `event` stops there, and is called `tag`.
     fn break_at(&self, event: Event, tag: &str, stopped: OnStop);
 
@@ -139,10 +143,19 @@ pub fn are_heard() -> bool {
 pub(super) struct Unflushed(AtomicBool);
 
 impl Unflushed {
-    pub fn note(&self) {
+    fn note(&self) {
         if are_heard() {
             self.0.store(true, Ordering::Relaxed);
         }
+    }
+}
+
+/// A request that changes a node. When it has ended, whether it worked or not, a flush has something to do.
+pub(super) struct Writing<'a>(&'a Unflushed);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.note();
     }
 }
 
@@ -175,18 +188,31 @@ impl Node {
         }
     }
 
-    /// A flush with its events. That of the storage is raised only if there is something to make durable.
-    pub(super) async fn flush_heard(&self, unflushed: &Unflushed) -> IoResult {
+    /// To be held by a request that changes the node, until it has ended.
+    pub(super) fn writing(&self) -> Writing<'_> {
+        Writing(self.unflushed())
+    }
+
+    /// A flush with its events. Those of the storage are raised, and a debugger makes it fail, only if there is
+    /// something to make durable.
+    pub(super) async fn flush_heard(&self) -> IoResult {
         self.event_below(Event::FlushToOs).await;
-        let is_needed = unflushed.0.swap(false, Ordering::Relaxed);
-        if is_needed {
-            self.event_below(Event::FlushToDisk).await;
+        if !self.unflushed().0.swap(false, Ordering::Relaxed) {
+            return self.driver().flush().await;
         }
-        let result = self.driver().flush().await;
-        if is_needed && result.is_err() {
-            unflushed.note();
+        self.event_below(Event::FlushToDisk).await;
+        let result = self.flush_needed().await;
+        if result.is_err() {
+            self.unflushed().note();
         }
         result
+    }
+
+    async fn flush_needed(&self) -> IoResult {
+        if let Some(debugger) = self.driver().debugger() {
+            debugger.flushing().await?;
+        }
+        self.driver().flush().await
     }
 
     /// Boxed, so that the futures of those who raise events stay small.

@@ -15,6 +15,20 @@ pub fn resizable(node: &Node) -> Result<&dyn Image, Error> {
     image.ok_or_else(|| Error::new("Image format driver does not support resize"))
 }
 
+impl Node {
+    /// Sets the length ([`Image::resize`]).
+    pub async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
+        let _writing = self.writing();
+        resizable(self)?.resize(len, shrink).await
+    }
+
+    /// Makes the disk longer ([`Image::grow`]).
+    pub async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
+        let _writing = self.writing();
+        resizable(self)?.grow(len, preallocation).await
+    }
+}
+
 /// Operations on the disk as a whole. What a driver does not have, it refuses.
 pub trait Image: Send + Sync {
     /// Sets the length, in bytes, to exactly that. New bytes read as zeroes. Shrinking is refused unless

@@ -366,7 +366,7 @@ impl Node {
             return if flags.contains(WriteFlags::FUA) { self.flush().await } else { Ok(()) };
         }
         self.mark_write(at, from.len());
-        let _recorded = self.record(at, from.len());
+        let (_writing, _recorded) = (self.writing(), self.record(at, from.len()));
         if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from) {
             let mut zero = ZeroFlags::empty();
             zero.set(ZeroFlags::UNMAP, self.options.detect_zeroes == DetectZeroes::Unmap);
@@ -384,14 +384,11 @@ impl Node {
             self.write_modified(at, from, pass).await?;
         }
         self.event(Event::PwritevDone).await;
-        self.end_write(flags.contains(WriteFlags::FUA) && !native).await
+        if flags.contains(WriteFlags::FUA) && !native { self.flush().await } else { Ok(()) }
     }
 
-    /// Notes what a flush has to make durable; makes a write durable that has to be so.
-    async fn end_write(&self, is_durable: bool) -> IoResult {
-        let result = if is_durable { self.flush().await } else { Ok(()) };
-        self.unflushed.note();
-        result
+    pub(super) fn unflushed(&self) -> &Unflushed {
+        &self.unflushed
     }
 
     /// Makes a range read as zeroes, by the quickest way there is. Past the end as [`Node::write`].
@@ -400,7 +397,7 @@ impl Node {
         let mut flags = flags;
         flags.set(ZeroFlags::GROW, self.grows(at, len)?);
         self.mark_write(at, len);
-        let _recorded = self.record(at, len);
+        let (_writing, _recorded) = (self.writing(), self.record(at, len));
         let mut pass = flags - ZeroFlags::FUA;
         if !self.options.discard {
             pass -= ZeroFlags::UNMAP;
@@ -430,7 +427,7 @@ impl Node {
             self.zero_written(at, len, flags).await?;
         }
         self.event(Event::PwritevDone).await;
-        self.end_write(flags.contains(ZeroFlags::FUA)).await
+        if flags.contains(ZeroFlags::FUA) { self.flush().await } else { Ok(()) }
     }
 
     /// Advises that a range is no longer needed. What does not fill whole units, or cannot be given
@@ -443,7 +440,7 @@ impl Node {
         }
         let align = self.traits.discard_align as u64;
         let (mut pos, end) = (at.next_multiple_of(align), (at + len) - (at + len) % align);
-        let _recorded = self.record(pos, end.saturating_sub(pos));
+        let (_writing, _recorded) = (self.writing(), self.record(pos, end.saturating_sub(pos)));
         while pos < end {
             let n = (end - pos).min(self.traits.max_discard);
             let _listed = self.overlap.write(pos..pos + n).await;
@@ -455,7 +452,6 @@ impl Node {
             }
             pos += n;
         }
-        self.unflushed.note();
         Ok(())
     }
 
@@ -508,7 +504,7 @@ impl Node {
             return Ok(());
         }
         match event::are_heard() {
-            true => self.flush_heard(&self.unflushed).await,
+            true => self.flush_heard().await,
             false => self.driver.flush().await,
         }
     }

@@ -89,14 +89,12 @@ pub trait PassThrough: Send + Sync + 'static {
 
     /// As [`Image::resize`].
     async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
-        let node = self.node();
-        resizable(&node)?.resize(len, shrink).await
+        self.node().resize(len, shrink).await
     }
 
     /// As [`Image::grow`].
     async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
-        let node = self.node();
-        resizable(&node)?.grow(len, preallocation).await
+        self.node().grow(len, preallocation).await
     }
 
     /// As [`Image::info`]: what the child says of itself is not said of this node.

@@ -222,15 +222,11 @@ impl PassThrough for Raw {
     }
 
     async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
-        let len = self.len_of_file(len)?;
-        let node = self.node();
-        resizable(&node)?.resize(len, shrink).await
+        self.node().resize(self.len_of_file(len)?, shrink).await
     }
 
     async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
-        let len = self.len_of_file(len)?;
-        let node = self.node();
-        resizable(&node)?.grow(len, preallocation).await
+        self.node().grow(self.len_of_file(len)?, preallocation).await
     }
 
     fn own_options(&self) -> Map {

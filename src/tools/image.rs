@@ -390,11 +390,11 @@ impl Opened {
         exactly: bool,
     ) -> Result<(), Error> {
         let node = self.node();
-        let image = resizable(node)?;
+        resizable(node)?;
         node.check_bitmaps_for_resize()?;
         match preallocation == Preallocation::Off && (exactly || len < self.len()) {
-            true => image.resize(len, true).await?,
-            false => image.grow(len, preallocation).await?,
+            true => node.resize(len, true).await?,
+            false => node.grow(len, preallocation).await?,
         }
         node.bitmaps().resize(node.len(), &node.members());
         Ok(())

@@ -209,7 +209,7 @@ impl Graph {
         if !node.is_active() {
             return Err(Error::new(format!("Node '{}' is inactive", node.name())));
         }
-        let image = resizable(node)?;
+        resizable(node)?;
         node.check_bitmaps_for_resize()?;
         let perms = Perms { held: Perm::RESIZE, shared: Perm::all() };
         let hold = self.attach(node, "an unnamed block device", perms, None)?;
@@ -218,8 +218,8 @@ impl Graph {
         epoch::synchronize(&members).await;
         // A device that has grown by more than is asked for is taken as it is.
         let result = match len > node.len() {
-            true => image.grow(len, Preallocation::Off).await,
-            false => image.resize(len, true).await,
+            true => node.grow(len, Preallocation::Off).await,
+            false => node.resize(len, true).await,
         };
         if result.is_ok() {
             node.bitmaps().resize(node.len(), &members);

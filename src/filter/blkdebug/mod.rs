@@ -14,13 +14,10 @@ mod rules;
 use crate::block::event::Hearing;
 use crate::block::pass_through::{PassThrough, read_inside, status_of, write_inside};
 use crate::block::*;
-use crate::io::{self, Errno, InFlight, IoResult, IoVec};
+use crate::io::{self, InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef, Value};
 use rules::{InjectError, IoType, Rules, SetState};
 use serde::Deserialize;
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Poll;
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::Image],
@@ -123,8 +120,6 @@ struct Blkdebug {
     options: Map,
     traits: Traits,
     rules: Rules,
-    /// Something was written since the last flush.
-    is_written: AtomicBool,
     taken: Perm,
     unshared: Perm,
     _hearing: Hearing,
@@ -155,7 +150,6 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
         options: given.flatten()?,
         traits,
         rules: Rules::new(errors, transitions),
-        is_written: AtomicBool::new(false),
         taken: perms(&options.take_child_perms),
         unshared: perms(&options.unshare_child_perms),
         _hearing: Hearing::new(),
@@ -245,26 +239,6 @@ impl Limits {
     }
 }
 
-impl Blkdebug {
-    /// Fails if a rule says so.
-    async fn check(&self, kind: IoType, range: Option<Range<u64>>) -> IoResult {
-        let Some(strike) = self.rules.strike(kind, range) else { return Ok(()) };
-        let Some(errno) = strike.errno else { return Ok(()) };
-        if !strike.immediately {
-            let mut suspended = false;
-            std::future::poll_fn(|cx| {
-                if std::mem::replace(&mut suspended, true) {
-                    return Poll::Ready(());
-                }
-                cx.waker().wake_by_ref();
-                Poll::Pending
-            })
-            .await;
-        }
-        Err(errno)
-    }
-}
-
 impl HandOver for Blkdebug {}
 
 impl PassThrough for Blkdebug {
@@ -285,57 +259,33 @@ impl PassThrough for Blkdebug {
     }
 
     async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
-        self.check(IoType::Read, Some(at..at + into.len())).await?;
+        self.rules.check(IoType::Read, Some(at..at + into.len())).await?;
         read_inside(&self.node(), at, into).await
     }
 
     async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
-        self.is_written.store(true, Ordering::Relaxed);
-        self.check(IoType::Write, Some(at..at + from.len())).await?;
+        self.rules.check(IoType::Write, Some(at..at + from.len())).await?;
         write_inside(&self.node(), at, from, flags).await
     }
 
     async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
-        self.is_written.store(true, Ordering::Relaxed);
-        self.check(IoType::WriteZeroes, Some(at..at + len)).await?;
+        self.rules.check(IoType::WriteZeroes, Some(at..at + len)).await?;
         self.node().zero(at, len, flags).await
     }
 
     async fn discard(&self, at: u64, len: u64) -> IoResult {
-        self.is_written.store(true, Ordering::Relaxed);
-        self.check(IoType::Discard, Some(at..at + len)).await?;
+        self.rules.check(IoType::Discard, Some(at..at + len)).await?;
         self.node().discard(at, len).await
     }
 
-    async fn flush(&self) -> IoResult {
-        // A flush that has nothing to do cannot fail.
-        if self.is_written.load(Ordering::Relaxed) {
-            self.check(IoType::Flush, None).await?;
-            self.is_written.store(false, Ordering::Relaxed);
-        }
-        self.node().flush().await
-    }
-
     async fn status(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
-        self.check(IoType::BlockStatus, Some(at..at + len)).await?;
+        self.rules.check(IoType::BlockStatus, Some(at..at + len)).await?;
         status_of(&self.node(), at, len, precision).await
     }
 
     fn perms(&self, own: Perms) -> Perms {
         let Perms { held, shared } = Perms::filter(own);
         Perms { held: held | self.taken, shared: shared - self.unshared }
-    }
-
-    async fn resize(&self, len: u64, shrink: bool) -> Result<(), Error> {
-        let node = self.node();
-        self.is_written.store(true, Ordering::Relaxed);
-        resizable(&node)?.resize(len, shrink).await
-    }
-
-    async fn grow(&self, len: u64, preallocation: Preallocation) -> Result<(), Error> {
-        let node = self.node();
-        self.is_written.store(true, Ordering::Relaxed);
-        resizable(&node)?.grow(len, preallocation).await
     }
 
     fn own_options(&self) -> Map {

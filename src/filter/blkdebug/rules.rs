@@ -7,8 +7,8 @@
 
 use crate::block::event::OnStop;
 use crate::block::{Debugger, Event, LocalFuture, SECTOR};
-use crate::io::Errno;
 use crate::io::sync::Mutex;
+use crate::io::{Errno, IoResult};
 use serde::Deserialize;
 use std::ops::Range;
 use std::task::{Poll, Waker};
@@ -136,8 +136,26 @@ impl Rules {
         }
     }
 
+    /// Fails if a rule says so.
+    pub async fn check(&self, kind: IoType, range: Option<Range<u64>>) -> IoResult {
+        let Some(strike) = self.strike(kind, range) else { return Ok(()) };
+        let Some(errno) = strike.errno else { return Ok(()) };
+        if !strike.immediately {
+            let mut suspended = false;
+            std::future::poll_fn(|cx| {
+                if std::mem::replace(&mut suspended, true) {
+                    return Poll::Ready(());
+                }
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await;
+        }
+        Err(errno)
+    }
+
     /// Whether a request of this kind fails. `range` is in bytes; a flush has none.
-    pub fn strike(&self, kind: IoType, range: Option<Range<u64>>) -> Option<Strike> {
+    fn strike(&self, kind: IoType, range: Option<Range<u64>>) -> Option<Strike> {
         let state = &mut *self.state.lock();
         let at = state.armed.iter().position(|&n| {
             state.errors[n].as_ref().is_some_and(|rule| rule.fits(kind, range.as_ref()))
@@ -178,6 +196,10 @@ impl Debugger for Rules {
     fn raised(&self, event: Event) -> LocalFuture<'_, ()> {
         self.arm(event);
         Box::pin(self.stop_at(event))
+    }
+
+    fn flushing(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.check(IoType::Flush, None))
     }
 
     fn break_at(&self, event: Event, tag: &str, on_stop: OnStop) {

@@ -167,8 +167,7 @@ impl Preallocate {
         if node.driver().len() <= end {
             return Ok(());
         }
-        let image = node.driver().image().ok_or(Errno::ENOTSUP)?;
-        image.resize(end, true).await.map_err(|error| {
+        node.resize(end, true).await.map_err(|error| {
             log::error!("{}: cutting off what was preallocated: {error}", node.name());
             error.errno().unwrap_or(Errno::EIO)
         })?;
@@ -189,8 +188,8 @@ impl Preallocate {
         if !preallocated.contains(&len) {
             let grows = len > node.driver().len() || preallocation != Preallocation::Off;
             match grows {
-                true => resizable(&node)?.grow(len, preallocation).await?,
-                false => resizable(&node)?.resize(len, shrink).await?,
+                true => node.grow(len, preallocation).await?,
+                false => node.resize(len, shrink).await?,
             }
             self.reserved.store(len, Ordering::SeqCst);
         }
