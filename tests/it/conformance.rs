@@ -12,6 +12,7 @@ use std::time::Duration;
 use vublk::block::*;
 use vublk::io::sim::Disorder;
 use vublk::io::{AlignedBuf, Errno, IoVec, Local, Worker, WorkerOptions};
+use vublk::options::Map;
 use vublk::protocol::sim::{SimDisk, SimOptions};
 use vublk_vfio::fake::{Config, Fake, Media};
 
@@ -127,42 +128,76 @@ fn images() -> Vec<Case> {
     cases
 }
 
-/// Every bottom, and every driver that stands on one over it.
-fn cases() -> Vec<Case> {
-    let over_as = |role: &str, upper: &str, lower: Case| {
-        let lower_options = lower.options.split(',').map(|option| format!("{role}.{option}"));
-        let options = [upper.to_owned()].into_iter().chain(lower_options).collect::<Vec<_>>();
-        Case { options: options.join(","), ..lower }
-    };
-    let over = |upper: &str, lower: Case| over_as("file", upper, lower);
+/// What needs more than its entry says: a block device, for which the tests of host_device make loop devices; an
+/// image that compresses, of which each unit is written once.
+const ELSEWHERE: [&str; 2] = ["host_device", "compress"];
+
+/// The disk of `lower`, with a node of the driver over it.
+fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {
+    let role = entry.children[0];
+    let lower_options = lower.options.split(',').map(|option| format!("{role}.{option}"));
+    let upper = format!("driver={}{more}", entry.name);
+    let options = [upper].into_iter().chain(lower_options).collect::<Vec<_>>();
+    Case { options: options.join(","), ..lower }
+}
+
+/// A new image of a format, made as its entry says.
+fn new_image(entry: &'static DriverEntry) -> Case {
+    let file = file_on_disk(0);
+    let path = file.path().to_str().unwrap().to_owned();
+    let options = REGISTRY.new_file(&path).unwrap();
+    let creation =
+        Creation::new(&REGISTRY, entry.name, (&path, options), Map::new(), Some(LEN)).unwrap();
+    let worker = Worker::start("new image", WorkerOptions::default()).unwrap();
+    let made = worker.block_on(move || async move { creation.run().await }).unwrap();
+    assert!(made.reads_zeroes, "{}", entry.name);
+    let options = format!("driver={},file.driver=file,file.filename={path}", entry.name);
+    case(options, Hold::File { _file: file })
+}
+
+/// Each driver with the defaults of its options: those that stand on another over every bottom, but for formats
+/// whose images have to be made first.
+fn plain() -> Vec<Case> {
     let mut cases = bottoms(LEN);
-    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=raw", lower)));
+    for entry in REGISTRY.iter().filter(|entry| !ELSEWHERE.contains(&entry.name)) {
+        match (entry.kind, entry.create) {
+            (Kind::Protocol, _) => {}
+            (Kind::Format, Some(_)) if !entry.is_raw() => cases.push(new_image(entry)),
+            _ => cases.extend(bottoms(LEN).into_iter().map(|lower| over_as(entry, "", lower))),
+        }
+    }
+    cases
+}
+
+/// Every driver as its entry has it, and what its options and what it stands on change.
+fn cases() -> Vec<Case> {
+    let over = |upper: &str, lower: Case| {
+        let (name, more) = upper.split_at(upper.find(',').unwrap_or(upper.len()));
+        over_as(REGISTRY.get(name).unwrap(), more, lower)
+    };
+    let mut cases = plain();
     for offset in [512, 4096, 12288] {
-        let window = format!("driver=raw,offset={offset},size={LEN}");
+        let window = format!("raw,offset={offset},size={LEN}");
         cases.extend(bottoms(LEN + 20480).into_iter().map(|lower| over(&window, lower)));
     }
-    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=suspend", lower)));
-    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=layer", lower)));
-    cases.extend(bottoms(LEN).into_iter().map(|lower| over("driver=copy-on-read", lower)));
     for lower in bottoms(LEN) {
-        cases.push(over("driver=copy-on-read", over("driver=layer", lower)));
+        cases.push(over("copy-on-read", over("layer", lower)));
     }
-    let steps = "driver=preallocate,prealloc-align=4096,prealloc-size=4096";
+    let steps = "preallocate,prealloc-align=4096,prealloc-size=4096";
     cases.extend(bottoms(LEN).into_iter().map(|lower| over(steps, lower)));
     cases.extend(images());
     for limits in [
-        "",
         ",align=4096",
         ",align=16384,max-transfer=16384",
         ",align=8192,opt-write-zero=24576,max-write-zero=24576,opt-discard=40960,max-discard=40960",
         ",align=512,max-transfer=1024,max-write-zero=49152,max-discard=512",
     ] {
-        let upper = format!("driver=blkdebug{limits}");
+        let upper = format!("blkdebug{limits}");
         for lower in bottoms(LEN) {
             // Limits that do not suit what is below are refused, which a test of blkdebug shows.
             let has_limits = ["sim", "nvme"].iter().any(|name| lower.options.contains(name));
             if !limits.ends_with("max-discard=512") || !has_limits {
-                cases.push(over_as("image", &upper, lower));
+                cases.push(over(&upper, lower));
             }
         }
     }
@@ -174,17 +209,37 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn every_driver_that_can_be_opened_here_is_in_the_suite() {
-    // A host device needs a block device: its own tests make loop devices. What the compress filter
-    // stores is not written over.
-    let elsewhere = ["host_device", "compress"];
     let options: Vec<_> = cases().into_iter().map(|case| case.options).collect();
     let tested: BTreeSet<_> = options
         .iter()
         .flat_map(|options| options.split(','))
         .filter_map(|option| option.rsplit_once("driver=").map(|(_, name)| name))
         .collect();
-    for entry in REGISTRY.iter().filter(|entry| !elsewhere.contains(&entry.name)) {
+    for entry in REGISTRY.iter().filter(|entry| !ELSEWHERE.contains(&entry.name)) {
         assert!(tested.contains(entry.name), "the driver '{}' has no case", entry.name);
+    }
+}
+
+#[test]
+fn an_entry_says_one_thing_in_one_way() {
+    for entry in REGISTRY.iter() {
+        let name = entry.name;
+        let nodes = entry.options.iter().filter(|option| option.value == "node");
+        let shown: BTreeSet<_> = nodes.map(|option| option.name).collect();
+        let children: BTreeSet<_> = entry.children.iter().map(|role| role.name()).collect();
+        // The drivers of the tests have no help texts.
+        assert!(entry.options.is_empty() || shown == children, "{name}: {shown:?} {children:?}");
+        assert_eq!(entry.children.is_empty(), entry.kind == Kind::Protocol, "{name}");
+        assert!(entry.probe.is_none() || entry.kind == Kind::Format, "{name}");
+        assert!(entry.prefixes.is_empty() || !matches!(entry.naming, Naming::Below), "{name}");
+        let takes_filename = entry.options.iter().any(|option| option.name == "filename");
+        assert!(!entry.takes_paths() || takes_filename, "{name}");
+        if let Some(create) = entry.create {
+            let takes = |name: &str| create.options.iter().any(|option| option.name == name);
+            assert!(takes("size"), "{name}");
+            assert_eq!(entry.has_backing(), takes("backing_file"), "{name}");
+            assert_eq!(entry.has_backing(), takes("backing_fmt"), "{name}");
+        }
     }
 }
 
@@ -226,6 +281,7 @@ fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output 
         let expected = vec![0; LEN as usize];
         let mut disk = Disk { node: opened.node.clone(), road, expected, keeps, options };
         disk.check_traits();
+        disk.check_facts();
         disk.agree().await;
         disk.write_everywhere().await;
         disk.zero_and_discard().await;
@@ -284,6 +340,20 @@ impl Disk {
         assert!(traits.max_zero >= zero_align as u64);
         assert!(traits.max_discard >= discard_align as u64);
         assert_eq!(self.node.len(), LEN, "{}", self.options);
+    }
+
+    /// Each node is what its driver's entry says.
+    fn check_facts(&self) {
+        for node in self.node.below().into_iter().chain([self.node.clone()]) {
+            let driver = node.driver();
+            let entry = driver.entry();
+            let registered = REGISTRY.get(driver.name()).unwrap();
+            assert!(std::ptr::eq(entry, registered), "{}: {}", self.options, entry.name);
+            for child in driver.children() {
+                let role = child.role();
+                assert!(entry.children.contains(&role), "{}: {role}", self.options);
+            }
+        }
     }
 
     fn expect(&mut self, at: u64, bytes: &[u8]) {
