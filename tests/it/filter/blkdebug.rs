@@ -18,10 +18,12 @@ use vublk::protocol::sim::SimOptions;
 enum Request {
     Read(u64, u64),
     Write(u64, u64),
+    DurableWrite(u64, u64),
     Zero(u64, u64),
     Discard(u64, u64),
     Flush,
     Map,
+    Grow(u64),
 }
 
 use Request::*;
@@ -31,10 +33,12 @@ impl Request {
         match self {
             Read(at, len) => format!("read {at} {len}"),
             Write(at, len) => format!("write {at} {len}"),
+            DurableWrite(at, len) => format!("write -f {at} {len}"),
             Zero(at, len) => format!("write -z {at} {len}"),
             Discard(at, len) => format!("discard {at} {len}"),
             Flush => "flush".to_owned(),
             Map => "map".to_owned(),
+            Grow(len) => format!("truncate {len}"),
         }
     }
 
@@ -44,14 +48,20 @@ impl Request {
                 let mut bytes = vec![0; len as usize];
                 node.read(at, &IoVec::from_mut(&mut bytes)).await
             }
-            Write(at, len) => {
+            Write(at, len) | DurableWrite(at, len) => {
                 let bytes = vec![1; len as usize];
-                node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+                let mut flags = WriteFlags::empty();
+                flags.set(WriteFlags::FUA, matches!(self, DurableWrite(..)));
+                node.write(at, &IoVec::from_ref(&bytes), flags).await
             }
             Zero(at, len) => node.zero(at, len, ZeroFlags::empty()).await,
             Discard(at, len) => node.discard(at, len).await,
             Flush => node.flush().await,
             Map => node.status(0, node.len(), Precision::Zeroes).await.map(drop),
+            Grow(len) => {
+                let grown = node.grow(len, Preallocation::Off).await;
+                grown.map_err(|error| error.errno().unwrap_or(Errno::EIO))
+            }
         }
     }
 }
@@ -198,6 +208,26 @@ fn rules_strike_the_requests_that_they_strike_in_qemu() {
     let flushes = [Read(0, 512), Flush, Read(0, 512), Write(0, 512), Flush, Zero(0, 4096), Flush];
     compare(&rule("flush_to_os"), &flushes[..3]);
     compare(&rule("flush_to_disk"), &flushes[3..]);
+}
+
+#[test]
+fn a_flush_has_something_to_do_after_each_request_that_was_to_change_the_disk_as_in_qemu() {
+    // Once a flush has gone on to the storage, reads fail.
+    let seen = ",set-state.0.event=flush_to_disk,set-state.0.new_state=2,\
+                inject-error.0.event=read_aio,inject-error.0.state=2";
+    let fails = |kind: &str| {
+        let rule = "inject-error.1.event=none,inject-error.1.once=on,inject-error.1.iotype=";
+        format!("{seen},{rule}{kind}")
+    };
+    for changed in [Write(0, 512), Zero(0, 4096), Discard(0, 4096), Grow(2 << 20)] {
+        compare(seen, &[Read(0, 512), Flush, Read(0, 512), changed, Flush, Read(0, 512)]);
+    }
+    // The flush that makes one write durable is none of its own.
+    let durable = [DurableWrite(0, 512), Read(0, 512), Flush, Read(0, 512)];
+    compare(seen, &durable);
+    for (kind, request) in [("write", Write(0, 512)), ("discard", Discard(0, 4096))] {
+        compare(&fails(kind), &[request, Read(0, 512), Flush, Read(0, 512)]);
+    }
 }
 
 #[test]
