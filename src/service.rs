@@ -1,6 +1,20 @@
 //! What one process serves: its block graph, its workers, its exports. The command lines and the
 //! monitor all act through this, so that a thing is done, refused and worded in one way.
+//!
+//! The lives of exports, changes of the graph and the commands of monitors are tasks on the control executor
+//! ([`executor`]). They share the service's state.
+//!
+//! **The order of locks.** A thread that holds one of these takes only those further down:
+//!
+//! 1. a turn to change the graph (`block/graph`): the only one that is held across waits, by tasks;
+//! 2. [`State`]: the lists of this file;
+//! 3. an export's connection, then its session;
+//! 4. the graph's list of nodes;
+//! 5. the lists of events, counters and queues: code that holds one of these calls nothing else.
+//!
+//! Only the first is held across a wait for I/O, for a guest, or for a thread.
 
+mod executor;
 mod export_options;
 mod exports;
 mod handover;
@@ -11,46 +25,58 @@ mod objects;
 mod observed;
 mod overlays;
 mod patience;
-mod pending;
 mod snapshots;
 mod told;
 mod transaction;
 
+pub use executor::Pending;
 pub use exports::{ExportInfo, NewExport, SOCKET_PATIENCE};
 pub use handover::wait_for_socket;
 pub use observed::Observed;
 pub use overlays::NewOverlay;
 pub use patience::is_locked;
-pub use pending::Pending;
 pub use transaction::Step;
 
 use crate::block::graph::Graph;
 use crate::block::{Error, OpenPolicy, Registry};
 use crate::export::core::IoErrors;
-use crate::io::{Worker, WorkerOptions};
-use exports::Served;
-use objects::start_worker;
-use std::sync::Arc;
+use crate::io::Worker;
+use crate::io::sync::Mutex;
+use executor::Executor;
+use exports::Exports;
+use std::ops::Deref;
+use std::os::fd::RawFd;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use told::Ended;
 
-/// A running service. Dropping it ends the exports, then closes the graph.
-pub struct Service {
+/// A running service. Clones are the same one.
+#[derive(Clone)]
+pub struct Service(Arc<Inner>);
+
+/// A service that ends when this is dropped: its exports first, then its graph.
+pub struct Owned(Service);
+
+struct Inner {
     graph: Graph,
-    /// Opens, closes and changes the graph; serves no guest.
-    control: Worker,
-    /// By id, in the order in which they came.
-    iothreads: Vec<(String, Arc<Worker>)>,
-    /// For exports that name no iothread; made when the first one does.
-    main: Option<Arc<Worker>>,
-    /// Newest last.
-    exports: Vec<Served>,
-    /// What ends the wait for images that are locked; `None`: they are not waited for.
-    patience: Option<fn() -> bool>,
-    /// Those of them that have ended and were not asked for yet.
+    executor: Executor,
+    state: Mutex<State>,
+    /// Exports that have ended and were not asked for yet.
     ended: Arc<Ended>,
     /// What the storage has failed and was not asked for yet.
     io_errors: Arc<IoErrors>,
+}
+
+/// The lists of a service. Their lock is held for moments.
+#[derive(Default)]
+struct State {
+    /// By id, in the order in which they came. None: about to be started.
+    iothreads: Vec<(String, Option<Arc<Worker>>)>,
+    /// For exports that name no iothread; made when the first one does.
+    main: Option<Arc<Worker>>,
+    exports: Exports,
+    /// What ends the wait for images that are locked; `None`: they are not waited for.
+    patience: Option<fn() -> bool>,
     /// What can be watched; `None`: nothing is counted for that.
     observed: Option<Arc<Observed>>,
     /// What exports do is counted, watched or not.
@@ -58,64 +84,111 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service without anything. `policy` says what may be opened.
-    pub fn new(registry: &'static Registry, policy: OpenPolicy) -> Result<Service, Error> {
-        let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
-        let control = start_worker("control", options)?;
+    /// Starts a service without anything. `policy` says what may be opened.
+    pub fn start(registry: &'static Registry, policy: OpenPolicy) -> Result<Owned, Error> {
+        let executor = Executor::start()?;
         let graph = Graph::with_policy(registry, policy);
         let ended = Ended::new()?;
         let io_errors = ended.io_errors()?;
         ended.listen(graph.notices())?;
-        let (iothreads, exports) = (Vec::new(), Vec::new());
-        let patience = Some((|| false) as fn() -> bool);
-        Ok(Service {
-            graph,
-            control,
-            iothreads,
-            main: None,
-            exports,
-            patience,
-            ended,
-            io_errors,
-            observed: None,
-            counts: false,
-        })
+        let state = Mutex::new(State { patience: Some(|| false), ..State::default() });
+        let inner = Inner { graph, executor, state, ended, io_errors };
+        Ok(Owned(Service(Arc::new(inner))))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock()
     }
 
     /// Exports that are made from now on can be watched through what this gives.
-    pub fn observe(&mut self) -> Arc<Observed> {
-        self.observed.get_or_insert_default().clone()
+    pub fn observe(&self) -> Arc<Observed> {
+        self.state().observed.get_or_insert_default().clone()
     }
 
     /// Exports that are made from now on count their requests, so that [`Service::counted`] has something
     /// to tell.
-    pub fn count_requests(&mut self) {
-        self.counts = true;
+    pub fn count_requests(&self) {
+        self.state().counts = true;
     }
 
     pub fn graph(&self) -> &Graph {
-        &self.graph
+        &self.0.graph
     }
 
     /// Waits for locked images from now on until `give_up` says true, and no longer than it makes
     /// sense; with `None` not at all.
-    pub fn wait_for_locks(&mut self, give_up: Option<fn() -> bool>) {
-        self.patience = give_up;
+    pub fn wait_for_locks(&self, give_up: Option<fn() -> bool>) {
+        self.state().patience = give_up;
     }
 
-    fn patiently<T>(&self, mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
-        match self.patience {
-            Some(give_up) => patience::patiently(give_up, attempt),
-            None => attempt(),
+    async fn patiently<T>(
+        &self,
+        attempt: impl AsyncFnMut() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let give_up = self.state().patience;
+        patience::patiently(give_up, attempt).await
+    }
+
+    /// Starts a task on the control executor.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        work: impl AsyncFnOnce(Service) -> T + Send + 'static,
+    ) -> Pending<T> {
+        let service = self.clone();
+        self.0.executor.spawn(name, move || async move { work(service).await })
+    }
+
+    /// Runs a task and waits for it. Not to be called on a worker, nor on a thread that serves others.
+    pub fn wait<T: Send + 'static>(
+        &self,
+        work: impl AsyncFnOnce(Service) -> T + Send + 'static,
+    ) -> T {
+        self.spawn("waited for", work).wait()
+    }
+
+    /// Readable once a task has ended, until [`Service::clear_task_notice`].
+    pub fn task_notice(&self) -> RawFd {
+        self.0.executor.notice()
+    }
+
+    /// To be called before the results of tasks are looked at.
+    pub fn clear_task_notice(&self) {
+        self.0.executor.clear_notice();
+    }
+}
+
+impl Deref for Owned {
+    type Target = Service;
+    fn deref(&self) -> &Service {
+        &self.0
+    }
+}
+
+impl Owned {
+    /// Ends the service of a program that was told to end while it starts and whose storage does not answer.
+    /// Nodes that are not closed within `patience` stay as a killed process leaves them.
+    pub fn abandon(self, patience: Duration) {
+        let Owned(service) = &self;
+        service.end_exports().wait();
+        let closed = service.spawn("close", async |service| service.graph().close().await);
+        if closed.wait_for(patience).is_none() {
+            let tasks = service.0.executor.tasks().join(", ");
+            log::warn!("ended while the storage has not answered: {tasks}");
+            std::mem::forget(self);
         }
     }
 }
 
-impl Drop for Service {
+impl Drop for Owned {
     fn drop(&mut self) {
         // In this order: no more requests, then no more users, then no more nodes.
-        self.end_exports();
-        let graph = self.graph.clone();
-        self.control.block_on(move || async move { graph.close().await });
+        self.end_exports().wait();
+        self.wait(async |service| service.graph().close().await);
+        let mut state = self.state();
+        let workers = (std::mem::take(&mut state.iothreads), state.main.take());
+        drop(state);
+        drop(workers);
+        // Tasks that are still under way keep the executor, whose thread ends with the process.
     }
 }

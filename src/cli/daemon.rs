@@ -8,19 +8,20 @@ use super::img::{out, outln};
 use super::log::{self, LogArgs};
 use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
+use super::startup::Startup;
 use crate::block::{DriverEntry, Error};
 use crate::drivers;
 use crate::export;
-use crate::io::descriptors;
+use crate::io::{self, descriptors};
 use crate::metrics;
-use crate::monitor::Control;
+use crate::monitor::{Chardev, Control};
 use crate::options::{bytes, keyval};
 use crate::sandbox::{self, Plan};
 use crate::service::Service;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use std::ffi::OsString;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 /// The options that are processed in their order: name, the key that a first bare word stands for,
@@ -104,7 +105,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     let stop = signals.descriptor()?;
     descriptors::raise_limit();
     let policy = PolicyArgs::from_arg_matches(&matches).map_err(|error| usage_line(&error))?;
-    let mut service = Service::new(drivers::registry(), policy.policy())?;
+    let service = Service::start(drivers::registry(), policy.policy())?;
+    let mut startup = Startup::new(service, stop);
+    let service = startup.service().clone();
     service.wait_for_locks(Some(EndSignals::have_come));
     // Monitors may ask for it.
     service.count_requests();
@@ -115,7 +118,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
         if option == STRAY {
             return Err(format!("{value}: Unexpected argument").into());
         }
-        let done = act(&mut service, &mut control, stop.as_raw_fd(), option, implied_key, value)
+        let done = act(&mut startup, &mut control, option, implied_key, value)
             .map_err(|error| error.at(format!("--{option} {value}")))?;
         if done == Done::Help {
             return Ok(());
@@ -133,11 +136,11 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     pid_file.as_mut().map(PidFile::write).transpose()?;
     background.map(Background::ready).transpose()?;
     manager.tell(Manager::READY);
-    control.serve(&mut service, stop.as_raw_fd());
+    control.serve(&service, startup.stop().as_raw_fd());
     manager.tell(Manager::STOPPING);
     drop(metrics);
-    control.finish(&mut service);
-    drop(service);
+    control.finish(&service);
+    drop((service, startup));
     drop(pid_file);
     sandbox::tell_refused();
     manager.drain();
@@ -172,9 +175,8 @@ enum Done {
 }
 
 fn act(
-    service: &mut Service,
+    startup: &mut Startup,
     control: &mut Control,
-    stop: RawFd,
     option: &str,
     implied_key: Option<&str>,
     value: &str,
@@ -183,7 +185,9 @@ fn act(
         return Err(Error::new("this option is not available"));
     }
     if option == "chardev" && !matches!(value, "help" | "?") {
-        control.add_chardev(value, stop)?;
+        let (text, stop) = (value.to_owned(), startup.stop().as_raw_fd());
+        let open = async move |_| io::offload(move || Chardev::open(&text, stop)).await;
+        control.add_chardev(startup.run("--chardev", open)?, stop)?;
         return Ok(Done::Acted);
     }
     let parsed = keyval::parse_argument(value, implied_key)?;
@@ -196,10 +200,11 @@ fn act(
         return Ok(Done::Help);
     }
     match option {
-        "blockdev" => service.blockdev_add(options).map(drop),
-        "object" => service.object_add(options),
+        "blockdev" => startup
+            .run("--blockdev", async move |service| service.blockdev_add(options).await.map(drop)),
+        "object" => startup.run("--object", async move |service| service.object_add(options).await),
         "monitor" => control.add_monitor(options),
-        _ => service.export_add(options),
+        _ => startup.run("--export", async move |service| service.export_add(options).await),
     }?;
     Ok(Done::Acted)
 }

@@ -19,6 +19,7 @@ mod process;
 mod serve;
 mod signals;
 mod sockets;
+mod startup;
 mod tool_log;
 mod top;
 mod vhost_user_block;

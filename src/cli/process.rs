@@ -76,7 +76,12 @@ pub fn wait_unless_ended(stop: &OwnedFd, other: RawFd) -> bool {
 
 /// Sleeps for `time`. True if one of [`EndSignals`] came, whose descriptor is `stop`.
 pub fn ended_within(stop: &OwnedFd, time: Duration) -> bool {
-    let mut fd = libc::pollfd { fd: stop.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    readable_within(stop.as_raw_fd(), time)
+}
+
+/// Sleeps for `time`, or until a descriptor is readable. True then.
+pub fn readable_within(fd: RawFd, time: Duration) -> bool {
+    let mut fd = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let milliseconds = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: one entry, which lives through the call.
     unsafe { libc::poll(&mut fd, 1, milliseconds) > 0 }

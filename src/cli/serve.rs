@@ -7,6 +7,7 @@ use super::outlet::{Outlet, standard};
 use super::policy::PolicyArgs;
 use super::process::{EndSignals, Manager, wait_unless_ended};
 use super::sockets::{Descriptors, SocketArg};
+use super::startup::Startup;
 use crate::block::Error;
 use crate::drivers;
 use crate::export::core::watch::DEFAULT_TIMEOUT;
@@ -153,13 +154,15 @@ impl Serve {
         }
         descriptors::raise_limit();
         let stop = signals.descriptor()?;
-        let mut service = Service::new(drivers::registry(), self.policy.clone().policy())?;
+        let service = Service::start(drivers::registry(), self.policy.clone().policy())?;
+        let mut startup = Startup::new(service, stop);
+        let service = startup.service().clone();
         service.wait_for_locks(Some(EndSignals::have_come));
         let observed = self.metrics.is_some().then(|| service.observe());
-        let workers = self.start_workers(&mut service)?;
+        let workers = self.start_workers(&mut startup)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
             let address = descriptors.address(socket, self.socket_mode, self.socket_owner)?;
-            self.serve_one(&mut service, &workers, index, image, address)?;
+            self.serve_one(&mut startup, &workers, index, image, address)?;
         }
         let metrics = self.metrics.as_ref().zip(observed);
         let metrics = metrics.map(|(at, observed)| {
@@ -172,13 +175,13 @@ impl Serve {
         manager.tell(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();
-        while left > 0 && wait_unless_ended(&stop, service.ended_notice()) {
+        while left > 0 && wait_unless_ended(startup.stop(), service.ended_notice()) {
             left -= service.take_ended().len();
             sandbox::tell_refused();
         }
         manager.tell(Manager::STOPPING);
         drop(metrics);
-        drop(service);
+        drop((service, startup));
         sandbox::tell_refused();
         printed.drain();
         manager.drain();
@@ -212,7 +215,7 @@ impl Serve {
     }
 
     /// Starts the workers, and gives their names.
-    fn start_workers(&self, service: &mut Service) -> Result<Vec<String>, Error> {
+    fn start_workers(&self, startup: &mut Startup) -> Result<Vec<String>, Error> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let pinned = self.worker_cpus.as_ref().map(|cpus| &*cpus.0);
         let default = pinned.map_or(processors.min(4), <[usize]>::len);
@@ -225,7 +228,8 @@ impl Serve {
                 cpu: pinned.map(|cpus| cpus[index % cpus.len()]),
                 ..WorkerOptions::default()
             };
-            service.add_iothread(&name, options)?;
+            let id = name.clone();
+            startup.run("worker", async move |service| service.add_iothread(id, options).await)?;
             names.push(name);
         }
         Ok(names)
@@ -233,7 +237,7 @@ impl Serve {
 
     fn serve_one(
         &self,
-        service: &mut Service,
+        startup: &mut Startup,
         workers: &[String],
         index: usize,
         image: &Path,
@@ -243,12 +247,15 @@ impl Serve {
         let id = format!("export{index}");
         let format = match &self.format {
             Some(format) => format,
-            None => return Err(self.look_unnamed(service, image)?.into()),
+            None => return Err(self.look_unnamed(startup, image)?.into()),
         };
         let options = self.node_options(format, &format!("disk{index}"), image)?;
-        let mut node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
+        let open = async move |service: Service| service.blockdev_add(options).await;
+        let mut node = startup.run("image", open).map_err(|e| e.at(&shown))?;
         if self.snapshot {
-            let overlay = service.add_overlay(&format!("snapshot{index}"), &node);
+            let name = format!("snapshot{index}");
+            let overlay = startup
+                .run("snapshot", async move |service| service.add_overlay(&name, &node).await);
             node = overlay.map_err(|e| e.at(&shown))?;
         }
         let logical_block_size = self.logical_block_size.0;
@@ -267,23 +274,29 @@ impl Serve {
                 io_timeout: Duration::from_secs(self.io_timeout.into()),
             },
         };
-        let workers = workers.iter().map(|name| service.iothread(name));
+        let workers = workers.iter().map(|name| startup.service().iothread(name));
         let workers = workers.collect::<Result<_, _>>()?;
         let (allow_inactive, accept_loss) = (self.incoming, self.accept_loss);
         let new = NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss };
-        Ok(service.export(new).map_err(|e| e.at(&shown))?)
+        let export = async move |service: Service| service.export(new).await;
+        Ok(startup.run("export", export).map_err(|e| e.at(&shown))?)
     }
 
     /// Why an image is not served whose format was not given.
-    fn look_unnamed(&self, service: &Service, image: &Path) -> Result<Error, Error> {
+    fn look_unnamed(&self, startup: &mut Startup, image: &Path) -> Result<Error, Error> {
         let shown = image.display().to_string();
         let mut options = self.file_options(image).map_err(Error::new)?;
         options.insert("node-name", "unnamed");
         options.insert("read-only", Value::Bool(true));
         options.insert("force-share", Value::Bool(true));
-        let node = service.blockdev_add(options).map_err(|e| e.at(&shown))?;
-        let looks = service.look_at(&node, &shown).map_err(|e| e.at(&shown))?;
-        Ok(looks::unnamed(&shown, node.len(), looks))
+        let filename = shown.clone();
+        let look = async move |service: Service| {
+            let node = service.blockdev_add(options).await?;
+            let looks = service.look_at(&node, &filename).await?;
+            Ok((node.len(), looks))
+        };
+        let (len, looks) = startup.run("image", look).map_err(|e| e.at(&shown))?;
+        Ok(looks::unnamed(&shown, len, looks))
     }
 
     /// The graph for one image: its format over the protocol that its file wants.

@@ -1,7 +1,6 @@
 //! Dirty bitmaps: the commands that add, remove and change them, and what listings tell.
 
-use super::commands::{CommandError, object};
-use super::slow::{Later, when_done};
+use super::commands::{CommandError, Outcome, done, object};
 use crate::block::{BitmapInfo, Error, NewBitmap, Node};
 use crate::options::{self, Map, Value};
 use crate::service::Service;
@@ -49,7 +48,7 @@ pub(super) fn parse_add(arguments: Map) -> Result<(String, NewBitmap), options::
     Ok((node, NewBitmap { name, granularity, persistent, disabled }))
 }
 
-pub fn add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn add(service: &Service, arguments: Map) -> Outcome {
     let (node, new) = parse_add(arguments)?;
     let missing = |_| {
         let node = node.escape_debug();
@@ -57,7 +56,7 @@ pub fn add(service: &mut Service, arguments: Map) -> Result<Later, CommandError>
     };
     let node = service.graph().find(&node).map_err(missing)?;
     let change = async move |node: &Arc<Node>| node.add_bitmap(new).await;
-    Ok(when_done(service.change_bitmaps(node, change)))
+    done(service.change_bitmaps(&node, change).await)
 }
 
 /// A bitmap of a node, by their names.
@@ -68,33 +67,25 @@ pub(super) struct Named {
     pub name: String,
 }
 
-pub fn remove(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn remove(service: &Service, arguments: Map) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let node = find(service, &node)?;
     let change = async move |node: &Arc<Node>| node.remove_bitmap(&name).await;
-    Ok(when_done(service.change_bitmaps(node, change)))
+    done(service.change_bitmaps(&node, change).await)
 }
 
-pub fn clear(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn clear(service: &Service, arguments: Map) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let node = find(service, &node)?;
     let change = async move |node: &Arc<Node>| node.clear_bitmap(&name).await;
-    Ok(when_done(service.change_bitmaps(node, change)))
+    done(service.change_bitmaps(&node, change).await)
 }
 
-pub fn enable(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
-    record(service, arguments, true)
-}
-
-pub fn disable(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
-    record(service, arguments, false)
-}
-
-fn record(service: &mut Service, arguments: Map, enable: bool) -> Result<Later, CommandError> {
+pub async fn record(service: &Service, arguments: Map, enable: bool) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let node = find(service, &node)?;
     let change = async move |node: &Arc<Node>| node.enable_bitmap(&name, enable).await;
-    Ok(when_done(service.change_bitmaps(node, change)))
+    done(service.change_bitmaps(&node, change).await)
 }
 
 /// A node, the bitmap of it that is merged into, and what is merged: nodes and their bitmaps.
@@ -130,7 +121,7 @@ pub(super) fn parse_merge(arguments: Map) -> Result<Merge, options::Error> {
     Ok(Merge { node, target, sources })
 }
 
-pub fn merge(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn merge(service: &Service, arguments: Map) -> Outcome {
     let Merge { node, target, sources } = parse_merge(arguments)?;
     let node = find(service, &node)?;
     // As in QEMU, the target is looked for first.
@@ -138,12 +129,12 @@ pub fn merge(service: &mut Service, arguments: Map) -> Result<Later, CommandErro
     let find = |(node, name): (String, String)| Ok((find(service, &node)?, name));
     let sources = sources.into_iter().map(find).collect::<Result<Vec<_>, CommandError>>()?;
     let change = async move |node: &Arc<Node>| node.merge_bitmaps(&target, &sources).await;
-    Ok(when_done(service.change_bitmaps(node, change)))
+    done(service.change_bitmaps(&node, change).await)
 }
 
 /// What a bitmap has recorded, as a number that tests can compare with QEMU's: of its bits in whole
 /// words of 64, the first the lowest, at least one.
-pub fn sha256(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn sha256(service: &Service, arguments: Map) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let bitmap = find(service, &node)?.bitmaps().find(&name);
     let bits = bitmap.map_err(|error: Error| CommandError::from(error))?.bits();
@@ -153,7 +144,5 @@ pub fn sha256(service: &mut Service, arguments: Map) -> Result<Later, CommandErr
         hash.update([0; 8]);
     }
     let digits: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    let answer = object([("sha256", Value::from(digits))]);
-    let mut answer = Some(answer);
-    Ok(Box::new(move |_| answer.take().map(Ok)))
+    Ok(object([("sha256", Value::from(digits))]))
 }

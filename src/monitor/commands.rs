@@ -3,12 +3,12 @@
 //! The rule held here: a command that is listed does all that its QEMU namesake does of what this
 //! program has; one that is not there is not listed.
 
-use super::slow::{self, Later};
+use super::slow;
 use crate::block::Error;
 use crate::export::core::{Failure, IoError};
 use crate::io::Errno;
 use crate::options::{self, Map, Value};
-use crate::service::Service;
+use crate::service::{Pending, Service};
 use serde::Deserialize;
 
 /// Why a command failed.
@@ -47,14 +47,11 @@ impl From<options::Error> for CommandError {
 
 /// What a command comes to.
 pub type Outcome = Result<Value, CommandError>;
-type Act = fn(&mut Service, Map) -> Outcome;
+type Act = fn(&Service, Map) -> Outcome;
 
-/// What [`run`] does at once, by name.
-const COMMANDS: [(&str, Act); 11] = [
-    ("block-export-del", block_export_del),
+/// What [`run`] does at once, by name: these look at what is in memory.
+const COMMANDS: [(&str, Act); 7] = [
     ("block-set-write-threshold", block_set_write_threshold),
-    ("object-add", |service, arguments| done(service.object_add(arguments))),
-    ("object-del", object_del),
     ("query-block", |_, arguments| {
         arguments.finish()?;
         // No device of a guest is in this process.
@@ -66,9 +63,6 @@ const COMMANDS: [(&str, Act); 11] = [
         arguments.finish()?;
         Ok(version())
     }),
-    ("x-block-export-accept-loss", |service, arguments| {
-        done(service.accept_loss(&export_id(arguments)?))
-    }),
     ("x-block-export-fail", |service, arguments| done(service.fail_held(&export_id(arguments)?))),
     ("x-block-export-retry", |service, arguments| done(service.retry_held(&export_id(arguments)?))),
 ];
@@ -79,16 +73,17 @@ const OF_THE_SESSION: [&str; 2] = ["qmp_capabilities", "quit"];
 /// What a command has come to when it has begun.
 pub enum Begun {
     Ended(Value),
-    Later(Later),
+    Later(Pending<Outcome>),
 }
 
 /// Begins a command.
-pub fn run(command: &str, arguments: Map, service: &mut Service) -> Result<Begun, CommandError> {
+pub fn run(command: &str, arguments: Map, service: &Service) -> Result<Begun, CommandError> {
     if let Some((_, act)) = COMMANDS.iter().find(|(name, _)| *name == command) {
         return act(service, arguments).map(Begun::Ended);
     }
-    if let Some((_, begin)) = slow::COMMANDS.iter().find(|(name, _)| *name == command) {
-        return begin(service, arguments).map(Begun::Later);
+    if let Some(&(name, task)) = slow::COMMANDS.iter().find(|(name, _)| *name == command) {
+        let pending = service.spawn(name, async move |service| task(&service, arguments).await);
+        return Ok(Begun::Later(pending));
     }
     let command = command.escape_debug();
     Err(CommandError::not_found(format!("The command {command} has not been found")))
@@ -112,26 +107,7 @@ pub fn done(result: Result<(), Error>) -> Outcome {
     Ok(Value::Map(Map::new()))
 }
 
-fn block_export_del(service: &mut Service, arguments: Map) -> Outcome {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    enum Mode {
-        Safe,
-        Hard,
-    }
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        id: String,
-        mode: Option<Mode>,
-    }
-    // Front ends hold no reference, as in QEMU, so the two modes do the same.
-    let Arguments { id, mode: None | Some(Mode::Safe | Mode::Hard) } =
-        options::from_map(arguments)?;
-    done(service.export_del(&id))
-}
-
-fn block_set_write_threshold(service: &mut Service, arguments: Map) -> Outcome {
+fn block_set_write_threshold(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct Arguments {
@@ -145,17 +121,7 @@ fn block_set_write_threshold(service: &mut Service, arguments: Map) -> Outcome {
     Ok(Value::Map(Map::new()))
 }
 
-fn object_del(service: &mut Service, arguments: Map) -> Outcome {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        id: String,
-    }
-    let Arguments { id } = options::from_map(arguments)?;
-    done(service.object_del(&id))
-}
-
-fn query_block_exports(service: &mut Service, arguments: Map) -> Outcome {
+fn query_block_exports(service: &Service, arguments: Map) -> Outcome {
     arguments.finish()?;
     let exports = service.exports().into_iter().map(|export| {
         let mut info = Map::from_iter([
@@ -198,7 +164,7 @@ pub fn block_io_error(error: IoError) -> Value {
     ])
 }
 
-fn export_id(arguments: Map) -> Result<String, CommandError> {
+pub(super) fn export_id(arguments: Map) -> Result<String, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -208,7 +174,7 @@ fn export_id(arguments: Map) -> Result<String, CommandError> {
     Ok(id)
 }
 
-fn query_commands(_: &mut Service, arguments: Map) -> Outcome {
+fn query_commands(_: &Service, arguments: Map) -> Outcome {
     arguments.finish()?;
     let slow = slow::COMMANDS.iter().map(|(name, _)| *name);
     let names = COMMANDS.iter().map(|(name, _)| *name).chain(slow).chain(OF_THE_SESSION);

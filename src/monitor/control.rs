@@ -19,9 +19,6 @@ use std::time::{Duration, Instant};
 /// How long clients are given to read what was said last.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Milliseconds between two looks at commands that are under way, and at monitors that pause.
-const LOOK: i32 = 10;
-
 /// How long a monitor accepts no client after one could not be.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -49,10 +46,9 @@ struct Client {
 }
 
 impl Control {
-    /// `--chardev`: opens a character device. With `wait=on`, returns when a client has connected.
+    /// `--chardev`: adds a character device. With `wait=on`, returns when a client has connected.
     /// `stop` is readable when the program is to end.
-    pub fn add_chardev(&mut self, text: &str, stop: RawFd) -> Result<(), Error> {
-        let mut chardev = Chardev::open(text, stop)?;
+    pub fn add_chardev(&mut self, mut chardev: Chardev, stop: RawFd) -> Result<(), Error> {
         let id = &chardev.id;
         let mut taken = self.chardevs.iter().chain(self.monitors.iter().map(|m| &m.chardev));
         if taken.any(|other| other.id == *id) {
@@ -96,83 +92,126 @@ impl Control {
     }
 
     /// Serves until `stop` is readable or a client asks the process to end.
-    pub fn serve(&mut self, service: &mut Service, stop: RawFd) {
-        // Not on this thread, which other clients need.
+    pub fn serve(&mut self, service: &Service, stop: RawFd) {
+        // A monitor's client is told at once of a lock that is held.
         service.wait_for_locks(None);
         loop {
-            let mut fds = vec![polled(stop, POLLIN), polled(service.ended_notice(), POLLIN)];
+            let mut fds: Vec<_> = [stop, service.ended_notice(), service.task_notice()]
+                .map(|fd| polled(fd, POLLIN))
+                .into();
             fds.extend(self.monitors.iter_mut().map(Monitor::poll));
-            let busy = self.monitors.iter().any(Monitor::has_work);
-            let waiting = self.monitors.iter().any(Monitor::is_waiting);
-            poll(
-                &mut fds,
-                if busy {
-                    0
-                } else if waiting {
-                    LOOK
-                } else {
-                    -1
-                },
-            );
+            poll(&mut fds, self.timeout());
             if fds[0].revents != 0 {
                 return;
             }
-            for id in service.take_ended() {
-                self.tell_export_deleted(&id);
-            }
-            sandbox::tell_refused();
-            for error in service.take_io_errors() {
-                self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
-            }
-            for notice in service.take_notices() {
-                let (event, data) = events::of_notice(notice);
-                self.tell(event, &data);
-            }
-            for (index, polled) in fds[2..].iter().enumerate() {
+            service.clear_task_notice();
+            self.tell_events(service);
+            for (index, polled) in fds[3..].iter().enumerate() {
                 self.monitors[index].transfer(polled.revents);
                 // One request of each in turn.
-                let client = self.monitors[index].client.as_mut();
-                let answer = client.and_then(|client| client.session.step(service));
-                for id in service.take_ended() {
-                    self.tell_export_deleted(&id);
-                }
-                let mut quit = false;
-                if let (Some((reply, step)), Some(client)) =
-                    (answer, &mut self.monitors[index].client)
-                {
-                    client.session.reply(reply);
-                    quit = step == Step::Quit;
-                }
-                self.monitors[index].send();
-                if quit {
+                if self.step(index, service) == Some(Step::Quit) {
                     return;
                 }
             }
-        }
-    }
-
-    /// Ends the exports, tells the clients, and gives them a moment to read it.
-    pub fn finish(mut self, service: &mut Service) {
-        for id in service.end_exports() {
-            self.tell_export_deleted(&id);
-        }
-        let end = Instant::now() + FAREWELL;
-        loop {
-            self.monitors.iter_mut().for_each(Monitor::send);
-            let unread = self.monitors.iter().filter_map(|monitor| monitor.client.as_ref());
-            let unread = unread.filter(|client| !client.session.output().is_empty());
-            let mut fds: Vec<_> =
-                unread.map(|client| polled(client.stream.as_raw_fd(), POLLOUT)).collect();
-            let left = end.saturating_duration_since(Instant::now());
-            if fds.is_empty() || left.is_zero() {
+            let now = Instant::now();
+            if self.sessions().filter_map(Session::quit_due).any(|due| due <= now) {
                 return;
             }
-            poll(&mut fds, left.as_millis() as i32 + 1);
         }
     }
 
-    fn tell_export_deleted(&mut self, id: &str) {
-        self.tell("BLOCK_EXPORT_DELETED", &commands::object([("id", Value::from(id))]));
+    /// Milliseconds until there is something to do that no descriptor tells of; -1: never.
+    fn timeout(&self) -> i32 {
+        if self.sessions().any(Session::has_work) {
+            return 0;
+        }
+        let pauses = self.monitors.iter().filter_map(|monitor| monitor.paused_until);
+        match pauses.chain(self.sessions().filter_map(Session::quit_due)).min() {
+            Some(due) => milliseconds_until(due),
+            None => -1,
+        }
+    }
+
+    fn sessions(&self) -> impl Iterator<Item = &Session> {
+        self.monitors.iter().filter_map(|monitor| monitor.client.as_ref()).map(|it| &it.session)
+    }
+
+    /// Lets a client have its next request handled, or the reply to the one under way.
+    fn step(&mut self, index: usize, service: &Service) -> Option<Step> {
+        let client = self.monitors[index].client.as_mut();
+        let answer = client.and_then(|client| client.session.step(service));
+        // The events that a request has caused come before its reply.
+        self.tell_ended(service);
+        let monitor = &mut self.monitors[index];
+        let step = answer.map(|(reply, step)| {
+            if let Some(client) = &mut monitor.client {
+                client.session.reply(reply);
+            }
+            step
+        });
+        monitor.send();
+        step
+    }
+
+    fn tell_events(&mut self, service: &Service) {
+        self.tell_ended(service);
+        sandbox::tell_refused();
+        for error in service.take_io_errors() {
+            self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
+        }
+        for notice in service.take_notices() {
+            let (event, data) = events::of_notice(notice);
+            self.tell(event, &data);
+        }
+    }
+
+    fn tell_ended(&mut self, service: &Service) {
+        for id in service.take_ended() {
+            self.tell("BLOCK_EXPORT_DELETED", &commands::object([("id", Value::from(id))]));
+        }
+    }
+
+    /// Ends the exports, tells the clients of each that has ended, and gives them a moment to read it.
+    pub fn finish(mut self, service: &Service) {
+        let exports = service.end_exports();
+        let mut end = None;
+        loop {
+            service.clear_task_notice();
+            // Looked at first, so that the last events are there.
+            if end.is_none() && exports.take().is_some() {
+                end = Some(Instant::now() + FAREWELL);
+            }
+            self.tell_events(service);
+            for index in 0..self.monitors.len() {
+                self.finish_commands(index, service);
+            }
+            let timeout = end.map_or(-1, milliseconds_until);
+            let is_done =
+                self.sessions().all(|session| session.output().is_empty() && !session.is_waiting());
+            if end.is_some() && (is_done || timeout == 0) {
+                return;
+            }
+            let notices = [service.ended_notice(), service.task_notice()];
+            let mut fds: Vec<_> = notices.map(|fd| polled(fd, POLLIN)).into();
+            let clients = self.monitors.iter().filter_map(|monitor| monitor.client.as_ref());
+            let unread = clients.filter(|client| !client.session.output().is_empty());
+            fds.extend(unread.map(|client| polled(client.stream.as_raw_fd(), POLLOUT)));
+            poll(&mut fds, timeout);
+        }
+    }
+
+    /// Replies to the command under way if it has ended, and goes on until the client's `quit`, if it has
+    /// sent one.
+    fn finish_commands(&mut self, index: usize, service: &Service) {
+        loop {
+            let client = self.monitors[index].client.as_ref();
+            let goes_on = client.is_some_and(|client| {
+                client.session.is_waiting() || client.session.has_quit_ahead()
+            });
+            if !goes_on || self.step(index, service).is_none() {
+                return self.monitors[index].send();
+            }
+        }
     }
 
     fn tell(&mut self, event: &str, data: &Value) {
@@ -181,6 +220,11 @@ impl Control {
             client.session.event(event, data.clone());
         }
     }
+}
+
+fn milliseconds_until(due: Instant) -> i32 {
+    let left = due.saturating_duration_since(Instant::now());
+    if left.is_zero() { 0 } else { left.as_millis() as i32 + 1 }
 }
 
 impl Monitor {
@@ -216,16 +260,6 @@ impl Monitor {
             // Not waited on at all.
             (None, _) => polled(-1, 0),
         }
-    }
-
-    fn has_work(&self) -> bool {
-        self.client.as_ref().is_some_and(|client| client.session.has_work())
-    }
-
-    /// Whether it is to be looked at again soon.
-    fn is_waiting(&self) -> bool {
-        let waits = self.client.as_ref().is_some_and(|client| client.session.is_waiting());
-        waits || self.paused_until.is_some()
     }
 
     /// Does what the descriptor is ready for.

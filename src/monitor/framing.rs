@@ -51,7 +51,12 @@ impl Framing {
 
     /// Whether there may be another value in what has come already.
     pub fn has_input(&self) -> bool {
-        self.at < self.input.len()
+        self.unread() > 0
+    }
+
+    /// Bytes that have come and were not looked at yet.
+    pub fn unread(&self) -> usize {
+        self.input.len() - self.at
     }
 
     /// The next whole value, or what is wrong with it in QEMU's words.

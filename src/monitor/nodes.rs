@@ -5,15 +5,14 @@ mod stats;
 
 pub use stats::query_blockstats;
 
-use super::commands::{CommandError, object};
-use super::slow::{AT_ONCE, Later};
+use super::commands::{Outcome, object};
 use crate::block::graph::NodeInfo;
 use crate::block::node::DetectZeroes;
 use crate::block::{Kind, Listed};
 use crate::options::{self, Map, Value, filename};
 use crate::service::Service;
 use serde::Deserialize;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a listing waits for what the storage has to tell.
 const STORAGE: Duration = Duration::from_secs(1);
@@ -25,27 +24,12 @@ struct Nodes<'a> {
 }
 
 /// Asks the storage, too, and does without where it does not answer.
-fn when_listed(
-    service: &Service,
-    mut tell: impl FnMut(Nodes<'_>) -> Vec<Value> + 'static,
-) -> Later {
-    let pending = service.query_nodes();
-    let mut wait = AT_ONCE;
-    let end = Instant::now() + STORAGE;
-    Box::new(move |service| {
-        let list = match pending.poll(std::mem::take(&mut wait)) {
-            Some(nodes) => nodes,
-            None if Instant::now() >= end => service.list_nodes(),
-            None => return None,
-        };
-        Some(Ok(Value::List(tell(Nodes { service, list }))))
-    })
+async fn listed(service: &Service, tell: impl FnOnce(Nodes<'_>) -> Vec<Value>) -> Outcome {
+    let list = service.query_nodes(STORAGE).await;
+    Ok(Value::List(tell(Nodes { service, list })))
 }
 
-pub fn query_named_block_nodes(
-    service: &mut Service,
-    arguments: Map,
-) -> Result<Later, CommandError> {
+pub async fn query_named_block_nodes(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -53,9 +37,9 @@ pub fn query_named_block_nodes(
     }
     let Arguments { flat } = options::from_map(arguments)?;
     let deep = !flat.unwrap_or(false);
-    Ok(when_listed(service, move |nodes| {
-        nodes.list.iter().map(|(info, _)| nodes.describe(info, deep)).collect()
-    }))
+    let tell =
+        |nodes: Nodes<'_>| nodes.list.iter().map(|(info, _)| nodes.describe(info, deep)).collect();
+    listed(service, tell).await
 }
 
 impl Nodes<'_> {

@@ -1,7 +1,7 @@
 //! The commands for external snapshots. Each is a transaction of one step.
 
-use super::commands::CommandError;
-use super::slow::{Later, when_done, when_explained};
+use super::commands::{Outcome, done};
+use super::slow::explained;
 use crate::options::{self, Map};
 use crate::service::{NewOverlay, Service, Step};
 use serde::Deserialize;
@@ -20,9 +20,9 @@ pub(super) fn parse_snapshot(arguments: Map) -> Result<Step, options::Error> {
     Ok(Step::PutOver { base, overlay })
 }
 
-pub fn snapshot(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn snapshot(service: &Service, arguments: Map) -> Outcome {
     let step = parse_snapshot(arguments)?;
-    Ok(when_done(service.transaction(vec![step])))
+    done(service.transaction(vec![step]).await)
 }
 
 pub(super) fn parse_snapshot_sync(arguments: Map) -> Result<Step, options::Error> {
@@ -57,7 +57,7 @@ pub(super) fn parse_snapshot_sync(arguments: Map) -> Result<Step, options::Error
     Ok(Step::AddOver { device, base: node_name, new })
 }
 
-pub fn snapshot_sync(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn snapshot_sync(service: &Service, arguments: Map) -> Outcome {
     let step = parse_snapshot_sync(arguments.clone())?;
-    Ok(when_explained(service.transaction(vec![step]), arguments))
+    done(explained(service.transaction(vec![step]).await, &arguments))
 }

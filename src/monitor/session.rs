@@ -1,21 +1,28 @@
 //! One client of a monitor: greeting, negotiation, requests and replies. No I/O is done here.
 //!
-//! The rule held here: every request gets exactly one reply, in order, with its `id`. Follows QEMU's
+//! The rule held here: every request gets exactly one reply, in order, with its `id`. Requests that come while
+//! a command is under way are read ahead, because `quit` is obeyed even then. Follows QEMU's
 //! QMP specification (docs/interop/qmp-spec). The capability `oob` is not offered.
 
 use super::commands::{self, Begun, CommandError, Outcome};
 use super::framing::Framing;
-use super::slow::Later;
 use crate::options::{self, Map, Value, json};
-use crate::service::Service;
+use crate::service::{Pending, Service};
 use serde::Deserialize;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Bytes of replies that wait for the client before its next request is looked at.
 const OUTPUT_PAUSE: usize = 256 << 10;
 
 /// Bytes that wait for the client at most; events beyond it end the connection.
 const OUTPUT_LIMIT: usize = 2 << 20;
+
+/// Bytes of requests that are read while a command is under way.
+const READ_AHEAD: usize = 64 << 10;
+
+/// How long a command holds up a `quit` that its own client has sent after it: quick ones end before.
+const QUIT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The state of one connection.
 pub struct Session {
@@ -25,7 +32,16 @@ pub struct Session {
     output: Vec<u8>,
     overrun: bool,
     /// The command that has begun and not ended, and its `id`. The next one waits for it.
-    under_way: Option<(Option<Value>, Later)>,
+    under_way: Option<UnderWay>,
+    /// Requests that came while a command was under way, and the bytes that were read for them.
+    ahead: VecDeque<Result<Value, String>>,
+    read_ahead: usize,
+}
+
+struct UnderWay {
+    id: Option<Value>,
+    outcome: Pending<Outcome>,
+    since: Instant,
 }
 
 /// What a request asks of the process.
@@ -50,6 +66,8 @@ impl Session {
             output: Vec::new(),
             overrun: false,
             under_way: None,
+            ahead: VecDeque::new(),
+            read_ahead: 0,
         };
         let greeting = commands::object([
             ("version", commands::version()),
@@ -62,6 +80,20 @@ impl Session {
     /// Takes what the client has sent.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.framing.push(bytes);
+        if self.is_waiting() {
+            self.read_ahead();
+        }
+    }
+
+    /// Cuts what has come into requests, while a command is under way.
+    fn read_ahead(&mut self) {
+        if self.ahead.is_empty() {
+            self.read_ahead = 0;
+        }
+        self.read_ahead += self.framing.unread();
+        while let Some(request) = self.framing.next_value() {
+            self.ahead.push_back(request);
+        }
     }
 
     /// What waits to be sent; [`Session::sent`] takes it away.
@@ -75,20 +107,36 @@ impl Session {
 
     /// Whether more may be read from the client now.
     pub fn wants_input(&self) -> bool {
-        !self.framing.has_input() && self.output.len() < OUTPUT_PAUSE
+        let has_room = match self.is_waiting() {
+            true => self.read_ahead < READ_AHEAD,
+            false => !self.has_input(),
+        };
+        has_room && self.output.len() < OUTPUT_PAUSE
     }
 
     /// Whether [`Session::step`] may have something to do.
     pub fn has_work(&self) -> bool {
-        !self.is_waiting() && self.framing.has_input() && self.output.len() < OUTPUT_PAUSE
+        !self.is_waiting() && self.has_input() && self.output.len() < OUTPUT_PAUSE
     }
 
     /// Whether input that has come is still to be looked at.
     pub fn has_input(&self) -> bool {
-        self.framing.has_input()
+        self.framing.has_input() || !self.ahead.is_empty()
     }
 
-    /// Whether a command is under way: [`Session::step`] is to be called again soon.
+    /// Whether the client has sent `quit` after the command that is under way, or after others that wait
+    /// for it.
+    pub fn has_quit_ahead(&self) -> bool {
+        self.ahead.iter().flatten().any(is_quit)
+    }
+
+    /// When a `quit` is obeyed that waits for a command under way.
+    pub fn quit_due(&self) -> Option<Instant> {
+        let under_way = self.under_way.as_ref()?;
+        self.has_quit_ahead().then(|| under_way.since + QUIT_PATIENCE)
+    }
+
+    /// Whether a command is under way: [`Session::step`] is to be called when a task has ended.
     pub fn is_waiting(&self) -> bool {
         self.under_way.is_some()
     }
@@ -100,16 +148,17 @@ impl Session {
 
     /// Handles one request, if there is a whole one, and room for its reply; or goes on with the one
     /// that is under way.
-    pub fn step(&mut self, service: &mut Service) -> Option<(Reply, Step)> {
-        if let Some((_, later)) = &mut self.under_way {
-            let outcome = later(service)?;
-            let (id, _) = self.under_way.take()?;
+    pub fn step(&mut self, service: &Service) -> Option<(Reply, Step)> {
+        if let Some(under_way) = &self.under_way {
+            let outcome = under_way.outcome.take()?;
+            let UnderWay { id, .. } = self.under_way.take()?;
             return Some((reply(id, outcome), Step::Handled));
         }
         if self.output.len() >= OUTPUT_PAUSE {
             return None;
         }
-        let mut request = match self.framing.next_value()? {
+        let next = self.ahead.pop_front();
+        let mut request = match next.or_else(|| self.framing.next_value())? {
             Ok(Value::Map(request)) => request,
             Ok(_) => {
                 let error = CommandError::new("QMP input must be a JSON object");
@@ -120,13 +169,11 @@ impl Session {
         let id = request.take("id");
         match self.dispatch(request, service) {
             Ok((Begun::Ended(value), step)) => Some((reply(id, Ok(value)), step)),
-            Ok((Begun::Later(mut later), step)) => match later(service) {
-                Some(outcome) => Some((reply(id, outcome), step)),
-                None => {
-                    self.under_way = Some((id, later));
-                    None
-                }
-            },
+            Ok((Begun::Later(outcome), _)) => {
+                self.under_way = Some(UnderWay { id, outcome, since: Instant::now() });
+                self.read_ahead();
+                None
+            }
             Err(error) => Some((reply(id, Err(error)), Step::Handled)),
         }
     }
@@ -159,7 +206,7 @@ impl Session {
     fn dispatch(
         &mut self,
         mut request: Map,
-        service: &mut Service,
+        service: &Service,
     ) -> Result<(Begun, Step), CommandError> {
         let command = match request.take("execute") {
             Some(Value::Str(command)) => Some(command),
@@ -208,6 +255,17 @@ impl Session {
         self.output.extend_from_slice(text.as_bytes());
         self.output.extend_from_slice(b"\r\n");
     }
+}
+
+/// Whether a request is a `quit` that will not be refused.
+fn is_quit(request: &Value) -> bool {
+    let Value::Map(request) = request else { return false };
+    request.iter().all(|(key, value)| match (key, value) {
+        ("execute", value) => value.as_str() == Some("quit"),
+        ("arguments", Value::Map(arguments)) => arguments.iter().next().is_none(),
+        ("id", _) => true,
+        _ => false,
+    }) && request.get("execute").is_some()
 }
 
 /// The reply to a request with this `id`.

@@ -1,89 +1,76 @@
-//! Commands that wait for storage, for guests, or for a lock: begun by the monitors' thread, which
-//! looks now and then whether they have ended and serves other clients meanwhile.
+//! Commands that wait for storage, for guests, for locks or for threads. Each is a task of the service, and
+//! the monitors' thread serves other clients meanwhile.
 
 use super::bitmaps;
-use super::commands::{CommandError, Outcome, done};
+use super::commands::{CommandError, Outcome, done, export_id};
 use super::nodes;
 use super::overlays;
 use super::snapshots;
 use super::transaction;
-use crate::block::Error;
-use crate::io::Errno;
+use crate::block::{Error, LocalFuture};
+use crate::io::{self, Errno};
 use crate::options::{self, Map, Value, bytes};
 use crate::sandbox::files;
-use crate::service::{Pending, Service, is_locked};
+use crate::service::{Service, is_locked};
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// What is left of a command: gives its outcome once there is one.
-pub type Later = Box<dyn FnMut(&mut Service) -> Option<Outcome>>;
-
-type Begin = fn(&mut Service, Map) -> Result<Later, CommandError>;
+type Task = for<'a> fn(&'a Service, Map) -> LocalFuture<'a, Outcome>;
 
 /// By name.
-pub const COMMANDS: &[(&str, Begin)] = &[
-    ("block-dirty-bitmap-add", bitmaps::add),
-    ("block-dirty-bitmap-clear", bitmaps::clear),
-    ("block-dirty-bitmap-disable", bitmaps::disable),
-    ("block-dirty-bitmap-enable", bitmaps::enable),
-    ("block-dirty-bitmap-merge", bitmaps::merge),
-    ("block-dirty-bitmap-remove", bitmaps::remove),
-    ("block-export-add", block_export_add),
-    ("block_resize", block_resize),
-    ("blockdev-add", blockdev_add),
-    ("blockdev-del", blockdev_del),
-    ("blockdev-snapshot", overlays::snapshot),
-    ("blockdev-snapshot-delete-internal-sync", snapshots::delete),
-    ("blockdev-snapshot-internal-sync", snapshots::create),
-    ("blockdev-snapshot-sync", overlays::snapshot_sync),
-    ("query-blockstats", nodes::query_blockstats),
-    ("query-named-block-nodes", nodes::query_named_block_nodes),
-    ("transaction", transaction::transaction),
-    ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
+pub const COMMANDS: &[(&str, Task)] = &[
+    ("block-dirty-bitmap-add", |s, a| Box::pin(bitmaps::add(s, a))),
+    ("block-dirty-bitmap-clear", |s, a| Box::pin(bitmaps::clear(s, a))),
+    ("block-dirty-bitmap-disable", |s, a| Box::pin(bitmaps::record(s, a, false))),
+    ("block-dirty-bitmap-enable", |s, a| Box::pin(bitmaps::record(s, a, true))),
+    ("block-dirty-bitmap-merge", |s, a| Box::pin(bitmaps::merge(s, a))),
+    ("block-dirty-bitmap-remove", |s, a| Box::pin(bitmaps::remove(s, a))),
+    ("block-export-add", |s, a| Box::pin(block_export_add(s, a))),
+    ("block-export-del", |s, a| Box::pin(block_export_del(s, a))),
+    ("block_resize", |s, a| Box::pin(block_resize(s, a))),
+    ("blockdev-add", |s, a| Box::pin(blockdev_add(s, a))),
+    ("blockdev-del", |s, a| Box::pin(blockdev_del(s, a))),
+    ("blockdev-snapshot", |s, a| Box::pin(overlays::snapshot(s, a))),
+    ("blockdev-snapshot-delete-internal-sync", |s, a| Box::pin(snapshots::delete(s, a))),
+    ("blockdev-snapshot-internal-sync", |s, a| Box::pin(snapshots::create(s, a))),
+    ("blockdev-snapshot-sync", |s, a| Box::pin(overlays::snapshot_sync(s, a))),
+    ("object-add", |s, a| Box::pin(async { done(s.object_add(a).await) })),
+    ("object-del", |s, a| Box::pin(object_del(s, a))),
+    ("query-blockstats", |s, a| Box::pin(nodes::query_blockstats(s, a))),
+    ("query-named-block-nodes", |s, a| Box::pin(nodes::query_named_block_nodes(s, a))),
+    ("transaction", |s, a| Box::pin(transaction::transaction(s, a))),
+    ("x-block-export-accept-loss", |s, a| {
+        Box::pin(async { done(s.accept_loss(&export_id(a)?).await) })
+    }),
+    ("x-debug-block-dirty-bitmap-sha256", |s, a| Box::pin(bitmaps::sha256(s, a))),
 ];
-
-/// How long the thread itself waits. Nearly all commands take less.
-pub(super) const AT_ONCE: Duration = Duration::from_millis(20);
 
 /// How long a lock is tried that is held by somebody else, who may be about to give it up.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// The outcome of something that is under way.
-pub(super) fn when_done(pending: Pending<Result<(), Error>>) -> Later {
-    when_explained(pending, Map::new())
-}
+/// From one attempt to the next.
+const RETRY: Duration = Duration::from_millis(10);
 
-/// The same of a command whose arguments name files.
-pub(super) fn when_explained(pending: Pending<Result<(), Error>>, arguments: Map) -> Later {
-    let mut wait = AT_ONCE;
-    Box::new(move |_| {
-        let result = pending.poll(std::mem::take(&mut wait))?;
-        Some(done(explained(result, &arguments)))
-    })
-}
-
-fn blockdev_add(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+/// Tries again for a moment while an image is locked.
+async fn with_grace(mut attempt: impl AsyncFnMut() -> Result<(), Error>) -> Result<(), Error> {
     let end = Instant::now() + GRACE;
-    let mut wait = AT_ONCE;
-    let mut opening = Some(service.blockdev_open(arguments.clone()));
-    Ok(Box::new(move |service| {
-        let opening_now =
-            opening.take().unwrap_or_else(|| service.blockdev_open(arguments.clone()));
-        match opening_now.poll(std::mem::take(&mut wait)) {
-            Some(Err(error)) if is_locked(&error) && Instant::now() < end => None,
-            Some(result) => Some(done(explained(result.map(drop), &arguments))),
-            None => {
-                opening = Some(opening_now);
-                None
-            }
+    loop {
+        match attempt().await {
+            Err(error) if is_locked(&error) && Instant::now() < end => io::sleep(RETRY).await,
+            result => return result,
         }
-    }))
+    }
+}
+
+async fn blockdev_add(service: &Service, arguments: Map) -> Outcome {
+    let attempt = async || service.blockdev_add(arguments.clone()).await.map(drop);
+    done(explained(with_grace(attempt).await, &arguments))
 }
 
 /// Says of what was refused for want of permission that it was the sandbox, if it was.
-fn explained(result: Result<(), Error>, arguments: &Map) -> Result<(), Error> {
+pub(super) fn explained(result: Result<(), Error>, arguments: &Map) -> Result<(), Error> {
     let Err(error) = &result else { return result };
     if error.errno() != Some(Errno(libc::EACCES)) {
         return result;
@@ -116,7 +103,7 @@ fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(Cow<'a, Path>, bool)>) {
     }
 }
 
-fn block_export_add(_: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+async fn block_export_add(service: &Service, arguments: Map) -> Outcome {
     // The numbers of descriptors are between the process and whoever started it: a client could name
     // one that is in use.
     if let Some(Value::Str(kind)) = arguments.get_path("addr.type")
@@ -127,14 +114,30 @@ fn block_export_add(_: &mut Service, arguments: Map) -> Result<Later, CommandErr
         let text = format!("File descriptor named '{name}' has not been found");
         return Err(CommandError::new(text));
     }
-    let end = Instant::now() + GRACE;
-    Ok(Box::new(move |service| match service.export_add(arguments.clone()) {
-        Err(error) if is_locked(&error) && Instant::now() < end => None,
-        result => Some(done(explained(result, &arguments))),
-    }))
+    let attempt = async || service.export_add(arguments.clone()).await;
+    done(explained(with_grace(attempt).await, &arguments))
 }
 
-fn block_resize(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+async fn block_export_del(service: &Service, arguments: Map) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    enum Mode {
+        Safe,
+        Hard,
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        id: String,
+        mode: Option<Mode>,
+    }
+    // Front ends hold no reference, as in QEMU, so the two modes do the same.
+    let Arguments { id, mode: None | Some(Mode::Safe | Mode::Hard) } =
+        options::from_map(arguments)?;
+    done(service.export_del(&id).await)
+}
+
+async fn block_resize(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct Arguments {
@@ -152,15 +155,25 @@ fn block_resize(service: &mut Service, arguments: Map) -> Result<Later, CommandE
     };
     let size =
         u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
-    Ok(when_done(service.resize(&node, size)))
+    done(service.resize(&node, size).await)
 }
 
-fn blockdev_del(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+async fn blockdev_del(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct Arguments {
         node_name: String,
     }
     let Arguments { node_name } = options::from_map(arguments)?;
-    Ok(when_done(service.blockdev_del(&node_name)))
+    done(service.blockdev_del(&node_name).await)
+}
+
+async fn object_del(service: &Service, arguments: Map) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        id: String,
+    }
+    let Arguments { id } = options::from_map(arguments)?;
+    done(service.object_del(&id).await)
 }

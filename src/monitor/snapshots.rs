@@ -1,7 +1,6 @@
 //! The commands for internal snapshots.
 
-use super::commands::{CommandError, Outcome};
-use super::slow::{AT_ONCE, Later, when_done};
+use super::commands::{CommandError, Outcome, done};
 use crate::block::Node;
 use crate::options::{self, Map};
 use crate::service::Service;
@@ -32,12 +31,12 @@ pub(super) fn find(
     Ok((node, name))
 }
 
-pub fn create(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn create(service: &Service, arguments: Map) -> Outcome {
     let (node, name) = find(service, parse_create(arguments)?)?;
-    Ok(when_done(service.create_snapshot(&node, name)))
+    done(service.create_snapshot(&node, &name).await)
 }
 
-pub fn delete(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn delete(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -47,15 +46,8 @@ pub fn delete(service: &mut Service, arguments: Map) -> Result<Later, CommandErr
     }
     let Arguments { device, id, name } = options::from_map(arguments)?;
     let node = root(service, &device)?;
-    let pending = service.delete_snapshot(&node, id, name);
-    let mut wait = AT_ONCE;
-    Ok(Box::new(move |_| {
-        let outcome: Outcome = pending
-            .poll(std::mem::take(&mut wait))?
-            .map_err(Into::into)
-            .map(|snapshot| snapshot.to_value());
-        Some(outcome)
-    }))
+    let deleted = service.delete_snapshot(&node, id.as_deref(), name.as_deref()).await?;
+    Ok(deleted.to_value())
 }
 
 /// The node of this name, which no other node stands on.

@@ -1,8 +1,8 @@
 //! `transaction`: several commands at one moment, or none of them.
 
 use super::bitmaps::{self, Merge, Named};
-use super::commands::CommandError;
-use super::slow::{Later, when_explained};
+use super::commands::{CommandError, Outcome, done};
+use super::slow::explained;
 use super::{overlays, snapshots};
 use crate::options::{self, Map, Value};
 use crate::service::{Service, Step};
@@ -32,7 +32,7 @@ struct Action {
     data: Value,
 }
 
-pub fn transaction(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn transaction(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -56,7 +56,7 @@ pub fn transaction(service: &mut Service, arguments: Map) -> Result<Later, Comma
         }
         steps.push(step(service, &kind, data, &format!("{at}.data"))?);
     }
-    Ok(when_explained(service.transaction(steps), given))
+    done(explained(service.transaction(steps).await, &given))
 }
 
 /// Reads an action. `at` is where its data is in the arguments.

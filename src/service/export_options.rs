@@ -41,7 +41,7 @@ type Iothreads = options::Value;
 
 impl Service {
     /// `--export`: serves a node.
-    pub fn export_add(&mut self, mut options: Map) -> Result<(), Error> {
+    pub async fn export_add(&self, mut options: Map) -> Result<(), Error> {
         let entry = export::by_name(&options.take_required_str("type")?)?;
         let (options, own): (CommonOptions, Map) = options::split_map(options)?;
         let transport = (entry.parse)(own)?;
@@ -49,15 +49,13 @@ impl Service {
         if !options::is_identifier(&id) {
             return Err(Error::new("Invalid block export id"));
         }
-        if self.exports.iter().any(|served| served.id == id) {
-            return Err(Error::new(format!("Block export id '{id}' is already in use")));
-        }
-        let node = self.graph.find(&options.node_name).map_err(|_| {
+        self.state().exports.check_id(&id)?;
+        let node = self.graph().find(&options.node_name).map_err(|_| {
             let name = &options.node_name;
             Error::new(format!("Cannot find device='' nor node-name='{name}'"))
         })?;
         let workers = match options.iothread {
-            None => vec![self.main_worker()?],
+            None => vec![self.main_worker().await?],
             Some(options::Value::List(names)) if !names.is_empty() => {
                 let find = |name: &options::Value| self.iothread(name.as_str().unwrap_or_default());
                 names.iter().map(find).collect::<Result<_, _>>()?
@@ -76,6 +74,7 @@ impl Service {
             },
         };
         let (allow_inactive, accept_loss) = (options.allow_inactive, options.accept_loss);
-        self.export(NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss })
+        let new = NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss };
+        self.export(new).await
     }
 }

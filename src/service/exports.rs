@@ -1,16 +1,18 @@
 //! The lives of exports: how they begin and end, and what is told of them.
 //!
-//! The rule held here: nothing waits for a guest without limit. An export ends on a thread of its
-//! own, and [`Service::take_ended`] tells when it has.
+//! The rule held here: nobody waits for a guest without limit. An export ends by a task of its own, and
+//! [`Service::take_ended`] tells when it has.
 
-use super::{Pending, Service, handover};
+use super::executor::{Pending, within};
+use super::{Service, handover};
 use crate::block::graph::Attachment;
 use crate::block::{Error, Node, Perm, Perms};
 use crate::export::core::{DiskOptions, Export, ExportMetrics, Failure, Parts, Transport};
-use crate::io::Worker;
+use crate::io::{self, Worker};
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 /// How long the end of an export is waited for. Where nothing is in flight it takes less, and then
@@ -20,33 +22,65 @@ const END_WAIT: Duration = Duration::from_millis(500);
 /// How long a socket may be listened on by others before it is refused.
 pub const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 
-pub(super) struct Served {
-    pub(super) id: String,
+/// The exports of a service.
+#[derive(Default)]
+pub(super) struct Exports {
+    /// Newest last.
+    list: Vec<Served>,
+    /// The process is to end: none begins any more.
+    ending: bool,
+    /// Tasks that wait until none serves any more.
+    waiting: Vec<Waker>,
+}
+
+struct Served {
+    id: String,
     type_name: &'static str,
     /// Of what it served when it was told to end.
     node_name: String,
     /// The socket file that it has made.
     socket: Option<PathBuf>,
     metrics: Option<Arc<ExportMetrics>>,
-    state: State,
+    life: Life,
 }
 
-enum State {
-    Serving(Box<dyn Export>, Attachment),
-    /// Told to end; the thread waits for it.
-    Ending(JoinHandle<()>),
+enum Life {
+    /// Its name is taken. It serves nobody yet.
+    Beginning,
+    /// It lets the first front end in.
+    Starting,
+    Serving(Running),
+    /// Told to end; a task waits for it.
+    Ending,
 }
 
-impl State {
-    /// Ends the export, or waits until it has.
-    fn end(self) {
-        match self {
-            // In this order: no more requests, then no more user.
-            State::Serving(export, attachment) => {
-                drop(export);
-                drop(attachment);
+/// What there is of an export that serves.
+struct Running(Box<dyn Export>, Attachment);
+
+impl Running {
+    /// Ends it, which waits for guests' requests, in this order: no more requests, then no more user.
+    async fn end(self) {
+        let Running(export, attachment) = self;
+        io::offload(move || {
+            drop(export);
+            drop(attachment);
+        })
+        .await;
+    }
+}
+
+impl Served {
+    /// What it serves with, if it does; it is told to end then.
+    fn take(&mut self) -> Option<Running> {
+        match std::mem::replace(&mut self.life, Life::Ending) {
+            Life::Serving(running) => {
+                running.0.node().name().clone_into(&mut self.node_name);
+                Some(running)
             }
-            State::Ending(thread) => drop(thread.join()),
+            other => {
+                self.life = other;
+                None
+            }
         }
     }
 }
@@ -85,127 +119,249 @@ pub struct ExportInfo {
     pub last_failure: Option<Failure>,
 }
 
+impl Exports {
+    fn find(&mut self, id: &str) -> Option<&mut Served> {
+        self.list.iter_mut().find(|served| served.id == id)
+    }
+
+    /// # Errors
+    /// An export has this name, or is about to have it.
+    pub(super) fn check_id(&mut self, id: &str) -> Result<(), Error> {
+        match self.find(id) {
+            Some(_) => Err(Error::new(format!("Block export id '{id}' is already in use"))),
+            None => Ok(()),
+        }
+    }
+
+    fn remove(&mut self, id: &str) {
+        self.list.retain(|served| served.id != id);
+        self.waiting.drain(..).for_each(Waker::wake);
+    }
+
+    /// Whether an export serves, or may have a front end that it has let in.
+    fn any_serves(&self) -> bool {
+        self.list.iter().any(|served| !matches!(served.life, Life::Beginning))
+    }
+}
+
+fn is_ending() -> Error {
+    Error::new("The process is about to end")
+}
+
 impl Service {
     /// Serves a node.
-    pub fn export(&mut self, new: NewExport) -> Result<(), Error> {
-        let NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss } = new;
-        transport.check(&id)?;
+    pub async fn export(&self, new: NewExport) -> Result<(), Error> {
+        let NewExport { id, node, disk, transport, .. } = &new;
+        transport.check(id)?;
         if disk.writable && node.is_read_only() {
             return Err(Error::new("Cannot export read-only node as writable"));
         }
-        let mut held = Perm::CONSISTENT_READ;
-        if disk.writable {
-            held |= Perm::WRITE;
+        let (socket, queues) = (transport.socket().map(Path::to_owned), transport.queues());
+        let (id, node_name) = (id.clone(), node.name().to_owned());
+        let (first_worker, metrics) = {
+            let mut state = self.state();
+            state.exports.check_id(&id)?;
+            let first_worker = state.exports.list.len();
+            let is_timed = state.observed.is_some();
+            let metrics = (is_timed || state.counts).then(|| {
+                let of = (node.name(), node.len());
+                Arc::new(ExportMetrics::new(&id, of, disk.writable, queues, is_timed))
+            });
+            let begins = Served {
+                id: id.clone(),
+                type_name: "",
+                node_name,
+                socket,
+                metrics: metrics.clone(),
+                life: Life::Beginning,
+            };
+            state.exports.list.push(begins);
+            (first_worker, metrics)
+        };
+        let begun = self.begin(new, first_worker, metrics).await;
+        if begun.is_err() {
+            self.state().exports.remove(&id);
         }
-        let perms = Perms { held, shared: Perm::all() };
-        let first_worker = self.exports.len();
-        let queues = transport.queues();
-        let is_timed = self.observed.is_some();
-        let metrics = (is_timed || self.counts).then(|| {
-            let of = (node.name(), node.len());
-            Arc::new(ExportMetrics::new(&id, of, disk.writable, queues, is_timed))
-        });
-        let socket = transport.socket().map(Path::to_owned);
-        if let (Some(path), Some(give_up)) = (&socket, self.patience) {
-            handover::wait_for_socket(path, SOCKET_PATIENCE, give_up);
+        begun
+    }
+
+    async fn begin(
+        &self,
+        new: NewExport,
+        first_worker: usize,
+        metrics: Option<Arc<ExportMetrics>>,
+    ) -> Result<(), Error> {
+        let NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss } = new;
+        if let Some(path) = transport.socket() {
+            self.wait_for_socket(path.to_owned()).await;
         }
-        if !allow_inactive {
-            self.activate(&node)?;
+        // An active node needs no turn to change the graph, which others may have for long.
+        if !allow_inactive && !node.is_active() {
+            self.patiently(async || self.graph().activate(&node).await).await?;
         }
-        // The front end is let in last: by then all permissions are held.
+        let writable = disk.writable;
         let (name, served, counted) = (id.clone(), node.clone(), metrics.clone());
         let parts = Parts { name, node: served, disk, workers, first_worker, metrics: counted };
-        let mut export = transport.create(parts)?;
-        let type_name = export.type_name();
-        export.tell(self.io_errors.clone());
-        let user = Some(export.user());
-        let what = format!("export '{id}'");
-        let attachment = self.patiently(|| self.graph.attach(&node, &what, perms, user.clone()))?;
-        export.take_up_losses(accept_loss)?;
-        export.follow(attachment.activity());
-        let (name, ended) = (id.clone(), self.ended.clone());
-        export.start(Box::new(move || ended.tell(name)))?;
-        if let (Some(observed), Some(metrics)) = (&self.observed, &metrics) {
-            observed.add(metrics.clone());
+        // The front end is let in last: by then all permissions are held.
+        let export = io::offload(move || transport.create(parts)).await?;
+        export.tell(self.0.io_errors.clone());
+        let attachment = match self.attach(&id, &node, writable, &*export).await {
+            Ok(attachment) => attachment,
+            Err(error) => {
+                io::offload(move || drop(export)).await;
+                return Err(error);
+            }
+        };
+        let taken = io::offload(move || {
+            let result = export.take_up_losses(accept_loss);
+            (Running(export, attachment), result)
+        });
+        let running = match taken.await {
+            (running, Ok(())) => running,
+            (running, Err(error)) => {
+                running.end().await;
+                return Err(error);
+            }
+        };
+        if !allow_inactive
+            && !node.is_active()
+            && let Err(error) = running.1.activity().activate().await
+        {
+            running.end().await;
+            return Err(error);
+        }
+        self.serve(id, running).await?;
+        let observed = self.state().observed.clone();
+        if let (Some(observed), Some(metrics)) = (observed, metrics) {
+            observed.add(metrics);
             observed.add_drives(node.drives());
         }
-        let state = State::Serving(export, attachment);
-        let node_name = node.name().to_owned();
-        self.exports.push(Served { id, type_name, node_name, socket, metrics, state });
         Ok(())
     }
 
-    /// Makes a node active, unless it is.
-    fn activate(&self, node: &Arc<Node>) -> Result<(), Error> {
-        self.patiently(|| {
-            let (graph, node) = (self.graph.clone(), node.clone());
-            self.control.block_on(move || async move { graph.activate(&node).await })
+    async fn wait_for_socket(&self, path: PathBuf) {
+        let patience = self.state().patience;
+        if let Some(give_up) = patience {
+            io::offload(move || handover::wait_for_socket(&path, SOCKET_PATIENCE, give_up)).await;
+        }
+    }
+
+    async fn attach(
+        &self,
+        id: &str,
+        node: &Arc<Node>,
+        writable: bool,
+        export: &dyn Export,
+    ) -> Result<Attachment, Error> {
+        let mut held = Perm::CONSISTENT_READ;
+        if writable {
+            held |= Perm::WRITE;
+        }
+        let perms = Perms { held, shared: Perm::all() };
+        let what = format!("export '{id}'");
+        self.patiently(async || {
+            let (graph, node, what) = (self.graph().clone(), node.clone(), what.clone());
+            let user = Some(export.user());
+            // Locks of files are system calls.
+            io::offload(move || graph.attach(&node, &what, perms, user)).await
         })
+        .await
+    }
+
+    /// Lets front ends in, unless the process is to end.
+    async fn serve(&self, id: String, running: Running) -> Result<(), Error> {
+        let may_start = {
+            let mut state = self.state();
+            let Exports { ending, .. } = state.exports;
+            if !ending && let Some(served) = state.exports.find(&id) {
+                served.life = Life::Starting;
+            }
+            !ending
+        };
+        if !may_start {
+            running.end().await;
+            return Err(is_ending());
+        }
+        let Running(mut export, attachment) = running;
+        export.follow(attachment.activity());
+        let (name, ended) = (id.clone(), self.0.ended.clone());
+        let started = io::offload(move || {
+            let result = export.start(Box::new(move || ended.tell(name)));
+            (Running(export, attachment), result)
+        });
+        let running = match started.await {
+            (running, Ok(())) => running,
+            (running, Err(error)) => {
+                running.end().await;
+                return Err(error);
+            }
+        };
+        let ended = {
+            let mut state = self.state();
+            let ending = state.exports.ending;
+            let served = state.exports.find(&id);
+            served.and_then(|served| {
+                served.type_name = running.0.type_name();
+                served.life = Life::Serving(running);
+                if ending { served.take() } else { None }
+            })
+        };
+        if let Some(running) = ended {
+            self.end(id, running).await;
+            return Err(is_ending());
+        }
+        Ok(())
+    }
+
+    /// Ends an export that has been told so, and tells when it has.
+    async fn end(&self, id: String, running: Running) {
+        running.end().await;
+        self.state().exports.remove(&id);
+        self.0.ended.tell(id);
     }
 
     /// All exports, newest first.
     pub fn exports(&self) -> Vec<ExportInfo> {
         let info = |served: &Served| {
-            let (node_name, flush_failed, (held, errors, last_failure)) = match &served.state {
-                State::Serving(export, _) => {
+            let (node_name, flush_failed, (held, errors, last_failure)) = match &served.life {
+                Life::Serving(Running(export, _)) => {
                     (export.node().name().to_owned(), export.has_lost(), export.failures())
                 }
-                State::Ending(_) => (served.node_name.clone(), false, (0, 0, None)),
+                Life::Ending => (served.node_name.clone(), false, (0, 0, None)),
+                Life::Beginning | Life::Starting => return None,
             };
-            ExportInfo {
+            Some(ExportInfo {
                 id: served.id.clone(),
                 type_name: served.type_name,
                 node_name,
-                shutting_down: matches!(served.state, State::Ending(_)),
+                shutting_down: matches!(served.life, Life::Ending),
                 flush_failed,
                 held,
                 errors,
                 last_failure,
-            }
+            })
         };
-        self.exports.iter().rev().map(info).collect()
+        self.state().exports.list.iter().rev().filter_map(info).collect()
     }
 
-    /// Ends an export: its front end is cut off, what is in flight is waited for on another thread,
-    /// and then [`Service::take_ended`] gives its name.
+    /// Ends an export: its front end is cut off, what is in flight is waited for by a task, and then
+    /// [`Service::take_ended`] gives its name.
     ///
     /// # Errors
     /// There is none of this name, or it is ending already.
-    pub fn export_del(&mut self, id: &str) -> Result<(), Error> {
-        let shown = id.escape_debug();
-        let served = self.exports.iter_mut().find(|served| served.id == id);
-        let served = served.ok_or_else(|| Error::new(format!("Export '{shown}' is not found")))?;
-        if matches!(served.state, State::Ending(_)) {
-            return Err(Error::new(format!("Export '{shown}' is already shutting down")));
-        }
-        // The thread is there before the export is given up, for it may not come to be.
-        let (give, take) = mpsc::channel();
-        let (tell, told) = mpsc::channel::<()>();
-        let (name, ended) = (id.to_owned(), self.ended.clone());
-        let thread = std::thread::Builder::new().name("export end".into()).spawn(move || {
-            let Ok((export, attachment)) = take.recv() else { return };
-            drop::<Box<dyn Export>>(export);
-            drop::<crate::block::Attachment>(attachment);
-            ended.tell(name);
-            let _ = tell.send(());
+    pub async fn export_del(&self, id: &str) -> Result<(), Error> {
+        let running = {
+            let mut state = self.state();
+            serving(state.exports.find(id), id)?.take()
+        };
+        let Some(running) = running else { return Ok(()) };
+        let (service, id) = (self.clone(), id.to_owned());
+        let ended = within(END_WAIT, async move {
+            service.end(id, running).await;
+            service.graph().tidy().await;
         });
-        let thread = thread.map_err(|e| Error::os("cannot start a thread", e))?;
-        if let State::Serving(export, attachment) =
-            std::mem::replace(&mut served.state, State::Ending(thread))
-        {
-            export.node().name().clone_into(&mut served.node_name);
-            let _ = give.send((export, attachment));
-        }
-        if told.recv_timeout(END_WAIT).is_ok() {
-            let _ = self.tidy().poll(END_WAIT);
-        }
+        ended.await;
         Ok(())
-    }
-
-    /// Closes what exports that have ended have left.
-    fn tidy(&self) -> Pending<()> {
-        let graph = self.graph.clone();
-        Pending::start(&self.control, move || async move { graph.tidy().await })
     }
 
     /// Tries the held requests of an export again now.
@@ -213,7 +369,7 @@ impl Service {
     /// # Errors
     /// There is none of this name.
     pub fn retry_held(&self, id: &str) -> Result<(), Error> {
-        self.serving(id).map(|export| export.retry_held())
+        self.with_serving(id, |export| export.retry_held())
     }
 
     /// Fails the held requests of an export to its guest.
@@ -221,60 +377,75 @@ impl Service {
     /// # Errors
     /// There is none of this name.
     pub fn fail_held(&self, id: &str) -> Result<(), Error> {
-        self.serving(id).map(|export| export.fail_held())
+        self.with_serving(id, |export| export.fail_held())
     }
 
     /// Accepts that a failed flush of an export has lost data.
     ///
     /// # Errors
     /// There is none of this name, or a record cannot be removed.
-    pub fn accept_loss(&self, id: &str) -> Result<(), Error> {
-        self.serving(id)?.accept_loss()
+    pub async fn accept_loss(&self, id: &str) -> Result<(), Error> {
+        self.with_serving(id, |export| export.accept_loss())?.await
     }
 
-    fn serving(&self, id: &str) -> Result<&dyn Export, Error> {
-        let shown = id.escape_debug();
-        let served = self.exports.iter().find(|served| served.id == id);
-        match served.map(|served| &served.state) {
-            Some(State::Serving(export, _)) => Ok(&**export),
-            Some(State::Ending(_)) => {
-                Err(Error::new(format!("Export '{shown}' is already shutting down")))
-            }
-            None => Err(Error::new(format!("Export '{shown}' is not found"))),
+    fn with_serving<T>(&self, id: &str, work: impl FnOnce(&dyn Export) -> T) -> Result<T, Error> {
+        let mut state = self.state();
+        match &serving(state.exports.find(id), id)?.life {
+            Life::Serving(Running(export, _)) => Ok(work(&**export)),
+            _ => Err(not_found(id)),
         }
     }
 
-    /// The names of the exports that have ended since this was last asked. One whose front end was
-    /// the only one that it could have is among them, and is still there.
-    pub fn take_ended(&mut self) -> Vec<String> {
-        let _ = self.ended.notice.read();
-        let ids = std::mem::take(&mut *self.ended.ids.lock());
-        if !ids.is_empty() {
-            drop(self.tidy());
+    /// Tells all exports to end, newest first. [`Service::take_ended`] gives the name of each that has, and
+    /// the result comes when all have. No other begins.
+    pub fn end_exports(&self) -> Pending<()> {
+        let mut state = self.state();
+        state.exports.ending = true;
+        let all = state.exports.list.iter_mut().rev();
+        let told = all.filter_map(|served| Some((served.id.clone(), served.take()?)));
+        let told: Vec<_> = told.collect();
+        drop(state);
+        for (id, running) in told {
+            self.spawn("end of an export", async move |service| service.end(id, running).await);
         }
-        self.exports.retain(|served| {
-            !(matches!(served.state, State::Ending(_)) && ids.contains(&served.id))
-        });
-        ids
-    }
-
-    /// Ends all exports, waits for it, and gives their names.
-    pub fn end_exports(&mut self) -> Vec<String> {
-        self.ended.ids.lock().clear();
-        let end = |Served { id, state, .. }: Served| {
-            state.end();
-            id
-        };
-        self.exports.drain(..).rev().map(end).collect()
+        self.spawn("end of all exports", async |service| {
+            poll_fn(|cx| {
+                let mut state = service.state();
+                if !state.exports.any_serves() {
+                    return Poll::Ready(());
+                }
+                state.exports.waiting.push(cx.waker().clone());
+                Poll::Pending
+            })
+            .await
+        })
     }
 
     /// What exports have counted, oldest first.
     pub fn counted(&self) -> Vec<Arc<ExportMetrics>> {
-        self.exports.iter().filter_map(|served| served.metrics.clone()).collect()
+        let state = self.state();
+        state.exports.list.iter().filter_map(|served| served.metrics.clone()).collect()
     }
 
     /// The socket files that exports have made.
     pub fn sockets(&self) -> Vec<PathBuf> {
-        self.exports.iter().filter_map(|served| served.socket.clone()).collect()
+        let state = self.state();
+        state.exports.list.iter().filter_map(|served| served.socket.clone()).collect()
     }
+}
+
+/// An export, which has not been told to end.
+fn serving<'a>(found: Option<&'a mut Served>, id: &str) -> Result<&'a mut Served, Error> {
+    match found {
+        Some(Served { life: Life::Ending, .. }) => {
+            let shown = id.escape_debug();
+            Err(Error::new(format!("Export '{shown}' is already shutting down")))
+        }
+        Some(Served { life: Life::Beginning | Life::Starting, .. }) | None => Err(not_found(id)),
+        Some(served) => Ok(served),
+    }
+}
+
+fn not_found(id: &str) -> Error {
+    Error::new(format!("Export '{}' is not found", id.escape_debug()))
 }

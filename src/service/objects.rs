@@ -2,7 +2,7 @@
 
 use super::Service;
 use crate::block::Error;
-use crate::io::{Worker, WorkerOptions};
+use crate::io::{self, Worker, WorkerOptions};
 use crate::options::{self, Map};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ struct IothreadObject {
 
 impl Service {
     /// `--object`: adds an object of the type that `qom-type` names.
-    pub fn object_add(&mut self, mut options: Map) -> Result<(), Error> {
+    pub async fn object_add(&self, mut options: Map) -> Result<(), Error> {
         let qom_type = options.take_required_str("qom-type")?;
         match &*qom_type {
             "iothread" => {
@@ -38,7 +38,7 @@ impl Service {
                 if let Some(ns) = object.poll_max_ns {
                     worker.poll_max = Duration::from_nanos(ns);
                 }
-                self.add_iothread(&object.id, worker)
+                self.add_iothread(object.id, worker).await
             }
             other if OBJECT_TYPES.contains(&other) => {
                 Err(Error::new(format!("objects of type '{other}' are not available")))
@@ -50,48 +50,77 @@ impl Service {
     }
 
     /// Adds a worker that exports can name.
-    pub fn add_iothread(&mut self, id: &str, options: WorkerOptions) -> Result<(), Error> {
-        if !options::is_identifier(id) {
+    pub async fn add_iothread(&self, id: String, options: WorkerOptions) -> Result<(), Error> {
+        if !options::is_identifier(&id) {
             return Err(Error::new("Parameter 'id' expects an identifier").with_hint(
                 "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
             ));
         }
-        if self.iothreads.iter().any(|(name, _)| name == id) {
-            return Err(Error::new(format!(
-                "attempt to add duplicate property '{id}' to object (type 'container')"
-            )));
+        {
+            let mut state = self.state();
+            if state.iothreads.iter().any(|(name, _)| *name == id) {
+                return Err(Error::new(format!(
+                    "attempt to add duplicate property '{id}' to object (type 'container')"
+                )));
+            }
+            state.iothreads.push((id.clone(), None));
         }
-        let worker = start_worker(id, options)?;
-        self.iothreads.push((id.to_owned(), Arc::new(worker)));
-        Ok(())
+        let name = id.clone();
+        let worker = io::offload(move || start_worker(&name, options)).await;
+        let mut state = self.state();
+        match (worker, state.iothreads.iter_mut().find(|(name, _)| *name == id)) {
+            (Ok(worker), Some((_, place))) => {
+                *place = Some(Arc::new(worker));
+                Ok(())
+            }
+            (worker, _) => {
+                state.iothreads.retain(|(name, _)| *name != id);
+                worker.map(drop)
+            }
+        }
     }
 
     pub fn iothread(&self, id: &str) -> Result<Arc<Worker>, Error> {
-        let found = self.iothreads.iter().find(|(name, _)| name == id);
+        let state = self.state();
+        let found = state.iothreads.iter().find(|(name, _)| name == id);
         found
-            .map(|(_, worker)| worker.clone())
+            .and_then(|(_, worker)| worker.clone())
             .ok_or_else(|| Error::new(format!("iothread \"{id}\" not found")))
     }
 
     /// Deletes an object that nothing uses.
-    pub fn object_del(&mut self, id: &str) -> Result<(), Error> {
+    pub async fn object_del(&self, id: &str) -> Result<(), Error> {
         let shown = id.escape_debug();
-        let found = self.iothreads.iter().position(|(name, _)| name == id);
-        let index = found.ok_or_else(|| Error::new(format!("object '{shown}' not found")))?;
-        // Everything that runs on a worker holds a reference to it.
-        if Arc::strong_count(&self.iothreads[index].1) > 1 {
-            return Err(Error::new(format!("object '{shown}' is in use, can not be deleted")));
-        }
-        self.iothreads.remove(index);
+        let worker = {
+            let mut state = self.state();
+            let is_it = |(name, worker): &(String, Option<_>)| name == id && worker.is_some();
+            let found = state.iothreads.iter().position(is_it);
+            let index = found.ok_or_else(|| Error::new(format!("object '{shown}' not found")))?;
+            // Everything that runs on a worker holds a reference to it.
+            if state.iothreads[index].1.as_ref().is_some_and(|it| Arc::strong_count(it) > 1) {
+                return Err(Error::new(format!("object '{shown}' is in use, can not be deleted")));
+            }
+            state.iothreads.remove(index)
+        };
+        io::offload(move || drop(worker)).await;
         Ok(())
     }
 
-    pub(super) fn main_worker(&mut self) -> Result<Arc<Worker>, Error> {
-        if let Some(main) = &self.main {
-            return Ok(main.clone());
+    pub(super) async fn main_worker(&self) -> Result<Arc<Worker>, Error> {
+        if let Some(main) = self.state().main.clone() {
+            return Ok(main);
         }
-        let main = Arc::new(start_worker("main", WorkerOptions::default())?);
-        self.main = Some(main.clone());
+        let started = io::offload(|| start_worker("main", WorkerOptions::default())).await?;
+        let (main, spare) = {
+            let mut state = self.state();
+            match state.main.clone() {
+                Some(main) => (main, Some(started)),
+                None => (state.main.insert(Arc::new(started)).clone(), None),
+            }
+        };
+        if spare.is_some() {
+            io::offload(move || drop(spare)).await;
+        }
         Ok(main)
     }
 }

@@ -4,7 +4,7 @@
 
 use super::holders::{self, Holder};
 use crate::block::Error;
-use crate::io::Errno;
+use crate::io::{self, Errno};
 use std::time::{Duration, Instant};
 
 /// The wait for locks whose holder cannot be seen to live.
@@ -28,24 +28,28 @@ pub fn is_locked(error: &Error) -> bool {
 }
 
 /// Tries again while an image is locked. The last refusal is the answer, and names a holder that
-/// lives. Gives up at once when `give_up` says so.
-pub(super) fn patiently<T>(
-    give_up: fn() -> bool,
-    mut attempt: impl FnMut() -> Result<T, Error>,
+/// lives. Gives up when `give_up` says so; without it, there is one attempt.
+pub(super) async fn patiently<T>(
+    give_up: Option<fn() -> bool>,
+    mut attempt: impl AsyncFnMut() -> Result<T, Error>,
 ) -> Result<T, Error> {
+    let Some(give_up) = give_up else { return attempt().await };
     let began = Instant::now();
     let mut next_look = began;
     let mut seen: Option<(Holder, Instant)> = None;
     let mut told = false;
     loop {
-        let error = match attempt() {
+        let error = match attempt().await {
             Err(error) if is_locked(&error) => error,
             result => return result,
         };
         let now = Instant::now();
         if now >= next_look {
             next_look = now + LOOK;
-            let found = error.locked_file().and_then(holders::find);
+            let found = match error.locked_file().copied() {
+                Some(file) => io::offload(move || holders::find(&file)).await,
+                None => None,
+            };
             seen = match (found, seen) {
                 (Some(holder), Some((same, since))) if holder == same => Some((holder, since)),
                 (found, _) => found.map(|holder| (holder, now)),
@@ -66,6 +70,6 @@ pub(super) fn patiently<T>(
             let hint = error.hint().unwrap_or_default();
             log::warn!("{error}: trying on for {} s. {hint}", LONGEST.as_secs());
         }
-        std::thread::sleep(TRY);
+        io::sleep(TRY).await;
     }
 }

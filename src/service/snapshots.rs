@@ -1,6 +1,6 @@
 //! Internal snapshots of nodes in use, as QMP makes and deletes them.
 
-use super::{Pending, Service};
+use super::Service;
 use crate::block::{Error, NewSnapshot, Node, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::io::Errno;
 use std::sync::Arc;
@@ -8,31 +8,24 @@ use std::time::SystemTime;
 
 impl Service {
     /// Keeps a node's disk as it is now, under a name that no snapshot of it has.
-    pub fn create_snapshot(&self, node: &Arc<Node>, name: String) -> Pending<Result<(), Error>> {
-        let (graph, node) = (self.graph.clone(), node.clone());
-        Pending::start(&self.control, move || async move {
-            let work = async |snapshots: &dyn Snapshots| make(snapshots, &node, &name).await;
-            graph.with_snapshots(&node, work).await.unwrap_or_else(|| Err(unsupported(&node)))
-        })
+    pub async fn create_snapshot(&self, node: &Arc<Node>, name: &str) -> Result<(), Error> {
+        let work = async |snapshots: &dyn Snapshots| make(snapshots, node, name).await;
+        let made = self.graph().with_snapshots(node, work).await;
+        made.unwrap_or_else(|| Err(unsupported(node)))
     }
 
     /// Deletes a snapshot of a node's disk, which has this identifier, this name, or both. What it was.
-    pub fn delete_snapshot(
+    pub async fn delete_snapshot(
         &self,
         node: &Arc<Node>,
-        id: Option<String>,
-        name: Option<String>,
-    ) -> Pending<Result<SnapshotInfo, Error>> {
-        let (graph, node) = (self.graph.clone(), node.clone());
-        Pending::start(&self.control, move || async move {
-            let work = async |snapshots: &dyn Snapshots| {
-                delete(snapshots, &node, id.as_deref(), name.as_deref()).await
-            };
-            match graph.with_snapshots(&node, work).await {
-                Some(result) => result,
-                None => Err(no_list(Error::os("", Errno::ENOTSUP))),
-            }
-        })
+        id: Option<&str>,
+        name: Option<&str>,
+    ) -> Result<SnapshotInfo, Error> {
+        let work = async |snapshots: &dyn Snapshots| delete(snapshots, node, id, name).await;
+        match self.graph().with_snapshots(node, work).await {
+            Some(result) => result,
+            None => Err(no_list(Error::os("", Errno::ENOTSUP))),
+        }
     }
 }
 

@@ -9,10 +9,10 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
-/// The exports that have ended by themselves, and how that is noticed.
+/// The exports that have ended, and how that is noticed.
 pub(super) struct Ended {
-    pub(super) ids: Mutex<Vec<String>>,
-    pub(super) notice: EventFd,
+    ids: Mutex<Vec<String>>,
+    notice: EventFd,
 }
 
 impl Ended {
@@ -44,19 +44,27 @@ impl Ended {
 }
 
 impl Service {
+    /// The names of the exports that have ended since this was last asked. One whose front end was
+    /// the only one that it could have is among them, and is still there.
+    pub fn take_ended(&self) -> Vec<String> {
+        let Ended { ids, notice } = &*self.0.ended;
+        let _ = notice.read();
+        std::mem::take(&mut *ids.lock())
+    }
+
     /// What the storage has failed since this was last asked.
     pub fn take_io_errors(&self) -> Vec<IoError> {
-        self.io_errors.take()
+        self.0.io_errors.take()
     }
 
     /// What nodes have had to tell since this was last asked.
     pub fn take_notices(&self) -> Vec<Notice> {
-        self.graph.notices().take()
+        self.graph().notices().take()
     }
 
     /// Readable while [`Service::take_ended`], [`Service::take_io_errors`] or
     /// [`Service::take_notices`] has something to give.
     pub fn ended_notice(&self) -> RawFd {
-        self.ended.notice.as_raw_fd()
+        self.0.ended.notice.as_raw_fd()
     }
 }

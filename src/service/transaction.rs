@@ -4,7 +4,7 @@
 //! made or taken back, the last one first. What cannot be taken back, the removal of a bitmap, is done last.
 
 use super::overlays::{NewOverlay, prepare};
-use super::{Pending, Service, snapshots};
+use super::{Service, snapshots};
 use crate::block::graph::{Drained, Graph, Over};
 use crate::block::{Bitmap, Error, NewBitmap, Node, Snapshots};
 use crate::options::Map;
@@ -66,9 +66,8 @@ enum Undo {
 
 impl Service {
     /// Makes all of the changes, or none.
-    pub fn transaction(&self, steps: Vec<Step>) -> Pending<Result<(), Error>> {
-        let graph = self.graph.clone();
-        Pending::start(&self.control, move || async move { run(&graph, steps).await })
+    pub async fn transaction(&self, steps: Vec<Step>) -> Result<(), Error> {
+        run(self.graph(), steps).await
     }
 }
 

@@ -366,9 +366,11 @@ fn blocks_larger_than_a_bounce_buffer_are_read_and_written_whole() {
 
 #[test]
 fn all_nodes_of_a_disk_have_one_share_of_the_threads_for_work_that_blocks() {
-    let service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
-    let add =
-        |text: &str| service.blockdev_add(keyval::parse(text, None).unwrap().options).unwrap();
+    let service = Service::start(&REGISTRY, OpenPolicy::default()).unwrap();
+    let add = |text: &str| {
+        let options = keyval::parse(text, None).unwrap().options;
+        service.wait(async move |service| service.blockdev_add(options).await).unwrap()
+    };
     let whole = add("driver=layer,node-name=whole,file.driver=raw,file.file.driver=null-co,\
          backing.driver=raw,backing.file.driver=null-co");
     for below in whole.below() {

@@ -4,8 +4,8 @@ use super::disk::{Counters, Disk, DiskOptions};
 use super::failure::{Failure, IoErrors};
 use super::metrics::ExportMetrics;
 use crate::block::graph::User;
-use crate::block::{Activity, Error, Node};
-use crate::io::Worker;
+use crate::block::{Activity, Error, LocalFuture, Node};
+use crate::io::{Worker, offload};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -115,7 +115,8 @@ pub trait Export: Send + Sync {
     ///
     /// # Errors
     /// A record of it cannot be removed.
-    fn accept_loss(&self) -> Result<(), Error> {
-        self.disk().losses.accept(self.name(), &self.node())
+    fn accept_loss(&self) -> LocalFuture<'static, Result<(), Error>> {
+        let disk = self.disk().clone();
+        Box::pin(offload(move || disk.losses.accept(&disk.name, &disk.node())))
     }
 }

@@ -3,12 +3,11 @@
 //! The rule held here: nothing is counted twice for it. The sums are of what each queue has counted by
 //! itself.
 
-use super::{Nodes, when_listed};
+use super::{Nodes, listed};
 use crate::block::graph::NodeInfo;
 use crate::export::core::ExportMetrics;
 use crate::export::core::metrics::OperationMetrics;
-use crate::monitor::commands::{CommandError, object};
-use crate::monitor::slow::Later;
+use crate::monitor::commands::{Outcome, object};
 use crate::options::{self, Map, Value};
 use crate::service::Service;
 use serde::Deserialize;
@@ -61,7 +60,7 @@ impl Operations {
     }
 }
 
-pub fn query_blockstats(service: &mut Service, arguments: Map) -> Result<Later, CommandError> {
+pub async fn query_blockstats(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
     struct Arguments {
@@ -69,13 +68,14 @@ pub fn query_blockstats(service: &mut Service, arguments: Map) -> Result<Later, 
     }
     let Arguments { query_nodes } = options::from_map(arguments)?;
     let of_nodes = query_nodes.unwrap_or(false);
-    Ok(when_listed(service, move |nodes| {
+    let tell = |nodes: Nodes<'_>| {
         let exports = nodes.service.counted();
         match of_nodes {
             true => nodes.stats_of_nodes(&exports),
             false => nodes.stats_of_exports(&exports),
         }
-    }))
+    };
+    listed(service, tell).await
 }
 
 impl Nodes<'_> {

@@ -122,7 +122,7 @@ fn a_resize_does_not_wait_for_held_requests() {
     hold_writes(&mut stage, &mut disk, 3);
     let service = stage.service();
     let node = service.graph().find("d0").unwrap();
-    service.resize(&node, 2 << 20).poll(crate::vhost_user::LIMIT).unwrap().unwrap();
+    service.wait(async move |service| service.resize(&node, 2 << 20).await).unwrap();
     assert_eq!(stage.info().held, 3);
     stage.sim.heal();
     stage.service().retry_held("e0").unwrap();

@@ -280,7 +280,7 @@ fn the_memory_of_a_front_end_remembers_a_failed_flush_whatever_the_storage() {
     stage.start();
     disk.reconnect().unwrap();
     assert_eq!(flush(&mut disk), status::IOERR);
-    stage.service().accept_loss("e0").unwrap();
+    stage.service().wait(async |service| service.accept_loss("e0").await).unwrap();
     assert_eq!(flush(&mut disk), 0);
     // Accepted for this export, also where memory of before comes back.
     stage.start();

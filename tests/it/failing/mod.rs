@@ -6,7 +6,7 @@
 mod full;
 mod growing;
 mod hangs;
-mod held;
+pub mod held;
 mod limit;
 mod lost;
 mod policies;
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use vublk::block::OpenPolicy;
 use vublk::options::keyval;
 use vublk::protocol::sim::{Effect, Fault, Kinds, SimDisk, SimOptions};
-use vublk::service::{ExportInfo, Service};
+use vublk::service::{ExportInfo, Owned, Service};
 use vublk_testkit::request::{Request, Shape};
 use vublk_testkit::spec::protocol;
 use vublk_testkit::{Disk, Options};
@@ -28,7 +28,7 @@ use crate::vhost_user::LIMIT;
 
 /// A service with the export `e0` of a simulated disk.
 pub struct Stage {
-    pub service: Option<Service>,
+    pub service: Option<Owned>,
     pub sim: SimDisk,
     name: String,
     export: String,
@@ -52,14 +52,9 @@ impl Stage {
     pub fn start(&mut self) {
         self.service = None;
         let parse = |text: &str| keyval::parse(text, None).unwrap().options;
-        let mut service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
-        service.object_add(parse("qom-type=iothread,id=io0")).unwrap();
-        service
-            .blockdev_add(parse(&format!(
-                "driver=sim,disk={},node-name=d0,discard=unmap",
-                self.name
-            )))
-            .unwrap();
+        let service = Service::start(&REGISTRY, OpenPolicy::default()).unwrap();
+        let object = parse("qom-type=iothread,id=io0");
+        let disk = parse(&format!("driver=sim,disk={},node-name=d0,discard=unmap", self.name));
         let path = self.dir.path().join("e0.sock");
         let export = format!(
             "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={},writable=on,\
@@ -67,12 +62,18 @@ impl Stage {
             path.display(),
             self.export
         );
-        service.export_add(parse(export.trim_end_matches(','))).unwrap();
+        let export = parse(export.trim_end_matches(','));
+        let begun = service.wait(async move |service| {
+            service.object_add(object).await?;
+            service.blockdev_add(disk).await?;
+            service.export_add(export).await
+        });
+        begun.unwrap();
         self.service = Some(service);
     }
 
-    pub fn service(&mut self) -> &mut Service {
-        self.service.as_mut().unwrap()
+    pub fn service(&self) -> &Service {
+        self.service.as_ref().unwrap()
     }
 
     /// A front end, that has requests in flight tracked if `tracked`.

@@ -13,6 +13,7 @@ mod overlays;
 mod resize;
 pub mod slow;
 mod snapshots;
+mod stalled;
 mod threshold;
 mod transaction;
 

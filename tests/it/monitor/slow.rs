@@ -19,7 +19,7 @@ fn two_monitors() -> Daemon {
 
 /// A lease on a file: whoever opens it waits in open(2), as on storage that hangs, until the lease is
 /// given up (or the kernel has waited for that long enough: 45 seconds).
-fn lease(path: &Path) -> File {
+pub fn lease(path: &Path) -> File {
     /// As Linux numbers it; the libc crate has no name for it.
     const F_SETSIG: libc::c_int = 10;
     let file = File::options().read(true).write(true).open(path).unwrap();

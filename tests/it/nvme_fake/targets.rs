@@ -40,10 +40,10 @@ fn what_is_made_on_a_namespace_reports_whether_what_was_there_before_shows() {
 #[test]
 fn a_look_at_a_new_raw_node_leaves_the_only_queue_to_the_worker_that_serves_guests() {
     let (fake, options) = nvme_disk(Config { pairs: 1, ..Config::default() });
-    let service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
+    let service = Service::start(&REGISTRY, OpenPolicy::default()).unwrap();
     let options = format!("driver=raw,node-name=d,file.{}", options.replace(",", ",file."));
     let options = keyval::parse(&options, None).unwrap().options;
-    let node = service.blockdev_add(options).unwrap();
+    let node = service.wait(async move |service| service.blockdev_add(options).await).unwrap();
     assert_ne!(fake.counts().commands, 0, "it was looked at");
     let worker = worker("nvme");
     let held = hold(service.graph(), &node);

@@ -89,21 +89,26 @@ fn a_stalled_disk_holds_its_share_of_memory_and_others_go_on() {
     );
     let other = SimDisk::new(SimOptions::new(4 << 20));
     let dir = tempfile::tempdir().unwrap();
-    let mut service = Service::new(&REGISTRY, OpenPolicy::default()).unwrap();
-    service.object_add(parse("qom-type=iothread,id=io0")).unwrap();
+    let service = Service::start(&REGISTRY, OpenPolicy::default()).unwrap();
+    let iothread = parse("qom-type=iothread,id=io0");
+    service.wait(async move |service| service.object_add(iothread).await).unwrap();
     let observed = service.observe();
     let paths = [(&stalled, 0), (&other, 1)].map(|(disk, number)| {
         let name = unique();
         disk.publish(&name);
-        let node = format!("driver=sim,disk={name},node-name=d{number}");
-        service.blockdev_add(parse(&node)).unwrap();
+        let node = parse(&format!("driver=sim,disk={name},node-name=d{number}"));
         let path = dir.path().join(format!("e{number}.sock"));
         let export = format!(
             "type=vhost-user-blk,id=e{number},node-name=d{number},addr.type=unix,addr.path={},\
              iothread=io0,num-queues=2",
             path.display()
         );
-        service.export_add(parse(&export)).unwrap();
+        let export = parse(&export);
+        let begun = service.wait(async move |service| {
+            service.blockdev_add(node).await?;
+            service.export_add(export).await
+        });
+        begun.unwrap();
         path
     });
     stalled.inject(Fault::new(Kinds::READ, Effect::Hang));
