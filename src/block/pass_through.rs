@@ -14,6 +14,10 @@ use std::sync::Arc;
     async_fn_in_trait,
     reason = "requests stay on their worker, so that their futures need not be Send"
 )]
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "a disk is asked how long it is, not whether it is"
+)]
 pub trait PassThrough: Send + Sync + 'static {
     /// As [`Driver::entry`].
     fn entry(&self) -> &'static DriverEntry;
