@@ -1,16 +1,17 @@
 //! The named graph: which nodes there are, who uses them, and how that changes.
 //!
-//! The rule held here: a change happens whole or not at all. Changes are made one at a time
-//! (`turns`); the list of nodes has a mutex of its own, which is never held across an
-//! await. The data path asks neither.
+//! The rule held here: a change happens whole or not at all. Changes of the same nodes are made one at a
+//! time (`claims`); the list of nodes has a mutex, which is never held across an await. The data path asks
+//! neither.
 
 mod activity;
+mod claims;
 mod drain;
+mod endings;
 mod heights;
 mod length;
 mod overlay;
 mod permissions;
-mod turns;
 
 #[cfg(test)]
 mod tests;
@@ -24,18 +25,17 @@ use super::open::{Depth, duplicate};
 use super::policy::OpenPolicy;
 use super::registry::Registry;
 use super::{
-    Abilities, BitmapInfo, Discards, Error, ImageInfo, Kind, Node, NodeOptions, Notices, Perm,
-    Perms, Role,
+    BitmapInfo, Discards, Error, ImageInfo, Kind, Node, NodeOptions, Notices, Perms, Role,
 };
+use crate::io::Worker;
 use crate::io::sync::Mutex;
-use crate::io::{IoResult, Worker};
 use crate::options::Map;
+use claims::{Claim, Claims, Part};
 use drain::Drain;
 use heights::Height;
 use permissions::Plan;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
-use turns::{Turn, Turns};
 
 /// A graph of block nodes. Clones are the same graph.
 #[derive(Clone)]
@@ -44,8 +44,6 @@ pub struct Graph(Arc<Inner>);
 struct Inner {
     registry: &'static Registry,
     policy: OpenPolicy,
-    /// Changes are made by whose turn it is.
-    turns: Turns,
     state: Mutex<State>,
     notices: Arc<Notices>,
 }
@@ -58,6 +56,7 @@ pub(super) struct State {
     next_block: u64,
     /// Under way.
     drains: Vec<Drain>,
+    claims: Claims,
 }
 
 struct Entry {
@@ -71,6 +70,8 @@ struct Entry {
     /// The nodes that it stands on, in the driver's order.
     children: Vec<u64>,
     height: Height,
+    /// Nobody can use it any more.
+    closing: bool,
     /// What all uses hold and allow together.
     perms: Perms,
     /// What the driver's locks stand for: `perms`, or more while requests are still on their way;
@@ -142,8 +143,8 @@ impl Graph {
     }
 
     pub fn with_policy(registry: &'static Registry, policy: OpenPolicy) -> Graph {
-        let (turns, state, notices) = Default::default();
-        Graph(Arc::new(Inner { registry, policy, turns, state, notices }))
+        let (state, notices) = Default::default();
+        Graph(Arc::new(Inner { registry, policy, state, notices }))
     }
 
     pub fn policy(&self) -> &OpenPolicy {
@@ -177,21 +178,30 @@ impl Graph {
         self.nodes().iter().map(|node| NodeInfo::of(node, &mut names)).collect()
     }
 
-    // ---- Opening and closing
+    // ---- Opening
 
     /// Opens a node by its options, with all that they define below it; it stays until it is
     /// deleted ([`Graph::delete`]). Runs on a worker.
     pub async fn open(&self, options: Map) -> Result<Arc<Node>, Error> {
-        let _turn = self.turn().await;
-        let result = self.open_top(options).await;
-        // What a failed opening has left, and what users have dropped meanwhile.
-        self.close_unused().await;
-        result
+        let mut found = Vec::new();
+        loop {
+            let claim = self.claim(found.clone()).await;
+            let result = self.open_top(options.clone(), &claim).await;
+            let (opened, missed) = (claim.opened(), claim.missed());
+            drop(claim);
+            // What a failed opening has left.
+            self.end_unused(None, &opened).await;
+            match missed.filter(|_| result.is_err()) {
+                Some(name) => found.push(Part::Keep(name)),
+                None => return result,
+            }
+        }
     }
 
-    /// [`Graph::open`] for whoever has the turn.
-    async fn open_top(&self, options: Map) -> Result<Arc<Node>, Error> {
-        let node = self.open_node(options.clone(), String::new(), None, Depth::TOP).await?;
+    /// [`Graph::open`] under a claim.
+    async fn open_top(&self, options: Map, claim: &Claim) -> Result<Arc<Node>, Error> {
+        let node =
+            self.open_node(options.clone(), String::new(), None, Depth::TOP, claim.id).await?;
         if let Some((_, entry)) = self.0.state.lock().by_name_mut(node.name()) {
             entry.monitor = true;
             entry.asked = options;
@@ -203,91 +213,6 @@ impl Graph {
     pub fn open_on(&self, worker: &Worker, options: Map) -> Result<Arc<Node>, Error> {
         let graph = self.clone();
         worker.block_on(move || async move { graph.open(options).await })
-    }
-
-    /// Deletes a node that was opened by name, and closes what nobody uses then.
-    ///
-    /// # Errors
-    /// In QEMU's words, for nodes that are in use or belong to others.
-    pub async fn delete(&self, name: &str) -> Result<(), Error> {
-        let _turn = self.turn().await;
-        {
-            let mut state = self.0.state.lock();
-            let (_, entry) = state.by_name_mut(name).ok_or_else(|| not_found(name))?;
-            if entry.uses.iter().any(|one| matches!(one.by, By::User { .. })) {
-                return Err(Error::new(format!("Node {name} is in use")));
-            }
-            if !entry.monitor {
-                return Err(Error::new(format!("Node {name} is not owned by the monitor")));
-            }
-            if !entry.uses.is_empty() {
-                let node = entry.node.clone();
-                state.check_not_backing(&node)?;
-                return Err(Error::new(format!("Block device {name} is in use")));
-            }
-            entry.monitor = false;
-        }
-        self.close_unused().await;
-        Ok(())
-    }
-
-    /// Closes everything that no user holds any more, whoever opened it: the end of the program.
-    pub async fn close(&self) {
-        let _turn = self.turn().await;
-        self.0.state.lock().nodes.values_mut().for_each(|entry| entry.monitor = false);
-        self.close_unused().await;
-    }
-
-    /// Closes what users have left that nobody else has.
-    pub async fn tidy(&self) {
-        let _turn = self.turn().await;
-        self.close_unused().await;
-    }
-
-    /// Closes nodes that nobody uses, parents before what they stand on.
-    ///
-    /// Before that, drivers undo what they did for writers, where the last has left.
-    async fn close_unused(&self) {
-        self.end_writing().await;
-        loop {
-            let unused = {
-                let state = self.0.state.lock();
-                let mut all = state.nodes.iter();
-                all.find(|(_, entry)| !entry.monitor && entry.uses.is_empty())
-                    .map(|(&id, entry)| (id, entry.node.clone()))
-            };
-            let Some((id, node)) = unused else { return };
-            if let Err(errno) = close_driver(&node).await {
-                log::error!("{}: closing: {errno}", node.name());
-            }
-            let mut state = self.0.state.lock();
-            let mut plan = Plan::new(&mut state);
-            plan.remove_edges(id);
-            plan.loosen();
-            let gone = state.nodes.remove(&id);
-            drop(state);
-            // Dropping it closes files, which needs no lock.
-            drop(gone);
-        }
-    }
-
-    async fn end_writing(&self) {
-        const WRITES: Perm = Perm::WRITE.union(Perm::WRITE_UNCHANGED).union(Perm::RESIZE);
-        let unwritten: Vec<_> = {
-            let state = self.0.state.lock();
-            let all = state.nodes.iter().filter(|(_, entry)| !entry.perms.held.intersects(WRITES));
-            all.map(|(&id, entry)| (id, entry.node.clone())).collect()
-        };
-        for (id, node) in unwritten {
-            let Some(undo) = node.driver().unwritten() else { continue };
-            if let Err(errno) = undo.await {
-                log::error!("{}: after its last writer: {errno}", node.name());
-            }
-            let mut state = self.0.state.lock();
-            let mut plan = Plan::new(&mut state);
-            plan.settle_again(id);
-            plan.loosen();
-        }
     }
 
     // ---- Users
@@ -315,6 +240,9 @@ impl Graph {
     pub(super) fn begin_use(&self, node: &Arc<Node>, by: By, perms: Perms) -> Result<(), Error> {
         let mut state = self.0.state.lock();
         let id = state.id(node)?;
+        if state.entry(id).closing {
+            return Err(not_found(node.name()));
+        }
         let user = match &by {
             By::User { user, .. } => user.as_ref().and_then(Weak::upgrade),
             By::Node { .. } | By::Opening { .. } => None,
@@ -350,6 +278,7 @@ impl Graph {
         node: Arc<Node>,
         opening: u64,
         first: Option<(By, Perms)>,
+        claim: u64,
     ) -> Result<(), Error> {
         let mut state = self.0.state.lock();
         if state.by_name(node.name()).is_some() {
@@ -369,12 +298,14 @@ impl Graph {
         let active = node.is_active();
         let (uses, perms) = (Vec::new(), Perms::NONE);
         let (monitor, asked) = (false, Map::new());
-        let height = Height::default();
-        let entry = Entry { node, monitor, asked, uses, children, height, perms, locked: perms };
+        let (height, closing) = Default::default();
+        let locked = perms;
+        let entry = Entry { node, monitor, asked, uses, children, height, closing, perms, locked };
         // A number of its own, because children that were opened with it are older.
         state.next_id += 1;
         let id = state.next_id;
         state.nodes.insert(id, entry);
+        state.claims.add_opened(claim, id);
         let mut plan = Plan::new(&mut state);
         plan.remove(by_opening(opening));
         plan.add_edges(id);
@@ -395,24 +326,6 @@ impl Graph {
         plan.remove(by_opening(id));
         plan.loosen();
     }
-
-    /// The right to change the graph, until it is dropped.
-    async fn turn(&self) -> Turn<'_> {
-        self.0.turns.next().await
-    }
-}
-
-/// Metadata and data to the storage, then the driver's own end.
-async fn close_driver(node: &Node) -> IoResult {
-    // Its image is another's, and has had what was to be written.
-    if !node.is_active() {
-        return Ok(());
-    }
-    let flushed = match node.traits().abilities.contains(Abilities::READ_ONLY) {
-        true => Ok(()),
-        false => node.flush().await,
-    };
-    node.driver().close().await.and(flushed)
 }
 
 fn by_opening(opening: u64) -> impl Fn(&By) -> bool {
@@ -493,15 +406,6 @@ impl Attachment {
         let mut plan = Plan::new(&mut state);
         plan.change_user(self.id, perms);
         plan.apply()
-    }
-
-    /// Gives the node back, and closes it if nobody else uses it. Dropping does the same, but for
-    /// the closing, which then comes with the next change of the graph.
-    pub async fn detach(self) {
-        let graph = self.graph.clone();
-        drop(self);
-        let _turn = graph.turn().await;
-        graph.close_unused().await;
     }
 }
 

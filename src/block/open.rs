@@ -40,6 +40,8 @@ pub struct Opening {
     auto_read_only: bool,
     active: bool,
     depth: Depth,
+    /// The graph's claim that it is opened under.
+    claim: u64,
     /// The images above this one that led here by recorded names.
     chain: Option<Arc<Chain>>,
     /// The disk's share of the threads for work that blocks.
@@ -158,6 +160,9 @@ impl Opening {
         let node = match options {
             NodeRef::Name(name) => {
                 let node = self.graph.find(&name).map_err(|_| no_reference(&name))?;
+                if !self.graph.keep_too(self.claim, &name) {
+                    return Err(Error::new(format!("Node '{name}' is being changed")));
+                }
                 self.graph.begin_use(&node, by, during)?;
                 node
             }
@@ -165,7 +170,9 @@ impl Opening {
                 let path = join(&self.path, role.name());
                 let inherited = Inherited { first: Some((by, during)), ..self.inherited(role) };
                 let (graph, depth) = (self.graph.clone(), self.depth.below(role));
-                let open = async move { graph.open_node(map, path, Some(inherited), depth).await };
+                let claim = self.claim;
+                let open =
+                    async move { graph.open_node(map, path, Some(inherited), depth, claim).await };
                 match role.is_backing() {
                     false => open.await?,
                     // A task of its own, as a chain may be longer than the stack is deep.
@@ -211,13 +218,14 @@ impl Drop for Opening {
 
 impl Graph {
     /// Opens the node that `options` describe, and those below it. `inherited` is none at the top,
-    /// where a name is asked for.
+    /// where a name is asked for. The nodes belong to `claim`.
     pub(super) fn open_node<'a>(
         &'a self,
         mut options: Map,
         path: String,
         mut inherited: Option<Inherited>,
         depth: Depth,
+        claim: u64,
     ) -> LocalFuture<'a, Result<Arc<Node>, Error>> {
         Box::pin(async move {
             depth.check()?;
@@ -246,6 +254,7 @@ impl Graph {
                 auto_read_only,
                 active,
                 depth,
+                claim,
                 chain,
                 blocking: blocking.unwrap_or_default(),
                 has_storage: false,
@@ -261,7 +270,7 @@ impl Graph {
             let (name, notices) = (opening.name.clone(), opening.notices());
             let node = Node::with_share(name, driver, node_options, notices, opening.blocking());
             node.set_active(active);
-            if let Err(error) = self.insert(node.clone(), opening.id, first) {
+            if let Err(error) = self.insert(node.clone(), opening.id, first, claim) {
                 // Nothing was asked of it yet, so there is nothing that its end could lose.
                 let _ = node.driver().close().await;
                 return Err(error);

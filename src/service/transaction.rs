@@ -78,7 +78,11 @@ async fn run(graph: &Graph, steps: Vec<Step>) -> Result<(), Error> {
         prepared.push(step.prepare(graph).await?);
     }
     let nodes: Vec<_> = steps.iter().filter_map(|step| step.node(graph)).collect();
-    let drained = graph.drain_all(&nodes).await?;
+    let overlays = steps.iter().filter_map(|step| step.overlay(graph));
+    let changed: Vec<_> = nodes.iter().cloned().chain(overlays).collect();
+    let drained = graph.drain_all(&changed).await?;
+    // Overlays that are there are opened again.
+    drop(changed);
     let mut done = Vec::new();
     let mut result = Ok(());
     for (step, options) in steps.into_iter().zip(prepared) {
@@ -137,6 +141,14 @@ impl Step {
     /// That node, if it is there by now.
     fn node(&self, graph: &Graph) -> Option<Arc<Node>> {
         graph.find(self.name()?).ok()
+    }
+
+    /// The node that is to be an overlay, if it is there by now.
+    fn overlay(&self, graph: &Graph) -> Option<Arc<Node>> {
+        match self {
+            Step::PutOver { overlay, .. } => graph.find(overlay).ok(),
+            _ => None,
+        }
     }
 
     /// The options of a new overlay, whose file is made, if what it stands on is there by now.

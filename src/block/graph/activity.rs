@@ -12,6 +12,7 @@
 //! * A node is inactive when the last of its users says so. Drivers bring everything to the storage,
 //!   parents first, and only then locks are given up. What cannot be brought there stays ours.
 
+use super::claims::{Claim, Part};
 use super::permissions::{commit, prepare, rollback};
 use super::{Attachment, By, Graph, State};
 use crate::block::{Error, Node};
@@ -40,6 +41,18 @@ impl Activity {
         found.ok_or_else(|| Error::new("The user has given its node back"))
     }
 
+    /// That node, which nobody else changes, nor what is below it. It may change as long as others do.
+    async fn claim(&self) -> Result<(Arc<Node>, Claim), Error> {
+        loop {
+            let node = self.node()?;
+            let id = self.graph.0.state.lock().id(&node)?;
+            let claim = self.graph.claim(vec![Part::Below(id)]).await;
+            if Arc::ptr_eq(&self.node()?, &node) {
+                return Ok((node, claim));
+            }
+        }
+    }
+
     /// Whether this user needs the node, which is active then. A user that came to an inactive node
     /// does not until it says so.
     pub fn is_active(&self) -> bool {
@@ -53,9 +66,8 @@ impl Activity {
     /// Locks that other processes hold (EAGAIN), or storage that is not what it was; nothing has
     /// changed then.
     pub async fn activate(&self) -> Result<(), Error> {
-        let _turn = self.graph.turn().await;
-        let node = self.node()?;
-        self.graph.activate_in_turn(&node).await?;
+        let (node, _claim) = self.claim().await?;
+        self.graph.activate_claimed(&node).await?;
         if let Some((_, active)) = self.graph.0.state.lock().user(self.user) {
             *active = true;
         }
@@ -69,8 +81,7 @@ impl Activity {
     /// What could not be brought to the storage, or a driver that cannot hand its image over. The
     /// node is active and the user needs it then, as before.
     pub async fn inactivate(&self) -> Result<(), Error> {
-        let _turn = self.graph.turn().await;
-        let node = self.node()?;
+        let (node, _claim) = self.claim().await?;
         let unneeded = {
             let mut state = self.graph.0.state.lock();
             if let Some((_, active)) = state.user(self.user) {
@@ -117,11 +128,12 @@ impl Graph {
     /// # Errors
     /// [`Activity::activate`].
     pub async fn activate(&self, node: &Arc<Node>) -> Result<(), Error> {
-        let _turn = self.turn().await;
-        self.activate_in_turn(node).await
+        let id = self.0.state.lock().id(node)?;
+        let _claim = self.claim(vec![Part::Below(id)]).await;
+        self.activate_claimed(node).await
     }
 
-    async fn activate_in_turn(&self, node: &Arc<Node>) -> Result<(), Error> {
+    async fn activate_claimed(&self, node: &Arc<Node>) -> Result<(), Error> {
         let nodes = {
             let mut state = self.0.state.lock();
             let nodes = state.inactive_below(node)?;

@@ -4,8 +4,8 @@
 //! and whoever is on the fast road without having registered is waited for
 //! ([`crate::io::epoch`]) before anything that it may still use is given up.
 
+use super::claims::{Claim, Part};
 use super::permissions::{Plan, release_locks};
-use super::turns::Turn;
 use super::{By, Graph, State};
 use crate::block::{
     Error, LocalFuture, Node, Perm, Perms, Preallocation, Role, Snapshots, resizable,
@@ -56,15 +56,19 @@ pub(super) struct Drain {
     users: Vec<Arc<dyn User>>,
 }
 
-/// The graph at rest around a node, until it is dropped: its users are paused, and nobody else
-/// changes the graph.
+/// The graph at rest around some nodes, until it is dropped: their users are paused, and nobody else
+/// changes these nodes or what lies around them ([`super::claims`]).
 pub struct Drained<'a> {
     graph: &'a Graph,
     id: u64,
-    _turn: Turn<'a>,
+    claim: Claim,
 }
 
 impl Drained<'_> {
+    pub(super) fn claim(&self) -> &Claim {
+        &self.claim
+    }
+
     /// Those that are paused, also those that have come since.
     pub(super) fn users(&self) -> Vec<Arc<dyn User>> {
         let mut state = self.graph.0.state.lock();
@@ -117,13 +121,17 @@ impl Graph {
     /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of
     /// them: also who comes before the drain is over.
     pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained<'_>, Error> {
-        let turn = self.turn().await;
+        let claim = self.claim_change(nodes, &[]).await?;
+        self.drain_claimed(nodes, claim).await
+    }
+
+    async fn drain_claimed(&self, nodes: &[Arc<Node>], claim: Claim) -> Result<Drained<'_>, Error> {
         let (drained, users) = {
             let mut state = self.0.state.lock();
             let ids = nodes.iter().map(|node| state.id(node)).collect::<Result<Vec<_>, _>>()?;
             let users = ids.iter().flat_map(|&id| state.above(id));
             let users: Vec<_> = users.flat_map(|used| used.users).collect();
-            (self.begin_drain(&mut state, ids, turn), users)
+            (self.begin_drain(&mut state, ids, claim), users)
         };
         for user in users {
             if let Some(drain) = self.0.state.lock().drain(drained.id) {
@@ -135,16 +143,26 @@ impl Graph {
     }
 
     /// With nobody paused yet.
-    fn begin_drain<'a>(
-        &'a self,
-        state: &mut State,
-        nodes: Vec<u64>,
-        turn: Turn<'a>,
-    ) -> Drained<'a> {
+    fn begin_drain<'a>(&'a self, state: &mut State, nodes: Vec<u64>, claim: Claim) -> Drained<'a> {
         state.next_id += 1;
         let id = state.next_id;
         state.drains.push(Drain { id, nodes, users: Vec::new() });
-        Drained { graph: self, id, _turn: turn }
+        Drained { graph: self, id, claim }
+    }
+
+    /// Waits until nobody else changes `changed`, nor the nodes that are only to be `kept`.
+    async fn claim_change(
+        &self,
+        changed: &[Arc<Node>],
+        kept: &[Arc<Node>],
+    ) -> Result<Claim, Error> {
+        let mut parts = {
+            let state = self.0.state.lock();
+            let parts = changed.iter().map(|node| Ok(Part::Change(state.id(node)?)));
+            parts.collect::<Result<Vec<_>, Error>>()?
+        };
+        parts.extend(kept.iter().map(|node| Part::Keep(node.name().to_owned())));
+        Ok(self.claim(parts).await)
     }
 
     /// Turns the edge from `parent` to its child in `role` to another node, under running users.
@@ -158,7 +176,8 @@ impl Graph {
         role: Role,
         node: &Arc<Node>,
     ) -> Result<(), Error> {
-        let drained = self.drain(parent).await?;
+        let claim = self.claim_change(std::slice::from_ref(parent), std::slice::from_ref(node));
+        let drained = self.drain_claimed(std::slice::from_ref(parent), claim.await?).await?;
         let children = parent.driver().children();
         let index = children.iter().position(|child| child.role() == role).ok_or_else(|| {
             Error::new(format!("Node '{}' does not have a '{role}' child", parent.name()))
@@ -179,7 +198,7 @@ impl Graph {
             let (from, to) = (state.id(parent)?, state.id(node)?);
             let mut plan = Plan::new(&mut state);
             plan.turn_edge(from, index, to);
-            plan.apply_keeping_locks()?;
+            plan.apply_keeping_locks(drained.claim.id)?;
         }
         let len = parent.len();
         let old = child.replace(node.clone());
@@ -190,10 +209,13 @@ impl Graph {
         let members = parent.members();
         members.iter().for_each(|member| node.add_member(member));
         epoch::synchronize(&members).await;
-        drop(old);
-        release_locks(&mut self.0.state.lock());
-        self.close_unused().await;
-        drop(drained);
+        release_locks(&mut self.0.state.lock(), drained.claim.id);
+        let left = {
+            let state = self.0.state.lock();
+            state.id(&old).map_or_else(|_| Vec::new(), |id| state.all_below(&[id]))
+        };
+        drop((old, drained));
+        self.end_unused(None, &left.into_iter().collect()).await;
         Ok(())
     }
 
@@ -230,19 +252,22 @@ impl Graph {
     }
 
     /// Works on the internal snapshots of a node, which its users go on using, while nobody else
-    /// changes the graph or the node's length. None if it has none, nor has the only node that it
+    /// changes the node or its length. None if it has none, nor has the only node that it
     /// stands on.
     pub async fn with_snapshots<T>(
         &self,
         node: &Arc<Node>,
         work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
     ) -> Option<Result<T, Error>> {
-        let turn = self.turn().await;
-        let drained = self.begin_drain(&mut self.0.state.lock(), Vec::new(), turn);
+        let claim = match self.claim_change(std::slice::from_ref(node), &[]).await {
+            Ok(claim) => claim,
+            Err(error) => return Some(Err(error)),
+        };
+        let drained = self.begin_drain(&mut self.0.state.lock(), Vec::new(), claim);
         self.with_snapshots_now(&drained, node, work).await
     }
 
-    /// [`Graph::with_snapshots`] for whoever has drained the graph.
+    /// [`Graph::with_snapshots`] for a change that has drained the node.
     pub async fn with_snapshots_now<T>(
         &self,
         _: &Drained<'_>,
@@ -260,7 +285,7 @@ impl Graph {
         }
     }
 
-    /// Changes a node's bitmaps while nobody else changes the graph.
+    /// Changes a node's bitmaps while nobody else changes the node.
     ///
     /// # Errors
     /// The node has been deleted, or what the change says.
@@ -270,7 +295,7 @@ impl Graph {
         change: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         {
-            let _turn = self.turn().await;
+            let _claim = self.claim_change(std::slice::from_ref(node), &[]).await?;
             self.0.state.lock().id(node)?;
             change(node).await?;
         }

@@ -25,7 +25,7 @@ pub struct Over {
 
 impl Graph {
     /// Puts a node that was opened by name without backing file, and that nobody uses, over `base`, whose users
-    /// are paused and have it from then on. It is opened anew, with `base` below it.
+    /// are paused and have it from then on. Both are drained. It is opened anew, with `base` below it.
     ///
     /// # Errors
     /// In QEMU's words: one of the two does not suit, or cannot be had; the users have `base` then, as
@@ -42,17 +42,17 @@ impl Graph {
             state.check_overlay(overlay)?
         };
         flush(base).await?;
-        self.forget(overlay).await;
+        self.forget(drained, overlay).await;
         let mut options = asked.clone();
         options.insert(Role::Backing.name(), base.name());
-        let result = match self.open_top(options).await {
+        let result = match self.open_top(options, drained.claim()).await {
             Ok(node) => self.take_over(drained, base, &node).await.map(|()| node),
             Err(error) => Err(error),
         };
         match result {
             Ok(node) => Ok(Over { base: base.clone(), overlay: node, asked: Some(asked) }),
             Err(error) => {
-                self.open_as_before(overlay, asked).await;
+                self.open_as_before(drained, overlay, asked).await;
                 Err(error)
             }
         }
@@ -71,7 +71,8 @@ impl Graph {
     ) -> Result<Over, Error> {
         self.check_base(base)?;
         flush(base).await?;
-        let node = self.open_node(options, String::new(), None, Depth::TOP).await?;
+        let claim = drained.claim().id;
+        let node = self.open_node(options, String::new(), None, Depth::TOP, claim).await?;
         self.take_over(drained, base, &node).await?;
         Ok(Over { base: base.clone(), overlay: node, asked: None })
     }
@@ -91,35 +92,40 @@ impl Graph {
         let name = overlay.name().to_owned();
         drop(overlay);
         match asked {
-            Some(asked) => self.open_as_before(&name, asked).await,
-            None => self.close_unused().await,
+            Some(asked) => self.open_as_before(drained, &name, asked).await,
+            None => self.end_changed(drained).await,
         }
     }
 
     /// Ends a change in which overlays have taken over, or were to. What lies below those that stay is finished.
-    pub async fn keep(&self, _: &Drained<'_>, overlays: Vec<Over>) {
+    pub async fn keep(&self, drained: &Drained<'_>, overlays: Vec<Over>) {
         for over in &overlays {
             self.freeze(&over.base).await;
         }
         drop(overlays);
-        release_locks(&mut self.0.state.lock());
-        self.close_unused().await;
+        release_locks(&mut self.0.state.lock(), drained.claim().id);
+        self.end_changed(drained).await;
     }
 
     /// Closes a node, and opens one of its name with these options.
-    async fn open_as_before(&self, name: &str, asked: Map) {
-        self.forget(name).await;
-        if let Err(error) = self.open_top(asked).await {
+    async fn open_as_before(&self, drained: &Drained<'_>, name: &str, asked: Map) {
+        self.forget(drained, name).await;
+        if let Err(error) = self.open_top(asked, drained.claim()).await {
             log::error!("{name}: opening it as it was: {error}");
         }
     }
 
     /// Closes a node that was opened by name.
-    async fn forget(&self, name: &str) {
+    async fn forget(&self, drained: &Drained<'_>, name: &str) {
         if let Some((_, entry)) = self.0.state.lock().by_name_mut(name) {
             entry.monitor = false;
         }
-        self.close_unused().await;
+        self.end_changed(drained).await;
+    }
+
+    /// Closes what the change that has drained the graph leaves unused.
+    async fn end_changed(&self, drained: &Drained<'_>) {
+        self.end_unused(Some(drained.claim()), &drained.claim().changed()).await;
     }
 
     /// Turns everyone who uses a node to another, of which the one stands on the other. What they give up stays
@@ -142,7 +148,7 @@ impl Graph {
             old.members().iter().for_each(|member| new.add_member(member));
             let mut plan = Plan::new(&mut state);
             plan.move_uses(from, to, |_| true);
-            plan.apply_keeping_locks()?;
+            plan.apply_keeping_locks(drained.claim().id)?;
             above
         };
         self.move_up(drained, old, new, above).await;
@@ -160,7 +166,7 @@ impl Graph {
             let above = state.directly_above(from);
             let mut plan = Plan::new(&mut state);
             plan.move_uses(from, to, |by| !matches!(by, By::User { .. }) || can_move(by).is_some());
-            plan.go_back();
+            plan.go_back(drained.claim().id);
             above
         };
         self.move_up(drained, overlay, base, above).await;

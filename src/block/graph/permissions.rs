@@ -117,18 +117,17 @@ impl<'a> Plan<'a> {
 
     /// Makes the change, or changes nothing.
     pub(super) fn apply(self) -> Result<(), Error> {
-        self.make(|_, perms| perms)
+        self.make(None)
     }
 
-    /// Makes the change, or changes nothing. What it gives up stays locked until
-    /// [`release_locks`]: requests may still be on their way there.
-    pub(super) fn apply_keeping_locks(self) -> Result<(), Error> {
-        self.make(|locked, perms| locked.and(perms))
+    /// Makes the change, or changes nothing. What it gives up stays locked until [`release_locks`] for the
+    /// claim: requests may still be on their way there.
+    pub(super) fn apply_keeping_locks(self, claim: u64) -> Result<(), Error> {
+        self.make(Some(claim))
     }
 
-    /// Makes the change, or changes nothing; `locks` says from what a node's locks stand for, and what it needs, for
-    /// what they shall stand.
-    fn make(mut self, locks: impl Fn(Perms, Perms) -> Perms) -> Result<(), Error> {
+    /// Makes the change, or changes nothing.
+    fn make(mut self, keep_for: Option<u64>) -> Result<(), Error> {
         if let Some(node) = self.in_loop {
             return Err(Error::new(format!("Making '{}' stand on itself", self.name(node))));
         }
@@ -136,8 +135,7 @@ impl<'a> Plan<'a> {
         let mut wanted = Vec::new();
         for (node, perms) in self.settle_all() {
             self.check(node, perms)?;
-            let entry = self.state.entry(node);
-            let locks = entry.wanted_locks(locks(entry.locked, perms));
+            let locks = self.locks(node, perms, keep_for);
             wanted.push(Wanted { node, perms, locks });
         }
         // Locks talk to the file system with the list of nodes locked. They are few, local and
@@ -150,28 +148,34 @@ impl<'a> Plan<'a> {
                 return Err(error);
             }
         }
-        self.commit(&wanted);
+        self.commit(&wanted, keep_for);
         Ok(())
+    }
+
+    /// What a node's locks shall stand for when its uses need `perms`: nothing is given up as long as it is kept.
+    fn locks(&self, node: u64, perms: Perms, keep_for: Option<u64>) -> Perms {
+        let entry = self.state.entry(node);
+        let keeps = keep_for.is_some() || self.state.claims.keeps_locks(node);
+        entry.wanted_locks(if keeps { entry.locked.and(perms) } else { perms })
     }
 
     /// Makes a change that only gives up. It cannot fail: what stays locked against all
     /// expectation is logged.
     pub(super) fn loosen(self) {
-        self.force(|_, perms| perms);
+        self.force(None);
     }
 
     /// Makes a change that leads back to what was before. It cannot fail; what it gives up stays locked until
-    /// [`release_locks`].
-    pub(super) fn go_back(self) {
-        self.force(|locked, perms| locked.and(perms));
+    /// [`release_locks`] for the claim.
+    pub(super) fn go_back(self, claim: u64) {
+        self.force(Some(claim));
     }
 
     /// Makes the change without asking whether it may be made.
-    fn force(mut self, locks: impl Fn(Perms, Perms) -> Perms) {
+    fn force(mut self, keep_for: Option<u64>) {
         let mut wanted = Vec::new();
         for (node, perms) in self.settle_all() {
-            let entry = self.state.entry(node);
-            let locks = entry.wanted_locks(locks(entry.locked, perms));
+            let (locks, entry) = (self.locks(node, perms, keep_for), self.state.entry(node));
             let locks = match prepare(entry, locks) {
                 Ok(()) => locks,
                 Err(error) => {
@@ -181,7 +185,7 @@ impl<'a> Plan<'a> {
             };
             wanted.push(Wanted { node, perms, locks });
         }
-        self.commit(&wanted);
+        self.commit(&wanted, keep_for);
     }
 
     /// What all uses of a node hold and allow together, for each node whose uses change: parents before children.
@@ -219,7 +223,10 @@ impl<'a> Plan<'a> {
         changed
     }
 
-    fn commit(self, wanted: &[Wanted]) {
+    fn commit(self, wanted: &[Wanted], keep_for: Option<u64>) {
+        if let Some(claim) = keep_for {
+            self.state.claims.keep_locks(claim, wanted.iter().map(|one| one.node));
+        }
         for (node, uses) in self.uses {
             self.state.entry_mut(node).uses = uses;
         }
@@ -402,9 +409,10 @@ pub(super) fn commit(entry: &mut Entry, new: Perms) {
     entry.locked = new;
 }
 
-/// Gives up the locks that [`Plan::apply_keeping_locks`] has kept.
-pub(super) fn release_locks(state: &mut State) {
-    for entry in state.nodes.values_mut() {
+/// Gives up the locks that [`Plan::apply_keeping_locks`] has kept for a claim.
+pub(super) fn release_locks(state: &mut State, claim: u64) {
+    for node in state.claims.take_locked(claim) {
+        let Some(entry) = state.nodes.get_mut(&node) else { continue };
         let wanted = entry.wanted_locks(entry.perms);
         match prepare(entry, wanted) {
             Ok(()) => commit(entry, wanted),

@@ -182,7 +182,7 @@ impl Opening {
         let path = super::join(&self.path, "backing.file");
         let node = self
             .graph
-            .open_node(options, path, Some(inherited), self.depth.below(Role::File))
+            .open_node(options, path, Some(inherited), self.depth.below(Role::File), self.claim)
             .await?;
         probe::probe(self.graph.registry(), &node, &name).await.map(|entry| entry.name)
     }

@@ -1,0 +1,330 @@
+//! Which changes of the graph are made at the same time, and which wait for each other.
+//!
+//! A change claims the nodes that it touches before it looks at them, and has them until it ends. The rules:
+//!
+//! * A change of a node may also write to what the node keeps its data in. So it *changes* the node, all below it
+//!   but for backing files, and everything that stands on one of these. It *keeps* all other nodes below: they
+//!   stay open and where they are.
+//! * Two claims meet if one of them changes a node that the other changes or keeps. Two that keep the same node do
+//!   not: disks that share a backing file change independently of each other.
+//! * Claims that meet are served first come, first served: a claim waits for those that are served and for those
+//!   that wait since before it. Claims that do not meet never wait for each other.
+//! * A claim that is served never waits for another one, so no circle of waiting changes can form. Nodes that it
+//!   opens are its own. A node that an opening finds by name while it is served is added if no other claim
+//!   changes it. If one does, the opening gives everything back, and begins again with a claim that has the node
+//!   from the start.
+//! * While a claim waits, its nodes are worked out from the graph as it is; when it is served, nobody else changes
+//!   what lies around them.
+//! * A node that a change no longer uses is ended within the claim of that change ([`super::endings`]).
+//!
+//! Claims are part of the graph's state, under its mutex, which is never held across an await.
+
+use super::permissions::release_locks;
+use super::{By, Graph, State};
+use std::collections::BTreeSet;
+use std::task::{Poll, Waker};
+
+/// A node that a change is about.
+#[derive(Clone)]
+pub(super) enum Part {
+    /// It changes, by the rule for changes.
+    Change(u64),
+    /// It alone changes.
+    Alone(u64),
+    /// It and all below it change.
+    Below(u64),
+    /// The node that has this name then is kept, with all below it.
+    Keep(String),
+}
+
+/// The claims of all changes, in the order in which they came.
+#[derive(Default)]
+pub(super) struct Claims {
+    all: Vec<Record>,
+    /// Tasks that look again whenever a claim or the use of a node has ended.
+    waiting: Vec<Waker>,
+}
+
+struct Record {
+    id: u64,
+    parts: Vec<Part>,
+    /// The claim that this one is a part of: the two do not meet.
+    within: Option<u64>,
+    /// The node that it is to end.
+    ends: Option<u64>,
+    served: bool,
+    nodes: Nodes,
+    /// Nodes that were opened under it.
+    opened: Vec<u64>,
+    /// A node that it needs and that another claim changes.
+    missed: Option<String>,
+    /// Nodes whose locks stay for as long as requests may be on their way to them.
+    locked: BTreeSet<u64>,
+}
+
+#[derive(Default)]
+struct Nodes {
+    changed: BTreeSet<u64>,
+    kept: BTreeSet<u64>,
+}
+
+/// The end of a node, which has a place in the order of claims.
+pub(super) struct End(u64);
+
+/// The claim of a change, until it is dropped.
+pub(super) struct Claim {
+    graph: Graph,
+    pub(super) id: u64,
+}
+
+impl Graph {
+    /// Waits until nobody else changes these nodes.
+    pub(super) async fn claim(&self, parts: Vec<Part>) -> Claim {
+        let id = self.0.state.lock().enqueue(parts, None, None);
+        let claim = Claim { graph: self.clone(), id };
+        claim.served().await;
+        claim
+    }
+
+    /// The claim under which a node is ended.
+    pub(super) fn claim_of_end(&self, End(id): End) -> Claim {
+        Claim { graph: self.clone(), id }
+    }
+
+    /// Keeps the node of this name too, with all below it, unless another claim changes one of them.
+    pub(in crate::block) fn keep_too(&self, claim: u64, name: &str) -> bool {
+        let mut state = self.0.state.lock();
+        let wanted = state.nodes_of(&[Part::Keep(name.to_owned())]);
+        let mut others = state.claims.all.iter().filter(|other| other.id != claim && other.served);
+        let is_free = others.all(|other| other.nodes.changed.is_disjoint(&wanted.kept));
+        if let Some(record) = state.claims.find(claim) {
+            match is_free {
+                true => record.nodes.kept.extend(wanted.kept),
+                false => record.missed = Some(name.to_owned()),
+            }
+        }
+        is_free
+    }
+
+    /// Has all tasks look again that wait for claims or for ends of nodes.
+    pub(super) fn look_again(&self) {
+        let waiting = std::mem::take(&mut self.0.state.lock().claims.waiting);
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// Waits until `is_so`; [`Graph::look_again`] is called whenever it may have become so.
+    pub(super) async fn wait_until(&self, mut is_so: impl FnMut(&mut State) -> bool) {
+        std::future::poll_fn(|cx| {
+            let mut state = self.0.state.lock();
+            if is_so(&mut state) {
+                return Poll::Ready(());
+            }
+            state.claims.waiting.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Claim {
+    /// Returns when it is this claim's turn.
+    pub async fn served(&self) {
+        self.graph.wait_until(|state| state.serve(self.id)).await;
+    }
+
+    /// Nodes that were opened under it.
+    pub fn opened(&self) -> BTreeSet<u64> {
+        let mut state = self.graph.0.state.lock();
+        state
+            .claims
+            .find(self.id)
+            .map_or_else(BTreeSet::new, |r| r.opened.iter().copied().collect())
+    }
+
+    /// All nodes that it changes.
+    pub fn changed(&self) -> BTreeSet<u64> {
+        let mut state = self.graph.0.state.lock();
+        state.claims.find(self.id).map_or_else(BTreeSet::new, |r| r.nodes.changed.clone())
+    }
+
+    /// A node that it needs and could not have.
+    pub fn missed(&self) -> Option<String> {
+        self.graph.0.state.lock().claims.find(self.id)?.missed.clone()
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut state = self.graph.0.state.lock();
+        release_locks(&mut state, self.id);
+        state.claims.all.retain(|record| record.id != self.id);
+        drop(state);
+        self.graph.look_again();
+    }
+}
+
+impl Claims {
+    fn find(&mut self, id: u64) -> Option<&mut Record> {
+        self.all.iter_mut().find(|record| record.id == id)
+    }
+
+    /// A node has been opened under a claim.
+    pub fn add_opened(&mut self, claim: u64, node: u64) {
+        if let Some(record) = self.find(claim) {
+            record.opened.push(node);
+            record.nodes.changed.insert(node);
+        }
+    }
+
+    /// Whether a claim changes a node.
+    fn changes(&self, claim: u64, node: u64) -> bool {
+        self.all.iter().any(|record| record.id == claim && record.nodes.changed.contains(&node))
+    }
+
+    /// Whether a node is about to end, within this claim if one is given.
+    pub fn ends(&self, node: u64, within: Option<u64>) -> bool {
+        let mut ends = self.all.iter().filter(|record| record.ends == Some(node));
+        ends.any(|end| within.is_none() || end.within == within)
+    }
+
+    /// The locks of these nodes stay until [`Claims::take_locked`].
+    pub fn keep_locks(&mut self, claim: u64, nodes: impl Iterator<Item = u64>) {
+        if let Some(record) = self.find(claim) {
+            record.locked.extend(nodes);
+        }
+    }
+
+    /// Whether a claim keeps the locks of a node.
+    pub fn keeps_locks(&self, node: u64) -> bool {
+        self.all.iter().any(|record| record.locked.contains(&node))
+    }
+
+    /// The nodes whose locks nobody keeps once this claim does not.
+    pub fn take_locked(&mut self, claim: u64) -> Vec<u64> {
+        let locked = self.find(claim).map(|record| std::mem::take(&mut record.locked));
+        let locked = locked.into_iter().flatten();
+        locked.filter(|&node| !self.keeps_locks(node)).collect()
+    }
+}
+
+impl Record {
+    fn meets(&self, other: &Record) -> bool {
+        if self.within == Some(other.id) || other.within == Some(self.id) {
+            return false;
+        }
+        let (a, b) = (&self.nodes, &other.nodes);
+        !a.changed.is_disjoint(&b.changed)
+            || !a.changed.is_disjoint(&b.kept)
+            || !a.kept.is_disjoint(&b.changed)
+    }
+}
+
+impl State {
+    /// Takes a place in the order of claims.
+    fn enqueue(&mut self, parts: Vec<Part>, within: Option<u64>, ends: Option<u64>) -> u64 {
+        self.next_id += 1;
+        self.claims.all.push(Record {
+            id: self.next_id,
+            parts,
+            within,
+            ends,
+            served: false,
+            nodes: Nodes::default(),
+            opened: Vec::new(),
+            missed: None,
+            locked: BTreeSet::new(),
+        });
+        self.next_id
+    }
+
+    /// Begins the end of a node, unless it has begun. It is within a claim if that changes the node.
+    pub(super) fn begin_end(&mut self, node: u64, within: Option<u64>) -> Option<(u64, End)> {
+        let within = within.filter(|&claim| self.claims.changes(claim, node));
+        if self.claims.ends(node, within) {
+            return None;
+        }
+        let end = self.enqueue(vec![Part::Alone(node)], within, Some(node));
+        Some((node, End(end)))
+    }
+
+    /// Whether a claim is served, from now on if it is its turn.
+    fn serve(&mut self, id: u64) -> bool {
+        let Some(at) = self.claims.all.iter().position(|record| record.id == id) else {
+            return true;
+        };
+        for waiting in 0..=at {
+            if !self.claims.all[waiting].served {
+                self.claims.all[waiting].nodes = self.nodes_of(&self.claims.all[waiting].parts);
+            }
+        }
+        let mine = &self.claims.all[at];
+        // What is done within a claim that is served does not wait behind those who wait for that claim.
+        let waits_for = |&(other_at, other): &(usize, &Record)| {
+            other_at != at && (other.served || other_at < at && mine.within.is_none())
+        };
+        let mut others = self.claims.all.iter().enumerate().filter(waits_for);
+        let served = mine.served || others.all(|(_, other)| !mine.meets(other));
+        self.claims.all[at].served = served;
+        served
+    }
+
+    /// What a claim of these parts has, as the graph is now.
+    fn nodes_of(&self, parts: &[Part]) -> Nodes {
+        let Nodes { mut changed, mut kept } = Nodes::default();
+        for part in parts {
+            match part {
+                Part::Change(node) => {
+                    let stored = self.reach(&[*node], |state, id| state.storage_of(id));
+                    kept.extend(self.all_below(&stored));
+                    changed.extend(self.all_above(&stored));
+                }
+                Part::Alone(node) => {
+                    changed.insert(*node);
+                    kept.extend(self.all_below(&[*node]));
+                }
+                Part::Below(node) => changed.extend(self.all_below(&[*node])),
+                Part::Keep(name) => {
+                    let node = self.by_name(name).map(|(id, _)| id);
+                    kept.extend(self.all_below(node.as_slice()));
+                }
+            }
+        }
+        Nodes { changed, kept }
+    }
+
+    /// These nodes and all below them.
+    pub(super) fn all_below(&self, nodes: &[u64]) -> Vec<u64> {
+        self.reach(nodes, |state, id| state.entry(id).children.clone())
+    }
+
+    /// These nodes and all that stand on them.
+    pub(super) fn all_above(&self, nodes: &[u64]) -> Vec<u64> {
+        let parents = |state: &State, id| {
+            let parent = |by: &By| match by {
+                By::Node { id, .. } => Some(*id),
+                _ => None,
+            };
+            state.entry(id).uses.iter().filter_map(|one| parent(&one.by)).collect()
+        };
+        self.reach(nodes, parents)
+    }
+
+    /// The nodes below this one that it may write to.
+    fn storage_of(&self, id: u64) -> Vec<u64> {
+        let entry = self.entry(id);
+        let children = entry.node.driver().children().iter().zip(&entry.children);
+        children.filter(|(child, _)| !child.is_backing()).map(|(_, &id)| id).collect()
+    }
+
+    /// These nodes, as far as they are still there, and all that `next` leads to from them.
+    fn reach(&self, nodes: &[u64], next: impl Fn(&State, u64) -> Vec<u64>) -> Vec<u64> {
+        let mut pending: Vec<u64> = nodes.to_vec();
+        let mut seen = BTreeSet::new();
+        while let Some(id) = pending.pop() {
+            if self.nodes.contains_key(&id) && seen.insert(id) {
+                pending.extend(next(self, id));
+            }
+        }
+        seen.into_iter().collect()
+    }
+}
