@@ -12,6 +12,7 @@ mod heights;
 mod length;
 mod overlay;
 mod permissions;
+mod rest;
 
 #[cfg(test)]
 mod tests;

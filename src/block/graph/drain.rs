@@ -6,6 +6,7 @@
 
 use super::claims::{Claim, Part};
 use super::permissions::{Plan, release_locks};
+use super::rest::Asked;
 use super::{By, Graph, State};
 use crate::block::{
     Error, LocalFuture, Node, Perm, Perms, Preallocation, Role, Snapshots, resizable,
@@ -13,10 +14,12 @@ use crate::block::{
 use crate::io::epoch;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a user of a node does when the graph changes below it. The graph holds it weakly.
 pub trait User: Send + Sync {
-    /// Starts no more requests and waits until those it has started have completed.
+    /// Starts no more requests, from this call on, and waits until those it has started have completed.
+    /// It blocks no thread meanwhile and holds no lock.
     fn quiesce(&self) -> LocalFuture<'_, ()>;
 
     /// The same for a user that has started nothing yet, because it has just come. Returns at once.
@@ -25,6 +28,16 @@ pub trait User: Send + Sync {
     /// Goes on. Called once after each [`User::quiesce`], also after one that was not waited for to
     /// its end, and after each [`User::hold`].
     fn resume(&self);
+
+    /// How long its requests are waited for, if that is less than the graph's own time.
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
+    /// What it has in flight, for errors: `2 requests in flight, the oldest a read of 512 bytes at 0`.
+    fn in_flight(&self) -> LocalFuture<'_, String> {
+        Box::pin(std::future::ready("requests in flight".to_owned()))
+    }
 
     /// The length of the node has changed; called while the user is paused.
     fn resized(&self) {}
@@ -53,7 +66,7 @@ pub(super) struct Used {
 pub(super) struct Drain {
     id: u64,
     nodes: Vec<u64>,
-    users: Vec<Arc<dyn User>>,
+    pub users: Vec<Arc<dyn User>>,
 }
 
 /// The graph at rest around some nodes, until it is dropped: their users are paused, and nobody else
@@ -88,7 +101,7 @@ impl Drop for Drained<'_> {
 }
 
 impl State {
-    fn drain(&mut self, id: u64) -> Option<&mut Drain> {
+    pub(super) fn drain(&mut self, id: u64) -> Option<&mut Drain> {
         self.drains.iter_mut().find(|drain| drain.id == id)
     }
 
@@ -114,31 +127,31 @@ impl State {
 
 impl Graph {
     /// Pauses everyone whose requests reach `node`.
+    ///
+    /// # Errors
+    /// The node has been deleted, or requests do not end ([`super::rest`]); all go on then as before.
     pub async fn drain(&self, node: &Arc<Node>) -> Result<Drained<'_>, Error> {
         self.drain_all(std::slice::from_ref(node)).await
     }
 
     /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of
-    /// them: also who comes before the drain is over.
+    /// them, and everyone who comes before the drain is over.
+    ///
+    /// # Errors
+    /// As [`Graph::drain`].
     pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained<'_>, Error> {
         let claim = self.claim_change(nodes, &[]).await?;
         self.drain_claimed(nodes, claim).await
     }
 
     async fn drain_claimed(&self, nodes: &[Arc<Node>], claim: Claim) -> Result<Drained<'_>, Error> {
-        let (drained, users) = {
+        let (drained, asked) = {
             let mut state = self.0.state.lock();
             let ids = nodes.iter().map(|node| state.id(node)).collect::<Result<Vec<_>, _>>()?;
-            let users = ids.iter().flat_map(|&id| state.above(id));
-            let users: Vec<_> = users.flat_map(|used| used.users).collect();
-            (self.begin_drain(&mut state, ids, claim), users)
+            let asked = state.asked(&ids);
+            (self.begin_drain(&mut state, ids, claim), asked)
         };
-        for user in users {
-            if let Some(drain) = self.0.state.lock().drain(drained.id) {
-                drain.users.push(user.clone());
-            }
-            user.quiesce().await;
-        }
+        self.bring_to_rest(drained.id, &asked).await?;
         Ok(drained)
     }
 
@@ -312,6 +325,21 @@ impl Graph {
 }
 
 impl State {
+    /// The registered users whose requests reach these nodes.
+    fn asked(&self, nodes: &[u64]) -> Vec<Asked> {
+        let above = self.all_above(nodes);
+        let users =
+            above.iter().flat_map(|&id| self.entry(id).uses.iter().map(move |one| (id, one)));
+        let asked = users.filter_map(|(id, one)| match &one.by {
+            By::User { what, user, .. } => {
+                let node = self.entry(id).node.name().to_owned();
+                Some(Asked { what: what.clone(), node, user: user.as_ref()?.upgrade()? })
+            }
+            _ => None,
+        });
+        asked.collect()
+    }
+
     /// A node and all nodes above it.
     fn above(&self, node: u64) -> Vec<Used> {
         let mut pending = vec![node];

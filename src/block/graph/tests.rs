@@ -1,6 +1,7 @@
 //! The graph over drivers that do nothing but tell what was asked of them.
 
 mod activity_tests;
+mod claim_tests;
 mod depth_tests;
 mod drain_tests;
 
@@ -28,6 +29,8 @@ struct StoreState {
     rollbacks: AtomicUsize,
     /// Handing over fails.
     sick: AtomicBool,
+    /// Flushes do not end.
+    stall: AtomicBool,
     told: Mutex<Vec<&'static str>>,
 }
 
@@ -106,7 +109,12 @@ impl Driver for Store {
         Box::pin(std::future::ready(Ok(())))
     }
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(std::future::ready(Ok(())))
+        Box::pin(async {
+            while self.state.stall.load(Ordering::SeqCst) {
+                crate::io::sleep(std::time::Duration::from_millis(1)).await;
+            }
+            Ok(())
+        })
     }
     fn status(&self, _: u64, len: u64, _: Precision) -> LocalFuture<'_, IoResult<Extent>> {
         Box::pin(std::future::ready(Ok(Extent { len, status: Status::DATA, place: None })))
@@ -178,6 +186,7 @@ struct Layer {
 struct LayerOptions {
     file: NodeRef,
     data_file: Option<NodeRef>,
+    backing: Option<NodeRef>,
     #[serde(default)]
     broken: bool,
 }
@@ -193,6 +202,9 @@ async fn open_layer(
     let mut children = vec![opening.child(Role::File, options.file, during).await?];
     if let Some(data) = options.data_file {
         children.push(opening.child(Role::DataFile, data, during).await?);
+    }
+    if let Some(backing) = options.backing {
+        children.push(opening.child(Role::Backing, backing, during).await?);
     }
     if options.broken {
         return Err(Error::new("broken"));
@@ -327,13 +339,29 @@ struct Export {
     paused: AtomicUsize,
     pauses: AtomicUsize,
     resizes: AtomicUsize,
+    /// A request does not end.
+    busy: AtomicBool,
+    /// Milliseconds; 0: it has none of its own.
+    patience: AtomicU64,
 }
 
 impl User for Export {
     fn quiesce(&self) -> LocalFuture<'_, ()> {
         self.paused.fetch_add(1, Ordering::SeqCst);
         self.pauses.fetch_add(1, Ordering::SeqCst);
-        Box::pin(crate::io::sleep(std::time::Duration::from_micros(10)))
+        Box::pin(async {
+            crate::io::sleep(std::time::Duration::from_micros(10)).await;
+            while self.busy.load(Ordering::SeqCst) {
+                crate::io::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        })
+    }
+    fn patience(&self) -> Option<std::time::Duration> {
+        let patience = self.patience.load(Ordering::SeqCst);
+        (patience > 0).then(|| std::time::Duration::from_millis(patience))
+    }
+    fn in_flight(&self) -> LocalFuture<'_, String> {
+        Box::pin(std::future::ready("1 request in flight".to_owned()))
     }
     fn hold(&self) {
         self.paused.fetch_add(1, Ordering::SeqCst);

@@ -14,7 +14,12 @@ const SECOND: [&str; 4] =
     ["--chardev", "socket,id=n,path=DIR/n.sock,server=on,wait=off", "--monitor", "chardev=n"];
 
 fn two_monitors() -> Daemon {
-    Daemon::start(&[MONITOR, SECOND].concat())
+    two_monitors_with(&[])
+}
+
+/// A daemon with monitors at `DIR/m.sock` and `DIR/n.sock`, and more arguments.
+pub fn two_monitors_with(more: &[&str]) -> Daemon {
+    Daemon::start(&[&MONITOR, &SECOND, more].concat())
 }
 
 /// A lease on a file: whoever opens it waits in open(2), as on storage that hangs, until the lease is
@@ -36,7 +41,7 @@ fn blockdev(daemon: &Daemon) -> serde_json::Value {
     json!({"driver": "file", "node-name": "d0", "filename": daemon.path("disk.img")})
 }
 
-fn assert_no_answer(client: &mut Client) {
+pub fn assert_no_answer(client: &mut Client) {
     let stream = client.stream.get_ref();
     stream.set_nonblocking(true).unwrap();
     let early = (&*stream).read(&mut [0]).unwrap_err();

@@ -63,3 +63,68 @@ fn who_comes_to_a_drained_node_starts_paused() {
         assert_eq!(paused(&after), 0);
     });
 }
+
+/// Two disks with an export each.
+async fn two_exports(graph: &Graph, tag: &str) -> [(Arc<Node>, Arc<Export>, Attachment); 2] {
+    let mut all = Vec::new();
+    for disk in ["a", "b"] {
+        let text = format!("driver=store,node-name={disk},tag={tag}{disk}");
+        let node = graph.open(keyval::parse(&text, None).unwrap().options).await.unwrap();
+        let export = Arc::new(Export::default());
+        let user: Arc<dyn User> = export.clone();
+        let hold = graph.attach(&node, &format!("export 'e{disk}'"), reads(), Some(user)).unwrap();
+        all.push((node, export, hold));
+    }
+    all.try_into().ok().unwrap()
+}
+
+#[test]
+fn a_drain_that_takes_too_long_names_the_disk_and_its_requests_and_leaves_all_as_before() {
+    let bench = Bench::new();
+    let graph = bench.graph.clone();
+    bench.worker.block_on(move || async move {
+        let [(a, slow, _hold), (b, healthy, _other)] = two_exports(&graph, "deadline").await;
+        slow.busy.store(true, Ordering::SeqCst);
+        slow.patience.store(500, Ordering::SeqCst);
+        let error = graph.drain_all(&[b.clone(), a.clone()]).await.err().unwrap().to_string();
+        let told = "I/O has not ended within 0.5 s: export 'ea' (node 'a') has 1 request in flight";
+        assert_eq!(error, told);
+        let paused = || [&slow, &healthy].map(|export| export.paused.load(Ordering::SeqCst));
+        assert_eq!(paused(), [0, 0]);
+        slow.busy.store(false, Ordering::SeqCst);
+        slow.patience.store(0, Ordering::SeqCst);
+        let drained = graph.drain_all(&[b, a]).await.unwrap();
+        assert_eq!(paused(), [1, 1]);
+        drop(drained);
+        assert_eq!(paused(), [0, 0]);
+    });
+}
+
+#[test]
+fn users_at_rest_go_on_while_a_drain_waits_for_others_and_are_paused_again() {
+    let bench = Bench::new();
+    let graph = bench.graph.clone();
+    bench.worker.block_on(move || async move {
+        let [(a, slow, _hold), (b, healthy, _other)] = two_exports(&graph, "grace").await;
+        slow.busy.store(true, Ordering::SeqCst);
+        let paused = || [&slow, &healthy].map(|export| export.paused.load(Ordering::SeqCst));
+        let (theirs, nodes) = (graph.clone(), [a.clone(), b.clone()]);
+        let (ended, is_paused) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
+        let (end, then, both) = (ended.clone(), is_paused.clone(), [slow.clone(), healthy.clone()]);
+        crate::io::current().spawn(async move {
+            let drained = theirs.drain_all(&nodes).await.unwrap();
+            *then.lock() = Some(both.map(|export| export.paused.load(Ordering::SeqCst)));
+            drop(drained);
+            end.store(true, Ordering::SeqCst);
+        });
+        while healthy.pauses.load(Ordering::SeqCst) == 0 || paused() != [1, 0] {
+            crate::io::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        slow.busy.store(false, Ordering::SeqCst);
+        while !ended.load(Ordering::SeqCst) {
+            crate::io::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        assert_eq!(*is_paused.lock(), Some([1, 1]));
+        assert_eq!(paused(), [0, 0]);
+    });
+}
