@@ -139,12 +139,17 @@ impl Lingering {
     }
 }
 
-/// Leaves a queue of `disk` to itself until it has ended, which `queue` tells by its own end.
-pub fn linger<T: Send + 'static>(disk: &Arc<Disk>, queue: mpsc::Receiver<T>) {
+/// Leaves a queue of `disk` to itself until it has ended, which `queue` tells by its own end. `ended` is called then.
+pub fn linger<T: Send + 'static>(
+    disk: &Arc<Disk>,
+    queue: mpsc::Receiver<T>,
+    ended: impl FnOnce() + Send + 'static,
+) {
     *disk.lingering.count.lock() += 1;
     let theirs = disk.clone();
     let wait = move || {
         while queue.recv().is_ok() {}
+        ended();
         theirs.lingering.end();
     };
     let thread = std::thread::Builder::new().name("lingering".into()).stack_size(256 << 10);

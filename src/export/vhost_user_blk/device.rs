@@ -1,10 +1,8 @@
 //! A disk as a virtio block device: what guests are told of it besides its data.
 
 use super::config;
-use super::queue::Queue;
+use super::queues::Queues;
 use crate::export::core::Disk;
-use crate::io::sync::Mutex;
-use crate::io::{SourceId, Worker};
 use std::sync::Arc;
 
 /// What only this type of export is configured with.
@@ -22,30 +20,13 @@ pub struct Device {
     pub options: DeviceOptions,
     /// The virtio features that guests are offered, which may not change under them.
     pub features: u64,
-    /// The queues that run: worker and source. For what is to be said to all of them.
-    pub running: Mutex<Vec<(usize, SourceId)>>,
+    pub queues: Queues,
 }
 
 impl Device {
     /// The device that `disk` is to guests.
     pub fn new(disk: Disk, options: DeviceOptions) -> Device {
         let features = config::features(&disk.node(), &disk.options);
-        Device { disk: Arc::new(disk), options, features, running: Mutex::default() }
-    }
-
-    /// Has every queue that runs do something, soon. Waits for nobody.
-    pub fn to_queues(&self, workers: &[Arc<Worker>], work: fn(&mut Queue)) {
-        let running = self.running.lock().clone();
-        for (worker, source) in running {
-            let disk = self.disk.clone();
-            workers[worker].send(move |local| {
-                // By now the number may be that of another source.
-                if let Some(queue) = local.source::<Queue>(source)
-                    && queue.serves(&disk)
-                {
-                    work(queue);
-                }
-            });
-        }
+        Device { disk: Arc::new(disk), options, features, queues: Queues::default() }
     }
 }

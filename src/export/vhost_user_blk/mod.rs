@@ -23,6 +23,7 @@ pub mod memory_loss;
 mod options;
 pub mod peek;
 pub mod queue;
+mod queues;
 pub mod request;
 pub mod ring;
 pub mod server;

@@ -46,8 +46,6 @@ struct Shared {
 struct Current {
     /// The connection being served, to cut it off, and its session.
     front_end: Option<(Arc<UnixStream>, Arc<std::sync::Mutex<Session>>)>,
-    /// Sessions that begin meanwhile begin paused.
-    paused: u32,
 }
 
 impl Server {
@@ -109,11 +107,11 @@ impl Export for Server {
     }
 
     fn retry_held(&self) {
-        self.shared.device.to_queues(&self.shared.workers, Queue::retry_held);
+        self.shared.device.tell_queues(&self.shared.workers, Queue::retry_held);
     }
 
     fn fail_held(&self) {
-        self.shared.device.to_queues(&self.shared.workers, Queue::fail_held);
+        self.shared.device.tell_queues(&self.shared.workers, Queue::fail_held);
     }
 }
 

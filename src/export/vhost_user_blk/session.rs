@@ -35,8 +35,6 @@ pub struct Session {
     first_worker: usize,
     /// What the front end has acknowledged; `None` until it says.
     features: Option<u64>,
-    /// Rings that start meanwhile take nothing either.
-    paused: u32,
     memory: Arc<Memory>,
     /// Up to the last one that the front end has spoken of.
     rings: Vec<RingState>,
@@ -82,7 +80,6 @@ impl Session {
             workers,
             first_worker,
             features: None,
-            paused: 0,
             memory: Arc::default(),
             inflight: None,
             log: None,

@@ -6,6 +6,7 @@ pub mod client;
 mod clients;
 mod ctl;
 mod deep;
+mod drains;
 mod listings;
 mod live;
 mod names;

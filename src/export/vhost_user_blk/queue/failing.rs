@@ -1,6 +1,7 @@
 //! Requests that the storage fails, as their queue meets them: reported, ignored, or held and tried
 //! again. Nothing of it is on the warm road.
 
+use super::super::queues::InFlight;
 use super::super::request::{Kind, Status};
 use super::super::ring::Ring;
 use super::slot::Slot;
@@ -111,34 +112,54 @@ impl<R: Ring> Queue<R> {
     /// Counts the ages of what is in flight up, and tells of the oldest if it is too old.
     #[cold]
     pub(super) fn age(&mut self) {
-        let mut oldest: Option<(usize, u8)> = None;
         // Those that wait for memory have not begun.
         self.parked.heads().for_each(|head| self.slots[head as usize].age = 0);
-        let in_flight = |slot: &Slot| slot.busy && slot.status.is_some();
-        for (head, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| in_flight(slot)) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.is_in_flight()) {
             slot.age = slot.age.saturating_add(1);
-            if oldest.is_none_or(|(_, age)| slot.age > age) {
-                oldest = Some((head, slot.age));
-            }
         }
-        if let Some((head, age)) = oldest.filter(|&(_, age)| self.watch.is_over(age)) {
-            let slot = &self.slots[head];
-            let what = match slot.kind {
-                Some(Kind::In) => "read",
-                Some(Kind::Out) => "write",
-                Some(Kind::Flush) => "flush",
-                Some(Kind::Discard) => "discard",
-                Some(Kind::WriteZeroes) => "write zeroes",
-                Some(Kind::GetId) | None => "request",
-            };
-            let (index, seconds) = (self.index, self.watch.elapsed(age).as_secs());
-            let Slot { len, offset, .. } = slot;
+        if let Some(oldest) = self.oldest().filter(|slot| self.watch.is_over(slot.age)) {
+            let (index, seconds) = (self.index, self.watch.elapsed(oldest.age).as_secs());
             let line = format!(
-                "queue {index}: {what} of {len} bytes at {offset} has not ended for {seconds} s; {} requests \
-                 are in flight",
+                "queue {index}: {} has not ended for {seconds} s; {} requests are in flight",
+                oldest.describe(),
                 self.in_flight
             );
             self.watch.hangs(&self.disk.name, &line);
         }
+    }
+
+    fn oldest(&self) -> Option<&Slot> {
+        let mut oldest: Option<&Slot> = None;
+        for slot in self.slots.iter().filter(|slot| slot.is_in_flight()) {
+            if oldest.is_none_or(|oldest| slot.age > oldest.age) {
+                oldest = Some(slot);
+            }
+        }
+        oldest
+    }
+
+    /// What it has in flight.
+    pub fn in_flight_now(&self) -> InFlight {
+        let describe = |slot: &Slot| (self.watch.elapsed(slot.age), slot.describe());
+        InFlight { count: self.in_flight, oldest: self.oldest().map(describe) }
+    }
+}
+
+impl Slot {
+    fn is_in_flight(&self) -> bool {
+        self.busy && self.status.is_some()
+    }
+
+    /// What the request is, for the log and for errors.
+    fn describe(&self) -> String {
+        let what = match self.kind {
+            Some(Kind::In) => "read",
+            Some(Kind::Out) => "write",
+            Some(Kind::Flush) => "flush",
+            Some(Kind::Discard) => "discard",
+            Some(Kind::WriteZeroes) => "write zeroes",
+            Some(Kind::GetId) | None => "request",
+        };
+        format!("{what} of {} bytes at {}", self.len, self.offset)
     }
 }

@@ -92,16 +92,12 @@ impl Shared {
         stream.set_nonblocking(false)?;
         let copy = Arc::new(stream.try_clone()?);
         let handler = handler::new(stream, session.clone())?;
-        let mut current = self.current.lock();
         let theirs = copy.clone();
         let cut_off = CutOff::new(self.disk.name.clone(), move || {
             let _ = theirs.shutdown(Shutdown::Both);
         });
         lock(session).set_cut_off(cut_off);
-        for _ in 0..current.paused {
-            lock(session).pause();
-        }
-        current.front_end = Some((copy, session.clone()));
+        self.current.lock().front_end = Some((copy, session.clone()));
         Ok(handler)
     }
 

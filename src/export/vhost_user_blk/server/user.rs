@@ -5,47 +5,41 @@ use crate::block::graph::User;
 use crate::block::{LocalFuture, Node};
 use crate::io::offload;
 use std::sync::Arc;
+use std::time::Duration;
 
 impl Shared {
     /// Has the session go over to the node that the disk is on now. Blocks: not to be called on a worker.
     fn change_node(&self) {
-        let current = self.current.lock();
-        if let Some((stream, session)) = &current.front_end
-            && let Err(error) = lock(session).change_node()
-        {
+        let Some((stream, session)) = self.current.lock().front_end.clone() else { return };
+        if let Err(error) = lock(&session).change_node() {
             log::warn!(export = &*self.disk.name; "connection closed: {error}");
             let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
-    }
-
-    /// The sessions' word for it blocks: not to be called on a worker.
-    fn pause(&self) {
-        self.disk.lingering.wait(&self.disk.name);
-        let mut current = self.current.lock();
-        current.paused += 1;
-        if let Some((_, session)) = &current.front_end {
-            lock(session).pause();
         }
     }
 }
 
 impl User for Shared {
     fn quiesce(&self) -> LocalFuture<'_, ()> {
-        let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
-        Box::pin(offload(move || shared.pause()))
+        self.device.pause(&self.workers);
+        Box::pin(self.device.at_rest())
     }
 
-    /// No front end is let in before the export has its node ([`Export::start`]).
+    /// An export declares requests hung after its own time.
+    fn patience(&self) -> Option<Duration> {
+        let timeout = self.disk.options.failures.io_timeout;
+        (!timeout.is_zero()).then_some(timeout)
+    }
+
+    fn in_flight(&self) -> LocalFuture<'_, String> {
+        Box::pin(async { self.device.in_flight(&self.workers).await.describe() })
+    }
+
     fn hold(&self) {
-        self.current.lock().paused += 1;
+        self.device.pause(&self.workers);
     }
 
     fn resume(&self) {
-        let mut current = self.current.lock();
-        current.paused = current.paused.saturating_sub(1);
-        if let Some((_, session)) = &current.front_end {
-            lock(session).resume();
-        }
+        self.device.resume(&self.workers);
     }
 
     fn can_move(&self) -> bool {

@@ -249,10 +249,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.set_write_cache(wce == 1);
         if wce == 0 {
             // Writes that began under the old rule end before the flush that covers them.
-            self.pause();
-            let node = self.disk.node();
-            let flushed = self.workers[0].block_on(move || async move { node.flush().await });
-            self.resume();
+            self.device.pause(&self.workers);
+            let device = self.device.clone();
+            let flushed = self.workers[0].block_on(move || async move {
+                device.at_rest().await;
+                let _busy = device.busy();
+                device.disk.node().flush().await
+            });
+            self.device.resume(&self.workers);
             if let Err(errno) = flushed {
                 let operation = Operation::Flush;
                 self.disk.log_failure(&Failure { operation, offset: 0, len: 0, errno }, false);

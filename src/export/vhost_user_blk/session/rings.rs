@@ -108,7 +108,7 @@ impl Session {
         })?;
         self.rings[index].running = Some((worker, source));
         self.rings[index].held.clear();
-        self.device.running.lock().push((worker, source));
+        self.device.add_queue(&self.workers, (worker, source));
         Ok(())
     }
 
@@ -154,7 +154,8 @@ impl Session {
             held: state.held.clone(),
             call: state.call.clone(),
             err: state.err.clone(),
-            paused: self.paused,
+            // Until the device knows of it.
+            paused: 1,
         })
     }
 

@@ -30,19 +30,19 @@ impl Session {
         let mut stopping = Vec::new();
         for index in indices {
             let Some((worker, source)) = self.rings[index].running.take() else { continue };
-            self.device.running.lock().retain(|running| *running != (worker, source));
             let (sender, receiver) = mpsc::channel();
             self.workers[worker].send(move |local| {
                 if let Some(queue) = local.source::<Queue>(source) {
                     queue.stop(sender, held);
                 }
             });
-            stopping.push((index, receiver));
+            stopping.push((index, (worker, source), receiver));
         }
         let mut result = Ok(());
-        for (index, receiver) in stopping {
+        for (index, queue, receiver) in stopping {
             let Some(stopped) = self.wait_stopped(index, &receiver) else {
-                linger(&self.disk, receiver);
+                let device = self.device.clone();
+                linger(&self.disk, receiver, move || device.remove_queue(queue));
                 if let Some(cut_off) = &self.cut_off {
                     cut_off.cut("I/O in flight does not end");
                 }
@@ -57,6 +57,7 @@ impl Session {
             // Until the queue is gone: the last to hold a guest's memory unmaps it, which takes long
             // and must not be the worker, whose other disks would wait.
             while receiver.recv().is_ok() {}
+            self.device.remove_queue(queue);
         }
         result
     }
@@ -123,36 +124,5 @@ impl Session {
     /// What becomes of held requests when a ring stops for good, as far as we know.
     pub(super) fn at_stop(&self) -> AtStop {
         if self.may_leave_held() { AtStop::Leave } else { AtStop::Fail }
-    }
-
-    /// Takes no more requests, and returns once none is in flight.
-    pub fn pause(&mut self) {
-        self.paused += 1;
-        let (sender, receiver) = mpsc::channel();
-        for (worker, source) in self.rings.iter().filter_map(|ring| ring.running) {
-            let sender = sender.clone();
-            self.workers[worker].send(move |local| {
-                if let Some(queue) = local.source::<Queue>(source) {
-                    queue.pause(Box::new(move || {
-                        let _ = sender.send(());
-                    }));
-                }
-            });
-        }
-        drop(sender);
-        // Ends when every queue has sent its word and dropped its sender.
-        while receiver.recv().is_ok() {}
-    }
-
-    /// Undoes one `pause`.
-    pub fn resume(&mut self) {
-        self.paused = self.paused.saturating_sub(1);
-        for (worker, source) in self.rings.iter().filter_map(|ring| ring.running) {
-            self.workers[worker].send(move |local| {
-                if let Some(queue) = local.source::<Queue>(source) {
-                    queue.resume();
-                }
-            });
-        }
     }
 }

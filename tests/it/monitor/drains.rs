@@ -1,0 +1,103 @@
+//! Changes that wait for a slow disk hold up nothing but that disk, and not for ever.
+
+use super::Client;
+use super::slow::{assert_no_answer, two_monitors_with};
+use crate::vhost_user::Daemon;
+use serde_json::{Value, json};
+use vublk_testkit::request::{Request, Shape};
+use vublk_testkit::{Disk, Options};
+
+fn export(daemon: &Daemon, id: &str, node: &str, more: Value) -> Value {
+    let path = daemon.path(&format!("{id}.sock"));
+    let mut export = json!({"type": "vhost-user-blk", "id": id, "node-name": node,
+                            "addr": {"type": "unix", "path": path}});
+    export.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    export
+}
+
+fn connect(daemon: &Daemon, id: &str) -> Disk {
+    Disk::open(&daemon.path(&format!("{id}.sock")), &Options::default()).unwrap()
+}
+
+/// A read that does not end while the test lasts.
+fn begin_read(disk: &mut Disk) {
+    let shape = Shape::default();
+    disk.queue(0).submit(&Request::In { sector: 0, len: 512 }, &shape).unwrap();
+    // Requests are taken in order, so this one's end tells that the read is taken.
+    let token = disk.queue(0).submit(&Request::GetId, &shape).unwrap();
+    assert_eq!(disk.queue(0).wait().unwrap().token, token);
+}
+
+fn bitmaps(nodes: &[&str]) -> Value {
+    let add = |node: &&str| json!({"type": "block-dirty-bitmap-add", "data": {"node": node, "name": "marks"}});
+    json!({"actions": nodes.iter().map(add).collect::<Vec<_>>()})
+}
+
+/// A disk that never answers, `a`, and one that does, `b`, each with an export and a front end.
+fn slow_and_healthy(more: Value) -> (Daemon, [Client; 2], [Disk; 2]) {
+    let daemon = two_monitors_with(&[
+        "--blockdev",
+        "driver=null-co,node-name=a,latency-ns=600000000000",
+        "--blockdev",
+        "driver=null-co,node-name=b",
+    ]);
+    let mut clients = ["m.sock", "n.sock"].map(|m| Client::connect(&daemon.path(m)));
+    clients[0].run("block-export-add", export(&daemon, "ea", "a", more));
+    clients[0].run("block-export-add", export(&daemon, "eb", "b", json!({"writable": true})));
+    let mut disks = ["ea", "eb"].map(|id| connect(&daemon, id));
+    begin_read(&mut disks[0]);
+    (daemon, clients, disks)
+}
+
+#[test]
+fn while_a_transaction_waits_for_a_slow_disk_everything_else_goes_on() {
+    let (daemon, [mut first, mut second], [_slow, mut healthy]) = slow_and_healthy(json!({}));
+    // An idle export of the slow disk.
+    first.run("block-export-add", export(&daemon, "idle", "a", json!({})));
+    let mut idle = connect(&daemon, "idle");
+    idle.get_id().unwrap();
+
+    let transaction = json!({"execute": "transaction", "arguments": bitmaps(&["a", "b"])});
+    first.send(transaction.to_string().as_bytes());
+    for sector in 0..20 {
+        healthy.read(sector, &mut [0; 512]).unwrap();
+        healthy.write(sector, &[1; 512]).unwrap();
+    }
+    second.run("query-version", json!({}));
+    second.run("blockdev-add", json!({"driver": "null-co", "node-name": "c"}));
+    second.run("block-export-add", export(&daemon, "ec", "c", json!({})));
+    connect(&daemon, "ec").read(0, &mut [0; 512]).unwrap();
+    let marks = json!({"node": "c", "name": "marks"});
+    second.run("block-dirty-bitmap-add", marks.clone());
+    second.run(
+        "transaction",
+        json!({"actions": [
+            {"type": "block-dirty-bitmap-clear", "data": marks}
+        ]}),
+    );
+    second.run("blockdev-add", json!({"driver": "null-co", "node-name": "d"}));
+    second.run("blockdev-del", json!({"node-name": "d"}));
+    // Its front end stops the queue, which has nothing in flight, and another one comes.
+    idle.stop().unwrap();
+    idle.reconnect().unwrap();
+    healthy.reconnect().unwrap();
+    healthy.read(0, &mut [0; 512]).unwrap();
+    assert_no_answer(&mut first);
+}
+
+#[test]
+fn a_drain_that_takes_too_long_names_the_disk_and_what_is_in_flight_and_leaves_all_as_before() {
+    let (_daemon, [mut first, _], [_slow, mut healthy]) =
+        slow_and_healthy(json!({"io-timeout": 2}));
+    let refused = first.refusal("transaction", bitmaps(&["b", "a"]));
+    let told = "I/O has not ended within 2 s: export 'ea' (node 'a') has 1 request in flight, the \
+                oldest a read of 512 bytes at 0";
+    assert_eq!(refused, told);
+    let nodes = first.run("query-named-block-nodes", json!({"flat": true}));
+    for node in nodes.as_array().unwrap() {
+        assert!(node.get("dirty-bitmaps").is_none(), "{node}");
+    }
+    healthy.write(0, &[1; 512]).unwrap();
+    first.run("transaction", bitmaps(&["b"]));
+    healthy.write(0, &[1; 512]).unwrap();
+}
