@@ -5,7 +5,8 @@
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
 //! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead; `clock`: what time it is there.
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
-//! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests.
+//! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests; [`driven`]: workers that their
+//!   makers run.
 //! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
 //! * [`socket`]: connecting, sending and receiving.
 //! * [`op`]: the operation; `slots`: those in flight, and whom to tell of their end.
@@ -27,6 +28,7 @@ mod buffer;
 mod clock;
 pub mod descriptors;
 pub mod device;
+pub mod driven;
 pub mod epoch;
 pub mod errno;
 pub mod iovec;

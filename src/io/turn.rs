@@ -59,6 +59,7 @@ pub struct Local {
     /// Turns with work since the last without.
     busy_turns: u32,
     spin: Spin,
+    longest_sleep: Option<Duration>,
 }
 
 struct Entry {
@@ -96,9 +97,14 @@ impl Local {
             watches: 0,
             busy_turns: 0,
             spin: Spin::default(),
+            longest_sleep: None,
         };
         local.watch_mail();
         local
+    }
+
+    pub(super) fn sleep_at_most(&mut self, time: Duration) {
+        self.longest_sleep = Some(time);
     }
 
     pub fn io(&self) -> &Rc<Io> {
@@ -500,7 +506,8 @@ impl Local {
             let timer = timer.map(|at| at.saturating_sub(ring.now()));
             // A front end that gives no kick descriptor wants its queue to be looked at.
             let look = (!self.active.is_empty()).then_some(LOOK_NS);
-            let wait = match timer.into_iter().chain(look).min() {
+            let longest = self.longest_sleep.map(|time| time.as_nanos() as u64);
+            let wait = match timer.into_iter().chain(look).chain(longest).min() {
                 Some(ns) => Wait::For(Duration::from_nanos(ns)),
                 None => Wait::Forever,
             };

@@ -6,13 +6,13 @@ use super::device::Devices;
 use super::per_worker::States;
 use super::ring::{Completion, Ring, Wait};
 use super::slots::Ops;
-use super::spare;
 use super::sync::Mutex;
 use super::task::RunQueue;
 use super::threads::Threads;
 use super::timer::Timers;
 use super::unwind::AbortOnPanic;
 use super::{Errno, Local, SourceId};
+use super::{driven, spare};
 use async_task::Runnable;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -93,6 +93,10 @@ pub(super) fn with_current<T>(look: impl FnOnce(&Io) -> T) -> T {
 
 pub(super) fn set_current(io: Option<Rc<Io>>) {
     CURRENT.set(io);
+}
+
+pub(super) fn replace_current(io: Option<Rc<Io>>) -> Option<Rc<Io>> {
+    CURRENT.replace(io)
 }
 
 impl Shared {
@@ -242,6 +246,14 @@ impl Worker {
         Ok(Worker { shared, thread: Some(thread) })
     }
 
+    pub(super) fn without_thread(shared: Arc<Shared>) -> Worker {
+        Worker { shared, thread: None }
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     pub fn name(&self) -> &str {
         &self.shared.name
     }
@@ -260,7 +272,7 @@ impl Worker {
         self.send(move |local| {
             let _ = sender.send(work(local));
         });
-        receiver.recv().expect("the worker lives as long as its handle")
+        driven::receive(&receiver).expect("the worker lives as long as its handle")
     }
 
     /// Runs a future on the worker and waits for its result. Not to be called on a worker.
@@ -276,7 +288,7 @@ impl Worker {
                 let _ = sender.send(future.await);
             });
         });
-        receiver.recv().expect("the worker lives as long as its handle")
+        driven::receive(&receiver).expect("the worker lives as long as its handle")
     }
 }
 
@@ -301,6 +313,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         self.send(|_| {});
+        driven::end(&self.shared);
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
         {
@@ -310,7 +323,7 @@ impl Drop for Worker {
 }
 
 impl Shared {
-    fn new(name: &str, options: WorkerOptions) -> std::io::Result<Arc<Shared>> {
+    pub(super) fn new(name: &str, options: WorkerOptions) -> std::io::Result<Arc<Shared>> {
         Ok(Arc::new(Shared {
             name: name.to_owned(),
             inbox: Mutex::default(),

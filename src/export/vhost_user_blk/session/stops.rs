@@ -5,6 +5,7 @@ use super::super::queue::{AtStop, Queue, Stopped};
 use super::rings::Kick;
 use super::{Session, refuse};
 use crate::export::core::watch::linger;
+use crate::io::driven::{receive, receive_within};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -56,7 +57,7 @@ impl Session {
             }
             // Until the queue is gone: the last to hold a guest's memory unmaps it, which takes long
             // and must not be the worker, whose other disks would wait.
-            while receiver.recv().is_ok() {}
+            while receive(&receiver).is_ok() {}
             self.device.remove_queue(queue);
         }
         result
@@ -71,7 +72,7 @@ impl Session {
         let began = Instant::now();
         let mut told = STOP_PATIENCE;
         loop {
-            match receiver.recv_timeout(STOP_LOOK) {
+            match receive_within(receiver, STOP_LOOK) {
                 Ok(stopped) => return Some(stopped),
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     let waited = began.elapsed();
