@@ -83,6 +83,11 @@ impl SimOptions {
         let traits = Traits { abilities, ..Traits::default() };
         SimOptions { len, max_len: len, fixed: false, traits, fast: true, log: false, seed: 0 }
     }
+
+    /// What the room for bytes is a multiple of.
+    fn unit(&self) -> u64 {
+        SECTOR.max(self.traits.request_align as u64)
+    }
 }
 
 /// A test's handle on a disk; the disk is as long-lived as its handles and drivers.
@@ -114,6 +119,13 @@ mod sector {
     pub const HOLE: u8 = 0;
     pub const DATA: u8 = 1;
     pub const ZERO: u8 = 2;
+
+    /// What one is that holds these bytes.
+    pub fn holding(bytes: &[u8]) -> u8 {
+        // Whole sectors are compared at once: byte by byte would be most of a fuzzer's time.
+        const ZEROES: [u8; super::SECTOR as usize] = [0; super::SECTOR as usize];
+        if *bytes == ZEROES[..bytes.len()] { HOLE } else { DATA }
+    }
 }
 
 impl SimDisk {
@@ -124,16 +136,12 @@ impl SimDisk {
 
     /// A disk that begins with `bytes`.
     pub fn holding(options: SimOptions, bytes: &[u8]) -> SimDisk {
-        let unit = SECTOR.max(options.traits.request_align as u64);
+        let unit = options.unit();
         let capacity = options.len.max(options.max_len).next_multiple_of(unit) as usize;
         let mut image = vec![0; capacity];
         image[..bytes.len()].copy_from_slice(bytes);
-        // Whole sectors are compared at once: byte by byte would be most of a fuzzer's time.
-        let zeroes = [0; SECTOR as usize];
-        let sectors = image.chunks(SECTOR as usize).map(|bytes| match bytes {
-            _ if *bytes == zeroes[..bytes.len()] => AtomicU8::new(sector::HOLE),
-            _ => AtomicU8::new(sector::DATA),
-        });
+        let sectors =
+            image.chunks(SECTOR as usize).map(|bytes| AtomicU8::new(sector::holding(bytes)));
         let base = if options.log { image.clone() } else { Vec::new() };
         SimDisk(Arc::new(Disk {
             len: AtomicU64::new(options.len),
@@ -149,6 +157,28 @@ impl SimDisk {
             releases: AtomicU64::new(0),
             options,
         }))
+    }
+
+    /// Makes it like a new disk that holds `bytes` and can grow by `room`, without faults, in the same memory.
+    /// Nobody has it open.
+    pub fn renew(&self, bytes: &[u8], room: u64) {
+        let Disk { options, sectors, .. } = &*self.0;
+        self.heal();
+        let (old, new) = (self.0.len.load(Ordering::SeqCst) as usize, bytes.len());
+        self.set_room(new as u64 + room);
+        self.0.len.store(new as u64, Ordering::SeqCst);
+        let state = &mut *self.0.state.lock();
+        state.rng = fastrand::Rng::with_seed(options.seed);
+        state.bytes[..new].copy_from_slice(bytes);
+        // Of what lay behind it the disk's last sector is a part.
+        let end = old.max(new).next_multiple_of(options.unit() as usize);
+        state.bytes[new..end].fill(0);
+        for (bytes, what) in state.bytes[..end].chunks(SECTOR as usize).zip(sectors) {
+            what.store(sector::holding(bytes), Ordering::SeqCst);
+        }
+        if options.log {
+            state.log = WriteLog::new(state.bytes.clone());
+        }
     }
 
     /// A driver on this disk. Two on one disk are two openings of it.
@@ -647,8 +677,8 @@ impl Image for Sim {
             Err(Error::new(format!("shrinking from {old} to {len} bytes was not allowed")))
         } else {
             let mut state = self.disk.state.lock();
-            let capacity = state.bytes.len() as u64;
-            self.disk.zero(&mut state, len.min(old)..capacity, true);
+            let end = len.max(old).next_multiple_of(self.disk.options.unit());
+            self.disk.zero(&mut state, len.min(old)..end, true);
             self.disk.len.store(len, Ordering::SeqCst);
             Ok(())
         };
