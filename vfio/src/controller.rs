@@ -16,6 +16,8 @@ pub(crate) mod link;
 mod start;
 mod watch;
 
+pub use watch::Watch;
+
 use crate::function::{PciFunction, Registers};
 use crate::namespace::{Limits, Namespace};
 use crate::queue_pair::QueuePair;
@@ -294,6 +296,28 @@ impl Controller {
     pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Controller, Error> {
         let name = function.name();
         start::open(function, options).map(Controller).map_err(|error| error.at(name))
+    }
+
+    /// The same without a thread that looks after the device: for tests and fuzz targets that do everything
+    /// on one. [`Controller::look`] does that thread's work.
+    ///
+    /// # Errors
+    /// As of [`Controller::open`].
+    pub fn open_unwatched(
+        function: Arc<dyn PciFunction>,
+        options: &Options,
+    ) -> Result<Controller, Error> {
+        let name = function.name();
+        let opened = start::open_unwatched(function, options);
+        opened.map(Controller).map_err(|error| error.at(name))
+    }
+
+    /// Resets the controller, aborts commands, hears of events: what there is to do. May be called from
+    /// time to time, and not while a thread of the controller's does it.
+    pub fn look(&self, watch: &mut Watch) {
+        if !self.0.is_dead() {
+            watch.work(&self.0);
+        }
     }
 
     /// How it is named in messages.

@@ -64,7 +64,7 @@ pub mod sgl;
 pub mod space;
 pub mod spec;
 
-pub use controller::{Controller, Options};
+pub use controller::{Controller, Options, Watch};
 pub use dma::{HostRange, Segments};
 pub use error::Error;
 pub use function::{PciAddress, PciFunction};

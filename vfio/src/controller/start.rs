@@ -27,7 +27,18 @@ const LARGEST_PAGE: u32 = 16;
 /// How long a controller may take that does not say how long it takes.
 const LEAST_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// Starts a device, and the thread that looks after it.
 pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Arc<Inner>, Error> {
+    let inner = open_unwatched(function, options)?;
+    let watcher = watch::spawn(&inner)?;
+    *lock(&inner.watcher) = Some(watcher);
+    Ok(inner)
+}
+
+pub fn open_unwatched(
+    function: Arc<dyn PciFunction>,
+    options: &Options,
+) -> Result<Arc<Inner>, Error> {
     let registers = function.registers(0)?;
     if registers.len() < LEAST {
         let text = format!("{} bytes of registers, too few for NVMe", registers.len());
@@ -75,8 +86,6 @@ pub fn open(function: Arc<dyn PciFunction>, options: &Options) -> Result<Arc<Inn
     inner.disable()?;
     inner.start()?;
     inner.life.store(RUNNING, Ordering::Release);
-    let watcher = watch::spawn(&inner)?;
-    *lock(&inner.watcher) = Some(watcher);
     Ok(inner)
 }
 

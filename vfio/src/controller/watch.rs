@@ -40,29 +40,37 @@ pub fn spawn(inner: &Arc<Inner>) -> Result<JoinHandle<()>, Error> {
         events.push(event);
     }
     let (weak, look) = (Arc::downgrade(inner), inner.options.look);
-    let thread = std::thread::Builder::new().name("nvme-watch".into());
-    let watch = Watch { weak, epoll, events, look, row: 0, last: None, absent: None };
-    thread.spawn(move || watch.run()).map_err(failed)
+    let builder = std::thread::Builder::new().name("nvme-watch".into());
+    let thread = Thread { weak, epoll, events, look, watch: Watch::default() };
+    builder.spawn(move || thread.run()).map_err(failed)
 }
 
-struct Watch {
+struct Thread {
     weak: Weak<Inner>,
     epoll: Epoll,
     /// To be woken, the admin queue's, the host's wish to have the device back.
     events: Vec<EventFd>,
     look: Duration,
+    watch: Watch,
+}
+
+/// What the thread knows of the controller. Whoever opens one without a thread has this instead.
+#[derive(Default)]
+pub struct Watch {
     /// Resets in a row, and when the last was.
     row: u32,
     last: Option<Instant>,
     /// Since when the device has seemed to be gone.
     absent: Option<Instant>,
+    /// The controller is being reset, and not all pairs have stopped yet.
+    is_halting: bool,
 }
 
-impl Watch {
+impl Thread {
     fn run(mut self) {
         loop {
             let mut woken = [EpollEvent::default(); 3];
-            let look = if self.absent.is_some() { ABSENT_LOOK } else { self.look };
+            let look = if self.watch.absent.is_some() { ABSENT_LOOK } else { self.look };
             let timeout = look.as_millis().try_into().unwrap_or(i32::MAX);
             let count = self.epoll.wait(timeout, &mut woken).unwrap_or(0);
             let Some(inner) = self.weak.upgrade() else { return };
@@ -81,11 +89,32 @@ impl Watch {
             if inner.is_dead() {
                 return;
             }
-            self.work(&inner);
+            self.watch.work(&inner);
+            self.wait_for_pairs(&inner);
         }
     }
 
-    fn work(&mut self, inner: &Inner) {
+    /// The threads of all pairs must have seen a reset before the queues are there again.
+    fn wait_for_pairs(&mut self, inner: &Inner) {
+        let began = Instant::now();
+        let mut complained = false;
+        while self.watch.is_halting {
+            if !complained && began.elapsed() > Duration::from_secs(10) {
+                complained = true;
+                log::warn!("{}: waiting for a queue's thread that does not stop", inner.name);
+            }
+            std::thread::sleep(Duration::from_micros(200));
+            self.watch.work(inner);
+        }
+    }
+}
+
+impl Watch {
+    /// Does what there is to do, without waiting for queue pairs.
+    pub(super) fn work(&mut self, inner: &Inner) {
+        if self.is_halting {
+            return self.finish_reset(inner);
+        }
         let status = inner.registers.read(registers::CSTS);
         if status == registers::GONE || !inner.is_there() {
             let since = *self.absent.get_or_insert_with(Instant::now);
@@ -123,35 +152,48 @@ impl Watch {
             return inner.lose("it keeps failing, whatever is done");
         }
         log::warn!("{}: resetting the controller: {why}", inner.name);
-        match inner.reset_now() {
-            Ok(()) => log::warn!("{}: the controller works again", inner.name),
-            Err(error) if self.row == RESETS => inner.lose(&error.to_string()),
-            // Somebody else may have reset it in the middle of this, or be at it still.
-            Err(error) => {
-                log::warn!("{}: {error}", inner.name);
-                inner.want_reset();
+        match inner.halt() {
+            Ok(()) => {
+                self.is_halting = true;
+                self.finish_reset(inner);
             }
+            Err(error) => self.reset_failed(inner, error),
         }
+    }
+
+    /// Goes on with a reset as soon as all pairs have stopped.
+    fn finish_reset(&mut self, inner: &Inner) {
+        if inner.links().iter().any(|link| link.state() == State::Halt) {
+            return;
+        }
+        self.is_halting = false;
+        match inner.go_on() {
+            Ok(()) => log::warn!("{}: the controller works again", inner.name),
+            Err(error) => self.reset_failed(inner, error),
+        }
+    }
+
+    fn reset_failed(&self, inner: &Inner, error: Error) {
+        if self.row == RESETS {
+            return inner.lose(&error.to_string());
+        }
+        // Somebody else may have reset it in the middle of this, or be at it still.
+        log::warn!("{}: {error}", inner.name);
+        inner.want_reset();
     }
 }
 
 impl Inner {
-    /// Resets the controller. Queue pairs stop first, and go on afterwards.
-    fn reset_now(&self) -> Result<(), Error> {
+    /// Stops the controller, and tells queue pairs to stop: the first part of a reset.
+    fn halt(&self) -> Result<(), Error> {
         self.life.store(STARTING, Ordering::Release);
         self.resets.fetch_add(1, Ordering::Relaxed);
         self.links().iter().for_each(|link| link.tell(State::Halt));
-        self.disable()?;
-        let began = Instant::now();
-        let mut complained = false;
-        // The threads of all pairs must have seen it before the queues are there again.
-        while self.links().iter().any(|link| link.state() == State::Halt) {
-            if !complained && began.elapsed() > Duration::from_secs(10) {
-                complained = true;
-                log::warn!("{}: waiting for a queue's thread that does not stop", self.name);
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        self.disable()
+    }
+
+    /// Starts the controller, whose queue pairs have stopped: the second part.
+    fn go_on(&self) -> Result<(), Error> {
         lock(&self.wants).reset = false;
         lock(&self.wants).aborts.clear();
         self.restart()?;
