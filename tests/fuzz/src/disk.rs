@@ -2,9 +2,10 @@
 //! the block contract forbids, under raw or bare, and null.
 
 use super::image;
+use std::cell::RefCell;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
-use vublk::block::{Attachment, Graph, Perm, Perms, Registry};
+use vublk::block::{Attachment, Graph, Node, Perm, Perms, Registry};
 use vublk::export::core::failure::FailureOptions;
 use vublk::export::core::{Disk, DiskOptions};
 use vublk::export::vhost_user_blk::DeviceOptions;
@@ -18,6 +19,8 @@ static REGISTRY: LazyLock<Registry> =
 
 /// Bytes of every disk here: few, because each input has a new disk.
 pub const LEN: u64 = 64 << 10;
+/// Those of a simulated one.
+const SIM_LEN: u64 = LEN + 8192;
 
 /// What a disk is to be like.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +37,7 @@ pub struct Wanted {
 }
 
 /// What lies below the export.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Under {
     /// A simulated disk with a fast road.
     Fast,
@@ -43,74 +46,88 @@ pub enum Under {
     /// raw with an offset, over a simulated disk that wants aligned requests and memory.
     Aligned,
     Null,
-    /// A file with locks, so that requests in flight can be tracked.
-    File,
 }
 
-/// An open disk.
-pub struct Opened {
-    pub device: Arc<Device>,
+/// An open graph.
+struct Opened {
+    under: Under,
+    writable: bool,
+    node: Arc<Node>,
+    /// The disk below it, if that is a simulated one.
+    sim: Option<SimDisk>,
     _attachment: Attachment,
     _graph: Graph,
 }
 
-fn describe(wanted: Wanted) -> String {
+thread_local! {
+    /// The graphs that this thread has opened. They stay open, because opening one takes longer than most runs.
+    static OPENED: RefCell<Vec<&'static Opened>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What to open, and the simulated disk in it.
+fn describe(under: Under) -> (String, Option<SimDisk>) {
     let len = LEN;
-    if matches!(wanted.graph, Under::Null) {
-        return format!("driver=raw,file.driver=null-co,file.size={len},file.read-zeroes=on");
+    if under == Under::Null {
+        let null = format!("driver=raw,file.driver=null-co,file.size={len},file.read-zeroes=on");
+        return (null, None);
     }
-    if matches!(wanted.graph, Under::File) {
-        // One for the process; the file goes with the last who has it open.
-        let path = std::env::temp_dir().join(format!("vublk-fuzz-{}", std::process::id()));
-        std::fs::File::create(&path).and_then(|file| file.set_len(LEN)).expect("a temporary file");
-        return format!("driver=file,locking=on,filename={}", path.display());
-    }
-    let mut options = SimOptions::new(LEN + 8192);
-    options.max_len = options.len;
-    options.fast = !matches!(wanted.graph, Under::Slow);
-    if matches!(wanted.graph, Under::Aligned) {
+    let mut options = SimOptions::new(SIM_LEN);
+    options.fast = under != Under::Slow;
+    if under == Under::Aligned {
         options.traits.request_align = 4096;
         options.traits.buffer_align = 512;
         options.traits.max_segments = 16;
     }
-    let sim = SimDisk::new(options);
-    if wanted.faulty {
-        let delay = Effect::Delay(Duration::from_millis(1));
-        sim.inject(Fault::new(Kinds::all(), Effect::Fail(Errno::EIO)).with_probability(0.1));
-        sim.inject(Fault::new(Kinds::all(), delay).with_probability(0.2));
-    }
-    let name = image::disk_name();
+    let (sim, name) = (SimDisk::new(options), image::disk_name());
     sim.publish(&name);
-    match wanted.graph {
+    let described = match under {
         Under::Aligned => {
             format!("driver=raw,offset=4096,size={len},file.driver=sim,file.disk={name}")
         }
         _ => format!("driver=sim,disk={name}"),
-    }
+    };
+    (described, Some(sim))
 }
 
-/// Opens a disk. On a worker.
-pub async fn open(wanted: Wanted) -> Opened {
+async fn open_graph(under: Under, writable: bool) -> Opened {
     let graph = Graph::new(&REGISTRY);
-    let options = format!("{},node-name=top", describe(wanted));
+    let (options, sim) = describe(under);
+    let options = format!("{options},node-name=top");
     let map = keyval::parse(&options, None).expect("well-formed options").options;
-    let file = map.get("filename").and_then(|name| name.as_str()).map(str::to_owned);
     let node = graph.open(map).await.expect("a disk that can be opened");
-    let held =
-        if wanted.writable { Perm::CONSISTENT_READ | Perm::WRITE } else { Perm::CONSISTENT_READ };
-    let perms =
-        Perms { held, shared: if file.is_some() { Perm::CONSISTENT_READ } else { Perm::all() } };
+    let held = if writable { Perm::CONSISTENT_READ | Perm::WRITE } else { Perm::CONSISTENT_READ };
+    let perms = Perms { held, shared: Perm::all() };
     let attachment = graph.attach(&node, "a fuzz target", perms, None).expect("nobody else is");
-    if let Some(path) = file {
-        let _ = std::fs::remove_file(path);
+    Opened { under, writable, node, sim, _attachment: attachment, _graph: graph }
+}
+
+/// A disk as it is when it is new. On a worker of a thread that has nothing else in flight.
+pub async fn open(wanted: Wanted) -> Arc<Device> {
+    let Wanted { graph, writable, .. } = wanted;
+    let is_it = |opened: &&&Opened| opened.under == graph && opened.writable == writable;
+    let found = OPENED.with_borrow(|all| all.iter().find(is_it).copied());
+    let opened = match found {
+        Some(opened) => opened,
+        None => {
+            let opened: &'static Opened = Box::leak(Box::new(open_graph(graph, writable).await));
+            OPENED.with_borrow_mut(|all| all.push(opened));
+            opened
+        }
+    };
+    if let Some(sim) = &opened.sim {
+        sim.renew(&[0; SIM_LEN as usize], 0);
+        if wanted.faulty {
+            let delay = Effect::Delay(Duration::from_millis(1));
+            sim.inject(Fault::new(Kinds::all(), Effect::Fail(Errno::EIO)).with_probability(0.1));
+            sim.inject(Fault::new(Kinds::all(), delay).with_probability(0.2));
+        }
     }
     let options = DiskOptions {
         writable: wanted.writable,
         write_through: wanted.write_through,
         failures: wanted.failures,
     };
-    let disk = Disk::new("fuzz", node, options, wanted.logical_block_size, None);
+    let disk = Disk::new("fuzz", opened.node.clone(), options, wanted.logical_block_size, None);
     let device = DeviceOptions { num_queues: wanted.num_queues, serial: "fuzz".to_owned() };
-    let device = Arc::new(Device::new(disk, device));
-    Opened { device, _attachment: attachment, _graph: graph }
+    Arc::new(Device::new(disk, device))
 }

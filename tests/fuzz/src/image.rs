@@ -1,18 +1,21 @@
 //! Images in memory: made once, changed by inputs, and opened on a simulated disk by the calling
 //! thread, so that a run needs no file, no other thread and no sleep.
 
-use std::cell::RefCell;
+use super::worker::worker;
+use std::cell::OnceCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Creation, Error, Graph, Node, Perm, Perms, Registry};
-use vublk::io::sim::{Disorder, SimRing};
-use vublk::io::{Worker, WorkerOptions, run_on};
+use vublk::io::sim::Disorder;
+use vublk::io::{Worker, WorkerOptions};
 use vublk::options::{Map, keyval, qemuopts};
 use vublk::protocol::sim::{self, SimDisk, SimOptions};
 
 /// Bytes by which an image can grow.
 const ROOM: u64 = 256 << 10;
+/// The most that an image can have before.
+const MOST: u64 = 768 << 10;
 
 /// Caches of the least size: making larger ones costs more than all that an input does.
 const CACHES: &str = ",l2-cache-size=32768,refcount-cache-size=65536";
@@ -21,15 +24,14 @@ static REGISTRY: LazyLock<Registry> =
     LazyLock::new(|| Registry::new(&[vublk::format::LIST, vublk::protocol::LIST, &[&sim::ENTRY]]));
 
 thread_local! {
-    /// Disks are found by name; a thread has one name, which each run takes over.
-    static NAME: RefCell<Option<String>> = const { RefCell::new(None) };
+    /// The thread's disk and its name. Its memory is used again.
+    static DISK: OnceCell<(SimDisk, String)> = const { OnceCell::new() };
 }
 
-/// The name of this thread's simulated disk.
+/// A name for a simulated disk.
 pub fn disk_name() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let new = || format!("fuzz{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    NAME.with_borrow_mut(|name| name.get_or_insert_with(new).clone())
+    format!("fuzz{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The bytes of a new qcow2 image with these creation options. It is made in a file, which is gone
@@ -50,11 +52,25 @@ pub fn create(options: &str) -> Vec<u8> {
     bytes
 }
 
-/// A simulated disk that holds `bytes`.
-pub fn disk(bytes: &[u8]) -> SimDisk {
-    let mut options = SimOptions::new(bytes.len() as u64);
-    options.max_len += ROOM;
-    SimDisk::holding(options, bytes)
+/// The thread's simulated disk holds `bytes` from now on.
+pub fn put(bytes: &[u8]) {
+    published().0.renew(bytes, ROOM);
+}
+
+/// What the thread's disk holds.
+pub fn bytes() -> Vec<u8> {
+    published().0.bytes()
+}
+
+fn published() -> (SimDisk, String) {
+    DISK.with(|disk| {
+        let new = || {
+            let (disk, name) = (SimDisk::new(SimOptions::new(MOST + ROOM)), disk_name());
+            disk.publish(&name);
+            (disk, name)
+        };
+        disk.get_or_init(new).clone()
+    })
 }
 
 /// An open node, held for writing.
@@ -64,10 +80,9 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens `disk` as this thread's disk; `driver` is of the node on top, `None` for the bare disk.
-    async fn new(disk: &SimDisk, driver: Option<&str>, held: Perms) -> Result<Opened, Error> {
-        let name = disk_name();
-        disk.publish(&name);
+    /// Opens the thread's disk; `driver` is of the node on top, `None` for the bare disk.
+    async fn new(driver: Option<&str>, held: Perms) -> Result<Opened, Error> {
+        let (_, name) = published();
         let options = match driver {
             Some(driver) => format!("driver={driver}{CACHES},file.driver=sim,file.disk={name}"),
             None => format!("driver=sim,disk={name}"),
@@ -85,36 +100,31 @@ impl Opened {
     }
 }
 
-/// Opens the disk as a qcow2 image, lets `work` use it, and closes it.
+/// Opens the thread's disk as a qcow2 image, lets `work` use it, and closes it.
 pub fn with_qcow2(
-    disk: &SimDisk,
     work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error> + 'static,
 ) -> Result<(), Error> {
     let held = Perm::CONSISTENT_READ | Perm::WRITE;
-    with(disk, Some("qcow2"), Perms { held, shared: Perm::all() }, work)
+    with(Some("qcow2"), Perms { held, shared: Perm::all() }, work)
 }
 
 /// Opens the bare disk for a check that may repair what it holds.
 pub fn with_disk<T: 'static>(
-    disk: &SimDisk,
     work: impl AsyncFnOnce(&Arc<Node>) -> Result<T, Error> + 'static,
 ) -> Result<T, Error> {
     let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
-    with(disk, None, Perms { held, shared: Perm::empty() }, work)
+    with(None, Perms { held, shared: Perm::empty() }, work)
 }
 
 fn with<T: 'static>(
-    disk: &SimDisk,
     driver: Option<&'static str>,
     perms: Perms,
     work: impl AsyncFnOnce(&Arc<Node>) -> Result<T, Error> + 'static,
 ) -> Result<T, Error> {
     let calm =
         Disorder { seed: 1, max_delay: Duration::from_micros(50), short: 0.0, interrupted: 0.0 };
-    let ring = SimRing::new(calm).expect("a simulated ring");
-    let disk = disk.clone();
-    run_on(Box::new(ring), async move {
-        let opened = Opened::new(&disk, driver, perms).await?;
+    worker(0).drive(calm, move |_| async move {
+        let opened = Opened::new(driver, perms).await?;
         let result = work(opened.hold.node()).await;
         opened.close().await;
         result

@@ -5,8 +5,8 @@
 //! tracking", for split virtqueues, and not taken from what is tested.
 
 use super::input::Input;
+use super::mapped::Mapped;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserInflight;
 use vublk::export::vhost_user_blk::inflight::{Region, Tracker};
@@ -26,6 +26,7 @@ const COUNTER: u64 = 8;
 /// The memory of one queue among others, and what a daemon that takes it up finds.
 pub struct Kept {
     file: File,
+    bytes: Mapped,
     told: VhostUserInflight,
     queue: u16,
     ring_size: u16,
@@ -55,7 +56,8 @@ impl Kept {
         drop(region);
         let queue = input.below(u64::from(num_queues)) as u16;
         let again = Vec::new();
-        Kept { file, told, queue, ring_size, expected: None, again, used_index: 0 }
+        let bytes = Mapped::of(&file, told.mmap_size as usize);
+        Kept { file, bytes, told, queue, ring_size, expected: None, again, used_index: 0 }
     }
 
     /// Where the queue's part begins.
@@ -69,23 +71,16 @@ impl Kept {
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {
-        // Beyond the end nothing is written: the file cannot grow.
-        if at < self.told.mmap_size {
-            let _ = self.file.write_all_at(bytes, at);
-        }
+        self.bytes.put(at as usize, bytes);
     }
 
     fn read<const N: usize>(&self, at: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        self.file.read_exact_at(&mut bytes, at).expect("a field of the memory");
-        bytes
+        self.bytes.get(at as usize)
     }
 
     fn marked(&self) -> Vec<u16> {
-        let mut entries = vec![0; usize::from(self.told.queue_size) * ENTRY as usize];
-        self.file.read_exact_at(&mut entries, self.entry(0)).expect("the queue's entries");
-        let marks = entries.chunks(ENTRY as usize).map(|entry| entry[INFLIGHT as usize] != 0);
-        (0..).zip(marks).filter(|(_, is_marked)| *is_marked).map(|(head, _)| head).collect()
+        let is_marked = |head: &u16| self.read(self.entry(*head) + INFLIGHT) != [0];
+        (0..self.told.queue_size).filter(is_marked).collect()
     }
 
     /// A daemon takes some of the chains `offered`, hands some of them back in batches, and dies

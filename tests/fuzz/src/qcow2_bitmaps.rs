@@ -19,8 +19,8 @@ static IMAGES: LazyLock<[Image; 2]> =
     LazyLock::new(|| ["cluster_size=512", "cluster_size=4k,refcount_bits=2"].map(image));
 
 fn image(options: &str) -> Image {
-    let disk = image::disk(&image::create(&format!("{options},size=200k")));
-    let filled = image::with_qcow2(&disk, async |node| {
+    image::put(&image::create(&format!("{options},size=200k")));
+    let filled = image::with_qcow2(async |node| {
         for (name, granularity) in [("a", 512), ("bb", 4096)] {
             let granularity = Some(granularity);
             let new =
@@ -31,7 +31,7 @@ fn image(options: &str) -> Image {
         node.write(1000, &from, WriteFlags::empty()).await.map_err(|e| Error::os("write", e))
     });
     filled.expect("bitmaps");
-    let bytes = disk.bytes();
+    let bytes = image::bytes();
     // The extension's number, its length, then how many bitmaps there are.
     let magic = [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24];
     let found = bytes.windows(8).position(|window| window == magic).expect("the extension");
@@ -68,10 +68,10 @@ pub fn run(data: &[u8]) {
     if input.one_in(8) {
         bytes.truncate(input.below(bytes.len() as u64) as usize);
     }
-    let disk = image::disk(&bytes);
+    image::put(&bytes);
     for _ in 0..2 {
         let steps: Vec<u8> = (0..input.u8() % 8).map(|_| input.u8()).collect();
-        let used = image::with_qcow2(&disk, async |node| use_bitmaps(node, steps).await);
+        let used = image::with_qcow2(async |node| use_bitmaps(node, steps).await);
         if let Err(error) = used {
             let text = error.to_string();
             assert!(!text.contains('\n') && text.len() < 2000, "{text:?}");

@@ -7,7 +7,6 @@ use std::sync::LazyLock;
 use vublk::block::{CheckReport, Error, Fix};
 use vublk::format::qcow2::check;
 use vublk::format::qcow2::snapshots::Snapshot;
-use vublk::protocol::sim::SimDisk;
 
 /// Mapped images with clusters of 512 bytes and of 16 KiB: without and with subclusters.
 static IMAGES: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
@@ -37,14 +36,14 @@ pub fn run(data: &[u8]) {
     if input.one_in(8) {
         image.truncate(input.below(image.len() as u64) as usize);
     }
-    let disk = image::disk(&image);
+    image::put(&image);
     let fix = input.pick(&[Fix::Nothing, Fix::Leaks, Fix::All, Fix::All]);
-    let first = check_once(&disk, fix);
+    let first = check_once(fix);
     if let Ok(report) = first
         && fix == Fix::All
         && report.corruptions + report.check_errors == 0
     {
-        let again = check_once(&disk, Fix::Nothing).expect("what was repaired is checked");
+        let again = check_once(Fix::Nothing).expect("what was repaired is checked");
         let left = (again.corruptions, again.leaks, again.check_errors);
         assert_eq!(left, (0, 0, 0), "{report:?}, then {again:?}");
     }
@@ -72,8 +71,8 @@ fn add_snapshot(image: &mut Vec<u8>, input: &mut Input) {
     image[64..72].copy_from_slice(&at.to_be_bytes());
 }
 
-fn check_once(disk: &SimDisk, fix: Fix) -> Result<CheckReport, Error> {
-    image::with_disk(disk, async move |node| {
+fn check_once(fix: Fix) -> Result<CheckReport, Error> {
+    image::with_disk(async move |node| {
         let mut say = |line: &str| {
             assert!(!line.contains('\n') && line.len() < 1000, "{line:?}");
         };

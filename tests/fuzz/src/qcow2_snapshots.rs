@@ -19,8 +19,8 @@ static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
         "cluster_size=1k,compat=0.10",
     ]
     .map(|options| {
-        let disk = image::disk(&image::create(&format!("{options},size=100k")));
-        let made = image::with_qcow2(&disk, async |node| {
+        image::put(&image::create(&format!("{options},size=100k")));
+        let made = image::with_qcow2(async |node| {
             for (n, name) in NAMES[..2].iter().enumerate() {
                 let bytes = vec![n as u8 + 1; 40_000];
                 let from = IoVec::from_ref(&bytes);
@@ -30,7 +30,7 @@ static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
             Ok(())
         });
         made.expect("snapshots");
-        disk.bytes()
+        image::bytes()
     })
 });
 
@@ -65,11 +65,11 @@ pub fn run(data: &[u8]) {
         };
         image[at..][..8].copy_from_slice(&value.to_be_bytes());
     }
-    let disk = image::disk(&image);
+    image::put(&image);
     let steps: Vec<(u8, usize)> =
         (0..1 + input.u8() % 5).map(|_| (input.u8() % 4, input.below(4) as usize)).collect();
     let is_sound = changes == 0;
-    let worked = image::with_qcow2(&disk, async move |node| {
+    let worked = image::with_qcow2(async move |node| {
         for (step, name) in steps {
             let (snapshots, name) = (snapshots(node), NAMES[name]);
             let _ = snapshots.list();
@@ -90,7 +90,7 @@ pub fn run(data: &[u8]) {
     });
     if is_sound {
         worked.expect("the image is sound");
-        let checked = image::with_qcow2(&disk, async |node| {
+        let checked = image::with_qcow2(async |node| {
             let mut said = String::new();
             let mut say = |line: &str| said += line;
             let image = node.driver().image().expect("an image");

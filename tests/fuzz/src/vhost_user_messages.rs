@@ -3,25 +3,26 @@
 //! The law: no panic; the session comes to its end once the front end has hung up; afterwards no
 //! descriptor and no mapping of the connection's is left.
 
-use super::disk::{self, Opened, Under, Wanted};
+use super::disk::{self, Under, Wanted};
 use super::guest::memory_file;
 use super::input::Input;
+use super::worker::worker;
 use std::fs::File;
-use std::io::Read;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vublk::export::core::notices::Notices;
 use vublk::export::vhost_user_blk::channel::Channel;
+use vublk::export::vhost_user_blk::device::Device;
 use vublk::export::vhost_user_blk::session::Session;
-use vublk::io::{Worker, WorkerOptions};
+use vublk::io::sim::Disorder;
 
 /// Messages in one connection; few enough for all of them and their replies to wait in the socket.
 const MESSAGES: usize = 40;
@@ -61,48 +62,41 @@ mod code {
     pub const END: u32 = 48;
 }
 
-/// What the sessions share: a daemon's disk and workers.
-struct Served {
-    opened: Opened,
-    workers: Vec<Arc<Worker>>,
+/// Runs one connection.
+pub fn run(data: &[u8]) {
+    thread_local! {
+        /// The first connection of a thread makes what later ones find.
+        static WARM: () = {
+            // As in every Rust program; libFuzzer's is none.
+            // SAFETY: no handler runs.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+            connect(&[1]);
+            // All messages that a ring needs, so that one has run.
+            connect(&[1, 0, 12]);
+        };
+    }
+    WARM.with(|()| ());
+    let before = count_open_files();
+    connect(data);
+    let after = count_open_files();
+    assert!(after <= before, "{before} descriptors became {after}: {:?}", open_files());
 }
 
-static SERVED: LazyLock<Mutex<Served>> = LazyLock::new(|| {
-    let start = |name| {
-        let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
-        Arc::new(Worker::start(name, options).expect("a worker"))
-    };
-    let workers = vec![start("fuzz0"), start("fuzz1")];
-    let wanted = Wanted {
-        graph: Under::File,
+/// The disk that a daemon serves.
+async fn open_device() -> Arc<Device> {
+    let device = disk::open(Wanted {
+        graph: Under::Fast,
         faulty: false,
         failures: Default::default(),
         writable: true,
         write_through: false,
         logical_block_size: 512,
         num_queues: QUEUES,
-    };
-    let opened = workers[0].block_on(move || disk::open(wanted));
-    let fenced = opened.device.disk.node().fence().holds();
-    assert!(fenced, "without its locks the disk is not offered inflight tracking");
-    Mutex::new(Served { opened, workers })
-});
-
-/// Runs one connection.
-pub fn run(data: &[u8]) {
-    let served = SERVED.lock().unwrap_or_else(PoisonError::into_inner);
-    // The first connection of a process makes what later ones find.
-    static WARM: std::sync::Once = std::sync::Once::new();
-    WARM.call_once(|| {
-        // As in every Rust program; libFuzzer's is none.
-        // SAFETY: no handler runs.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
-        connect(&served, &[1]);
     });
-    let before = count_open_files();
-    connect(&served, data);
-    let after = count_open_files();
-    assert!(after <= before, "{before} descriptors became {after}: {:?}", open_files());
+    let device = device.await;
+    let fence = device.disk.node().fence();
+    assert!(fence.holds(), "the disk is not offered inflight tracking");
+    device
 }
 
 /// How many descriptors this process has open.
@@ -122,15 +116,19 @@ fn open_files() -> Vec<PathBuf> {
     list.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect()
 }
 
-fn connect(served: &Served, data: &[u8]) {
-    let (mut ours, theirs) = UnixStream::pair().expect("a pair of sockets");
-    ours.set_nonblocking(true).expect("a socket's flag");
+fn connect(data: &[u8]) {
+    let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     FrontEnd::new(Input::new(data)).speak(&ours);
-    // All has been said; what the session waits for beyond it is the end of the connection.
+    // All has been said; what the session waits for beyond it is the end of the connection. The answers wait
+    // in the socket.
     ours.shutdown(Shutdown::Write).expect("it is open");
 
-    let Served { opened, workers } = served;
-    let session = Session::new(opened.device.clone(), workers.clone(), 0);
+    let workers = vec![worker(0), worker(1)];
+    let max_delay = Duration::from_micros(50);
+    let calm = Disorder { seed: 1, max_delay, short: 0.0, interrupted: 0.0 };
+    workers[1].drive(calm, |_| async {});
+    let device = workers[0].drive(calm, |_| open_device());
+    let session = Session::new(device, workers.clone(), 0);
     let session = Arc::new(Mutex::new(session));
     let mut handler = BackendReqHandler::from_stream(theirs, session.clone());
     let notices = Notices::new().expect("an eventfd");
@@ -143,8 +141,6 @@ fn connect(served: &Served, data: &[u8]) {
             Err(Error::SocketRetry(_)) => {}
             Err(_) => break,
         }
-        // What was answered makes room for the next answer.
-        let _ = ours.read(&mut [0; 8192]);
     }
     session.lock().expect("no panic").stop_all();
     drop((channel, handler, session));
@@ -396,18 +392,19 @@ impl FrontEnd<'_> {
         // SAFETY: integers are all that the call takes.
         let sealed = unsafe { libc::fcntl(kept.as_raw_fd(), libc::F_ADD_SEALS, seals) };
         assert_eq!(sealed, 0, "{}", std::io::Error::last_os_error());
-        for queue in 0..4 {
+        let mut bytes = [0; 4 * KEPT as usize];
+        for queue in bytes.chunks_mut(KEPT as usize) {
             let [last, used] = [(); 2].map(|()| self.input.u8() % 17);
             let header = [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 16, 0, last, 0, used % 3, 0];
-            kept.write_all_at(&header, queue * KEPT).expect("room in memory");
+            queue[..16].copy_from_slice(&header);
             for _ in 0..self.input.below(4) {
-                let (entry, mark) = (self.input.below(17), self.input.u8() % 3);
+                let (entry, mark) = (self.input.below(17) as usize, self.input.u8() % 3);
                 let [next, counter] = [(); 2].map(|()| self.input.u8() % 17);
-                let entry_bytes = [mark, 0, 0, 0, 0, 0, next, 0, counter];
-                kept.write_all_at(&entry_bytes, queue * KEPT + 16 + entry * 16)
-                    .expect("room in memory");
+                queue[16 + entry * 16..][..9]
+                    .copy_from_slice(&[mark, 0, 0, 0, 0, 0, next, 0, counter]);
             }
         }
+        kept.write_all_at(&bytes, 0).expect("room in memory");
         kept
     }
 

@@ -10,9 +10,11 @@ use super::guest::{GuestMemory, Place};
 use super::inflight::Kept;
 use super::input::Input;
 use super::scribbler::Scribbler;
+use super::worker::worker;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -22,8 +24,8 @@ use vublk::export::core::ExportMetrics;
 use vublk::export::core::failure::{FailureOptions, ReadErrors, WriteErrors};
 use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use vublk::export::vhost_user_blk::ring::{Addresses, Ring, SplitRing, Tracking};
-use vublk::io::sim::{Disorder, SimRing};
-use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, run_local, sleep};
+use vublk::io::sim::Disorder;
+use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, sleep};
 
 /// What ring addresses are given in lies so far above guest addresses.
 const USER: u64 = 0x7f00_0000_0000;
@@ -66,20 +68,70 @@ pub fn run_scribbled(data: &[u8], seed: u64) {
 
 fn run_beside(data: &[u8], scribble: Option<u64>) -> Shown {
     let data = data.to_vec();
-    let ring = SimRing::new(Disorder::wild(data.len() as u64)).expect("a simulated ring");
-    run_local(Box::new(ring), move |local| {
-        let queue = Rc::new(Shared::default());
-        let kick = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+    let queue = Rc::new(Shared::default());
+    let theirs = queue.clone();
+    let worker = worker(0);
+    let shown = worker.drive(Disorder::wild(data.len() as u64), move |local| {
+        let events = Events::silent();
         // The last bit of the input says whether the queue is kicked or looked at.
         let kicked = data.last().is_some_and(|byte| byte & 1 != 0);
-        let fd = kicked.then(|| kick.as_raw_fd());
-        let me = local.attach(Box::new(Watched(queue.clone())), fd);
+        let fd = kicked.then(|| events.kick.as_raw_fd());
+        let me = local.attach(Box::new(Watched(theirs.clone())), fd);
         async move {
             let mut shown = Shown::default();
-            Guest::live(Input::new(&data), queue, me, kick, scribble, &mut shown).await;
+            let words = Words { me, kicked, events };
+            Guest::live(Input::new(&data), &theirs, words, scribble, &mut shown).await;
+            theirs.over.set(true);
+            current().wake_source(me);
             shown
         }
-    })
+    });
+    while Rc::strong_count(&queue) > 1 {
+        worker.call(|_| ());
+    }
+    shown
+}
+
+/// How the two sides tell each other that there is something.
+struct Events {
+    kick: Arc<File>,
+    call: Arc<File>,
+    error: Arc<File>,
+}
+
+thread_local! {
+    /// The thread's, which each run uses again.
+    static EVENTS: Rc<Events> = Rc::new(Events { kick: eventfd(), call: eventfd(), error: eventfd() });
+}
+
+fn eventfd() -> Arc<File> {
+    let eventfd = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+    // SAFETY: the descriptor is taken from its only owner.
+    Arc::new(unsafe { File::from_raw_fd(eventfd.into_raw_fd()) })
+}
+
+impl Events {
+    /// The thread's, without a word in them.
+    fn silent() -> Rc<Events> {
+        let events = EVENTS.with(Rc::clone);
+        for file in [&events.kick, &events.call, &events.error] {
+            take_word(file);
+        }
+        events
+    }
+}
+
+/// Whether there is a word, which is gone then.
+fn take_word(mut file: &File) -> bool {
+    file.read(&mut [0; 8]).is_ok()
+}
+
+/// The way to the queue.
+struct Words {
+    me: SourceId,
+    /// Whether the queue hears of kicks.
+    kicked: bool,
+    events: Rc<Events>,
 }
 
 /// The queue, which its worker polls and the guest's future pauses and stops.
@@ -89,6 +141,8 @@ struct Shared {
     /// Polls since the queue was told to stop.
     last_polls: Cell<u32>,
     stopping: Cell<bool>,
+    /// The run is.
+    over: Cell<bool>,
 }
 
 /// Passes everything on, and looks what a turn did.
@@ -97,7 +151,9 @@ struct Watched(Rc<Shared>);
 impl Source for Watched {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let mut queue = self.0.queue.borrow_mut();
-        let Some(queue) = &mut *queue else { return Polled::Idle };
+        let Some(queue) = &mut *queue else {
+            return if self.0.over.get() { Polled::Ended } else { Polled::Idle };
+        };
         let before = queue.in_flight();
         let polled = queue.poll(io, me);
         let taken = queue.in_flight().saturating_sub(before);
@@ -178,15 +234,7 @@ struct Guest {
     long_flushes: u32,
     faulty: bool,
     shared: Rc<Shared>,
-    me: SourceId,
-    kick: EventFd,
-    error: EventFd,
-}
-
-fn file(eventfd: &EventFd) -> Arc<File> {
-    let fd = eventfd.try_clone().expect("a descriptor").into_raw_fd();
-    // SAFETY: the clone is nobody else's.
-    Arc::new(unsafe { File::from_raw_fd(fd) })
+    words: Words,
 }
 
 /// Regions of the guest: few or many, side by side or with gaps, not always aligned.
@@ -196,12 +244,13 @@ fn places(input: &mut Input<'_>, honest: bool) -> Vec<Place> {
     let gap = if input.one_in(2) && !many { 0x10_0000 } else { 0 };
     let skew = u64::from(input.one_in(8) && !honest);
     let mut guest = input.pick(&[0, 0x1000, 0xffff_0000, 1 << 40]);
-    // Few combinations, so that most runs find their memory mapped.
-    let lens = [0x1800, 0xff0, 0x4e00, 0x200, 0x33];
+    // Few combinations, so that most runs find their memory mapped; and little of it, because each run clears it.
+    let lens =
+        if many { [0x200, 0xff0, 0x33, 0x200, 0x33] } else { [0x1800, 0xff0, 0x4e00, 0x200, 0x33] };
     let first = input.below(2);
     let mut places = Vec::new();
     for i in 0..count {
-        let len = if i == 0 { 0x18e00 } else { lens[(first + i) as usize % lens.len()] };
+        let len = if i == 0 { 0xee00 } else { lens[(first + i) as usize % lens.len()] };
         places.push(Place { guest, user: USER + guest + skew, len });
         guest += len + gap;
     }
@@ -221,9 +270,8 @@ fn failures(input: &mut Input<'_>) -> FailureOptions {
 impl Guest {
     async fn live(
         mut input: Input<'_>,
-        shared: Rc<Shared>,
-        me: SourceId,
-        kick: EventFd,
+        shared: &Rc<Shared>,
+        words: Words,
         scribble: Option<u64>,
         shown: &mut Shown,
     ) {
@@ -240,11 +288,11 @@ impl Guest {
             num_queues: 1,
             failures: failures(&mut input),
         };
-        let opened = disk::open(wanted).await;
+        let device = disk::open(wanted).await;
         let memory = GuestMemory::at(places(&mut input, honest));
         let base = memory.places[0];
 
-        let size = 1u16 << input.pick(&[4u16, 0, 1, 2, 3, 5, 7, 10]);
+        let size = 1u16 << input.pick(&[4u16, 0, 1, 2, 3, 5, 7, 4, 4, 0, 1, 2, 3, 5, 7, 10]);
         let start = if input.one_in(4) { input.u16() } else { 0 };
         let entries = u64::from(size);
         let descriptors = base.guest;
@@ -272,8 +320,6 @@ impl Guest {
         // Not from the start: the guest's two indexes begin where an earlier session left them.
         memory.put(available + 2, &start.to_le_bytes());
         memory.put(used + 2, &start.to_le_bytes());
-        let [call, error] = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
-        let (called, failed) = (file(&call), file(&error));
         let mut guest = Guest {
             free: used + 6 + entries * 8,
             memory,
@@ -292,13 +338,11 @@ impl Guest {
             must_succeed: None,
             long_flushes: 0,
             faulty: wanted.faulty,
-            shared,
-            me,
-            kick,
-            error,
+            shared: shared.clone(),
+            words,
         };
         let mut kept =
-            if input.one_in(2) { Some(guest.have_a_past(&mut input).await) } else { None };
+            if input.one_in(4) { Some(guest.have_a_past(&mut input).await) } else { None };
         // Where the front end says that the ring goes on; with a past, it may be wrong.
         let base = if kept.is_some() { input.u16() } else { start };
         let ring = SplitRing::new(&guest.memory.memory, size, at, base, event_index);
@@ -314,19 +358,19 @@ impl Guest {
         *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
             index: 0,
             recorder: ExportMetrics::new("fuzz", ("node", 0), true, 1, true).recorder(0),
-            disk: opened.device.disk.clone(),
+            disk: device.disk.clone(),
             serial: "fuzz".to_owned(),
             memory: guest.memory.memory.clone(),
             ring,
             inflight,
             log: Default::default(),
             size,
-            call: Some(called),
-            err: Some(failed),
+            call: Some(guest.words.events.call.clone()),
+            err: Some(guest.words.events.error.clone()),
             held: Vec::new(),
             paused: 0,
         }));
-        current().wake_source(me);
+        current().wake_source(guest.words.me);
         if let Some(kept) = &kept
             && !honest
             && at.used == USER + used
@@ -341,15 +385,14 @@ impl Guest {
         drop(scribbler);
         shown.long_flushes = guest.long_flushes;
         guest.memory.check();
-        if let Some(bitmap) = &guest.bitmap {
-            bitmap.check();
-        }
         if let Some(kept) = &kept {
             let used_index = honest.then(|| u16::from_le_bytes(guest.memory.get(guest.used + 2)));
             kept.check_end(guest.is_broken(), used_index);
         }
-        // The queue's memory goes before the disk's worker does.
         guest.shared.queue.borrow_mut().take();
+        if let Some(bitmap) = guest.bitmap {
+            bitmap.end();
+        }
     }
 
     /// Has made requests available to a daemon that died over them: what is kept of them, and what
@@ -385,8 +428,9 @@ impl Guest {
         let (from, mut again) = (kept.used_index, kept.again.clone());
         self.index = from.wrapping_add(again.len() as u16);
         self.tell();
-        current().wake_source(self.me);
-        sleep(Duration::from_millis(20)).await;
+        current().wake_source(self.words.me);
+        // Longer than all that is begun again takes, unless that is held.
+        sleep(Duration::from_millis(2)).await;
         let count = used_index().wrapping_sub(from);
         assert!(usize::from(count) <= again.len(), "{count} came back of {}", again.len());
         for n in 0..count {
@@ -447,11 +491,12 @@ impl Guest {
     /// Has what the queue writes marked from now on, or no longer.
     fn migrate(&mut self, input: &mut Input<'_>) {
         self.logged.clear();
+        self.with_queue(|queue| queue.set_log(QueueLog::default()));
         if let Some(last) = self.bitmap.take() {
-            last.check();
+            last.end();
         }
         if input.one_in(3) {
-            return self.with_queue(|queue| queue.set_log(QueueLog::default()));
+            return;
         }
         let Some(bitmap) = Bitmap::new(input) else { return };
         let used = if self.honest || input.one_in(2) { self.used } else { self.address(input) };
@@ -464,7 +509,7 @@ impl Guest {
         if let Some(queue) = &mut *self.shared.queue.borrow_mut() {
             work(queue);
         }
-        current().wake_source(self.me);
+        current().wake_source(self.words.me);
     }
 
     /// Any address: likelier those where something is, or ends.
@@ -634,11 +679,13 @@ impl Guest {
     /// Makes available what was laid out.
     fn tell(&self) {
         self.memory.put(self.available + 2, &self.index.to_le_bytes());
-        let _ = self.kick.write(1);
+        if self.words.kicked {
+            let _ = (&*self.words.events.kick).write(&1u64.to_ne_bytes());
+        }
     }
 
     fn is_broken(&self) -> bool {
-        self.error.read().is_ok()
+        take_word(&self.words.events.error)
     }
 
     async fn wait(&mut self) {
@@ -657,6 +704,7 @@ impl Guest {
         }
         // What is held is tried again after seconds, and may fail again.
         let paused_for_ever = 4_000;
+        let patient = 4;
         // Pauses that go on hold the queue; they are undone for the time of waiting.
         for _ in 0..3 {
             self.with_queue(Queue::resume);
@@ -666,9 +714,19 @@ impl Guest {
             if self.flying.is_empty() {
                 return;
             }
-            sleep(Duration::from_millis(if turn < 2_000 { 1 } else { 500 })).await;
+            if turn == patient && !self.words.kicked {
+                self.kick_from_now_on();
+            }
+            sleep(Duration::from_millis(if turn < patient { 1 } else { 500 })).await;
         }
         panic!("chains {:?} were never answered", self.flying.keys());
+    }
+
+    /// A queue that must be looked at would keep the worker from sleeping for long.
+    fn kick_from_now_on(&mut self) {
+        self.words.kicked = true;
+        let (me, kick) = (self.words.me, self.words.events.kick.clone());
+        worker(0).send(move |local| local.watch(me, Some(kick.as_raw_fd())));
     }
 
     /// Looks at what has come back.
