@@ -2,26 +2,30 @@
 //! at a time, on several workers.
 //!
 //! The rules held here: what reads as zeroes is not read, and what is zero where the target has
-//! zeroes is not written; memory is bounded by the number of lanes; a failure ends all, and of those
-//! that the pieces on their way meet, the one at the lowest offset is reported.
+//! zeroes is not written; memory, and what is on its way, is at most a chunk for each lane; a failure ends
+//! all, and of those that the pieces on their way meet, the one at the lowest offset is reported; between two
+//! pieces a copy can be paused, slowed down and ended ([`control`]).
 //!
 //! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for. What is to be
 //! compressed goes in whole units of the target, packed by each lane before its turn to write.
 
+pub mod control;
 mod disk;
 mod plan;
 pub mod rebase;
 mod turns;
 pub mod zeroes;
 
+pub use control::Control;
 pub use disk::{Disk, Guard};
 
 use crate::block::{Node, Packed, WriteFlags, ZeroFlags};
 use crate::io::sync::Mutex;
-use crate::io::{AlignedBuf, Errno, IoVec, Worker, current, sleep};
+use crate::io::{AlignedBuf, Errno, IoVec, Worker, current};
+use control::{Cancelled, Member};
 use plan::{Kind, Piece, Plan};
+use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 use turns::{Signal, Turns};
 use zeroes::{is_zero, zero_prefix};
 
@@ -36,7 +40,7 @@ const PAGE: u64 = 4096;
 /// What is to be copied, and how.
 pub struct Copy {
     /// Not empty.
-    pub sources: Vec<Disk>,
+    pub sources: Vec<Source>,
     pub target: Disk,
     /// Pieces on their way at the same time. Not 0.
     pub lanes: usize,
@@ -55,14 +59,35 @@ pub struct Copy {
     pub base: Option<Arc<Node>>,
     /// What cannot be read becomes zeroes.
     pub salvage: bool,
-    /// Bytes in a second, at most.
-    pub rate: Option<u64>,
+}
+
+/// What is copied of a disk.
+pub struct Source {
+    pub disk: Disk,
+    /// Bytes.
+    pub from: u64,
+    pub len: u64,
+}
+
+impl Source {
+    /// All of a disk.
+    pub fn whole(disk: Disk) -> Source {
+        Source { len: disk.len(), from: 0, disk }
+    }
+}
+
+/// Those that a copy tells of itself, and that it listens to.
+pub struct Hooks {
+    pub control: Arc<Control>,
+    pub progress: Progress,
+    pub salvaged: Salvaged,
 }
 
 impl Copy {
     /// The most that one lane reads at once, in bytes.
     fn chunk(&self) -> u64 {
-        let mut disks = self.sources.iter().chain([&self.target]);
+        let sources = self.sources.iter().map(|source| &source.disk);
+        let mut disks = sources.chain([&self.target]);
         let direct = disks.any(|disk| disk.node().options().direct);
         let chunk = if direct { CHUNK } else { CACHED_CHUNK };
         chunk.max(self.unit().unwrap_or(0))
@@ -75,7 +100,7 @@ impl Copy {
 
     /// Of all sources together, in bytes.
     fn len(&self) -> u64 {
-        self.sources.iter().map(|source| source.len()).sum()
+        self.sources.iter().map(|source| source.len).sum()
     }
 
     /// The source that has the byte at `at` of the target, the byte's offset in it, and how many
@@ -83,10 +108,10 @@ impl Copy {
     fn source_at(&self, at: u64) -> Option<(&Disk, u64, u64)> {
         let mut from = at;
         for source in &self.sources {
-            if from < source.len() {
-                return Some((source, from, source.len() - from));
+            if from < source.len {
+                return Some((&source.disk, source.from + from, source.len - from));
             }
-            from -= source.len();
+            from -= source.len;
         }
         None
     }
@@ -98,9 +123,31 @@ pub enum Trouble {
     /// Where in the target, in bytes.
     Read(u64, Errno),
     Write(u64, Errno),
-    /// Of the source of this name.
+    /// Of the source's mapping.
     Status(u64, Errno),
     Memory,
+    /// It was told to end.
+    Cancelled,
+}
+
+impl From<Cancelled> for Trouble {
+    fn from(_: Cancelled) -> Trouble {
+        Trouble::Cancelled
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Read(at, errno) => write!(f, "error while reading at byte {at}: {errno}"),
+            Trouble::Write(at, errno) => write!(f, "error while writing at byte {at}: {errno}"),
+            Trouble::Status(at, errno) => {
+                write!(f, "error while reading block status at offset {at}: {errno}")
+            }
+            Trouble::Memory => write!(f, "Out of memory"),
+            Trouble::Cancelled => write!(f, "Operation canceled"),
+        }
+    }
 }
 
 impl Trouble {
@@ -108,7 +155,7 @@ impl Trouble {
     fn at(&self) -> u64 {
         match self {
             Trouble::Read(at, _) | Trouble::Write(at, _) | Trouble::Status(at, _) => *at,
-            Trouble::Memory => u64::MAX,
+            Trouble::Memory | Trouble::Cancelled => u64::MAX,
         }
     }
 }
@@ -124,47 +171,37 @@ struct Shared {
     copy: Copy,
     plan: Plan,
     turns: Turns,
-    progress: Progress,
-    salvaged: Salvaged,
+    hooks: Hooks,
     trouble: Mutex<Option<Trouble>>,
-    /// Lanes that have not ended.
+}
+
+/// The lanes that have not ended.
+struct Lanes {
     running: Mutex<usize>,
     ended: Signal,
-    begin: Instant,
-    /// Bytes that count towards the rate.
-    moved: Mutex<u64>,
 }
 
 /// Copies. Runs on a worker; `helpers` are others that lanes are dealt to.
-pub async fn copy(
-    copy: Copy,
-    helpers: &[Worker],
-    progress: Progress,
-    salvaged: Salvaged,
-) -> Result<(), Trouble> {
-    let plan = Plan::new(&copy).await?;
-    let lanes = copy.lanes;
-    let shared = Arc::new(Shared {
-        plan,
-        copy,
-        turns: Turns::default(),
-        progress,
-        salvaged,
-        trouble: Mutex::default(),
-        running: Mutex::new(lanes),
-        ended: Signal::default(),
-        begin: Instant::now(),
-        moved: Mutex::default(),
-    });
-    for lane in 0..lanes {
-        let theirs = shared.clone();
+pub async fn copy(copy: Copy, helpers: &[Worker], hooks: Hooks) -> Result<(), Trouble> {
+    let planner = hooks.control.join();
+    let plan = Plan::new(&copy, &planner).await?;
+    let count = copy.lanes;
+    let (turns, trouble) = (Turns::default(), Mutex::default());
+    let shared = Arc::new(Shared { plan, copy, turns, hooks, trouble });
+    let lanes = Arc::new(Lanes { running: Mutex::new(count), ended: Signal::default() });
+    for lane in 0..count {
+        let (theirs, lanes) = (shared.clone(), lanes.clone());
+        let member = shared.hooks.control.join();
         // This worker is the first of them.
         match (lane % (helpers.len() + 1)).checked_sub(1) {
-            None => current().spawn(theirs.lane()),
-            Some(helper) => helpers[helper].send(|local| local.io().spawn(theirs.lane())),
+            None => current().spawn(theirs.lane(member, lanes)),
+            Some(helper) => {
+                helpers[helper].send(|local| local.io().spawn(theirs.lane(member, lanes)));
+            }
         }
     }
-    shared.ended.wait(|| *shared.running.lock() == 0).await;
+    drop(planner);
+    lanes.ended.wait(|| *lanes.running.lock() == 0).await;
     match shared.trouble.lock().take() {
         Some(trouble) => Err(trouble),
         None => Ok(()),
@@ -172,26 +209,40 @@ pub async fn copy(
 }
 
 impl Shared {
-    /// Moves pieces until there are none left, or something fails.
-    async fn lane(self: Arc<Shared>) {
+    /// Moves pieces until there are none left, or something fails. The disks are let go before it counts as
+    /// ended.
+    async fn lane(self: Arc<Shared>, member: Member, lanes: Arc<Lanes>) {
         let mut buffer = None;
         while self.trouble.lock().is_none() {
-            let piece = match self.plan.next(&self.copy).await {
-                Ok(Some(piece)) => piece,
+            match self.next(&member).await {
                 Ok(None) => break,
+                Ok(Some(piece)) => {
+                    let moved = self.move_piece(&piece, &mut buffer).await;
+                    self.turns.done(piece.ticket);
+                    if let Err(trouble) = moved {
+                        self.fail(trouble);
+                    }
+                }
                 Err(trouble) => {
                     self.fail(trouble);
                     break;
                 }
-            };
-            let moved = self.move_piece(&piece, &mut buffer).await;
-            self.turns.done(piece.ticket);
-            if let Err(trouble) = moved {
-                self.fail(trouble);
             }
         }
-        *self.running.lock() -= 1;
-        self.ended.notify();
+        drop((self, member));
+        *lanes.running.lock() -= 1;
+        lanes.ended.notify();
+    }
+
+    /// The next piece, when it may begin.
+    async fn next(&self, member: &Member) -> Result<Option<Piece>, Trouble> {
+        let most = self.copy.chunk();
+        member.gate(most).await?;
+        let piece = self.plan.next(&self.copy).await?;
+        // Zeroes are made in no time.
+        let moved = piece.filter(|piece| piece.kind != Kind::Zeroes).map_or(0, |piece| piece.len);
+        member.give_back(most.saturating_sub(moved));
+        Ok(piece)
     }
 
     /// Ends the copy. All pieces below this one have been dealt out, and are tried to their end.
@@ -211,7 +262,6 @@ impl Shared {
             self.await_turn(piece).await;
             return self.zero(piece.at, piece.len).await;
         }
-        self.hold_rate(piece.len).await;
         let buffer = match buffer {
             Some(buffer) => buffer,
             None => buffer
@@ -232,7 +282,7 @@ impl Shared {
         let step = self.copy.unit().unwrap_or(plan::STEP);
         let mut left = piece.told;
         while left > 0 {
-            (self.progress)(left.min(step), self.plan.total());
+            (self.hooks.progress)(left.min(step), self.plan.total());
             left -= left.min(step);
         }
         Ok(())
@@ -268,7 +318,7 @@ impl Shared {
         for sector in bytes.chunks_mut(512) {
             let len = sector.len() as u64;
             if let Err(errno) = source.read(from + at, &IoVec::from_mut(sector)).await {
-                (self.salvaged)(to + at, errno);
+                (self.hooks.salvaged)(to + at, errno);
                 sector.fill(0);
             }
             at += len;
@@ -343,20 +393,6 @@ impl Shared {
         }
         let zeroed = self.copy.target.zero(to, len, ZeroFlags::UNMAP).await;
         zeroed.map_err(|errno| Trouble::Write(to, errno))
-    }
-
-    /// Waits until `len` bytes more are not too many for the time that has passed.
-    async fn hold_rate(&self, len: u64) {
-        let Some(rate) = self.copy.rate.filter(|&rate| rate > 0) else { return };
-        let before = {
-            let mut moved = self.moved.lock();
-            *moved += len;
-            *moved - len
-        };
-        let due = Duration::from_secs_f64(before as f64 / rate as f64);
-        if let Some(early) = due.checked_sub(self.begin.elapsed()) {
-            sleep(early).await;
-        }
     }
 }
 

@@ -1,11 +1,13 @@
 //! What is left to copy, dealt out piece by piece.
 
+use super::control::Member;
 use super::turns::Signal;
 use super::{Copy, Trouble};
 use crate::block::extents::{self, Run};
 use crate::block::{Precision, Status};
 use crate::io::Errno;
 use crate::io::sync::Mutex;
+use crate::io::task::yield_now;
 
 /// What is done with a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,10 +60,14 @@ struct Place {
 
 impl Plan {
     /// Looks through all sources once, for the sum of what there is to do.
-    pub async fn new(copy: &Copy) -> Result<Plan, Trouble> {
+    pub async fn new(copy: &Copy, planner: &Member) -> Result<Plan, Trouble> {
         let mut place = Place::default();
         let mut total = 0;
-        while let Some(piece) = place.next(copy, u64::MAX).await? {
+        loop {
+            planner.gate(0).await?;
+            // What is known of a large disk without asking its storage holds up nobody else.
+            yield_now().await;
+            let Some(piece) = place.next(copy, u64::MAX).await? else { break };
             if piece.kind != Kind::Zeroes {
                 total += piece.len;
             }

@@ -4,7 +4,7 @@ use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, 
 use super::{Context, Ended, Tool, convert, outln};
 use crate::block::{Error, extents};
 use crate::cli::getopt::{Line, switch, valued};
-use crate::copy::{Copy, copy};
+use crate::copy::{Copy, Source, copy};
 use crate::tools::chain::{self, Layers};
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
@@ -89,7 +89,7 @@ async fn commit(
     let Layers { top, between, base } =
         chain::open_for_commit(images, image, wanted, depth).await?;
     let work = Copy {
-        sources: vec![top.disk()],
+        sources: vec![Source::whole(top.disk())],
         target: base.disk(),
         lanes: LANES,
         in_order: false,
@@ -99,12 +99,9 @@ async fn commit(
         zero_from: u64::MAX,
         base: Some(base.node().clone()),
         salvage: false,
-        rate,
     };
     let helpers = convert::helpers(LANES);
-    let shown = progress.clone();
-    let told = Box::new(move |part, whole| shown.advance(part, whole));
-    let copied = copy(work, &helpers, told, Box::new(|_, _| {})).await;
+    let copied = copy(work, &helpers, convert::hooks(rate, progress)).await;
     drop(helpers);
     copied.map_err(convert::describe)?;
     base.node().flush().await.map_err(|errno| format!("Could not flush the image: {errno}"))?;

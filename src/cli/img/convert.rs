@@ -8,11 +8,11 @@ use crate::block::create::Made;
 use crate::block::{Error, ZeroFlags, create_options, extents};
 
 use crate::cli::getopt::{Line, long_switch, switch, valued};
-use crate::copy::{Copy, Trouble, copy};
+use crate::copy::{Control, Copy, Hooks, Source, Trouble, copy};
 use crate::drivers;
 use crate::io::{Worker, WorkerOptions};
 use crate::options::{Map, Value, qemuopts};
-use crate::tools::{Cache, Images, Opened, Wanted};
+use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
 pub static TOOL: Tool = Tool {
@@ -207,7 +207,7 @@ async fn convert(
     let progress = Arc::new(context.progress(line));
     progress.set(0.0);
     let work = Copy {
-        sources: sources.iter().map(|source| source.disk()).collect(),
+        sources: sources.iter().map(|source| Source::whole(source.disk())).collect(),
         target: target.disk(),
         lanes,
         in_order: !line.has("W"),
@@ -217,7 +217,6 @@ async fn convert(
         zero_from,
         base,
         salvage: line.has("salvage"),
-        rate,
     };
     let quiet = line.has("q");
     let (told, shown) = (context.clone(), progress.clone());
@@ -228,9 +227,8 @@ async fn convert(
         }
     });
     let helpers = helpers(lanes);
-    let shown = progress.clone();
-    let told = Box::new(move |part, whole| shown.advance(part, whole));
-    let copied = copy(work, &helpers, told, salvaged).await;
+    let hooks = Hooks { salvaged, ..hooks(rate, &progress) };
+    let copied = copy(work, &helpers, hooks).await;
     drop(helpers);
     if copied.is_ok() {
         progress.set(100.0);
@@ -256,15 +254,18 @@ pub(super) fn helpers(lanes: usize) -> Vec<Worker> {
     (0..count).map_while(|_| Worker::start("convert", options).ok()).collect()
 }
 
+/// What a tool's copy is told, and whom it tells.
+pub(super) fn hooks(rate: Option<u64>, progress: &Arc<Progress>) -> Hooks {
+    let progress = progress.clone();
+    Hooks {
+        control: Arc::new(Control::with_rate(rate)),
+        progress: Box::new(move |part, whole| progress.advance(part, whole)),
+        salvaged: Box::new(|_, _| {}),
+    }
+}
+
 pub(super) fn describe(trouble: Trouble) -> Failed {
-    Failed::from(match trouble {
-        Trouble::Read(at, errno) => format!("error while reading at byte {at}: {errno}"),
-        Trouble::Write(at, errno) => format!("error while writing at byte {at}: {errno}"),
-        Trouble::Status(at, errno) => {
-            format!("error while reading block status at offset {at}: {errno}")
-        }
-        Trouble::Memory => "Out of memory".into(),
-    })
+    trouble.to_string().into()
 }
 
 /// Whether a backing file was named, in whichever of the two ways; of a target that exists it is taken

@@ -1,13 +1,14 @@
 //! `dd`: copies blocks of an image to a new one.
 
 use super::arguments::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT};
-use super::{Context, Ended, Failed, Tool};
-use crate::block::{WriteFlags, create_options};
+use super::{Context, Ended, Failed, Tool, convert};
+use crate::block::create_options;
 use crate::cli::getopt::{Line, valued};
+use crate::copy::{Copy, Source, Trouble, copy};
 use crate::drivers;
-use crate::io::AlignedBuf;
 use crate::options::Map;
 use crate::tools::{Images, Opened, Wanted};
+use std::sync::Arc;
 
 pub static TOOL: Tool = Tool {
     name: "dd",
@@ -26,8 +27,8 @@ pub static TOOL: Tool = Tool {
     run: |context, line| Box::pin(run(context, line)),
 };
 
-/// Bytes that are copied at once, unless a block is larger.
-const CHUNK: u64 = 1 << 20;
+/// Pieces on their way at the same time.
+const LANES: usize = 8;
 
 /// What the operands say.
 struct Asked<'a> {
@@ -106,27 +107,29 @@ async fn copy_to_new(
         context.error(&format!("{}: cannot skip to specified offset", asked.input));
         return Ok(0);
     };
-    let chunk = asked.block.max(CHUNK - CHUNK % asked.block.min(CHUNK));
-    let memory = chunk.min(len.max(1)) as usize;
-    let mut buffer = AlignedBuf::new(memory, 4096).ok_or("Out of memory")?;
-    let progress = context.progress(line);
-    let mut done = 0;
-    while done < len {
-        let n = (len - done).min(chunk);
-        let part = buffer.io_vec();
-        let part = part.slice(0, n);
-        source
-            .read(start + done, &part)
-            .await
-            .map_err(|errno| format!("error while reading from input image file: {errno}"))?;
-        target
-            .write(done, &part, WriteFlags::empty())
-            .await
-            .map_err(|errno| format!("error while writing to output image file: {errno}"))?;
-        done += n;
-        progress.advance(n, len);
-    }
+    let work = Copy {
+        sources: vec![Source { disk: source.disk(), from: start, len }],
+        target: target.disk(),
+        lanes: LANES,
+        in_order: true,
+        compress: false,
+        sparse: None,
+        keeps_data: true,
+        zero_from: u64::MAX,
+        base: None,
+        salvage: false,
+    };
+    let (helpers, progress) = (convert::helpers(LANES), Arc::new(context.progress(line)));
+    let copied = copy(work, &helpers, convert::hooks(None, &progress)).await;
+    drop(helpers);
     progress.end();
+    copied.map_err(|trouble| match trouble {
+        Trouble::Read(_, errno) | Trouble::Status(_, errno) => {
+            format!("error while reading from input image file: {errno}")
+        }
+        Trouble::Write(_, errno) => format!("error while writing to output image file: {errno}"),
+        other => other.to_string(),
+    })?;
     images.close(target).await?;
     Ok(0)
 }
