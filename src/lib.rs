@@ -10,6 +10,7 @@
 //! * [`block`]: the contract between disks' users and their implementations.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`copy`]: the copy engine: the contents of disks to another disk.
+//! * [`job`]: work on disks that goes on while others are served.
 //! * [`export`]: transports on one core: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
 //! * [`metrics`]: what watchers of a service are told.
@@ -17,7 +18,7 @@
 //! * [`sandbox`]: what the process gives up when it has started.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → monitor → service → export → block → io`, `cli → tools → copy → block`, `format,
+//! Arrows go one way: `cli → monitor → service → export → block → io`, `service → job → copy`, `cli → tools → copy → block`, `format,
 //! filter, protocol → block, io`. A test reads the `use` lines and holds this.
 
 // The standard macros panic where they cannot print; `tools::output` has others.
@@ -31,6 +32,7 @@ pub mod export;
 pub mod filter;
 pub mod format;
 pub mod io;
+pub mod job;
 pub mod metrics;
 pub mod monitor;
 pub mod options;

@@ -19,6 +19,7 @@ mod export_options;
 mod exports;
 mod handover;
 mod holders;
+mod jobs;
 mod looks;
 mod nodes;
 mod objects;
@@ -42,6 +43,7 @@ use crate::block::{Error, OpenPolicy, Registry};
 use crate::export::core::IoErrors;
 use crate::io::Worker;
 use crate::io::sync::Mutex;
+use crate::job::Jobs;
 use executor::Executor;
 use exports::Exports;
 use std::ops::Deref;
@@ -65,6 +67,7 @@ struct Inner {
     ended: Arc<Ended>,
     /// What the storage has failed and was not asked for yet.
     io_errors: Arc<IoErrors>,
+    jobs: Jobs,
 }
 
 /// The lists of a service. Their lock is held for moments.
@@ -92,7 +95,8 @@ impl Service {
         let io_errors = ended.io_errors()?;
         ended.listen(graph.notices())?;
         let state = Mutex::new(State { patience: Some(|| false), ..State::default() });
-        let inner = Inner { graph, executor, state, ended, io_errors };
+        let jobs = Jobs::new(ended.sign()?);
+        let inner = Inner { graph, executor, state, ended, io_errors, jobs };
         Ok(Owned(Service(Arc::new(inner))))
     }
 
@@ -184,6 +188,7 @@ impl Drop for Owned {
     fn drop(&mut self) {
         // In this order: no more requests, then no more users, then no more nodes.
         self.end_exports().wait();
+        self.jobs().cancel_all();
         self.wait(async |service| service.graph().close().await);
         let mut state = self.state();
         let workers = (std::mem::take(&mut state.iothreads), state.main.take());

@@ -20,7 +20,16 @@ pub struct CreateEntry {
     /// What can be changed of an image that is there ([`Image::amend`](super::Image::amend)); empty
     /// where nothing can.
     pub amend: &'static [CreateOption],
+    /// How QMP's `blockdev-create` makes an image; none where it cannot.
+    pub on_nodes: Option<OnNodesFn>,
 }
+
+/// Reads the options of a new image as QMP has them (BlockdevCreateOptions without `driver`), and gives what makes
+/// it: of the nodes of a graph, where a format needs some.
+pub type OnNodesFn = fn(&'static Registry, Map) -> Result<MakeFn, options::Error>;
+
+/// Makes an image. Runs on a worker.
+pub type MakeFn = Box<dyn for<'a> FnOnce(&'a Graph) -> LocalFuture<'a, Result<Made, Error>> + Send>;
 
 /// Tells how long a new image's file would be, from what was given of the format's and the file's
 /// options, for an empty disk of so many bytes or for one with the contents of a node.
@@ -398,6 +407,7 @@ mod tests {
             measure: None,
             compresses: false,
             amend: &[],
+            on_nodes: None,
         }),
     );
     static STORE: DriverEntry = protocol(
@@ -416,6 +426,7 @@ mod tests {
             measure: None,
             compresses: false,
             amend: &[],
+            on_nodes: None,
         }),
     );
     static FIXED: DriverEntry = protocol("fixed", None);

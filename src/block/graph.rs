@@ -5,6 +5,7 @@
 //! neither.
 
 mod activity;
+mod borrowed;
 mod claims;
 mod drain;
 mod endings;
@@ -184,10 +185,15 @@ impl Graph {
     /// Opens a node by its options, with all that they define below it; it stays until it is
     /// deleted ([`Graph::delete`]). Runs on a worker.
     pub async fn open(&self, options: Map) -> Result<Arc<Node>, Error> {
+        self.opening(async |claim| self.open_top(options.clone(), claim).await).await
+    }
+
+    /// Opens something under a claim, again with more of the graph if it needs nodes that others change.
+    async fn opening<T>(&self, open: impl AsyncFn(&Claim) -> Result<T, Error>) -> Result<T, Error> {
         let mut found = Vec::new();
         loop {
             let claim = self.claim(found.clone()).await;
-            let result = self.open_top(options.clone(), &claim).await;
+            let result = open(&claim).await;
             let (opened, missed) = (claim.opened(), claim.missed());
             drop(claim);
             // What a failed opening has left.

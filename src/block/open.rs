@@ -93,6 +93,24 @@ pub(super) struct Inherited {
     first: Option<(By, Perms)>,
 }
 
+impl Inherited {
+    /// Nothing but the defaults: of a node that no other node asks for, and that is used from the start.
+    pub(super) fn by(first: By, perms: Perms) -> Inherited {
+        Inherited {
+            read_only: false,
+            auto_read_only: false,
+            force_share: false,
+            discard: false,
+            direct: false,
+            no_flush: false,
+            active: true,
+            chain: None,
+            blocking: Blocking::default(),
+            first: Some((first, perms)),
+        }
+    }
+}
+
 impl Opening {
     /// The name of the node to be.
     pub fn name(&self) -> &str {
@@ -306,7 +324,7 @@ pub(super) fn duplicate(name: &str) -> Error {
     Error::new(format!("Duplicate nodes with node-name='{name}'"))
 }
 
-fn no_reference(name: &str) -> Error {
+pub(super) fn no_reference(name: &str) -> Error {
     let name = name.escape_debug();
     Error::new(format!("Cannot find device='{name}' nor node-name='{name}'"))
 }

@@ -51,7 +51,7 @@ impl OpenPolicy {
     ///
     /// # Errors
     /// In QEMU's words.
-    pub(super) fn check_driver(&self, name: &str, read_only: bool) -> Result<(), Error> {
+    pub fn check_driver(&self, name: &str, read_only: bool) -> Result<(), Error> {
         let Some(Whitelist { read_write, read_only: only }) = &self.whitelist else {
             return Ok(());
         };

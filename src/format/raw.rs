@@ -23,6 +23,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
         options: &[CreateOption::new("size", ValueType::Size, "Virtual disk size")],
         create: |creation, options| Box::pin(create(creation, options)),
         amend: &[],
+        on_nodes: None,
         measure: Some(|_, size, source| {
             let bytes = source.map_or(size, |node| node.len()).next_multiple_of(SECTOR);
             let measured = Measurement { required: bytes, fully_allocated: bytes, bitmaps: None };

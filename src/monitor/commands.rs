@@ -3,10 +3,11 @@
 //! The rule held here: a command that is listed does all that its QEMU namesake does of what this
 //! program has; one that is not there is not listed.
 
-use super::slow;
+use super::{jobs, slow};
 use crate::block::Error;
 use crate::export::core::{Failure, IoError};
 use crate::io::Errno;
+use crate::job::Job;
 use crate::options::{self, Map, Value};
 use crate::service::{Pending, Service};
 use serde::Deserialize;
@@ -49,9 +50,16 @@ impl From<options::Error> for CommandError {
 pub type Outcome = Result<Value, CommandError>;
 type Act = fn(&Service, Map) -> Outcome;
 
-/// What [`run`] does at once, by name: these look at what is in memory.
-const COMMANDS: [(&str, Act); 7] = [
+/// What [`run`] does at once, by name: these look at what is in memory, or start what goes on by itself.
+const COMMANDS: &[(&str, Act)] = &[
     ("block-set-write-threshold", block_set_write_threshold),
+    ("blockdev-create", jobs::blockdev_create),
+    ("job-cancel", |service, arguments| jobs::with_job(service, arguments, Job::cancel)),
+    ("job-complete", |service, arguments| jobs::with_job(service, arguments, Job::complete)),
+    ("job-dismiss", |service, arguments| jobs::with_job(service, arguments, Job::dismiss)),
+    ("job-finalize", |service, arguments| jobs::with_job(service, arguments, Job::finalize)),
+    ("job-pause", |service, arguments| jobs::with_job(service, arguments, Job::pause)),
+    ("job-resume", |service, arguments| jobs::with_job(service, arguments, Job::resume)),
     ("query-block", |_, arguments| {
         arguments.finish()?;
         // No device of a guest is in this process.
@@ -59,6 +67,7 @@ const COMMANDS: [(&str, Act); 7] = [
     }),
     ("query-block-exports", query_block_exports),
     ("query-commands", query_commands),
+    ("query-jobs", jobs::query_jobs),
     ("query-version", |_, arguments| {
         arguments.finish()?;
         Ok(version())

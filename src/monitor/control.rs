@@ -3,7 +3,7 @@
 use super::chardev::{Chardev, Endpoint, MonitorOptions};
 use super::poll::{Polled, accept, poll, polled};
 use super::session::{Session, Step};
-use super::{commands, events};
+use super::{commands, events, jobs};
 use crate::block::Error;
 use crate::io::descriptors;
 use crate::options::{Map, Value};
@@ -141,7 +141,7 @@ impl Control {
         let client = self.monitors[index].client.as_mut();
         let answer = client.and_then(|client| client.session.step(service));
         // The events that a request has caused come before its reply.
-        self.tell_ended(service);
+        self.tell_changes(service);
         let monitor = &mut self.monitors[index];
         let step = answer.map(|(reply, step)| {
             if let Some(client) = &mut monitor.client {
@@ -154,7 +154,7 @@ impl Control {
     }
 
     fn tell_events(&mut self, service: &Service) {
-        self.tell_ended(service);
+        self.tell_changes(service);
         sandbox::tell_refused();
         for error in service.take_io_errors() {
             self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
@@ -162,6 +162,14 @@ impl Control {
         for notice in service.take_notices() {
             let (event, data) = events::of_notice(notice);
             self.tell(event, &data);
+        }
+    }
+
+    /// Tells of what commands bring about.
+    fn tell_changes(&mut self, service: &Service) {
+        self.tell_ended(service);
+        for (id, status) in service.jobs().take_events() {
+            self.tell("JOB_STATUS_CHANGE", &jobs::status_change(id, status));
         }
     }
 

@@ -9,6 +9,7 @@
 //! | `commands` | what each command does |
 //! | `slow` | those that wait for storage or guests |
 //! | `nodes`, `events` | what is told of nodes, asked for or not |
+//! | `jobs` | those for jobs |
 //! | `snapshots` | those for internal snapshots |
 //! | `bitmaps` | those that change bitmaps, which do, too |
 //!
@@ -21,6 +22,7 @@ mod commands;
 mod control;
 mod events;
 mod framing;
+mod jobs;
 mod nodes;
 mod overlays;
 mod poll;

@@ -27,12 +27,17 @@ impl Ended {
         let _ = self.notice.write(1);
     }
 
+    /// What makes a sign that there is something to tell.
+    pub(super) fn sign(&self) -> Result<impl Fn() + Send + Sync + 'static, Error> {
+        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        Ok(move || {
+            let _ = notice.write(1);
+        })
+    }
+
     /// Makes a sign of it when `notices` has something to give.
     pub(super) fn listen(&self, notices: &Notices) -> Result<(), Error> {
-        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
-        notices.on_notice(move || {
-            let _ = notice.write(1);
-        });
+        notices.on_notice(self.sign()?);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use super::measure::measure;
 use super::new_file::NewFile;
 use super::new_image::NewImage;
 use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
-use crate::block::{Error, Graph, Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::block::{Error, Graph, Node, Registry, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{Map, Value, bytes};
 
@@ -20,6 +20,7 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     measure: Some(|options, size, source| Box::pin(measure(options, size, source))),
     compresses: true,
     amend: super::amend::OPTIONS,
+    on_nodes: Some(super::create_on_nodes::prepare),
 };
 
 const OPTIONS: &[CreateOption] = &[
@@ -106,13 +107,13 @@ const OPTIONS: &[CreateOption] = &[
 ];
 
 /// What was asked for, in types, and found to go together.
-struct Wanted {
-    size: u64,
+pub(super) struct Wanted {
+    pub size: u64,
     version: u32,
     cluster_bits: u32,
     refcount_order: u32,
     compression: Compression,
-    preallocation: Preallocation,
+    pub preallocation: Preallocation,
     extended_l2: bool,
     lazy_refcounts: bool,
     backing_file: Option<String>,
@@ -140,6 +141,15 @@ impl Preallocation {
             "full" => Preallocation::Full,
             _ => return None,
         })
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Preallocation::Off => "off",
+            Preallocation::Metadata => "metadata",
+            Preallocation::Falloc => "falloc",
+            Preallocation::Full => "full",
+        }
     }
 
     /// What the file that holds the data is asked for.
@@ -211,7 +221,7 @@ pub(super) fn refcount_order(options: &Map) -> Result<u32, Error> {
 
 impl Wanted {
     /// Reads the options, and checks them in QEMU's order.
-    fn take(creation: &Creation, options: &Map) -> Result<Wanted, Error> {
+    pub fn take(registry: &Registry, options: &Map) -> Result<Wanted, Error> {
         let text = |name: &str| options.get(name).and_then(Value::as_str);
         let on = |name: &str| is_on(options, name);
         refuse_encryption(options)?;
@@ -234,7 +244,7 @@ impl Wanted {
         };
         let backing_format = text("backing_fmt").map(str::to_owned);
         if let Some(format) = &backing_format
-            && creation.registry().get(format).is_none()
+            && registry.get(format).is_none()
         {
             return not_accepted("backing-fmt", format);
         }
@@ -342,6 +352,34 @@ impl Wanted {
         }
         header
     }
+
+    /// Whether every cluster of the disk has its place from the start.
+    pub fn is_mapped(&self) -> bool {
+        self.preallocation != Preallocation::Off
+    }
+
+    pub fn layout(&self) -> Result<Layout, Error> {
+        let mut header = self.header();
+        let image = NewImage::new(header.geometry(), self.size, self.is_mapped());
+        let image = image.ok_or_else(|| Error::new(TOO_LARGE))?;
+        header.l1_size = image.l1_size as u32;
+        header.l1_table_offset = image.l1_table;
+        header.refcount_table_offset = image.refcount_table;
+        header.refcount_table_clusters = image.refcount_table_clusters as u32;
+        let first_cluster = header.encode().map_err(|error| match error.errno() {
+            Some(errno) => Error::os(could_not_assign(self), errno),
+            None => error,
+        })?;
+        Ok(Layout { header, image, first_cluster })
+    }
+}
+
+/// The tables of a new image.
+pub(super) struct Layout {
+    pub header: Header,
+    pub image: NewImage,
+    /// The header as it is stored.
+    pub first_cluster: Vec<u8>,
 }
 
 const TOO_LARGE: &str = "The image size is too large for file format 'qcow2' (try using a larger \
@@ -350,19 +388,9 @@ const TOO_LARGE: &str = "The image size is too large for file format 'qcow2' (tr
 /// Makes an image. The file below is made with exactly the length that the tables need, and with
 /// the disk's clusters if these are to have their places.
 async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
-    let wanted = Wanted::take(creation, &options)?;
-    let mut header = wanted.header();
-    let mapped = wanted.preallocation != Preallocation::Off;
-    let image = NewImage::new(header.geometry(), wanted.size, mapped);
-    let image = image.ok_or_else(|| Error::new(TOO_LARGE))?;
-    header.l1_size = image.l1_size as u32;
-    header.l1_table_offset = image.l1_table;
-    header.refcount_table_offset = image.refcount_table;
-    header.refcount_table_clusters = image.refcount_table_clusters as u32;
-    let first_cluster = header.encode().map_err(|error| match error.errno() {
-        Some(errno) => Error::os(could_not_assign(&wanted), errno),
-        None => error,
-    })?;
+    let wanted = Wanted::take(creation.registry(), &options)?;
+    let Layout { header, image, first_cluster } = wanted.layout()?;
+    let mapped = wanted.is_mapped();
 
     let in_file = match wanted.data_file {
         Some(_) => None,
@@ -419,10 +447,21 @@ async fn write_metadata(
     first_cluster: &[u8],
 ) -> Result<(), Error> {
     let (graph, hold) = creation.open_file().await?;
-    let result = write(hold.node(), header, image, first_cluster).await;
+    let result = write_to(hold.node(), header, image, first_cluster).await;
     hold.detach().await;
     graph.close().await;
-    result.map_err(|errno| Error::os("Could not write the new image's metadata", errno))
+    result
+}
+
+/// Writes the tables and the header to a file that is long enough.
+pub(super) async fn write_to(
+    file: &Node,
+    header: &Header,
+    image: &NewImage,
+    first_cluster: &[u8],
+) -> Result<(), Error> {
+    let written = write(file, header, image, first_cluster).await;
+    written.map_err(|errno| Error::os("Could not write the new image's metadata", errno))
 }
 
 /// A name as the header has it.

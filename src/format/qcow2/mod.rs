@@ -37,6 +37,7 @@ mod clean;
 mod compressed;
 mod corrupt;
 mod create;
+mod create_on_nodes;
 mod downgrade;
 mod empty;
 pub mod extensions;

@@ -3,12 +3,14 @@
 use super::create::{self, CreateOptions};
 use super::{FileDriver, FileOptions, Flavour};
 use crate::block::create::{
-    CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
+    CreateEntry, CreateOption, Creation, Made, MakeFn, NO_PREALLOCATION, ValueType,
+    refuse_preallocation,
 };
 use crate::block::registry::OptionHelp;
 use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Naming, Opening, Preallocation};
 use crate::io;
-use crate::options::{self, Map};
+use crate::options::{self, Map, Size};
+use serde::Deserialize;
 use std::os::unix::fs::FileTypeExt;
 
 pub static FILE: DriverEntry = DriverEntry {
@@ -39,6 +41,7 @@ pub static FILE: DriverEntry = DriverEntry {
         measure: None,
         compresses: false,
         amend: &[],
+        on_nodes: Some(|_, map| create_by_qmp(map)),
     }),
     ..DriverEntry::new("file", Kind::Protocol, |opening, map| {
         Box::pin(open(Flavour::File, opening, map))
@@ -59,6 +62,7 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
         measure: None,
         compresses: false,
         amend: &[],
+        on_nodes: None,
     }),
     naming: Naming::Device(is_device),
     counts_discards: true,
@@ -117,4 +121,22 @@ fn create_with(
         let options: CreateOptions = options::from_map(map)?;
         io::offload(move || create(&filename, &options)).await
     })
+}
+
+fn create_by_qmp(map: Map) -> Result<MakeFn, options::Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+    struct Options {
+        filename: String,
+        size: Size,
+        #[serde(default)]
+        preallocation: Preallocation,
+        #[serde(default)]
+        nocow: bool,
+        extent_size_hint: Option<Size>,
+    }
+    let Options { filename, size, preallocation, nocow, extent_size_hint } =
+        options::from_map(map)?;
+    let options = CreateOptions { size, preallocation, nocow, extent_size_hint };
+    Ok(Box::new(move |_| Box::pin(io::offload(move || create::create_file(&filename, &options)))))
 }

@@ -40,6 +40,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
         compresses: false,
         create: |creation, map| Box::pin(create(creation, map)),
         amend: &[],
+        on_nodes: None,
         measure: None,
     }),
     naming: Naming::Own(read_name),

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 const THEIRS: &str = "qemu-storage-daemon";
 
 /// Both daemons with a monitor, and two images of 8 MiB.
-fn both() -> [Daemon; 2] {
+pub(super) fn both() -> [Daemon; 2] {
     let start = |program: &[&str]| {
         let dir = tempfile::tempdir().unwrap();
         new_image(&dir.path().join("a.img"), 8 << 20);

@@ -7,6 +7,7 @@ mod clients;
 mod ctl;
 mod deep;
 mod drains;
+mod jobs;
 mod listings;
 mod live;
 mod names;

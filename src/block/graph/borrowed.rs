@@ -1,0 +1,56 @@
+//! Nodes that somebody works on for a while: named ones, or ones that are opened for that and go with it.
+
+use super::claims::Part;
+use super::{Attachment, By, Graph};
+use crate::block::open::{Depth, Inherited, no_reference};
+use crate::block::{Error, Node, Perms};
+use crate::options::NodeRef;
+use std::sync::Arc;
+
+impl Graph {
+    /// Attaches a user to the node that a reference names, or to one that it describes, which ends when its last
+    /// user has gone ([`Graph::tidy`]). `path` is where the reference lies in the user's options. Nothing of the
+    /// user may be in flight but within [`Graph::undisturbed`]. Runs on a worker.
+    ///
+    /// # Errors
+    /// Of opening, or as of [`Graph::attach`].
+    pub async fn borrow(
+        &self,
+        reference: NodeRef,
+        path: &str,
+        what: &str,
+        perms: Perms,
+    ) -> Result<Attachment, Error> {
+        let options = match reference {
+            NodeRef::Name(name) => {
+                let node = self.find(&name).map_err(|_| no_reference(&name))?;
+                return self.attach(&node, what, perms, None);
+            }
+            NodeRef::Inline(options) => options,
+        };
+        let id = self.next_id();
+        let node = self
+            .opening(async |claim| {
+                let by = By::User { id, what: what.into(), user: None };
+                let inherited = Some(Inherited::by(by, perms));
+                let (options, path) = (options.clone(), path.to_owned());
+                self.open_node(options, path, inherited, Depth::TOP, claim.id).await
+            })
+            .await?;
+        Ok(Attachment { graph: self.clone(), id, node })
+    }
+
+    /// Works on a node while nobody else changes it, or what lies around it.
+    ///
+    /// # Errors
+    /// The node has left the graph.
+    pub async fn undisturbed<T>(
+        &self,
+        node: &Arc<Node>,
+        work: impl AsyncFnOnce() -> T,
+    ) -> Result<T, Error> {
+        let id = self.0.state.lock().id(node)?;
+        let _claim = self.claim(vec![Part::Change(id)]).await;
+        Ok(work().await)
+    }
+}
