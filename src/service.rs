@@ -6,7 +6,7 @@
 //!
 //! **The order of locks.** A thread that holds one of these takes only those further down:
 //!
-//! 1. a turn to change the graph (`block/graph`): the only one that is held across waits, by tasks;
+//! 1. a claim on nodes of the graph (`block/graph/claims.rs`): the only one that is held across waits, by tasks;
 //! 2. [`State`]: the lists of this file;
 //! 3. an export's connection, then its session;
 //! 4. the graph's list of nodes;
