@@ -1,10 +1,11 @@
 //! Rings of every size, their indices all the way round, and many of them on few workers.
 
+use std::time::Instant;
 use vublk_testkit::request::{Range, Request, Shape};
 use vublk_testkit::spec::{feature, status};
 use vublk_testkit::{Cut, MemoryLayout, Options, Queue};
 
-use super::{Daemon, SIZE, pattern};
+use super::{Daemon, LIMIT, SIZE, pattern};
 
 #[test]
 fn rings_of_every_size_serve_with_and_without_event_index() {
@@ -152,13 +153,23 @@ fn two_hundred_and_fifty_six_queues_on_three_workers_serve_one_disk() {
 
 #[test]
 fn queues_that_are_offered_and_not_used_take_no_descriptors_and_no_threads() {
-    let taken = [1, 256].map(|offered| {
+    let [one, many] = [1, 256].map(|offered| {
         let daemon = Daemon::null("size=1048576", &format!("num-queues={offered}"));
         let mut disk = daemon.open(&Options::default());
         disk.read(0, &mut [0; 4096]).unwrap();
-        (daemon.server.open_files(), daemon.server.threads().unwrap().len())
+        (daemon, disk)
     });
-    assert_eq!(taken[0], taken[1], "descriptors and threads");
+    let taken = |daemon: &Daemon| {
+        // Threads for work that blocks, ours and the kernel's, come and go.
+        let stays = |name: &str| !["offload", "io"].contains(&name) && !name.starts_with("iou-");
+        let threads = daemon.server.threads().unwrap();
+        let threads: Vec<_> = threads.into_iter().map(|t| t.name).filter(|n| stays(n)).collect();
+        (daemon.server.open_files(), threads)
+    };
+    // What is taken for a while only may differ.
+    let end = Instant::now() + LIMIT;
+    while taken(&one.0) != taken(&many.0) && Instant::now() < end {}
+    assert_eq!(taken(&one.0), taken(&many.0), "descriptors and threads");
 }
 
 #[test]
