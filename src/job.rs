@@ -11,11 +11,10 @@ pub use status::{Status, Verb};
 use crate::block::{Error, LocalFuture};
 use crate::copy::Control;
 use crate::io::sync::Mutex;
+use crate::io::task::{Either, either};
 use crate::options;
-use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
-use std::task::Poll;
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,12 +268,8 @@ impl Job {
         let done = loop {
             let rests = self.control.is_resting();
             self.enter(if rests { Status::Paused } else { Status::Running });
-            let mut changed = pin!(self.control.until(|control| control.is_resting() != rests));
-            let done = poll_fn(|cx| match work.as_mut().poll(cx) {
-                Poll::Ready(done) => Poll::Ready(Some(done)),
-                Poll::Pending => changed.as_mut().poll(cx).map(|()| None),
-            });
-            if let Some(done) = done.await {
+            let changed = self.control.until(|control| control.is_resting() != rests);
+            if let Either::First(done) = either(work.as_mut(), changed).await {
                 break done;
             }
         };

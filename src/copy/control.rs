@@ -4,11 +4,9 @@
 //! before it begins a piece, and a piece that has begun is done to its end.
 
 use super::turns::Signal;
-use crate::io::sleep;
+use crate::io::in_time;
 use crate::io::sync::Mutex;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 /// The work was told to end before it had come to its end.
@@ -187,14 +185,7 @@ async fn wait(control: &Control, hold: Hold) {
         let state = control.state.lock();
         state.is_cancelled || state.pauses > 0 || state.due < due
     };
-    let (mut slept, mut changed) = (pin!(sleep(early)), pin!(control.until(changed)));
-    std::future::poll_fn(|cx| {
-        if slept.as_mut().poll(cx).is_ready() || changed.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(());
-        }
-        Poll::Pending
-    })
-    .await;
+    in_time(early, control.until(changed)).await;
 }
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ pub use shared_mapping::SharedMapping;
 pub use socket::Socket;
 pub use source::{Polled, Source, SourceId};
 pub use spare::{make_last_rings, may_make_rings};
-pub use timer::{Deadline, sleep};
+pub use timer::{Deadline, in_time, sleep};
 pub use turn::Local;
 pub use worker::{
     Io, Worker, WorkerOptions, current, may_block, process_cpu_ns, run_local, run_on, thread_cpu_ns,

@@ -8,12 +8,12 @@
 
 use super::sync::Mutex;
 use super::worker::{self, Io, Shared};
-use super::{Errno, IoResult, current, sleep};
+use super::{Errno, IoResult, current, in_time};
 use std::any::Any;
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::marker::PhantomData;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
@@ -148,17 +148,15 @@ impl<T: WorkerState> PerWorker<T> {
     /// Waits until all workers have let go of their states, at most for `time`. False if some have not.
     /// For slots that are closed.
     pub async fn left_within(&self, time: Duration) -> bool {
-        let mut too_late = pin!(sleep(time));
-        poll_fn(|cx| {
+        let left = poll_fn(|cx| {
             let mut holders = self.declared.holders.lock();
             if holders.workers.is_empty() {
-                return Poll::Ready(true);
+                return Poll::Ready(());
             }
             holders.waiting.push(cx.waker().clone());
-            drop(holders);
-            too_late.as_mut().poll(cx).map(|()| false)
-        })
-        .await
+            Poll::Pending
+        });
+        in_time(time, left).await.is_some()
     }
 }
 
@@ -291,7 +289,7 @@ impl Io {
 mod tests {
     use super::*;
     use crate::io::sim::{Disorder, SimRing};
-    use crate::io::{Worker, WorkerOptions, run_on};
+    use crate::io::{Worker, WorkerOptions, run_on, sleep};
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread::{self, ThreadId};
 

@@ -10,6 +10,7 @@ use async_task::Runnable;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
@@ -117,6 +118,25 @@ pub async fn yield_now() {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    })
+    .await
+}
+
+/// What [`either`] came to.
+pub enum Either<A, B> {
+    First(A),
+    Second(B),
+}
+
+/// Waits for one of two futures: for the first if both are done. The other one is dropped.
+pub async fn either<A, B>(
+    first: impl Future<Output = A>,
+    second: impl Future<Output = B>,
+) -> Either<A, B> {
+    let (mut first, mut second) = (pin!(first), pin!(second));
+    poll_fn(|cx| match first.as_mut().poll(cx) {
+        Poll::Ready(done) => Poll::Ready(Either::First(done)),
+        Poll::Pending => second.as_mut().poll(cx).map(Either::Second),
     })
     .await
 }

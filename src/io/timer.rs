@@ -1,5 +1,6 @@
 //! Timers of a worker, on its ring's clock, so that a simulated ring can run them in virtual time.
 
+use super::task::{Either, either};
 use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -76,6 +77,14 @@ impl Deadline {
     /// Whether it has come, on the current worker.
     pub fn has_passed(self) -> bool {
         self != Deadline::NEVER && super::current().now() >= self.0
+    }
+}
+
+/// The result of a future, if it comes within `time` on the current worker. The future is dropped otherwise.
+pub async fn in_time<T>(time: Duration, future: impl Future<Output = T>) -> Option<T> {
+    match either(future, sleep(time)).await {
+        Either::First(result) => Some(result),
+        Either::Second(()) => None,
     }
 }
 

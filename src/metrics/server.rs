@@ -5,7 +5,7 @@ use super::http;
 use super::text::{self, Process};
 use crate::block::Error;
 use crate::export::core::socket::{self, SocketFile};
-use crate::io::task::yield_now;
+use crate::io::task::{Either, either, yield_now};
 use crate::io::{
     Deadline, IoResult, IoVec, Socket, Worker, WorkerOptions, current, descriptors, process_cpu_ns,
     sleep, socket as sockets,
@@ -13,17 +13,15 @@ use crate::io::{
 use crate::service::{Observed, SOCKET_PATIENCE, wait_for_socket};
 use std::cell::RefCell;
 use std::fs::File;
-use std::future::{Future, poll_fn};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -165,14 +163,14 @@ impl Clients {
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     let client = sockets::poll(listener.fd(), readable, Deadline::NEVER);
-                    if first(stopped.as_mut(), pin!(client)).await {
+                    if let Either::First(_) = either(stopped.as_mut(), client).await {
                         break;
                     }
                 }
                 Err(error) => {
                     log::warn!("metrics: accept: {}", descriptors::explain(&error));
                     // Out of descriptors, most likely: do not spin on it.
-                    if first(stopped.as_mut(), pin!(sleep(PAUSE))).await {
+                    if let Either::First(_) = either(stopped.as_mut(), sleep(PAUSE)).await {
                         break;
                     }
                 }
@@ -219,18 +217,6 @@ impl Clients {
         }
         Ok(())
     }
-}
-
-/// Waits for either; true if it is the first.
-async fn first<T>(
-    mut one: Pin<&mut impl Future<Output = IoResult<u32>>>,
-    mut other: Pin<&mut impl Future<Output = T>>,
-) -> bool {
-    poll_fn(|cx| match one.as_mut().poll(cx) {
-        Poll::Ready(_) => Poll::Ready(true),
-        Poll::Pending => other.as_mut().poll(cx).map(|_| false),
-    })
-    .await
 }
 
 /// What the page is made of.

@@ -9,12 +9,9 @@ use crate::io::sync::Mutex;
 use crate::io::task::apart;
 use crate::io::{self, Worker, WorkerOptions};
 use std::collections::BTreeMap;
-use std::future::poll_fn;
 use std::os::fd::{AsRawFd, RawFd};
-use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
-use std::task::Poll;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -107,12 +104,7 @@ pub(super) async fn within<T: 'static>(
     time: Duration,
     future: impl Future<Output = T> + 'static,
 ) -> Option<T> {
-    let (mut future, mut time) = (pin!(apart(future)), pin!(io::sleep(time)));
-    poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(result) => Poll::Ready(Some(result)),
-        Poll::Pending => time.as_mut().poll(cx).map(|()| None),
-    })
-    .await
+    io::in_time(time, apart(future)).await
 }
 
 #[cfg(test)]

@@ -14,7 +14,6 @@ use super::{Graph, State};
 use crate::block::{Error, LocalFuture};
 use crate::io;
 use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -69,7 +68,7 @@ impl Graph {
                     *stage = Stage::Ending(user.quiesce());
                 }
             }
-            if in_time(grace, all_at_rest(&mut stages)).await {
+            if io::in_time(grace, all_at_rest(&mut stages)).await.is_some() {
                 return Ok(());
             }
             grace *= 2;
@@ -77,7 +76,7 @@ impl Graph {
             let slow = asked.iter().zip(&stages).filter(|(_, s)| matches!(s, Stage::Ending(_)));
             let patience = slow.map(|(one, _)| one.patience()).min().unwrap_or(DEADLINE);
             let left = patience.saturating_sub(now().saturating_sub(began));
-            if !in_time(left, all_at_rest(&mut stages)).await {
+            if io::in_time(left, all_at_rest(&mut stages)).await.is_none() {
                 return Err(unended(asked, &stages, patience).await);
             }
         }
@@ -133,23 +132,13 @@ fn poll(stage: &mut Stage<'_>, cx: &mut Context<'_>) -> bool {
     true
 }
 
-/// Whether `future` ends within `time`.
-async fn in_time(time: Duration, future: impl Future<Output = ()>) -> bool {
-    let (mut future, mut sleep) = (pin!(future), pin!(io::sleep(time)));
-    poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(()) => Poll::Ready(true),
-        Poll::Pending => sleep.as_mut().poll(cx).map(|()| false),
-    })
-    .await
-}
-
 /// What has not ended.
 async fn unended(asked: &[Asked], stages: &[Stage<'_>], waited: Duration) -> Error {
     let mut told = Vec::new();
     for (Asked { what, node, user }, stage) in asked.iter().zip(stages) {
         if matches!(stage, Stage::Ending(_)) {
-            let mut in_flight = "requests in flight".to_owned();
-            in_time(ANSWER, async { in_flight = user.in_flight().await }).await;
+            let in_flight = io::in_time(ANSWER, user.in_flight()).await;
+            let in_flight = in_flight.unwrap_or_else(|| "requests in flight".to_owned());
             told.push(format!("{what} (node '{node}') has {in_flight}"));
         }
     }
