@@ -76,34 +76,35 @@ pub use worker::{
 
 use std::os::fd::RawFd;
 
+/// Runs an operation of which there is nothing to tell but that it is done.
+///
+/// # Safety
+/// As of [`Io::start`], until the future is done or dropped.
+async unsafe fn run(fd: RawFd, op: Op) -> IoResult {
+    // SAFETY: the caller's promise.
+    unsafe { current().run(fd, op, Deadline::NEVER) }.await.map(|_| ())
+}
+
 /// Reads `into.len()` bytes from `offset` on; what lies past the end of the file is zeroes.
 pub async fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> IoResult {
     // SAFETY: the list and its memory are borrowed until the future is done or dropped.
-    unsafe { current().run(fd, Op::Read { offset, segments: into.into() }, Deadline::NEVER) }
-        .await
-        .map(|_| ())
+    unsafe { run(fd, Op::Read { offset, segments: into.into() }) }.await
 }
 
 /// Writes all of `from` at `offset`.
 pub async fn write(fd: RawFd, offset: u64, from: &IoVec<'_>, durable: Durable) -> IoResult {
     // SAFETY: as for `read`.
-    unsafe {
-        current().run(fd, Op::Write { offset, segments: from.into(), durable }, Deadline::NEVER)
-    }
-    .await
-    .map(|_| ())
+    unsafe { run(fd, Op::Write { offset, segments: from.into(), durable }) }.await
 }
 
 /// fdatasync.
 pub async fn fsync(fd: RawFd) -> IoResult {
     // SAFETY: names no memory.
-    unsafe { current().run(fd, Op::Fsync, Deadline::NEVER) }.await.map(|_| ())
+    unsafe { run(fd, Op::Fsync) }.await
 }
 
 /// fallocate with `mode`.
 pub async fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> IoResult {
     // SAFETY: names no memory.
-    unsafe { current().run(fd, Op::Fallocate { mode, offset, len }, Deadline::NEVER) }
-        .await
-        .map(|_| ())
+    unsafe { run(fd, Op::Fallocate { mode, offset, len }) }.await
 }
