@@ -1,7 +1,6 @@
 //! A worker: one thread, one ring, a slab of operations, and the queues dealt to it. Here are its
 //! parts and the handle that other threads hold; [`super::turn`] is what the thread does.
 
-use super::budget::Pool;
 use super::device::Devices;
 use super::per_worker::States;
 use super::ring::{Completion, Ring, Wait};
@@ -217,8 +216,6 @@ pub struct Worker {
 impl Worker {
     /// Starts a worker's thread.
     pub fn start(name: &str, options: WorkerOptions) -> std::io::Result<Worker> {
-        // The machine is asked for its memory before the process gives up the right to.
-        Pool::of_process();
         let shared = Shared::new(name, options)?;
         let (sender, receiver) = mpsc::channel();
         let theirs = shared.clone();

@@ -63,6 +63,8 @@ pub struct Place {
 pub fn confine(plan: &Plan) -> Result<Vec<String>, String> {
     let mut missing = Vec::new();
     forbid_core_dumps().map_err(|e| format!("no core dumps: {e}"))?;
+    // The machine is asked for its memory, which budgets are measured by, as long as that is allowed.
+    io::budget::Pool::of_process();
     let ruleset = files::ruleset(plan);
     if let Some(user) = &plan.user {
         user.become_it()?;
