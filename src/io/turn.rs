@@ -87,7 +87,7 @@ struct Watch {
 impl Local {
     pub(super) fn new(ring: Box<dyn Ring>, shared: Arc<Shared>) -> Local {
         let io = Rc::new(Io::new(ring, shared));
-        worker::set_current(Some(io.clone()));
+        worker::replace_current(Some(io.clone()));
         let local = Local {
             io,
             sources: Vec::new(),

@@ -90,10 +90,7 @@ pub(super) fn with_current<T>(look: impl FnOnce(&Io) -> T) -> T {
     CURRENT.with_borrow(|io| look(io.as_ref().expect("called on a worker's thread")))
 }
 
-pub(super) fn set_current(io: Option<Rc<Io>>) {
-    CURRENT.set(io);
-}
-
+/// Makes this thread another worker, or none. What it was before.
 pub(super) fn replace_current(io: Option<Rc<Io>>) -> Option<Rc<Io>> {
     CURRENT.replace(io)
 }
@@ -232,7 +229,7 @@ impl Worker {
                     let mut local = Local::new(ring, theirs);
                     let _guard = AbortOnPanic;
                     while local.round() {}
-                    set_current(None);
+                    replace_current(None);
                 }
                 Err(error) => {
                     let _ = sender.send(Err(error));
@@ -358,7 +355,7 @@ where
     while result.borrow().is_none() || local.io().leave_all() {
         local.round();
     }
-    set_current(None);
+    replace_current(None);
     let value = result.borrow_mut().take();
     value.expect("the loop ends with a result")
 }
