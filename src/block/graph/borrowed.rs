@@ -1,6 +1,5 @@
 //! Nodes that somebody works on for a while: named ones, or ones that are opened for that and go with it.
 
-use super::claims::Part;
 use super::{Attachment, By, Graph};
 use crate::block::open::{Depth, Inherited, no_reference};
 use crate::block::{Error, Node, Perms};
@@ -49,8 +48,7 @@ impl Graph {
         node: &Arc<Node>,
         work: impl AsyncFnOnce() -> T,
     ) -> Result<T, Error> {
-        let id = self.0.state.lock().id(node)?;
-        let _claim = self.claim(vec![Part::Change(id)]).await;
+        let _claim = self.claim_change(std::slice::from_ref(node), &[]).await?;
         Ok(work().await)
     }
 }

@@ -7,12 +7,11 @@
 use super::claims::{Claim, Part};
 use super::permissions::{Plan, release_locks};
 use super::rest::Asked;
-use super::{By, Graph, State};
+use super::{By, Graph, State, Use};
 use crate::block::{
     Error, LocalFuture, Node, Perm, Perms, Preallocation, Role, Snapshots, resizable,
 };
 use crate::io::epoch;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,12 +109,7 @@ impl State {
         if self.drains.is_empty() {
             return;
         }
-        let (mut pending, mut below) = (vec![node], BTreeSet::new());
-        while let Some(id) = pending.pop() {
-            if below.insert(id) {
-                pending.extend(&self.entry(id).children);
-            }
-        }
+        let below = self.all_below(&[node]);
         for drain in &mut self.drains {
             if drain.nodes.iter().any(|id| below.contains(id)) {
                 user.hold();
@@ -164,7 +158,7 @@ impl Graph {
     }
 
     /// Waits until nobody else changes `changed`, nor the nodes that are only to be `kept`.
-    async fn claim_change(
+    pub(super) async fn claim_change(
         &self,
         changed: &[Arc<Node>],
         kept: &[Arc<Node>],
@@ -272,12 +266,8 @@ impl Graph {
         node: &Arc<Node>,
         work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
     ) -> Option<Result<T, Error>> {
-        let claim = match self.claim_change(std::slice::from_ref(node), &[]).await {
-            Ok(claim) => claim,
-            Err(error) => return Some(Err(error)),
-        };
-        let drained = self.begin_drain(&mut self.0.state.lock(), Vec::new(), claim);
-        self.with_snapshots_now(&drained, node, work).await
+        let worked = self.undisturbed(node, async || with_snapshots(node, work).await);
+        worked.await.unwrap_or_else(|error| Some(Err(error)))
     }
 
     /// [`Graph::with_snapshots`] for a change that has drained the node.
@@ -287,15 +277,7 @@ impl Graph {
         node: &Arc<Node>,
         work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
     ) -> Option<Result<T, Error>> {
-        let mut node = node.clone();
-        loop {
-            if let Some(snapshots) = node.driver().image().and_then(|image| image.snapshots()) {
-                return Some(work(snapshots).await);
-            }
-            let [only] = node.driver().children() else { return None };
-            let below = only.node();
-            node = below;
-        }
+        with_snapshots(node, work).await
     }
 
     /// Changes a node's bitmaps while nobody else changes the node.
@@ -307,11 +289,11 @@ impl Graph {
         node: &Arc<Node>,
         change: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        {
-            let _claim = self.claim_change(std::slice::from_ref(node), &[]).await?;
+        let changed = async || {
             self.0.state.lock().id(node)?;
-            change(node).await?;
-        }
+            change(node).await
+        };
+        self.undisturbed(node, changed).await??;
         // Storage that does not answer holds up only who waits for it.
         node.settle_bitmaps().await;
         Ok(())
@@ -342,24 +324,31 @@ impl State {
 
     /// A node and all nodes above it.
     fn above(&self, node: u64) -> Vec<Used> {
-        let mut pending = vec![node];
-        let mut seen = BTreeSet::new();
-        let mut found = Vec::new();
-        while let Some(id) = pending.pop() {
-            if !seen.insert(id) {
-                continue;
-            }
-            let (entry, mut users) = (self.entry(id), Vec::new());
-            for one in &entry.uses {
-                match &one.by {
-                    By::Node { id, .. } => pending.push(*id),
-                    By::User { user, .. } => users.extend(user.as_ref().and_then(|u| u.upgrade())),
-                    By::Opening { .. } => {}
-                }
-            }
-            found.push(Used { node: entry.node.clone(), users });
+        let user = |one: &Use| match &one.by {
+            By::User { user, .. } => user.as_ref()?.upgrade(),
+            By::Node { .. } | By::Opening { .. } => None,
+        };
+        let used = |id| {
+            let entry = self.entry(id);
+            Used { node: entry.node.clone(), users: entry.uses.iter().filter_map(user).collect() }
+        };
+        self.all_above(&[node]).into_iter().map(used).collect()
+    }
+}
+
+/// Works on the internal snapshots of a node, or of the only node that it stands on.
+async fn with_snapshots<T>(
+    node: &Arc<Node>,
+    work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
+) -> Option<Result<T, Error>> {
+    let mut node = node.clone();
+    loop {
+        if let Some(snapshots) = node.driver().image().and_then(|image| image.snapshots()) {
+            return Some(work(snapshots).await);
         }
-        found
+        let [only] = node.driver().children() else { return None };
+        let below = only.node();
+        node = below;
     }
 }
 
