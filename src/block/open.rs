@@ -93,9 +93,8 @@ pub(super) struct Inherited {
     first: Option<(By, Perms)>,
 }
 
-impl Inherited {
-    /// Nothing but the defaults: of a node that no other node asks for, and that is used from the start.
-    pub(super) fn by(first: By, perms: Perms) -> Inherited {
+impl Default for Inherited {
+    fn default() -> Inherited {
         Inherited {
             read_only: false,
             auto_read_only: false,
@@ -106,8 +105,15 @@ impl Inherited {
             active: true,
             chain: None,
             blocking: Blocking::default(),
-            first: Some((first, perms)),
+            first: None,
         }
+    }
+}
+
+impl Inherited {
+    /// Nothing but the defaults: of a node that no other node asks for, and that is used from the start.
+    pub(super) fn by(first: By, perms: Perms) -> Inherited {
+        Inherited { first: Some((first, perms)), ..Inherited::default() }
     }
 }
 
@@ -398,18 +404,7 @@ impl Common {
 
     /// The options with defaults filled in, and `auto-read-only`.
     fn resolve(&self, inherited: Option<Inherited>) -> Result<(NodeOptions, bool), Error> {
-        let base = inherited.unwrap_or(Inherited {
-            read_only: false,
-            auto_read_only: false,
-            force_share: false,
-            discard: false,
-            direct: false,
-            no_flush: false,
-            active: true,
-            chain: None,
-            blocking: Blocking::default(),
-            first: None,
-        });
+        let base = inherited.unwrap_or_default();
         let options = NodeOptions {
             read_only: self.read_only.unwrap_or(base.read_only),
             discard: self.discard.map_or(base.discard, |discard| discard == Discard::Unmap),

@@ -259,8 +259,7 @@ fn strict(own: Perms) -> Perms {
 }
 
 const fn entry(name: &'static str, open: OpenFn) -> DriverEntry {
-    let kind = Kind::Format;
-    DriverEntry { ..DriverEntry::new(name, kind, open) }
+    DriverEntry::new(name, Kind::Format, open)
 }
 
 static STORE: DriverEntry = entry("store", |o, map| Box::pin(open_store(o, map)));
