@@ -317,16 +317,14 @@ impl<'de> Deserializer<'de> for Reader {
 
     fn deserialize_struct<V: Visitor<'de>>(
         self,
-        _name: &'static str,
+        name: &'static str,
         fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
         // Declared order for the fields, unknown keys last: the error does not depend on how the
         // user ordered the keys, and a missing driver option comes before a superfluous one.
         let mut object = self.object()?;
-        let known =
-            fields.iter().filter_map(|f| Some(((*f).to_owned(), object.take(f)?))).collect();
-        let value = visitor.visit_map(Entries::all(known))?;
+        let value = Part(&mut object).deserialize_struct(name, fields, visitor)?;
         object.finish()?;
         Ok(value)
     }
