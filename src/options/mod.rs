@@ -12,6 +12,7 @@
 //! | `node_ref` | the field types for "a node's name, or a node defined in place" |
 //! | `de` | a serde `Deserializer` over the tree: one `#[derive(Deserialize)]` struct per driver |
 //! | `identifier` | what a name may be made of |
+//! | `objects` | the types of objects that there are |
 //! | `bytes` | names that are not UTF-8 |
 //! | `any` | a value read through serde as it stands |
 //! | `error` | the one error type, worded as QEMU words it |
@@ -29,6 +30,7 @@ mod identifier;
 pub mod json;
 pub mod keyval;
 pub mod node_ref;
+mod objects;
 pub mod qemuopts;
 pub mod size;
 pub mod tree;
@@ -37,6 +39,7 @@ pub use de::{from_map, from_value, split_map};
 pub use error::Error;
 pub use identifier::is_identifier;
 pub use node_ref::{NodeRef, NodeRefOrNull};
+pub use objects::OBJECT_TYPES;
 pub use size::Size;
 pub use tree::{Map, Value};
 

@@ -40,7 +40,7 @@ impl Service {
                 }
                 self.add_iothread(object.id, worker).await
             }
-            other if OBJECT_TYPES.contains(&other) => {
+            other if options::OBJECT_TYPES.contains(&other) => {
                 Err(Error::new(format!("objects of type '{other}' are not available")))
             }
             other => {
@@ -124,24 +124,6 @@ impl Service {
         Ok(main)
     }
 }
-
-/// What qemu-storage-daemon 7.2 knows, so that a type that we lack is told from one that nobody has.
-const OBJECT_TYPES: [&str; 14] = [
-    "authz-list",
-    "authz-list-file",
-    "authz-simple",
-    "iothread",
-    "main-loop",
-    "pr-manager-helper",
-    "secret",
-    "secret_keyring",
-    "thread-context",
-    "throttle-group",
-    "tls-cipher-suites",
-    "tls-creds-anon",
-    "tls-creds-psk",
-    "tls-creds-x509",
-];
 
 pub(super) fn start_worker(name: &str, options: WorkerOptions) -> Result<Worker, Error> {
     Worker::start(name, options)

@@ -2,24 +2,7 @@
 //! checked as far as it could be made, and forgotten.
 
 use super::{Failed, outln};
-use crate::options::{Map, is_identifier, keyval};
-
-/// The types that qemu-img 7.2 knows.
-const TYPES: &[&str] = &[
-    "authz-list",
-    "authz-list-file",
-    "authz-simple",
-    "main-loop",
-    "pr-manager-helper",
-    "secret",
-    "secret_keyring",
-    "thread-context",
-    "throttle-group",
-    "tls-cipher-suites",
-    "tls-creds-anon",
-    "tls-creds-psk",
-    "tls-creds-x509",
-];
+use crate::options::{Map, OBJECT_TYPES, is_identifier, keyval};
 
 /// Makes the object that `text` describes. Whether it asked for help, which was given.
 pub fn add(text: &str) -> Result<bool, Failed> {
@@ -37,7 +20,7 @@ fn make(mut options: Map) -> Result<(), Failed> {
     if qom_type == "iothread" {
         return Err(format!("invalid object type: {qom_type}").into());
     }
-    if !TYPES.contains(&&*qom_type) {
+    if !OBJECT_TYPES.contains(&&*qom_type) {
         return Err(format!("Parameter 'qom-type' does not accept value '{qom_type}'").into());
     }
     let id = options.take_required_str("id").map_err(text)?;
