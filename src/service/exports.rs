@@ -67,6 +67,17 @@ impl Running {
         })
         .await;
     }
+
+    /// Itself, unless what was done with it has failed: it is ended then.
+    async fn unless_failed(self, result: Result<(), Error>) -> Result<Running, Error> {
+        match result {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                self.end().await;
+                Err(error)
+            }
+        }
+    }
 }
 
 impl Served {
@@ -216,19 +227,11 @@ impl Service {
             let result = export.take_up_losses(accept_loss);
             (Running(export, attachment), result)
         });
-        let running = match taken.await {
-            (running, Ok(())) => running,
-            (running, Err(error)) => {
-                running.end().await;
-                return Err(error);
-            }
-        };
-        if !allow_inactive
-            && !node.is_active()
-            && let Err(error) = running.1.activity().activate().await
-        {
-            running.end().await;
-            return Err(error);
+        let (running, taken) = taken.await;
+        let mut running = running.unless_failed(taken).await?;
+        if !allow_inactive && !node.is_active() {
+            let activated = running.1.activity().activate().await;
+            running = running.unless_failed(activated).await?;
         }
         self.serve(id, running).await?;
         let observed = self.state().observed.clone();
@@ -289,13 +292,8 @@ impl Service {
             let result = export.start(Box::new(move || ended.tell(name)));
             (Running(export, attachment), result)
         });
-        let running = match started.await {
-            (running, Ok(())) => running,
-            (running, Err(error)) => {
-                running.end().await;
-                return Err(error);
-            }
-        };
+        let (running, started) = started.await;
+        let running = running.unless_failed(started).await?;
         let ended = {
             let mut state = self.state();
             let ending = state.exports.ending;
