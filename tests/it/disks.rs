@@ -12,7 +12,7 @@ use std::task::Poll;
 use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
 use vublk::io::sim::{Disorder, SimRing};
-use vublk::io::{InFlight, IoResult, IoVec, Local, run_local};
+use vublk::io::{IoResult, IoVec, Local, run_local};
 use vublk::options::{NodeRef, keyval};
 use vublk::protocol::nvme;
 use vublk::protocol::sim::{self, SimDisk, SimOptions, Tries};
@@ -24,7 +24,7 @@ pub static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
     Registry::new(&[vublk::format::LIST, vublk::filter::LIST, vublk::protocol::LIST, tests])
 });
 
-/// The seed of a random test: from `VUBLK_SEED`, or a new one. It is printed, and shown when the
+/// The seed of a random test: from `VUBLK_SEED`, or 1. It is printed, and shown when the
 /// test fails.
 pub fn seed() -> u64 {
     let given = std::env::var("VUBLK_SEED").ok().map(|text| text.parse().expect("a number"));
@@ -136,64 +136,37 @@ impl Suspend {
     }
 }
 
-impl Driver for Suspend {
+impl PassThrough for Suspend {
     fn entry(&self) -> &'static DriverEntry {
         &SUSPEND
     }
 
-    fn traits(&self) -> Traits {
-        self.0[0].node().traits()
-    }
-
-    fn len(&self) -> u64 {
-        self.0[0].node().driver().len()
-    }
-
-    fn children(&self) -> &[Child] {
+    fn below(&self) -> &[Child; 1] {
         &self.0
     }
 
-    fn map<'a>(
-        &'a self,
-        inflight: &'a InFlight,
-        at: u64,
-        want: u64,
-        access: Access,
-    ) -> Mapping<'a> {
-        self.0[0].fast(inflight).map(inflight, at, want, access)
+    async fn read(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+        self.around(async |node: &Node| node.read(at, into).await).await
     }
 
-    fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.around(async move |node: &Node| node.read(at, into).await))
+    async fn write(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
+        self.around(async |node: &Node| node.write(at, from, flags).await).await
     }
 
-    fn write<'a>(
-        &'a self,
-        at: u64,
-        from: &'a IoVec<'a>,
-        flags: WriteFlags,
-    ) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.around(async move |node: &Node| node.write(at, from, flags).await))
+    async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        self.around(async |node: &Node| node.zero(at, len, flags).await).await
     }
 
-    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.around(async move |node: &Node| node.zero(at, len, flags).await))
+    async fn discard(&self, at: u64, len: u64) -> IoResult {
+        self.around(async |node: &Node| node.discard(at, len).await).await
     }
 
-    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(self.around(async move |node: &Node| node.discard(at, len).await))
+    async fn flush(&self) -> IoResult {
+        self.around(async |node: &Node| node.flush().await).await
     }
 
-    fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(self.around(async move |node: &Node| node.flush().await))
-    }
-
-    fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(self.around(async move |node: &Node| node.status(at, len, precision).await))
-    }
-
-    fn child_perms(&self, _: usize, own: Perms) -> Perms {
-        Perms::filter(own)
+    async fn status(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
+        self.around(async |node: &Node| node.status(at, len, precision).await).await
     }
 }
 
