@@ -20,7 +20,7 @@ impl Node {
         }
     }
 
-    /// Who may have fast requests through this node.
+    /// The members whose fast requests may go through this node.
     pub fn members(&self) -> Vec<Arc<Member>> {
         self.members.lock().clone()
     }

@@ -27,7 +27,7 @@ impl Registry {
     /// by it could empty the file of another image.
     pub fn new_file(&self, name: &str) -> Result<Map, Error> {
         let (entry, name) = match name {
-            // Whoever would make the file says that none can have this name.
+            // The driver that makes files refuses this name.
             "" => (self.of_files()?, name),
             name if name.starts_with("json:") => {
                 return Err(Error::new("Unknown protocol 'json'"));

@@ -23,7 +23,8 @@ pub enum Trouble {
 }
 
 /// Copies what differs between what an image stands on and `new`, both possibly shorter than it, or
-/// nothing at all. `progress` is told of each step how many are done with it, of how many. `compress`: whole units of the image's driver, which can, are stored so.
+/// nothing at all. `progress` is called after each step, with the number of steps that it counts for and their total.
+/// `compress`: whole compression units of the image, whose driver must be able to, are stored compressed.
 pub async fn make_own(
     image: &Disk,
     new: Option<&Disk>,

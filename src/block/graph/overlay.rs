@@ -25,7 +25,7 @@ pub struct Over {
 
 impl Graph {
     /// Puts a node that was opened by name without backing file, and that nobody uses, over `base`, whose users
-    /// are paused and have it from then on. Both are drained. It is opened anew, with `base` below it.
+    /// are paused and have it from then on. Both are drained. It is opened again, with `base` below it.
     ///
     /// # Errors
     /// In QEMU's words: one of the two does not suit, or cannot be had; the users have `base` then, as

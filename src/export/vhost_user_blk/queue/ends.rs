@@ -71,7 +71,7 @@ impl<R: Ring> Queue<R> {
             self.broken = true;
             return;
         }
-        // Who comes back where nothing is tracked does again all that it has not seen done.
+        // Where nothing is tracked, a front end that comes back repeats every request whose end it has not seen.
         if self.watch.is_hung() && self.inflight.is_none() {
             return;
         }
