@@ -8,7 +8,7 @@
 //!
 //! 1. a claim on nodes of the graph (`block/graph/claims.rs`): the only one that is held across waits, by tasks;
 //! 2. [`State`]: the lists of this file;
-//! 3. an export's connection, then its session;
+//! 3. an export's connection;
 //! 4. the graph's list of nodes;
 //! 5. the lists of events, counters and queues: code that holds one of these calls nothing else.
 //!

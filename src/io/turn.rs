@@ -130,6 +130,23 @@ impl Local {
         kick: Option<RawFd>,
         files: &[Arc<File>],
     ) -> std::io::Result<SourceId> {
+        let pins = self.pin_all(files)?;
+        let id = self.attach(source, kick);
+        self.set_pins(id, pins);
+        Ok(id)
+    }
+
+    /// Other files stay open from now on for a source, as those of [`Local::attach_pinned`], which end for it.
+    ///
+    /// # Errors
+    /// The kernel refuses to keep a file open; nothing has changed.
+    pub fn pin(&mut self, id: SourceId, files: &[Arc<File>]) -> std::io::Result<()> {
+        let pins = self.pin_all(files)?;
+        self.set_pins(id, pins);
+        Ok(())
+    }
+
+    fn pin_all(&self, files: &[Arc<File>]) -> std::io::Result<Vec<Pin>> {
         let mut pins = Vec::new();
         for file in files {
             let pin = self.io.ring.borrow_mut().pin(file);
@@ -141,12 +158,15 @@ impl Local {
                 }
             }
         }
-        let id = self.attach(source, kick);
-        match self.sources.get_mut(id.0 as usize) {
-            Some(Some(entry)) => entry.pins = pins,
-            _ => self.unpin(pins),
-        }
-        Ok(id)
+        Ok(pins)
+    }
+
+    fn set_pins(&mut self, id: SourceId, pins: Vec<Pin>) {
+        let old = match self.sources.get_mut(id.0 as usize) {
+            Some(Some(entry)) => std::mem::replace(&mut entry.pins, pins),
+            _ => pins,
+        };
+        self.unpin(old);
     }
 
     fn unpin(&self, pins: Vec<Pin>) {

@@ -269,8 +269,8 @@ impl Worker {
         driven::receive(&receiver).expect("the worker lives as long as its handle")
     }
 
-    /// Runs a future on the worker and waits for its result. Not to be called on a worker.
-    pub fn block_on<T, F>(&self, make: impl FnOnce() -> F + Send + 'static) -> T
+    /// Runs a future on the worker. Its result comes through the channel.
+    pub fn spawn<T, F>(&self, make: impl FnOnce() -> F + Send + 'static) -> mpsc::Receiver<T>
     where
         T: Send + 'static,
         F: Future<Output = T> + 'static,
@@ -282,7 +282,17 @@ impl Worker {
                 let _ = sender.send(future.await);
             });
         });
-        driven::receive(&receiver).expect("the worker lives as long as its handle")
+        receiver
+    }
+
+    /// Runs a future on the worker and waits for its result. Not to be called on a worker.
+    pub fn block_on<T, F>(&self, make: impl FnOnce() -> F + Send + 'static) -> T
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + 'static,
+    {
+        let result = self.spawn(make);
+        driven::receive(&result).expect("the worker lives as long as its handle")
     }
 }
 

@@ -1,4 +1,5 @@
-//! What an export has to tell its front ends unasked: that the disk has another size.
+//! What an export has to tell its front ends unasked: that the disk has another size. And how the thread that serves
+//! them is woken to look again at what it waits for.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +25,11 @@ impl Notices {
     /// The disk has another size from now on. Never waits.
     pub fn resized(&self) {
         self.resized.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// There is something new to look at. Never waits.
+    pub fn wake(&self) {
         let _ = self.wake.write(1);
     }
 

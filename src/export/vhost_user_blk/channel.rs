@@ -47,8 +47,10 @@ impl<'a> Channel<'a> {
     }
 
     /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
-    /// told, if a ring is `running`. What it has sent is left to be read, and looked at.
-    pub fn wait(&mut self, stream: RawFd, running: bool) -> Next {
+    /// told, if a ring is `running`. What it has sent is left to be read, and looked at. None if there may be
+    /// something else to look at: the thread was woken, or `most` has passed.
+    pub fn wait(&mut self, stream: RawFd, running: bool, most: Option<Duration>) -> Option<Next> {
+        let most = most.map_or(-1, |most| most.as_millis() as libc::c_int);
         loop {
             let due = running && self.socket.is_some() && self.notices.is_due();
             // The kernel passes over a negative number. The listener stays readable until the next front
@@ -56,8 +58,10 @@ impl<'a> Channel<'a> {
             let others = if self.came.is_none() { self.others.unwrap_or(-1) } else { -1 };
             let fds = [stream, self.notices.descriptor(), others];
             let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-            let (count, timeout) =
-                (polled.len() as libc::nfds_t, if due { QUIET } else { self.patience() });
+            let count = polled.len() as libc::nfds_t;
+            let timeouts = [if due { QUIET } else { self.patience() }, most];
+            // A negative number is no limit.
+            let timeout = timeouts.into_iter().filter(|time| *time >= 0).min().unwrap_or(-1);
             // SAFETY: the array lives through the call, and its length is given.
             let ready = unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) };
             if ready < 0 && Errno::last().0 != libc::EINTR || polled[0].revents != 0 {
@@ -75,13 +79,17 @@ impl<'a> Channel<'a> {
             }
             if polled[1].revents != 0 {
                 self.notices.seen();
-            } else if ready == 0 && due {
+                return None;
+            }
+            if ready == 0 && due {
                 self.tell();
+            } else if ready == 0 && most >= 0 {
+                return None;
             }
         }
         let mut next = Next::look(stream);
         self.offered = next.channel.take();
-        next
+        Some(next)
     }
 
     /// Milliseconds until another front end has waited for long; -1 if there is none.

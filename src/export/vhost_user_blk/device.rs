@@ -3,6 +3,7 @@
 use super::config;
 use super::queues::Queues;
 use crate::export::core::Disk;
+use crate::io::Worker;
 use std::sync::Arc;
 
 /// What only this type of export is configured with.
@@ -28,5 +29,17 @@ impl Device {
     pub fn new(disk: Disk, options: DeviceOptions) -> Device {
         let features = config::features(&disk.node(), &disk.options);
         Device { disk: Arc::new(disk), options, features, queues: Queues::default() }
+    }
+
+    /// Has the image hand over what it keeps in the front end's memory. Blocks: not to be called on a worker.
+    pub fn detach_journal(self: &Arc<Device>, worker: &Worker) {
+        if self.disk.journal.is_unused() {
+            return;
+        }
+        let device = self.clone();
+        worker.block_on(move || async move {
+            let _busy = device.begin().await;
+            device.disk.journal.detach(&device.disk.name).await;
+        });
     }
 }

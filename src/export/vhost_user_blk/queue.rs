@@ -188,6 +188,11 @@ impl<R: Ring> Queue<R> {
         }
     }
 
+    /// Whether the front end keeps memory for what is in flight.
+    pub fn is_tracked(&self) -> bool {
+        self.inflight.is_some()
+    }
+
     pub fn serves(&self, disk: &Arc<Disk>) -> bool {
         Arc::ptr_eq(&self.disk, disk)
     }

@@ -4,14 +4,16 @@
 //! waits for its end any more. So the pause of a disk covers all that the disk has in flight, whatever its front
 //! ends do meanwhile. Nobody waits under the lock in here: queues tell of their rest by dropping a [`Busy`].
 //!
-//! The locks of an export, in the order in which they may be taken: a session, `Shared::current`, the list in
-//! here. A drain takes the last alone, so that it waits for no front end and no front end for it.
+//! I/O of an export that is no queue's (a session that starts its rings, a flush of the write cache) has a [`Busy`]
+//! too, which is given only while the disk is not paused. So nothing of an export begins in a drained graph, and
+//! a change of the graph needs no session: it turns the queues itself.
 
 use super::device::Device;
 use super::queue::Queue;
+use crate::block::Node;
 use crate::io::sync::Mutex;
-use crate::io::{SourceId, Worker};
-use std::sync::Arc;
+use crate::io::{IoResult, Local, SourceId, Worker};
+use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
@@ -19,7 +21,11 @@ use std::time::Duration;
 type Place = (usize, SourceId);
 
 #[derive(Default)]
-pub struct Queues(Mutex<State>);
+pub struct Queues {
+    state: Mutex<State>,
+    /// Called when the disk is not paused any more.
+    when_free: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
 
 #[derive(Default)]
 struct State {
@@ -28,6 +34,7 @@ struct State {
     paused: u32,
     /// How many [`Busy`] there are.
     busy: usize,
+    /// Tasks that wait for another count of these two.
     waiting: Vec<Waker>,
 }
 
@@ -36,9 +43,9 @@ pub struct Busy(Arc<Device>);
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let mut state = self.0.queues.0.lock();
+        let mut state = self.0.queues.state.lock();
         state.busy -= 1;
-        let waiting = if state.busy == 0 { std::mem::take(&mut state.waiting) } else { Vec::new() };
+        let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         waiting.into_iter().for_each(Waker::wake);
     }
@@ -62,6 +69,7 @@ impl InFlight {
         InFlight { count: self.count + other.count, oldest }
     }
 
+    /// For errors.
     pub fn describe(&self) -> String {
         let requests = match self.count {
             0 => "requests in flight".to_owned(),
@@ -78,7 +86,7 @@ impl InFlight {
 impl Device {
     /// A queue has come, which takes nothing until it is told to go on: at once, unless the disk is paused.
     pub fn add_queue(self: &Arc<Device>, workers: &[Arc<Worker>], queue: Place) {
-        let mut state = self.queues.0.lock();
+        let mut state = self.queues.state.lock();
         state.all.push(queue);
         if state.paused == 0 {
             self.tell(workers, queue, Queue::resume);
@@ -87,12 +95,12 @@ impl Device {
 
     /// Nothing of a queue is in flight any more.
     pub fn remove_queue(&self, queue: Place) {
-        self.queues.0.lock().all.retain(|one| *one != queue);
+        self.queues.state.lock().all.retain(|one| *one != queue);
     }
 
     /// Has every queue do something, soon. Waits for nobody.
     pub fn tell_queues(self: &Arc<Device>, workers: &[Arc<Worker>], work: fn(&mut Queue)) {
-        let state = self.queues.0.lock();
+        let state = self.queues.state.lock();
         state.all.iter().for_each(|&queue| self.tell(workers, queue, work));
     }
 
@@ -115,7 +123,7 @@ impl Device {
 
     /// Nothing more is taken until as many [`Device::resume`]s have come, by queues that start meanwhile either.
     pub fn pause(self: &Arc<Device>, workers: &[Arc<Worker>]) {
-        let mut state = self.queues.0.lock();
+        let mut state = self.queues.state.lock();
         state.paused += 1;
         if state.paused > 1 {
             return;
@@ -129,24 +137,68 @@ impl Device {
 
     /// Undoes one [`Device::pause`].
     pub fn resume(self: &Arc<Device>, workers: &[Arc<Worker>]) {
-        let mut state = self.queues.0.lock();
+        let mut state = self.queues.state.lock();
         state.paused = state.paused.saturating_sub(1);
-        if state.paused == 0 {
-            state.all.iter().for_each(|&queue| self.tell(workers, queue, Queue::resume));
+        if state.paused > 0 {
+            return;
+        }
+        state.all.iter().for_each(|&queue| self.tell(workers, queue, Queue::resume));
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        waiting.into_iter().for_each(Waker::wake);
+        if let Some(act) = self.queues.when_free.get() {
+            act();
         }
     }
 
-    /// Something that is no queue's is in flight.
-    pub fn busy(self: &Arc<Device>) -> Busy {
-        self.queues.0.lock().busy += 1;
+    /// `act`, which does not wait, is called whenever the disk is not paused any more.
+    pub fn when_free(&self, act: impl Fn() + Send + Sync + 'static) {
+        // Once, when the export is made.
+        let _ = self.queues.when_free.set(Box::new(act));
+    }
+
+    /// Something that is no queue's begins. None while the disk is paused.
+    pub fn try_begin(self: &Arc<Device>) -> Option<Busy> {
+        let mut state = self.queues.state.lock();
+        if state.paused > 0 {
+            return None;
+        }
+        state.busy += 1;
+        Some(Busy(self.clone()))
+    }
+
+    /// Something that is no queue's begins, as soon as the disk is not paused.
+    pub async fn begin(self: &Arc<Device>) -> Busy {
+        self.wait_until(|state| {
+            let is_free = state.paused == 0;
+            state.busy += usize::from(is_free);
+            is_free
+        })
+        .await;
         Busy(self.clone())
     }
 
     /// Waits until nothing is in flight on a paused disk.
     pub async fn at_rest(&self) {
+        self.wait_until(|state| state.busy == 0).await;
+    }
+
+    /// Makes durable all that the guest has been told is written. Waits for writes that have begun, and begins no
+    /// others meanwhile.
+    pub async fn flush_at_rest(self: &Arc<Device>, workers: &[Arc<Worker>]) -> IoResult {
+        let busy = self.begin().await;
+        self.pause(workers);
+        self.wait_until(|state| state.busy == 1).await;
+        let flushed = self.disk.node().flush().await;
+        drop(busy);
+        self.resume(workers);
+        flushed
+    }
+
+    async fn wait_until(&self, mut is_so: impl FnMut(&mut State) -> bool) {
         std::future::poll_fn(|cx| {
-            let mut state = self.queues.0.lock();
-            if state.busy == 0 {
+            let mut state = self.queues.state.lock();
+            if is_so(&mut state) {
                 return Poll::Ready(());
             }
             state.waiting.push(cx.waker().clone());
@@ -157,35 +209,67 @@ impl Device {
 
     /// What is in flight, of the queues whose workers answer.
     pub async fn in_flight(self: &Arc<Device>, workers: &[Arc<Worker>]) -> InFlight {
-        let answers = Arc::new(Answers::default());
-        for &queue in &self.queues.0.lock().all {
-            let answer = Answer::new(&answers);
-            self.tell(workers, queue, move |queue| answer.give(queue.in_flight_now()));
+        let ask = |local: &mut Local, source| Some(local.source::<Queue>(source)?.in_flight_now());
+        let all = self.ask(workers, ask).await;
+        all.into_iter().fold(InFlight::default(), InFlight::and)
+    }
+
+    /// Has the kernel keep the locks of the node's image, and no others, for as long as it works for queues
+    /// whose requests are tracked.
+    ///
+    /// # Errors
+    /// The kernel does not keep them.
+    pub async fn keep_locks_of(
+        self: &Arc<Device>,
+        workers: &[Arc<Worker>],
+        node: &Arc<Node>,
+    ) -> std::io::Result<()> {
+        let fence = node.fence();
+        let keep = move |local: &mut Local, source| {
+            let is_tracked = local.source::<Queue>(source)?.is_tracked();
+            is_tracked.then(|| local.pin(source, fence.files()))
+        };
+        self.ask(workers, keep).await.into_iter().collect()
+    }
+
+    /// What there is to say of each queue, on its worker.
+    async fn ask<T: Send + 'static>(
+        self: &Arc<Device>,
+        workers: &[Arc<Worker>],
+        work: impl Fn(&mut Local, SourceId) -> Option<T> + Send + Clone + 'static,
+    ) -> Vec<T> {
+        let answers = Arc::new(Answers(Mutex::new((Vec::new(), 0, None))));
+        for &(worker, source) in &self.queues.state.lock().all {
+            let (answer, disk, work) = (Answer::new(&answers), self.disk.clone(), work.clone());
+            workers[worker].send(move |local| {
+                // By now the number may be that of another source.
+                if local.source::<Queue>(source).is_some_and(|queue| queue.serves(&disk)) {
+                    answer.give(work(local, source));
+                }
+            });
         }
         answers.all().await
     }
 }
 
-/// What queues answer that were all asked the same.
-#[derive(Default)]
-struct Answers(Mutex<(InFlight, usize, Option<Waker>)>);
+/// What queues answer that were all asked the same: so far, how many have not answered, who waits.
+struct Answers<T>(Mutex<(Vec<T>, usize, Option<Waker>)>);
 
 /// The answer that one queue owes, until it is dropped.
-struct Answer(Arc<Answers>);
+struct Answer<T>(Arc<Answers<T>>);
 
-impl Answer {
-    fn new(answers: &Arc<Answers>) -> Answer {
+impl<T> Answer<T> {
+    fn new(answers: &Arc<Answers<T>>) -> Answer<T> {
         answers.0.lock().1 += 1;
         Answer(answers.clone())
     }
 
-    fn give(self, in_flight: InFlight) {
-        let mut answers = self.0.0.lock();
-        answers.0 = std::mem::take(&mut answers.0).and(in_flight);
+    fn give(self, answer: Option<T>) {
+        self.0.0.lock().0.extend(answer);
     }
 }
 
-impl Drop for Answer {
+impl<T> Drop for Answer<T> {
     fn drop(&mut self) {
         let waker = {
             let mut answers = self.0.0.lock();
@@ -196,8 +280,8 @@ impl Drop for Answer {
     }
 }
 
-impl Answers {
-    async fn all(&self) -> InFlight {
+impl<T> Answers<T> {
+    async fn all(&self) -> Vec<T> {
         std::future::poll_fn(|cx| {
             let mut answers = self.0.lock();
             if answers.1 == 0 {

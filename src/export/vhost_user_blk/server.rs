@@ -2,6 +2,10 @@
 //!
 //! One control thread per export accepts, serves until the front end goes away, and accepts again;
 //! a second front end waits in the socket's queue meanwhile. The thread never touches guest I/O.
+//!
+//! A session belongs to that thread alone. The thread may wait for I/O that the front end has asked for, and nobody
+//! waits for the thread, but for the end of the export: changes of the graph turn the queues themselves, and
+//! whatever else the session is to look at only wakes it.
 
 mod connection;
 mod user;
@@ -9,7 +13,6 @@ mod user;
 use super::device::Device;
 use super::options::Options;
 use super::queue::Queue;
-use super::session::Session;
 use crate::block::Error;
 use crate::block::graph::User;
 use crate::export::core::door::Door;
@@ -17,9 +20,10 @@ use crate::export::core::notices::Notices;
 use crate::export::core::{Disk, Export, Parts};
 use crate::io::Worker;
 use crate::io::sync::Mutex;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,21 +35,15 @@ pub struct Server {
 }
 
 struct Shared {
-    me: Weak<Shared>,
     device: Arc<Device>,
     disk: Arc<Disk>,
     workers: Vec<Arc<Worker>>,
     first_worker: usize,
     stopping: AtomicBool,
     stop: EventFd,
-    notices: Notices,
-    current: Mutex<Current>,
-}
-
-#[derive(Default)]
-struct Current {
-    /// The connection being served, to cut it off, and its session.
-    front_end: Option<(Arc<UnixStream>, Arc<std::sync::Mutex<Session>>)>,
+    notices: Arc<Notices>,
+    /// The connection that is served, to cut it off.
+    front_end: Mutex<Option<Arc<UnixStream>>>,
 }
 
 impl Server {
@@ -59,9 +57,9 @@ impl Server {
         let disk = Disk::new(&name, node, disk, options.logical_block_size as u32, metrics);
         let device = Arc::new(Device::new(disk, options.device));
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
-        let notices = Notices::new().map_err(|e| Error::os("eventfd", e))?;
-        let shared = Arc::new_cyclic(|me| Shared {
-            me: me.clone(),
+        let notices = Arc::new(Notices::new().map_err(|e| Error::os("eventfd", e))?);
+        wake_when_rings_may_start(&device, &notices);
+        let shared = Arc::new(Shared {
             disk: device.disk.clone(),
             device,
             workers,
@@ -69,13 +67,7 @@ impl Server {
             stopping: AtomicBool::new(false),
             stop,
             notices,
-            current: Mutex::default(),
-        });
-        let weak = Arc::downgrade(&shared);
-        shared.disk.lingering.when_none(move || {
-            if let Some(shared) = weak.upgrade() {
-                shared.go_on();
-            }
+            front_end: Mutex::default(),
         });
         Ok(Server { shared, door: Some(door), thread: None })
     }
@@ -119,21 +111,38 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         let _ = self.shared.stop.write(1);
-        if let Some((stream, _)) = &self.shared.current.lock().front_end {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.shared.cut_off();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
         let disk = &self.shared.disk;
         // Whoever may open the image next relies on it.
         disk.lingering.wait(&disk.name);
-        disk.journal.detach(&disk.name, &self.shared.workers[0]);
+        self.shared.device.detach_journal(&self.shared.workers[0]);
         disk.losses.note_at_the_end(&disk.name, &disk.node());
         disk.log_end();
     }
 }
 
-fn lock(session: &std::sync::Mutex<Session>) -> std::sync::MutexGuard<'_, Session> {
-    session.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+impl Shared {
+    /// Ends the connection that is served. Its thread sees to the rest.
+    fn cut_off(&self) {
+        if let Some(stream) = &*self.front_end.lock() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Has the session look again at its rings once the I/O of earlier connections has ended, and whenever a drain
+/// has ended.
+fn wake_when_rings_may_start(device: &Arc<Device>, notices: &Arc<Notices>) {
+    let theirs = notices.clone();
+    device.when_free(move || theirs.wake());
+    let (theirs, disk) = (notices.clone(), Arc::downgrade(&device.disk));
+    device.disk.lingering.when_none(move || {
+        if let Some(disk) = disk.upgrade() {
+            log::info!(export = &*disk.name; "I/O of an earlier connection has ended");
+        }
+        theirs.wake();
+    });
 }

@@ -48,6 +48,8 @@ pub struct Session {
     cut_off: Option<Arc<CutOff>>,
     /// A request of one of its queues does not end.
     hung: Arc<AtomicBool>,
+    /// A ring is to run, and cannot yet.
+    is_kept_back: bool,
     /// Nothing begins any more.
     ended: bool,
     /// The guest has gone from here ([`Session::has_moved`]).
@@ -86,6 +88,7 @@ impl Session {
             has_channel: false,
             cut_off: None,
             hung: Arc::default(),
+            is_kept_back: false,
             ended: false,
             moved: false,
         };
@@ -218,7 +221,7 @@ impl Session {
     /// The memory that holds the image's journal goes. If I/O may still land, the next session sees to it.
     fn let_journal_go(&self) {
         if !self.disk.lingering.any() {
-            self.disk.journal.detach(&self.disk.name, &self.workers[0]);
+            self.device.detach_journal(&self.workers[0]);
         }
     }
 
@@ -229,18 +232,9 @@ impl Session {
         let running = self.running();
         self.stop_rings(running.iter().copied(), AtStop::Leave)?;
         self.memory = Arc::new(memory);
-        self.start_on_node(running)
-    }
-
-    /// Goes over to the node that the disk is on now: rings that run are stopped and started again, so
-    /// that they keep its image's locks.
-    ///
-    /// # Errors
-    /// Those locks cannot be kept, or something in flight does not end. The rings stand.
-    pub fn change_node(&mut self) -> Result<()> {
-        let running = self.running();
-        self.stop_rings(running.iter().copied(), AtStop::Leave)?;
-        self.start_on_node(running)
+        let node = self.disk.node();
+        self.memory.regions().iter().for_each(|region| region.admit(&node));
+        running.into_iter().try_for_each(|index| self.start_ring(index))
     }
 
     fn running(&self) -> Vec<usize> {

@@ -135,7 +135,9 @@ fn connect(data: &[u8]) {
     notices.resized();
     let mut channel = Channel::new("fuzz", &notices, None);
     loop {
-        channel.wait(handler.as_raw_fd(), true);
+        if channel.wait(handler.as_raw_fd(), true, None).is_none() {
+            continue;
+        }
         match handler.handle_request() {
             Ok(()) => channel.accept(session.lock().expect("no panic").has_channel()),
             Err(Error::SocketRetry(_)) => {}

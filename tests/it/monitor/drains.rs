@@ -101,3 +101,64 @@ fn a_drain_that_takes_too_long_names_the_disk_and_what_is_in_flight_and_leaves_a
     first.run("transaction", bitmaps(&["b"]));
     healthy.write(0, &[1; 512]).unwrap();
 }
+
+#[test]
+fn a_front_end_is_heard_while_its_disk_cannot_be_taken_yet() {
+    let (daemon, [mut first, mut second], _disks) = slow_and_healthy(json!({}));
+    first.run("blockdev-add", json!({"driver": "null-co", "node-name": "c", "active": false}));
+    let more = json!({"allow-inactive": true, "writable": true});
+    first.run("block-export-add", export(&daemon, "ec", "c", more));
+    // It has the node `c` until the slow disk is at rest.
+    let transaction = json!({"execute": "transaction", "arguments": bitmaps(&["a", "c"])});
+    first.send(transaction.to_string().as_bytes());
+    second.run("query-version", json!({}));
+    let mut disk = connect(&daemon, "ec");
+    for _ in 0..3 {
+        disk.connection().config().unwrap();
+        disk.stop().unwrap();
+        let base = disk.queue(0).ring().resume_base();
+        disk.start_queue(0, base).unwrap();
+        disk.connection().enable_queue(0, true).unwrap();
+    }
+    assert_no_answer(&mut first);
+}
+
+#[test]
+fn everything_goes_on_while_a_guest_s_write_cache_is_switched_off_on_a_slow_disk() {
+    let (daemon, [mut first, mut second], [slow, mut healthy]) = slow_and_healthy(json!({}));
+    first.run("block-export-add", export(&daemon, "idle", "a", json!({"writable": true})));
+    let mut idle = connect(&daemon, "idle");
+    let switches = std::thread::spawn(move || idle.connection().set_write_cache(false));
+    for client in [&mut first, &mut second] {
+        client.run("query-block-exports", json!({}));
+        client.run("query-block", json!({}));
+        client.run("blockdev-add", json!({"driver": "null-co", "node-name": "c"}));
+        client.run("transaction", bitmaps(&["c"]));
+        client.run("blockdev-del", json!({"node-name": "c"}));
+    }
+    healthy.reconnect().unwrap();
+    healthy.write(0, &[1; 512]).unwrap();
+    // It is answered after a moment, and goes on ending.
+    first.run("block-export-del", json!({"id": "idle"}));
+    second.run("block-export-del", json!({"id": "eb"}));
+    assert_eq!(first.event()["data"]["id"], json!("eb"));
+    assert!(!switches.is_finished());
+    daemon.server.signal(libc::SIGKILL).unwrap();
+    switches.join().unwrap().unwrap_err();
+    drop(slow);
+}
+
+#[test]
+fn a_front_end_that_switches_off_a_write_cache_which_cannot_be_flushed_is_heard_again() {
+    let (daemon, [mut first, _], _disks) = slow_and_healthy(json!({}));
+    let more = json!({"writable": true, "io-timeout": 1});
+    first.run("block-export-add", export(&daemon, "idle", "a", more));
+    let mut idle = connect(&daemon, "idle");
+    idle.connection().set_write_cache(false).unwrap_err();
+    idle.reconnect().unwrap();
+    assert_eq!(idle.connection().config().unwrap().wce, 0);
+    // What may still land keeps its rings back.
+    let token = idle.queue(0).submit(&Request::GetId, &Shape::default()).unwrap();
+    idle.connection().config().unwrap();
+    assert_eq!(idle.queue(0).reap().unwrap(), None, "request {token}");
+}

@@ -3,17 +3,18 @@
 use super::super::channel::Channel;
 use super::super::handler::{self, Handler};
 use super::super::session::Session;
-use super::{Shared, lock};
+use super::Shared;
 use crate::block::Error;
 use crate::export::core::cut_off::CutOff;
-use crate::export::core::door::{Door, wait_readable};
-use crate::export::core::hand_over;
+use crate::export::core::door::Door;
+use crate::export::core::hand_over::{Taking, Turns};
 use crate::io::descriptors::{self, Reserve};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use vhost::vhost_user::Error as VhostError;
 
 /// Descriptors of a connection besides those of its queues: its stream and a copy of it.
@@ -50,7 +51,8 @@ impl Shared {
 
     fn serve_one(&self, stream: UnixStream, mut reserve: Reserve, others: Option<RawFd>) {
         let session = Session::new(self.device.clone(), self.workers.clone(), self.first_worker);
-        let session = Arc::new(std::sync::Mutex::new(session));
+        // The `vhost` crate asks for the lock. Nobody else takes it.
+        let session = Arc::new(Mutex::new(session));
         let mut handler = match self.begin(stream, &session) {
             Ok(handler) => handler,
             Err(error) => {
@@ -64,9 +66,12 @@ impl Shared {
             metrics.connected.store(true, Ordering::Relaxed);
         }
         let mut channel = Channel::new(&self.disk.name, &self.notices, others);
-        let end = self.hear(&session, &mut handler, &mut channel, &mut reserve);
+        let notices = self.notices.clone();
+        let mut turns = Turns::new(&self.disk, &self.workers[0], move || notices.wake());
+        let end = self.hear(&session, &mut handler, &mut channel, &mut reserve, &mut turns);
+        turns.finish();
         lock(&session).stop_all();
-        self.current.lock().front_end = None;
+        *self.front_end.lock() = None;
         if let Some(metrics) = &self.disk.metrics {
             metrics.connected.store(false, Ordering::Relaxed);
         }
@@ -84,11 +89,7 @@ impl Shared {
     ///
     /// # Errors
     /// There are no descriptors left.
-    fn begin(
-        &self,
-        stream: UnixStream,
-        session: &Arc<std::sync::Mutex<Session>>,
-    ) -> std::io::Result<Handler> {
+    fn begin(&self, stream: UnixStream, session: &Arc<Mutex<Session>>) -> std::io::Result<Handler> {
         stream.set_nonblocking(false)?;
         let copy = Arc::new(stream.try_clone()?);
         let handler = handler::new(stream, session.clone())?;
@@ -97,7 +98,7 @@ impl Shared {
             let _ = theirs.shutdown(Shutdown::Both);
         });
         lock(session).set_cut_off(cut_off);
-        self.current.lock().front_end = Some((copy, session.clone()));
+        *self.front_end.lock() = Some(copy);
         Ok(handler)
     }
 
@@ -107,18 +108,16 @@ impl Shared {
     /// It has said something wrong, or what it wants cannot be done.
     fn hear(
         &self,
-        session: &std::sync::Mutex<Session>,
+        session: &Mutex<Session>,
         handler: &mut Handler,
         channel: &mut Channel,
         reserve: &mut Reserve,
+        turns: &mut Turns,
     ) -> Result<(), VhostError> {
-        let mut wait = hand_over::Wait::default();
         while !self.stopping.load(Ordering::SeqCst) {
-            if !self.take_disk(session, &mut wait, handler.as_raw_fd())? {
-                continue;
-            }
+            let again = self.start_waiting(session, turns)?;
             let running = lock(session).is_running();
-            let next = channel.wait(handler.as_raw_fd(), running);
+            let Some(next) = channel.wait(handler.as_raw_fd(), running, again) else { continue };
             next.check()?;
             match handler.handle_request() {
                 Ok(()) => {}
@@ -132,53 +131,37 @@ impl Shared {
             if session.is_running() {
                 reserve.settle(IN_PASSING);
             }
-            let moved = session.take_moved();
-            drop(session);
-            if moved {
-                self.disk.hand_over.give_up(&self.disk.name, &self.workers[0]);
+            if session.take_moved() {
+                turns.give_up();
             }
         }
         Ok(())
     }
 
-    /// Makes the disk ours if a ring waits for it. True when there is nothing to do but to hear what
-    /// the front end says.
-    fn take_disk(
+    /// Starts rings that were kept back, if they can start now, and makes the disk ours if they need it. Returns
+    /// when to look again if nothing wakes the thread before.
+    fn start_waiting(
         &self,
-        session: &std::sync::Mutex<Session>,
-        wait: &mut hand_over::Wait,
-        stream: RawFd,
-    ) -> Result<bool, VhostError> {
-        if !lock(session).waits_for_disk() {
-            wait.end();
-            return Ok(true);
-        }
-        // Others may ask the session meanwhile, so it is not locked.
-        if let Err(error) = self.disk.hand_over.take(&self.workers[0]) {
-            let refused = |error: Error| std::io::Error::other(error.to_string());
-            wait.go_on(&self.disk.name, error)
-                .map_err(|e| VhostError::ReqHandlerError(refused(e)))?;
-            let fds = [stream, self.stop.as_raw_fd()];
-            return Ok(wait_readable(&fds, Some(hand_over::RETRY)) == Some(0));
-        }
-        if self.disk.take_size() {
-            self.notices.resized();
-        }
-        lock(session).start_waiting()?;
-        Ok(true)
-    }
-
-    /// The I/O of earlier connections has ended: the rings of this one may begin.
-    pub(super) fn go_on(&self) {
-        log::info!(export = &*self.disk.name; "I/O of an earlier connection has ended");
-        let front_end = self.current.lock().front_end.as_ref().map(|(_, session)| session.clone());
-        if let Some(session) = front_end
-            && let Err(error) = lock(&session).start_waiting()
-        {
-            log::warn!(export = &*self.disk.name; "connection closed: {error}");
-            if let Some((stream, _)) = &self.current.lock().front_end {
-                let _ = stream.shutdown(Shutdown::Both);
+        session: &Mutex<Session>,
+        turns: &mut Turns,
+    ) -> Result<Option<Duration>, VhostError> {
+        let refused =
+            |error: Error| VhostError::ReqHandlerError(std::io::Error::other(error.to_string()));
+        let mut session = lock(session);
+        let again = match turns.look(session.waits_for_disk()).map_err(refused)? {
+            Taking::Waits(again) => again,
+            Taking::Taken => {
+                if self.disk.take_size() {
+                    self.notices.resized();
+                }
+                None
             }
-        }
+        };
+        session.start_waiting()?;
+        Ok(again)
     }
+}
+
+fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,20 +1,22 @@
 //! What the graph tells of changes below the disk: to pause, to go over to another node, to have another size.
 
-use super::{Shared, lock};
+use super::Shared;
 use crate::block::graph::User;
-use crate::block::{LocalFuture, Node};
+use crate::block::{Error, LocalFuture, Node};
 use crate::io::offload;
 use std::sync::Arc;
 use std::time::Duration;
 
 impl Shared {
-    /// Has the session go over to the node that the disk is on now. Blocks: not to be called on a worker.
-    fn change_node(&self) {
-        let Some((stream, session)) = self.current.lock().front_end.clone() else { return };
-        if let Err(error) = lock(&session).change_node() {
-            log::warn!(export = &*self.disk.name; "connection closed: {error}");
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+    /// Has what the front end keeps for us, and what the kernel keeps for queues, be of the node's image, and of no
+    /// other. No session starts a ring meanwhile, for the disk is paused.
+    ///
+    /// # Errors
+    /// The front end cannot be served on this node.
+    async fn turn_to(&self, node: &Arc<Node>) -> Result<(), Error> {
+        self.disk.journal.follow(&self.disk.name, node).await?;
+        let kept = self.device.keep_locks_of(&self.workers, node).await;
+        kept.map_err(|e| Error::os("the kernel does not keep the image's locks", e))
     }
 }
 
@@ -47,14 +49,17 @@ impl User for Shared {
     }
 
     fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
-        self.disk.change_node(node);
-        let Some(shared) = self.me.upgrade() else { return Box::pin(std::future::ready(())) };
-        Box::pin(offload(move || {
-            shared.change_node();
-            if shared.disk.options.writable {
-                shared.disk.losses.follow(&shared.disk.name, &shared.disk.node());
+        Box::pin(async move {
+            self.disk.change_node(node);
+            if let Err(error) = self.turn_to(node).await {
+                log::warn!(export = &*self.disk.name; "connection closed: {error}");
+                self.cut_off();
             }
-        }))
+            if self.disk.options.writable {
+                let disk = self.disk.clone();
+                offload(move || disk.losses.follow(&disk.name, &disk.node())).await;
+            }
+        })
     }
 
     fn resized(&self) {

@@ -7,7 +7,6 @@ use super::super::memory::{MAX_REGIONS, Region};
 use super::super::ring::{Addresses, MAX_SIZE};
 use super::rings::Kick;
 use super::{Session, for_words, refuse};
-use crate::export::core::failure::{Failure, Operation};
 use crate::export::core::kept::Kept;
 use std::fs::File;
 use std::io::Write;
@@ -247,22 +246,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return refuse(format!("configuration byte {offset} set to {wce}"));
         }
         self.set_write_cache(wce == 1);
-        if wce == 0 {
-            // Writes that began under the old rule end before the flush that covers them.
-            self.device.pause(&self.workers);
-            let device = self.device.clone();
-            let flushed = self.workers[0].block_on(move || async move {
-                device.at_rest().await;
-                let _busy = device.busy();
-                device.disk.node().flush().await
-            });
-            self.device.resume(&self.workers);
-            if let Err(errno) = flushed {
-                let operation = Operation::Flush;
-                self.disk.log_failure(&Failure { operation, offset: 0, len: 0, errno }, false);
-            }
-        }
-        Ok(())
+        if wce == 0 { self.flush() } else { Ok(()) }
     }
 
     fn set_backend_req_fd(&mut self, _backend: Backend) {

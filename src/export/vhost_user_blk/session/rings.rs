@@ -72,19 +72,20 @@ impl Session {
         !self.disk.hand_over.is_active() && self.rings.iter().any(|r| self.is_due(r).is_some())
     }
 
-    /// Starts a ring if all that it needs has been said, and the disk is ours.
+    /// Starts a ring if all that it needs has been said, the disk is ours, and nothing keeps it back: I/O of an
+    /// earlier connection that may still land, or a drain.
     pub(super) fn start_ring(&mut self, index: usize) -> Result<()> {
-        let ring = &self.rings[index];
-        let Some(at) = self.is_due(ring) else { return Ok(()) };
-        // While I/O of an earlier connection may still land nothing begins; its end starts the ring.
-        if self.ended || self.disk.lingering.any() || !self.disk.hand_over.is_active() {
+        let Some(at) = self.is_due(&self.rings[index]) else { return Ok(()) };
+        if self.ended {
             return Ok(());
         }
-        if let Some(region) = &self.inflight {
-            let (disk, kept) = (&self.disk, region.clone() as Arc<dyn Kept>);
-            let attached = disk.journal.attach(&disk.name, &disk.node(), &kept, &self.workers[0]);
-            attached.or_else(|error| refuse(error.to_string()))?;
-        }
+        let may_begin = !self.disk.lingering.any() && self.disk.hand_over.is_active();
+        let Some(_busy) = self.device.try_begin().filter(|_| may_begin) else {
+            self.is_kept_back = true;
+            return Ok(());
+        };
+        self.attach_journal()?;
+        let ring = &self.rings[index];
         let start = self.lay_out::<SplitRing>(index, at, ring.base)?;
         let kick = match &ring.kick {
             Kick::Fd(file) => Some(file.as_raw_fd()),
@@ -110,6 +111,17 @@ impl Session {
         self.rings[index].held.clear();
         self.device.add_queue(&self.workers, (worker, source));
         Ok(())
+    }
+
+    /// Has the image keep its journal in the front end's memory, if there is any.
+    fn attach_journal(&self) -> Result<()> {
+        let Some(region) = self.inflight.clone() else { return Ok(()) };
+        let disk = self.disk.clone();
+        let attached = self.workers[0].block_on(move || async move {
+            let kept: Arc<dyn Kept> = region;
+            disk.journal.attach(&disk.name, &disk.node(), &kept).await
+        });
+        attached.or_else(|error| refuse(error.to_string()))
     }
 
     /// The queue of a ring that lies at these addresses, and what of it is to be begun again.
@@ -165,15 +177,11 @@ impl Session {
         QueueLog { log, used: self.rings[index].log_used }
     }
 
-    /// Starts the rings that have waited, for I/O of an earlier connection or for the disk.
+    /// Starts the rings that were kept back, if they can start now.
     pub fn start_waiting(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.is_kept_back) {
+            return Ok(());
+        }
         (0..self.rings.len()).try_for_each(|index| self.start_ring(index))
-    }
-
-    /// Starts rings that were stopped, whose memory devices below the node may reach.
-    pub(super) fn start_on_node(&mut self, rings: Vec<usize>) -> Result<()> {
-        let node = self.disk.node();
-        self.memory.regions().iter().for_each(|region| region.admit(&node));
-        rings.into_iter().try_for_each(|index| self.start_ring(index))
     }
 }

@@ -4,6 +4,7 @@ use super::super::config::F_LOG_ALL;
 use super::super::queue::{AtStop, Queue, Stopped};
 use super::rings::Kick;
 use super::{Session, refuse};
+use crate::export::core::failure::{Failure, Operation};
 use crate::export::core::watch::linger;
 use crate::io::driven::{receive, receive_within};
 use std::sync::atomic::Ordering;
@@ -41,15 +42,16 @@ impl Session {
         }
         let mut result = Ok(());
         for (index, queue, receiver) in stopping {
-            let Some(stopped) = self.wait_stopped(index, &receiver) else {
+            let waited = self.wait_for(&format!("queue {index}"), &receiver);
+            let Some(stopped) = waited else {
                 let device = self.device.clone();
                 linger(&self.disk, receiver, move || device.remove_queue(queue));
-                if let Some(cut_off) = &self.cut_off {
-                    cut_off.cut("I/O in flight does not end");
-                }
-                result = refuse(format!("queue {index}: I/O in flight does not end"));
+                result = self.give_up(&format!("queue {index}"));
                 continue;
             };
+            // None: the queue is gone, as its worker is.
+            let stopped =
+                stopped.unwrap_or(Stopped { base: self.rings[index].base, held: Vec::new() });
             self.rings[index].base = stopped.base;
             // Where requests are tracked they are found there.
             if self.inflight.is_none() {
@@ -63,8 +65,37 @@ impl Session {
         result
     }
 
-    /// What a ring leaves that was told to stop; none if its I/O is given up on.
-    fn wait_stopped(&self, index: usize, receiver: &mpsc::Receiver<Stopped>) -> Option<Stopped> {
+    /// Makes durable what was written so far. Writes that began under another rule end before the flush that
+    /// covers them.
+    ///
+    /// # Errors
+    /// It does not end. It is left to itself, and the connection is closed.
+    pub(super) fn flush(&self) -> Result<()> {
+        let (device, workers) = (self.device.clone(), self.workers.clone());
+        let flushed =
+            self.workers[0].spawn(move || async move { device.flush_at_rest(&workers).await });
+        let Some(result) = self.wait_for("a flush", &flushed) else {
+            linger(&self.disk, flushed, || {});
+            return self.give_up("a flush");
+        };
+        if let Some(Err(errno)) = result {
+            let operation = Operation::Flush;
+            self.disk.log_failure(&Failure { operation, offset: 0, len: 0, errno }, false);
+        }
+        Ok(())
+    }
+
+    /// Closes the connection because of I/O that does not end.
+    fn give_up(&self, what: &str) -> Result<()> {
+        if let Some(cut_off) = &self.cut_off {
+            cut_off.cut("I/O in flight does not end");
+        }
+        refuse(format!("{what}: I/O in flight does not end"))
+    }
+
+    /// The word of what is ending its I/O, which is `Some(None)` if it has ended without one; none if it is
+    /// given up on.
+    fn wait_for<T>(&self, what: &str, receiver: &mpsc::Receiver<T>) -> Option<Option<T>> {
         let timeout = self.disk.options.failures.io_timeout;
         // The queue's own watch tells a little later than the deadline, so that this is for those
         // who cannot tell: a worker that hangs itself.
@@ -73,7 +104,7 @@ impl Session {
         let mut told = STOP_PATIENCE;
         loop {
             match receive_within(receiver, STOP_LOOK) {
-                Ok(stopped) => return Some(stopped),
+                Ok(word) => return Some(Some(word)),
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     let waited = began.elapsed();
                     if self.hung.load(Ordering::SeqCst) || waited > most {
@@ -83,14 +114,12 @@ impl Session {
                         told += STOP_PATIENCE;
                         log::warn!(
                             export = &*self.disk.name;
-                            "queue {index}: I/O in flight has not ended for {} s",
+                            "{what}: I/O in flight has not ended for {} s",
                             waited.as_secs()
                         );
                     }
                 }
-                Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    return Some(Stopped { base: self.rings[index].base, held: Vec::new() });
-                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Some(None),
             }
         }
     }
