@@ -2,22 +2,23 @@
 //! at a time, on several workers.
 //!
 //! The rules held here: what reads as zeroes is not read, and what is zero where the target has
-//! zeroes is not written; memory, and what is on its way, is at most a chunk for each lane; a failure ends
-//! all, and of those that the pieces on their way meet, the one at the lowest offset is reported; between two
+//! zeroes is not written; memory, and what is on its way, is at most a chunk for each lane, or two where contents
+//! are compared; a failure ends all, and of those that the pieces on their way meet, the one at the lowest offset is reported; between two
 //! pieces a copy can be paused, slowed down and ended ([`control`]).
 //!
-//! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for. What is to be
-//! compressed goes in whole units of the target, packed by each lane before its turn to write.
+//! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for, `rebase` compares before it
+//! writes. What is to be compressed goes in whole units of the target, packed by each lane before its turn to write.
 
 pub mod control;
 mod disk;
 mod plan;
-pub mod rebase;
+mod rebase;
 mod turns;
 pub mod zeroes;
 
 pub use control::Control;
 pub use disk::{Disk, Guard};
+pub use plan::STEP;
 
 use crate::block::{Node, Packed, WriteFlags, ZeroFlags};
 use crate::io::sync::Mutex;
@@ -54,11 +55,19 @@ pub struct Copy {
     pub keeps_data: bool,
     /// From this byte on the target is known to read as zeroes; `u64::MAX` if nothing is known.
     pub zero_from: u64,
-    /// The image in the only source's chain that the target supplies: nothing is copied of it, nor of
-    /// what it stands on.
-    pub base: Option<Arc<Node>>,
+    pub part: Part,
     /// What cannot be read becomes zeroes.
     pub salvage: bool,
+}
+
+/// What is copied of the sources.
+pub enum Part {
+    Whole,
+    /// All but what comes from this image in the only source's chain, or from below it: the target supplies that.
+    Above(Arc<Node>),
+    /// The only source is the image that the target's writes go to, and that is about to stand on another one, or
+    /// on none. Copied is what it shows of its old backing file and would not show of the new one.
+    Rebased(Option<Disk>),
 }
 
 /// What is copied of a disk.
@@ -86,6 +95,9 @@ pub struct Hooks {
 impl Copy {
     /// The most that one lane reads at once, in bytes.
     fn chunk(&self) -> u64 {
+        if self.is_rebase() {
+            return plan::STEP;
+        }
         let sources = self.sources.iter().map(|source| &source.disk);
         let mut disks = sources.chain([&self.target]);
         let direct = disks.any(|disk| disk.node().options().direct);
@@ -93,9 +105,31 @@ impl Copy {
         chunk.max(self.unit().unwrap_or(0))
     }
 
+    /// The memory that one lane needs, in bytes.
+    fn memory(&self) -> u64 {
+        if self.is_rebase() { 2 * self.chunk() } else { self.chunk() }
+    }
+
+    fn is_rebase(&self) -> bool {
+        matches!(self.part, Part::Rebased(_))
+    }
+
+    /// The image whose contents are left out.
+    fn base(&self) -> Option<&Arc<Node>> {
+        match &self.part {
+            Part::Above(base) => Some(base),
+            _ => None,
+        }
+    }
+
     /// What is compressed as one, in bytes: a power of two, no longer than a chunk.
     fn unit(&self) -> Option<u64> {
         self.target.node().compression_unit().filter(|_| self.compress)
+    }
+
+    /// The unit that all pieces are made of, if there is one: a rebase finds units inside its pieces.
+    fn planned_unit(&self) -> Option<u64> {
+        self.unit().filter(|_| !self.is_rebase())
     }
 
     /// Of all sources together, in bytes.
@@ -122,6 +156,8 @@ impl Copy {
 pub enum Trouble {
     /// Where in the target, in bytes.
     Read(u64, Errno),
+    /// Reading what the target is to stand on.
+    ReadNew(u64, Errno),
     Write(u64, Errno),
     /// Of the source's mapping.
     Status(u64, Errno),
@@ -140,6 +176,9 @@ impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Trouble::Read(at, errno) => write!(f, "error while reading at byte {at}: {errno}"),
+            Trouble::ReadNew(at, errno) => {
+                write!(f, "error while reading the new backing file at byte {at}: {errno}")
+            }
             Trouble::Write(at, errno) => write!(f, "error while writing at byte {at}: {errno}"),
             Trouble::Status(at, errno) => {
                 write!(f, "error while reading block status at offset {at}: {errno}")
@@ -154,7 +193,10 @@ impl Trouble {
     /// Where in the target, in bytes; behind everything if it is not about a place.
     fn at(&self) -> u64 {
         match self {
-            Trouble::Read(at, _) | Trouble::Write(at, _) | Trouble::Status(at, _) => *at,
+            Trouble::Read(at, _)
+            | Trouble::ReadNew(at, _)
+            | Trouble::Write(at, _)
+            | Trouble::Status(at, _) => *at,
             Trouble::Memory | Trouble::Cancelled => u64::MAX,
         }
     }
@@ -265,27 +307,39 @@ impl Shared {
         let buffer = match buffer {
             Some(buffer) => buffer,
             None => buffer
-                .insert(AlignedBuf::new(self.copy.chunk() as usize, 4096).ok_or(Trouble::Memory)?),
+                .insert(AlignedBuf::new(self.copy.memory() as usize, 4096).ok_or(Trouble::Memory)?),
         };
+        match piece.kind {
+            Kind::Compared => self.compare(piece, buffer).await?,
+            _ => self.move_data(piece, buffer).await?,
+        }
+        self.tell(piece);
+        Ok(())
+    }
+
+    async fn move_data(&self, piece: &Piece, buffer: &mut AlignedBuf) -> Result<(), Trouble> {
         let bytes = &mut buffer[..piece.len as usize];
         match piece.kind {
             Kind::WrittenZeroes => bytes.fill(0),
             _ => self.read(piece.at, bytes).await?,
         }
         match self.copy.unit() {
-            Some(unit) => self.write_packed(piece, bytes, unit).await?,
+            Some(unit) => self.write_packed(piece, bytes, unit).await,
             None => {
                 self.await_turn(piece).await;
-                self.write(piece.at, bytes).await?;
+                self.write(piece.at, bytes).await
             }
         }
-        let step = self.copy.unit().unwrap_or(plan::STEP);
+    }
+
+    /// Tells how much is done with a piece.
+    fn tell(&self, piece: &Piece) {
+        let step = self.copy.planned_unit().unwrap_or(plan::STEP);
         let mut left = piece.told;
         while left > 0 {
             (self.hooks.progress)(left.min(step), self.plan.total());
             left -= left.min(step);
         }
-        Ok(())
     }
 
     async fn await_turn(&self, piece: &Piece) {

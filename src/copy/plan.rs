@@ -2,7 +2,7 @@
 
 use super::control::Member;
 use super::turns::Signal;
-use super::{Copy, Trouble};
+use super::{Copy, Part, Trouble};
 use crate::block::extents::{self, Run};
 use crate::block::{Precision, Status};
 use crate::io::Errno;
@@ -18,6 +18,8 @@ pub enum Kind {
     Zeroes,
     /// Written as zeroes, because all of the target is to have its place.
     WrittenZeroes,
+    /// Compared with what the target is to stand on, and written where that differs.
+    Compared,
 }
 
 /// A range that one lane moves.
@@ -97,7 +99,7 @@ impl Plan {
 
 impl Place {
     async fn next(&mut self, copy: &Copy, most: u64) -> Result<Option<Piece>, Trouble> {
-        let (end, unit) = (copy.len(), copy.unit());
+        let (end, unit) = (copy.len(), copy.planned_unit());
         while self.at < end {
             let (known, run) = match self.known.take() {
                 Some(known) => known,
@@ -116,6 +118,7 @@ impl Place {
             let Some(kind) = kind else { continue };
             let told = match kind {
                 Kind::Zeroes => 0,
+                Kind::Compared => len,
                 Kind::Data | Kind::WrittenZeroes => self.tell(len, unit.is_some() || len == run),
             };
             let piece = Piece { ticket: self.ticket, kind, at, len, told };
@@ -136,16 +139,18 @@ impl Place {
 
     /// What comes next, and how long it is. None is nothing to do.
     async fn look(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
+        if let Part::Rebased(_) = copy.part {
+            return self.look_at_own(copy).await;
+        }
         let failed = |errno| Trouble::Status(self.at, errno);
         let (source, from, left) = copy.source_at(self.at).ok_or(failed(Errno::EIO))?;
         // Behind the end of the base the source has zeroes, which the target's may lack.
-        let supplied = copy.base.as_ref().map_or(0, |base| base.len().saturating_sub(from));
+        let supplied = copy.base().map_or(0, |base| base.len().saturating_sub(from));
         let left = [supplied, copy.zero_from.saturating_sub(self.at)]
             .into_iter()
             .filter(|&len| len > 0)
             .fold(left, u64::min);
-        let looked =
-            extents::look(source.node(), from, left, Precision::Zeroes, copy.base.as_ref()).await;
+        let looked = extents::look(source.node(), from, left, Precision::Zeroes, copy.base()).await;
         let run = match looked {
             Ok(run) => run,
             // Reading will tell.
@@ -155,6 +160,15 @@ impl Place {
         let is_left_out = supplied > 0 && !run.has(Status::ALLOCATED);
         let kind = if is_left_out { None } else { kind_of(copy, self.at, &run) };
         Ok((kind, run.len))
+    }
+
+    /// As [`Place::look`], of an image that is about to stand on another one: it keeps what it has itself.
+    async fn look_at_own(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
+        let failed = |errno| Trouble::Status(self.at, errno);
+        let (image, at, left) = copy.source_at(self.at).ok_or(failed(Errno::EIO))?;
+        let own = image.node().status(at, left, Precision::Allocation).await.map_err(failed)?;
+        let is_own = own.status.contains(Status::ALLOCATED);
+        Ok(((!is_own).then_some(Kind::Compared), own.len))
     }
 }
 

@@ -1,91 +1,51 @@
-//! Standing an image on another backing file: what would be read differently is copied into the image
-//! first, and is durable before the header names the new file.
+//! Pieces of an image that is about to stand on another backing file: what would be read differently is written into
+//! the image itself.
 
-use super::Disk;
+use super::plan::Piece;
 use super::zeroes::is_zero;
-use crate::block::extents;
-use crate::block::{Node, Precision, SECTOR, Status, WriteFlags, ZeroFlags};
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use super::{Disk, Part, Shared, Trouble};
+use crate::block::{Node, Precision, SECTOR, Status, WriteFlags, ZeroFlags, extents};
+use crate::io::{Errno, IoResult, IoVec};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What is compared at once, in bytes.
-const CHUNK: u64 = 2 << 20;
-
-/// Why an image was not rebased.
-pub enum Trouble {
-    /// Of the image's mapping, or of the new backing file's.
-    Status(Errno),
-    ReadOld(Errno),
-    ReadNew(Errno),
-    Write(Errno),
-    Memory,
+/// A piece of which the image has nothing, and what both backing files show of it.
+struct Comparison<'a> {
+    shared: &'a Shared,
+    piece: &'a Piece,
+    image: &'a Arc<Node>,
+    new: Option<&'a Arc<Node>>,
+    /// What is read now.
+    before: &'a mut [u8],
+    /// What would be read.
+    after: &'a mut [u8],
 }
 
-/// Copies what differs between what an image stands on and `new`, both possibly shorter than it, or
-/// nothing at all. `progress` is called after each step, with the number of steps that it counts for and their total.
-/// `compress`: whole compression units of the image, whose driver must be able to, are stored compressed.
-pub async fn make_own(
-    image: &Disk,
-    new: Option<&Disk>,
-    compress: bool,
-    progress: impl Fn(u64, u64),
-) -> Result<(), Trouble> {
-    let memory = || AlignedBuf::new(CHUNK as usize, 4096).ok_or(Trouble::Memory);
-    let mut work = Work {
-        image,
-        old: extents::backing(image.node()),
-        new: new.map(|new| new.node().clone()),
-        unit: image.node().compression_unit().filter(|_| compress),
-        before: memory()?,
-        after: memory()?,
-    };
-    let len = image.len();
-    let mut at = 0;
-    while at < len {
-        let own = image.node().status(at, len - at, Precision::Allocation).await;
-        let own = own.map_err(Trouble::Status)?;
-        if own.status.contains(Status::ALLOCATED) {
-            at += own.len;
-            continue;
-        }
-        let end = at + own.len;
-        while at < end {
-            // As QEMU tells it: in steps of one size, and none where the image has its own.
-            let step = CHUNK.min(end - at);
-            work.copy(at, at + step).await?;
-            progress(1, len / len.min(CHUNK));
-            at += step;
-        }
-    }
-    match image.node().flush().await {
-        Ok(()) => Ok(()),
-        Err(errno) => Err(Trouble::Write(errno)),
+impl Shared {
+    /// Writes what differs. `memory` is for two pieces.
+    pub(super) async fn compare(&self, piece: &Piece, memory: &mut [u8]) -> Result<(), Trouble> {
+        let new = match &self.copy.part {
+            Part::Rebased(new) => new.as_ref().map(Disk::node),
+            _ => None,
+        };
+        let failed = Trouble::Read(piece.at, Errno::EIO);
+        let (image, _, _) = self.copy.source_at(piece.at).ok_or(failed)?;
+        let (before, after) = memory.split_at_mut(piece.len as usize);
+        Comparison { shared: self, piece, image: image.node(), new, before, after }.run().await
     }
 }
 
-struct Work<'a> {
-    image: &'a Disk,
-    old: Option<Arc<Node>>,
-    new: Option<Arc<Node>>,
-    /// What is compressed as one, in bytes; none to compress nothing.
-    unit: Option<u64>,
-    /// What the old and the new file show.
-    before: AlignedBuf,
-    after: AlignedBuf,
-}
-
-impl Work<'_> {
-    /// Copies what differs from `at` to `end`, a chunk at most of which the image has nothing.
-    async fn copy(&mut self, at: u64, end: u64) -> Result<(), Trouble> {
-        let units = self.unit.map(|unit| {
-            let last = if end == self.image.len() { end } else { end - end % unit };
-            (at.next_multiple_of(unit), last)
+impl Comparison<'_> {
+    async fn run(&mut self) -> Result<(), Trouble> {
+        let (at, end) = (self.piece.at, self.piece.at + self.piece.len);
+        let units = self.shared.copy.unit().map(|unit| {
+            let last = if end == self.shared.copy.len() { end } else { end - end % unit };
+            (unit, at.next_multiple_of(unit), last)
         });
-        match units.filter(|(first, last)| first < last) {
-            Some((first, last)) => {
+        match units.filter(|(_, first, last)| first < last) {
+            Some((unit, first, last)) => {
                 self.copy_sectors(at, first).await?;
-                self.copy_units(first, last).await?;
+                self.copy_units(first, last, unit).await?;
                 self.copy_sectors(last, end).await
             }
             None => self.copy_sectors(at, end).await,
@@ -95,37 +55,38 @@ impl Work<'_> {
     /// Writes the sectors that differ.
     async fn copy_sectors(&mut self, mut at: u64, end: u64) -> Result<(), Trouble> {
         while at < end {
-            let (n, may_differ) = self.look(at, end - at).await?;
+            let (len, may_differ) = self.look(at, end - at).await?;
             if may_differ {
-                self.read_both(at, n).await?;
+                self.read(at, len).await?;
                 // No sector lies on both sides of the old file's end: what was read ends there.
-                let is_past = self.old.as_ref().is_none_or(|old| at >= old.len());
-                for run in self.differing(n, SECTOR) {
+                let is_past = at >= extents::backing(self.image).map_or(0, |old| old.len());
+                for run in self.differing(len, SECTOR) {
                     let (place, kept) = (at + run.start as u64, &self.before[run]);
                     let written = match is_past {
                         true => self.zero(place, kept).await,
                         false => {
-                            let flags = WriteFlags::empty();
-                            self.image.write(place, &IoVec::from_ref(kept), flags).await
+                            self.await_turn().await;
+                            let kept = IoVec::from_ref(kept);
+                            self.shared.copy.target.write(place, &kept, WriteFlags::empty()).await
                         }
                     };
-                    written.map_err(Trouble::Write)?;
+                    written.map_err(|errno| Trouble::Write(place, errno))?;
                 }
             }
-            at += n;
+            at += len;
         }
         Ok(())
     }
 
     /// Compresses the units that differ anywhere. The range is of whole units.
-    async fn copy_units(&mut self, at: u64, end: u64) -> Result<(), Trouble> {
-        let (n, may_differ) = self.look(at, end - at).await?;
-        if n == end - at && !may_differ {
+    async fn copy_units(&mut self, at: u64, end: u64, unit: u64) -> Result<(), Trouble> {
+        let len = end - at;
+        let (alike, may_differ) = self.look(at, len).await?;
+        if alike == len && !may_differ {
             return Ok(());
         }
-        self.read_both(at, end - at).await?;
-        let unit = self.unit.unwrap_or(SECTOR);
-        for run in self.differing(end - at, unit) {
+        self.read(at, len).await?;
+        for run in self.differing(len, unit) {
             let units: Vec<&[u8]> = self.before[run.clone()].chunks(unit as usize).collect();
             let mut start = run.start;
             for alike in units.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
@@ -133,38 +94,51 @@ impl Work<'_> {
                 let (place, kept) = (at + start as u64, &self.before[start..start + len]);
                 let written = match is_zero(alike[0]) {
                     true => self.zero(place, kept).await,
-                    false => self.image.write_compressed(place, &IoVec::from_ref(kept)).await,
+                    false => {
+                        self.await_turn().await;
+                        let kept = IoVec::from_ref(kept);
+                        self.shared.copy.target.write_compressed(place, &kept).await
+                    }
                 };
-                written.map_err(Trouble::Write)?;
+                written.map_err(|errno| Trouble::Write(place, errno))?;
                 start += len;
             }
         }
         Ok(())
     }
 
+    async fn await_turn(&self) {
+        self.shared.await_turn(self.piece).await;
+    }
+
     /// For how many bytes the mappings tell the same, and whether contents have to be compared.
     async fn look(&self, at: u64, left: u64) -> Result<(u64, bool), Trouble> {
-        let mut len = left;
-        let mut are_zero = true;
-        for node in [&self.old, &self.new] {
-            let (there, zero) =
-                reads_zero(node.as_ref(), at, len).await.map_err(Trouble::Status)?;
-            len = there;
-            are_zero &= zero;
+        let failed = |errno| Trouble::Status(at, errno);
+        let (len, is_zero) = reads_zero(self.image, at, left).await.map_err(failed)?;
+        let Some(new) = self.new else { return Ok((len, !is_zero)) };
+        let (len, is_zero_there) = reads_zero(new, at, len).await.map_err(failed)?;
+        Ok((len, !(is_zero && is_zero_there)))
+    }
+
+    /// Reads what is shown now, and what would be shown: zeroes behind the new file's end.
+    async fn read(&mut self, at: u64, len: u64) -> Result<(), Trouble> {
+        self.shared.read(at, &mut self.before[..len as usize]).await?;
+        let there = self.new.map_or(0, |new| new.len().saturating_sub(at)).min(len);
+        let (first, rest) = self.after[..len as usize].split_at_mut(there as usize);
+        rest.fill(0);
+        match self.new {
+            Some(new) if there > 0 => {
+                let read = new.read(at, &IoVec::from_mut(first)).await;
+                read.map_err(|errno| Trouble::ReadNew(at, errno))
+            }
+            _ => Ok(()),
         }
-        Ok((len, !are_zero))
     }
 
-    async fn read_both(&mut self, at: u64, len: u64) -> Result<(), Trouble> {
-        let (before, after) = (&mut self.before[..len as usize], &mut self.after[..len as usize]);
-        read(self.old.as_ref(), at, before).await.map_err(Trouble::ReadOld)?;
-        read(self.new.as_ref(), at, after).await.map_err(Trouble::ReadNew)
-    }
-
-    /// The runs of whole `unit`s that differ among the first `len` bytes read, as places in the buffers.
+    /// The runs of whole `unit`s that differ among the first `len` bytes read, as places in the memory.
     fn differing(&self, len: u64, unit: u64) -> Vec<Range<usize>> {
         let [before, after] =
-            [&self.before, &self.after].map(|read| read[..len as usize].chunks(unit as usize));
+            [&*self.before, &*self.after].map(|read| read[..len as usize].chunks(unit as usize));
         let mut runs: Vec<Range<usize>> = Vec::new();
         let mut start = 0;
         for (before, after) in before.zip(after) {
@@ -183,14 +157,16 @@ impl Work<'_> {
     /// Zeroes what `kept` is of, all zeroes. Where the old file shows zeroes too, an image may leave it at that
     /// (version 2 of qcow2): there they are written, because the new file may show something else.
     async fn zero(&self, at: u64, kept: &[u8]) -> IoResult {
-        self.image.zero(at, kept.len() as u64, ZeroFlags::empty()).await?;
+        self.await_turn().await;
+        let target = &self.shared.copy.target;
+        target.zero(at, kept.len() as u64, ZeroFlags::empty()).await?;
         let mut done = 0;
         while done < kept.len() {
             let (place, left) = (at + done as u64, (kept.len() - done) as u64);
-            let own = self.image.node().status(place, left, Precision::Allocation).await?;
+            let own = self.image.status(place, left, Precision::Allocation).await?;
             let part = &kept[done..done + own.len as usize];
             if !own.status.contains(Status::ALLOCATED) {
-                self.image.write(place, &IoVec::from_ref(part), WriteFlags::empty()).await?;
+                target.write(place, &IoVec::from_ref(part), WriteFlags::empty()).await?;
             }
             done += part.len();
         }
@@ -198,24 +174,12 @@ impl Work<'_> {
     }
 }
 
-async fn reads_zero(node: Option<&Arc<Node>>, at: u64, len: u64) -> IoResult<(u64, bool)> {
-    match node {
-        Some(node) if at < node.len() => {
-            let len = len.min(node.len() - at);
-            let run = extents::look(node, at, len, Precision::Zeroes, None).await?;
-            Ok((run.len, run.has(Status::ZERO)))
-        }
-        _ => Ok((len, true)),
+/// For how many bytes a node's mapping tells the same, and whether these read as zeroes, as they do behind its end.
+async fn reads_zero(node: &Arc<Node>, at: u64, len: u64) -> IoResult<(u64, bool)> {
+    if at >= node.len() {
+        return Ok((len, true));
     }
-}
-
-/// Reads what a backing file shows, zeroes past its end.
-async fn read(node: Option<&Arc<Node>>, at: u64, bytes: &mut [u8]) -> IoResult {
-    let there = node.map_or(0, |node| node.len().saturating_sub(at)).min(bytes.len() as u64);
-    let (first, rest) = bytes.split_at_mut(there as usize);
-    rest.fill(0);
-    match node {
-        Some(node) if there > 0 => node.read(at, &IoVec::from_mut(first)).await,
-        _ => Ok(()),
-    }
+    let len = len.min(node.len() - at);
+    let run = extents::look(node, at, len, Precision::Zeroes, None).await?;
+    Ok((run.len, run.has(Status::ZERO)))
 }

@@ -5,6 +5,7 @@ mod backing;
 mod bitmaps;
 mod cli;
 mod conformance;
+mod copying;
 mod crash;
 mod disks;
 mod failing;

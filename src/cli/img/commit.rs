@@ -4,7 +4,7 @@ use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, 
 use super::{Context, Ended, Tool, convert, outln};
 use crate::block::{Error, extents};
 use crate::cli::getopt::{Line, switch, valued};
-use crate::copy::{Copy, Source, copy};
+use crate::copy::{Copy, Part, Source, copy};
 use crate::tools::chain::{self, Layers};
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
@@ -97,7 +97,7 @@ async fn commit(
         sparse: Some(4096),
         keeps_data: true,
         zero_from: u64::MAX,
-        base: Some(base.node().clone()),
+        part: Part::Above(base.node().clone()),
         salvage: false,
     };
     let helpers = convert::helpers(LANES);

@@ -8,7 +8,7 @@ use crate::block::create::Made;
 use crate::block::{Error, ZeroFlags, create_options, extents};
 
 use crate::cli::getopt::{Line, long_switch, switch, valued};
-use crate::copy::{Control, Copy, Hooks, Source, Trouble, copy};
+use crate::copy::{Control, Copy, Hooks, Part, Source, Trouble, copy};
 use crate::drivers;
 use crate::io::{Worker, WorkerOptions};
 use crate::options::{Map, Value, qemuopts};
@@ -215,7 +215,7 @@ async fn convert(
         sparse,
         keeps_data: line.has("C"),
         zero_from,
-        base,
+        part: base.map_or(Part::Whole, Part::Above),
         salvage: line.has("salvage"),
     };
     let quiet = line.has("q");

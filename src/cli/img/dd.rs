@@ -4,7 +4,7 @@ use super::arguments::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT};
 use super::{Context, Ended, Failed, Tool, convert};
 use crate::block::create_options;
 use crate::cli::getopt::{Line, valued};
-use crate::copy::{Copy, Source, Trouble, copy};
+use crate::copy::{Copy, Part, Source, Trouble, copy};
 use crate::drivers;
 use crate::options::Map;
 use crate::tools::{Images, Opened, Wanted};
@@ -116,7 +116,7 @@ async fn copy_to_new(
         sparse: None,
         keeps_data: true,
         zero_from: u64::MAX,
-        base: None,
+        part: Part::Whole,
         salvage: false,
     };
     let (helpers, progress) = (convert::helpers(LANES), Arc::new(context.progress(line)));

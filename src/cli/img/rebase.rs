@@ -3,14 +3,18 @@
 use super::arguments::{
     self, CACHE, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,
 };
-use super::{Context, Ended, Failed, Tool};
+use super::{Context, Ended, Failed, Tool, convert};
 use crate::block::Error;
 use crate::cli::getopt::{Line, switch, valued};
-use crate::copy::rebase::{Trouble, make_own};
+use crate::copy::{Copy, Disk, Hooks, Part, STEP, Source, Trouble, copy};
 use crate::drivers;
 use crate::io::Errno;
 use crate::options::filename;
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
+use std::sync::Arc;
+
+/// Pieces on their way at the same time.
+const LANES: usize = 4;
 
 pub static TOOL: Tool = Tool {
     name: "rebase",
@@ -45,7 +49,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     if arguments::objects(&line)? {
         return Ok(0);
     }
-    let progress = context.progress(&line);
+    let progress = Arc::new(context.progress(&line));
     progress.set(0.0);
     let images = context.images();
     let ended = rebase(&images, &line, name, &progress).await;
@@ -57,7 +61,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     Ok(ended.unwrap_or_else(|failed| failed.code))
 }
 
-async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -> Ended {
+async fn rebase(images: &Images, line: &Line, name: &str, progress: &Arc<Progress>) -> Ended {
     let cache = arguments::cache(line, "t", "cache", Cache::WRITEBACK)?;
     let source_cache = arguments::cache(line, "T", "source cache", Cache::WRITEBACK)?;
     let (wanted, base) = (arguments::wanted(line, name, "f", "image-opts")?, line.get("b"));
@@ -95,9 +99,7 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -
             None => None,
         };
         if base.is_none() || format.is_some() {
-            let (new, told) =
-                (new.as_ref().map(Opened::disk), |part, whole| progress.step(part, whole));
-            make_own(&image.disk(), new.as_ref(), compress, told).await.map_err(describe)?;
+            keep_contents(&image, new.as_ref(), compress, progress).await?;
         }
         if let Some(new) = new {
             images.close(new).await?;
@@ -122,6 +124,38 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Progress) -
     Ok(0)
 }
 
+/// Writes into the image what it would show differently on `new`.
+async fn keep_contents(
+    image: &Opened,
+    new: Option<&Opened>,
+    compress: bool,
+    progress: &Arc<Progress>,
+) -> Result<(), Failed> {
+    let work = Copy {
+        sources: vec![Source::whole(Disk::new(image.node().below_filters()))],
+        target: image.disk(),
+        lanes: LANES,
+        in_order: true,
+        compress,
+        sparse: None,
+        keeps_data: true,
+        zero_from: u64::MAX,
+        part: Part::Rebased(new.map(Opened::disk)),
+        salvage: false,
+    };
+    // As QEMU tells it: in steps of one size, and none where the image has its own.
+    let steps = image.len() / image.len().clamp(1, STEP);
+    let shown = progress.clone();
+    let told = Box::new(move |_, _| shown.step(1, steps));
+    let hooks = Hooks { progress: told, ..convert::hooks(None, progress) };
+    let helpers = convert::helpers(LANES);
+    let copied = copy(work, &helpers, hooks).await;
+    drop(helpers);
+    copied.map_err(describe)?;
+    let flushed = image.node().flush().await;
+    flushed.map_err(|errno| describe(Trouble::Write(0, errno)))
+}
+
 /// Opens the new backing file: as the image calls it, and as it is found from here.
 async fn open_new(
     images: &Images,
@@ -142,10 +176,10 @@ async fn open_new(
 
 fn describe(trouble: Trouble) -> Failed {
     Failed::from(match trouble {
-        Trouble::Status(errno) => format!("error while reading image metadata: {errno}"),
-        Trouble::ReadOld(errno) => format!("error while reading from old backing file: {errno}"),
-        Trouble::ReadNew(errno) => format!("error while reading from new backing file: {errno}"),
-        Trouble::Write(errno) => format!("Error while writing to COW image: {errno}"),
-        Trouble::Memory => "Out of memory".into(),
+        Trouble::Status(_, errno) => format!("error while reading image metadata: {errno}"),
+        Trouble::Read(_, errno) => format!("error while reading from old backing file: {errno}"),
+        Trouble::ReadNew(_, errno) => format!("error while reading from new backing file: {errno}"),
+        Trouble::Write(_, errno) => format!("Error while writing to COW image: {errno}"),
+        Trouble::Memory | Trouble::Cancelled => trouble.to_string(),
     })
 }
