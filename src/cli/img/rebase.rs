@@ -89,16 +89,18 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Arc<Progres
             base.unwrap_or_default()
         ))
     };
+    // Only an image that can stand on another is written to.
+    let unfiltered = image.node().below_filters();
     if !line.has("u") {
         let new = match base {
             Some(base) => {
-                let own = image.node().driver().filename().unwrap_or_default();
+                let own = unfiltered.driver().filename().unwrap_or_default();
                 let full = filename::resolve(&own, base).map_err(|e| e.to_string())?;
                 Some(open_new(images, (base, &full), format, source_cache, line).await?)
             }
             None => None,
         };
-        if base.is_none() || format.is_some() {
+        if unfiltered.driver().entry().has_backing() && (base.is_none() || format.is_some()) {
             keep_contents(&image, new.as_ref(), compress, progress).await?;
         }
         if let Some(new) = new {
@@ -107,14 +109,16 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Arc<Progres
     }
     progress.set(100.0);
     if base.is_some() && format.is_none() {
+        drop(unfiltered);
         images.close(image).await?;
         return Err(refused("backing format must be specified"));
     }
     let unsupported = || Error::new("Operation not supported");
-    let changed = match image.node().driver().image() {
+    let changed = match unfiltered.driver().image() {
         Some(driver) => driver.set_backing(base, format).await,
         None => Err(unsupported()),
     };
+    drop(unfiltered);
     images.close(image).await?;
     changed.map_err(|error| match error.errno() {
         Some(Errno::ENOSPC) => refused("No space left in the file header"),

@@ -60,6 +60,55 @@ fn rebased_images_show_the_same_and_stand_on_another_file() {
 }
 
 #[test]
+fn an_image_below_a_filter_is_rebased_and_shows_the_same() {
+    let image = "driver=copy-on-read,file.driver=qcow2,file.file.filename=top.qcow2";
+    let on_copies = "driver=qcow2,file.driver=copy-on-read,file.file.filename=top.qcow2";
+    assert_same_disks(
+        CHAIN,
+        &[
+            &format!("qemu-img rebase -p --image-opts -b '' {image}"),
+            &format!("qemu-img rebase --image-opts -u -b '' {image}"),
+            &format!("qemu-img rebase --image-opts -b '' {on_copies}"),
+        ],
+    );
+    // QEMU takes no relative name here.
+    let place = Place::new(true);
+    super::fixture(place.path());
+    for line in CHAIN {
+        assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+    }
+    assert_eq!(place.run_theirs("qemu-img convert -O raw top.qcow2 before.raw").code, Some(0));
+    let line = format!("qemu-img rebase --image-opts -b new.raw -F raw {image}");
+    let ended = place.run(&line);
+    assert_eq!((ended.code, &*ended.stderr), (Some(0), ""));
+    assert!(place.run_theirs("qemu-img info top.qcow2").stdout.contains("backing file: new.raw"));
+    let compared = place.run_theirs("qemu-img compare -F raw top.qcow2 before.raw");
+    assert_eq!(compared.stdout, "Images are identical.\n");
+}
+
+#[test]
+fn an_image_that_cannot_be_rebased_stays_as_it_is() {
+    let place = Place::new(true);
+    super::fixture(place.path());
+    for line in CHAIN {
+        assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+    }
+    assert_eq!(place.run_theirs("qemu-img convert -O raw top.qcow2 before.raw").code, Some(0));
+    let images = [
+        "driver=raw,file.driver=qcow2,file.file.filename=top.qcow2",
+        "driver=raw,file.driver=copy-on-read,file.file.driver=qcow2,file.file.file.filename=top.qcow2",
+    ];
+    for image in images {
+        let line = format!("qemu-img rebase --image-opts -b new.raw -F raw {image}");
+        let ended = place.run(&line);
+        assert_eq!(ended.code, Some(1));
+        assert!(ended.stderr.ends_with("Operation not supported\n"), "{}", ended.stderr);
+        let compared = place.run_theirs("qemu-img compare -F raw top.qcow2 before.raw");
+        assert_eq!(compared.stdout, "Images are identical.\n");
+    }
+}
+
+#[test]
 fn a_committed_image_is_in_its_base_and_empty() {
     assert_same_disks(
         CHAIN,
