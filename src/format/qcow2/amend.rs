@@ -8,7 +8,7 @@
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
-use super::standing::Stop;
+use super::write_state::Stop;
 use super::{Qcow2, check, hand_over, header_cluster, header_steps};
 use crate::block::Error;
 use crate::block::create::{CreateOption, ValueType};

@@ -9,7 +9,7 @@ use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
 use super::order::Lock;
 
-use super::standing::Stop;
+use super::write_state::Stop;
 use super::{Qcow2, open};
 
 use crate::block::{Error, SECTOR};
@@ -80,7 +80,7 @@ impl Qcow2 {
         match stays {
             true => pinned.stay(),
             // Whoever reads it anew meanwhile finds what the disk has.
-            false => self.stopped.stop(Stop::Doubts),
+            false => self.stopped.stop(Stop::NeedsFlush),
         }
     }
 
@@ -90,7 +90,7 @@ impl Qcow2 {
             let list: Vec<(SliceNo, Suspect)> = {
                 let suspects = self.suspects.lock();
                 if suspects.is_empty() {
-                    self.stopped.go_on();
+                    self.stopped.flushed();
                     return Ok(());
                 }
                 suspects.iter().map(|(&slice, &suspect)| (slice, suspect)).collect()

@@ -20,7 +20,7 @@ use super::header::{Autoclear, Header};
 use super::header_steps::{Sector, Step, steps};
 use super::order::LockGuard;
 use super::read::read_padded;
-use super::standing::OnDisk;
+use super::write_state::OnDisk;
 use crate::block::{Error, Node, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 

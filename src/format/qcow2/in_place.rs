@@ -16,7 +16,7 @@
 //! | no snapshot is being made | before | making one | are waited for |
 //! | the image is not at rest | before | closing it, handing it over, freezing it below an overlay, amending it, storing its bitmaps | are waited for |
 //! | writes are not stopped for good | before | a repair | are waited for |
-//! | writes are not stopped by doubts | before | a write of entries that failed | go on: they ran beside the change that failed, whose old and new clusters both stay allocated |
+//! | no flush is needed before writes | before | a write of entries that failed | go on: they ran beside the change that failed, whose old and new clusters both stay allocated |
 //! | no entry points at metadata | after | an entry that does, before it can be found in the cache | go on: the entries that they found point at data |
 //! | the image is not corrupt | after | whoever finds that it is | go on, for the same reason |
 //!
@@ -28,7 +28,7 @@
 
 use super::Qcow2;
 use super::lookup::{Bad, Piece};
-use super::standing::Stop;
+use super::write_state::Stop;
 use crate::io::epoch::{self, Member};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

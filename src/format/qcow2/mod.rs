@@ -20,12 +20,12 @@
 //! | `journal` | entries that wait until what they show is durable |
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
-//! | `machine` | the state of a virtual machine, behind the disk |
+//! | `vmstate` | the state of a virtual machine, behind the disk |
 //! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
-//! | `standing` | what the disk has of the header, and whether anything may be written |
+//! | `write_state` | what the disk has of the header, and whether anything may be written |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
-//! | `backing`, `empty` | another backing file; giving up all that the image has |
-//! | `overlap`, `places`, `corrupt` | what must not be written over, and where it is; what is told of an image that makes no sense |
+//! | `backing`, `discard_all` | another backing file; discarding all data |
+//! | `overlap`, `metadata_map`, `corrupt` | metadata that must not be overwritten, and its places; reports of corrupt images |
 
 mod alloc;
 mod amend;
@@ -39,7 +39,7 @@ mod corrupt;
 mod create;
 mod create_on_nodes;
 mod downgrade;
-mod empty;
+mod discard_all;
 pub mod extensions;
 mod flush;
 mod freed;
@@ -55,7 +55,7 @@ pub mod l1;
 pub mod l2_cache;
 pub mod layout;
 mod lookup;
-mod machine;
+mod vmstate;
 mod measure;
 mod new_file;
 mod new_image;
@@ -64,13 +64,13 @@ mod options;
 pub mod order;
 mod overlap;
 mod packed;
-mod places;
+mod metadata_map;
 mod preallocate;
 mod read;
 mod refcounts;
 mod resize;
 pub mod snapshots;
-mod standing;
+mod write_state;
 mod status;
 mod tables;
 mod write;
@@ -97,7 +97,7 @@ use order::{Lock, LockGuard, Ranges, Visits};
 use overlap::Overlaps;
 use packed::Packing;
 use refcounts::Refcounts;
-use standing::{HeaderState, Stop, Stopped};
+use write_state::{HeaderState, Stop, Stopped};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -458,16 +458,16 @@ impl Image for Qcow2 {
     fn make_empty(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             let failed = |errno| Error::os("Could not change the mapping", errno);
-            self.marked(self.give_up_all().await.map_err(failed)).await
+            self.marked(self.discard_all().await.map_err(failed)).await
         })
     }
 
     fn read_machine<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.machine_at(at, into).await).await })
+        Box::pin(async move { self.marked(self.read_vmstate(at, into).await).await })
     }
 
     fn write_machine<'a>(&'a self, at: u64, from: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.set_machine_at(at, from).await).await })
+        Box::pin(async move { self.marked(self.write_vmstate(at, from).await).await })
     }
 
     fn info(&self) -> ImageInfo {

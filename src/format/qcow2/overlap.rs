@@ -22,7 +22,7 @@ use super::alloc::Run;
 use super::extensions::Extension;
 use super::header::Header;
 use super::layout::L2Entry;
-use super::places::Places;
+use super::metadata_map::MetadataMap;
 use super::{Qcow2, corrupt};
 use crate::io::IoResult;
 use crate::io::sync::Mutex;
@@ -73,14 +73,14 @@ impl Kinds {
 /// What is looked for, and where it may be.
 pub struct Overlaps {
     kinds: Kinds,
-    places: Mutex<Places>,
+    map: Mutex<MetadataMap>,
     /// An entry was seen that writes must not follow.
     is_met: AtomicBool,
 }
 
 impl Overlaps {
     pub fn new(kinds: Kinds) -> Overlaps {
-        Overlaps { kinds, places: Mutex::default(), is_met: AtomicBool::new(false) }
+        Overlaps { kinds, map: Mutex::default(), is_met: AtomicBool::new(false) }
     }
 
     pub fn looks_for(&self, kind: Kinds) -> bool {
@@ -99,24 +99,24 @@ impl Overlaps {
 
     fn note_all(&self, kind: Kinds, places: impl Iterator<Item = Range<u64>>) {
         if self.looks_for(kind) {
-            self.places.lock().add(kind, places);
+            self.map.lock().add(kind, places);
         }
     }
 
     /// Nothing is known of a kind any more.
     pub fn forget(&self, kind: Kinds) {
-        self.places.lock().remove(kind);
+        self.map.lock().remove(kind);
     }
 
     /// Nothing of a kind is in these clusters.
     pub fn forget_at(&self, kind: Kinds, clusters: Range<u64>) {
-        let mut places = self.places.lock();
+        let mut places = self.map.lock();
         clusters.for_each(|cluster| places.remove_at(cluster, kind));
     }
 
     /// What may be in these clusters, but for `own`.
     fn look(&self, mut clusters: Range<u64>, own: Kinds) -> Option<(u64, Kinds)> {
-        let places = self.places.lock();
+        let places = self.map.lock();
         clusters.find_map(|cluster| {
             let kinds = places.at(cluster) - own;
             (!kinds.is_empty()).then_some((cluster, kinds))
@@ -266,7 +266,7 @@ impl Qcow2 {
         let end = self.geometry.clusters(self.file().len());
         let mut hosts: Vec<u64> = self.hosts(words).collect();
         let hits = |hosts: &[u64]| {
-            let places = self.overlaps.places.lock();
+            let places = self.overlaps.map.lock();
             hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
         };
         let is_met = hosts.iter().any(|&host| host >= end)

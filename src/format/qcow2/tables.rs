@@ -7,7 +7,7 @@ use super::header::{Autoclear, Incompatible};
 use super::layout::{self, L1Entry};
 use super::overlap::Kinds;
 use super::read::read_padded;
-use super::standing::{OnDisk, Stop};
+use super::write_state::{OnDisk, Stop};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
@@ -142,7 +142,7 @@ impl Qcow2 {
     /// What has to be on disk before the first write: that promises of others are not kept, that
     /// stored bitmaps are out of date, and, with lazy refcounts, that the refcounts may be wrong.
     pub(super) async fn prepare_writing(&self) -> IoResult {
-        if self.stopped.get() == Stop::Doubts {
+        if self.stopped.get() == Stop::NeedsFlush {
             self.write_suspects().await?;
         }
         self.check_sound().await?;
@@ -171,7 +171,7 @@ impl Qcow2 {
         self.check_intact().await?;
         match self.stopped.get() {
             Stop::Not => Ok(()),
-            Stop::Doubts | Stop::ForGood => Err(Errno::EIO),
+            Stop::NeedsFlush | Stop::ForGood => Err(Errno::EIO),
         }
     }
 

@@ -27,7 +27,7 @@ use super::alloc::Run;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::L1Entry;
 use super::read::read_padded;
-use super::standing::OnDisk;
+use super::write_state::OnDisk;
 use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult};

@@ -1,5 +1,5 @@
-//! Where metadata is known to be, by host cluster: tables of one cluster each for itself, longer ones
-//! as ranges, so that what an image says of its tables' lengths costs neither memory nor time.
+//! The places of metadata by host cluster: tables of one cluster singly, longer ones as ranges, so that the
+//! table lengths that an image claims cost neither memory nor time.
 
 use super::overlap::Kinds;
 use std::collections::HashMap;
@@ -8,14 +8,14 @@ use std::ops::Range;
 
 /// See the module's text.
 #[derive(Default)]
-pub struct Places {
+pub struct MetadataMap {
     single: HashMap<u64, Kinds, ClusterHashes>,
     /// In order, and none touches another's clusters.
     ranges: Vec<(Range<u64>, Kinds)>,
 }
 
-/// A slice has hundreds of entries, each of which is looked up. An image that was made to have all of
-/// its clusters in one bucket would have to know the factor.
+/// Hundreds of entries of each slice are looked up, so hashing is one multiplication. Its factor is random:
+/// a hostile image cannot choose clusters that all fall into one bucket.
 struct ClusterHashes {
     factor: u64,
 }
@@ -53,7 +53,7 @@ impl Hasher for ClusterHash {
     }
 }
 
-impl Places {
+impl MetadataMap {
     /// Adds places of one kind. Many ranges are best added at once.
     pub fn add(&mut self, kind: Kinds, places: impl Iterator<Item = Range<u64>>) {
         let mut long = Vec::new();
@@ -147,7 +147,7 @@ mod tests {
         let kinds = [Kinds::ACTIVE_L1, Kinds::INACTIVE_L1, Kinds::REFCOUNT_TABLE];
         let mut rng = fastrand::Rng::with_seed(7);
         for _ in 0..200 {
-            let mut places = Places::default();
+            let mut places = MetadataMap::default();
             let mut model = vec![Kinds::empty(); 64];
             for _ in 0..12 {
                 let kind = kinds[rng.usize(..3)];
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn the_length_of_a_table_costs_nothing() {
-        let mut places = Places::default();
+        let mut places = MetadataMap::default();
         let long = (0..60_000).map(|n| n..n + (1 << 40));
         places.add(Kinds::INACTIVE_L1, long);
         assert_eq!(places.ranges.len(), 1);

@@ -1,8 +1,8 @@
-//! Giving up everything that an image has, so that its backing file shows.
+//! Discards all data of an image, so that its backing file shows.
 //!
-//! Cluster by cluster, in the order of every change of the mapping ([`super::order`]): each entry that is
-//! gone before a crash shows the backing file, which has the same contents by then. The tables that name
-//! nothing any more go last, and the file ends with what is left.
+//! It goes cluster by cluster, in the order of every change of the mapping ([`super::order`]): an entry that a
+//! crash finds removed shows the backing file, which has the same contents by then. Empty tables are freed
+//! last, and the file is cut to what is left.
 
 use super::Qcow2;
 use super::layout::L2Entry;
@@ -11,7 +11,7 @@ use crate::block::Event;
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
-    pub(super) async fn give_up_all(&self) -> IoResult {
+    pub(super) async fn discard_all(&self) -> IoResult {
         if self.has_raw_data {
             return Err(Errno::ENOTSUP);
         }
@@ -21,7 +21,7 @@ impl Qcow2 {
         let end = self.geometry.clusters(self.size());
         let entries = self.l2.entries() as u64;
         let mut first = 0;
-        let mut given_up = Vec::new();
+        let mut discarded = Vec::new();
         while first < end {
             let guest = first << bits;
             let index = self.geometry.l1_index(guest);
@@ -30,29 +30,29 @@ impl Qcow2 {
                 continue;
             }
             let stop = end.min((first | (entries - 1)) + 1);
-            if self.give_up(first, stop).await? && self.geometry.external_data {
-                given_up.push(guest..stop << bits);
+            if self.discard_clusters_of(first, stop).await? && self.geometry.external_data {
+                discarded.push(guest..stop << bits);
             }
             first = stop;
         }
         self.flush_all().await?;
-        // No entry that a crash can bring back shows what an external data file has there.
-        for range in given_up {
+        // No entry that a crash can bring back shows these parts of an external data file.
+        for range in discarded {
             self.give_back_data(range).await;
         }
-        // A machine's state behind the disk's end goes with the disk that it belonged to.
+        // The state of a virtual machine behind the end of the disk goes with it.
         self.unmap(self.size(), Kind::Crop).await?;
         self.flush_all().await?;
         self.event(Event::L1Update).await;
         self.shrink_l1(0).await?;
-        // Here the refcounts change where they are: no table takes the place of the old one.
+        // The refcounts change in place: no table replaces the old one.
         self.event(Event::RefblockAlloc).await;
         self.event(Event::ReftableUpdate).await;
         self.cut_to_use().await
     }
 
-    /// Guest clusters of one slice, whose L2 table is there; whether there was anything.
-    async fn give_up(&self, first: u64, stop: u64) -> IoResult<bool> {
+    /// Removes the entries of guest clusters of one slice, whose L2 table exists. Returns whether any were set.
+    async fn discard_clusters_of(&self, first: u64, stop: u64) -> IoResult<bool> {
         let guest = first << self.geometry.cluster_bits;
         let _range = self.ranges.lock(first..stop).await;
         let _visit = self.visits.enter();

@@ -1,7 +1,6 @@
-//! How an open image stands: what the disk has of the header, and whether anything may be written.
+//! Whether an open image may be written, and whether the disk has the header that is in memory.
 //!
-//! Both are looked at by every request that changes the mapping, and change only when a write of
-//! metadata fails.
+//! Every request that changes the mapping reads both. They change only when a write of metadata fails.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -9,22 +8,22 @@ use std::sync::atomic::{AtomicU8, Ordering};
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDisk {
-    /// The same.
+    /// The same header.
     Same,
-    /// That, or the one before: it is written again before anything relies on it.
+    /// This header or the previous one: it is written again before anything relies on it.
     InDoubt,
 }
 
-/// Why nothing is written.
+/// Why writes are refused.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stop {
-    /// It is.
+    /// They are not refused.
     Not,
-    /// Of many L2 tables the disk may have another state than readers were shown: until all are
-    /// written once more, by a flush or by whoever wants to write next.
-    Doubts,
-    /// What is in memory is not what is in the file any more, until it is opened again.
+    /// The disk may have another state of many L2 tables than readers were shown. A flush, or the next
+    /// write, writes these tables again first.
+    NeedsFlush,
+    /// What is in memory no longer matches the file, until it is opened again.
     ForGood,
 }
 
@@ -63,20 +62,20 @@ impl Stopped {
     pub fn get(&self) -> Stop {
         match self.0.load(Ordering::Acquire) {
             n if n == Stop::Not as u8 => Stop::Not,
-            n if n == Stop::Doubts as u8 => Stop::Doubts,
+            n if n == Stop::NeedsFlush as u8 => Stop::NeedsFlush,
             _ => Stop::ForGood,
         }
     }
 
-    /// Stops, unless it is stopped for longer.
+    /// Refuses writes; a stronger reason that is already set stays.
     pub fn stop(&self, stop: Stop) {
         self.0.fetch_max(stop as u8, Ordering::SeqCst);
     }
 
-    /// There are no doubts any more.
-    pub fn go_on(&self) {
-        let (doubts, not) = (Stop::Doubts as u8, Stop::Not as u8);
-        // Where it is stopped for good it stays so.
-        let _ = self.0.compare_exchange(doubts, not, Ordering::SeqCst, Ordering::SeqCst);
+    /// All tables in doubt have been written again.
+    pub fn flushed(&self) {
+        let (needs_flush, not) = (Stop::NeedsFlush as u8, Stop::Not as u8);
+        // A stop for good stays.
+        let _ = self.0.compare_exchange(needs_flush, not, Ordering::SeqCst, Ordering::SeqCst);
     }
 }

@@ -1,4 +1,4 @@
-//! The state of a virtual machine: it lies behind the disk, where the L1 table has entries that no
+//! The state of a virtual machine. It is stored behind the end of the disk, mapped by L1 entries that no
 //! byte of the disk uses (specification, "Snapshots": `vm_state_size`).
 
 use super::Qcow2;
@@ -6,27 +6,26 @@ use crate::block::Event;
 use crate::io::{Errno, IoResult, IoVec};
 
 impl Qcow2 {
-    /// Where the state begins, counted like the guest's bytes: behind the last L2 table that the disk
-    /// needs.
+    /// The guest offset at which the state begins: behind the last L2 table that the disk needs.
     pub(super) fn state_start(&self) -> u64 {
         let tables = self.geometry.l1_entries_for(self.size());
         tables.saturating_mul(self.geometry.l2_coverage())
     }
 
-    /// The place of a range of the state.
+    /// The guest offset of a range of the state.
     fn state_place(&self, at: u64, len: u64) -> IoResult<u64> {
         let start = self.state_start().checked_add(at).ok_or(Errno(libc::EFBIG))?;
         let end = start.checked_add(len).filter(|&end| i64::try_from(end).is_ok());
         end.map(|_| start).ok_or(Errno(libc::EFBIG))
     }
 
-    pub(super) async fn machine_at(&self, at: u64, into: &IoVec<'_>) -> IoResult {
+    pub(super) async fn read_vmstate(&self, at: u64, into: &IoVec<'_>) -> IoResult {
         let place = self.state_place(at, into.len())?;
         self.event(Event::VmstateLoad).await;
         self.read_range(place, into).await
     }
 
-    pub(super) async fn set_machine_at(&self, at: u64, from: &IoVec<'_>) -> IoResult {
+    pub(super) async fn write_vmstate(&self, at: u64, from: &IoVec<'_>) -> IoResult {
         let place = self.state_place(at, from.len())?;
         if !self.is_writable {
             return Err(Errno::EPERM);
