@@ -8,6 +8,7 @@
 //!
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
+//! * [`cow`]: what formats stand on that map clusters through tables.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`copy`]: the copy engine: the contents of disks to another disk.
 //! * [`job`]: work on disks that goes on while others are served.
@@ -18,8 +19,8 @@
 //! * [`sandbox`]: what the process gives up when it has started.
 //! * [`options`]: every source of options as one tree, and the typed door to it.
 //!
-//! Arrows go one way: `cli → monitor → service → export → block → io`, `service → job → copy`, `cli → tools → copy → block`, `format,
-//! filter, protocol → block, io`. A test reads the `use` lines and holds this.
+//! Arrows go one way: `cli → monitor → service → export → block → io`, `service → job → copy`, `cli → tools → copy → block`,
+//! `format → cow → block`, `filter, protocol → block, io`. A test reads the `use` lines and holds this.
 
 // The standard macros panic where they cannot print; `tools::output` has others.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
@@ -27,6 +28,7 @@
 pub mod block;
 pub mod cli;
 pub mod copy;
+pub mod cow;
 pub mod drivers;
 pub mod export;
 pub mod filter;

@@ -6,9 +6,9 @@
 //! while the others have what is left. Closing gives back what is left.
 
 use super::Qcow2;
-use super::order::Lock;
 use super::refcounts::Refcounts;
 use crate::block::{Error, Event, Node, Preallocation};
+use crate::cow::Lock;
 use crate::io::{Errno, IoResult};
 use std::collections::VecDeque;
 

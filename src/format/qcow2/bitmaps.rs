@@ -12,8 +12,8 @@ mod load;
 mod store;
 
 use super::layout::{Geometry, MAX_BITMAPS};
-use super::order::Lock;
 use crate::block::{Bitmaps, Error, Node};
+use crate::cow::Lock;
 use crate::io::sync::Mutex;
 use crate::options::bytes::until_nul;
 use std::collections::HashSet;

@@ -7,7 +7,7 @@
 use super::alloc::Run;
 use super::header::Incompatible;
 use super::l2_cache::{Pinned, SliceNo};
-use super::order::Lock;
+use crate::cow::Lock;
 
 use super::write_state::Stop;
 use super::{Qcow2, open};

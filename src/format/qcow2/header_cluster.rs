@@ -18,10 +18,10 @@ use super::Qcow2;
 use super::extensions::{BitmapsPointer, Extension};
 use super::header::{Autoclear, Header};
 use super::header_steps::{Sector, Step, steps};
-use super::order::LockGuard;
-use super::read::read_padded;
 use super::write_state::OnDisk;
 use crate::block::{Error, Node, WriteFlags};
+use crate::cow::LockGuard;
+use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
 fn failed(errno: Errno) -> Error {

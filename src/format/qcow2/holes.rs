@@ -7,8 +7,8 @@
 
 use super::Qcow2;
 use super::layout;
-use super::read::read_padded;
 use crate::block::{Extent, Precision, Status};
+use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::atomic::{AtomicU8, Ordering};
 

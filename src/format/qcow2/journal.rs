@@ -22,9 +22,9 @@
 use super::batch::Changes;
 use super::l2_cache::SliceNo;
 use super::layout::{Cluster, L2Entry};
-use super::order::Lock;
 use super::{Qcow2, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
+use crate::cow::Lock;
 use crate::io::IoResult;
 use crate::io::sync::Mutex;
 use smallvec::SmallVec;

@@ -5,9 +5,9 @@
 
 use super::l2_cache::{Pinned, SliceNo};
 use super::layout::{BadEntry, Cluster, Compressed, L2Entry};
-use super::read::read_padded;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, Node, event};
+use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::Arc;
 
@@ -127,7 +127,7 @@ impl Qcow2 {
     }
 
     /// What is at `at`, of at most `want` bytes; reads what memory does not hold. The bytes stay
-    /// where they are told to be as long as the caller's visit lasts ([`super::order::Visits`]).
+    /// where they are told to be as long as the caller's visit lasts ([`crate::cow::Visits`]).
     pub(super) async fn lookup(&self, at: u64, want: u64) -> IoResult<Piece> {
         let found = self.find(at, want).await?;
         found.map_err(|(entry, error)| corrupt::bad_entry(self, at, entry, error))

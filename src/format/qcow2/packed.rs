@@ -11,9 +11,9 @@
 
 use super::alloc::Run;
 use super::layout::{Cluster, L2Entry};
-use super::order::LockGuard;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
+use crate::cow::LockGuard;
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::VecDeque;
 

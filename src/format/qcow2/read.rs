@@ -6,6 +6,7 @@ use super::lookup::{Found, Piece};
 use super::{Qcow2, corrupt};
 use crate::block::extents::decided;
 use crate::block::{Decider, Event, Node};
+use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::Arc;
 
@@ -102,19 +103,5 @@ impl Qcow2 {
                 place.host
             );
         })
-    }
-}
-
-/// Reads from a node that may be shorter: what lies past its end is zeroes.
-pub async fn read_padded(node: &Node, at: u64, into: &IoVec<'_>) -> IoResult {
-    let there = into.len().min(node.len().saturating_sub(at));
-    if there == into.len() {
-        return node.read(at, into).await;
-    }
-    into.slice(there, into.len() - there).zero();
-    match there {
-        // Not even its beginning is inside.
-        0 => Ok(()),
-        _ => node.read(at, &into.slice(0, there)).await,
     }
 }

@@ -1,6 +1,6 @@
 //! Reference counts of host clusters: the table, the blocks that are in memory, and how both grow.
 //!
-//! Used by one at a time ([`super::order::Lock`]); what is in memory counts, and what of it has not
+//! Used by one at a time ([`crate::cow::Lock`]); what is in memory counts, and what of it has not
 //! reached the file is written before anything else is done. The orders are those of
 //! [`super::order`]. `run` has what needs clusters side by side.
 
@@ -9,9 +9,9 @@ mod run;
 use super::alloc::{Claim, Run};
 use super::layout::{self, Geometry};
 use super::overlap::Kinds;
-use super::read::read_padded;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, Node, WriteFlags};
+use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -6,10 +6,10 @@ use super::freed::Release;
 use super::header::{Autoclear, Incompatible};
 use super::layout::{self, L1Entry};
 use super::overlap::Kinds;
-use super::read::read_padded;
 use super::write_state::{OnDisk, Stop};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
+use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
 

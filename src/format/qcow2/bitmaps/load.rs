@@ -3,11 +3,11 @@
 use super::{ImageBitmaps, Stored, StoredBitmap, TableEntry, decode_table_entry, table_len};
 use crate::block::bitmap::{BitmapFlags, Bits};
 use crate::block::{Bitmap, Bitmaps, Error, Node};
+use crate::cow::Lock;
+use crate::cow::read_padded;
 use crate::format::qcow2::extensions::Extension;
 use crate::format::qcow2::header::{Autoclear, Header};
 use crate::format::qcow2::layout::Geometry;
-use crate::format::qcow2::order::Lock;
-use crate::format::qcow2::read::read_padded;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::Arc;

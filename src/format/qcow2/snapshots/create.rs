@@ -3,10 +3,10 @@
 
 use super::{Snapshot, Table};
 use crate::block::{Error, Event, NewSnapshot, SnapshotInfo, WriteFlags};
+use crate::cow::RangeGuard;
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::{Claim, Run};
 use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
-use crate::format::qcow2::order::RangeGuard;
 use crate::format::qcow2::refcounts::Change;
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;

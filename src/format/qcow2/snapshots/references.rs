@@ -2,9 +2,9 @@
 //! entries that follow from them.
 
 use crate::block::{Event, WriteFlags};
+use crate::cow::read_padded;
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
-use crate::format::qcow2::read::read_padded;
 use crate::format::qcow2::refcounts::{Change, Refcounts};
 use crate::format::qcow2::{Qcow2, corrupt};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};

@@ -3,11 +3,11 @@
 use super::Snapshot;
 use super::entry::MAX_ENTRY;
 use crate::block::{Error, Event, Node, SnapshotKey, WriteFlags};
+use crate::cow::read_padded;
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::header::Header;
 use crate::format::qcow2::layout::MAX_SNAPSHOTS;
-use crate::format::qcow2::read::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
 /// The longest table, in bytes; QEMU opens no image with a longer one.
