@@ -1,13 +1,27 @@
 //! What formats stand on that map a disk's clusters through tables.
 
+mod format;
 mod lock;
+mod lookup;
 mod padded;
 mod ranges;
+mod read;
+mod status;
+mod table_cache;
+mod tables;
+mod top_table;
 mod visits;
 
+pub use format::{Format, announce, backing, data, file};
 pub use lock::{Lock, LockGuard};
+pub use lookup::{BadEntryOf, Compressed, Found, Piece, find, lookup, piece, pin, pin_empty};
 pub use padded::read_padded;
 pub use ranges::{RangeGuard, Ranges};
+pub use read::{decider, fast_read, map_data, read_range};
+pub use status::status;
+pub use table_cache::{Pinned, SliceNo, TableCache, TableEntry};
+pub use tables::{Shape, Tables};
+pub use top_table::{TopEntry, TopTable};
 pub use visits::{Visit, Visits};
 
 /// The result of a future that is ready.

@@ -6,17 +6,16 @@
 //! that nothing is answered that a killed process would forget.
 
 use super::Qcow2;
-use super::l2_cache::{Pinned, SliceNo};
 use super::layout::L2Entry;
 use super::overlap::Kinds;
 use crate::block::{Event, WriteFlags};
+use crate::cow::{Format, Pinned, SliceNo, pin};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
 /// Entries of a slice: index and what it becomes.
@@ -180,8 +179,8 @@ impl Qcow2 {
     /// When it fails the disk may have the old entries or the new; readers go on with the old.
     pub(super) async fn change_entries(&self, guest: u64, entries: &[L2Entry]) -> IoResult {
         self.check_sound().await?;
-        let (slice, first) = self.slice_of(guest);
-        let pinned = self.pin(guest).await?;
+        let (slice, first) = self.mapping.slice_of(guest);
+        let pinned = pin(self, guest).await?;
         let changes = entries.iter().enumerate().map(|(n, &entry)| (first + n, entry));
         let member = self.batches.join(slice, changes);
         match member.turn().await {
@@ -202,7 +201,7 @@ impl Qcow2 {
         &self,
         slice: SliceNo,
         guest: u64,
-        pinned: &Pinned<'_>,
+        pinned: &Pinned<'_, L2Entry>,
     ) -> IoResult {
         let (_member, turn) = self.batches.own_turn(slice).await;
         let changes = &turn.batch.changes;
@@ -221,7 +220,7 @@ impl Qcow2 {
         guest: u64,
         due: impl FnOnce() -> Changes,
     ) -> IoResult {
-        let pinned = self.pin(guest).await?;
+        let pinned = pin(self, guest).await?;
         let (_member, turn) = self.batches.own_turn(slice).await;
         let mut all = due();
         all.extend_from_slice(&turn.batch.changes);
@@ -237,11 +236,11 @@ impl Qcow2 {
     async fn write_changes(
         &self,
         guest: u64,
-        pinned: &Pinned<'_>,
+        pinned: &Pinned<'_, L2Entry>,
         newer: &Changes,
         all: &Changes,
     ) -> IoResult {
-        let (slice, _) = self.slice_of(guest);
+        let (slice, _) = self.mapping.slice_of(guest);
         if self.journal.has_one_of(slice, newer) {
             // What the disk goes on showing of these was not durable until now.
             self.data().flush().await?;
@@ -253,10 +252,15 @@ impl Qcow2 {
         }
     }
 
-    async fn write_batch(&self, guest: u64, pinned: &Pinned<'_>, changes: &Changes) -> IoResult {
+    async fn write_batch(
+        &self,
+        guest: u64,
+        pinned: &Pinned<'_, L2Entry>,
+        changes: &Changes,
+    ) -> IoResult {
         self.check_intact().await?;
         let at = self.slice_offset(guest)?;
-        let (slice, _) = self.slice_of(guest);
+        let (slice, _) = self.mapping.slice_of(guest);
         let range = self.range_of(changes);
         let (start, bytes) = (range.start, self.encode(slice, pinned, range, changes)?);
         self.check_write(at + start, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
@@ -269,9 +273,14 @@ impl Qcow2 {
     }
 
     /// Writes a whole slice once more.
-    async fn write_slice(&self, slice: SliceNo, guest: u64, pinned: &Pinned<'_>) -> IoResult {
+    async fn write_slice(
+        &self,
+        slice: SliceNo,
+        guest: u64,
+        pinned: &Pinned<'_, L2Entry>,
+    ) -> IoResult {
         let at = self.slice_offset(guest)?;
-        let bytes = self.encode(slice, pinned, 0..self.slice_bytes, &Changes::new())?;
+        let bytes = self.encode(slice, pinned, 0..self.mapping.slice_bytes(), &Changes::new())?;
         self.check_write(at, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
         self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
     }
@@ -282,7 +291,7 @@ impl Qcow2 {
         let indices = changes.iter().map(|&(index, _)| index as u64);
         let (low, high) =
             indices.fold((u64::MAX, 0), |(low, high), n| (low.min(n * size), high.max(n * size)));
-        let unit = size.max(self.file_align).min(self.slice_bytes);
+        let unit = size.max(self.file_align).min(self.mapping.slice_bytes());
         low / unit * unit..(high + size).next_multiple_of(unit)
     }
 
@@ -290,26 +299,23 @@ impl Qcow2 {
     fn encode(
         &self,
         slice: SliceNo,
-        pinned: &Pinned<'_>,
+        pinned: &Pinned<'_, L2Entry>,
         range: Range<u64>,
         changes: &Changes,
     ) -> IoResult<AlignedBuf> {
         let size = self.geometry.l2_entry_size();
         let len = (range.end - range.start) as usize;
         let mut bytes = AlignedBuf::for_overwriting(len, 4096).ok_or(Errno::ENOMEM)?;
-        let words = &pinned.words()[(range.start / 8) as usize..(range.end / 8) as usize];
-        for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
-            bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
+        let inside = (range.start / size) as usize..(range.end / size) as usize;
+        let stored = bytes.chunks_exact_mut(size as usize);
+        for (bytes, entry) in stored.zip(pinned.entries(inside.clone())) {
+            entry.store(bytes);
         }
         // Readers see more than the disk may have yet.
-        let inside = (range.start / size) as usize..(range.end / size) as usize;
         let waiting = self.journal.on_disk(slice, inside, changes);
         for &(index, entry) in waiting.iter().chain(changes) {
             let at = (index as u64 * size - range.start) as usize;
-            bytes[at..at + 8].copy_from_slice(&entry.word.to_be_bytes());
-            if size == 16 {
-                bytes[at + 8..at + 16].copy_from_slice(&entry.bitmap.to_be_bytes());
-            }
+            entry.store(&mut bytes[at..at + size as usize]);
         }
         Ok(bytes)
     }

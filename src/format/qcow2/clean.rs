@@ -1,4 +1,4 @@
-//! What is kept of tables and was not used for a while is given back.
+//! Gives back the memory of cached tables that were not used for a while.
 
 use super::Qcow2;
 use crate::io::periodic;
@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Qcow2 {
-    /// Gives back every so often what was not used since the time before, as long as the image is open.
+    /// Gives back at every interval what was not used since the last one, as long as the image is open.
     pub(super) fn clean_every(&self, interval: Duration) {
-        let l2 = Arc::downgrade(&self.l2);
+        let cache = Arc::downgrade(&self.mapping.cache);
         let counts = self.counts.as_ref().map(Arc::downgrade);
         periodic::every(interval, move || {
-            let Some(l2) = l2.upgrade() else { return false };
-            l2.give_back_unused();
-            // Whoever has them uses them.
+            let Some(cache) = cache.upgrade() else { return false };
+            cache.give_back_unused();
+            // A task that holds them uses them.
             if let Some(counts) = counts.as_ref().and_then(|counts| counts.upgrade())
                 && let Some(mut counts) = counts.try_lock()
             {

@@ -8,6 +8,7 @@ use super::Qcow2;
 use super::layout::L2Entry;
 use super::zero::Kind;
 use crate::block::Event;
+use crate::cow::pin;
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
@@ -19,7 +20,7 @@ impl Qcow2 {
         self.event(Event::EmptyImagePrepare).await;
         let bits = self.geometry.cluster_bits;
         let end = self.geometry.clusters(self.size());
-        let entries = self.l2.entries() as u64;
+        let entries = self.mapping.cache.entries() as u64;
         let mut first = 0;
         let mut discarded = Vec::new();
         while first < end {
@@ -54,14 +55,14 @@ impl Qcow2 {
     /// Removes the entries of guest clusters of one slice, whose L2 table exists. Returns whether any were set.
     async fn discard_clusters_of(&self, first: u64, stop: u64) -> IoResult<bool> {
         let guest = first << self.geometry.cluster_bits;
-        let _range = self.ranges.lock(first..stop).await;
-        let _visit = self.visits.enter();
+        let _range = self.mapping.ranges.lock(first..stop).await;
+        let _visit = self.mapping.visits.enter();
         self.ensure_table(guest).await?;
         let mut releases = Vec::new();
         let mut is_changed = false;
         {
-            let pinned = self.pin(guest).await?;
-            let (_, index) = self.slice_of(guest);
+            let pinned = pin(self, guest).await?;
+            let (_, index) = self.mapping.slice_of(guest);
             for n in 0..(stop - first) as usize {
                 let old = pinned.get(index + n);
                 is_changed |= old != L2Entry::UNALLOCATED;

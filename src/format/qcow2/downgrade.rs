@@ -10,9 +10,9 @@ use super::Qcow2;
 use super::alloc::Run;
 use super::header::Compression;
 use super::layout::{Cluster, L1Entry, L2Entry};
-use super::lookup::Found;
 use super::zero::Kind;
 use crate::block::{Error, WriteFlags};
+use crate::cow::{Found, lookup};
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 
@@ -95,8 +95,8 @@ impl Qcow2 {
         let mut at = 0;
         while at < end {
             let piece = {
-                let _visit = self.visits.enter();
-                self.lookup(at, end - at).await?
+                let _visit = self.mapping.visits.enter();
+                lookup(self, at, end - at).await?
             };
             let stop = at + piece.len;
             if matches!(piece.found, Found::Zero { .. }) {

@@ -6,13 +6,13 @@
 
 use super::alloc::Run;
 use super::header::Incompatible;
-use super::l2_cache::{Pinned, SliceNo};
-use crate::cow::Lock;
+use super::layout::L2Entry;
 
 use super::write_state::Stop;
 use super::{Qcow2, open};
 
 use crate::block::{Error, SECTOR};
+use crate::cow::{Lock, Pinned, SliceNo, pin};
 use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
@@ -69,7 +69,7 @@ impl Qcow2 {
 
     /// Books that a write of entries has failed: the disk may have old ones or new ones, until they
     /// are written once more.
-    pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: Pinned<'_>) {
+    pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: Pinned<'_, L2Entry>) {
         let mut suspects = self.suspects.lock();
         if let Some(known) = suspects.get_mut(&slice) {
             known.failures += 1;
@@ -96,7 +96,7 @@ impl Qcow2 {
                 suspects.iter().map(|(&slice, &suspect)| (slice, suspect)).collect()
             };
             for (slice, suspect) in list {
-                let pinned = self.pin(suspect.guest).await?;
+                let pinned = pin(self, suspect.guest).await?;
                 // What is being changed now would be written over: it goes through the same turns.
                 self.rewrite_slice(slice, suspect.guest, &pinned).await?;
                 if self.is_settled(slice, suspect) && suspect.stays {
@@ -111,7 +111,7 @@ impl Qcow2 {
     pub(super) async fn pin_suspects(
         &self,
         is_asked: impl Fn(SliceNo) -> bool,
-    ) -> IoResult<Vec<(SliceNo, Pinned<'_>)>> {
+    ) -> IoResult<Vec<(SliceNo, Pinned<'_, L2Entry>)>> {
         let asked: Vec<(SliceNo, u64)> = {
             let suspects = self.suspects.lock();
             let asked = suspects.iter().filter(|(slice, _)| is_asked(**slice));
@@ -119,13 +119,13 @@ impl Qcow2 {
         };
         let mut pinned = Vec::new();
         for (slice, guest) in asked {
-            pinned.push((slice, self.pin(guest).await?));
+            pinned.push((slice, pin(self, guest).await?));
         }
         Ok(pinned)
     }
 
     /// Ends the doubt about slices whose tables are gone: they are never written again.
-    pub(super) fn forget_suspects(&self, gone: Vec<(SliceNo, Pinned<'_>)>) {
+    pub(super) fn forget_suspects(&self, gone: Vec<(SliceNo, Pinned<'_, L2Entry>)>) {
         for (slice, pinned) in gone {
             let suspect = self.suspects.lock().remove(&slice);
             if suspect.is_some_and(|suspect| suspect.stays) {

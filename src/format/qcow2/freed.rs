@@ -84,7 +84,7 @@ impl Qcow2 {
             return None;
         }
         drop(state);
-        Some(Batch { releases, moment: self.visits.moment(), grace: Grace::begin() })
+        Some(Batch { releases, moment: self.mapping.visits.moment(), grace: Grace::begin() })
     }
 
     /// After it.
@@ -104,7 +104,7 @@ impl Qcow2 {
             let batch = {
                 let mut state = self.freed.state.lock();
                 let passed = |batch: &Batch| {
-                    self.visits.passed(batch.moment) && batch.grace.has_passed(&members)
+                    self.mapping.visits.passed(batch.moment) && batch.grace.has_passed(&members)
                 };
                 if !state.durable.front().is_some_and(passed) {
                     return;

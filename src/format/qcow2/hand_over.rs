@@ -65,7 +65,7 @@ impl Qcow2 {
             open::clear_unknown(&self.name, &file, &mut header).await?;
         }
         self.l1.replace(&open::load_l1(&file, &header).await?);
-        self.l2.forget(|_| true);
+        self.mapping.cache.forget(|_| true);
         if let Some(counts) = &self.counts {
             let mut counts = counts.lock().await;
             let place = (header.refcount_table_offset, header.refcount_table_clusters);

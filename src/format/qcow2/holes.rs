@@ -24,7 +24,7 @@ const TABLE_PART: u64 = 4096;
 
 impl Qcow2 {
     /// What is known of data of the guest at `host` of its file: it may be a hole there.
-    pub(super) async fn data_status(
+    pub(super) async fn status_of_data(
         &self,
         host: u64,
         len: u64,

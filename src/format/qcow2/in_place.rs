@@ -27,8 +27,8 @@
 //! ([`OwnLength`](crate::block::OwnLength)).
 
 use super::Qcow2;
-use super::lookup::{Bad, Piece};
 use super::write_state::Stop;
+use crate::cow::{BadEntryOf, Piece, piece};
 use crate::io::epoch::{self, Member};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -96,14 +96,14 @@ impl Permissions for Qcow2 {
 }
 
 impl Qcow2 {
-    /// As [`Qcow2::piece`]; and whether a fast write may go to the place that was found, if no other
+    /// As [`piece`], and whether a fast write may go to the place that was found, if no other
     /// reference to it exists.
     pub(super) fn piece_to_overwrite(
         &self,
         at: u64,
         want: u64,
-    ) -> (Option<Result<Piece, Bad>>, bool) {
-        look_permitted(self, || self.piece(at, want))
+    ) -> (Option<Result<Piece, BadEntryOf<Qcow2>>>, bool) {
+        look_permitted(self, || piece(self, at, want))
     }
 
     /// Fast writes are allowed: all is on the disk that has to be there before the first write.

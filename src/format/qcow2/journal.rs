@@ -20,11 +20,10 @@
 //!   nobody. What somebody else did to the image meanwhile, or to the memory, is refused.
 
 use super::batch::Changes;
-use super::l2_cache::SliceNo;
 use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
-use crate::cow::Lock;
+use crate::cow::{Lock, SliceNo, pin};
 use crate::io::IoResult;
 use crate::io::sync::Mutex;
 use smallvec::SmallVec;
@@ -150,15 +149,14 @@ impl Journal {
         self.state.lock().is_closed = is_closed;
     }
 
-    /// Makes what was read of a slice what readers are to see.
-    pub fn show(&self, slice: SliceNo, words: &mut [u64], words_per_entry: usize) {
+    /// Changes what was read of a slice to what readers are to see.
+    pub fn show(&self, slice: SliceNo, entries: &mut [L2Entry]) {
         if self.is_empty() {
             return;
         }
         let state = self.state.lock();
         for (&index, waiting) in state.slices.get(&slice).into_iter().flatten() {
-            let entry = &mut words[index * words_per_entry..][..words_per_entry];
-            entry.copy_from_slice(&[waiting.new.word, waiting.new.bitmap][..words_per_entry]);
+            entries[index] = waiting.new;
         }
     }
 
@@ -340,8 +338,8 @@ impl Qcow2 {
             return Ok(Kept::No);
         }
         self.check_sound().await?;
-        let pinned = self.pin(guest).await?;
-        let (slice, first) = self.slice_of(guest);
+        let pinned = pin(self, guest).await?;
+        let (slice, first) = self.mapping.slice_of(guest);
         let all = old.iter().zip(new).enumerate();
         let all: SmallVec<[_; 2]> = all.map(|(n, (&old, &new))| (first + n, old, new)).collect();
         let kept = self.journal.keep(slice, &all, is_copied);
@@ -373,7 +371,7 @@ impl Qcow2 {
             self.data().flush().await?;
         }
         for slice in slices {
-            let guest = (slice.0 * self.l2.entries() as u64) << self.geometry.cluster_bits;
+            let guest = self.mapping.start_of(slice);
             self.settle_slice(slice, guest, || self.journal.due(slice, moment)).await?;
         }
         Ok(())
@@ -405,8 +403,8 @@ impl Qcow2 {
                 return wrong(left, "the image has changed since");
             }
             let failed = |errno| Error::os("Could not read an L2 table", errno);
-            let pinned = self.pin(guest).await.map_err(failed)?;
-            let entry = pinned.get(self.slice_of(guest).1);
+            let pinned = pin(self, guest).await.map_err(failed)?;
+            let entry = pinned.get(self.mapping.slice_of(guest).1);
             is_due.push(entry == left.old);
             if entry == left.old && !self.geometry.external_data && !hosts.insert(host) {
                 return wrong(left, "two records name one cluster");
@@ -473,14 +471,14 @@ impl Qcow2 {
     async fn hand_over_left(&self, left: Vec<Left>) -> Result<usize, Error> {
         let failed = |errno| Error::os("what was written before the daemon was killed", errno);
         // Nobody allocates anything meanwhile.
-        let _all = self.ranges.lock(0..u64::MAX).await;
+        let _all = self.mapping.ranges.lock(0..u64::MAX).await;
         let count = left.len();
         let left = self.check_left(left).await?;
         self.journal.take_over(&left);
         for left in &left {
             let guest = left.cluster << self.geometry.cluster_bits;
-            let pinned = self.pin(guest).await.map_err(failed)?;
-            pinned.publish(&[(self.slice_of(guest).1, left.new)]);
+            let pinned = pin(self, guest).await.map_err(failed)?;
+            pinned.publish(&[(self.mapping.slice_of(guest).1, left.new)]);
         }
         self.settle_journal().await.map_err(failed)?;
         Ok(count)

@@ -4,6 +4,8 @@
 //! Names: a *guest* offset is in the disk that a machine sees, a *host* offset in the image file
 //! (or its external data file); both are in bytes. All tables are big-endian.
 
+use crate::cow::{Compressed, Shape, TableEntry, TopEntry};
+
 /// Cluster sizes from 512 bytes to 2 MiB.
 pub const MIN_CLUSTER_BITS: u32 = 9;
 pub const MAX_CLUSTER_BITS: u32 = 21;
@@ -47,6 +49,15 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// What the layer of tables has to know.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            cluster_bits: self.cluster_bits,
+            table_bits: self.l2_bits(),
+            entry_bytes: self.l2_entry_size(),
+        }
+    }
+
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
     }
@@ -205,7 +216,22 @@ impl Geometry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct L1Entry(pub u64);
 
+impl TopEntry for L1Entry {
+    fn from_word(word: u64) -> L1Entry {
+        L1Entry(word)
+    }
+
+    fn word(self) -> u64 {
+        self.0
+    }
+}
+
 impl L1Entry {
+    /// The entries of a table as it is stored.
+    pub fn parse_all(bytes: &[u8]) -> Vec<L1Entry> {
+        bytes.as_chunks().0.iter().map(|&word| L1Entry(u64::from_be_bytes(word))).collect()
+    }
+
     pub fn new(l2_table: u64, copied: bool) -> L1Entry {
         L1Entry(l2_table & OFFSET_MASK | if copied { COPIED } else { 0 })
     }
@@ -236,7 +262,29 @@ pub struct L2Entry {
     pub bitmap: u64,
 }
 
+impl TableEntry for L2Entry {
+    fn from_words(first: u64, second: u64) -> L2Entry {
+        L2Entry { word: first, bitmap: second }
+    }
+
+    fn words(self) -> [u64; 2] {
+        [self.word, self.bitmap]
+    }
+}
+
 impl L2Entry {
+    /// An entry out of its 8 or 16 bytes on the disk.
+    pub fn parse(bytes: &[u8]) -> L2Entry {
+        let mut words = bytes.as_chunks().0.iter().map(|&word| u64::from_be_bytes(word));
+        L2Entry { word: words.next().unwrap_or(0), bitmap: words.next().unwrap_or(0) }
+    }
+
+    /// Its bytes on the disk: 16, or 8 of a standard entry.
+    pub fn store(self, bytes: &mut [u8]) {
+        let words = [self.word.to_be_bytes(), self.bitmap.to_be_bytes()];
+        bytes.copy_from_slice(&words.as_flattened()[..bytes.len()]);
+    }
+
     /// Nothing is allocated: the backing file decides.
     pub const UNALLOCATED: L2Entry = L2Entry { word: 0, bitmap: 0 };
 
@@ -302,15 +350,6 @@ pub enum Cluster {
         allocated: u32,
         zero: u32,
     },
-}
-
-/// Where a compressed cluster is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Compressed {
-    /// Of the first byte; anywhere in a sector. May lie beyond 56 bits in a hostile image.
-    pub host: u64,
-    /// Bytes to the end of the last sector: at least what the compressed data has.
-    pub len: u64,
 }
 
 /// What is wrong with an L2 entry.

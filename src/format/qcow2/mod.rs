@@ -6,9 +6,10 @@
 //! | `layout` | sizes, indices, table entries |
 //! | `options`, `open` | what can be asked for; opening |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
-//! | `l1`, `l2_cache`, `clean` | the tables in memory, read without a lock; what was not used is given back |
-//! | `lookup`, `in_place` | where a guest's bytes are, and when they may be overwritten there |
-//! | `read`, `compressed`, `status` | reading, unpacking, block status |
+//! | `mapping` | what [`crate::cow`] asks of the format to find and read a guest's bytes |
+//! | `in_place` | when a guest's bytes may be overwritten where they are |
+//! | `compressed`, `unpack` | compressed clusters: packing, reading |
+//! | `clean` | memory of cached tables that were not used is given back |
 //! | `create`, `new_image`, `amend`, `downgrade` | making images, and making them others |
 //! | `measure` | how long the file of a new image has to be |
 //! | `snapshots` | internal snapshots |
@@ -51,10 +52,8 @@ mod holes;
 mod in_place;
 pub mod info;
 mod journal;
-pub mod l1;
-pub mod l2_cache;
 pub mod layout;
-mod lookup;
+mod mapping;
 mod measure;
 mod metadata_map;
 mod new_file;
@@ -65,12 +64,11 @@ pub mod order;
 mod overlap;
 mod packed;
 mod preallocate;
-mod read;
 mod refcounts;
 mod resize;
 pub mod snapshots;
-mod status;
 mod tables;
+mod unpack;
 mod vmstate;
 mod write;
 mod write_state;
@@ -78,7 +76,10 @@ mod zero;
 
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
-use crate::cow::{Lock, LockGuard, Ranges, Visits};
+use crate::cow::{
+    Found, Lock, LockGuard, Piece, SliceNo, Tables, TopTable, decider, fast_read, map_data,
+    read_range, status,
+};
 use crate::io::sync::Mutex;
 use crate::io::{Blocking, Budget, Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
@@ -90,10 +91,7 @@ use freed::Freed;
 use header::{Compression, Header};
 use holes::Holes;
 use journal::Journal;
-use l1::L1Table;
-use l2_cache::{L2Cache, SliceNo};
-use layout::Geometry;
-use lookup::{Found, Piece};
+use layout::{Geometry, L1Entry, L2Entry};
 use overlap::Overlaps;
 use packed::Packing;
 use refcounts::Refcounts;
@@ -128,13 +126,10 @@ pub struct Qcow2 {
     /// Whether others may write to an external data file that is only read here.
     readers_share: bool,
     traits: Traits,
-    l1: L1Table,
-    l2: Arc<L2Cache>,
-    /// Of what is in the L2 cache at once, in bytes.
-    slice_bytes: u64,
+    l1: TopTable<L1Entry>,
+    mapping: Tables<L2Entry>,
     /// Of refcount blocks that are kept, in bytes.
     refcount_cache: u64,
-    visits: Visits,
     corruption: Corruption,
     overlaps: Overlaps,
     /// Unpacking, which takes longer than a worker may be kept,
@@ -172,8 +167,6 @@ pub struct Qcow2 {
     tables: Lock<()>,
     /// Held while a child grows.
     growing: Lock<()>,
-    /// Guest clusters whose mapping is being changed.
-    ranges: Ranges,
     batches: Batches,
     journal: Journal,
     /// Slices of which the disk may have another state.
@@ -190,10 +183,6 @@ pub struct Qcow2 {
 }
 
 impl Qcow2 {
-    fn backing(&self) -> Option<Arc<Node>> {
-        self.backing.map(|index| self.children[index].node())
-    }
-
     fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
@@ -203,21 +192,6 @@ impl Qcow2 {
             Some(counts) => Ok(counts.lock().await),
             None => Err(Errno::EPERM),
         }
-    }
-
-    /// The fast road to a piece that is in the file that holds the guest's data.
-    fn map_data<'a>(
-        &'a self,
-        inflight: &'a InFlight,
-        host: u64,
-        len: u64,
-        access: Access,
-    ) -> Mapping<'a> {
-        let data = self.children[self.data].fast(inflight);
-        if host + len > data.len() {
-            return Mapping::slow(len);
-        }
-        data.map(inflight, host, len, access)
     }
 }
 
@@ -260,8 +234,8 @@ impl Driver for Qcow2 {
                 Way::Below(backing, len) => backing.map_chain(inflight, at, len),
             },
             Access::Write => match self.piece_to_overwrite(at, want) {
-                (Some(Ok(Piece { len, found: Found::Data { host, copied: true } })), true) => {
-                    self.map_data(inflight, host, len, access)
+                (Some(Ok(Piece { len, found: Found::Data { host, exclusive: true } })), true) => {
+                    map_data(self, inflight, host, len, access)
                 }
                 _ => Mapping::slow(want),
             },
@@ -270,27 +244,15 @@ impl Driver for Qcow2 {
     }
 
     fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
-        let Some(Ok(Piece { len, found })) = self.piece(at, want) else {
-            return Way::Here(Mapping::slow(want));
-        };
-        Way::Here(match (found, self.backing) {
-            (Found::Data { host, .. }, _) => self.map_data(inflight, host, len, Access::Read),
-            (Found::Unallocated { .. }, Some(backing)) => {
-                return Way::Below(self.children[backing].fast(inflight), len);
-            }
-            (Found::Zero { .. } | Found::Unallocated { .. }, _) => {
-                Mapping { len, target: Target::Zero }
-            }
-            (Found::Compressed(_), _) => Mapping::slow(want),
-        })
+        fast_read(self, inflight, at, want)
     }
 
     fn decider(&self, at: u64, len: u64) -> LocalFuture<'_, IoResult<Decider>> {
-        Box::pin(async move { self.marked(self.decider_of(at, len).await).await })
+        Box::pin(async move { self.marked(decider(self, at, len).await).await })
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.read_range(at, into).await).await })
+        Box::pin(async move { self.marked(read_range(self, at, into).await).await })
     }
 
     fn write<'a>(
@@ -334,7 +296,7 @@ impl Driver for Qcow2 {
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move { self.marked(self.status_of(at, len, precision).await).await })
+        Box::pin(async move { self.marked(status(self, at, len, precision).await).await })
     }
 
     fn child_perms(&self, child: usize, own: Perms) -> Perms {

@@ -5,15 +5,13 @@ use super::corrupt::Corruption;
 use super::extensions::{self, Extension, FeatureKind};
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
 use super::journal::Journal;
-use super::l1::L1Table;
-use super::l2_cache::L2Cache;
+use super::layout::L1Entry;
 use super::options::Options;
 use super::overlap::{Kinds, Overlaps};
 use super::refcounts::Refcounts;
-use super::{Qcow2, check, header_cluster, snapshots};
+use super::{Qcow2, check, header_cluster, mapping, snapshots};
 use crate::block::*;
-use crate::cow::Lock;
-use crate::cow::read_padded;
+use crate::cow::{Lock, read_padded};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Budget, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
@@ -55,7 +53,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let backing = opening.backing(options.backing, recorded, &file).await?;
     let data_file = data_file(opening, options.data_file, &header).await?;
 
-    let l1 = L1Table::new(&load_l1(&node, &header).await?);
+    let l1 = mapping::l1_table(&load_l1(&node, &header).await?);
 
     let is_writable = is_writable(opening, &node, &header)?;
     if is_writable && opening.is_active() && held.contains(Perm::WRITE) {
@@ -86,8 +84,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         children.push(child);
         children.len() - 1
     });
-    let words = geometry.l2_entry_size() as usize / 8;
-    let l2 = L2Cache::new(caches.l2, caches.l2_slice, words)
+    let mapping = mapping::tables(&geometry, caches.l2, caches.l2_slice)
         .map_err(|_| Error::new("Could not allocate metadata caches"))?;
     let traits = traits(children[data].node().traits(), &geometry, is_writable);
     let image = Qcow2 {
@@ -100,11 +97,9 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         readers_share: opening.policy().readers_share,
         traits,
         l1,
-        journal: Journal::new(l2.entries()),
-        l2: Arc::new(l2),
-        slice_bytes: caches.l2_slice,
+        journal: Journal::new(mapping.cache.entries()),
+        mapping,
         refcount_cache: caches.refcounts,
-        visits: Default::default(),
         corruption: Corruption::new(opening.notices()),
         overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
         blocking: opening.blocking(),
@@ -127,7 +122,6 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         header: Lock::new(header),
         tables: Lock::new(()),
         growing: Lock::new(()),
-        ranges: Default::default(),
         batches: Default::default(),
         suspects: Default::default(),
         stopped: Default::default(),
@@ -160,8 +154,8 @@ pub(super) fn no_refcounts(errno: Errno) -> Error {
     Error::os("Could not initialize refcount handling", errno)
 }
 
-/// The active L1 table as it is stored.
-pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<u8>, Error> {
+/// The entries of the active L1 table.
+pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<L1Entry>, Error> {
     let len = header.l1_size as usize * 8;
     if len > 0 && header.l1_table_offset >= file.len() {
         return Err(Error::os("Could not read L1 table", Errno::EIO));
@@ -173,7 +167,7 @@ pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<u8>, Err
             .await
             .map_err(|e| Error::os("Could not read L1 table", e))?;
     }
-    Ok(table[..len].to_vec())
+    Ok(L1Entry::parse_all(&table[..len]))
 }
 
 /// Counts the references of an image anew that was not closed cleanly; the header afterwards.

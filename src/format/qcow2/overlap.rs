@@ -11,7 +11,7 @@
 //! * Clusters on their way from the refcounts to a table are claimed ([`super::alloc::Claim`]) from
 //!   before the file grows for them and the cache is looked through, until they are reserved, or until it
 //!   is known what they hold. A slice is looked at when it can be found in the cache
-//!   ([`super::l2_cache`]): whichever comes second sees the other.
+//!   ([`TableCache`](crate::cow::TableCache)): whichever comes second sees the other.
 //!
 //! Tables are looked at where they are written ([`Qcow2::check_write`]).
 //!
@@ -255,8 +255,8 @@ impl Qcow2 {
         }
     }
 
-    /// Looks at the words of a slice, before an entry of it can be followed.
-    pub(super) fn check_slice(&self, words: &[u64]) {
+    /// Looks at the entries of a slice, before one of them can be followed.
+    pub(super) fn check_slice(&self, entries: &[L2Entry]) {
         let is_off = self.overlaps.kinds.is_empty();
         if is_off || !self.is_writable || self.geometry.external_data || self.overlaps.is_met() {
             return;
@@ -264,7 +264,7 @@ impl Qcow2 {
         // First the file's end, then what is claimed, then what metadata is: in the order in which
         // clusters go from one to the next.
         let end = self.geometry.clusters(self.file().len());
-        let mut hosts: Vec<u64> = self.hosts(words).collect();
+        let mut hosts: Vec<u64> = self.hosts(entries).collect();
         let hits = |hosts: &[u64]| {
             let places = self.overlaps.map.lock();
             hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
@@ -280,12 +280,9 @@ impl Qcow2 {
     }
 
     /// The clusters of the file that entries name as their own.
-    fn hosts(&self, words: &[u64]) -> impl Iterator<Item = u64> {
-        let entries = words.chunks_exact(self.geometry.l2_entry_size() as usize / 8);
-        entries.filter_map(|words| {
-            let entry = L2Entry { word: words[0], bitmap: words.get(1).map_or(0, |&word| word) };
-            Some(entry.place(&self.geometry)? >> self.geometry.cluster_bits)
-        })
+    fn hosts(&self, entries: &[L2Entry]) -> impl Iterator<Item = u64> {
+        let places = entries.iter().filter_map(|entry| entry.place(&self.geometry));
+        places.map(|host| host >> self.geometry.cluster_bits)
     }
 
     /// Refuses to take clusters into use that count no reference but are metadata, or are named by an
@@ -314,7 +311,10 @@ impl Qcow2 {
             let next = reused.partition_point(|run| run.first <= host);
             next > 0 && host < reused[next - 1].first + reused[next - 1].count
         };
-        let named = self.l2.find_slice(|words| self.hosts(words).find(|&host| is_reserved(host)));
+        let named = self
+            .mapping
+            .cache
+            .find_slice(|entries| self.hosts(entries).find(|&host| is_reserved(host)));
         match named.await {
             Some(cluster) => Err(corrupt::in_use(self, cluster)),
             None => Ok(()),

@@ -13,7 +13,7 @@ use super::alloc::Run;
 use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::LockGuard;
+use crate::cow::{LockGuard, pin};
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::VecDeque;
 
@@ -84,7 +84,8 @@ impl Qcow2 {
         while done < units.len() {
             let first = (at >> bits) + done as u64;
             // What one slice of entries maps.
-            let most = self.l2.entries() as u64 - (first & (self.l2.entries() as u64 - 1));
+            let most = self.mapping.cache.entries() as u64
+                - (first & (self.mapping.cache.entries() as u64 - 1));
             let count = (units.len() - done).min(most as usize);
             self.store_in_slice(first, &units[done..done + count]).await?;
             done += count;
@@ -94,8 +95,8 @@ impl Qcow2 {
 
     async fn store_in_slice(&self, first: u64, units: &[&[u8]]) -> IoResult {
         let guest = first << self.geometry.cluster_bits;
-        let _range = self.ranges.lock(first..first + units.len() as u64).await;
-        let _visit = self.visits.enter();
+        let _range = self.mapping.ranges.lock(first..first + units.len() as u64).await;
+        let _visit = self.mapping.visits.enter();
         self.ensure_table(guest).await?;
         let free = self.free_entries(guest, units.len()).await?;
         let (units, refused) = units.split_at(free);
@@ -114,8 +115,8 @@ impl Qcow2 {
 
     /// How many guest clusters from `guest` on have nothing that would be overwritten.
     async fn free_entries(&self, guest: u64, most: usize) -> IoResult<usize> {
-        let pinned = self.pin(guest).await?;
-        let (_, index) = self.slice_of(guest);
+        let pinned = pin(self, guest).await?;
+        let (_, index) = self.mapping.slice_of(guest);
         for n in 0..most {
             let entry = pinned.get(index + n);
             let cluster = self.geometry.decode(entry);

@@ -6,6 +6,7 @@
 use super::Qcow2;
 use super::layout::{Cluster, L2Entry};
 use crate::block::{Preallocation, WriteFlags, ZeroFlags};
+use crate::cow::pin;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 
@@ -32,7 +33,7 @@ impl Qcow2 {
             return self.preallocate(tail, mode, hides).await;
         }
         let has_place = {
-            let _visit = self.visits.enter();
+            let _visit = self.mapping.visits.enter();
             self.ensure_table(start).await?;
             self.without_place(cluster..cluster + 1).await?.is_empty()
         };
@@ -49,7 +50,7 @@ impl Qcow2 {
         hides: bool,
     ) -> IoResult {
         let bits = self.geometry.cluster_bits;
-        let per_slice = self.l2.entries() as u64;
+        let per_slice = self.mapping.cache.entries() as u64;
         let (mut cluster, end) = (guest.start >> bits, self.geometry.clusters(guest.end));
         while cluster < end {
             let stop = (cluster / per_slice + 1) * per_slice;
@@ -68,8 +69,8 @@ impl Qcow2 {
     ) -> IoResult<u64> {
         let bits = self.geometry.cluster_bits;
         let start = clusters.start << bits;
-        let _range = self.ranges.lock(clusters.clone()).await;
-        let _visit = self.visits.enter();
+        let _range = self.mapping.ranges.lock(clusters.clone()).await;
+        let _visit = self.mapping.visits.enter();
         self.ensure_table(start).await?;
         let old = self.without_place(clusters.clone()).await?;
         if old.is_empty() {
@@ -98,8 +99,8 @@ impl Qcow2 {
     /// The entries from the first on that have no host clusters.
     async fn without_place(&self, clusters: Range<u64>) -> IoResult<Vec<L2Entry>> {
         let start = clusters.start << self.geometry.cluster_bits;
-        let pinned = self.pin(start).await?;
-        let (_, index) = self.slice_of(start);
+        let pinned = pin(self, start).await?;
+        let (_, index) = self.mapping.slice_of(start);
         let entries = (0..clusters.end - clusters.start).map(|n| pinned.get(index + n as usize));
         let is_free = |entry: &L2Entry| {
             matches!(

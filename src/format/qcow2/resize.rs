@@ -9,11 +9,10 @@
 
 use super::Qcow2;
 use super::freed::Release;
-use super::l2_cache::SliceNo;
 use super::layout::L1Entry;
-use super::lookup::Found;
 use super::zero::Kind;
 use crate::block::*;
+use crate::cow::{Found, SliceNo, lookup};
 use crate::io::{Errno, IoResult, IoVec, epoch};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -153,9 +152,9 @@ impl Qcow2 {
         let mut at = tail.start;
         while at < tail.end {
             let (stop, is_zero) = {
-                let _visit = self.visits.enter();
+                let _visit = self.mapping.visits.enter();
                 let end = if at < stale { tail.end.min(stale) } else { tail.end };
-                let piece = self.lookup(at, end - at).await?;
+                let piece = lookup(self, at, end - at).await?;
                 let stop = at + piece.len;
                 let is_zero_data = at >= stale && matches!(piece.found, Found::Data { .. });
                 (stop, is_zero_data || self.reads_zero(at..stop).await?)
@@ -229,7 +228,7 @@ impl Qcow2 {
     /// Empties the entries of whole guest clusters, as far as there are tables for them.
     pub(super) async fn empty(&self, clusters: Range<u64>, kind: Kind) -> IoResult {
         let bits = self.geometry.cluster_bits;
-        let slice = (self.l2.entries() as u64) << bits;
+        let slice = (self.mapping.cache.entries() as u64) << bits;
         let coverage = self.geometry.l2_coverage();
         let mut at = clusters.start;
         while at < clusters.end {
@@ -238,8 +237,8 @@ impl Qcow2 {
                 continue;
             }
             let end = ((at / slice + 1) * slice).min(clusters.end);
-            let _range = self.ranges.lock(at >> bits..end >> bits).await;
-            let _visit = self.visits.enter();
+            let _range = self.mapping.ranges.lock(at >> bits..end >> bits).await;
+            let _visit = self.mapping.visits.enter();
             self.change_slice(at..end, kind).await?;
             at = end;
         }
@@ -277,7 +276,7 @@ impl Qcow2 {
             return Ok(());
         }
         // A table that is made there later has other entries.
-        let per_table = self.geometry.l2_entries() / self.l2.entries() as u64;
+        let per_table = self.geometry.l2_entries() / self.mapping.cache.entries() as u64;
         let is_dropped = |SliceNo(slice): SliceNo| slice >= first * per_table;
         let doubtful = self.pin_suspects(is_dropped).await?;
         let count = self.l1.entries() - first;
@@ -291,7 +290,7 @@ impl Qcow2 {
         if written.is_ok() {
             self.forget_suspects(doubtful);
         }
-        self.l2.forget(is_dropped);
+        self.mapping.cache.forget(is_dropped);
         drop(turn);
         written?;
         self.event(Event::L1ShrinkFreeL2Clusters).await;

@@ -9,7 +9,7 @@ use super::overlap::Kinds;
 use super::write_state::{OnDisk, Stop};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::read_padded;
+use crate::cow::{pin_empty, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
 
@@ -43,7 +43,7 @@ impl Qcow2 {
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         // What a new table holds need not be read.
         let _first = match old.l2_table() {
-            0 => Some(self.pin_empty(guest).await?),
+            0 => Some(pin_empty(self, guest).await?),
             _ => None,
         };
         self.l1.set(index, entry);
@@ -114,7 +114,9 @@ impl Qcow2 {
                 let (run, claim) = self.refcounts().await?.reserve_run(self, clusters).await?;
                 self.event(Event::L1GrowWriteTable).await;
                 let place = run.first << bits;
-                let table = self.l1.encode(0, (clusters << bits) / 8);
+                let entries =
+                    (0..(clusters << bits) / 8).map(|index| self.l1.get(index).0.to_be_bytes());
+                let table = entries.collect::<Vec<_>>().concat();
                 if let Err(errno) = self.write_table(place, &table).await {
                     // It is leaked at worst.
                     let _ = self.refcounts().await?.release(self, &[run]).await;

@@ -3,6 +3,7 @@
 
 use super::Qcow2;
 use crate::block::Event;
+use crate::cow::read_range;
 use crate::io::{Errno, IoResult, IoVec};
 
 impl Qcow2 {
@@ -22,7 +23,7 @@ impl Qcow2 {
     pub(super) async fn read_vmstate(&self, at: u64, into: &IoVec<'_>) -> IoResult {
         let place = self.state_place(at, into.len())?;
         self.event(Event::VmstateLoad).await;
-        self.read_range(place, into).await
+        read_range(self, place, into).await
     }
 
     pub(super) async fn write_vmstate(&self, at: u64, from: &IoVec<'_>) -> IoResult {

@@ -11,9 +11,9 @@ use super::corrupt::{self, bad_entry_to_write};
 use super::freed::Release;
 use super::journal::Kept;
 use super::layout::{Cluster, L2Entry};
-use super::lookup::Found;
 use super::overlap::Kinds;
 use crate::block::{Event, WriteFlags};
+use crate::cow::{Found, find, lookup, pin, read_range};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use smallvec::{SmallVec, smallvec};
 use std::ops::Range;
@@ -68,13 +68,13 @@ impl Qcow2 {
 
     /// Writes as much from the start on as needs no change of the mapping; how much that was.
     async fn overwrite(&self, at: u64, from: &IoVec<'_>) -> IoResult<u64> {
-        let _visit = self.visits.enter();
+        let _visit = self.mapping.visits.enter();
         if self.snapshots.is_frozen() {
             return Ok(0);
         }
-        let found = self.find(at, from.len()).await?;
+        let found = find(self, at, from.len()).await?;
         let piece = found.map_err(|(entry, error)| bad_entry_to_write(self, at, entry, error))?;
-        let Found::Data { host, copied: true } = piece.found else { return Ok(0) };
+        let Found::Data { host, exclusive: true } = piece.found else { return Ok(0) };
         self.write_data(host, &from.slice(0, piece.len)).await?;
         Ok(piece.len)
     }
@@ -103,11 +103,11 @@ impl Qcow2 {
         let bits = self.geometry.cluster_bits;
         let first = at >> bits;
         // What one slice of entries maps.
-        let entries = self.l2.entries() as u64;
+        let entries = self.mapping.cache.entries() as u64;
         let last = ((at + from.len() - 1) >> bits).min(first | (entries - 1));
         let len = from.len().min(((last + 1) << bits) - at);
-        let _range = self.ranges.lock(first..last + 1).await;
-        let _visit = self.visits.enter();
+        let _range = self.mapping.ranges.lock(first..last + 1).await;
+        let _visit = self.mapping.visits.enter();
         self.ensure_table(at).await?;
         let (need, old) = self.needs(first, last).await?;
         let start = first << bits;
@@ -130,8 +130,8 @@ impl Qcow2 {
     /// same, if that is new clusters.
     async fn needs(&self, first: u64, last: u64) -> IoResult<(Need, Entries)> {
         let bits = self.geometry.cluster_bits;
-        let pinned = self.pin(first << bits).await?;
-        let (_, index) = self.slice_of(first << bits);
+        let pinned = pin(self, first << bits).await?;
+        let (_, index) = self.mapping.slice_of(first << bits);
         let mut old = Entries::new();
         let mut need = Need::Nothing;
         for n in 0..=last - first {
@@ -325,7 +325,7 @@ impl Qcow2 {
         if there > 0 {
             self.event(Event::CowRead).await;
             let into = IoVec::from_mut(&mut copy[..there as usize]);
-            Box::pin(self.read_range(guest.start, &into)).await?;
+            Box::pin(read_range(self, guest.start, &into)).await?;
         }
         copy[there as usize..].fill(0);
         Ok(Some(copy))
@@ -335,7 +335,7 @@ impl Qcow2 {
     pub(super) async fn reads_zero(&self, guest: Range<u64>) -> IoResult<bool> {
         let mut at = guest.start;
         while at < guest.end {
-            let piece = self.lookup(at, guest.end - at).await?;
+            let piece = lookup(self, at, guest.end - at).await?;
             let is_zero = match piece.found {
                 Found::Zero { .. } => true,
                 Found::Unallocated { .. } => {

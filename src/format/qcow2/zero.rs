@@ -3,9 +3,9 @@
 
 use super::freed::Release;
 use super::layout::{Cluster, L2Entry};
-use super::lookup::Found;
 use super::{Qcow2, corrupt};
 use crate::block::{Abilities, Precision, Status, ZeroFlags, extents};
+use crate::cow::{Found, lookup, pin};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 
@@ -62,15 +62,15 @@ impl Qcow2 {
     ) -> IoResult {
         if self.geometry.zero_flag {
             let cluster = part.start >> self.geometry.cluster_bits;
-            let _range = self.ranges.lock(cluster..cluster + 1).await;
-            let _visit = self.visits.enter();
+            let _range = self.mapping.ranges.lock(cluster..cluster + 1).await;
+            let _visit = self.mapping.visits.enter();
             if self.shows_zeroes(unit.start..part.start).await?
                 && self.shows_zeroes(part.end..unit.end).await?
             {
                 return self.empty_units(unit, kind).await;
             }
         } else {
-            let _visit = self.visits.enter();
+            let _visit = self.mapping.visits.enter();
             if self.reads_zero(part.clone()).await? {
                 return Ok(());
             }
@@ -95,7 +95,7 @@ impl Qcow2 {
     async fn zero_units(&self, range: Range<u64>, kind: Kind, may_write: bool) -> IoResult<u64> {
         let bits = self.geometry.cluster_bits;
         let first = range.start >> bits;
-        let last = ((range.end - 1) >> bits).min(first | (self.l2.entries() as u64 - 1));
+        let last = ((range.end - 1) >> bits).min(first | (self.mapping.cache.entries() as u64 - 1));
         let mut range = range.start..range.end.min((last + 1) << bits);
         if self.geometry.zero_flag {
             let size = self.geometry.cluster_size();
@@ -109,10 +109,10 @@ impl Qcow2 {
                 range.end = cut << bits;
             }
             let last = (range.end - 1) >> bits;
-            let locked = self.ranges.lock(first..last + 1).await;
-            let _visit = self.visits.enter();
+            let locked = self.mapping.ranges.lock(first..last + 1).await;
+            let _visit = self.mapping.visits.enter();
             if is_partial(&range) {
-                let piece = self.lookup(range.start, range.end - range.start).await?;
+                let piece = lookup(self, range.start, range.end - range.start).await?;
                 if matches!(piece.found, Found::Compressed(_)) {
                     drop(locked);
                     return match may_write {
@@ -126,7 +126,7 @@ impl Qcow2 {
         }
         // Version 2 cannot say that a cluster is zero.
         let is_zero = {
-            let _visit = self.visits.enter();
+            let _visit = self.mapping.visits.enter();
             let end = range.end.min(range.start + self.geometry.cluster_size());
             let is_zero = self.reads_zero(range.start..end).await?;
             (is_zero, end)
@@ -190,7 +190,7 @@ impl Qcow2 {
     async fn shows_zeroes(&self, guest: Range<u64>) -> IoResult<bool> {
         let mut at = guest.start;
         while at < guest.end {
-            let piece = self.lookup(at, guest.end - at).await?;
+            let piece = lookup(self, at, guest.end - at).await?;
             let mut len = piece.len;
             let below = self.backing().filter(|backing| at < backing.len());
             let is_zero = match (piece.found, below) {
@@ -225,10 +225,10 @@ impl Qcow2 {
         while at < end {
             let bits = self.geometry.cluster_bits;
             let first = at >> bits;
-            let last = ((end - 1) >> bits).min(first | (self.l2.entries() as u64 - 1));
+            let last = ((end - 1) >> bits).min(first | (self.mapping.cache.entries() as u64 - 1));
             let stop = (last + 1) << bits;
-            let _range = self.ranges.lock(first..last + 1).await;
-            let _visit = self.visits.enter();
+            let _range = self.mapping.ranges.lock(first..last + 1).await;
+            let _visit = self.mapping.visits.enter();
             let index = self.geometry.l1_index(at);
             if self.backing.is_none() && self.l1.get(index).l2_table() == 0 {
                 // Nothing is there.
@@ -249,8 +249,8 @@ impl Qcow2 {
         let (mut entries, mut releases) = (Vec::new(), Vec::new());
         let (mut is_changed, mut kept) = (false, Vec::new());
         {
-            let pinned = self.pin(range.start).await?;
-            let (_, index) = self.slice_of(range.start);
+            let pinned = pin(self, range.start).await?;
+            let (_, index) = self.mapping.slice_of(range.start);
             for n in 0..=last - first {
                 let old = pinned.get(index + n as usize);
                 let guest = (first + n) << bits;

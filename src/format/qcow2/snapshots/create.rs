@@ -70,11 +70,11 @@ impl Qcow2 {
     /// Waits for all writes under way, and keeps others waiting.
     async fn freeze(&self) -> Frozen<'_> {
         // Allocations, zeroes and discards.
-        let all = self.ranges.lock(0..u64::MAX).await;
+        let all = self.mapping.ranges.lock(0..u64::MAX).await;
         let frozen = Frozen { image: self, _all: all };
         // What is written over, on the fast road and on the slow one.
         self.without_fast_writes(|| self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
-        self.visits.older().await;
+        self.mapping.visits.older().await;
         frozen
     }
 

@@ -2,7 +2,7 @@
 //! entries that follow from them.
 
 use crate::block::{Event, WriteFlags};
-use crate::cow::read_padded;
+use crate::cow::{pin, read_padded};
 use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
 use crate::format::qcow2::refcounts::{Change, Refcounts};
@@ -156,7 +156,7 @@ impl Qcow2 {
         let tables = u64::from(self.header_now().l1_size);
         for index in (0..tables).filter(|&index| self.l1.get(index).l2_table() != 0) {
             let first = index * self.geometry.l2_entries();
-            let _range = self.ranges.lock(first..first + self.geometry.l2_entries()).await;
+            let _range = self.mapping.ranges.lock(first..first + self.geometry.l2_entries()).await;
             self.set_copied_below(index).await?;
         }
         Ok(())
@@ -232,14 +232,14 @@ impl Qcow2 {
     /// Guest offsets of the slices of an L2 table.
     fn slices_of(&self, index: u64) -> impl Iterator<Item = u64> + use<> {
         let start = index * self.geometry.l2_coverage();
-        let step = (self.l2.entries() as u64) << self.geometry.cluster_bits;
+        let step = (self.mapping.cache.entries() as u64) << self.geometry.cluster_bits;
         let slices = self.geometry.l2_coverage() / step;
         (0..slices).map(move |n| start + n * step)
     }
 
     async fn slice_entries(&self, guest: u64) -> IoResult<Vec<L2Entry>> {
-        let pinned = self.pin(guest).await?;
-        Ok((0..self.l2.entries()).map(|index| pinned.get(index)).collect())
+        let pinned = pin(self, guest).await?;
+        Ok((0..self.mapping.cache.entries()).map(|index| pinned.get(index)).collect())
     }
 
     /// Writes entries of the disk's L1 table from `first` on, and shows them.

@@ -132,7 +132,7 @@ impl Qcow2 {
             self.l1.set(index, l1.get(index as usize).copied().unwrap_or(L1Entry(0)));
         }
         self.note_l2_tables();
-        self.l2.forget(|_| true);
+        self.mapping.cache.forget(|_| true);
     }
 
     pub(super) async fn load_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {

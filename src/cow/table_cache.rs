@@ -1,40 +1,50 @@
-//! The cache of L2 tables: slices of entries that are read without a lock.
+//! The cache of mapping tables: slices of entries that are read without a lock.
 //!
-//! A slot holds one slice of an L2 table under a sequence count. A reader looks at the count, the
-//! tag and the entry, and at the count again; if it has moved, or is odd, nothing was read. Tag and
-//! entry are read in one window, so that a slot which is just being refilled never answers with
-//! another slice's entry. Readers write nothing; all changes are made under one mutex, and only
-//! memory is touched while it is held.
+//! A slot holds one slice of a table under a sequence count. A reader reads the count, the tag and the
+//! entry, and then the count again; if it has changed, or is odd, the reader has read nothing. Tag and
+//! entry are read in one window, so a slot that is being refilled never answers with an entry of another
+//! slice. Readers write nothing; all changes are made under one mutex, and only memory is touched while it
+//! is held.
 //!
-//! A slice is looked at before its entries can be followed, and is among those that
-//! [`L2Cache::find_slice`] shows from before that: who puts something where others look, and then
-//! looks at all slices, misses none that has not seen it.
+//! A slice is examined before its entries can be followed, and [`TableCache::find_slice`] shows it from
+//! before that: code that publishes something to the examination, and then looks at all slices, misses no
+//! slice whose examination missed it.
 //!
-//! A slot that is pinned keeps its slice: somebody is about to change it. What nobody has looked at for a
-//! while is given back, page by page, under readers who do not trust what they find there.
+//! A pinned slot keeps its slice, which is about to be changed. Slices that were not used for a while are
+//! given back, page by page, under readers who do not trust what they find there.
 
-use super::layout::L2Entry;
 use crate::io::IoResult;
 use crate::io::pages::{PAGE, Pages};
 use crate::io::sync::Mutex;
 use crate::io::task::yield_now;
+use std::fmt::Debug;
 use std::future::{Future, poll_fn};
+use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::task::{Poll, Waker};
+
+/// An entry of a mapping table: one or two numbers in host byte order, whatever its form on the disk.
+pub trait TableEntry: Copy + PartialEq + Debug + Send + Sync + 'static {
+    /// `second` is zero where entries have one word.
+    fn from_words(first: u64, second: u64) -> Self;
+    fn words(self) -> [u64; 2];
+}
 
 /// Slots that a slice may be in.
 const WAYS: usize = 8;
 const EMPTY: u64 = u64::MAX;
-/// How often a reader looks again before it takes the slow road.
+/// How often a reader tries again before it takes the slow path.
 const RETRIES: usize = 4;
-/// So many words are looked through before others on the worker have their turn.
-const WORDS_AT_ONCE: usize = 8192;
+/// So many entries are examined before other tasks of the worker have their turn.
+const ENTRIES_AT_ONCE: usize = 8192;
 
 /// A slice's number: the guest's clusters, divided by the entries of a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SliceNo(pub u64);
 
-pub struct L2Cache {
+/// See the module's text.
+pub struct TableCache<E> {
     sets: u64,
     /// Entries of a slice.
     entries: usize,
@@ -44,12 +54,13 @@ pub struct L2Cache {
     /// The slots' slices, one after the other.
     data: Pages,
     state: Mutex<State>,
+    entry: PhantomData<fn() -> E>,
 }
 
 struct Slot {
     sequence: AtomicU32,
     tag: AtomicU64,
-    /// It was looked at since what is unused was last given back. Written once in between.
+    /// It was used since unused slots were last given back. Written once in between.
     is_used: AtomicBool,
 }
 
@@ -65,37 +76,38 @@ struct State {
 #[derive(Clone, Copy, Default)]
 struct SlotState {
     pins: u32,
-    /// It has the words of a slice that readers do not find yet.
-    is_looked_at: bool,
+    /// It has the entries of a slice that readers do not find yet.
+    is_examined: bool,
     /// When it was filled: the oldest goes first.
     filled: u64,
 }
 
 /// A slice that stays in its slot until this is dropped.
-pub struct Pinned<'a> {
-    cache: &'a L2Cache,
+pub struct Pinned<'a, E: TableEntry> {
+    cache: &'a TableCache<E>,
     slot: usize,
 }
 
-/// A slice that is being read, by whoever holds this.
-struct Loading<'a> {
-    cache: &'a L2Cache,
+/// A slice that the holder of this is reading.
+struct Loading<'a, E: TableEntry> {
+    cache: &'a TableCache<E>,
     slice: SliceNo,
     slot: usize,
 }
 
-enum Begun<'a> {
-    There(Pinned<'a>),
-    Load(Loading<'a>),
+enum Begun<'a, E: TableEntry> {
+    There(Pinned<'a, E>),
+    Load(Loading<'a, E>),
 }
 
-impl L2Cache {
-    /// A cache of about `bytes`, in slices of `slice_bytes`, entries of `words` words.
+impl<E: TableEntry> TableCache<E> {
+    /// A cache of about `bytes`, for slices of `entries` (a power of two) that have `words` words each: 1 or 2.
     ///
     /// # Errors
     /// There is not so much memory.
-    pub fn new(bytes: u64, slice_bytes: u64, words: usize) -> IoResult<L2Cache> {
-        let sets = (bytes / slice_bytes).div_ceil(WAYS as u64).max(1);
+    pub fn new(bytes: u64, entries: usize, words: usize) -> IoResult<TableCache<E>> {
+        let slice_words = entries * words;
+        let sets = (bytes / (slice_words as u64 * 8)).div_ceil(WAYS as u64).max(1);
         let count = sets as usize * WAYS;
         let slots = (0..count).map(|_| Slot {
             sequence: AtomicU32::new(0),
@@ -103,13 +115,14 @@ impl L2Cache {
             is_used: AtomicBool::new(false),
         });
         let state = State { slots: vec![SlotState::default(); count], ..State::default() };
-        Ok(L2Cache {
-            data: Pages::new(count * slice_bytes as usize / 8)?,
+        Ok(TableCache {
+            data: Pages::new(count * slice_words)?,
             sets,
-            entries: slice_bytes as usize / 8 / words,
+            entries,
             words,
             slots: slots.collect(),
             state: Mutex::new(state),
+            entry: PhantomData,
         })
     }
 
@@ -118,13 +131,13 @@ impl L2Cache {
         self.entries
     }
 
-    fn set(&self, slice: SliceNo) -> std::ops::Range<usize> {
+    fn set(&self, slice: SliceNo) -> Range<usize> {
         let first = (slice.0 % self.sets) as usize * WAYS;
         first..first + WAYS
     }
 
     /// An entry, if its slice is there: no lock, no write.
-    pub fn get(&self, slice: SliceNo, index: usize) -> Option<L2Entry> {
+    pub fn get(&self, slice: SliceNo, index: usize) -> Option<E> {
         for n in self.set(slice) {
             let slot = &self.slots[n];
             for _ in 0..RETRIES {
@@ -140,14 +153,14 @@ impl L2Cache {
         None
     }
 
-    /// The slice, kept in its slot; read by `load` if it is not there. `load` gives as many words as
-    /// a slice has, in host order; `look` sees them before readers do.
+    /// The slice, kept in its slot; read by `load` if it is not there. `load` gives all entries of the slice;
+    /// `look` sees them before readers do.
     pub async fn pin(
         &self,
         slice: SliceNo,
-        load: impl Future<Output = IoResult<Vec<u64>>>,
-        look: impl FnOnce(&[u64]),
-    ) -> IoResult<Pinned<'_>> {
+        load: impl Future<Output = IoResult<Vec<E>>>,
+        look: impl FnOnce(&[E]),
+    ) -> IoResult<Pinned<'_, E>> {
         let begun = poll_fn(|cx| {
             let mut state = self.state.lock();
             match self.begin(&mut state, slice) {
@@ -162,15 +175,15 @@ impl L2Cache {
         match begun {
             Begun::There(pinned) => Ok(pinned),
             Begun::Load(loading) => {
-                let words = load.await?;
-                loading.place(&words);
-                look(&words);
+                let entries = load.await?;
+                loading.place(&entries);
+                look(&entries);
                 Ok(loading.show())
             }
         }
     }
 
-    fn begin(&self, state: &mut State, slice: SliceNo) -> Option<Begun<'_>> {
+    fn begin(&self, state: &mut State, slice: SliceNo) -> Option<Begun<'_, E>> {
         if state.loading.contains(&slice) {
             return None;
         }
@@ -188,7 +201,7 @@ impl L2Cache {
         };
         state.slots[slot].pins = 1;
         state.loading.push(slice);
-        // What it held until now is not there for anybody any more.
+        // Readers no longer find what it held.
         self.slots[slot].change(|| self.slots[slot].tag.store(EMPTY, Ordering::Relaxed));
         Some(Begun::Load(Loading { cache: self, slice, slot }))
     }
@@ -199,20 +212,35 @@ impl L2Cache {
         &self.data.words()[slot * len..][..len]
     }
 
-    /// An entry, if nothing has changed meanwhile and the slot holds `slice`.
-    fn read_of(&self, slot: usize, slice: SliceNo, index: usize) -> Option<L2Entry> {
+    /// An entry, if the slot holds `slice` and nothing changes meanwhile.
+    fn read_of(&self, slot: usize, slice: SliceNo, index: usize) -> Option<E> {
         let Slot { sequence, tag, .. } = &self.slots[slot];
         let before = sequence.load(Ordering::Acquire);
         let same = tag.load(Ordering::Relaxed) == slice.0;
-        let (data, at) = (self.data(slot), index * self.words);
-        let word = data[at].load(Ordering::Relaxed);
-        let bitmap = if self.words == 2 { data[at + 1].load(Ordering::Relaxed) } else { 0 };
+        let entry = self.entry_at(slot, index);
         fence(Ordering::Acquire);
         let still = before & 1 == 0 && sequence.load(Ordering::Relaxed) == before;
-        (same && still).then_some(L2Entry { word, bitmap })
+        (same && still).then_some(entry)
     }
 
-    /// Gives back the memory of slices that were not looked at since this was last called.
+    /// An entry of a slot as its words are now.
+    fn entry_at(&self, slot: usize, index: usize) -> E {
+        let (data, at) = (self.data(slot), index * self.words);
+        let first = data[at].load(Ordering::Relaxed);
+        let second = if self.words == 2 { data[at + 1].load(Ordering::Relaxed) } else { 0 };
+        E::from_words(first, second)
+    }
+
+    /// Sets an entry of a slot, inside [`Slot::change`].
+    fn store_at(&self, slot: usize, index: usize, entry: E) {
+        let (data, at) = (self.data(slot), index * self.words);
+        let words = entry.words();
+        for (place, word) in data[at..at + self.words].iter().zip(words) {
+            place.store(word, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives back the memory of slices that were not used since this was last called.
     pub fn give_back_unused(&self) {
         let len = self.entries * self.words;
         // Slots that share a page go together.
@@ -239,36 +267,36 @@ impl L2Cache {
         self.slots[slot].tag.load(Ordering::Relaxed)
     }
 
-    /// What `look` finds first in the words of a slice, of all that are there or are being looked at.
-    pub async fn find_slice<T>(&self, mut look: impl FnMut(&[u64]) -> Option<T>) -> Option<T> {
-        let mut words = Vec::new();
-        let (mut at, mut looked_at) = (0, 0);
-        while let Some(n) = self.copy_next(at, &mut words) {
-            if let Some(found) = look(&words) {
+    /// The first result of `look` over the slices that are in the cache or are being examined.
+    pub async fn find_slice<T>(&self, mut look: impl FnMut(&[E]) -> Option<T>) -> Option<T> {
+        let mut entries = Vec::new();
+        let (mut at, mut examined) = (0, 0);
+        while let Some(n) = self.copy_next(at, &mut entries) {
+            if let Some(found) = look(&entries) {
                 return Some(found);
             }
             at = n + 1;
-            looked_at += words.len();
-            if looked_at >= WORDS_AT_ONCE {
-                looked_at = 0;
+            examined += entries.len();
+            if examined >= ENTRIES_AT_ONCE {
+                examined = 0;
                 yield_now().await;
             }
         }
         None
     }
 
-    /// The first slot from `at` on that has a slice, and its words.
-    fn copy_next(&self, at: usize, words: &mut Vec<u64>) -> Option<usize> {
+    /// The first slot from `at` on that has a slice; copies its entries.
+    fn copy_next(&self, at: usize, entries: &mut Vec<E>) -> Option<usize> {
         // Nothing changes meanwhile.
         let state = self.state.lock();
-        let has_words = |&n: &usize| self.tag(n) != EMPTY || state.slots[n].is_looked_at;
-        let n = (at..self.slots.len()).find(has_words)?;
-        words.clear();
-        words.extend(self.data(n).iter().map(|word| word.load(Ordering::Relaxed)));
+        let is_filled = |&n: &usize| self.tag(n) != EMPTY || state.slots[n].is_examined;
+        let n = (at..self.slots.len()).find(is_filled)?;
+        entries.clear();
+        entries.extend((0..self.entries).map(|index| self.entry_at(n, index)));
         Some(n)
     }
 
-    /// Forgets the slices that nobody has pinned and that `which` chooses.
+    /// Removes the slices that `which` chooses, except pinned ones.
     pub fn forget(&self, which: impl Fn(SliceNo) -> bool) {
         let state = self.state.lock();
         for (n, slot) in self.slots.iter().enumerate() {
@@ -297,19 +325,19 @@ impl Slot {
     }
 }
 
-impl<'a> Loading<'a> {
-    /// Puts the words into the slot, where readers do not find them.
-    fn place(&self, words: &[u64]) {
+impl<'a, E: TableEntry> Loading<'a, E> {
+    /// Puts the entries into the slot, where readers do not find them yet.
+    fn place(&self, entries: &[E]) {
         let mut state = self.cache.state.lock();
-        state.slots[self.slot].is_looked_at = true;
+        state.slots[self.slot].is_examined = true;
         self.cache.slots[self.slot].change(|| {
-            for (place, &word) in self.cache.data(self.slot).iter().zip(words) {
-                place.store(word, Ordering::Relaxed);
+            for (index, &entry) in entries.iter().enumerate().take(self.cache.entries) {
+                self.cache.store_at(self.slot, index, entry);
             }
         });
     }
 
-    fn show(self) -> Pinned<'a> {
+    fn show(self) -> Pinned<'a, E> {
         let (cache, slot) = (self.cache, self.slot);
         let place = &cache.slots[slot];
         let mut state = cache.state.lock();
@@ -323,12 +351,12 @@ impl<'a> Loading<'a> {
     }
 }
 
-impl Drop for Loading<'_> {
-    /// Also when reading has failed or was given up: others try again.
+impl<E: TableEntry> Drop for Loading<'_, E> {
+    /// Also when reading failed or was cancelled: waiting tasks try again.
     fn drop(&mut self) {
         let mut state = self.cache.state.lock();
         state.slots[self.slot].pins -= 1;
-        state.slots[self.slot].is_looked_at = false;
+        state.slots[self.slot].is_examined = false;
         state.loading.retain(|slice| *slice != self.slice);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
@@ -336,8 +364,8 @@ impl Drop for Loading<'_> {
     }
 }
 
-impl Pinned<'_> {
-    pub fn get(&self, index: usize) -> L2Entry {
+impl<E: TableEntry> Pinned<'_, E> {
+    pub fn get(&self, index: usize) -> E {
         loop {
             // Changes take a few stores under a mutex, so this ends.
             let slice = SliceNo(self.cache.tag(self.slot));
@@ -348,9 +376,9 @@ impl Pinned<'_> {
         }
     }
 
-    /// All words of the slice.
-    pub fn words(&self) -> &[AtomicU64] {
-        self.cache.data(self.slot)
+    /// A range of the slice's entries.
+    pub fn entries(&self, range: Range<usize>) -> impl Iterator<Item = E> {
+        range.map(|index| self.cache.entry_at(self.slot, index))
     }
 
     /// Keeps the slice in its slot until [`Pinned::stay_no_longer`].
@@ -363,22 +391,17 @@ impl Pinned<'_> {
     }
 
     /// Shows new entries to all readers.
-    pub fn publish(&self, entries: &[(usize, L2Entry)]) {
+    pub fn publish(&self, entries: &[(usize, E)]) {
         let _state = self.cache.state.lock();
-        let data = self.cache.data(self.slot);
         self.cache.slots[self.slot].change(|| {
-            for &(index, words) in entries {
-                let at = index * self.cache.words;
-                data[at].store(words.word, Ordering::Relaxed);
-                if self.cache.words == 2 {
-                    data[at + 1].store(words.bitmap, Ordering::Relaxed);
-                }
+            for &(index, entry) in entries {
+                self.cache.store_at(self.slot, index, entry);
             }
         });
     }
 }
 
-impl Drop for Pinned<'_> {
+impl<E: TableEntry> Drop for Pinned<'_, E> {
     fn drop(&mut self) {
         let mut state = self.cache.state.lock();
         state.slots[self.slot].pins -= 1;
@@ -397,8 +420,25 @@ mod tests {
     use std::pin::pin;
     use std::task::Context;
 
-    fn pin_now<'a>(cache: &'a L2Cache, slice: u64, words: &[u64]) -> Option<Pinned<'a>> {
-        let load = std::future::ready(Ok(words.to_vec()));
+    type Pair = [u64; 2];
+    type Cache = TableCache<Pair>;
+
+    impl TableEntry for Pair {
+        fn from_words(first: u64, second: u64) -> Pair {
+            [first, second]
+        }
+        fn words(self) -> [u64; 2] {
+            self
+        }
+    }
+
+    /// A slice all entries of which are the same.
+    fn slice_of(cache: &Cache, word: u64) -> Vec<Pair> {
+        vec![[word, if cache.words == 2 { word } else { 0 }]; cache.entries()]
+    }
+
+    fn pin_now<'a>(cache: &'a Cache, slice: u64, entries: &[Pair]) -> Option<Pinned<'a, Pair>> {
+        let load = std::future::ready(Ok(entries.to_vec()));
         let mut future = pin!(cache.pin(SliceNo(slice), load, |_| ()));
         match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => Some(result.unwrap()),
@@ -408,30 +448,30 @@ mod tests {
 
     #[test]
     fn what_was_loaded_is_read_and_what_was_published_replaces_it() {
-        let cache = L2Cache::new(4096, 512, 2).unwrap();
+        let cache = Cache::new(4096, 32, 2).unwrap();
         assert_eq!(cache.entries(), 32);
         assert_eq!(cache.get(SliceNo(3), 1), None);
-        let words: Vec<u64> = (0..64).collect();
-        let pinned = pin_now(&cache, 3, &words).unwrap();
-        assert_eq!(cache.get(SliceNo(3), 1), Some(L2Entry { word: 2, bitmap: 3 }));
-        let new = L2Entry { word: 70, bitmap: 71 };
-        pinned.publish(&[(1, new)]);
-        assert_eq!(cache.get(SliceNo(3), 1), Some(new));
-        assert_eq!(pinned.get(31), L2Entry { word: 62, bitmap: 63 });
+        let entries: Vec<Pair> = (0..32).map(|n| [2 * n, 2 * n + 1]).collect();
+        let pinned = pin_now(&cache, 3, &entries).unwrap();
+        assert_eq!(cache.get(SliceNo(3), 1), Some([2, 3]));
+        pinned.publish(&[(1, [70, 71])]);
+        assert_eq!(cache.get(SliceNo(3), 1), Some([70, 71]));
+        assert_eq!(pinned.get(31), [62, 63]);
+        assert_eq!(pinned.entries(0..3).collect::<Vec<_>>(), [[0, 1], [70, 71], [4, 5]]);
     }
 
     #[test]
     fn pinned_slices_stay_and_the_oldest_of_the_others_goes() {
-        let cache = L2Cache::new(0, 512, 1).unwrap();
-        let words = |n: u64| vec![n; 64];
+        let cache = Cache::new(0, 64, 1).unwrap();
+        let words = |n: u64| slice_of(&cache, n);
         let first = pin_now(&cache, 0, &words(0)).unwrap();
         for n in 1..WAYS as u64 {
             pin_now(&cache, n, &words(n)).unwrap();
         }
         pin_now(&cache, 100, &words(100)).unwrap();
-        assert_eq!(cache.get(SliceNo(0), 5).unwrap().word, 0);
+        assert_eq!(cache.get(SliceNo(0), 5).unwrap()[0], 0);
         assert_eq!(cache.get(SliceNo(1), 5), None, "the oldest that is not pinned");
-        assert_eq!(cache.get(SliceNo(100), 5).unwrap().word, 100);
+        assert_eq!(cache.get(SliceNo(100), 5).unwrap()[0], 100);
         drop(first);
         let pins: Vec<_> =
             (200..200 + WAYS as u64).map(|n| pin_now(&cache, n, &words(n)).unwrap()).collect();
@@ -441,48 +481,48 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_looked_at_is_given_back_and_what_is_pinned_stays() {
+    fn what_was_not_examined_is_given_back_and_what_is_pinned_stays() {
         // Eight slots to a page, and one to a page.
         for bytes in [512, 4096] {
-            let cache = L2Cache::new(64 * bytes, bytes, 1).unwrap();
-            let words: Vec<u64> = vec![7; bytes as usize / 8];
+            let cache = Cache::new(64 * bytes, bytes as usize / 8, 1).unwrap();
+            let words = slice_of(&cache, 7);
             let pinned = pin_now(&cache, 1, &words).unwrap();
             (2..64).for_each(|n| drop(pin_now(&cache, n, &words).unwrap()));
             cache.give_back_unused();
             assert!((1..64).all(|n| cache.get(SliceNo(n), 0).is_some()), "all were used");
             cache.give_back_unused();
-            assert_eq!(cache.get(SliceNo(9), 3).unwrap().word, 7);
+            assert_eq!(cache.get(SliceNo(9), 3).unwrap()[0], 7);
             cache.give_back_unused();
             let there = |n| cache.get(SliceNo(n), 3).is_some();
             let all = cache.data.words().iter();
             let zeroes = all.filter(|word| word.load(Ordering::Relaxed) == 0).count();
             assert!(zeroes >= 48 * words.len(), "{zeroes} words");
             assert_eq!((1..64).filter(|&n| there(n)).collect::<Vec<_>>(), [1, 9]);
-            assert_eq!(pinned.get(3).word, 7);
+            assert_eq!(pinned.get(3)[0], 7);
             drop(pinned);
             assert!(pin_now(&cache, 20, &words).is_some() && there(20));
         }
     }
 
     #[test]
-    fn whoever_looks_at_all_slices_sees_one_that_is_just_being_looked_at() {
-        let cache = L2Cache::new(0, 512, 1).unwrap();
+    fn whoever_looks_at_all_slices_sees_one_that_is_just_being_examined() {
+        let cache = Cache::new(0, 64, 1).unwrap();
         let seen = || {
             let all = std::cell::RefCell::new(Vec::new());
-            let mut future = pin!(cache.find_slice(|words| {
-                all.borrow_mut().push(words[0]);
+            let mut future = pin!(cache.find_slice(|entries| {
+                all.borrow_mut().push(entries[0][0]);
                 None::<()>
             }));
             let mut cx = Context::from_waker(Waker::noop());
             assert_eq!(future.as_mut().poll(&mut cx), Poll::Ready(None));
             all.take()
         };
-        pin_now(&cache, 1, &[1; 64]);
-        let look = |words: &[u64]| {
-            assert_eq!((words, cache.get(SliceNo(2), 0)), (&[2; 64][..], None));
+        pin_now(&cache, 1, &slice_of(&cache, 1));
+        let look = |entries: &[Pair]| {
+            assert_eq!((entries, cache.get(SliceNo(2), 0)), (&slice_of(&cache, 2)[..], None));
             assert_eq!(seen(), [1, 2]);
         };
-        let load = std::future::ready(Ok(vec![2; 64]));
+        let load = std::future::ready(Ok(slice_of(&cache, 2)));
         let mut future = pin!(cache.pin(SliceNo(2), load, look));
         let mut cx = Context::from_waker(Waker::noop());
         assert!(matches!(future.as_mut().poll(&mut cx), Poll::Ready(Ok(_))));
@@ -491,13 +531,13 @@ mod tests {
 
     #[test]
     fn looking_at_all_slices_lets_others_have_their_turns_and_ends_with_what_it_finds() {
-        let cache = L2Cache::new(64 << 13, 8 << 13, 1).unwrap();
-        let words = |n: u64| vec![n; 1 << 13];
+        let cache = Cache::new(64 << 13, 1 << 13, 1).unwrap();
+        let words = |n: u64| slice_of(&cache, n);
         (0..8).for_each(|n| drop(pin_now(&cache, n, &words(n)).unwrap()));
         let looks = std::cell::Cell::new(0);
-        let mut future = pin!(cache.find_slice(|words| {
+        let mut future = pin!(cache.find_slice(|entries| {
             looks.set(looks.get() + 1);
-            (words[0] == 5).then_some(words[0])
+            (entries[0][0] == 5).then_some(5)
         }));
         let mut turns = 1;
         let mut cx = Context::from_waker(Waker::noop());
@@ -511,14 +551,14 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_is_refilled_never_gives_a_strangers_entry() {
-        let cache = L2Cache::new(0, 512, 2).unwrap();
+    fn a_slot_that_is_refilled_never_gives_an_entry_of_another_slice() {
+        let cache = Cache::new(0, 32, 2).unwrap();
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for round in 0..20_000u64 {
                     let slice = round % 50;
-                    pin_now(&cache, slice, &vec![slice + 1; 64]);
+                    pin_now(&cache, slice, &slice_of(&cache, slice + 1));
                     if round % 64 == 0 {
                         cache.give_back_unused();
                     }
@@ -528,7 +568,7 @@ mod tests {
             while !stop.load(Ordering::SeqCst) {
                 for slice in 0..50 {
                     if let Some(words) = cache.get(SliceNo(slice), 7) {
-                        assert_eq!(words, L2Entry { word: slice + 1, bitmap: slice + 1 });
+                        assert_eq!(words, [slice + 1; 2]);
                     }
                 }
             }
