@@ -43,7 +43,7 @@ impl<R: Ring> Queue<R> {
         }
         self.held -= slot.segments.len();
         let room = slot.segments.capacity();
-        if room > KEEP_SEGMENTS || room > KEEP_ALWAYS && self.room > KEEP_IN_ALL {
+        if room > KEEP_ALWAYS && (room > KEEP_SEGMENTS || self.room > KEEP_IN_ALL) {
             slot.segments = Vec::new();
             self.room -= room;
         }

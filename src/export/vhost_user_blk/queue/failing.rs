@@ -5,6 +5,7 @@ use super::super::queues::InFlight;
 use super::super::request::{Kind, Status};
 use super::super::ring::Ring;
 use super::slot::Slot;
+use super::take::Chain;
 use super::{KEEP_ALWAYS, Queue};
 use crate::export::core::failure::{Action, Failure, Operation};
 use crate::io::Io;
@@ -41,7 +42,7 @@ impl<R: Ring> Queue<R> {
             self.slots[head as usize].again = true;
             // For the place of the status byte, wherever it lies by now.
             match self.seize(head) {
-                Ok(readable) => {
+                Ok(Chain { readable, .. }) => {
                     let slot = &mut self.slots[head as usize];
                     slot.data = (readable, slot.segments.len() as u32);
                     // A read may have written there before it failed, and may be another queue's.

@@ -69,10 +69,15 @@ impl<R: Ring> Queue<R> {
     }
 
     /// Starts those parked requests that there is memory for, and asks for that of the next.
+    #[inline]
     pub(super) fn unpark(&mut self, io: &Rc<Io>, me: SourceId) {
-        if self.parked.heads.is_empty() {
-            return;
+        if !self.parked.heads.is_empty() {
+            self.unpark_some(io, me);
         }
+    }
+
+    #[cold]
+    fn unpark_some(&mut self, io: &Rc<Io>, me: SourceId) {
         let mut given = self.parked.given.take();
         if self.parked.is_asking && given.is_none() {
             return;

@@ -43,10 +43,19 @@ impl Share {
     }
 
     #[inline]
-    fn spend(&mut self, slot: &Slot) {
-        self.segments = self.segments.saturating_sub(slot.segments.len());
-        self.bytes = self.bytes.saturating_sub(slot.readable + slot.writable);
+    fn spend(&mut self, chain: &Chain) {
+        self.segments = self.segments.saturating_sub(chain.segments);
+        self.bytes = self.bytes.saturating_sub(chain.bytes);
     }
+}
+
+/// A chain that has been taken.
+pub(super) struct Chain {
+    /// How many of its segments the device reads; the others it writes.
+    pub(super) readable: u32,
+    segments: usize,
+    /// Of all segments, without the status.
+    bytes: usize,
 }
 
 impl<R: Ring> Queue<R> {
@@ -69,14 +78,15 @@ impl<R: Ring> Queue<R> {
         loop {
             let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
+            self.ring.prefetch(batch.min(count));
             for chain in &mut chains[..batch.min(count) as usize] {
                 if !self.has_room() || !share.is_left() {
                     break;
                 }
                 match self.gather() {
-                    Ok(gathered) => {
-                        share.spend(&self.slots[gathered.0 as usize]);
-                        *chain = gathered;
+                    Ok((head, taken)) => {
+                        share.spend(&taken);
+                        *chain = (head, taken.readable);
                     }
                     Err(why) => {
                         broken = Some(why);
@@ -104,8 +114,9 @@ impl<R: Ring> Queue<R> {
         }
     }
 
-    /// Takes the next chain: its head, and how many of its segments the device reads.
-    fn gather(&mut self) -> Result<(u16, u32), Broken> {
+    /// Takes the next chain, which is known by its head.
+    #[inline]
+    fn gather(&mut self) -> Result<(u16, Chain), Broken> {
         let again = self.inflight.as_mut().and_then(Tracking::replay);
         let again = again.or_else(|| self.next_held());
         let head = match again {
@@ -115,22 +126,25 @@ impl<R: Ring> Queue<R> {
         if again.is_none() && self.slots[head as usize].busy {
             return Err(Broken::Busy(head));
         }
-        let readable = self.seize(head)?;
+        let chain = self.seize(head)?;
         if let Some(tracker) = &mut self.inflight
             && again.is_none()
         {
             tracker.mark(head);
         }
         self.counts.requests += u64::from(!self.slots[head as usize].again);
-        Ok((head, readable))
+        Ok((head, chain))
     }
 
     /// Looks a chain's memory up. It is in flight from here on.
-    pub(super) fn seize(&mut self, head: u16) -> Result<u32, Broken> {
+    pub(super) fn seize(&mut self, head: u16) -> Result<Chain, Broken> {
         let slot = &mut self.slots[head as usize];
-        self.room -= slot.segments.capacity();
+        let room = slot.segments.capacity();
         let gathered = self.ring.gather(&self.memory, head, &mut slot.segments);
-        self.room += slot.segments.capacity();
+        // Room is only ever added here, and hardly ever.
+        if slot.segments.capacity() > room {
+            self.room += slot.segments.capacity() - room;
+        }
         let readable = gathered?;
         let (out, into) = slot.segments.split_at_mut(readable);
         slot.readable = out.iter().map(|s| s.iov_len).sum();
@@ -145,7 +159,7 @@ impl<R: Ring> Queue<R> {
         let status = last.iov_base.cast::<u8>().wrapping_add(last.iov_len);
         slot.status = std::ptr::NonNull::new(status);
         slot.writable = into.iter().map(|s| s.iov_len).sum();
-        prefetch(out[0].iov_base.cast());
+        iovec::prefetch(out[0].iov_base.cast());
         slot.busy = true;
         slot.age = 0;
         if let Some(recorder) = &self.recorder {
@@ -153,8 +167,12 @@ impl<R: Ring> Queue<R> {
         }
         self.in_flight += 1;
         self.held += slot.segments.len();
-        // At most 1024 descriptors, each in at most 509 regions.
-        Ok(readable as u32)
+        Ok(Chain {
+            // At most 1024 descriptors, each in at most 509 regions.
+            readable: readable as u32,
+            segments: slot.segments.len(),
+            bytes: slot.readable + slot.writable,
+        })
     }
 
     /// Starts what the chain's header asks for.
@@ -263,16 +281,4 @@ fn start_fast(
         }
         _ => None,
     }
-}
-
-/// Asks the processor for a cache line that is soon to be read.
-#[inline]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; it never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }

@@ -8,6 +8,7 @@ use super::super::dirty_log::{DirtyLog, UsedLog};
 use super::super::inflight::Tracker;
 use super::super::memory::Memory;
 use super::{Addresses, Broken, MAX_SIZE, Ring};
+use crate::io::iovec;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
@@ -17,8 +18,14 @@ const DESC_INDIRECT: u16 = 4;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 
-#[derive(Clone, Copy)]
-#[repr(C)]
+/// Half a descriptor, as it lies in the guest's memory: at any address.
+#[repr(C, packed)]
+struct Word(u64);
+
+/// A descriptor in the guest's memory (section 2.7.5): its address, then length, flags and next.
+type InMemory = [Word; 2];
+
+/// A copy of one.
 struct Descriptor {
     addr: u64,
     len: u32,
@@ -27,20 +34,17 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// Copies a descriptor out of the guest's memory, with one look: the guest may be writing to it.
+    /// Copies a descriptor out of the guest's memory. Each field is loaded once: the guest may be writing
+    /// to it.
     ///
     /// # Safety
-    /// All of it is mapped. It may lie at any address.
+    /// All of it is mapped.
     #[inline]
-    unsafe fn read(at: *const Descriptor) -> Descriptor {
-        if at.is_aligned() {
-            // SAFETY: the caller's promise, and it is aligned.
-            return unsafe { at.read_volatile() };
-        }
-        // SAFETY: the caller's promise; bytes lie at any address.
-        let bytes = unsafe { at.cast::<[u8; size_of::<Descriptor>()]>().read_volatile() };
-        // SAFETY: all of its fields are numbers, without room between them.
-        unsafe { std::mem::transmute::<[u8; size_of::<Descriptor>()], Descriptor>(bytes) }
+    unsafe fn read(at: *const InMemory) -> Descriptor {
+        let words = at.cast::<Word>();
+        // SAFETY: the caller's promise; a word may lie at any address.
+        let (addr, rest) = unsafe { (words.read_volatile().0, words.add(1).read_volatile().0) };
+        Descriptor { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 }
 
@@ -48,7 +52,7 @@ impl Descriptor {
 pub struct SplitRing {
     size: u16,
     event_index: bool,
-    descriptors: *const Descriptor,
+    descriptors: *const InMemory,
     available: *mut u16,
     used: *mut u16,
     /// The next entry of the available ring to take.
@@ -163,6 +167,15 @@ impl Ring for SplitRing {
         Ok(count)
     }
 
+    #[inline]
+    fn prefetch(&self, count: u16) {
+        for ahead in 0..count {
+            let entry = 2 + (self.next_available.wrapping_add(ahead) & (self.size - 1)) as usize;
+            let head = self.atomic(self.available, entry).load(Ordering::Relaxed);
+            iovec::prefetch(self.descriptors.wrapping_add(head as usize).cast());
+        }
+    }
+
     fn pop(&mut self) -> Result<u16, Broken> {
         let entry = 2 + (self.next_available & (self.size - 1)) as usize;
         let head = self.atomic(self.available, entry).load(Ordering::Relaxed);
@@ -195,7 +208,7 @@ impl Ring for SplitRing {
             let table = memory.host(first.addr, first.len as u64).ok_or(broken)?;
             // SAFETY: the whole table is mapped; the guest may have put it at any address.
             let entry = unsafe { Descriptor::read(table.cast_const().cast()) };
-            (table.cast_const().cast::<Descriptor>(), count as u16, entry)
+            (table.cast_const().cast::<InMemory>(), count as u16, entry)
         } else {
             (self.descriptors, self.size, first)
         };
