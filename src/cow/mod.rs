@@ -6,6 +6,7 @@ mod lookup;
 mod padded;
 mod ranges;
 mod read;
+mod references;
 mod status;
 mod table_cache;
 mod tables;
@@ -18,6 +19,7 @@ pub use lookup::{BadEntryOf, Compressed, Found, Piece, find, lookup, piece, pin,
 pub use padded::read_padded;
 pub use ranges::{RangeGuard, Ranges};
 pub use read::{decider, fast_read, map_data, read_range};
+pub use references::References;
 pub use status::status;
 pub use table_cache::{Pinned, SliceNo, TableCache, TableEntry};
 pub use tables::{Shape, Tables};

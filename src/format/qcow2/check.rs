@@ -9,7 +9,6 @@
 //! structure is written beside the old one, which is given back after the header names the new one.
 
 mod refcounts;
-mod references;
 mod snapshots;
 mod walk;
 
@@ -19,9 +18,9 @@ use super::header::{Autoclear, Header, Incompatible};
 use super::header_cluster;
 use super::layout::{Geometry, L1Entry, OFFSET_MASK};
 use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
+use crate::cow::References;
 use crate::io::{Errno, IoResult, IoVec};
 use refcounts::Refcounts;
-use references::References;
 use std::collections::BTreeSet;
 
 /// Checks the image in `file`, with no other request in flight, and repairs what `fix` names.

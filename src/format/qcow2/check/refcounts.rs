@@ -1,8 +1,8 @@
 //! The refcounts as the image has them: the table in memory, one block at a time.
 
-use super::references::References;
 use super::{failed, read_or_zero, read_words, write};
 use crate::block::{Error, Event, Node};
+use crate::cow::References;
 use crate::format::qcow2::header::Header;
 use crate::format::qcow2::layout::{self, Geometry, REFTABLE_OFFSET_MASK};
 use std::ops::Range;

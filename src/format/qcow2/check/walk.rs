@@ -1,8 +1,8 @@
 //! Finding every reference to a cluster: a walk over all tables, telling what of them makes no sense.
 
-use super::references::References;
 use super::{Check, failed, read_or_zero, read_words, write};
 use crate::block::{Error, Fix, Preallocation};
+use crate::cow::References;
 use crate::format::qcow2::bitmaps;
 use crate::format::qcow2::extensions::Extension;
 use crate::format::qcow2::header::Autoclear;

@@ -14,7 +14,7 @@ const MAX_PAGES: usize = 1 << 18;
 
 /// See the module's text.
 #[derive(Default)]
-pub(super) struct References {
+pub struct References {
     pages: Vec<Box<[u8; PAGE]>>,
     /// Where in `pages` a page is.
     index: BTreeMap<u64, usize>,
@@ -77,6 +77,11 @@ impl References {
         let first = from / PAGE as u64;
         let (&page, _) = self.index.range(first..).next()?;
         Some((page * PAGE as u64).max(from))
+    }
+
+    /// Where the page of a cluster ends: the first cluster of the next one.
+    pub fn page_end(&self, cluster: u64) -> u64 {
+        (cluster / PAGE as u64 + 1) * PAGE as u64
     }
 
     /// The first of `n` clusters in a row, from `from` on, that nothing refers to.
