@@ -4,7 +4,8 @@ use crate::block::DriverEntry;
 
 pub mod foreign;
 pub mod qcow2;
+pub mod qed;
 pub mod raw;
 
 /// All formats.
-pub static LIST: &[&DriverEntry] = &[&qcow2::ENTRY, &raw::ENTRY];
+pub static LIST: &[&DriverEntry] = &[&qcow2::ENTRY, &qed::ENTRY, &raw::ENTRY];

@@ -129,8 +129,9 @@ fn images() -> Vec<Case> {
 }
 
 /// What needs more than its entry says: a block device, for which the tests of host_device make loop devices; an
-/// image that compresses, of which each unit is written once.
-const ELSEWHERE: [&str; 2] = ["host_device", "compress"];
+/// image that compresses, of which each unit is written once; a format that is only read, whose images QEMU makes
+/// for the tests of the tools.
+const ELSEWHERE: [&str; 3] = ["host_device", "compress", "qed"];
 
 /// The disk of `lower`, with a node of the driver over it.
 fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {

@@ -21,6 +21,7 @@ mod newer;
 mod no_text;
 mod options;
 mod progress;
+mod qed;
 mod random;
 mod served;
 mod snapshots;

@@ -1,0 +1,209 @@
+//! QED images that QEMU has made and damaged, read by both.
+
+use super::{Place, assert_same, fixture};
+use crate::disks::open_holding;
+use crate::fast_road::FastRoad;
+use vublk::block::{Access, Perm};
+use vublk::io::{AlignedBuf, IoVec, Worker, WorkerOptions};
+
+/// Lines that read the image `x.qed`.
+const READS: [&str; 14] = [
+    "qemu-img info x.qed",
+    "qemu-img info --output=json x.qed",
+    "qemu-img info --backing-chain x.qed",
+    "qemu-img map x.qed",
+    "qemu-img map --output=json x.qed",
+    "qemu-img check x.qed",
+    "qemu-img check -f qed --output=json x.qed",
+    "qemu-img convert -O raw x.qed out.raw",
+    "qemu-img convert -f qed -O raw x.qed out.raw && qemu-img compare out.raw x.qed",
+    "qemu-img measure -O qcow2 x.qed",
+    "qemu-img snapshot -l x.qed",
+    "qemu-img dd -f qed -O raw bs=1000 skip=1 count=99 if=x.qed of=out.raw",
+    "qemu-io -r -c 'read -v 4090 20' -c 'map' -c 'alloc 0 1M' x.qed",
+    "qemu-img create -q -f qcow2 -b x.qed -F qed over.qcow2 && qemu-img map over.qcow2",
+];
+
+#[test]
+fn images_of_every_shape_are_read_as_qemu_reads_them() {
+    let make = |options: &str, size: &str| {
+        vec![
+            format!("qemu-img create -q -f qed {options} x.qed {size}"),
+            "qemu-io -f qed -c 'write -P 1 0 10k' -c 'write -P 2 700k 70k' -c 'write -z 128k 64k' \
+             -c 'write -P 3 3900k 512' x.qed"
+                .to_owned(),
+        ]
+    };
+    for (options, size) in [
+        ("", "4M"),
+        ("-o cluster_size=4k,table_size=2", "6M"),
+        ("-o cluster_size=8k,table_size=16", "4097k"),
+        ("-o cluster_size=1M,table_size=2", "2G"),
+    ] {
+        let prepare = make(options, size);
+        assert_same(&prepare.iter().map(|line| &**line).collect::<Vec<_>>(), &READS);
+    }
+}
+
+#[test]
+fn chains_of_images_are_read_as_qemu_reads_them() {
+    for (below, format) in
+        [("-f raw b.img", "raw"), ("-f qcow2 b.img", "qcow2"), ("-f qed b.img", "qed")]
+    {
+        let prepare = [
+            format!("qemu-img create -q {below} 2M"),
+            format!("qemu-io -f {format} -c 'write -P 9 0 1M' -c 'write -P 8 1536k 1k' b.img"),
+            format!("qemu-img create -q -f qed -b b.img -F {format} x.qed 4M"),
+            "qemu-io -f qed -c 'write -P 1 4k 10k' -c 'write -z 512k 64k' -c 'write -P 3 3M 1k' x.qed"
+                .to_owned(),
+        ];
+        assert_same(&prepare.each_ref().map(|line| &**line), &READS);
+    }
+}
+
+/// Changes of single bytes of an image, as qemu-io makes them.
+fn bytes(changes: &[(u64, u8)]) -> String {
+    let writes = changes.iter().map(|(at, byte)| format!("-c 'write -P {byte} {at} 1' "));
+    format!("qemu-io -f raw {}x.qed", writes.collect::<String>())
+}
+
+#[test]
+fn headers_that_make_no_sense_are_refused_in_qemus_words() {
+    for changes in [
+        &[(4, 1)][..],
+        &[(7, 8)],
+        &[(6, 0)],
+        &[(8, 3)],
+        &[(8, 32)],
+        &[(8, 0)],
+        &[(12, 0)],
+        &[(12, 2)],
+        &[(15, 255)],
+        &[(16, 8)],
+        &[(23, 1)],
+        &[(24, 1)],
+        &[(32, 1)],
+        &[(40, 5)],
+        &[(42, 0)],
+        &[(46, 1)],
+        &[(48, 1)],
+        &[(54, 255)],
+        &[(55, 1)],
+        &[(16, 1), (56, 70), (62, 1)],
+        &[(16, 1), (56, 64), (61, 8)],
+        &[(16, 2)],
+        &[(0, 0)],
+    ] {
+        let prepare = ["qemu-img create -q -f qed x.qed 1M", &bytes(changes)];
+        assert_same(
+            &prepare,
+            &[
+                "qemu-img info -f qed x.qed",
+                "qemu-img check -f qed x.qed",
+                "qemu-io -r -f qed -c 'read 0 512' x.qed",
+            ],
+        );
+    }
+}
+
+#[test]
+fn tables_that_make_no_sense_are_found_and_cost_their_reader_an_error() {
+    // The L1 table is at 64 KiB, the data from 320 KiB on, and the L2 table behind it at 512 KiB.
+    let (l1, l2) = (0x10000, 0x80000);
+    for changes in [
+        // Twice the same cluster; the middle of one; past the end; a table; zeroes; nothing.
+        &[(l2 + 2, 6)][..],
+        &[(l2, 2)],
+        &[(l2 + 5, 1)],
+        &[(l2 + 2, 8)],
+        &[(l2, 1), (l2 + 2, 0)],
+        &[(l2 + 2, 0)],
+        // The header.
+        &[(l2 + 2, 0), (l2 + 1, 0), (l2, 128)],
+        // Behind the disk.
+        &[(l2 + 130, 9)],
+        // L2 tables past the end, in the middle of a cluster, twice, in the header.
+        &[(l1 + 5, 1)],
+        &[(l1, 1)],
+        &[(l1 + 10, 8)],
+        &[(l1 + 2, 0), (l1, 16)],
+        &[(16, 2), (l2 + 5, 1)],
+    ] {
+        let prepare = [
+            "qemu-img create -q -f qed x.qed 1M",
+            "qemu-io -f qed -c 'write -P 1 0 192k' x.qed",
+            &bytes(changes),
+        ];
+        assert_same(
+            &prepare,
+            &[
+                "qemu-img check -f qed x.qed",
+                "qemu-img check -f qed --output=json x.qed",
+                "qemu-io -r -f qed -c 'read -P 1 0 64k' -c 'read -P 1 64k 64k' x.qed",
+                "qemu-img convert -f qed -O raw x.qed out.raw",
+            ],
+        );
+    }
+}
+
+#[test]
+fn an_image_is_opened_for_reading_only() {
+    let place = Place::new(true);
+    fixture(place.path());
+    assert_eq!(place.run_theirs("qemu-img create -q -f qed x.qed 1M").code, Some(0));
+    let before = place.files();
+    for line in ["qemu-io -f qed -c 'write 0 512' x.qed", "qemu-img check -r all x.qed"] {
+        let ended = place.run(line);
+        assert_ne!(ended.code, Some(0), "{line}");
+        assert!(ended.stderr.contains("qed images cannot be written yet"), "{line}: {ended:?}");
+    }
+    assert_eq!(place.run("qemu-img create -f qed y.qed 1M").code, Some(1));
+    assert!(before == place.files());
+}
+
+#[test]
+fn what_the_fast_path_reads_is_what_the_slow_path_reads() {
+    let place = Place::new(true);
+    fixture(place.path());
+    for line in [
+        "qemu-img create -q -f raw b.img 1M",
+        "qemu-io -f raw -c 'write -P 9 0 1M' b.img",
+        "qemu-img create -q -f qed -o cluster_size=4k,table_size=2 -b b.img -F raw x.qed 3M",
+        "qemu-io -f qed -c 'write -P 1 4k 10k' -c 'write -z 512k 64k' -c 'write -P 3 2M 1k' x.qed",
+    ] {
+        assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+    }
+    let options = format!(
+        "driver=qed,read-only=on,file.driver=file,file.filename={0}/x.qed,backing.driver=raw,\
+         backing.file.driver=file,backing.file.filename={0}/b.img",
+        place.path().display()
+    );
+    let worker = Worker::start("qed", WorkerOptions::default()).unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    worker.send(move |local| {
+        let road = FastRoad::attach(local);
+        local.io().spawn(async move {
+            let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
+            road.serve(&opened.node);
+            let mut fast = 0;
+            for at in (0..3 << 20).step_by(16384) {
+                let mut slow = vec![0; 16384];
+                opened.node.read(at, &IoVec::from_mut(&mut slow)).await.unwrap();
+                // What the slow path has looked up is in memory.
+                for (step, part) in slow.chunks(4096).enumerate() {
+                    let buf = AlignedBuf::new(4096, 4096).unwrap();
+                    let at = at + step as u64 * 4096;
+                    let (buf, result) = road.transfer(Access::Read, at, buf).await;
+                    if let Some(result) = result {
+                        result.unwrap();
+                        fast += 1;
+                        assert!(buf[..] == *part, "at {at}");
+                    }
+                }
+            }
+            road.close();
+            let _ = sender.send(fast);
+        });
+    });
+    assert_eq!(receiver.recv_timeout(std::time::Duration::from_secs(60)), Ok(3 << 20 >> 12));
+}
