@@ -11,6 +11,7 @@ mod status;
 mod table_cache;
 mod tables;
 mod top_table;
+mod traits;
 mod visits;
 
 pub use format::{Format, announce, backing, data, file};
@@ -20,10 +21,11 @@ pub use padded::read_padded;
 pub use ranges::{RangeGuard, Ranges};
 pub use read::{decider, fast_read, map_data, read_range};
 pub use references::References;
-pub use status::status;
+pub use status::{status, stored_status};
 pub use table_cache::{Pinned, SliceNo, TableCache, TableEntry};
 pub use tables::{Shape, Tables};
 pub use top_table::{TopEntry, TopTable};
+pub use traits::traits_over;
 pub use visits::{Visit, Visits};
 
 /// The result of a future that is ready.

@@ -3,7 +3,7 @@
 use super::format::{Format, backing};
 use super::lookup::{Found, lookup};
 use crate::block::extents::decided;
-use crate::block::{Extent, Place, Precision, Status};
+use crate::block::{Extent, Node, Place, Precision, Status};
 use crate::io::IoResult;
 
 /// The status of the first bytes of a range, as [`Driver::status`](crate::block::Driver::status) asks.
@@ -29,6 +29,23 @@ pub async fn status<F: Format>(
             Ok(Extent { place: host.and_then(place), ..below })
         }
     }
+}
+
+/// The status of the guest's data at a host offset, where holes of the file are told from data; and for how many
+/// bytes.
+pub async fn stored_status(
+    data: &Node,
+    host: u64,
+    len: u64,
+    precision: Precision,
+) -> IoResult<(u64, Status)> {
+    let stored = Status::DATA | Status::ALLOCATED;
+    let there = data.len().saturating_sub(host);
+    if there == 0 {
+        return Ok((len, stored | Status::ZERO));
+    }
+    let Extent { len, status, .. } = data.status(host, len.min(there), precision).await?;
+    Ok((len, stored | status & Status::ZERO))
 }
 
 async fn status_of_backing<F: Format>(

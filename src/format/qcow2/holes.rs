@@ -7,8 +7,8 @@
 
 use super::Qcow2;
 use super::layout;
-use crate::block::{Extent, Precision, Status};
-use crate::cow::read_padded;
+use crate::block::{Precision, Status};
+use crate::cow::{read_padded, stored_status};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -30,17 +30,10 @@ impl Qcow2 {
         len: u64,
         precision: Precision,
     ) -> IoResult<(u64, Status)> {
-        let data = Status::DATA | Status::ALLOCATED;
         if precision == Precision::Allocation || !self.may_have_holes().await {
-            return Ok((len, data));
+            return Ok((len, Status::DATA | Status::ALLOCATED));
         }
-        let file = self.data();
-        let there = file.len().saturating_sub(host);
-        if there == 0 {
-            return Ok((len, data | Status::ZERO));
-        }
-        let Extent { len, status, .. } = file.status(host, len.min(there), precision).await?;
-        Ok((len, data | status & Status::ZERO))
+        stored_status(&self.data(), host, len, precision).await
     }
 
     async fn may_have_holes(&self) -> bool {

@@ -11,7 +11,7 @@ use super::overlap::{Kinds, Overlaps};
 use super::refcounts::Refcounts;
 use super::{Qcow2, check, header_cluster, mapping, snapshots};
 use crate::block::*;
-use crate::cow::{Lock, read_padded};
+use crate::cow::{Lock, read_padded, traits_over};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Budget, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
@@ -306,19 +306,5 @@ fn traits(data: Traits, geometry: &super::layout::Geometry, is_writable: bool) -
         true => Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD,
         false => Abilities::READ_ONLY,
     };
-    let fits = u64::from(data.request_align) <= geometry.cluster_size();
-    let (request_align, buffer_align) =
-        if fits { (data.request_align, data.buffer_align) } else { (1, 1) };
-    Traits {
-        request_align,
-        buffer_align,
-        max_transfer: data.max_transfer,
-        max_segments: data.max_segments,
-        zero_align: request_align,
-        max_zero: Traits::MAX_TRANSFER as u64,
-        discard_align: request_align,
-        max_discard: Traits::MAX_TRANSFER as u64,
-        optimal_io: geometry.subcluster_size() as u32,
-        abilities,
-    }
+    traits_over(data, geometry.cluster_size(), geometry.subcluster_size(), abilities)
 }
