@@ -20,8 +20,6 @@ pub static FOREIGN: &[Foreign] = &[
     Foreign { name: "parallels", probe: |head, _| parallels(head) },
     // Version 1; the others are qcow2's.
     Foreign { name: "qcow", probe: |head, _| magic(head, 0, b"QFI\xfb\0\0\0\x01") },
-    // 0xbeda107f after 64 bytes of any text.
-    Foreign { name: "vdi", probe: |head, _| magic(head, 64, b"\x7f\x10\xda\xbe") },
     Foreign { name: "vhdx", probe: |head, _| magic(head, 0, b"vhdxfile") },
     Foreign { name: "vmdk", probe: |head, _| vmdk(head) },
     // The copy of the footer that images of dynamic size begin with.

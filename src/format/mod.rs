@@ -6,6 +6,8 @@ pub mod foreign;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+mod read_only;
+pub mod vdi;
 
 /// All formats.
-pub static LIST: &[&DriverEntry] = &[&qcow2::ENTRY, &qed::ENTRY, &raw::ENTRY];
+pub static LIST: &[&DriverEntry] = &[&qcow2::ENTRY, &qed::ENTRY, &raw::ENTRY, &vdi::ENTRY];

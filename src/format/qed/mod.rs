@@ -14,6 +14,7 @@ mod header;
 mod mapping;
 mod open;
 
+use super::read_only;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{Tables, TopTable, decider, fast_read, read_range, status};
@@ -117,14 +118,11 @@ impl Driver for Qed {
 
 impl Image for Qed {
     fn resize(&self, _: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(std::future::ready(Err(Error::new(open::READ_ONLY))))
+        Box::pin(std::future::ready(Err(read_only::cannot_write("qed"))))
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let file = self.children[0].node();
-            file.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
+        read_only::allocated(&self.children[0])
     }
 
     fn check<'a>(
@@ -135,7 +133,7 @@ impl Image for Qed {
         Box::pin(async move {
             match fix {
                 Fix::Nothing => check::check(&self.children[0].node()).await,
-                _ => Err(Error::new(open::READ_ONLY)),
+                _ => Err(read_only::cannot_write("qed")),
             }
         })
     }

@@ -3,14 +3,13 @@
 use super::header::{self, Features, Header};
 use super::{Qed, mapping};
 use crate::block::*;
-use crate::cow::read_padded;
+use crate::cow::{read_padded, traits_over};
+use crate::format::read_only;
 use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{Map, NodeRef, bytes};
 use serde::Deserialize;
 use std::sync::atomic::AtomicBool;
-
-pub(super) const READ_ONLY: &str = "qed images cannot be written yet: open it with read-only=on";
 
 pub(super) static HELP: &[OptionHelp] = &[
     OptionHelp { name: "file", value: "node", help: "The node that holds the image" },
@@ -30,9 +29,7 @@ struct Options {
 
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
-    if !opening.options().read_only && !opening.auto_read_only() {
-        return Err(Error::new(READ_ONLY));
-    }
+    read_only::check(opening, "qed")?;
     let during = Perms::format(Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
@@ -53,22 +50,8 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let mapping = mapping::tables(&header.geometry, header.size);
     let mapping = mapping.map_err(|errno| Error::os("Could not allocate L2 tables", errno))?;
 
-    let data = node.traits();
-    let fits = u64::from(data.request_align) <= header.geometry.cluster_size();
-    let (request_align, buffer_align) =
-        if fits { (data.request_align, data.buffer_align) } else { (1, 1) };
-    let traits = Traits {
-        request_align,
-        buffer_align,
-        max_transfer: data.max_transfer,
-        max_segments: data.max_segments,
-        zero_align: request_align,
-        max_zero: Traits::MAX_TRANSFER as u64,
-        discard_align: request_align,
-        max_discard: Traits::MAX_TRANSFER as u64,
-        optimal_io: header.geometry.cluster_size() as u32,
-        abilities: Abilities::READ_ONLY,
-    };
+    let cluster = header.geometry.cluster_size();
+    let traits = traits_over(node.traits(), cluster, cluster, Abilities::READ_ONLY);
     let mut children = vec![file];
     children.extend(backing);
     let name = opening.name().to_owned();

@@ -27,6 +27,7 @@ mod served;
 mod snapshots;
 mod targets;
 mod unheard;
+mod vdi;
 
 pub use deep::chain_of;
 

@@ -1,0 +1,48 @@
+//! Opening an image: the header, the file.
+
+use super::header::{self, Header};
+use super::{Vdi, mapping};
+use crate::block::*;
+use crate::cow::{read_padded, traits_over};
+use crate::format::read_only;
+use crate::io::IoVec;
+use crate::options::{Map, NodeRef};
+use serde::Deserialize;
+
+pub(super) static HELP: &[OptionHelp] =
+    &[OptionHelp { name: "file", value: "node", help: "The node that holds the image" }];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Options {
+    file: NodeRef,
+}
+
+pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
+    let options: Options = opening.parse(map)?;
+    read_only::check(opening, "vdi")?;
+    let during = Perms::format(Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() });
+    let file = opening.child(Role::File, options.file, during).await?;
+    let node = file.node();
+    let header = read_header(&node).await?;
+    let map_end = u64::from(header.map_offset) + u64::from(header.blocks) * 4;
+    if map_end > node.len() {
+        return Err(Error::new(format!(
+            "The VDI block map ends at {map_end:#x}, past the end of the file ({:#x})",
+            node.len()
+        )));
+    }
+    let mapping = mapping::tables(&header);
+    let mapping = mapping.map_err(|errno| Error::os("Could not allocate the block map", errno))?;
+    let block = 1 << header::BLOCK_BITS;
+    let traits = traits_over(node.traits(), block, block, Abilities::READ_ONLY);
+    Ok(Box::new(Vdi { header, children: [file], traits, mapping }))
+}
+
+/// Reads the header.
+pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
+    let mut head = [0; header::LEN];
+    let read = read_padded(file, 0, &IoVec::from_mut(&mut head)).await;
+    read.map_err(|errno| Error::os("Could not read VDI header", errno))?;
+    Header::parse(&head)
+}
