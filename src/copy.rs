@@ -318,16 +318,15 @@ impl Shared {
     }
 
     async fn move_data(&self, piece: &Piece, buffer: &mut AlignedBuf) -> Result<(), Trouble> {
-        let bytes = &mut buffer[..piece.len as usize];
         match piece.kind {
-            Kind::WrittenZeroes => bytes.fill(0),
-            _ => self.read(piece.at, bytes).await?,
+            Kind::WrittenZeroes => buffer[..piece.len as usize].fill(0),
+            _ => self.read(piece.at, &buffer.io_vec().slice(0, piece.len)).await?,
         }
         match self.copy.unit() {
-            Some(unit) => self.write_packed(piece, bytes, unit).await,
+            Some(unit) => self.write_packed(piece, buffer, unit).await,
             None => {
                 self.await_turn(piece).await;
-                self.write(piece.at, bytes).await
+                self.write(piece, buffer).await
             }
         }
     }
@@ -349,51 +348,56 @@ impl Shared {
     }
 
     /// Reads what goes to `at` of the target.
-    async fn read(&self, mut at: u64, mut bytes: &mut [u8]) -> Result<(), Trouble> {
-        while !bytes.is_empty() {
+    async fn read(&self, to: u64, into: &IoVec<'_>) -> Result<(), Trouble> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = to + done;
             let (source, from, there) =
                 self.copy.source_at(at).ok_or(Trouble::Read(at, Errno::EIO))?;
-            let len = (bytes.len() as u64).min(there);
-            let (part, rest) = bytes.split_at_mut(len as usize);
-            match source.read(from, &IoVec::from_mut(part)).await {
+            let part = into.slice(done, (into.len() - done).min(there));
+            match source.read(from, &part).await {
                 Ok(()) => {}
-                Err(_) if self.copy.salvage => self.salvage(at, source, from, part).await,
+                Err(_) if self.copy.salvage => self.salvage(at, source, from, &part).await,
                 Err(errno) => return Err(Trouble::Read(at, errno)),
             }
-            at += len;
-            bytes = rest;
+            done += part.len();
         }
         Ok(())
     }
 
     /// Reads sector by sector; those that cannot be read become zeroes.
-    async fn salvage(&self, to: u64, source: &Disk, from: u64, bytes: &mut [u8]) {
+    async fn salvage(&self, to: u64, source: &Disk, from: u64, into: &IoVec<'_>) {
         let mut at = 0;
-        for sector in bytes.chunks_mut(512) {
-            let len = sector.len() as u64;
-            if let Err(errno) = source.read(from + at, &IoVec::from_mut(sector)).await {
+        while at < into.len() {
+            let sector = into.slice(at, (into.len() - at).min(512));
+            if let Err(errno) = source.read(from + at, &sector).await {
                 (self.hooks.salvaged)(to + at, errno);
-                sector.fill(0);
+                sector.zero();
             }
-            at += len;
+            at += sector.len();
         }
     }
 
     /// Packs all units that are not zero, waits for the turn, and stores them.
-    async fn write_packed(&self, piece: &Piece, bytes: &[u8], unit: u64) -> Result<(), Trouble> {
+    async fn write_packed(
+        &self,
+        piece: &Piece,
+        buffer: &AlignedBuf,
+        unit: u64,
+    ) -> Result<(), Trouble> {
         let target = self.copy.target.node();
-        let units: Vec<&[u8]> = bytes.chunks(unit as usize).collect();
+        let units: Vec<&[u8]> = buffer[..piece.len as usize].chunks(unit as usize).collect();
         let is_left_out = |unit: &[u8]| self.copy.sparse.is_some() && is_zero(unit);
-        let mut parts: Vec<(u64, usize, Option<Vec<Packed>>)> = Vec::new();
-        let mut at = 0;
+        let mut parts: Vec<(u64, u64, Option<Vec<Packed>>)> = Vec::new();
+        let mut at = 0u64;
         // A unit that is cut short goes by itself: it may be refused.
         for alike in units.chunk_by(|a, b| a.len() == b.len() && is_left_out(a) == is_left_out(b)) {
-            let len = alike.iter().map(|unit| unit.len()).sum();
-            let to = piece.at + at as u64;
+            let len = alike.iter().map(|unit| unit.len() as u64).sum();
+            let to = piece.at + at;
             let packed = match is_left_out(alike[0]) {
                 true => None,
                 false => {
-                    let packed = target.pack(to, &IoVec::from_ref(&bytes[at..at + len])).await;
+                    let packed = target.pack(to, &buffer.source().slice(at, len)).await;
                     Some(packed.map_err(|errno| Trouble::Write(to, errno))?)
                 }
             };
@@ -403,40 +407,40 @@ impl Shared {
         self.await_turn(piece).await;
         for (to, len, packed) in parts {
             let Some(packed) = packed else {
-                self.zero(to, len as u64).await?;
+                self.zero(to, len).await?;
                 continue;
             };
-            let plain = &bytes[(to - piece.at) as usize..][..len];
-            let stored = self.copy.target.store_packed(&packed, &IoVec::from_ref(plain)).await;
+            let plain = buffer.source().slice(to - piece.at, len);
+            let stored = self.copy.target.store_packed(&packed, &plain).await;
             stored.map_err(|errno| Trouble::Write(to, errno))?;
         }
         Ok(())
     }
 
     /// Writes data, without its longer runs of zeroes where that is wanted.
-    async fn write(&self, to: u64, bytes: &[u8]) -> Result<(), Trouble> {
+    async fn write(&self, piece: &Piece, buffer: &AlignedBuf) -> Result<(), Trouble> {
+        let from = buffer.source().slice(0, piece.len);
         let sparse = match self.copy.sparse {
             Some(sparse) if !self.copy.keeps_data => sparse,
-            _ => return self.write_data(to, bytes).await,
+            _ => return self.write_data(piece.at, &from).await,
         };
-        let mut rest = bytes;
-        let mut at = to;
-        while !rest.is_empty() {
+        let mut done = 0;
+        while done < piece.len {
+            let at = piece.at + done;
+            let rest = &buffer[done as usize..piece.len as usize];
             let (zero, len) = next_run(rest, at, sparse);
-            let (run, tail) = rest.split_at(len);
+            let len = len as u64;
             match zero {
-                true => self.zero(at, len as u64).await?,
-                false => self.write_data(at, run).await?,
+                true => self.zero(at, len).await?,
+                false => self.write_data(at, &from.slice(done, len)).await?,
             }
-            at += len as u64;
-            rest = tail;
+            done += len;
         }
         Ok(())
     }
 
-    async fn write_data(&self, to: u64, bytes: &[u8]) -> Result<(), Trouble> {
-        let written =
-            self.copy.target.write(to, &IoVec::from_ref(bytes), WriteFlags::empty()).await;
+    async fn write_data(&self, to: u64, from: &IoVec<'_>) -> Result<(), Trouble> {
+        let written = self.copy.target.write(to, from, WriteFlags::empty()).await;
         written.map_err(|errno| Trouble::Write(to, errno))
     }
 

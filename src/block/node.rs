@@ -623,7 +623,7 @@ impl Node {
     }
 
     /// Reads a block that a request covers in part: the one that it begins in, ends in, or both.
-    async fn read_rest(&self, at: u64, into: &mut [u8], (head, tail): (bool, bool)) -> IoResult {
+    async fn read_rest(&self, at: u64, into: &IoVec<'_>, (head, tail): (bool, bool)) -> IoResult {
         self.rounding_event(head.then_some(Event::PwritevRmwHead)).await;
         self.rounding_event(tail.then_some(Event::PwritevRmwTail)).await;
         self.read_block(at, into).await?;
@@ -634,14 +634,13 @@ impl Node {
 
     /// Reads one block, into memory that is aligned for blocks but perhaps not for the disk. Past the
     /// end there are zeroes.
-    async fn read_block(&self, at: u64, into: &mut [u8]) -> IoResult {
+    async fn read_block(&self, at: u64, into: &IoVec<'_>) -> IoResult {
         if at >= self.len() {
-            into.fill(0);
+            into.zero();
             return Ok(());
         }
-        let into = IoVec::from_mut(into);
         if into.is_aligned(self.traits.buffer_align) {
-            return self.read_pieces(at, &into).await;
+            return self.read_pieces(at, into).await;
         }
         let mut bounce = self.bounce(into.len())?;
         self.read_pieces(at, &bounce.io_vec()).await?;
@@ -694,15 +693,15 @@ impl Node {
         while pos < end {
             let n = (end - pos).min(self.bounce_limit());
             let mut bounce = self.bounce(n)?;
-            let tail = (n - align) as usize;
+            let tail = n - align;
             let has_tail = pos + n > at + from.len();
             if pos < at {
                 let events = (true, has_tail && tail == 0);
-                self.read_rest(pos, &mut bounce[..align as usize], events).await?;
+                self.read_rest(pos, &bounce.io_vec().slice(0, align), events).await?;
             }
             if has_tail && (tail > 0 || pos >= at) {
-                let rest = &mut bounce[tail..][..align as usize];
-                self.read_rest(pos + tail as u64, rest, (false, true)).await?;
+                let rest = bounce.io_vec().slice(tail, align);
+                self.read_rest(pos + tail, &rest, (false, true)).await?;
             }
             let skip = at.saturating_sub(pos);
             let done = (pos + skip) - at;
@@ -724,14 +723,14 @@ impl Node {
             return Err(Errno::ENOTSUP);
         }
         let memory = len.min(BOUNCE_LIMIT) as usize;
-        let mut zeroes = AlignedBuf::new(memory, self.memory_align()).ok_or(Errno::ENOMEM)?;
+        let zeroes = AlignedBuf::new(memory, self.memory_align()).ok_or(Errno::ENOMEM)?;
         let align = self.traits.request_align as u64;
         let mut pass = WriteFlags::empty();
         pass.set(WriteFlags::GROW, flags.contains(ZeroFlags::GROW));
         let mut done = 0;
         while done < len {
             let n = (len - done).min(zeroes.len() as u64);
-            let part = IoVec::from_mut(&mut zeroes[..n as usize]);
+            let part = zeroes.source().slice(0, n);
             if ((at + done) | n) & (align - 1) == 0 {
                 let _listed = self.overlap.write(at + done..at + done + n).await;
                 self.write_aligned(at + done, &part, pass).await?;

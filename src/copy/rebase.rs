@@ -5,7 +5,7 @@ use super::plan::Piece;
 use super::zeroes::is_zero;
 use super::{Disk, Part, Shared, Trouble};
 use crate::block::{Node, Precision, SECTOR, Status, WriteFlags, ZeroFlags, extents};
-use crate::io::{Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,23 +15,20 @@ struct Comparison<'a> {
     piece: &'a Piece,
     image: &'a Arc<Node>,
     new: Option<&'a Arc<Node>>,
-    /// What is read now.
-    before: &'a mut [u8],
-    /// What would be read.
-    after: &'a mut [u8],
+    /// What is read now, and behind that, from the length of a piece on, what would be read.
+    memory: &'a mut AlignedBuf,
 }
 
 impl Shared {
     /// Writes what differs. `memory` is for two pieces.
-    pub(super) async fn compare(&self, piece: &Piece, memory: &mut [u8]) -> Result<(), Trouble> {
+    pub(super) async fn compare(&self, piece: &Piece, memory: &mut AlignedBuf) -> Result<(), Trouble> {
         let new = match &self.copy.part {
             Part::Rebased(new) => new.as_ref().map(Disk::node),
             _ => None,
         };
         let failed = Trouble::Read(piece.at, Errno::EIO);
         let (image, _, _) = self.copy.source_at(piece.at).ok_or(failed)?;
-        let (before, after) = memory.split_at_mut(piece.len as usize);
-        Comparison { shared: self, piece, image: image.node(), new, before, after }.run().await
+        Comparison { shared: self, piece, image: image.node(), new, memory }.run().await
     }
 }
 
@@ -61,12 +58,11 @@ impl Comparison<'_> {
                 // No sector lies on both sides of the old file's end: what was read ends there.
                 let is_past = at >= extents::backing(self.image).map_or(0, |old| old.len());
                 for run in self.differing(len, SECTOR) {
-                    let (place, kept) = (at + run.start as u64, &self.before[run]);
+                    let (place, kept) = (at + run.start as u64, self.kept(run));
                     let written = match is_past {
-                        true => self.zero(place, kept).await,
+                        true => self.zero(place, &kept).await,
                         false => {
                             self.await_turn().await;
-                            let kept = IoVec::from_ref(kept);
                             self.shared.copy.target.write(place, &kept, WriteFlags::empty()).await
                         }
                     };
@@ -87,16 +83,15 @@ impl Comparison<'_> {
         }
         self.read(at, len).await?;
         for run in self.differing(len, unit) {
-            let units: Vec<&[u8]> = self.before[run.clone()].chunks(unit as usize).collect();
+            let units: Vec<&[u8]> = self.memory[run.clone()].chunks(unit as usize).collect();
             let mut start = run.start;
             for alike in units.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
                 let len = alike.iter().map(|unit| unit.len()).sum::<usize>();
-                let (place, kept) = (at + start as u64, &self.before[start..start + len]);
+                let (place, kept) = (at + start as u64, self.kept(start..start + len));
                 let written = match is_zero(alike[0]) {
-                    true => self.zero(place, kept).await,
+                    true => self.zero(place, &kept).await,
                     false => {
                         self.await_turn().await;
-                        let kept = IoVec::from_ref(kept);
                         self.shared.copy.target.write_compressed(place, &kept).await
                     }
                 };
@@ -105,6 +100,11 @@ impl Comparison<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A part of what is read now, to be written.
+    fn kept(&self, part: Range<usize>) -> IoVec<'_> {
+        self.memory.source().slice(part.start as u64, part.len() as u64)
     }
 
     async fn await_turn(&self) {
@@ -122,13 +122,14 @@ impl Comparison<'_> {
 
     /// Reads what is shown now, and what would be shown: zeroes behind the new file's end.
     async fn read(&mut self, at: u64, len: u64) -> Result<(), Trouble> {
-        self.shared.read(at, &mut self.before[..len as usize]).await?;
+        let memory = self.memory.io_vec();
+        self.shared.read(at, &memory.slice(0, len)).await?;
+        let after = memory.slice(self.piece.len, len);
         let there = self.new.map_or(0, |new| new.len().saturating_sub(at)).min(len);
-        let (first, rest) = self.after[..len as usize].split_at_mut(there as usize);
-        rest.fill(0);
+        after.slice(there, len - there).zero();
         match self.new {
             Some(new) if there > 0 => {
-                let read = new.read(at, &IoVec::from_mut(first)).await;
+                let read = new.read(at, &after.slice(0, there)).await;
                 read.map_err(|errno| Trouble::ReadNew(at, errno))
             }
             _ => Ok(()),
@@ -137,8 +138,8 @@ impl Comparison<'_> {
 
     /// The runs of whole `unit`s that differ among the first `len` bytes read, as places in the memory.
     fn differing(&self, len: u64, unit: u64) -> Vec<Range<usize>> {
-        let [before, after] =
-            [&*self.before, &*self.after].map(|read| read[..len as usize].chunks(unit as usize));
+        let [before, after] = [0, self.piece.len as usize]
+            .map(|at| self.memory[at..][..len as usize].chunks(unit as usize));
         let mut runs: Vec<Range<usize>> = Vec::new();
         let mut start = 0;
         for (before, after) in before.zip(after) {
@@ -156,19 +157,18 @@ impl Comparison<'_> {
 
     /// Zeroes what `kept` is of, all zeroes. Where the old file shows zeroes too, an image may leave it at that
     /// (version 2 of qcow2): there they are written, because the new file may show something else.
-    async fn zero(&self, at: u64, kept: &[u8]) -> IoResult {
+    async fn zero(&self, at: u64, kept: &IoVec<'_>) -> IoResult {
         self.await_turn().await;
         let target = &self.shared.copy.target;
-        target.zero(at, kept.len() as u64, ZeroFlags::empty()).await?;
+        target.zero(at, kept.len(), ZeroFlags::empty()).await?;
         let mut done = 0;
         while done < kept.len() {
-            let (place, left) = (at + done as u64, (kept.len() - done) as u64);
+            let (place, left) = (at + done, kept.len() - done);
             let own = self.image.status(place, left, Precision::Allocation).await?;
-            let part = &kept[done..done + own.len as usize];
             if !own.status.contains(Status::ALLOCATED) {
-                target.write(place, &IoVec::from_ref(part), WriteFlags::empty()).await?;
+                target.write(place, &kept.slice(done, own.len), WriteFlags::empty()).await?;
             }
-            done += part.len();
+            done += own.len;
         }
         Ok(())
     }

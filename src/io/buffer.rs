@@ -4,6 +4,8 @@
 //! be zeroed, or faulted in, at the price of the copy that it is wanted for.
 
 use super::IoVec;
+use super::iovec::iovec;
+use super::lending::Lent;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::RefCell;
 use std::ptr::NonNull;
@@ -22,6 +24,9 @@ pub struct AlignedBuf {
     len: usize,
     /// Of its kind may be kept.
     class: Option<usize>,
+    /// To operations that fill it, and to those that read it.
+    to_fill: Lent,
+    to_send: Lent,
 }
 
 // SAFETY: the buffer owns its memory alone.
@@ -34,7 +39,11 @@ impl AlignedBuf {
     /// a length that comes from outside must cost an error, not the process.
     pub fn new(len: usize, align: usize) -> Option<AlignedBuf> {
         let layout = Layout::from_size_align(len.max(1), align.max(1)).ok()?;
-        Some(AlignedBuf { base: zeroed(layout)?, layout, len: layout.size(), class: None })
+        Some(AlignedBuf::of(zeroed(layout)?, layout, layout.size(), None))
+    }
+
+    fn of(base: NonNull<u8>, layout: Layout, len: usize, class: Option<usize>) -> AlignedBuf {
+        AlignedBuf { base, layout, len, class, to_fill: Lent::default(), to_send: Lent::default() }
     }
 
     /// As [`AlignedBuf::new`], but the bytes may be anything, also what another request has left: they
@@ -46,7 +55,7 @@ impl AlignedBuf {
         let layout = Layout::from_size_align(SHORTEST << class, SHORTEST).ok()?;
         let kept = KEPT.try_with(|kept| kept.borrow_mut().take(class)).ok().flatten();
         let base = kept.map_or_else(|| zeroed(layout), Some)?;
-        let mut buffer = AlignedBuf { base, layout, len, class: Some(class) };
+        let mut buffer = AlignedBuf::of(base, layout, len, Some(class));
         if cfg!(debug_assertions) {
             // So that tests see it where somebody shows what he has not written.
             buffer.fill(0xa5);
@@ -54,22 +63,43 @@ impl AlignedBuf {
         Some(buffer)
     }
 
-    /// The whole buffer as a list for one operation.
+    /// The whole buffer as a list to fill, or to write from.
+    ///
+    /// # Panics
+    /// An operation on it was forgotten, here and wherever the bytes are looked at.
     pub fn io_vec(&mut self) -> IoVec<'_> {
-        IoVec::from_mut(self)
+        self.to_send.check();
+        self.list(&self.to_fill)
+    }
+
+    /// The whole buffer as a list to write from.
+    pub fn source(&self) -> IoVec<'_> {
+        self.list(&self.to_send).to_send()
+    }
+
+    fn list<'m>(&'m self, user: &'m Lent) -> IoVec<'m> {
+        self.to_fill.check();
+        // SAFETY: the memory is our own, borrowed for the list, and not freed before all operations that
+        // `user` counts have completed. If it is to be filled, the caller has borrowed it alone.
+        unsafe { IoVec::from_raw(&[iovec(self.base.as_ptr(), self.len)]) }.lent_by(user)
     }
 }
 
 impl std::ops::Deref for AlignedBuf {
     type Target = [u8];
+    #[inline]
     fn deref(&self) -> &[u8] {
-        // SAFETY: base points to at least len initialised bytes of our own.
+        self.to_fill.check();
+        // SAFETY: base points to at least len initialised bytes of our own, which no operation changes.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 }
 
 impl std::ops::DerefMut for AlignedBuf {
+    #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
+        self.to_fill.check();
+        self.to_send.check();
         // SAFETY: as above, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
     }
@@ -77,6 +107,10 @@ impl std::ops::DerefMut for AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
+        if !self.to_fill.is_free() || !self.to_send.is_free() {
+            // The kernel may have it still.
+            return;
+        }
         let is_kept = self.class.is_some_and(|class| {
             KEPT.try_with(|kept| kept.borrow_mut().put(class, self.base)).unwrap_or(false)
         });

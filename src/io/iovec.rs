@@ -4,9 +4,11 @@
 //! it is ever made: bytes move by raw copies, and nothing is read twice where a change between the
 //! two reads would matter.
 
+use super::lending::Lent;
 use super::turn_share::moved;
 use smallvec::SmallVec;
 use std::marker::PhantomData;
+use std::ptr::NonNull;
 
 /// A list of memory segments that stay mapped for `'m`.
 ///
@@ -15,6 +17,12 @@ use std::marker::PhantomData;
 pub struct IoVec<'m> {
     segments: SmallVec<[libc::iovec; 4]>,
     len: u64,
+    /// The memory stays until all operations on it have completed, so that the kernel may use it. Otherwise only
+    /// for `'m`.
+    is_kept: bool,
+    is_fillable: bool,
+    /// Those who count the operations, each for `'m`.
+    owners: SmallVec<[NonNull<Lent>; 2]>,
     memory: PhantomData<&'m mut [u8]>,
 }
 
@@ -23,27 +31,63 @@ impl<'m> IoVec<'m> {
     ///
     /// # Safety
     /// Every segment must be mapped readable and writable for `'m`, and until every operation
-    /// started on the list has completed. Others may change the bytes meanwhile.
+    /// started on the list has completed, also one whose future was forgotten: [`IoVec::lent_by`] tells of
+    /// those. Others may change the bytes meanwhile.
     pub unsafe fn from_raw(segments: &[libc::iovec]) -> IoVec<'m> {
+        let segments = SmallVec::from_slice(segments);
+        IoVec { is_kept: true, ..IoVec::borrowed(segments) }
+    }
+
+    fn borrowed(segments: SmallVec<[libc::iovec; 4]>) -> IoVec<'m> {
         let len = segments.iter().map(|s| s.iov_len as u64).sum();
-        IoVec { segments: SmallVec::from_slice(segments), len, memory: PhantomData }
+        let owners = SmallVec::new();
+        IoVec { segments, len, is_kept: len == 0, is_fillable: true, owners, memory: PhantomData }
     }
 
     /// No bytes at all.
     pub fn empty() -> IoVec<'m> {
-        IoVec { segments: SmallVec::new(), len: 0, memory: PhantomData }
+        IoVec::borrowed(SmallVec::new())
     }
 
-    /// One buffer that nobody else uses meanwhile.
+    /// Bytes that nobody else uses meanwhile. Operations go through a buffer of their own: an
+    /// [`AlignedBuf`](super::AlignedBuf) spares that copy.
     pub fn from_mut(bytes: &'m mut [u8]) -> IoVec<'m> {
-        // SAFETY: the exclusive borrow lasts for 'm.
-        unsafe { IoVec::from_raw(&[iovec(bytes.as_mut_ptr(), bytes.len())]) }
+        IoVec::borrowed(SmallVec::from_slice(&[iovec(bytes.as_mut_ptr(), bytes.len())]))
     }
 
-    /// One buffer to write *from*. Nothing that takes a list for writing changes its bytes.
+    /// Bytes to write from, by the way of [`IoVec::from_mut`]. The list cannot be filled.
     pub fn from_ref(bytes: &'m [u8]) -> IoVec<'m> {
-        // SAFETY: the borrow lasts for 'm, and a list made for writing is only read.
-        unsafe { IoVec::from_raw(&[iovec(bytes.as_ptr().cast_mut(), bytes.len())]) }
+        let segment = iovec(bytes.as_ptr().cast_mut(), bytes.len());
+        let list = IoVec::borrowed(SmallVec::from_slice(&[segment]));
+        IoVec { is_fillable: false, ..list }
+    }
+
+    /// The list with one more owner, who counts the operations on it.
+    pub fn lent_by(mut self, owner: &'m Lent) -> IoVec<'m> {
+        self.owners.push(NonNull::from(owner));
+        self
+    }
+
+    /// A list that is only to be written from.
+    pub(super) fn to_send(self) -> IoVec<'m> {
+        IoVec { is_fillable: false, ..self }
+    }
+
+    /// Whether the kernel may use the memory itself.
+    pub(super) fn is_kept(&self) -> bool {
+        self.is_kept
+    }
+
+    /// Those who count the operations.
+    pub(super) fn owners(&self) -> impl Iterator<Item = &'m Lent> {
+        // SAFETY: `lent_by` has borrowed each for 'm.
+        self.owners.iter().map(|owner| unsafe { owner.as_ref() })
+    }
+
+    /// # Panics
+    /// The list was made to write from.
+    pub(super) fn check_fillable(&self) {
+        assert!(self.is_fillable, "memory that was made to write from is to be filled");
     }
 
     /// The bytes that all segments hold together.
@@ -86,17 +130,27 @@ impl<'m> IoVec<'m> {
             left -= take;
             skip = 0;
         }
-        IoVec { segments, len, memory: PhantomData }
+        IoVec { segments, len, owners: self.owners.clone(), ..*self }
     }
 
     /// Joins lists that lie one after the other in the request.
     pub fn concat(parts: &[&IoVec<'m>]) -> IoVec<'m> {
-        let segments = parts.iter().flat_map(|p| p.segments.iter().copied()).collect();
-        IoVec { segments, len: parts.iter().map(|p| p.len).sum(), memory: PhantomData }
+        IoVec {
+            segments: parts.iter().flat_map(|part| part.segments.iter().copied()).collect(),
+            len: parts.iter().map(|part| part.len).sum(),
+            is_kept: parts.iter().all(|part| part.is_kept),
+            is_fillable: parts.iter().all(|part| part.is_fillable || part.is_empty()),
+            owners: parts.iter().flat_map(|part| part.owners.iter().copied()).collect(),
+            memory: PhantomData,
+        }
     }
 
     /// Copies `from` into the memory, beginning at the list's first byte, up to the shorter of both.
+    ///
+    /// # Panics
+    /// The list was made to write from.
     pub fn copy_from(&self, mut from: &[u8]) {
+        self.check_fillable();
         moved(self.len.min(from.len() as u64));
         for segment in &self.segments {
             let n = segment.iov_len.min(from.len());
@@ -118,7 +172,11 @@ impl<'m> IoVec<'m> {
     }
 
     /// Zeroes all the memory.
+    ///
+    /// # Panics
+    /// The list was made to write from.
     pub fn zero(&self) {
+        self.check_fillable();
         moved(self.len);
         // SAFETY: every segment is mapped and writable for 'm.
         unsafe { zero(&self.segments) }

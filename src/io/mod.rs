@@ -14,7 +14,8 @@
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`budget`]: how much memory requests may take.
-//! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own.
+//! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own; `lending`: why the
+//!   kernel never has memory that somebody else has taken back.
 //! * [`descriptors`]: how many there may be, and those that are set aside.
 //! * [`per_worker`]: state of which each worker has its own.
 //! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
@@ -32,6 +33,7 @@ pub mod driven;
 pub mod epoch;
 pub mod errno;
 pub mod iovec;
+mod lending;
 pub mod offload;
 pub mod op;
 pub mod pages;
@@ -61,6 +63,7 @@ pub use buffer::AlignedBuf;
 pub use epoch::InFlight;
 pub use errno::{Errno, IoResult};
 pub use iovec::{IoVec, is_aligned};
+pub use lending::{Held, Lent};
 pub use offload::{Blocking, offload};
 pub use op::{Durable, Op, Segments, Started, Token};
 pub use per_worker::{PerWorker, WorkerState};
@@ -79,7 +82,7 @@ use std::os::fd::RawFd;
 /// Runs an operation of which there is nothing to tell but that it is done.
 ///
 /// # Safety
-/// As of [`Io::start`], until the future is done or dropped.
+/// As of [`Io::start`], also if the future is forgotten.
 async unsafe fn run(fd: RawFd, op: Op) -> IoResult {
     // SAFETY: the caller's promise.
     unsafe { current().run(fd, op, Deadline::NEVER) }.await.map(|_| ())
@@ -87,14 +90,18 @@ async unsafe fn run(fd: RawFd, op: Op) -> IoResult {
 
 /// Reads `into.len()` bytes from `offset` on; what lies past the end of the file is zeroes.
 pub async fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> IoResult {
-    // SAFETY: the list and its memory are borrowed until the future is done or dropped.
-    unsafe { run(fd, Op::Read { offset, segments: into.into() }) }.await
+    let held = into.hold_to_fill()?;
+    // SAFETY: `held` keeps the list and its memory.
+    unsafe { run(fd, Op::Read { offset, segments: held.list().into() }) }.await?;
+    held.filled(into.len());
+    Ok(())
 }
 
 /// Writes all of `from` at `offset`.
 pub async fn write(fd: RawFd, offset: u64, from: &IoVec<'_>, durable: Durable) -> IoResult {
+    let held = from.hold_to_send()?;
     // SAFETY: as for `read`.
-    unsafe { run(fd, Op::Write { offset, segments: from.into(), durable }) }.await
+    unsafe { run(fd, Op::Write { offset, segments: held.list().into(), durable }) }.await
 }
 
 /// fdatasync.

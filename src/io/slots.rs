@@ -154,8 +154,8 @@ impl Io {
     /// Runs an operation for a task, with a deadline as [`Io::start_until`].
     ///
     /// # Safety
-    /// The segments that the operation names stay mapped, and their list in place, until the future is
-    /// done or dropped. The future must not be forgotten.
+    /// The segments that the operation names stay mapped, and their list in place, until the future is done
+    /// or dropped; if it is forgotten, for ever.
     pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op, deadline: Deadline) -> Operation {
         if let Op::Read { segments, .. } | Op::Write { segments, .. } = op {
             moved(segments.len());

@@ -109,17 +109,21 @@ impl Socket {
 
     /// Sends a part of `from` that is not empty, and tells its length in bytes.
     pub async fn send(&self, from: &IoVec<'_>, deadline: Deadline) -> IoResult<u32> {
-        let op = Op::Send { segments: from.into() };
-        // SAFETY: the list and its memory are borrowed until the future is done or dropped.
+        let held = from.hold_to_send()?;
+        let op = Op::Send { segments: held.list().into() };
+        // SAFETY: `held` keeps the list and its memory.
         unsafe { current().run(self.as_raw_fd(), op, deadline) }.await
     }
 
     /// Receives what is there, at most as much as `into` has room for, and waits until there is something.
     /// Tells the length in bytes: zero at the end of what the other side sends.
     pub async fn receive(&self, into: &IoVec<'_>, deadline: Deadline) -> IoResult<u32> {
-        let op = Op::Receive { segments: into.into() };
+        let held = into.hold_to_fill()?;
+        let op = Op::Receive { segments: held.list().into() };
         // SAFETY: as for `send`.
-        unsafe { current().run(self.as_raw_fd(), op, deadline) }.await
+        let received = unsafe { current().run(self.as_raw_fd(), op, deadline) }.await?;
+        held.filled(received.into());
+        Ok(received)
     }
 
     /// Waits until one of these events (poll(2)) is there, and tells which are.

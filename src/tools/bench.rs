@@ -2,7 +2,7 @@
 
 use super::Opened;
 use crate::block::WriteFlags;
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec, current};
+use crate::io::{AlignedBuf, Errno, IoResult, current};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -84,10 +84,7 @@ impl State {
             let offset = self.next_offset();
             self.in_flight.set(self.in_flight.get() + 1);
             let result = match self.asked.write {
-                true => {
-                    let from = IoVec::from_ref(&buffer);
-                    self.image.write(offset, &from, WriteFlags::empty()).await
-                }
+                true => self.image.write(offset, &buffer.source(), WriteFlags::empty()).await,
                 false => self.image.read(offset, &buffer.io_vec()).await,
             };
             self.in_flight.set(self.in_flight.get() - 1);

@@ -6,7 +6,7 @@ use crate::block::extents::{self, Run};
 use crate::block::{Precision, SECTOR, Status};
 use crate::copy::Disk;
 use crate::copy::zeroes::is_zero;
-use crate::io::{AlignedBuf, Errno};
+use crate::io::{AlignedBuf, Errno, IoVec};
 
 /// Bytes that are read of each disk at a time.
 const CHUNK: u64 = 2 << 20;
@@ -62,7 +62,7 @@ pub async fn compare(
         } else if stored == [true; 2] {
             len = len.min(CHUNK);
             for (disk, buffer) in buffers.iter_mut().enumerate() {
-                read(disks, disk, at, &mut buffer[..len as usize]).await?;
+                read(disks, disk, at, &buffer.io_vec().slice(0, len)).await?;
             }
             let parts = [&buffers[0][..len as usize], &buffers[1][..len as usize]];
             if let Some(differs) = first_difference(parts) {
@@ -71,7 +71,7 @@ pub async fn compare(
         } else {
             len = len.min(CHUNK);
             let disk = usize::from(stored[1]);
-            let zeroes = all_zeroes(disks, disk, at, &mut buffers[0][..len as usize]).await?;
+            let zeroes = all_zeroes(disks, disk, at, &mut buffers[0], len).await?;
             if let Some(differs) = zeroes {
                 return Ok(Verdict::ContentsDiffer(differs));
             }
@@ -88,7 +88,7 @@ pub async fn compare(
         let mut len = run.len;
         if run.has(Status::ALLOCATED) && !run.has(Status::ZERO) {
             len = len.min(CHUNK);
-            let zeroes = all_zeroes(disks, disk, at, &mut buffers[0][..len as usize]).await?;
+            let zeroes = all_zeroes(disks, disk, at, &mut buffers[0], len).await?;
             if let Some(differs) = zeroes {
                 return Ok(Verdict::ContentsDiffer(differs));
             }
@@ -104,20 +104,21 @@ async fn look(disks: [&Disk; 2], disk: usize, at: u64, len: u64) -> Result<Run, 
     run.map_err(|errno| Trouble::Status(disk, at, errno))
 }
 
-async fn read(disks: [&Disk; 2], disk: usize, at: u64, into: &mut [u8]) -> Result<(), Trouble> {
-    let result = disks[disk].read(at, &crate::io::IoVec::from_mut(into)).await;
+async fn read(disks: [&Disk; 2], disk: usize, at: u64, into: &IoVec<'_>) -> Result<(), Trouble> {
+    let result = disks[disk].read(at, into).await;
     result.map_err(|errno| Trouble::Read(disk, at, errno))
 }
 
-/// Where the range of the buffer's length is not all zero: the sector's offset on the disk.
+/// Where the range of `len` bytes is not all zero: the sector's offset on the disk.
 async fn all_zeroes(
     disks: [&Disk; 2],
     disk: usize,
     at: u64,
-    buffer: &mut [u8],
+    buffer: &mut AlignedBuf,
+    len: u64,
 ) -> Result<Option<u64>, Trouble> {
-    read(disks, disk, at, buffer).await?;
-    let bad = buffer.chunks(SECTOR as usize).position(|sector| !is_zero(sector));
+    read(disks, disk, at, &buffer.io_vec().slice(0, len)).await?;
+    let bad = buffer[..len as usize].chunks(SECTOR as usize).position(|sector| !is_zero(sector));
     Ok(bad.map(|sector| at + sector as u64 * SECTOR))
 }
 

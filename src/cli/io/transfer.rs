@@ -38,6 +38,11 @@ impl Memory {
     fn bytes(&mut self) -> &mut [u8] {
         &mut self.whole[self.skip..][..self.len]
     }
+
+    /// To fill, or to write from.
+    fn list(&mut self) -> IoVec<'_> {
+        self.whole.io_vec().slice(self.skip as u64, self.len as u64)
+    }
 }
 
 /// A request as a command gives it.
@@ -176,7 +181,7 @@ impl Session {
         let wanted = pattern.map(|pattern| Wanted { pattern, skip, count });
         let mut memory = Memory::new(len, UNREAD, self.misalign)?;
         let request = Request::new(words, offset, len);
-        let into = IoVec::from_mut(memory.bytes());
+        let into = memory.list();
         let image = self.image()?;
         let read = match (words.has('b'), image.node().driver().image()) {
             (false, _) => image.read(offset, &into).await,
@@ -240,7 +245,7 @@ impl Session {
         let request = Request::new(words, offset, len);
         let image = self.image()?;
         let written = if has('b') {
-            let from = IoVec::from_ref(memory.bytes());
+            let from = memory.list();
             match image.node().driver().image() {
                 Some(image) => image.write_machine(offset, &from).await,
                 None => Err(Errno::ENOTSUP),
@@ -248,9 +253,9 @@ impl Session {
         } else if has('z') {
             image.zero(offset, len, zero_flags(words)).await
         } else if has('c') {
-            image.write_compressed(offset, &IoVec::from_ref(memory.bytes())).await
+            image.write_compressed(offset, &memory.list()).await
         } else {
-            image.write(offset, &IoVec::from_ref(memory.bytes()), write_flags(words)).await
+            image.write(offset, &memory.list(), write_flags(words)).await
         };
         if let Err(errno) = written {
             outln!("{} failed: {errno}", if vector { "writev" } else { "write" });
@@ -289,7 +294,7 @@ impl Session {
         let request = Request::new(words, offset, len);
         let (image, shows) = (self.image()?.clone(), words.has('v'));
         self.start(async move {
-            if let Err(errno) = image.read(offset, &IoVec::from_mut(memory.bytes())).await {
+            if let Err(errno) = image.read(offset, &memory.list()).await {
                 return outln!("readv failed: {errno}");
             }
             if let Some(pattern) = pattern {
@@ -331,7 +336,7 @@ impl Session {
         self.start(async move {
             let written = match zero {
                 true => image.zero(offset, len, zero_flags).await,
-                false => image.write(offset, &IoVec::from_ref(memory.bytes()), flags).await,
+                false => image.write(offset, &memory.list(), flags).await,
             };
             match written {
                 Ok(()) => request.report("wrote"),

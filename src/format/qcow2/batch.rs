@@ -11,7 +11,7 @@ use super::overlap::Kinds;
 use crate::block::{Event, WriteFlags};
 use crate::cow::{Format, Pinned, SliceNo, pin};
 use crate::io::sync::Mutex;
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
@@ -266,7 +266,7 @@ impl Qcow2 {
         self.check_write(at + start, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
         self.event(Event::L2Update).await;
         let file = self.file();
-        file.write(at + start, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        file.write(at + start, &bytes.source(), WriteFlags::empty()).await?;
         self.journal.handed_over(slice, changes);
         pinned.publish(changes);
         Ok(())
@@ -282,7 +282,7 @@ impl Qcow2 {
         let at = self.slice_offset(guest)?;
         let bytes = self.encode(slice, pinned, 0..self.mapping.slice_bytes(), &Changes::new())?;
         self.check_write(at, bytes.len() as u64, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)?;
-        self.file().write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+        self.file().write(at, &bytes.source(), WriteFlags::empty()).await
     }
 
     /// The bytes of a slice that are to be written to change these entries, of which there is one.

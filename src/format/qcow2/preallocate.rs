@@ -7,7 +7,7 @@ use super::Qcow2;
 use super::layout::{Cluster, L2Entry};
 use crate::block::{Preallocation, WriteFlags, ZeroFlags};
 use crate::cow::pin;
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult};
 use std::ops::Range;
 
 /// Zeroes that are written at once, in bytes.
@@ -155,11 +155,11 @@ impl Qcow2 {
             let flags = if gives_back { ZeroFlags::UNMAP } else { ZeroFlags::empty() };
             return data.zero(host, len, flags).await;
         }
-        let mut zeroes = AlignedBuf::new(len.min(CHUNK) as usize, 4096).ok_or(Errno::ENOMEM)?;
+        let zeroes = AlignedBuf::new(len.min(CHUNK) as usize, 4096).ok_or(Errno::ENOMEM)?;
         let mut done = 0;
         while done < len {
             let n = (len - done).min(CHUNK);
-            let part = IoVec::from_mut(&mut zeroes[..n as usize]);
+            let part = zeroes.source().slice(0, n);
             data.write(host + done, &part, WriteFlags::empty()).await?;
             done += n;
         }

@@ -219,8 +219,8 @@ impl Qcow2 {
         if head.is_some() || tail.is_some() {
             self.event(Event::CowWrite).await;
         }
-        let before = head.as_deref().map_or(IoVec::empty(), IoVec::from_ref);
-        let after = tail.as_deref().map_or(IoVec::empty(), IoVec::from_ref);
+        let [before, after] =
+            [&head, &tail].map(|copy| copy.as_ref().map_or(IoVec::empty(), AlignedBuf::source));
         let start = part.data.start - before.len();
         let all = IoVec::concat(&[&before, from, &after]);
         self.write_data(host + (start - part.start), &all).await?;
@@ -244,7 +244,7 @@ impl Qcow2 {
                 }
                 if let Some(copy) = self.copy_of(start..at).await? {
                     self.event(Event::CowWrite).await;
-                    self.write_data(host + (start - part.start), &IoVec::from_ref(&copy)).await?;
+                    self.write_data(host + (start - part.start), &copy.source()).await?;
                     is_more = true;
                 }
                 at += unit;
@@ -324,7 +324,7 @@ impl Qcow2 {
         };
         if there > 0 {
             self.event(Event::CowRead).await;
-            let into = IoVec::from_mut(&mut copy[..there as usize]);
+            let into = copy.io_vec().slice(0, there);
             Box::pin(read_range(self, guest.start, &into)).await?;
         }
         copy[there as usize..].fill(0);

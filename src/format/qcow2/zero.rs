@@ -6,7 +6,7 @@ use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, corrupt};
 use crate::block::{Abilities, Precision, Status, ZeroFlags, extents};
 use crate::cow::{Found, lookup, pin};
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult};
 use std::ops::Range;
 
 /// Zeroes that are written at once, in bytes.
@@ -80,11 +80,11 @@ impl Qcow2 {
 
     pub(super) async fn write_zeroes(&self, range: Range<u64>) -> IoResult {
         let most = (range.end - range.start).min(CHUNK);
-        let mut zeroes = AlignedBuf::new(most as usize, 4096).ok_or(Errno::ENOMEM)?;
+        let zeroes = AlignedBuf::new(most as usize, 4096).ok_or(Errno::ENOMEM)?;
         let mut at = range.start;
         while at < range.end {
             let n = (range.end - at).min(most);
-            let part = IoVec::from_mut(&mut zeroes[..n as usize]);
+            let part = zeroes.source().slice(0, n);
             Box::pin(self.write_range(at, &part)).await?;
             at += n;
         }

@@ -140,7 +140,7 @@ impl Driver for Nvme {
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(way::run(self.shared(), into, move |segments, token| {
+        Box::pin(way::read(self.shared(), into, move |segments, token| {
             self.namespace.read(at, into.len() as u32, segments, token)
         }))
     }
@@ -152,7 +152,7 @@ impl Driver for Nvme {
         flags: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
         let durable = flags.contains(WriteFlags::FUA) && !self.no_flush;
-        Box::pin(way::run(self.shared(), from, move |segments, token| {
+        Box::pin(way::write(self.shared(), from, move |segments, token| {
             self.namespace.write(at, from.len() as u32, segments, durable, token)
         }))
     }
@@ -168,7 +168,7 @@ impl Driver for Nvme {
     fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
             let range = self.namespace.discard_range(at, len).map(u64::to_le_bytes).concat();
-            way::run(self.shared(), &IoVec::from_ref(&range), |segments, token| {
+            way::write(self.shared(), &IoVec::from_ref(&range), |segments, token| {
                 self.namespace.discard(segments, 1, token)
             })
             .await

@@ -5,7 +5,7 @@ use super::entry::from_driver;
 use super::lane::{Host, Lane, Remote, result};
 use super::shared::Shared;
 use crate::io::sync::Mutex;
-use crate::io::{self, Errno, Io, IoResult, IoVec};
+use crate::io::{self, Errno, Held, Io, IoResult, IoVec};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -43,15 +43,35 @@ async fn make(io: &Rc<Io>, shared: &Arc<Shared>) -> IoResult<Rc<Lane>> {
     }
 }
 
-/// Runs a request on the memory of `list`. `make` makes it of the memory and a token.
-pub async fn run(
+/// Runs a request that fills `into`. `make` makes it of the memory and a token.
+pub async fn read(
     shared: &Arc<Shared>,
-    list: &IoVec<'_>,
+    into: &IoVec<'_>,
     make: impl FnOnce(Segments, u64) -> Request,
 ) -> IoResult {
-    // SAFETY: the list and its memory are borrowed until this future is done or dropped, and `Running`
-    // waits for the request's end when it is dropped.
-    let segments = unsafe { Segments::new(list.as_raw()) };
+    let held = into.hold_to_fill()?;
+    run(shared, &held, make).await?;
+    held.filled(into.len());
+    Ok(())
+}
+
+/// As [`read`], but the request only reads the memory.
+pub async fn write(
+    shared: &Arc<Shared>,
+    from: &IoVec<'_>,
+    make: impl FnOnce(Segments, u64) -> Request,
+) -> IoResult {
+    run(shared, &from.hold_to_send()?, make).await
+}
+
+async fn run(
+    shared: &Arc<Shared>,
+    held: &Held<'_>,
+    make: impl FnOnce(Segments, u64) -> Request,
+) -> IoResult {
+    // SAFETY: `held` keeps the list and its memory as long as this future is not dropped, and `Running` waits
+    // for the request's end when it is.
+    let segments = unsafe { Segments::new(held.list().as_raw()) };
     run_without_data(shared, move |token| make(segments, token)).await
 }
 

@@ -7,7 +7,7 @@ use super::Queue;
 use super::slot::Slot;
 use crate::block::SECTOR;
 use crate::export::core::failure::Failure;
-use crate::io::{Io, IoVec, Permit, SourceId};
+use crate::io::{Io, IoVec, Lent, Permit, SourceId};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -20,7 +20,7 @@ impl Slot {
     /// What the device reads and writes, without header and status.
     ///
     /// # Safety
-    /// The guest's memory stays mapped until the lists are dropped.
+    /// The guest's memory stays mapped until the lists are dropped and all operations on them have completed.
     unsafe fn lists(&self) -> (IoVec<'static>, IoVec<'static>) {
         let (from, to) = (self.data.0 as usize, self.data.1 as usize);
         let list = |segments| {
@@ -45,14 +45,18 @@ impl<R: Ring> Queue<R> {
         let Some(kind) = slot.kind else { return };
         self.counts.slow += 1;
         self.counts.flushes += u64::from(kind == Kind::Flush);
-        // SAFETY: the queue keeps `memory` mapped while the request is in flight.
+        // SAFETY: the queue keeps `memory` mapped while the request is in flight, and the request does not end
+        // before the operations that `lent` counts.
         let (out, into) = unsafe { slot.lists() };
         let sector = slot.offset / SECTOR;
         let (disk, finished, worker) = (self.disk.clone(), self.finished.clone(), io.clone());
         let serial = self.serial.clone();
         let durable = disk.write_through.load(Ordering::Relaxed);
         io.spawn_for(me, async move {
+            let lent = Lent::default();
+            let (out, into) = (out.lent_by(&lent), into.lent_by(&lent));
             let result = request::run(&disk, &serial, (kind, sector), out, into, durable).await;
+            lent.check();
             drop(permit);
             finished.borrow_mut().push(Finished { head, result });
             worker.wake_source(me);
