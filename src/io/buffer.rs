@@ -5,7 +5,7 @@
 
 use super::IoVec;
 use super::iovec::iovec;
-use super::lending::Lent;
+use super::lent::Lent;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::RefCell;
 use std::ptr::NonNull;

@@ -4,7 +4,7 @@
 //! it is ever made: bytes move by raw copies, and nothing is read twice where a change between the
 //! two reads would matter.
 
-use super::lending::Lent;
+use super::lent::Lent;
 use super::turn_share::moved;
 use smallvec::SmallVec;
 use std::marker::PhantomData;

@@ -1,7 +1,7 @@
 //! Lending memory to operations, so that no safe code can take it from one that is in flight.
 //!
 //! A future can be polled once and then forgotten (`mem::forget`). Its borrows end, and the operation that it
-//! has started goes on: a borrow alone does not keep memory for the kernel. Three rules do:
+//! has started goes on: a borrow alone does not keep memory for the kernel. These rules do:
 //!
 //! * Memory that the kernel itself reads or fills counts the operations on it ([`Lent`]). An operation that is
 //!   forgotten stays in the count for ever. An [`AlignedBuf`] that has such a count can neither be looked at nor be
@@ -9,48 +9,16 @@
 //!   process ends rather than the mapping.
 //! * All other memory ([`IoVec::from_mut`], [`IoVec::from_ref`]) is never shown to the kernel. The operation has a
 //!   buffer of its own, and the future copies from or to it.
-//! * The list of the segments, and that buffer, lie in the future that waits for the operation ([`Held`]). Whoever
-//!   polls a future has pinned it, so its memory stays until it has been dropped. Dropping it waits for the
-//!   operation; if it is forgotten instead, it is never freed.
+//! * The list of the segments, and that buffer, lie in the future that waits for the operation ([`Held`]). A future
+//!   that has been polled is pinned, so its memory stays until it has been dropped. Its drop waits for the
+//!   operation; a future that is forgotten is never freed.
 //!
 //! Requests of the fast road have no futures. Their memory is kept by the source that starts them.
 
-use super::{AlignedBuf, Errno, IoResult, IoVec};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use super::{AlignedBuf, Errno, IoResult, IoVec, Lent};
 
-/// Counts the operations that use some memory. Those that are forgotten stay in the count.
-///
-/// All that changes the count borrows the memory, so whoever owns it sees the last change.
-#[derive(Debug, Default)]
-pub struct Lent(AtomicUsize);
-
-impl Lent {
-    /// Whether no operation uses the memory.
-    #[inline]
-    pub fn is_free(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == 0
-    }
-
-    /// Says that the memory is to be used for something else now.
-    ///
-    /// # Panics
-    /// An operation on it was forgotten.
-    #[inline]
-    pub fn check(&self) {
-        assert!(self.is_free(), "an operation on this memory was forgotten, and may still use it");
-    }
-
-    pub(super) fn begin(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn end(&self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// The memory of one operation that a future waits for. It belongs into that future, and stays in place there
-/// until the operation has completed.
+/// The memory of one operation that a future waits for. It is a local variable of that future, and
+/// stays there until the operation has completed.
 pub struct Held<'m> {
     /// What the operation is given.
     list: IoVec<'m>,
@@ -93,7 +61,7 @@ impl<'m> IoVec<'m> {
         let mut bytes = AlignedBuf::for_overwriting(len, 4096).ok_or(Errno::ENOMEM)?;
         prepare(&mut bytes);
         let segments = [super::iovec::iovec(bytes.as_mut_ptr(), len)];
-        // SAFETY: the buffer is freed with the list, by whoever holds both.
+        // SAFETY: `Held` frees the buffer with the list, and stays until the operation has completed.
         let list = unsafe { IoVec::from_raw(&segments) };
         Ok(Held { list, own: Some(Own { bytes, callers: self.clone() }) })
     }

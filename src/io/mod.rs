@@ -14,8 +14,8 @@
 //!   threads for that.
 //! * [`epoch`]: who is on the fast road, known without locks.
 //! * [`budget`]: how much memory requests may take.
-//! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own; `lending`: why the
-//!   kernel never has memory that somebody else has taken back.
+//! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own; `lending`, `lent`:
+//!   why the kernel never has memory that somebody else has taken back.
 //! * [`descriptors`]: how many there may be, and those that are set aside.
 //! * [`per_worker`]: state of which each worker has its own.
 //! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
@@ -34,6 +34,7 @@ pub mod epoch;
 pub mod errno;
 pub mod iovec;
 mod lending;
+mod lent;
 pub mod offload;
 pub mod op;
 pub mod pages;
@@ -63,7 +64,8 @@ pub use buffer::AlignedBuf;
 pub use epoch::InFlight;
 pub use errno::{Errno, IoResult};
 pub use iovec::{IoVec, is_aligned};
-pub use lending::{Held, Lent};
+pub use lending::Held;
+pub use lent::Lent;
 pub use offload::{Blocking, offload};
 pub use op::{Durable, Op, Segments, Started, Token};
 pub use per_worker::{PerWorker, WorkerState};
