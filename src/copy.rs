@@ -21,13 +21,13 @@ pub use disk::{Disk, Guard};
 pub use plan::STEP;
 
 use crate::block::{Node, Packed, WriteFlags, ZeroFlags};
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{AlignedBuf, Errno, IoVec, Worker, current};
 use control::{Cancelled, Member};
 use plan::{Kind, Piece, Plan};
 use std::fmt;
 use std::sync::Arc;
-use turns::{Signal, Turns};
+use turns::Turns;
 use zeroes::{is_zero, zero_prefix};
 
 /// The most that one lane reads at once, in bytes, from the storage itself.
@@ -220,7 +220,7 @@ struct Shared {
 /// The lanes that have not ended.
 struct Lanes {
     running: Mutex<usize>,
-    ended: Signal,
+    ended: Mutex<Waiters>,
 }
 
 /// Copies. Runs on a worker; `helpers` are others that lanes are dealt to.
@@ -230,7 +230,7 @@ pub async fn copy(copy: Copy, helpers: &[Worker], hooks: Hooks) -> Result<(), Tr
     let count = copy.lanes;
     let (turns, trouble) = (Turns::default(), Mutex::default());
     let shared = Arc::new(Shared { plan, copy, turns, hooks, trouble });
-    let lanes = Arc::new(Lanes { running: Mutex::new(count), ended: Signal::default() });
+    let lanes = Arc::new(Lanes { running: Mutex::new(count), ended: Mutex::default() });
     for lane in 0..count {
         let (theirs, lanes) = (shared.clone(), lanes.clone());
         let member = shared.hooks.control.join();
@@ -243,7 +243,7 @@ pub async fn copy(copy: Copy, helpers: &[Worker], hooks: Hooks) -> Result<(), Tr
         }
     }
     drop(planner);
-    lanes.ended.wait(|| *lanes.running.lock() == 0).await;
+    lanes.ended.wait_until(|| *lanes.running.lock() == 0).await;
     match shared.trouble.lock().take() {
         Some(trouble) => Err(trouble),
         None => Ok(()),
@@ -273,7 +273,7 @@ impl Shared {
         }
         drop((self, member));
         *lanes.running.lock() -= 1;
-        lanes.ended.notify();
+        lanes.ended.wake_all();
     }
 
     /// The next piece, when it may begin.

@@ -10,11 +10,10 @@
 //! ended. Waiting only for older requests is what makes a deadlock impossible.
 
 use crate::io::epoch;
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Poll, Waker};
 
 #[derive(Default)]
 pub struct Overlap {
@@ -32,7 +31,7 @@ struct Write {
     id: u64,
     range: Range<u64>,
     serialising: bool,
-    waiters: Vec<Waker>,
+    waiters: Waiters,
 }
 
 /// A write's place in the list, until it is dropped.
@@ -74,34 +73,29 @@ impl Overlap {
         let mut list = self.list.lock();
         let id = list.next_id;
         list.next_id += 1;
-        list.writes.push(Write { id, range, serialising, waiters: Vec::new() });
+        list.writes.push(Write { id, range, serialising, waiters: Waiters::new() });
         Listed { overlap: self, id, serialising }
     }
 }
 
 impl Listed<'_> {
     async fn wait_for_older(&self) {
-        std::future::poll_fn(|cx| {
-            let mut list = self.overlap.list.lock();
-            let Some(mine) = list.writes.iter().position(|w| w.id == self.id) else {
-                return Poll::Ready(());
-            };
-            let range = list.writes[mine].range.clone();
-            let blocker = list.writes.iter_mut().find(|other| {
-                other.id < self.id
-                    && (self.serialising || other.serialising)
-                    && other.range.start < range.end
-                    && range.start < other.range.end
-            });
-            match blocker {
-                Some(other) => {
-                    other.waiters.push(cx.waker().clone());
-                    Poll::Pending
-                }
-                None => Poll::Ready(()),
-            }
-        })
-        .await
+        self.overlap
+            .list
+            .wait_for(|list| {
+                let Some(mine) = list.writes.iter().position(|w| w.id == self.id) else {
+                    return Ok(());
+                };
+                let range = list.writes[mine].range.clone();
+                let blocker = list.writes.iter_mut().find(|other| {
+                    other.id < self.id
+                        && (self.serialising || other.serialising)
+                        && other.range.start < range.end
+                        && range.start < other.range.end
+                });
+                blocker.map_or(Ok(()), |other| Err(&mut other.waiters))
+            })
+            .await
     }
 }
 
@@ -114,7 +108,7 @@ impl Drop for Listed<'_> {
         if self.serialising {
             self.overlap.barriers.fetch_sub(1, Ordering::SeqCst);
         }
-        waiters.into_iter().for_each(Waker::wake);
+        waiters.wake();
     }
 }
 
@@ -123,7 +117,7 @@ mod tests {
     use super::*;
     use std::future::Future;
     use std::pin::pin;
-    use std::task::Context;
+    use std::task::{Context, Waker};
 
     #[test]
     fn who_joins_while_a_barrier_goes_up_is_waited_for_or_sees_it() {

@@ -3,9 +3,8 @@
 //! The rule held here: work stops only where nothing of it is under way. Each of its members asks at the gate
 //! before it begins a piece, and a piece that has begun is done to its end.
 
-use super::turns::Signal;
 use crate::io::in_time;
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ pub struct Cancelled;
 #[derive(Default)]
 pub struct Control {
     state: Mutex<State>,
-    changed: Signal,
+    changed: Mutex<Waiters>,
 }
 
 #[derive(Default)]
@@ -47,20 +46,20 @@ impl Control {
     /// Has the work rest at its next gates, until [`Control::resume`] was called as often as this.
     pub fn pause(&self) {
         self.state.lock().pauses += 1;
-        self.changed.notify();
+        self.changed.wake_all();
     }
 
     pub fn resume(&self) {
         let mut state = self.state.lock();
         state.pauses = state.pauses.saturating_sub(1);
         drop(state);
-        self.changed.notify();
+        self.changed.wake_all();
     }
 
     /// Ends the work at its next gates, paused or not.
     pub fn cancel(&self) {
         self.state.lock().is_cancelled = true;
-        self.changed.notify();
+        self.changed.wake_all();
     }
 
     pub fn is_cancelled(&self) -> bool {
@@ -73,7 +72,7 @@ impl Control {
         state.rate = rate.filter(|&rate| rate > 0);
         state.due = None;
         drop(state);
-        self.changed.notify();
+        self.changed.wake_all();
     }
 
     pub fn is_paused(&self) -> bool {
@@ -91,7 +90,7 @@ impl Control {
 
     /// Waits until `is_so`, which is asked again after every change.
     pub async fn until(&self, is_so: impl Fn(&Control) -> bool) {
-        self.changed.wait(|| is_so(self)).await;
+        self.changed.wait_until(|| is_so(self)).await;
     }
 
     /// Joins the work. It rests when all of its members do.
@@ -138,7 +137,7 @@ impl Member {
         let first = control.try_begin(len)?;
         let Some(mut hold) = first else { return Ok(()) };
         control.state.lock().waiting += 1;
-        control.changed.notify();
+        control.changed.wake_all();
         let outcome = loop {
             wait(control, hold).await;
             match control.try_begin(len) {
@@ -148,7 +147,7 @@ impl Member {
             }
         };
         control.state.lock().waiting -= 1;
-        control.changed.notify();
+        control.changed.wake_all();
         outcome
     }
 
@@ -160,7 +159,7 @@ impl Member {
         {
             state.due = due.checked_sub(time_of(len, rate));
             drop(state);
-            self.0.changed.notify();
+            self.0.changed.wake_all();
         }
     }
 }
@@ -168,7 +167,7 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         self.0.state.lock().members -= 1;
-        self.0.changed.notify();
+        self.0.changed.wake_all();
     }
 }
 
@@ -203,19 +202,19 @@ mod tests {
             theirs.pause();
             theirs.pause();
             assert!(!theirs.is_resting(), "the member has not come to the gate");
-            let passed = Arc::new(Signal::default());
+            let passed = Arc::new(Mutex::new(Waiters::new()));
             let done = Arc::new(Mutex::new(false));
             let (told, so) = (passed.clone(), done.clone());
             current().spawn(async move {
                 assert_eq!(member.gate(1).await, Ok(()));
                 *so.lock() = true;
-                told.notify();
+                told.wake_all();
             });
             theirs.until(Control::is_resting).await;
             theirs.resume();
             assert!(theirs.is_resting(), "one of two wants it to go on");
             theirs.resume();
-            passed.wait(|| *done.lock()).await;
+            passed.wait_until(|| *done.lock()).await;
             assert!(!theirs.is_resting());
         });
     }

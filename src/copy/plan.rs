@@ -1,12 +1,11 @@
 //! What is left to copy, dealt out piece by piece.
 
 use super::control::Member;
-use super::turns::Signal;
 use super::{Copy, Part, Trouble};
 use crate::block::extents::{self, Run};
 use crate::block::{Precision, Status};
 use crate::io::Errno;
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::task::yield_now;
 
 /// What is done with a piece.
@@ -43,7 +42,7 @@ pub const STEP: u64 = 2 << 20;
 pub struct Plan {
     /// Away while somebody finds out about the next piece.
     place: Mutex<Option<Place>>,
-    freed: Signal,
+    freed: Mutex<Waiters>,
     /// Bytes that will be written as data.
     total: u64,
 }
@@ -75,7 +74,7 @@ impl Plan {
             }
         }
         let place = Mutex::new(Some(Place::default()));
-        Ok(Plan { place, freed: Signal::default(), total })
+        Ok(Plan { place, freed: Mutex::default(), total })
     }
 
     pub fn total(&self) -> u64 {
@@ -88,11 +87,11 @@ impl Plan {
             if let Some(place) = self.place.lock().take() {
                 break place;
             }
-            self.freed.wait(|| self.place.lock().is_some()).await;
+            self.freed.wait_until(|| self.place.lock().is_some()).await;
         };
         let next = place.next(copy, copy.chunk()).await;
         *self.place.lock() = Some(place);
-        self.freed.notify();
+        self.freed.wake_all();
         next
     }
 }

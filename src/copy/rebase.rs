@@ -21,7 +21,11 @@ struct Comparison<'a> {
 
 impl Shared {
     /// Writes what differs. `memory` is for two pieces.
-    pub(super) async fn compare(&self, piece: &Piece, memory: &mut AlignedBuf) -> Result<(), Trouble> {
+    pub(super) async fn compare(
+        &self,
+        piece: &Piece,
+        memory: &mut AlignedBuf,
+    ) -> Result<(), Trouble> {
         let new = match &self.copy.part {
             Part::Rebased(new) => new.as_ref().map(Disk::node),
             _ => None,

@@ -1,32 +1,7 @@
-//! Waiting across workers: for one's turn, and for something to become true.
+//! Waiting across workers for one's turn.
 
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use std::collections::{BTreeMap, BTreeSet};
-use std::task::{Poll, Waker};
-
-/// Tells those who wait that it is time to look again.
-#[derive(Default)]
-pub struct Signal(Mutex<Vec<Waker>>);
-
-impl Signal {
-    /// Waits until `ready` is true; whoever makes it so calls [`Signal::notify`].
-    pub async fn wait(&self, ready: impl Fn() -> bool) {
-        std::future::poll_fn(|cx| {
-            if ready() {
-                return Poll::Ready(());
-            }
-            self.0.lock().push(cx.waker().clone());
-            // It may have come between the look and the list.
-            if ready() { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
-    }
-
-    pub fn notify(&self) {
-        let waiting = std::mem::take(&mut *self.0.lock());
-        waiting.into_iter().for_each(Waker::wake);
-    }
-}
 
 /// Who may write: the holders of tickets 0, 1, 2, … one after the other. Only the one whose turn has
 /// come is woken.
@@ -39,21 +14,18 @@ struct State {
     next: u64,
     /// Done already, but not in their turn.
     early: BTreeSet<u64>,
-    waiting: BTreeMap<u64, Waker>,
+    waiting: BTreeMap<u64, Waiters>,
 }
 
 impl Turns {
     /// Waits until all tickets before this one are done.
     pub async fn wait(&self, ticket: u64) {
-        std::future::poll_fn(|cx| {
-            let mut state = self.0.lock();
-            if state.next >= ticket {
-                return Poll::Ready(());
-            }
-            state.waiting.insert(ticket, cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
+        self.0
+            .wait_for(|state| match state.next >= ticket {
+                true => Ok(()),
+                false => Err(state.waiting.entry(ticket).or_default()),
+            })
+            .await;
     }
 
     pub fn done(&self, ticket: u64) {
@@ -66,6 +38,6 @@ impl Turns {
         state.next = next;
         let turn = state.waiting.remove(&next);
         drop(state);
-        turn.into_iter().for_each(Waker::wake);
+        turn.into_iter().for_each(Waiters::wake);
     }
 }

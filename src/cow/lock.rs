@@ -1,8 +1,6 @@
 //! A mutex that may be held across an await.
 
-use crate::io::sync::Mutex;
-use std::future::poll_fn;
-use std::task::{Poll, Waker};
+use crate::io::sync::{Mutex, Waiters};
 
 /// A mutex for tasks: the holder takes the value out, and its guard puts it back.
 pub struct Lock<T> {
@@ -12,7 +10,7 @@ pub struct Lock<T> {
 struct LockState<T> {
     /// None while a task holds it.
     value: Option<T>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// The value of a [`Lock`], until this is dropped.
@@ -24,7 +22,7 @@ pub struct LockGuard<'a, T> {
 
 impl<T> Lock<T> {
     pub fn new(value: T) -> Lock<T> {
-        Lock { state: Mutex::new(LockState { value: Some(value), waiting: Vec::new() }) }
+        Lock { state: Mutex::new(LockState { value: Some(value), waiting: Waiters::new() }) }
     }
 
     /// The guard, if the lock is free.
@@ -34,17 +32,8 @@ impl<T> Lock<T> {
     }
 
     pub async fn lock(&self) -> LockGuard<'_, T> {
-        poll_fn(|cx| {
-            let mut state = self.state.lock();
-            match state.value.take() {
-                Some(value) => Poll::Ready(LockGuard { lock: self, value: Some(value) }),
-                None => {
-                    state.waiting.push(cx.waker().clone());
-                    Poll::Pending
-                }
-            }
-        })
-        .await
+        let value = self.state.wait_for(|state| state.value.take().ok_or(&mut state.waiting)).await;
+        LockGuard { lock: self, value: Some(value) }
     }
 }
 
@@ -65,9 +54,9 @@ impl<T> Drop for LockGuard<'_, T> {
     fn drop(&mut self) {
         let mut state = self.lock.state.lock();
         state.value = self.value.take();
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
         // Every waiter is woken: one whose task is gone must not keep the others waiting.
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }

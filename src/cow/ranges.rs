@@ -3,10 +3,8 @@
 //! Writes, zeroes and discards of one cluster take turns, in the order in which they came; different
 //! clusters are changed in parallel.
 
-use crate::io::sync::Mutex;
-use std::future::poll_fn;
+use crate::io::sync::{Mutex, Waiters};
 use std::ops::Range;
-use std::task::{Poll, Waker};
 
 /// The ranges that tasks hold or wait for, counted in guest clusters.
 #[derive(Default)]
@@ -24,7 +22,7 @@ struct RangeList {
 struct HeldRange {
     id: u64,
     range: Range<u64>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// The right to change the mapping of a range, until this is dropped.
@@ -41,24 +39,18 @@ impl Ranges {
             let mut list = self.list.lock();
             let id = list.next_id;
             list.next_id += 1;
-            list.held.push(HeldRange { id, range: range.clone(), waiting: Vec::new() });
+            list.held.push(HeldRange { id, range: range.clone(), waiting: Waiters::new() });
             id
         };
         let guard = RangeGuard { ranges: self, id };
-        poll_fn(|cx| {
-            let mut list = self.list.lock();
-            let older = list.held.iter_mut().find(|held| {
-                held.id < id && held.range.start < range.end && range.start < held.range.end
-            });
-            match older {
-                Some(older) => {
-                    older.waiting.push(cx.waker().clone());
-                    Poll::Pending
-                }
-                None => Poll::Ready(()),
-            }
-        })
-        .await;
+        self.list
+            .wait_for(|list| {
+                let older = list.held.iter_mut().find(|held| {
+                    held.id < id && held.range.start < range.end && range.start < held.range.end
+                });
+                older.map_or(Ok(()), |older| Err(&mut older.waiting))
+            })
+            .await;
         guard
     }
 }
@@ -69,7 +61,7 @@ impl Drop for RangeGuard<'_> {
         let Some(at) = list.held.iter().position(|held| held.id == self.id) else { return };
         let held = list.held.remove(at);
         drop(list);
-        held.waiting.into_iter().for_each(Waker::wake);
+        held.waiting.wake();
     }
 }
 

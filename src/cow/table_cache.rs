@@ -15,14 +15,13 @@
 
 use crate::io::IoResult;
 use crate::io::pages::{PAGE, Pages};
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::task::yield_now;
 use std::fmt::Debug;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::task::{Poll, Waker};
 
 /// An entry of a mapping table: one or two numbers in host byte order, whatever its form on the disk.
 pub trait TableEntry: Copy + PartialEq + Debug + Send + Sync + 'static {
@@ -69,7 +68,7 @@ struct State {
     slots: Vec<SlotState>,
     /// Slices that are being read.
     loading: Vec<SliceNo>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
     clock: u64,
 }
 
@@ -161,17 +160,8 @@ impl<E: TableEntry> TableCache<E> {
         load: impl Future<Output = IoResult<Vec<E>>>,
         look: impl FnOnce(&[E]),
     ) -> IoResult<Pinned<'_, E>> {
-        let begun = poll_fn(|cx| {
-            let mut state = self.state.lock();
-            match self.begin(&mut state, slice) {
-                Some(begun) => Poll::Ready(begun),
-                None => {
-                    state.waiting.push(cx.waker().clone());
-                    Poll::Pending
-                }
-            }
-        })
-        .await;
+        let begun =
+            self.state.wait_for(|state| self.begin(state, slice).ok_or(&mut state.waiting)).await;
         match begun {
             Begun::There(pinned) => Ok(pinned),
             Begun::Load(loading) => {
@@ -358,9 +348,9 @@ impl<E: TableEntry> Drop for Loading<'_, E> {
         state.slots[self.slot].pins -= 1;
         state.slots[self.slot].is_examined = false;
         state.loading.retain(|slice| *slice != self.slice);
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -408,9 +398,9 @@ impl<E: TableEntry> Drop for Pinned<'_, E> {
         if state.slots[self.slot].pins > 0 {
             return;
         }
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -418,7 +408,7 @@ impl<E: TableEntry> Drop for Pinned<'_, E> {
 mod tests {
     use super::*;
     use std::pin::pin;
-    use std::task::Context;
+    use std::task::{Context, Poll, Waker};
 
     type Pair = [u64; 2];
     type Cache = TableCache<Pair>;

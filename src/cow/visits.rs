@@ -3,10 +3,8 @@
 //! A cluster that no entry names any more is reused only when all visits have ended that began before the
 //! entry changed. (Requests on the fast path announce themselves to [`crate::io::epoch`].)
 
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use std::collections::VecDeque;
-use std::future::poll_fn;
-use std::task::{Poll, Waker};
 
 /// The visits that are under way, by the time at which they began.
 #[derive(Default)]
@@ -19,7 +17,7 @@ struct VisitList {
     now: u64,
     /// How many visits began at which time, oldest first.
     begun: VecDeque<(u64, u32)>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// A visit, until it is dropped.
@@ -53,15 +51,12 @@ impl Visits {
     /// Waits until all visits that have begun by now have ended.
     pub async fn older(&self) {
         let moment = self.moment();
-        poll_fn(|cx| {
-            let mut list = self.state.lock();
-            if list.passed(moment) {
-                return Poll::Ready(());
-            }
-            list.waiting.push(cx.waker().clone());
-            Poll::Pending
-        })
-        .await
+        self.state
+            .wait_for(|list| match list.passed(moment) {
+                true => Ok(()),
+                false => Err(&mut list.waiting),
+            })
+            .await
     }
 }
 
@@ -83,9 +78,9 @@ impl Drop for Visit<'_> {
         while list.begun.front().is_some_and(|&(_, count)| count == 0) {
             list.begun.pop_front();
         }
-        let waiting = std::mem::take(&mut list.waiting);
+        let waiting = list.waiting.take();
         drop(list);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 

@@ -7,12 +7,12 @@
 //! size, whatever the others hold: a disk that stalls with its share in use starves no other one. And
 //! a request that holds a permit takes no second one of the same budget, so no request waits for itself.
 
-use super::sync::Mutex;
+use super::sync::{Mutex, Waiters};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 
 /// What one disk's requests may hold.
 #[derive(Clone, Copy, Debug)]
@@ -119,7 +119,7 @@ struct State {
 
 struct Waiting {
     ticket: u64,
-    waker: Waker,
+    task: Waiters,
 }
 
 impl Budget {
@@ -190,19 +190,19 @@ impl Budget {
             (of_pool, state.first())
         };
         self.pool.give_back(of_pool);
-        first.into_iter().for_each(Waker::wake);
+        first.wake();
     }
 
     /// Has the first that waits look for room.
     fn wake_first(&self) {
         let first = self.state.lock().first();
-        first.into_iter().for_each(Waker::wake);
+        first.wake();
     }
 }
 
 impl State {
-    fn first(&self) -> Option<Waker> {
-        self.waiting.front().map(|waiting| waiting.waker.clone())
+    fn first(&mut self) -> Waiters {
+        self.waiting.front_mut().map_or_else(Waiters::new, |waiting| waiting.task.take())
     }
 }
 
@@ -224,11 +224,11 @@ impl Place<'_> {
         let ticket = *self.ticket.get_or_insert_with(|| {
             state.next_ticket += 1;
             let ticket = state.next_ticket;
-            state.waiting.push_back(Waiting { ticket, waker: cx.waker().clone() });
+            state.waiting.push_back(Waiting { ticket, task: Waiters::new() });
             ticket
         });
         if let Some(mine) = state.waiting.iter_mut().find(|waiting| waiting.ticket == ticket) {
-            mine.waker.clone_from(cx.waker());
+            mine.task.add(cx);
         }
         if is_first && self.budget.add(&mut state, bytes) { Poll::Ready(()) } else { Poll::Pending }
     }
@@ -243,7 +243,7 @@ impl Drop for Place<'_> {
             state.first()
         };
         // There may be room for the next one, too.
-        first.into_iter().for_each(Waker::wake);
+        first.wake();
     }
 }
 
@@ -272,6 +272,7 @@ fn machine_memory() -> u64 {
 mod tests {
     use super::*;
     use std::pin::{Pin, pin};
+    use std::task::Waker;
 
     const LIMITS: Limits = Limits { most: 100, reserved: 10 };
 

@@ -13,14 +13,13 @@
 //! announcements, so one of the two sees the other. A member that already stands at an older epoch
 //! and reads the new one has seen the change with it; if it reads the old one, it is waited for.
 
-use super::sync::Mutex;
+use super::sync::{Mutex, Waiters};
 use crossbeam_utils::CachePadded;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use std::task::{Poll, Waker};
 
 /// What a member that is not on the fast road announces.
 const OFFLINE: u64 = u64::MAX;
@@ -28,7 +27,7 @@ const OFFLINE: u64 = u64::MAX;
 static EPOCH: AtomicU64 = AtomicU64::new(1);
 /// How many `synchronize` calls wait, so that members look for wakers only then.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
-static WAKERS: Mutex<Vec<Waker>> = Mutex::new(Vec::new());
+static WAITERS: Mutex<Waiters> = Mutex::new(Waiters::new());
 
 /// A queue's announcement, as others see it.
 pub struct Member {
@@ -169,8 +168,7 @@ impl Drop for Announcer {
 }
 
 fn wake_waiters() {
-    let wakers = std::mem::take(&mut *WAKERS.lock());
-    wakers.into_iter().for_each(Waker::wake);
+    WAITERS.wake_all();
 }
 
 /// Waits until every turn and request that `members` had announced before the call has ended.
@@ -184,18 +182,13 @@ pub async fn synchronize(members: &[Arc<Member>]) {
     let target = EPOCH.fetch_add(1, Ordering::SeqCst) + 1;
     WAITING.fetch_add(1, Ordering::SeqCst);
     let _waiting = Waiting;
-    let passed = || members.iter().all(|m| m.oldest.load(Ordering::SeqCst) >= target);
-    std::future::poll_fn(|cx| {
+    let passed = || {
         fence(Ordering::SeqCst);
-        if passed() {
-            return Poll::Ready(());
-        }
-        WAKERS.lock().push(cx.waker().clone());
-        // Whoever passed before it could see the waker is seen here.
-        fence(Ordering::SeqCst);
-        if passed() { Poll::Ready(()) } else { Poll::Pending }
-    })
-    .await
+        members.iter().all(|m| m.oldest.load(Ordering::SeqCst) >= target)
+    };
+    if !passed() {
+        WAITERS.wait_until(passed).await;
+    }
 }
 
 /// A moment that announcements are compared with, for those who cannot wait: what was changed before
@@ -219,7 +212,7 @@ mod tests {
     use super::*;
     use std::future::Future;
     use std::pin::pin;
-    use std::task::Context;
+    use std::task::{Context, Waker};
 
     fn poll_once(future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool {
         future.poll(&mut Context::from_waker(Waker::noop())).is_ready()

@@ -3,12 +3,9 @@
 
 use super::may_block;
 use super::pool::{Job, Limits, Pool};
-use super::sync::Mutex;
-use std::future::Future;
-use std::pin::Pin;
+use super::sync::{Mutex, Waiters};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, Waker};
 
 static POOL: Pool<Call> = Pool::new("offload", Limits { each: 16, all: 64 });
 
@@ -34,28 +31,6 @@ impl Job for Call {
     }
 }
 
-struct Slot<T> {
-    result: Option<T>,
-    waker: Option<Waker>,
-}
-
-/// The result of [`Blocking::run`]. The work goes on to its end even if nobody waits for it.
-struct Offloaded<T>(Arc<Mutex<Slot<T>>>);
-
-impl<T> Future for Offloaded<T> {
-    type Output = T;
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        let mut slot = self.0.lock();
-        match slot.result.take() {
-            Some(result) => Poll::Ready(result),
-            None => {
-                slot.waker = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
-
 impl Default for Blocking {
     fn default() -> Blocking {
         static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -64,25 +39,25 @@ impl Default for Blocking {
 }
 
 impl Blocking {
-    /// Runs `work` on a thread that may block: this one, if it may.
+    /// Runs `work` on a thread that may block: this one, if it may. It goes on to its end even if nobody waits
+    /// for it.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         if may_block() {
             return work();
         }
-        let slot = Arc::new(Mutex::new(Slot { result: None, waker: None }));
+        let slot = Arc::new(Mutex::new((None, Waiters::new())));
         let theirs = slot.clone();
         let work = Box::new(move || {
             let result = work();
-            let mut slot = theirs.lock();
-            slot.result = Some(result);
-            let waker = slot.waker.take();
-            drop(slot);
-            if let Some(waker) = waker {
-                waker.wake();
-            }
+            let waiting = {
+                let mut slot = theirs.lock();
+                slot.0 = Some(result);
+                slot.1.take()
+            };
+            waiting.wake();
         });
         POOL.submit([Call { owner: self.0, work }]);
-        Offloaded(slot).await
+        slot.wait_for(|(result, waiting)| result.take().ok_or(waiting)).await
     }
 }
 

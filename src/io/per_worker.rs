@@ -6,7 +6,7 @@
 //! The rule it guards: state is made, used, told of its end and dropped on one thread, that of its worker.
 //! So it needs no locks, need not be [`Send`], and may own sources and operations of the worker.
 
-use super::sync::Mutex;
+use super::sync::{Mutex, Waiters};
 use super::worker::{self, Io, Shared};
 use super::{Errno, IoResult, current, in_time};
 use std::any::Any;
@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use std::time::Duration;
 
 /// What one worker has.
@@ -44,7 +44,7 @@ struct Holders {
     workers: Vec<Arc<Shared>>,
     closed: bool,
     /// Those who wait until there are none.
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// The lowest index that was never used, and those that were given back.
@@ -59,7 +59,7 @@ enum State {
     #[default]
     None,
     /// A task makes it; others wait for that.
-    Making(Vec<Waker>),
+    Making(Waiters),
     Made(Rc<dyn WorkerState>, Arc<Declared>),
     /// It has been told to leave.
     Leaving,
@@ -148,13 +148,9 @@ impl<T: WorkerState> PerWorker<T> {
     /// Waits until all workers have let go of their states, at most for `time`. False if some have not.
     /// For slots that are closed.
     pub async fn left_within(&self, time: Duration) -> bool {
-        let left = poll_fn(|cx| {
-            let mut holders = self.declared.holders.lock();
-            if holders.workers.is_empty() {
-                return Poll::Ready(());
-            }
-            holders.waiting.push(cx.waker().clone());
-            Poll::Pending
+        let left = self.declared.holders.wait_for(|holders| match holders.workers.is_empty() {
+            true => Ok(()),
+            false => Err(&mut holders.waiting),
         });
         in_time(time, left).await.is_some()
     }
@@ -203,11 +199,11 @@ impl Declared {
         let mut holders = self.holders.lock();
         holders.workers.retain(|other| !Arc::ptr_eq(other, worker));
         let waiting = match holders.workers.is_empty() {
-            true => std::mem::take(&mut holders.waiting),
-            false => Vec::new(),
+            true => holders.waiting.take(),
+            false => Waiters::new(),
         };
         drop(holders);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -239,12 +235,12 @@ impl States {
             match &mut states[index] {
                 _ if has_waited => Poll::Ready(Ok(false)),
                 state @ State::None => {
-                    *state = State::Making(Vec::new());
+                    *state = State::Making(Waiters::new());
                     Poll::Ready(Ok(true))
                 }
                 State::Making(waiting) => {
                     has_waited = true;
-                    waiting.push(cx.waker().clone());
+                    waiting.add(cx);
                     Poll::Pending
                 }
                 State::Made(..) => Poll::Ready(Ok(false)),
@@ -257,7 +253,7 @@ impl States {
     fn replace(&self, index: usize, new: State) {
         let old = std::mem::replace(&mut self.0.borrow_mut()[index], new);
         if let State::Making(waiting) = old {
-            waiting.into_iter().for_each(Waker::wake);
+            waiting.wake();
         }
     }
 }

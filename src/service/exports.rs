@@ -8,11 +8,10 @@ use super::{Service, handover};
 use crate::block::graph::Attachment;
 use crate::block::{Error, Node, Perm, Perms};
 use crate::export::core::{DiskOptions, Export, ExportMetrics, Failure, Parts, Transport};
+use crate::io::sync::Waiters;
 use crate::io::{self, Worker};
-use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::task::{Poll, Waker};
 use std::time::Duration;
 
 /// How long the end of an export is waited for. Where nothing is in flight it takes less, and then
@@ -30,7 +29,7 @@ pub(super) struct Exports {
     /// The process is to end: none begins any more.
     ending: bool,
     /// Tasks that wait until none serves any more.
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 struct Served {
@@ -146,7 +145,7 @@ impl Exports {
 
     fn remove(&mut self, id: &str) {
         self.list.retain(|served| served.id != id);
-        self.waiting.drain(..).for_each(Waker::wake);
+        self.waiting.take().wake();
     }
 
     /// Whether an export serves, or may have a front end that it has let in.
@@ -407,15 +406,14 @@ impl Service {
             self.spawn("end of an export", async move |service| service.end(id, running).await);
         }
         self.spawn("end of all exports", async |service| {
-            poll_fn(|cx| {
-                let mut state = service.state();
-                if !state.exports.any_serves() {
-                    return Poll::Ready(());
-                }
-                state.exports.waiting.push(cx.waker().clone());
-                Poll::Pending
-            })
-            .await
+            service
+                .0
+                .state
+                .wait_for(|state| match state.exports.any_serves() {
+                    false => Ok(()),
+                    true => Err(&mut state.exports.waiting),
+                })
+                .await
         })
     }
 

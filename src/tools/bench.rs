@@ -2,10 +2,10 @@
 
 use super::Opened;
 use crate::block::WriteFlags;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{AlignedBuf, Errno, IoResult, current};
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
 
 /// What is asked of a benchmark.
 #[derive(Clone, Debug)]
@@ -38,7 +38,7 @@ struct State {
     result: Cell<IoResult>,
     /// Lanes that have not ended.
     lanes: Cell<u32>,
-    waiting: RefCell<Vec<Waker>>,
+    waiting: Mutex<Waiters>,
 }
 
 /// Runs a benchmark to its end, or to the first request that fails.
@@ -52,7 +52,7 @@ pub async fn run(image: &Rc<Opened>, asked: &Bench) -> IoResult {
         in_flight: Cell::new(0),
         result: Cell::new(Ok(())),
         lanes: Cell::new(lanes),
-        waiting: RefCell::default(),
+        waiting: Mutex::default(),
     });
     for _ in 0..lanes {
         let state = state.clone();
@@ -113,17 +113,10 @@ impl State {
     }
 
     async fn wait(&self, until: impl Fn(&State) -> bool) {
-        std::future::poll_fn(|cx| {
-            if until(self) {
-                return Poll::Ready(());
-            }
-            self.waiting.borrow_mut().push(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
+        self.waiting.wait_until(|| until(self)).await;
     }
 
     fn wake(&self) {
-        self.waiting.take().into_iter().for_each(Waker::wake);
+        self.waiting.wake_all();
     }
 }

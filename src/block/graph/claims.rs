@@ -21,8 +21,8 @@
 
 use super::permissions::release_locks;
 use super::{By, Graph, State};
+use crate::io::sync::Waiters;
 use std::collections::BTreeSet;
-use std::task::{Poll, Waker};
 
 /// A node that a change is about.
 #[derive(Clone)]
@@ -42,7 +42,7 @@ pub(super) enum Part {
 pub(super) struct Claims {
     all: Vec<Record>,
     /// Tasks that look again whenever a claim or the use of a node has ended.
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 struct Record {
@@ -108,21 +108,19 @@ impl Graph {
 
     /// Has all tasks look again that wait for claims or for ends of nodes.
     pub(super) fn look_again(&self) {
-        let waiting = std::mem::take(&mut self.0.state.lock().claims.waiting);
-        waiting.into_iter().for_each(Waker::wake);
+        let waiting = self.0.state.lock().claims.waiting.take();
+        waiting.wake();
     }
 
     /// Waits until `is_so`; [`Graph::look_again`] is called whenever it may have become so.
     pub(super) async fn wait_until(&self, mut is_so: impl FnMut(&mut State) -> bool) {
-        std::future::poll_fn(|cx| {
-            let mut state = self.0.state.lock();
-            if is_so(&mut state) {
-                return Poll::Ready(());
-            }
-            state.claims.waiting.push(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
+        self.0
+            .state
+            .wait_for(|state| match is_so(state) {
+                true => Ok(()),
+                false => Err(&mut state.claims.waiting),
+            })
+            .await;
     }
 }
 

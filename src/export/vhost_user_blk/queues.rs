@@ -11,10 +11,9 @@
 use super::device::Device;
 use super::queue::Queue;
 use crate::block::Node;
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{IoResult, Local, SourceId, Worker};
 use std::sync::{Arc, OnceLock};
-use std::task::{Poll, Waker};
 use std::time::Duration;
 
 /// A queue: the number of its worker, and its source there.
@@ -35,7 +34,7 @@ struct State {
     /// How many [`Busy`] there are.
     busy: usize,
     /// Tasks that wait for another count of these two.
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// Something of a disk that may be in flight, until it is dropped.
@@ -45,9 +44,9 @@ impl Drop for Busy {
     fn drop(&mut self) {
         let mut state = self.0.queues.state.lock();
         state.busy -= 1;
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -143,9 +142,9 @@ impl Device {
             return;
         }
         state.all.iter().for_each(|&queue| self.tell(workers, queue, Queue::resume));
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
         if let Some(act) = self.queues.when_free.get() {
             act();
         }
@@ -196,15 +195,13 @@ impl Device {
     }
 
     async fn wait_until(&self, mut is_so: impl FnMut(&mut State) -> bool) {
-        std::future::poll_fn(|cx| {
-            let mut state = self.queues.state.lock();
-            if is_so(&mut state) {
-                return Poll::Ready(());
-            }
-            state.waiting.push(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
+        self.queues
+            .state
+            .wait_for(|state| match is_so(state) {
+                true => Ok(()),
+                false => Err(&mut state.waiting),
+            })
+            .await;
     }
 
     /// What is in flight, of the queues whose workers answer.
@@ -238,7 +235,7 @@ impl Device {
         workers: &[Arc<Worker>],
         work: impl Fn(&mut Local, SourceId) -> Option<T> + Send + Clone + 'static,
     ) -> Vec<T> {
-        let answers = Arc::new(Answers(Mutex::new((Vec::new(), 0, None))));
+        let answers = Arc::new(Answers(Mutex::new((Vec::new(), 0, Waiters::new()))));
         for &(worker, source) in &self.queues.state.lock().all {
             let (answer, disk, work) = (Answer::new(&answers), self.disk.clone(), work.clone());
             workers[worker].send(move |local| {
@@ -253,7 +250,7 @@ impl Device {
 }
 
 /// What queues answer that were all asked the same: so far, how many have not answered, who waits.
-struct Answers<T>(Mutex<(Vec<T>, usize, Option<Waker>)>);
+struct Answers<T>(Mutex<(Vec<T>, usize, Waiters)>);
 
 /// The answer that one queue owes, until it is dropped.
 struct Answer<T>(Arc<Answers<T>>);
@@ -271,25 +268,22 @@ impl<T> Answer<T> {
 
 impl<T> Drop for Answer<T> {
     fn drop(&mut self) {
-        let waker = {
+        let waiting = {
             let mut answers = self.0.0.lock();
             answers.1 -= 1;
-            if answers.1 == 0 { answers.2.take() } else { None }
+            if answers.1 == 0 { answers.2.take() } else { Waiters::new() }
         };
-        waker.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
 impl<T> Answers<T> {
     async fn all(&self) -> Vec<T> {
-        std::future::poll_fn(|cx| {
-            let mut answers = self.0.lock();
-            if answers.1 == 0 {
-                return Poll::Ready(std::mem::take(&mut answers.0));
-            }
-            answers.2 = Some(cx.waker().clone());
-            Poll::Pending
-        })
-        .await
+        self.0
+            .wait_for(|(answers, owed, waiting)| match owed {
+                0 => Ok(std::mem::take(answers)),
+                _ => Err(waiting),
+            })
+            .await
     }
 }

@@ -7,11 +7,11 @@
 
 use crate::block::event::OnStop;
 use crate::block::{Debugger, Event, LocalFuture, SECTOR};
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{Errno, IoResult};
 use serde::Deserialize;
 use std::ops::Range;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 
 /// Kinds of I/O that can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -98,7 +98,7 @@ struct Breakpoint {
 struct Stopped {
     id: u64,
     tag: String,
-    waker: Option<Waker>,
+    waiting: Waiters,
 }
 
 impl Rules {
@@ -225,8 +225,8 @@ impl Debugger for Rules {
             at.map(|at| state.stopped.remove(at))
         };
         let found = gone.is_some();
-        if let Some(waker) = gone.and_then(|stopped| stopped.waker) {
-            waker.wake();
+        if let Some(stopped) = gone {
+            stopped.waiting.wake();
         }
         found
     }
@@ -246,21 +246,16 @@ impl Rules {
             let point = state.breakpoints.remove(at);
             state.next_id += 1;
             let id = state.next_id;
-            state.stopped.push(Stopped { id, tag: point.tag.clone(), waker: None });
+            state.stopped.push(Stopped { id, tag: point.tag.clone(), waiting: Waiters::new() });
             (point, Stop { rules: self, id })
         };
         (point.on_stop)(&point.tag);
-        std::future::poll_fn(|cx| {
-            let state = &mut *self.state.lock();
-            match state.stopped.iter_mut().find(|stopped| stopped.id == stop.id) {
-                Some(stopped) => {
-                    stopped.waker = Some(cx.waker().clone());
-                    Poll::Pending
-                }
-                None => Poll::Ready(()),
-            }
-        })
-        .await;
+        self.state
+            .wait_for(|state| {
+                let mine = state.stopped.iter_mut().find(|stopped| stopped.id == stop.id);
+                mine.map_or(Ok(()), |stopped| Err(&mut stopped.waiting))
+            })
+            .await;
     }
 }
 
@@ -281,7 +276,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
-    use std::task::Context;
+    use std::task::{Context, Waker};
 
     fn error(event: Event) -> InjectError {
         InjectError {

@@ -1,7 +1,6 @@
 //! Many may be inside at once, or one alone: held across awaits, entered in no particular order.
 
-use crate::io::sync::Mutex;
-use std::task::{Poll, Waker};
+use crate::io::sync::{Mutex, Waiters};
 
 #[derive(Default)]
 pub struct Gate(Mutex<State>);
@@ -11,7 +10,7 @@ struct State {
     inside: usize,
     /// Somebody is alone inside, or waits until the others have left; nobody else enters.
     closed: bool,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// One of many, until it is dropped.
@@ -22,42 +21,40 @@ pub struct Alone<'a>(&'a Gate);
 
 impl Gate {
     pub async fn enter(&self) -> Inside<'_> {
-        std::future::poll_fn(|cx| {
-            let mut state = self.0.lock();
-            if state.closed {
-                state.waiting.push(cx.waker().clone());
-                return Poll::Pending;
-            }
-            state.inside += 1;
-            Poll::Ready(Inside(self))
-        })
-        .await
+        self.0
+            .wait_for(|state| {
+                if state.closed {
+                    return Err(&mut state.waiting);
+                }
+                state.inside += 1;
+                Ok(Inside(self))
+            })
+            .await
     }
 
     pub async fn alone(&self) -> Alone<'_> {
         let mut mine: Option<Alone<'_>> = None;
-        std::future::poll_fn(|cx| {
-            let mut state = self.0.lock();
-            if mine.is_none() && !state.closed {
-                state.closed = true;
-                mine = Some(Alone(self));
-            }
-            if mine.is_none() || state.inside > 0 {
-                state.waiting.push(cx.waker().clone());
-                return Poll::Pending;
-            }
-            Poll::Ready(mine.take().expect("it was just looked at"))
-        })
-        .await
+        self.0
+            .wait_for(|state| {
+                if mine.is_none() && !state.closed {
+                    state.closed = true;
+                    mine = Some(Alone(self));
+                }
+                if state.inside > 0 {
+                    return Err(&mut state.waiting);
+                }
+                mine.take().ok_or(&mut state.waiting)
+            })
+            .await
     }
 
     fn leave(&self, how: impl FnOnce(&mut State)) {
         let mut state = self.0.lock();
         how(&mut state);
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
         // All of them: one that is gone must not keep the others from their turn.
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -78,7 +75,7 @@ mod tests {
     use super::*;
     use std::future::Future;
     use std::pin::pin;
-    use std::task::Context;
+    use std::task::{Context, Poll, Waker};
 
     #[test]
     fn one_is_alone_when_the_others_have_left_and_keeps_more_from_coming() {

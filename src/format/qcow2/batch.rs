@@ -10,13 +10,13 @@ use super::layout::L2Entry;
 use super::overlap::Kinds;
 use crate::block::{Event, WriteFlags};
 use crate::cow::{Format, Pinned, SliceNo, pin};
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 
 /// Entries of a slice: index and what it becomes.
 pub type Changes = Vec<(usize, L2Entry)>;
@@ -45,7 +45,7 @@ struct Batch {
 #[derive(Default)]
 struct End {
     result: Option<IoResult>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// Somebody's part in a slice's batches.
@@ -101,7 +101,7 @@ impl<'a> Member<'a> {
                 return Poll::Ready(Err(Err(Errno::EIO)));
             };
             if state.is_writing {
-                end.wait(cx.waker());
+                end.waiting.add(cx);
                 return Poll::Pending;
             }
             state.is_writing = true;
@@ -122,7 +122,8 @@ impl Drop for Member<'_> {
         } else if self.end.lock().result.is_none() {
             // Given up; and perhaps it was, or would be, the one who is told to write the batch.
             drop(slices);
-            self.end.lock().wake_all();
+            let waiting = self.end.lock().waiting.take();
+            waiting.wake();
         }
     }
 }
@@ -140,35 +141,16 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut end = self.batch.end.lock();
         end.result.get_or_insert(Err(Errno::EIO));
-        let told = std::mem::take(&mut end.waiting);
+        let told = end.waiting.take();
         drop(end);
         let mut slices = self.batches.slices.lock();
         if let Some(state) = slices.get_mut(&self.slice) {
             state.is_writing = false;
             let next = state.next.end.clone();
             drop(slices);
-            next.lock().wake_one();
+            next.lock().waiting.wake_one();
         }
-        told.into_iter().for_each(Waker::wake);
-    }
-}
-
-impl End {
-    fn wait(&mut self, waker: &Waker) {
-        if !self.waiting.iter().any(|waiting| waiting.will_wake(waker)) {
-            self.waiting.push(waker.clone());
-        }
-    }
-
-    /// Wakes one of those who wait, to write the batch. All of them hear of the end.
-    fn wake_one(&self) {
-        if let Some(waker) = self.waiting.first() {
-            waker.wake_by_ref();
-        }
-    }
-
-    fn wake_all(&mut self) {
-        std::mem::take(&mut self.waiting).into_iter().for_each(Waker::wake);
+        told.wake();
     }
 }
 

@@ -6,10 +6,9 @@
 //! although the data never landed: so the first failure is kept, and every later flush fails with
 //! it until the file is opened again, or an operator accepts the loss.
 
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{Errno, IoResult};
-use std::future::{Future, poll_fn};
-use std::task::{Poll, Waker};
+use std::future::Future;
 
 /// The flushes of one file, on all workers.
 #[derive(Default)]
@@ -25,7 +24,7 @@ struct State {
     durable: u64,
     running: bool,
     failed: Option<Errno>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// This flush's turn to run the fsync for all who wait.
@@ -39,23 +38,19 @@ impl Flushes {
     /// do so comes to this flush.
     pub async fn flush(&self, fsync: impl Future<Output = IoResult>) -> IoResult {
         let wanted = self.state.lock().started + 1;
-        let turn = poll_fn(|context| {
-            let mut state = self.state.lock();
+        let turn = self.state.wait_for(|state| {
             if let Some(errno) = state.failed {
-                return Poll::Ready(Err(errno));
+                return Ok(Err(errno));
             }
             if state.durable >= wanted {
-                return Poll::Ready(Ok(None));
+                return Ok(Ok(None));
             }
             if state.running {
-                if !state.waiting.iter().any(|waker| waker.will_wake(context.waker())) {
-                    state.waiting.push(context.waker().clone());
-                }
-                return Poll::Pending;
+                return Err(&mut state.waiting);
             }
             state.running = true;
             state.started += 1;
-            Poll::Ready(Ok(Some(Turn { flushes: self, result: None })))
+            Ok(Ok(Some(Turn { flushes: self, result: None })))
         });
         let Some(mut turn) = turn.await? else { return Ok(()) };
         let result = fsync.await;
@@ -96,9 +91,9 @@ impl Drop for Turn<'_> {
             }
             None => {}
         }
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -106,8 +101,9 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
     use std::cell::Cell;
+    use std::future::poll_fn;
     use std::pin::pin;
-    use std::task::Context;
+    use std::task::{Context, Poll, Waker};
 
     /// An fsync that ends when the test says so, and counts how often it was started.
     struct Fsync {

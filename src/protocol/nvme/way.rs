@@ -4,12 +4,11 @@
 use super::entry::from_driver;
 use super::lane::{Host, Lane, Remote, result};
 use super::shared::Shared;
-use crate::io::sync::Mutex;
+use crate::io::sync::{Mutex, Waiters};
 use crate::io::{self, Errno, Held, Io, IoResult, IoVec};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Poll, Waker};
 use std::time::Duration;
 use vublk_vfio::spec::Status;
 use vublk_vfio::{Request, Segments};
@@ -109,7 +108,7 @@ async fn here(lane: Rc<Lane>, make: impl FnOnce(u64) -> Request) -> Status {
 #[derive(Default)]
 struct Answer {
     status: Option<Status>,
-    waker: Option<Waker>,
+    waiting: Waiters,
 }
 
 async fn there(host: &Host, make: impl FnOnce(u64) -> Request) -> IoResult<Status> {
@@ -124,13 +123,12 @@ async fn there(host: &Host, make: impl FnOnce(u64) -> Request) -> IoResult<Statu
     let answer = Arc::new(Mutex::new(Answer::default()));
     let theirs = answer.clone();
     let done = Box::new(move |status| {
-        let mut answer = theirs.lock();
-        answer.status = Some(status);
-        let waker = answer.waker.take();
-        drop(answer);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        let waiting = {
+            let mut answer = theirs.lock();
+            answer.status = Some(status);
+            answer.waiting.take()
+        };
+        waiting.wake();
     });
     // The token is the other worker's to choose.
     if host.requests.send(Remote::new(make(0), done)).is_err() {
@@ -138,16 +136,5 @@ async fn there(host: &Host, make: impl FnOnce(u64) -> Request) -> IoResult<Statu
     }
     host.waker.wake();
     let running = Running(answer);
-    let status = poll_fn(|cx| {
-        let mut answer = running.0.lock();
-        match answer.status {
-            Some(status) => Poll::Ready(status),
-            None => {
-                answer.waker = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        }
-    })
-    .await;
-    Ok(status)
+    Ok(running.0.wait_for(|answer| answer.status.ok_or(&mut answer.waiting)).await)
 }
