@@ -94,7 +94,7 @@ impl Node {
             let packer = packer.clone();
             let range = at + done..at + done + n;
             let work = move || Packed { range, bytes: packer(&bytes) };
-            begun.push(Box::pin(self.blocking().run(work)));
+            begun.push(Box::pin(self.blocking().compute(work)));
             done += n;
         }
         Ok(all(begun).await)

@@ -7,11 +7,14 @@ use super::sync::{Mutex, Waiters};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-static POOL: Pool<Call> = Pool::new("offload", Limits { each: 16, all: 64 });
+/// For calls that wait, and for work that computes. A storage that stalls keeps threads of the first kind for as
+/// long as it likes; what computes always comes to an end, and must not stand behind that.
+static CALLS: Pool<Call> = Pool::new("offload", Limits { each: 16, all: 64 });
+static WORK: Pool<Call> = Pool::new("compute", Limits { each: 16, all: 64 });
 
-/// The blocking work of one disk, or of whatever else should not be held up by its neighbours. No
-/// more than 16 of its calls run at a time; the others wait for these, and for nobody else's. Clones are the
-/// same disk's.
+/// The blocking work of one disk, or of something else that its neighbours must not hold up. Of its calls 16 run at
+/// a time, and as many of its pieces of work that compute; the others wait for these, and for nobody else's.
+/// Clones are the same disk's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocking(u64);
 
@@ -39,9 +42,22 @@ impl Default for Blocking {
 }
 
 impl Blocking {
-    /// Runs `work` on a thread that may block: this one, if it may. It goes on to its end even if nobody waits
-    /// for it.
-    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+    /// Runs a call that may wait for the storage on a thread that may block: this one, if it may. It goes on to
+    /// its end even if nobody waits for it.
+    pub async fn run<T: Send + 'static>(&self, call: impl FnOnce() -> T + Send + 'static) -> T {
+        self.run_in(&CALLS, call).await
+    }
+
+    /// As [`Blocking::run`], for work that takes long and waits for nothing: decompression, ciphers.
+    pub async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        self.run_in(&WORK, work).await
+    }
+
+    async fn run_in<T: Send + 'static>(
+        &self,
+        pool: &'static Pool<Call>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
         if may_block() {
             return work();
         }
@@ -56,7 +72,7 @@ impl Blocking {
             };
             waiting.wake();
         });
-        POOL.submit([Call { owner: self.0, work }]);
+        pool.submit([Call { owner: self.0, work }]);
         slot.wait_for(|(result, waiting)| result.take().ok_or(waiting)).await
     }
 }
@@ -65,4 +81,39 @@ impl Blocking {
 /// for nothing else; what guests can ask for any number of times goes through [`Blocking`].
 pub async fn offload<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     Blocking::default().run(work).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::task::yield_now;
+    use crate::io::{Worker, WorkerOptions, current};
+    use std::cell::Cell;
+    use std::rc::Rc;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn what_a_disk_computes_does_not_wait_for_its_calls() {
+        let worker = Worker::start("offload", WorkerOptions::default()).unwrap();
+        worker.block_on(|| async {
+            let disk = Blocking::default();
+            let (stalled, storage) = channel::<()>();
+            let (storage, ended) = (Arc::new(Mutex::new(storage)), Rc::new(Cell::new(0)));
+            // More than its share: the last ones wait for a thread.
+            for _ in 0..20 {
+                let (disk, storage, ended) = (disk.clone(), storage.clone(), ended.clone());
+                current().spawn(async move {
+                    disk.run(move || storage.lock().recv().is_ok()).await;
+                    ended.set(ended.get() + 1);
+                });
+            }
+            yield_now().await;
+            assert_eq!(disk.compute(|| 7).await, 7);
+            assert_eq!(ended.get(), 0, "all calls are still waited for");
+            drop(stalled);
+            while ended.get() < 20 {
+                yield_now().await;
+            }
+        });
+    }
 }

@@ -31,7 +31,7 @@ impl Qcow2 {
         read_padded(&file, place.host, &stored.io_vec()).await?;
         let (kind, len) = (self.compression, self.geometry.cluster_size() as usize);
         // Unpacking takes longer than a worker may be kept from its other queues.
-        let unpacked = self.blocking.run(move || compressed::unpack(kind, &stored, len)).await;
+        let unpacked = self.blocking.compute(move || compressed::unpack(kind, &stored, len)).await;
         unpacked.inspect_err(|_| {
             // A guest can ask as often as it likes.
             log::debug!(

@@ -161,7 +161,8 @@ fn queues_that_are_offered_and_not_used_take_no_descriptors_and_no_threads() {
     });
     let taken = |daemon: &Daemon| {
         // Threads for work that blocks, ours and the kernel's, come and go.
-        let stays = |name: &str| !["offload", "io"].contains(&name) && !name.starts_with("iou-");
+        let stays =
+            |name: &str| !["offload", "compute", "io"].contains(&name) && !name.starts_with("iou-");
         let threads = daemon.server.threads().unwrap();
         let threads: Vec<_> = threads.into_iter().map(|t| t.name).filter(|n| stays(n)).collect();
         (daemon.server.open_files(), threads)
