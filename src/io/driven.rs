@@ -2,8 +2,7 @@
 //! tests and fuzz targets that want one thread, no real sleep, and the same order of events each time.
 
 use super::Local;
-use super::ring::Ring;
-use super::sim::Disorder;
+use super::sim::{Disorder, Reorder, SimRing};
 use super::worker::{self, Io, Shared, Worker, WorkerOptions};
 use std::cell::RefCell;
 use std::future::Future;
@@ -22,6 +21,7 @@ thread_local! {
 
 struct Driven {
     io: Rc<Io>,
+    reorder: Reorder,
     local: RefCell<Local>,
 }
 
@@ -38,16 +38,17 @@ impl Driven {
 impl Worker {
     /// A worker that the calling thread runs. Work that blocks is done in place. The thread must be the only
     /// one that waits for it, and the one that drops it.
-    pub fn driven(name: &str, ring: Box<dyn Ring>) -> std::io::Result<Worker> {
+    pub fn driven(name: &str, ring: SimRing) -> std::io::Result<Worker> {
         let poll_max = Duration::ZERO;
         let shared = Shared::new(name, WorkerOptions { poll_max, cpu: None, may_block: true })?;
         let before = worker::replace_current(None);
-        let mut local = Local::new(ring, shared.clone());
+        let reorder = ring.reorder();
+        let mut local = Local::new(Box::new(ring), shared.clone());
         // It begins to watch its mail, so that the first run is like later ones.
         local.round();
         worker::replace_current(before);
         local.sleep_at_most(LONGEST_SLEEP);
-        let driven = Driven { io: local.io().clone(), local: RefCell::new(local) };
+        let driven = Driven { io: local.io().clone(), reorder, local: RefCell::new(local) };
         DRIVEN.with_borrow_mut(|all| all.push(Rc::new(driven)));
         Ok(Worker::without_thread(shared))
     }
@@ -66,7 +67,7 @@ impl Worker {
         let result = Rc::new(RefCell::new(None));
         let theirs = result.clone();
         driven.with(|local| {
-            local.io().ring.borrow_mut().restart(disorder);
+            driven.reorder.set(disorder);
             let future = make(local);
             local.io().spawn(async move {
                 let value = future.await;
@@ -133,14 +134,13 @@ pub fn receive_within<T>(from: &Receiver<T>, time: Duration) -> Result<T, RecvTi
 
 #[cfg(test)]
 mod tests {
-    use super::super::sim::SimRing;
     use super::super::{current, offload, sleep};
     use super::*;
     use std::sync::mpsc;
 
     fn driven(name: &str) -> Worker {
         let ring = SimRing::new(Disorder::wild(1)).unwrap();
-        Worker::driven(name, Box::new(ring)).unwrap()
+        Worker::driven(name, ring).unwrap()
     }
 
     #[test]

@@ -13,7 +13,6 @@
 use super::clock::Clock;
 use super::descriptors;
 use super::op::{Durable, Op};
-use super::sim::Disorder;
 use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 use std::fs::File;
 use std::io;
@@ -86,9 +85,6 @@ pub trait Ring {
     fn is_simulated(&self) -> bool {
         false
     }
-
-    /// A simulation goes on with another order of events.
-    fn restart(&mut self, _: Disorder) {}
 }
 
 /// Entries that may be queued between two `enter`s. Small enough to stay in the first-level cache.

@@ -17,8 +17,10 @@ use super::op::{Durable, Op, Segments};
 use super::polls::{Polls, calls};
 use super::ring::{Completion, Ring, Wait};
 use super::sync::Mutex;
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -124,9 +126,21 @@ impl Disorder {
     }
 }
 
+/// Gives a simulated ring another order of events after it was given away.
+#[derive(Clone, Default)]
+pub struct Reorder(Rc<Cell<Option<Disorder>>>);
+
+impl Reorder {
+    /// Events that come from now on come in the order that `disorder` decides.
+    pub fn set(&self, disorder: Disorder) {
+        self.0.set(Some(disorder));
+    }
+}
+
 /// See the module's text.
 pub struct SimRing {
     disorder: Disorder,
+    reorder: Reorder,
     rng: fastrand::Rng,
     /// Nanoseconds.
     clock: u64,
@@ -151,6 +165,7 @@ impl SimRing {
     pub fn new(disorder: Disorder) -> std::io::Result<SimRing> {
         Ok(SimRing {
             disorder,
+            reorder: Reorder::default(),
             rng: fastrand::Rng::with_seed(disorder.seed),
             clock: 0,
             queued: Vec::new(),
@@ -160,6 +175,11 @@ impl SimRing {
             polls: Polls::new()?,
             enters: 0,
         })
+    }
+
+    /// Changes the order of events later.
+    pub fn reorder(&self) -> Reorder {
+        self.reorder.clone()
     }
 
     fn schedule(&mut self, delay: u64, begun: Begun) {
@@ -333,6 +353,11 @@ impl Ring for SimRing {
     }
 
     fn enter(&mut self, wait: Wait) {
+        if let Some(disorder) = self.reorder.0.take() {
+            self.disorder = disorder;
+            self.rng = fastrand::Rng::with_seed(disorder.seed);
+            self.enters = 0;
+        }
         self.start_queued();
         // Time passes while a worker works, too.
         let now = self.clock + self.rng.u64(0..2_000);
@@ -358,12 +383,6 @@ impl Ring for SimRing {
 
     fn is_simulated(&self) -> bool {
         true
-    }
-
-    fn restart(&mut self, disorder: Disorder) {
-        self.disorder = disorder;
-        self.rng = fastrand::Rng::with_seed(disorder.seed);
-        self.enters = 0;
     }
 }
 
@@ -392,8 +411,6 @@ mod tests {
     use super::*;
     use crate::io::{self, run_on};
     use std::cell::RefCell;
-
-    use std::rc::Rc;
 
     fn ring(disorder: Disorder) -> Box<SimRing> {
         Box::new(SimRing::new(disorder).unwrap())

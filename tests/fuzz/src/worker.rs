@@ -15,7 +15,7 @@ pub fn worker(n: usize) -> Arc<Worker> {
     WORKERS.with_borrow_mut(|workers| {
         while workers.len() <= n {
             let ring = SimRing::new(Disorder::wild(0)).expect("a simulated ring");
-            let worker = Worker::driven(&format!("fuzz{}", workers.len()), Box::new(ring));
+            let worker = Worker::driven(&format!("fuzz{}", workers.len()), ring);
             // They end with the thread.
             workers.push(Box::leak(Box::new(Arc::new(worker.expect("a worker")))));
         }
