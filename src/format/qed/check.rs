@@ -21,7 +21,7 @@ pub async fn check(file: &Node) -> Result<CheckReport, Error> {
     let header = read_header(file).await?;
     let mut check = Check {
         file,
-        file_len: file.driver().len(),
+        file_len: header.whole_clusters(file.driver().len()),
         report: CheckReport {
             total_clusters: header.geometry.clusters(header.size),
             ..CheckReport::default()

@@ -131,7 +131,7 @@ impl Header {
             backing_offset: u32_at(56),
             backing_len: u32_at(60),
         };
-        if !header.has_room_for_table(header.l1_offset, file_len) {
+        if !header.has_room_for_table(header.l1_offset, header.whole_clusters(file_len)) {
             return invalid("table offset");
         }
         if !header.size.is_multiple_of(512) || header.size > geometry.max_size() {
@@ -149,6 +149,12 @@ impl Header {
     /// Bytes before the first regular cluster.
     pub fn len(&self) -> u64 {
         u64::from(self.header_clusters) << self.geometry.cluster_bits
+    }
+
+    /// Bytes of the clusters that a file of so many bytes has: one that is cut off at its end is none ("QED Image
+    /// File Format Specification": it may not be preserved).
+    pub fn whole_clusters(&self, file_len: u64) -> u64 {
+        file_len & !(self.geometry.cluster_size() - 1)
     }
 
     /// Whether a whole table that begins at an offset lies in a file of so many bytes, behind the header

@@ -39,7 +39,7 @@ pub struct Qed {
     header: Header,
     /// As it is stored.
     backing_name: Option<String>,
-    /// Of the file when the image was opened, in bytes.
+    /// Of the file's whole clusters when the image was opened, in bytes.
     file_len: u64,
     /// `file`, then `backing` if there is one.
     children: Vec<Child>,

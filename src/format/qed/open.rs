@@ -33,8 +33,8 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let during = Perms::format(Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
-    let file_len = node.len();
     let header = read_header(&node).await?;
+    let file_len = header.whole_clusters(node.len());
     let backing_name = backing_name(&node, &header).await?;
     let recorded = backing_name
         .as_ref()

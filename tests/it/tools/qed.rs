@@ -147,6 +147,24 @@ fn tables_that_make_no_sense_are_found_and_cost_their_reader_an_error() {
 }
 
 #[test]
+fn a_cluster_that_the_file_does_not_have_in_whole_is_none() {
+    for len in [851_968 + 100_000, 851_968 - 1000, 0x70000 + 100, 0x50000 - 1, 600] {
+        assert_same(
+            &[
+                "qemu-img create -q -f qed x.qed 1M",
+                "qemu-io -f qed -c 'write -P 1 0 256k' x.qed",
+                &format!("qemu-img resize -q --shrink -f raw x.qed {len}"),
+            ],
+            &[
+                "qemu-img info -f qed x.qed",
+                "qemu-img check -f qed x.qed",
+                "qemu-io -r -f qed -c 'read -P 1 0 64k' -c 'read 128k 64k' -c 'read 192k 64k' x.qed",
+            ],
+        );
+    }
+}
+
+#[test]
 fn an_image_is_opened_for_reading_only() {
     let place = Place::new(true);
     fixture(place.path());
