@@ -269,6 +269,13 @@ impl Bitmaps {
         }
     }
 
+    /// Takes over those of a node whose place another takes, but for what its image keeps, which was read again.
+    pub(super) fn continue_from(&self, old: &Bitmaps, members: &[Arc<Member>]) {
+        let mut list = self.list.lock();
+        list.extend(old.all().into_iter().filter(|bitmap| !bitmap.flags().persistent));
+        self.record_in(&list, members);
+    }
+
     /// Makes all of them as long as the disk is now, in bytes. What grows has nothing set there.
     pub fn resize(&self, len: u64, members: &[Arc<Member>]) {
         let list = self.list.lock();

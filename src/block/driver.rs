@@ -89,7 +89,8 @@ impl Fence {
     }
 }
 
-/// What a driver can do and what its requests must look like. Constant while the node is open.
+/// What a driver can do and what its requests must look like. Constant but for changes of what it stands on, which are
+/// made while nothing is in flight ([`super::current_traits`]).
 ///
 /// Alignments are in bytes: those of transfers powers of two, those of zero and discard requests
 /// multiples of `request_align`. Limits are in bytes, multiples of the alignment.
@@ -304,7 +305,7 @@ pub trait Driver: Send + Sync + 'static {
 
     fn traits(&self) -> Traits;
 
-    /// Constant while the node is open; what is asked for before a request begins ([`super::working_memory`]).
+    /// As constant as the traits; what is asked for before a request begins ([`super::working_memory`]).
     fn scratch(&self) -> Scratch {
         Scratch::default()
     }
@@ -488,12 +489,17 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Nobody will write to the image until it is opened again, as it comes to lie below another: brings
+    /// Nobody will write to the image until it is opened again, or thawed, as it comes to lie below another: brings
     /// everything to the storage, as [`Driver::close`] does, and from then on [`Driver::child_perms`] asks for
-    /// no more than reading takes. No request is in flight, and none but reads will come.
+    /// no more than reading takes, and [`Driver::close`] writes nothing. No request is in flight, and none but
+    /// reads will come.
     fn freeze(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(std::future::ready(Ok(())))
     }
+
+    /// Takes [`Driver::freeze`] back: requests of all kinds may come again. Nobody has written to its storage
+    /// meanwhile.
+    fn thaw(&self) {}
 
     /// Brings everything to a rest before the driver is dropped: metadata written, hints given. No
     /// request is in flight and none will come.
@@ -560,4 +566,14 @@ pub trait Locks: Send + Sync {
     fn commit(&self, old: super::Perms, new: super::Perms);
     /// Undoes `prepare`. Cannot fail.
     fn rollback(&self, old: super::Perms, new: super::Perms);
+    /// Takes what stands for `held`, which nobody objects to, as `from` has it: the locks of another node with the
+    /// same storage, which gives them up then.
+    ///
+    /// # Errors
+    /// It is other storage.
+    fn take_over(&self, from: &dyn Locks, held: super::Perms) -> Result<(), super::Error>;
+    /// The device and the number of the file that is locked, if it is one.
+    fn file(&self) -> Option<(u64, u64)> {
+        None
+    }
 }

@@ -13,7 +13,9 @@ mod heights;
 mod length;
 mod overlay;
 mod permissions;
+mod reopen;
 mod rest;
+mod succession;
 
 #[cfg(test)]
 mod tests;
@@ -21,6 +23,7 @@ mod tests;
 pub use activity::Activity;
 pub use drain::{Drained, User};
 pub use overlay::Over;
+pub use reopen::Reopening;
 
 use super::name::Names;
 use super::open::{Depth, duplicate};
@@ -38,6 +41,7 @@ use heights::Height;
 use permissions::Plan;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
+use succession::Stage;
 
 /// A graph of block nodes. Clones are the same graph.
 #[derive(Clone)]
@@ -74,6 +78,7 @@ struct Entry {
     height: Height,
     /// Nobody can use it any more.
     closing: bool,
+    stage: Stage,
     /// What all uses hold and allow together.
     perms: Perms,
     /// What the driver's locks stand for: `perms`, or more while requests are still on their way;
@@ -171,7 +176,9 @@ impl Graph {
 
     /// All nodes, newest first.
     pub fn nodes(&self) -> Vec<Arc<Node>> {
-        self.0.state.lock().nodes.values().rev().map(|entry| entry.node.clone()).collect()
+        let state = self.0.state.lock();
+        let named = state.nodes.values().rev().filter(|entry| entry.is_named());
+        named.map(|entry| entry.node.clone()).collect()
     }
 
     /// What there is to tell of all nodes, newest first.
@@ -288,7 +295,8 @@ impl Graph {
         claim: u64,
     ) -> Result<(), Error> {
         let mut state = self.0.state.lock();
-        if state.by_name(node.name()).is_some() {
+        let leaving = state.leaving(claim, node.name());
+        if leaving.is_none() && state.by_name(node.name()).is_some() {
             return Err(duplicate(node.name()));
         }
         let children = node.driver().children().iter().map(|child| state.id(&child.node()));
@@ -305,21 +313,22 @@ impl Graph {
         let active = node.is_active();
         let (uses, perms) = (Vec::new(), Perms::NONE);
         let (monitor, asked) = (false, Map::new());
-        let (height, closing) = Default::default();
+        let (height, closing, stage) = Default::default();
         let locked = perms;
-        let entry = Entry { node, monitor, asked, uses, children, height, closing, perms, locked };
+        let entry =
+            Entry { node, monitor, asked, uses, children, height, closing, stage, perms, locked };
         // A number of its own, because children that were opened with it are older.
         state.next_id += 1;
         let id = state.next_id;
         state.nodes.insert(id, entry);
         state.claims.add_opened(claim, id);
-        let mut plan = Plan::new(&mut state);
-        plan.remove(by_opening(opening));
-        plan.add_edges(id);
-        if let Some((by, perms)) = first {
-            plan.add(id, Use { by, perms, active });
-        }
-        let result = plan.apply();
+        let result = state.begin(id, leaving.map(|from| (from, claim)), |plan| {
+            plan.remove(by_opening(opening));
+            plan.add_edges(id);
+            if let Some((by, perms)) = first {
+                plan.add(id, Use { by, perms, active });
+            }
+        });
         if result.is_err() {
             state.nodes.remove(&id);
         }
@@ -345,12 +354,12 @@ fn not_found(name: &str) -> Error {
 
 impl State {
     fn by_name(&self, name: &str) -> Option<(u64, &Entry)> {
-        let mut all = self.nodes.iter();
+        let mut all = self.nodes.iter().filter(|(_, entry)| entry.is_named());
         all.find(|(_, entry)| entry.node.name() == name).map(|(&id, entry)| (id, entry))
     }
 
     fn by_name_mut(&mut self, name: &str) -> Option<(u64, &mut Entry)> {
-        let mut all = self.nodes.iter_mut();
+        let mut all = self.nodes.iter_mut().filter(|(_, entry)| entry.is_named());
         all.find(|(_, entry)| entry.node.name() == name).map(|(&id, entry)| (id, entry))
     }
 
@@ -373,7 +382,7 @@ impl State {
 impl Entry {
     /// What its locks shall stand for when its uses hold and allow `perms`.
     fn wanted_locks(&self, perms: Perms) -> Perms {
-        if self.node.is_active() { perms } else { Perms::NONE }
+        if self.node.is_active() && self.may_lock() { perms } else { Perms::NONE }
     }
 }
 

@@ -9,6 +9,7 @@
 //! * [`extents`]: what is stored where, through a whole backing chain.
 //! * [`compress`]: storing data compressed.
 //! * [`overlap`]: which writes wait for which. `members`: whose fast requests there may be.
+//! * `current_traits`: what requests should look like, which follows what a node stands on.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
 //! * [`name`]: what opens the same disk again; [`named`]: options that meet a file name.
@@ -30,6 +31,7 @@ pub mod bitmap;
 pub mod child;
 pub mod compress;
 pub mod create;
+mod current_traits;
 pub mod drive;
 pub mod driver;
 pub mod error;

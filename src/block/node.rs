@@ -5,12 +5,13 @@
 //! only with requests that obey the contract in [`super::driver`].
 
 use super::bitmap::Bitmaps;
+use super::current_traits::{self, CurrentTraits};
 use super::driver::*;
 use super::event::{self, Unflushed};
 use super::extents::REST;
 use super::overlap::Overlap;
 use super::threshold::WriteMarks;
-use super::working_memory::WorkingMemory;
+use super::working_memory::{CurrentWorkingMemory, WorkingMemory};
 use super::{Event, Notices, Perm, Perms};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Blocking, Errno, InFlight, IoResult, IoVec, epoch, is_aligned};
@@ -68,6 +69,14 @@ struct DiscardCounts {
 }
 
 impl DiscardCounts {
+    fn continue_from(&self, old: &DiscardCounts) {
+        for (new, old) in
+            [(&self.worked, &old.worked), (&self.failed, &old.failed), (&self.bytes, &old.bytes)]
+        {
+            new.store(old.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
     fn count(&self, bytes: u64, worked: bool) {
         match worked {
             true => {
@@ -85,8 +94,8 @@ impl DiscardCounts {
 pub struct Node {
     name: String,
     driver: Box<dyn Driver>,
-    traits: Traits,
-    pub(super) working_memory: WorkingMemory,
+    pub(super) traits: CurrentTraits,
+    pub(super) working_memory: CurrentWorkingMemory,
     options: NodeOptions,
     overlap: Overlap,
     bitmaps: Arc<Bitmaps>,
@@ -129,20 +138,14 @@ impl Node {
         notices: Arc<Notices>,
         blocking: Blocking,
     ) -> Arc<Node> {
-        let mut traits = driver.traits();
-        if options.read_only {
-            traits.abilities |= Abilities::READ_ONLY;
-        }
-        if !options.discard {
-            traits.abilities -= Abilities::DISCARD;
-        }
+        let traits = current_traits::of_node(&*driver, &options);
         let bitmaps = driver.bitmap_store().map(|store| store.bitmaps().clone());
         Arc::new(Node {
             name,
             bitmaps: bitmaps.unwrap_or_default(),
-            working_memory: WorkingMemory::of(&*driver, &traits),
+            working_memory: WorkingMemory::of(&*driver, &traits).into(),
             driver,
-            traits,
+            traits: traits.into(),
             options,
             overlap: Overlap::default(),
             marks: WriteMarks::default(),
@@ -171,18 +174,13 @@ impl Node {
         &*self.driver
     }
 
-    /// What requests to this node should look like to be quick; any other shape works too.
-    pub fn traits(&self) -> Traits {
-        self.traits
-    }
-
     pub fn options(&self) -> NodeOptions {
         self.options
     }
 
     /// Whether nobody can have a permission to write to it.
     pub fn is_read_only(&self) -> bool {
-        self.traits.abilities.contains(Abilities::READ_ONLY) || self.is_frozen()
+        self.traits.abilities().contains(Abilities::READ_ONLY) || self.is_frozen()
     }
 
     /// Whether it was opened to be written to and lies below others now.
@@ -190,11 +188,22 @@ impl Node {
         self.frozen.load(Ordering::Relaxed)
     }
 
-    /// For the graph, which has seen to it that nobody writes.
-    pub(super) fn set_frozen(&self) {
-        self.frozen.store(true, Ordering::Relaxed);
-        // What the image keeps is as it was stored.
-        self.bitmaps.keep_stored(&self.members());
+    /// For the graph, which has seen to it that nobody writes, or that the driver is thawed.
+    pub(super) fn set_frozen(&self, frozen: bool) {
+        self.frozen.store(frozen, Ordering::Relaxed);
+        if frozen {
+            // What the image keeps is as it was stored.
+            self.bitmaps.keep_stored(&self.members());
+        }
+    }
+
+    /// Takes over what is known of a node that this one succeeds, and that its image does not keep. Nothing of
+    /// either is in flight.
+    pub(super) fn continue_from(&self, old: &Node) {
+        self.marks.continue_from(&old.marks);
+        self.discards.continue_from(&old.discards);
+        self.bitmaps.continue_from(&old.bitmaps, &self.members());
+        self.bitmaps.resize(self.len(), &self.members());
     }
 
     /// The disk's length as its users see it: in bytes, a multiple of [`SECTOR`]. What lies between
@@ -324,8 +333,8 @@ impl Node {
 
     /// Whether the driver can take a transfer as it is.
     fn takes(&self, at: u64, len: u64) -> bool {
-        (at | len) & (self.traits.request_align as u64 - 1) == 0
-            && len <= self.traits.max_transfer as u64
+        (at | len) & (self.traits.request_align() as u64 - 1) == 0
+            && len <= self.traits.max_transfer() as u64
     }
 
     // ---- The slow road
@@ -336,8 +345,8 @@ impl Node {
         if into.is_empty() {
             return Ok(());
         }
-        let align = self.traits.request_align as u64;
-        if (at | into.len()) & (align - 1) == 0 && into.is_aligned(self.traits.buffer_align) {
+        let align = self.traits.request_align() as u64;
+        if (at | into.len()) & (align - 1) == 0 && into.is_aligned(self.traits.buffer_align()) {
             return self.read_pieces(at, into).await;
         }
         // Bounce: whole blocks into memory of our own, and from there.
@@ -373,9 +382,9 @@ impl Node {
             zero.set(ZeroFlags::FUA, flags.contains(WriteFlags::FUA));
             return self.zero(at, from.len(), zero).await;
         }
-        let native = self.traits.abilities.contains(Abilities::FUA);
+        let native = self.traits.abilities().contains(Abilities::FUA);
         let pass = if native { flags } else { flags - WriteFlags::FUA };
-        let align = self.traits.request_align as u64;
+        let align = self.traits.request_align() as u64;
         if (at | from.len()) & (align - 1) == 0 {
             let _listed = self.overlap.write(at..at + from.len()).await;
             self.event(Event::Pwritev).await;
@@ -402,15 +411,15 @@ impl Node {
         if !self.options.discard {
             pass -= ZeroFlags::UNMAP;
         }
-        let align = self.traits.zero_align as u64;
+        let align = self.traits.zero_align() as u64;
         let end = at + len;
         let (middle, middle_end) = (at.next_multiple_of(align).min(end), end - end % align);
         self.event(Event::PwritevZero).await;
-        if middle < middle_end && self.traits.abilities.contains(Abilities::ZERO) {
+        if middle < middle_end && self.traits.abilities().contains(Abilities::ZERO) {
             self.zero_written(at, middle - at, flags).await?;
             let mut pos = middle;
             while pos < middle_end {
-                let n = (middle_end - pos).min(self.traits.max_zero);
+                let n = (middle_end - pos).min(self.traits.max_zero());
                 let listed = self.overlap.write(pos..pos + n).await;
                 let result = self.driver.zero(pos, n, pass).await;
                 drop(listed);
@@ -435,14 +444,14 @@ impl Node {
     pub async fn discard(&self, at: u64, len: u64) -> IoResult {
         self.check_writable()?;
         self.check_range(at, len)?;
-        if !self.traits.abilities.contains(Abilities::DISCARD) {
+        if !self.traits.abilities().contains(Abilities::DISCARD) {
             return Ok(());
         }
-        let align = self.traits.discard_align as u64;
+        let align = self.traits.discard_align() as u64;
         let (mut pos, end) = (at.next_multiple_of(align), (at + len) - (at + len) % align);
         let (_writing, _recorded) = (self.writing(), self.record(pos, end.saturating_sub(pos)));
         while pos < end {
-            let n = (end - pos).min(self.traits.max_discard);
+            let n = (end - pos).min(self.traits.max_discard());
             let _listed = self.overlap.write(pos..pos + n).await;
             let result = self.driver.discard(pos, n).await;
             self.discards.count(n, result.is_ok());
@@ -461,7 +470,7 @@ impl Node {
     pub async fn populate(&self, at: u64, len: u64) -> IoResult {
         self.check_writable()?;
         self.check_range(at, len)?;
-        let align = self.traits.request_align as u64;
+        let align = self.traits.request_align() as u64;
         let (start, end) = (round_down(at, align), (at + len).next_multiple_of(align));
         let _listed = self.overlap.serialise(start..end, || self.members()).await;
         let mut pos = start;
@@ -482,12 +491,12 @@ impl Node {
 
     /// Zeroes are written as such, which may cost no space.
     async fn write_back(&self, at: u64, from: &IoVec<'_>) -> IoResult {
-        let (len, align) = (from.len(), self.traits.zero_align as u64);
+        let (len, align) = (from.len(), self.traits.zero_align() as u64);
         let fits = at.is_multiple_of(align) && len.is_multiple_of(align);
         if fits
             && at + len <= self.len()
-            && len <= self.traits.max_zero
-            && self.traits.abilities.contains(Abilities::ZERO)
+            && len <= self.traits.max_zero()
+            && self.traits.abilities().contains(Abilities::ZERO)
             && is_zero(from)
         {
             match self.driver.zero(at, len, ZeroFlags::empty()).await {
@@ -500,7 +509,7 @@ impl Node {
 
     /// Makes every write completed before, on any worker, durable.
     pub async fn flush(&self) -> IoResult {
-        if self.options.no_flush || self.traits.abilities.contains(Abilities::READ_ONLY) {
+        if self.options.no_flush || self.traits.abilities().contains(Abilities::READ_ONLY) {
             return Ok(());
         }
         match event::are_heard() {
@@ -544,11 +553,11 @@ impl Node {
     /// It must not.
     fn grows(&self, at: u64, len: u64) -> IoResult<bool> {
         let may =
-            self.traits.abilities.contains(Abilities::GROW) && self.held().contains(Perm::RESIZE);
+            self.traits.abilities().contains(Abilities::GROW) && self.held().contains(Perm::RESIZE);
         if !may {
             return self.check_range(at, len).map(|()| false);
         }
-        let align = self.traits.request_align as u64;
+        let align = self.traits.request_align() as u64;
         let end = at.checked_add(len).and_then(|end| end.checked_next_multiple_of(align));
         let end = end.filter(|&end| i64::try_from(end).is_ok()).ok_or(Errno::EIO)?;
         Ok(len > 0 && end > self.driver.len())
@@ -561,7 +570,7 @@ impl Node {
 
     pub(super) fn check_writable(&self) -> IoResult {
         let may = self.held().intersects(Perm::WRITE | Perm::WRITE_UNCHANGED);
-        if may && !self.traits.abilities.contains(Abilities::READ_ONLY) {
+        if may && !self.traits.abilities().contains(Abilities::READ_ONLY) {
             Ok(())
         } else {
             Err(Errno::EPERM)
@@ -570,7 +579,7 @@ impl Node {
 
     /// The longest bounce buffer, in bytes: a whole number of blocks.
     fn bounce_limit(&self) -> u64 {
-        BOUNCE_LIMIT.max(self.traits.request_align as u64)
+        BOUNCE_LIMIT.max(self.traits.request_align() as u64)
     }
 
     /// Memory whose every byte is written before it is used.
@@ -579,19 +588,19 @@ impl Node {
     }
 
     fn memory_align(&self) -> usize {
-        self.traits.buffer_align.max(self.traits.request_align) as usize
+        self.traits.buffer_align().max(self.traits.request_align()) as usize
     }
 
     /// The next piece of `all` from `done` on that fits the limits of one transfer.
     fn piece<'m>(&self, all: &IoVec<'m>, done: u64) -> IoVec<'m> {
-        let mut n = (all.len() - done).min(self.traits.max_transfer as u64);
+        let mut n = (all.len() - done).min(self.traits.max_transfer() as u64);
         let mut piece = all.slice(done, n);
-        let most = self.traits.max_segments as usize;
+        let most = self.traits.max_segments() as usize;
         if piece.as_raw().len() > most {
             n = piece.as_raw()[..most].iter().map(|s| s.iov_len as u64).sum();
-            n = round_down(n, self.traits.request_align as u64);
+            n = round_down(n, self.traits.request_align() as u64);
             // So many tiny segments that they do not even fill a block: go by what memory gives.
-            n = n.max(self.traits.request_align as u64).min(all.len() - done);
+            n = n.max(self.traits.request_align() as u64).min(all.len() - done);
             piece = all.slice(done, n);
         }
         piece
@@ -600,7 +609,8 @@ impl Node {
     /// Whether a transfer fits the limits as it is.
     fn is_one_piece(&self, all: &IoVec<'_>) -> bool {
         let segments = all.as_raw().len() as u64;
-        all.len() <= self.traits.max_transfer as u64 && segments <= self.traits.max_segments as u64
+        all.len() <= self.traits.max_transfer() as u64
+            && segments <= self.traits.max_segments() as u64
     }
 
     async fn read_pieces(&self, at: u64, into: &IoVec<'_>) -> IoResult {
@@ -610,7 +620,7 @@ impl Node {
         let mut done = 0;
         while done < into.len() {
             let piece = self.piece(into, done);
-            if piece.as_raw().len() > self.traits.max_segments as usize {
+            if piece.as_raw().len() > self.traits.max_segments() as usize {
                 let mut bounce = self.bounce(piece.len())?;
                 self.driver.read(at + done, &bounce.io_vec()).await?;
                 piece.copy_from(&bounce);
@@ -639,7 +649,7 @@ impl Node {
             into.zero();
             return Ok(());
         }
-        if into.is_aligned(self.traits.buffer_align) {
+        if into.is_aligned(self.traits.buffer_align()) {
             return self.read_pieces(at, into).await;
         }
         let mut bounce = self.bounce(into.len())?;
@@ -655,7 +665,7 @@ impl Node {
         let mut done = 0;
         while done < from.len() {
             let piece = self.piece(from, done);
-            if piece.as_raw().len() > self.traits.max_segments as usize {
+            if piece.as_raw().len() > self.traits.max_segments() as usize {
                 let mut bounce = self.bounce(piece.len())?;
                 piece.copy_to(&mut bounce);
                 self.driver.write(at + done, &bounce.io_vec(), flags).await?;
@@ -669,7 +679,7 @@ impl Node {
 
     /// Writes whole blocks, from memory that may not be aligned.
     async fn write_aligned(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
-        if is_aligned(from.as_raw(), self.traits.buffer_align) {
+        if is_aligned(from.as_raw(), self.traits.buffer_align()) {
             return self.write_pieces(at, from, flags).await;
         }
         let mut done = 0;
@@ -686,7 +696,7 @@ impl Node {
     /// Read-modify-write: blocks that the request covers in part are read, changed and written
     /// whole, with no other write to them in between.
     async fn write_modified(&self, at: u64, from: &IoVec<'_>, flags: WriteFlags) -> IoResult {
-        let align = self.traits.request_align as u64;
+        let align = self.traits.request_align() as u64;
         let (start, end) = (round_down(at, align), (at + from.len()).next_multiple_of(align));
         let _listed = self.overlap.serialise(start..end, || self.members()).await;
         let mut pos = start;
@@ -724,7 +734,7 @@ impl Node {
         }
         let memory = len.min(BOUNCE_LIMIT) as usize;
         let zeroes = AlignedBuf::new(memory, self.memory_align()).ok_or(Errno::ENOMEM)?;
-        let align = self.traits.request_align as u64;
+        let align = self.traits.request_align() as u64;
         let mut pass = WriteFlags::empty();
         pass.set(WriteFlags::GROW, flags.contains(ZeroFlags::GROW));
         let mut done = 0;

@@ -183,7 +183,7 @@ impl Opening {
         let by = By::Opening { id: self.id, name: self.name.clone(), role };
         let node = match options {
             NodeRef::Name(name) => {
-                let node = self.graph.find(&name).map_err(|_| no_reference(&name))?;
+                let node = self.find(&name).ok_or_else(|| no_reference(&name))?;
                 if !self.graph.keep_too(self.claim, &name) {
                     return Err(Error::new(format!("Node '{name}' is being changed")));
                 }
@@ -212,7 +212,7 @@ impl Opening {
 
     /// The node of this name, if there is one.
     pub fn find(&self, name: &str) -> Option<Arc<Node>> {
-        self.graph.find(name).ok()
+        self.graph.find_within(self.claim, name)
     }
 
     /// The same caching. Storage is read-only if the parent is, and passes on all discards, because the parent
@@ -266,6 +266,7 @@ impl Graph {
             let (node_options, auto_read_only) = common.resolve(inherited)?;
             self.policy().check_driver(entry.name, node_options.read_only)?;
             let name = match common.node_name {
+                Some(name) if self.succeeds(claim, &name) => name,
                 Some(name) => self.check_name(name)?,
                 None => self.make_name(),
             };
@@ -335,7 +336,7 @@ pub(super) fn no_reference(name: &str) -> Error {
     Error::new(format!("Cannot find device='{name}' nor node-name='{name}'"))
 }
 
-fn at(path: &str, error: options::Error) -> Error {
+pub(super) fn at(path: &str, error: options::Error) -> Error {
     let error = if path.is_empty() { error } else { error.under(path) };
     Error::from(error)
 }

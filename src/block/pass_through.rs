@@ -132,6 +132,14 @@ pub trait PassThrough: Send + Sync + 'static {
         None
     }
 
+    /// As [`Driver::freeze`].
+    async fn freeze(&self) -> IoResult {
+        Ok(())
+    }
+
+    /// As [`Driver::thaw`].
+    fn thaw(&self) {}
+
     /// As [`Driver::close`].
     async fn close(&self) -> IoResult {
         Ok(())
@@ -255,6 +263,14 @@ impl<P: PassThrough> Driver for P {
 
     fn unwritten(&self) -> Option<LocalFuture<'_, IoResult>> {
         PassThrough::unwritten(self)
+    }
+
+    fn freeze(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(PassThrough::freeze(self))
+    }
+
+    fn thaw(&self) {
+        PassThrough::thaw(self);
     }
 
     fn close(&self) -> LocalFuture<'_, IoResult> {

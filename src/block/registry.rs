@@ -53,6 +53,8 @@ pub struct DriverEntry {
     pub naming: Naming,
     /// Listings tell what has become of its discards.
     pub counts_discards: bool,
+    /// Its storage can be opened once more by a node that takes the place of another one.
+    pub reopens: bool,
 }
 
 /// What a driver makes of a file's name.
@@ -100,6 +102,7 @@ impl DriverEntry {
             probe: None,
             naming: Naming::Below,
             counts_discards: false,
+            reopens: true,
         }
     }
 

@@ -37,6 +37,14 @@ impl Default for WriteMarks {
 }
 
 impl WriteMarks {
+    /// Takes over the marks of a node whose place this one takes.
+    pub fn continue_from(&self, old: &WriteMarks) {
+        for (new, old) in [(&self.highest, &old.highest), (&self.threshold, &old.threshold)] {
+            new.store(old.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+        self.settle();
+    }
+
     /// Whether a write may end there without anything to be told. Notes it if it is the furthest.
     #[inline]
     pub fn allows(&self, end: u64) -> bool {

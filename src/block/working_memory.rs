@@ -8,6 +8,7 @@
 use super::driver::{Driver, Traits};
 use super::node::{BOUNCE_LIMIT, Node};
 use crate::io::is_aligned;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A request's futures in one layer, a node and its driver, in bytes; more than they take.
 const LAYER: u64 = 4 << 10;
@@ -42,7 +43,7 @@ impl WorkingMemory {
             scratch: 0,
         };
         for child in driver.children() {
-            let below = *child.node().working_memory();
+            let below = child.node().working_memory();
             let is_stricter =
                 below.request_align > request_align || below.buffer_align > buffer_align;
             all.layers = all.layers.max(below.layers);
@@ -97,10 +98,49 @@ impl WorkingMemory {
     }
 }
 
+/// What threads share of it. It changes only while nothing is in flight.
+pub(super) struct CurrentWorkingMemory([AtomicU64; 4]);
+
+impl CurrentWorkingMemory {
+    pub fn set(&self, new: WorkingMemory) {
+        let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
+        let words = [
+            pair(new.request_align, new.buffer_align),
+            pair(new.layers, new.bounces),
+            u64::from(new.copy_unit),
+            new.scratch,
+        ];
+        for (word, new) in self.0.iter().zip(words) {
+            word.store(new, Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self) -> WorkingMemory {
+        let [aligns, counts, copy_unit, scratch] =
+            self.0.each_ref().map(|word| word.load(Ordering::Relaxed));
+        WorkingMemory {
+            request_align: (aligns >> 32) as u32,
+            buffer_align: aligns as u32,
+            layers: (counts >> 32) as u32,
+            bounces: counts as u32,
+            copy_unit: copy_unit as u32,
+            scratch,
+        }
+    }
+}
+
+impl From<WorkingMemory> for CurrentWorkingMemory {
+    fn from(memory: WorkingMemory) -> CurrentWorkingMemory {
+        let current = CurrentWorkingMemory(Default::default());
+        current.set(memory);
+        current
+    }
+}
+
 impl Node {
     /// What requests may need here and below.
-    pub fn working_memory(&self) -> &WorkingMemory {
-        &self.working_memory
+    pub fn working_memory(&self) -> WorkingMemory {
+        self.working_memory.get()
     }
 }
 

@@ -25,7 +25,8 @@ struct Options {
 
 struct CompressFilter {
     file: [Child; 1],
-    traits: Traits,
+    /// Of the image when it was opened, in bytes.
+    align: u32,
 }
 
 async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
@@ -38,22 +39,17 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
             node.driver().name()
         )));
     };
-    let below = node.traits();
     let align =
         u32::try_from(unit).map_err(|_| Error::new("The image's clusters are too large"))?;
-    let whole = |limit: u64| (limit / unit * unit).max(unit);
-    let traits = Traits {
-        request_align: align,
-        zero_align: align,
-        discard_align: align,
-        optimal_io: align,
-        max_transfer: whole(below.max_transfer.into()) as u32,
-        max_zero: whole(below.max_zero),
-        max_discard: whole(below.max_discard),
-        abilities: below.abilities - Abilities::FUA - Abilities::GROW,
-        ..below
-    };
-    Ok(Box::new(CompressFilter { file: [file], traits }))
+    Ok(Box::new(CompressFilter { file: [file], align }))
+}
+
+impl CompressFilter {
+    /// The unit of the image that is below now, in bytes.
+    fn align(&self) -> u32 {
+        let unit = self.node().compression_unit().and_then(|unit| u32::try_from(unit).ok());
+        unit.unwrap_or(self.align)
+    }
 }
 
 impl PassThrough for CompressFilter {
@@ -66,12 +62,25 @@ impl PassThrough for CompressFilter {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        let (below, align) = (self.node().traits(), self.align());
+        let unit = u64::from(align);
+        let whole = |limit: u64| (limit / unit * unit).max(unit);
+        Traits {
+            request_align: align,
+            zero_align: align,
+            discard_align: align,
+            optimal_io: align,
+            max_transfer: whole(below.max_transfer.into()) as u32,
+            max_zero: whole(below.max_zero),
+            max_discard: whole(below.max_discard),
+            abilities: below.abilities - Abilities::FUA - Abilities::GROW,
+            ..below
+        }
     }
 
     fn scratch(&self) -> Scratch {
         // The plain units and the packed ones.
-        let packing = 2 * compress::together(u64::from(self.traits.request_align));
+        let packing = 2 * compress::together(u64::from(self.align()));
         Scratch { other: u32::try_from(packing).unwrap_or(u32::MAX), ..Scratch::default() }
     }
 

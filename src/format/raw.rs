@@ -51,7 +51,6 @@ struct Raw {
     size: Option<u64>,
     /// Both, as far as they were given.
     window: Map,
-    traits: Traits,
     /// [`OpenPolicy::readers_share`](crate::block::OpenPolicy).
     readers_share: bool,
 }
@@ -68,8 +67,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     let file = opening.child(Role::File, options.file, Perms::NONE).await?;
     let node = file.node();
     let offset = check_window(offset.unwrap_or(0), size, node.len())?;
-    let traits = traits(node.traits(), offset);
-    Ok(Box::new(Raw { file: [file], offset, size, window, traits, readers_share }))
+    Ok(Box::new(Raw { file: [file], offset, size, window, readers_share }))
 }
 
 fn non_negative(name: &str, value: Option<i64>) -> Result<Option<u64>, Error> {
@@ -152,7 +150,7 @@ impl PassThrough for Raw {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        traits(self.node().traits(), self.offset)
     }
 
     /// Without a size, what the file has from the offset on, in whole sectors: of one that the file

@@ -32,6 +32,7 @@ pub const COMMANDS: &[(&str, Task)] = &[
     ("block_resize", |s, a| Box::pin(block_resize(s, a))),
     ("blockdev-add", |s, a| Box::pin(blockdev_add(s, a))),
     ("blockdev-del", |s, a| Box::pin(blockdev_del(s, a))),
+    ("blockdev-reopen", |s, a| Box::pin(blockdev_reopen(s, a))),
     ("blockdev-snapshot", |s, a| Box::pin(overlays::snapshot(s, a))),
     ("blockdev-snapshot-delete-internal-sync", |s, a| Box::pin(snapshots::delete(s, a))),
     ("blockdev-snapshot-internal-sync", |s, a| Box::pin(snapshots::create(s, a))),
@@ -156,6 +157,21 @@ async fn block_resize(service: &Service, arguments: Map) -> Outcome {
     let size =
         u64::try_from(size).map_err(|_| CommandError::new("Parameter 'size' expects a >0 size"))?;
     done(service.resize(&node, size).await)
+}
+
+async fn blockdev_reopen(service: &Service, arguments: Map) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        options: Vec<Value>,
+    }
+    let Arguments { options } = options::from_map(arguments.clone())?;
+    let all = options.into_iter().enumerate().map(|(at, one)| {
+        transaction::members(one).map_err(|error| error.under(&format!("options[{at}]")))
+    });
+    let all = all.collect::<Result<Vec<_>, _>>()?;
+    let attempt = async || service.blockdev_reopen(all.clone()).await;
+    done(explained(with_grace(attempt).await, &arguments))
 }
 
 async fn blockdev_del(service: &Service, arguments: Map) -> Outcome {

@@ -99,7 +99,7 @@ fn step(service: &Service, kind: &str, data: Value, at: &str) -> Result<Step, Co
 }
 
 /// The members of an object.
-fn members(value: Value) -> Result<Map, options::Error> {
+pub(super) fn members(value: Value) -> Result<Map, options::Error> {
     #[derive(Deserialize)]
     struct Any {}
     match value {

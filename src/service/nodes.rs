@@ -2,7 +2,7 @@
 
 use super::executor::within;
 use super::{Service, looks};
-use crate::block::graph::NodeInfo;
+use crate::block::graph::{NodeInfo, Reopening};
 use crate::block::name::Names;
 use crate::block::registry::Guess;
 use crate::block::{Abilities, Error, Node, TemporaryImage, probe};
@@ -41,6 +41,16 @@ impl Service {
     /// [`Graph::delete`](crate::block::Graph::delete).
     pub async fn blockdev_del(&self, name: &str) -> Result<(), Error> {
         self.graph().delete(name).await
+    }
+
+    /// Opens nodes again with other options, under their users. The path of each is `options[0]` and so on.
+    ///
+    /// # Errors
+    /// [`Graph::reopen`](crate::block::Graph::reopen).
+    pub async fn blockdev_reopen(&self, all: Vec<Map>) -> Result<(), Error> {
+        let at = |(at, options)| Reopening { path: format!("options[{at}]"), options };
+        let all: Vec<Reopening> = all.into_iter().enumerate().map(at).collect();
+        self.graph().reopen(&all).await
     }
 
     /// Sets the length of a node, in bytes; its exports see it.

@@ -38,7 +38,8 @@ pub trait User: Send + Sync {
         Box::pin(std::future::ready("requests in flight".to_owned()))
     }
 
-    /// The length of the node has changed; called while the user is paused.
+    /// The length of the node has changed, or what its requests should look like; called while the user is
+    /// paused.
     fn resized(&self) {}
 
     /// Another node stands where its own stood, with the same permissions for it; called while the user is
@@ -138,7 +139,11 @@ impl Graph {
         self.drain_claimed(nodes, claim).await
     }
 
-    async fn drain_claimed(&self, nodes: &[Arc<Node>], claim: Claim) -> Result<Drained<'_>, Error> {
+    pub(super) async fn drain_claimed(
+        &self,
+        nodes: &[Arc<Node>],
+        claim: Claim,
+    ) -> Result<Drained<'_>, Error> {
         let (drained, asked) = {
             let mut state = self.0.state.lock();
             let ids = nodes.iter().map(|node| state.id(node)).collect::<Result<Vec<_>, _>>()?;
@@ -190,7 +195,6 @@ impl Graph {
             Error::new(format!("Node '{}' does not have a '{role}' child", parent.name()))
         })?;
         let child = &children[index];
-        check_traits(&child.node(), node)?;
         if parent.is_active() && !node.is_active() {
             let (parent, node) = (parent.name(), node.name());
             return Err(Error::new(format!(
@@ -209,7 +213,7 @@ impl Graph {
         }
         let len = parent.len();
         let old = child.replace(node.clone());
-        if parent.len() != len {
+        if self.follow(node)? || parent.len() != len {
             drained.users().iter().for_each(|user| user.resized());
         }
         // Again, for those who came to the parent and found the old node below it.
@@ -299,6 +303,18 @@ impl Graph {
         Ok(())
     }
 
+    /// Has all that stand on a node follow what its requests should look like. Whether that is something new for
+    /// one of them. Nothing is in flight there.
+    pub(super) fn follow(&self, node: &Arc<Node>) -> Result<bool, Error> {
+        let above: Vec<Arc<Node>> = {
+            let state = self.0.state.lock();
+            let mut above = state.all_above(&[state.id(node)?]);
+            above.sort_by_key(|&id| state.entry(id).height.edges);
+            above.into_iter().map(|id| state.entry(id).node.clone()).collect()
+        };
+        Ok(above.iter().fold(false, |is_new, node| node.follow_children() | is_new))
+    }
+
     /// A node and all nodes above it.
     pub(super) fn above(&self, node: &Arc<Node>) -> Result<Vec<Used>, Error> {
         let state = self.0.state.lock();
@@ -350,31 +366,4 @@ async fn with_snapshots<T>(
         let below = only.node();
         node = below;
     }
-}
-
-/// Whether requests made for `old` suit `new`: what stands above has told its users what requests
-/// have to look like, and that stays as it is while they are open.
-pub(super) fn check_traits(old: &Node, new: &Node) -> Result<(), Error> {
-    let (a, b) = (old.traits(), new.traits());
-    let suits = b.request_align <= a.request_align
-        && b.buffer_align <= a.buffer_align
-        && b.max_transfer >= a.max_transfer
-        && b.max_segments >= a.max_segments;
-    if suits {
-        return Ok(());
-    }
-    Err(Error::new(format!(
-        "Node '{}' takes requests aligned to {} bytes in segments aligned to {}, up to {} bytes and \
-         {} segments; its predecessor '{}' took {}, {}, {} and {}",
-        new.name(),
-        b.request_align,
-        b.buffer_align,
-        b.max_transfer,
-        b.max_segments,
-        old.name(),
-        a.request_align,
-        a.buffer_align,
-        a.max_transfer,
-        a.max_segments,
-    )))
 }

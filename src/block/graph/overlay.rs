@@ -5,7 +5,6 @@
 //! below the overlay is the disk as it was at one moment, and complete for whoever copies it. Users whose
 //! overlay cannot take them over go on with what they had.
 
-use super::drain::check_traits;
 use super::permissions::{Plan, release_locks};
 use super::{By, Drained, Graph, State, User};
 use crate::block::open::Depth;
@@ -124,7 +123,7 @@ impl Graph {
     }
 
     /// Closes what the change that has drained the graph leaves unused.
-    async fn end_changed(&self, drained: &Drained<'_>) {
+    pub(super) async fn end_changed(&self, drained: &Drained<'_>) {
         self.end_unused(Some(drained.claim()), &drained.claim().changed()).await;
     }
 
@@ -141,9 +140,6 @@ impl Graph {
             let mut above = state.above_to_move(old)?;
             above.parents.retain(|(parent, _)| !Arc::ptr_eq(parent, new));
             let (from, to) = (state.id(old)?, state.id(new)?);
-            if !above.parents.is_empty() {
-                check_traits(old, new)?;
-            }
             // Members with fast requests through the old node have them through the new one from now on.
             old.members().iter().for_each(|member| new.add_member(member));
             let mut plan = Plan::new(&mut state);
@@ -173,7 +169,7 @@ impl Graph {
     }
 
     /// Tells those who stood on a node, and whose uses of it have become uses of another.
-    async fn move_up(
+    pub(super) async fn move_up(
         &self,
         drained: &Drained<'_>,
         old: &Arc<Node>,
@@ -187,7 +183,8 @@ impl Graph {
         for user in users {
             user.moved(new).await;
         }
-        if old.len() != new.len() {
+        let is_new = self.follow(new).unwrap_or(false) || old.traits() != new.traits();
+        if is_new || old.len() != new.len() {
             drained.users().iter().for_each(|user| user.resized());
         }
         // Again, for those who came meanwhile and found the old node.
@@ -213,7 +210,7 @@ impl Graph {
                 );
             }
         }
-        nodes.iter().for_each(|node| node.set_frozen());
+        nodes.iter().for_each(|node| node.set_frozen(true));
         let mut state = self.0.state.lock();
         let ids: Vec<u64> = nodes.iter().filter_map(|node| state.id(node).ok()).collect();
         let mut plan = Plan::new(&mut state);
@@ -229,9 +226,9 @@ async fn flush(base: &Node) -> Result<(), Error> {
 }
 
 /// The direct users of a node.
-struct Above {
+pub(super) struct Above {
     /// Other nodes, and the index of the child by which they use it.
-    parents: Vec<(Arc<Node>, usize)>,
+    pub parents: Vec<(Arc<Node>, usize)>,
     /// Those that are no nodes, and can be moved to another.
     users: Vec<Arc<dyn User>>,
     /// What conflicts call one that cannot be moved.
@@ -248,7 +245,7 @@ fn can_move(by: &By) -> Option<Arc<dyn User>> {
 
 impl State {
     /// A node and those below it that nobody else uses, but for backing files: parents first.
-    fn stored_in(&self, base: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
+    pub(super) fn stored_in(&self, base: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
         let mut found = vec![self.id(base)?];
         let mut at = 0;
         while let Some(&id) = found.get(at) {
@@ -324,7 +321,7 @@ impl State {
     }
 
     /// The direct users of a node, if all of them can be moved to another.
-    fn above_to_move(&self, node: &Arc<Node>) -> Result<Above, Error> {
+    pub(super) fn above_to_move(&self, node: &Arc<Node>) -> Result<Above, Error> {
         let above = self.directly_above(self.id(node)?);
         match &above.stuck {
             Some(what) => Err(Error::new(format!("Node '{}' is in use by {what}", node.name()))),

@@ -253,7 +253,8 @@ impl<'a> Plan<'a> {
         if entry.node.is_read_only() && all.held.intersects(changes) {
             return Err(Error::new("Block node is read-only"));
         }
-        let uses = self.uses(node);
+        let uses = self.uses(node).iter().filter(|one| self.state.counts(&one.by));
+        let uses: Vec<&Use> = uses.collect();
         // Newest first: of two that exclude each other, the one that came is said to object.
         for (a, one) in uses.iter().enumerate().rev() {
             for (b, other) in uses.iter().enumerate().rev() {

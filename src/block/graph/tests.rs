@@ -4,6 +4,7 @@ mod activity_tests;
 mod claim_tests;
 mod depth_tests;
 mod drain_tests;
+mod reopen_tests;
 
 use super::*;
 use crate::block::registry::{DriverEntry, Kind, OpenFn};
@@ -24,7 +25,8 @@ struct StoreState {
     /// Locks are refused from here on.
     refuse: AtomicBool,
     len: AtomicU64,
-    locked: Mutex<Option<Perms>>,
+    /// By all that are open.
+    locked: Mutex<HashMap<usize, Perms>>,
     /// Rollbacks seen.
     rollbacks: AtomicUsize,
     /// Handing over fails.
@@ -43,7 +45,7 @@ fn store(tag: &str) -> Arc<StoreState> {
 
 impl StoreState {
     fn locked(&self) -> Perms {
-        self.locked.lock().unwrap_or(Perms::NONE)
+        self.locked.lock().values().fold(Perms::NONE, |all, one| all.and(*one))
     }
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
@@ -67,6 +69,18 @@ struct Store {
     state: Arc<StoreState>,
     id: u64,
     traits: Traits,
+    /// Of this one among all that are open.
+    number: usize,
+    is_closed: AtomicBool,
+}
+
+impl Store {
+    fn locked(&self) -> Perms {
+        self.state.locked.lock().get(&self.number).copied().unwrap_or(Perms::NONE)
+    }
+    fn set_locked(&self, perms: Perms) {
+        self.state.locked.lock().insert(self.number, perms);
+    }
 }
 
 const ID_SHIFT: u32 = 32;
@@ -82,7 +96,10 @@ async fn open_store(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, 
     if options.write_protected {
         traits.abilities |= Abilities::READ_ONLY;
     }
-    Ok(Box::new(Store { state, id: options.id.unwrap_or(0), traits }))
+    static OPENED: AtomicUsize = AtomicUsize::new(0);
+    let number = OPENED.fetch_add(1, Ordering::SeqCst);
+    let (id, is_closed) = (options.id.unwrap_or(0), AtomicBool::new(false));
+    Ok(Box::new(Store { state, id, traits, number, is_closed }))
 }
 
 impl Driver for Store {
@@ -129,7 +146,8 @@ impl Driver for Store {
         Some(self)
     }
     fn close(&self) -> LocalFuture<'_, IoResult> {
-        assert!(!self.state.closed.swap(true, Ordering::SeqCst), "closed once");
+        assert!(!self.is_closed.swap(true, Ordering::SeqCst), "closed once");
+        self.state.closed.store(true, Ordering::SeqCst);
         Box::pin(std::future::ready(Ok(())))
     }
 }
@@ -147,20 +165,24 @@ impl Leaf for Store {
 
 impl Locks for Store {
     fn prepare(&self, old: Perms, new: Perms) -> Result<(), Error> {
-        assert_eq!(old, self.state.locked(), "prepared from where the locks stand");
+        assert_eq!(old, self.locked(), "prepared from where the locks stand");
         if self.state.refuse.load(Ordering::SeqCst) {
             return Err(Error::new("Failed to get \"write\" lock"));
         }
-        *self.state.locked.lock() = Some(old.and(new));
+        self.set_locked(old.and(new));
         Ok(())
     }
     fn commit(&self, old: Perms, new: Perms) {
-        assert_eq!(self.state.locked(), old.and(new), "prepared before");
-        *self.state.locked.lock() = Some(new);
+        assert_eq!(self.locked(), old.and(new), "prepared before");
+        self.set_locked(new);
     }
     fn rollback(&self, old: Perms, _: Perms) {
         self.state.rollbacks.fetch_add(1, Ordering::SeqCst);
-        *self.state.locked.lock() = Some(old);
+        self.set_locked(old);
+    }
+    fn take_over(&self, _: &dyn Locks, held: Perms) -> Result<(), Error> {
+        self.set_locked(held);
+        Ok(())
     }
 }
 
@@ -263,7 +285,10 @@ const fn entry(name: &'static str, open: OpenFn) -> DriverEntry {
 }
 
 static STORE: DriverEntry = entry("store", |o, map| Box::pin(open_store(o, map)));
-static PASS: DriverEntry = entry("pass", |o, map| Box::pin(open_layer(o, map, &PASS, |own| own)));
+static PASS: DriverEntry = DriverEntry {
+    children: &[Role::File],
+    ..entry("pass", |o, map| Box::pin(open_layer(o, map, &PASS, |own| own)))
+};
 static STRICT: DriverEntry =
     entry("strict", |o, map| Box::pin(open_layer(o, map, &STRICT, strict)));
 
@@ -664,7 +689,12 @@ fn an_edge_is_turned_with_users_paused_and_permissions_moved() {
         bench.replace("r", Role::Backing, "g").unwrap_err(),
         "Node 'r' does not have a 'backing' child"
     );
-    assert!(bench.replace("r", Role::File, "h").unwrap_err().contains("aligned to 4096"));
+    // What its requests should look like is what those of the new one should, up to the top.
+    bench.replace("r", Role::File, "h").unwrap();
+    assert_eq!(top.traits().request_align, 4096);
+    assert_eq!(export.resizes.load(Ordering::SeqCst), 1);
+    bench.replace("r", Role::File, "g").unwrap();
+    assert_eq!(top.traits().request_align, 1);
     assert_eq!(export.paused.load(Ordering::SeqCst), 0);
     assert_eq!((store("turn2").locked(), store("turn3").locked()), (writes(), Perms::NONE));
 }

@@ -118,7 +118,7 @@ struct Blkdebug {
     image: [Child; 1],
     /// As given, but for the image.
     options: Map,
-    traits: Traits,
+    limits: Limits,
     rules: Rules,
     taken: Perm,
     unshared: Perm,
@@ -144,11 +144,11 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
         opt_discard: Limit::new("opt-discard", options.opt_discard)?,
         max_discard: Limit::new("max-discard", options.max_discard)?,
     };
-    let traits = limits.apply(image.node().traits())?;
+    limits.apply(image.node().traits())?;
     Ok(Box::new(Blkdebug {
         image: [image],
         options: given.flatten()?,
-        traits,
+        limits,
         rules: Rules::new(errors, transitions),
         taken: perms(&options.take_child_perms),
         unshared: perms(&options.unshare_child_perms),
@@ -194,6 +194,7 @@ impl Limit {
     }
 }
 
+#[derive(Clone, Copy)]
 struct Limits {
     align: Limit,
     max_transfer: Limit,
@@ -251,7 +252,9 @@ impl PassThrough for Blkdebug {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        let image = self.node().traits();
+        // An image that came later may not go with the limits.
+        self.limits.apply(image).unwrap_or(image)
     }
 
     fn map<'a>(&'a self, _: &'a InFlight, _: u64, want: u64, _: Access) -> Mapping<'a> {

@@ -20,7 +20,7 @@ use crate::io::{Errno, InFlight, IoResult, IoVec};
 use crate::options::{Map, NodeRef};
 use gate::{Gate, Inside};
 use serde::Deserialize;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File],
@@ -62,7 +62,6 @@ fn default_size() -> i64 {
 
 struct Preallocate {
     file: [Child; 1],
-    traits: Traits,
     /// Bytes; at least 1.
     align: u64,
     /// Bytes.
@@ -77,6 +76,8 @@ struct Preallocate {
     growing: Gate,
     /// Up to where the file could not be made longer: it is not tried again.
     failed: AtomicU64,
+    /// What the file has behind the data is none of this node's.
+    is_frozen: AtomicBool,
 }
 
 async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Error> {
@@ -90,12 +91,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
     }
     let file = opening.child(Role::File, options.file, Perms::NONE).await?;
     let node = file.node();
-    let mut traits = node.traits();
-    if node.driver().image().is_none() {
-        traits.abilities -= Abilities::GROW;
-    }
     Ok(Box::new(Preallocate {
-        traits,
         align: align.max(1),
         size,
         data_end: AtomicU64::new(node.driver().len()),
@@ -103,6 +99,7 @@ async fn open(opening: &mut Opening, options: Map) -> Result<Box<dyn Driver>, Er
         writers: Gate::default(),
         growing: Gate::default(),
         failed: AtomicU64::new(0),
+        is_frozen: AtomicBool::new(false),
         file: [file],
     }))
 }
@@ -120,7 +117,7 @@ impl Preallocate {
 
     /// Whether the file is longer than its data.
     fn has_more(&self) -> bool {
-        self.node().driver().len() > self.data_end()
+        !self.is_frozen.load(Ordering::SeqCst) && self.node().driver().len() > self.data_end()
     }
 
     /// Makes the file reach beyond `end`, if it can be done quickly. If not, the answer is held while
@@ -162,11 +159,10 @@ impl Preallocate {
     /// Cuts off what the file has behind the data.
     async fn trim(&self) -> IoResult {
         let _alone = self.writers.alone().await;
-        let node = self.node();
-        let end = self.data_end();
-        if node.driver().len() <= end {
+        if !self.has_more() {
             return Ok(());
         }
+        let (node, end) = (self.node(), self.data_end());
         node.resize(end, true).await.map_err(|error| {
             log::error!("{}: cutting off what was preallocated: {error}", node.name());
             error.errno().unwrap_or(Errno::EIO)
@@ -208,7 +204,12 @@ impl PassThrough for Preallocate {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        let node = self.node();
+        let mut traits = node.traits();
+        if node.driver().image().is_none() {
+            traits.abilities -= Abilities::GROW;
+        }
+        traits
     }
 
     fn len(&self) -> u64 {
@@ -285,6 +286,16 @@ impl PassThrough for Preallocate {
 
     fn unwritten(&self) -> Option<LocalFuture<'_, IoResult>> {
         self.has_more().then(|| Box::pin(self.trim()) as LocalFuture<'_, IoResult>)
+    }
+
+    async fn freeze(&self) -> IoResult {
+        self.trim().await?;
+        self.is_frozen.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn thaw(&self) {
+        self.is_frozen.store(false, Ordering::SeqCst);
     }
 
     async fn close(&self) -> IoResult {

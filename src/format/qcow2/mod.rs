@@ -125,7 +125,6 @@ pub struct Qcow2 {
     data: usize,
     /// Whether others may write to an external data file that is only read here.
     readers_share: bool,
-    traits: Traits,
     l1: TopTable<L1Entry>,
     mapping: Tables<L2Entry>,
     /// Of refcount blocks that are kept, in bytes.
@@ -201,7 +200,7 @@ impl Driver for Qcow2 {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        open::traits(self.data().traits(), &self.geometry, self.is_writable)
     }
 
     /// Unpacking is bounded by itself.
@@ -284,6 +283,10 @@ impl Driver for Qcow2 {
             }
             Ok(())
         })
+    }
+
+    fn thaw(&self) {
+        self.is_frozen.store(false, Ordering::SeqCst);
     }
 
     fn close(&self) -> LocalFuture<'_, IoResult> {

@@ -86,7 +86,6 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     });
     let mapping = mapping::tables(&geometry, caches.l2, caches.l2_slice)
         .map_err(|_| Error::new("Could not allocate metadata caches"))?;
-    let traits = traits(children[data].node().traits(), &geometry, is_writable);
     let image = Qcow2 {
         name: opening.name().to_owned(),
         geometry,
@@ -95,7 +94,6 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         backing,
         data,
         readers_share: opening.policy().readers_share,
-        traits,
         l1,
         journal: Journal::new(mapping.cache.entries()),
         mapping,
@@ -301,7 +299,11 @@ fn recorded_data_file(header: &Header) -> Result<String, Error> {
 
 /// Requests that are aligned for the data's file stay so in every cluster, as long as its blocks are
 /// no larger than clusters.
-fn traits(data: Traits, geometry: &super::layout::Geometry, is_writable: bool) -> Traits {
+pub(super) fn traits(
+    data: Traits,
+    geometry: &super::layout::Geometry,
+    is_writable: bool,
+) -> Traits {
     let abilities = match is_writable {
         true => Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD,
         false => Abilities::READ_ONLY,

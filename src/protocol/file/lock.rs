@@ -173,6 +173,21 @@ impl Locks for ImageLocks {
             self.keep(&mut self.taken.lock(), self.bytes(old));
         }
     }
+
+    fn take_over(&self, from: &dyn Locks, held: Perms) -> Result<(), Error> {
+        if from.file() != Locks::file(self) {
+            let text = format!("'{}' is another file than the one that is open", self.filename);
+            return Err(Error::new(text));
+        }
+        match self.enabled {
+            true => self.take(&mut self.taken.lock(), self.bytes(held)),
+            false => Ok(()),
+        }
+    }
+
+    fn file(&self) -> Option<(u64, u64)> {
+        self.file.metadata().ok().map(|found| (found.dev(), found.ino()))
+    }
 }
 
 impl Drop for ImageLocks {

@@ -16,6 +16,8 @@ use std::time::Duration;
 use vublk_vfio::PciAddress;
 
 pub static ENTRY: DriverEntry = DriverEntry {
+    // A controller has one driver.
+    reopens: false,
     options: &[
         OptionHelp { name: "device", value: "str", help: "PCI address, as in 0000:01:00.0" },
         OptionHelp { name: "filename", value: "str", help: "nvme://DEVICE[/NAMESPACE]" },

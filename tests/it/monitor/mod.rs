@@ -12,6 +12,7 @@ mod listings;
 mod live;
 mod names;
 mod overlays;
+mod reopen;
 mod resize;
 pub mod slow;
 mod snapshots;

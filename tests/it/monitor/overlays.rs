@@ -52,7 +52,7 @@ pub fn export(daemon: &Daemon, id: &str, node: &str) -> Value {
 }
 
 /// A daemon that serves `q.qcow2` or another image as `e0`, from the node `q`.
-fn serving(driver: &str, image: &str) -> (Daemon, Client) {
+pub fn serving(driver: &str, image: &str) -> (Daemon, Client) {
     let daemon = start(OURS, &[]);
     let mut client = Client::connect(&daemon.path("m.sock"));
     client.run("blockdev-add", node(&daemon, "q", driver, image, json!({"discard": "unmap"})));
@@ -60,7 +60,7 @@ fn serving(driver: &str, image: &str) -> (Daemon, Client) {
     (daemon, client)
 }
 
-fn snapshot(daemon: &Daemon, base: &str, file: &str, name: &str) -> Value {
+pub fn snapshot(daemon: &Daemon, base: &str, file: &str, name: &str) -> Value {
     json!({"node-name": base, "snapshot-file": daemon.path(file), "snapshot-node-name": name})
 }
 
@@ -292,9 +292,16 @@ fn a_node_that_was_turned_to_another_file_is_no_overlay_and_stays() {
     disk.write(0, &pattern(4096, 1)).unwrap();
 }
 
-#[test]
-fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
-    let (mut daemon, mut client) = serving("qcow2", "q.qcow2");
+/// Of a disk of 8 MiB, in pieces.
+const PIECE: usize = 16 << 10;
+
+fn piece(salt: u8) -> Vec<u8> {
+    if salt == 0 { vec![0; PIECE] } else { pattern(PIECE, salt) }
+}
+
+/// Has two queues of the disk that is served first read and write without a rest while `change` runs: none of them
+/// fails, and each reads what it has written. What the pieces hold afterwards.
+pub fn written_while(daemon: &Daemon, change: impl FnOnce()) -> Vec<u8> {
     let mut disk = daemon.open(&Options {
         num_queues: 2,
         layout: MemoryLayout::adjacent(2, 4 << 20),
@@ -306,22 +313,21 @@ fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
         let work = queues.iter_mut().enumerate().map(|(number, queue)| {
             let stop = &stop;
             scope.spawn(move || {
-                // What each block of a half of the disk holds, of 16 KiB.
-                let blocks = SIZE / 2 / (16 << 10);
-                let mut held = vec![0; blocks as usize];
+                // Each has a half of the disk.
+                let pieces = SIZE / 2 / PIECE as u64;
+                let mut held = vec![0; pieces as usize];
                 let mut turn = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     turn += 1;
-                    let block = turn * 37 % blocks;
-                    let sector = (number as u64 * blocks + block) * 32;
-                    let mut back = vec![0; 16 << 10];
+                    let at = turn * 37 % pieces;
+                    let sector = (number as u64 * pieces + at) * 32;
+                    let mut back = vec![0; PIECE];
                     queue.read(sector, &mut back).unwrap();
-                    let was = held[block as usize];
-                    let wanted = if was == 0 { vec![0; 16 << 10] } else { pattern(16 << 10, was) };
-                    assert!(back == wanted, "queue {number}, block {block}, turn {turn}");
+                    let was = held[at as usize];
+                    assert!(back == piece(was), "queue {number}, piece {at}, turn {turn}");
                     let salt = (turn % 255) as u8 + 1;
-                    queue.write(sector, &pattern(16 << 10, salt)).unwrap();
-                    held[block as usize] = salt;
+                    queue.write(sector, &piece(salt)).unwrap();
+                    held[at as usize] = salt;
                     if turn.is_multiple_of(64) {
                         queue.flush().unwrap();
                     }
@@ -330,6 +336,28 @@ fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
             })
         });
         let work: Vec<_> = work.collect();
+        change();
+        stop.store(true, Ordering::Relaxed);
+        work.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    disk.queues = queues;
+    last.concat()
+}
+
+/// Compares the disk that is served first with what [`written_while`] has left there.
+pub fn check_written(daemon: &Daemon, last: &[u8]) {
+    let mut disk = daemon.open(&Options::default());
+    let mut back = vec![0; PIECE];
+    for (at, &salt) in last.iter().enumerate() {
+        disk.read(at as u64 * 32, &mut back).unwrap();
+        assert!(back == piece(salt), "piece {at}");
+    }
+}
+
+#[test]
+fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
+    let (mut daemon, mut client) = serving("qcow2", "q.qcow2");
+    let last = written_while(&daemon, || {
         let mut base = "q".to_owned();
         for number in 0..10 {
             let name = format!("s{number}");
@@ -345,20 +373,11 @@ fn queues_that_never_rest_lose_nothing_across_ten_snapshots() {
             }
             base = name;
         }
-        stop.store(true, Ordering::Relaxed);
-        work.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    disk.queues = queues;
     let depth = client.run("query-named-block-nodes", json!({}));
     let top = depth.as_array().unwrap().iter().find(|one| one["node-name"] == "s9").unwrap();
     assert_eq!(top["backing_file_depth"], json!(10));
-    let mut back = vec![0; 16 << 10];
-    for (block, &salt) in last.iter().flatten().enumerate() {
-        disk.read(block as u64 * 32, &mut back).unwrap();
-        let wanted = if salt == 0 { vec![0; 16 << 10] } else { pattern(16 << 10, salt) };
-        assert!(back == wanted, "block {block}");
-    }
-    drop(disk);
+    check_written(&daemon, &last);
     client.run("quit", json!({}));
     daemon.server.wait_exit(LIMIT).unwrap();
     for name in ["q.qcow2", "s0.qcow2", "s4.qcow2", "s9.qcow2"] {

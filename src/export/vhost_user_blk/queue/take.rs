@@ -264,10 +264,7 @@ fn start_fast(
     let segments = &slot.segments[slot.data.0 as usize..slot.data.1 as usize];
     match mapping.target {
         Target::Data { leaf, offset } => {
-            let traits = node.traits();
-            if traits.buffer_align > 1 && !iovec::is_aligned(segments, traits.buffer_align)
-                || segments.len() > traits.max_segments as usize
-            {
+            if !node.takes_memory(segments) {
                 return None;
             }
             let op = access.op(offset, Segments::new(segments, slot.len.into()));
