@@ -56,7 +56,7 @@ pub async fn add(service: &Service, arguments: Map) -> Outcome {
     };
     let node = service.graph().find(&node).map_err(missing)?;
     let change = async move |node: &Arc<Node>| node.add_bitmap(new).await;
-    done(service.change_bitmaps(&node, change).await)
+    done(service.change_bitmaps(&node, &[], change).await)
 }
 
 /// A bitmap of a node, by their names.
@@ -71,21 +71,21 @@ pub async fn remove(service: &Service, arguments: Map) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let node = find(service, &node)?;
     let change = async move |node: &Arc<Node>| node.remove_bitmap(&name).await;
-    done(service.change_bitmaps(&node, change).await)
+    done(service.change_bitmaps(&node, &[], change).await)
 }
 
 pub async fn clear(service: &Service, arguments: Map) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let node = find(service, &node)?;
     let change = async move |node: &Arc<Node>| node.clear_bitmap(&name).await;
-    done(service.change_bitmaps(&node, change).await)
+    done(service.change_bitmaps(&node, &[], change).await)
 }
 
 pub async fn record(service: &Service, arguments: Map, enable: bool) -> Outcome {
     let Named { node, name } = options::from_map(arguments)?;
     let node = find(service, &node)?;
     let change = async move |node: &Arc<Node>| node.enable_bitmap(&name, enable).await;
-    done(service.change_bitmaps(&node, change).await)
+    done(service.change_bitmaps(&node, &[], change).await)
 }
 
 /// A node, the bitmap of it that is merged into, and what is merged: nodes and their bitmaps.
@@ -128,8 +128,9 @@ pub async fn merge(service: &Service, arguments: Map) -> Outcome {
     node.bitmaps().find(&target).map_err(CommandError::from)?;
     let find = |(node, name): (String, String)| Ok((find(service, &node)?, name));
     let sources = sources.into_iter().map(find).collect::<Result<Vec<_>, CommandError>>()?;
+    let read: Vec<Arc<Node>> = sources.iter().map(|(node, _)| node.clone()).collect();
     let change = async move |node: &Arc<Node>| node.merge_bitmaps(&target, &sources).await;
-    done(service.change_bitmaps(&node, change).await)
+    done(service.change_bitmaps(&node, &read, change).await)
 }
 
 /// What a bitmap has recorded, as a number that tests can compare with QEMU's: of its bits in whole

@@ -19,7 +19,9 @@ impl Service {
     pub async fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
         let graph = self.graph();
         let node = self.patiently(async || graph.open(options.clone()).await).await?;
-        looks::warn_of_raw(graph.registry(), &node).await;
+        let look = async || looks::warn_of_raw(graph.registry(), &node).await;
+        // Somebody may have deleted it since.
+        graph.undisturbed(&node, &[], look).await.ok();
         Ok(node)
     }
 
@@ -58,13 +60,14 @@ impl Service {
         self.graph().resize(node, len).await
     }
 
-    /// Changes the bitmaps of a node.
+    /// Changes the bitmaps of a node; the change reads those of `sources`.
     pub async fn change_bitmaps(
         &self,
         node: &Arc<Node>,
+        sources: &[Arc<Node>],
         change: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.graph().change_bitmaps(node, change).await
+        self.graph().change_bitmaps(node, sources, change).await
     }
 
     /// What there is to tell of all nodes, newest first, and the bytes that each occupies, as far as the

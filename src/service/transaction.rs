@@ -80,7 +80,8 @@ async fn run(graph: &Graph, steps: Vec<Step>) -> Result<(), Error> {
     let nodes: Vec<_> = steps.iter().filter_map(|step| step.node(graph)).collect();
     let overlays = steps.iter().filter_map(|step| step.overlay(graph));
     let changed: Vec<_> = nodes.iter().cloned().chain(overlays).collect();
-    let drained = graph.drain_all(&changed).await?;
+    let sources: Vec<_> = steps.iter().flat_map(|step| step.sources(graph)).collect();
+    let drained = graph.drain_reading(&changed, &sources).await?;
     // Overlays that are there are opened again.
     drop(changed);
     let mut done = Vec::new();
@@ -149,6 +150,15 @@ impl Step {
             Step::PutOver { overlay, .. } => graph.find(overlay).ok(),
             _ => None,
         }
+    }
+
+    /// The nodes that it only reads, as far as they are there by now.
+    fn sources(&self, graph: &Graph) -> Vec<Arc<Node>> {
+        let sources = match self {
+            Step::MergeBitmaps { sources, .. } => &sources[..],
+            _ => &[],
+        };
+        sources.iter().filter_map(|(node, _)| graph.find(node).ok()).collect()
     }
 
     /// The options of a new overlay, whose file is made, if what it stands on is there by now.

@@ -39,16 +39,18 @@ impl Graph {
         Ok(Attachment { graph: self.clone(), id, node })
     }
 
-    /// Works on a node while nobody else changes it, or what lies around it.
+    /// Works on a node while nobody else changes it, or what lies around it. The work only reads from `sources`,
+    /// which nobody changes meanwhile.
     ///
     /// # Errors
     /// The node has left the graph.
     pub async fn undisturbed<T>(
         &self,
         node: &Arc<Node>,
+        sources: &[Arc<Node>],
         work: impl AsyncFnOnce() -> T,
     ) -> Result<T, Error> {
-        let _claim = self.claim_change(std::slice::from_ref(node), &[]).await?;
+        let _claim = self.claim_change(std::slice::from_ref(node), sources).await?;
         Ok(work().await)
     }
 }

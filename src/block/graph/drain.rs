@@ -135,7 +135,19 @@ impl Graph {
     /// # Errors
     /// As [`Graph::drain`].
     pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained<'_>, Error> {
-        let claim = self.claim_change(nodes, &[]).await?;
+        self.drain_reading(nodes, &[]).await
+    }
+
+    /// [`Graph::drain_all`] for a change that reads from `sources`, which nobody changes meanwhile.
+    ///
+    /// # Errors
+    /// As [`Graph::drain`].
+    pub async fn drain_reading(
+        &self,
+        nodes: &[Arc<Node>],
+        sources: &[Arc<Node>],
+    ) -> Result<Drained<'_>, Error> {
+        let claim = self.claim_change(nodes, sources).await?;
         self.drain_claimed(nodes, claim).await
     }
 
@@ -270,7 +282,7 @@ impl Graph {
         node: &Arc<Node>,
         work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
     ) -> Option<Result<T, Error>> {
-        let worked = self.undisturbed(node, async || with_snapshots(node, work).await);
+        let worked = self.undisturbed(node, &[], async || with_snapshots(node, work).await);
         worked.await.unwrap_or_else(|error| Some(Err(error)))
     }
 
@@ -284,20 +296,24 @@ impl Graph {
         with_snapshots(node, work).await
     }
 
-    /// Changes a node's bitmaps while nobody else changes the node.
+    /// Changes a node's bitmaps while nobody else changes the node, nor those of `sources`, which the change reads.
     ///
     /// # Errors
-    /// The node has been deleted, or what the change says.
+    /// A node has been deleted, or what the change says.
     pub async fn change_bitmaps(
         &self,
         node: &Arc<Node>,
+        sources: &[Arc<Node>],
         change: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let changed = async || {
-            self.0.state.lock().id(node)?;
+            {
+                let state = self.0.state.lock();
+                sources.iter().chain([node]).try_for_each(|node| state.id(node).map(drop))?;
+            }
             change(node).await
         };
-        self.undisturbed(node, changed).await??;
+        self.undisturbed(node, sources, changed).await??;
         // Storage that does not answer holds up only who waits for it.
         node.settle_bitmaps().await;
         Ok(())

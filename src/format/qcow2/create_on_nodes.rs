@@ -158,6 +158,6 @@ async fn make_on(
         }
         write_to(node, &header, &image, &first_cluster).await
     };
-    graph.undisturbed(node, write).await??;
+    graph.undisturbed(node, &[], write).await??;
     Ok(Made { reads_zeroes: !wanted.is_mapped() || data.is_none() })
 }

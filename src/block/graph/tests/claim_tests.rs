@@ -51,7 +51,7 @@ fn changes_of_other_disks_do_not_wait() {
         let options = |text: &str| keyval::parse(text, None).unwrap().options;
         graph.resize(&b, 4096).await.unwrap_err();
         graph.resize(&graph.find("fb").unwrap(), 4096).await.unwrap();
-        graph.change_bitmaps(&b, async |_: &Arc<Node>| Ok(())).await.unwrap();
+        graph.change_bitmaps(&b, &[], async |_: &Arc<Node>| Ok(())).await.unwrap();
         assert!(graph.with_snapshots(&b, async |_: &dyn Snapshots| Ok(())).await.is_none());
         graph
             .open(options("driver=pass,node-name=c,file.driver=store,file.tag=otherc"))
@@ -64,6 +64,30 @@ fn changes_of_other_disks_do_not_wait() {
         graph.delete("b").await.unwrap();
         graph.delete("c").await.unwrap();
         graph.tidy().await;
+    });
+}
+
+#[test]
+fn a_change_waits_for_changes_of_the_nodes_that_it_reads() {
+    let bench = Bench::new();
+    two_disks(&bench, "reads");
+    let graph = bench.graph.clone();
+    bench.worker.block_on(move || async move {
+        let [a, b] = ["a", "b"].map(|name| graph.find(name).unwrap());
+        let drained = graph.drain(&b).await.unwrap();
+        let sources = [b.clone()];
+        let mut merge = Box::pin(graph.change_bitmaps(&a, &sources, async |_: &Arc<Node>| Ok(())));
+        let [nodes, read] = [[a.clone()], [b.clone()]];
+        let mut reading = Box::pin(graph.drain_reading(&nodes, &read));
+        assert!(!ready(&mut merge).await && !ready(&mut reading).await);
+        drop(drained);
+        merge.await.unwrap();
+        // A change of what is read waits in turn.
+        let reading = reading.await.unwrap();
+        let mut change = Box::pin(graph.change_bitmaps(&b, &[], async |_: &Arc<Node>| Ok(())));
+        assert!(!ready(&mut change).await);
+        drop(reading);
+        change.await.unwrap();
     });
 }
 
