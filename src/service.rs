@@ -151,6 +151,17 @@ impl Service {
         self.spawn("waited for", work).wait()
     }
 
+    /// Ends all that it does. The result comes when the last node is closed.
+    pub fn begin_end(&self) -> Pending<()> {
+        // In this order: no more requests, then no more users, then no more nodes.
+        self.tell_exports_to_end();
+        self.spawn("end", async |service| {
+            service.exports_ended().await;
+            service.jobs().cancel_all();
+            service.graph().close().await;
+        })
+    }
+
     /// Readable once a task has ended, until [`Service::clear_task_notice`].
     pub fn task_notice(&self) -> RawFd {
         self.0.executor.notice()
@@ -177,19 +188,21 @@ impl Owned {
         service.end_exports().wait();
         let closed = service.spawn("close", async |service| service.graph().close().await);
         if closed.wait_for(patience).is_none() {
-            let tasks = service.0.executor.tasks().join(", ");
-            log::warn!("ended while the storage has not answered: {tasks}");
-            std::mem::forget(self);
+            self.leave();
         }
+    }
+
+    /// Ends nothing: nodes stay as a killed process leaves them.
+    pub fn leave(self) {
+        let tasks = self.0.0.executor.tasks().join(", ");
+        log::warn!("ended while the storage has not answered: {tasks}");
+        std::mem::forget(self);
     }
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        // In this order: no more requests, then no more users, then no more nodes.
-        self.end_exports().wait();
-        self.jobs().cancel_all();
-        self.wait(async |service| service.graph().close().await);
+        self.begin_end().wait();
         let mut state = self.state();
         let workers = (std::mem::take(&mut state.iothreads), state.main.take());
         drop(state);

@@ -13,10 +13,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// The signals that end the program, kept from doing so until they are waited for.
 pub struct EndSignals(libc::sigset_t);
+
+/// One of [`EndSignals`] has been taken.
+static TAKEN: AtomicBool = AtomicBool::new(false);
 
 impl EndSignals {
     /// Blocks SIGINT, SIGHUP and SIGTERM for this thread and all that it starts. To be called before
@@ -34,8 +38,11 @@ impl EndSignals {
         }
     }
 
-    /// Whether one of them has come and was not taken yet.
+    /// Whether one of them has come.
     pub fn have_come() -> bool {
+        if TAKEN.load(Ordering::Relaxed) {
+            return true;
+        }
         // SAFETY: the call initialises the set.
         unsafe {
             let mut set = std::mem::zeroed::<libc::sigset_t>();
@@ -57,15 +64,32 @@ impl EndSignals {
     }
 }
 
-/// Sleeps until one of two descriptors is readable. True if it is not the first, which is that of
-/// [`EndSignals`].
-pub fn wait_unless_ended(stop: &OwnedFd, other: RawFd) -> bool {
+/// Takes the signals that have come, of [`EndSignals`], so that their descriptor tells of the next one.
+pub fn take_signals(stop: &OwnedFd) {
+    // One of each.
+    for _ in 0..3 {
+        // SAFETY: any bytes are one.
+        let mut info = unsafe { std::mem::zeroed::<libc::signalfd_siginfo>() };
+        let size = size_of_val(&info);
+        // SAFETY: the memory is as long as is said.
+        let read = unsafe { libc::read(stop.as_raw_fd(), (&raw mut info).cast(), size) };
+        if read <= 0 {
+            return;
+        }
+        TAKEN.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sleeps until one of two descriptors is readable, or for a limited time. True if it is not the first, which is
+/// that of [`EndSignals`].
+pub fn wait_unless_ended(stop: &OwnedFd, other: RawFd, limit: Option<Duration>) -> bool {
+    let limit = limit.map_or(-1, milliseconds);
     let polled = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut fds = [polled(stop.as_raw_fd()), polled(other)];
     loop {
         // SAFETY: the array lives through the call, and its length is given.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-        if ready > 0 {
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
+        if ready >= 0 {
             return fds[0].revents == 0;
         }
         if Errno::last().0 != libc::EINTR {
@@ -82,9 +106,12 @@ pub fn ended_within(stop: &OwnedFd, time: Duration) -> bool {
 /// Sleeps for `time`, or until a descriptor is readable. True then.
 pub fn readable_within(fd: RawFd, time: Duration) -> bool {
     let mut fd = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let milliseconds = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: one entry, which lives through the call.
-    unsafe { libc::poll(&mut fd, 1, milliseconds) > 0 }
+    unsafe { libc::poll(&mut fd, 1, milliseconds(time)) > 0 }
+}
+
+fn milliseconds(time: Duration) -> libc::c_int {
+    libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX)
 }
 
 /// The service manager that started the program, if it wants to know how it gets on (`sd_notify(3)`).

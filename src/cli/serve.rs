@@ -175,7 +175,7 @@ impl Serve {
         manager.tell(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();
-        while left > 0 && wait_unless_ended(startup.stop(), service.ended_notice()) {
+        while left > 0 && wait_unless_ended(startup.stop(), service.ended_notice(), None) {
             left -= service.take_ended().len();
             sandbox::tell_refused();
         }

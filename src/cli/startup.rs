@@ -1,6 +1,10 @@
-//! Waiting for tasks while a program starts, without missing the signals that end it.
+//! Waiting for tasks while a program starts and while it ends, without missing the signals that end it.
+//!
+//! The rule held here: an end is bounded. Work that has hung, such as a job on storage that does not answer, cannot
+//! keep the program: a second signal ends it at once, and so does a long time without any node being closed. The
+//! images are then as a killed process leaves them.
 
-use super::process::{readable_within, wait_unless_ended};
+use super::process::{readable_within, take_signals, wait_unless_ended};
 use crate::block::Error;
 use crate::service::{Owned, Service};
 use std::os::fd::OwnedFd;
@@ -8,6 +12,13 @@ use std::time::{Duration, Instant};
 
 /// How long a task may go on after a signal. One that waits for a lock gives up at once.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long an end may go on without any node being closed. What a guest has written has to reach the storage
+/// meanwhile; service managers often wait as long before they kill.
+const END: Duration = Duration::from_secs(90);
+
+/// When the log says what an end waits for.
+const TELL: Duration = Duration::from_secs(5);
 
 /// A service that is being set up.
 pub struct Startup {
@@ -49,7 +60,7 @@ impl Startup {
                 return result;
             }
             match end {
-                None if wait_unless_ended(&self.stop, notice) => {}
+                None if wait_unless_ended(&self.stop, notice, None) => {}
                 None => end = Some(Instant::now() + PATIENCE),
                 Some(end) => {
                     let left = end.saturating_duration_since(Instant::now());
@@ -66,10 +77,37 @@ impl Startup {
 
 impl Drop for Startup {
     fn drop(&mut self) {
-        if let Some(service) = self.service.take()
-            && self.is_stuck
-        {
-            service.abandon(PATIENCE);
+        match self.service.take() {
+            Some(service) if self.is_stuck => service.abandon(PATIENCE),
+            Some(service) => end(service, &self.stop),
+            None => {}
+        }
+    }
+}
+
+/// Ends a service, in the time that it may take.
+fn end(service: Owned, stop: &OwnedFd) {
+    take_signals(stop);
+    let ended = service.begin_end();
+    let (mut nodes, mut since, mut is_told) = (usize::MAX, Instant::now(), false);
+    loop {
+        service.clear_task_notice();
+        if ended.take().is_some() {
+            return;
+        }
+        let left = service.graph().nodes().len();
+        if left < nodes {
+            (nodes, since) = (left, Instant::now());
+        }
+        if since.elapsed() >= TELL && !is_told {
+            is_told = true;
+            log::warn!(
+                "{left} nodes are still to be closed; another signal ends the program at once"
+            );
+        }
+        let is_late = since.elapsed() >= END;
+        if is_late || !wait_unless_ended(stop, service.task_notice(), Some(PATIENCE)) {
+            return service.leave();
         }
     }
 }

@@ -396,6 +396,11 @@ impl Service {
     /// Tells all exports to end, newest first. [`Service::take_ended`] gives the name of each that has, and
     /// the result comes when all have. No other begins.
     pub fn end_exports(&self) -> Pending<()> {
+        self.tell_exports_to_end();
+        self.spawn("end of all exports", async |service| service.exports_ended().await)
+    }
+
+    pub(super) fn tell_exports_to_end(&self) {
         let mut state = self.state();
         state.exports.ending = true;
         let all = state.exports.list.iter_mut().rev();
@@ -405,16 +410,17 @@ impl Service {
         for (id, running) in told {
             self.spawn("end of an export", async move |service| service.end(id, running).await);
         }
-        self.spawn("end of all exports", async |service| {
-            service
-                .0
-                .state
-                .wait_for(|state| match state.exports.any_serves() {
-                    false => Ok(()),
-                    true => Err(&mut state.exports.waiting),
-                })
-                .await
-        })
+    }
+
+    /// Returns when no export serves any more.
+    pub(super) async fn exports_ended(&self) {
+        self.0
+            .state
+            .wait_for(|state| match state.exports.any_serves() {
+                false => Ok(()),
+                true => Err(&mut state.exports.waiting),
+            })
+            .await;
     }
 
     /// What exports have counted, oldest first.

@@ -2,9 +2,10 @@
 
 use super::beside_qsd::both;
 use super::{Client, MONITOR};
-use crate::vhost_user::Daemon;
+use crate::vhost_user::{Daemon, LIMIT};
 use serde_json::{Value, json};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// What comes of one `blockdev-create`: the reply, what the job becomes until it is concluded, what is told of it
 /// then, and the reply to its dismissal.
@@ -193,4 +194,28 @@ fn clusters_that_have_their_place_from_the_start_read_as_zeroes_whatever_the_fil
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && !text.contains("failed"), "{mode}: {text}");
     }
+}
+
+#[test]
+fn a_second_signal_ends_a_daemon_whose_job_has_hung() {
+    let mut daemon = super::daemon(&[]);
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let hour = 3_600_000_000_000u64;
+    client.run(
+        "blockdev-add",
+        json!({"driver": "null-co", "node-name": "f", "size": 8 << 20, "latency-ns": hour}),
+    );
+    client.run("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "f"}));
+    let options = json!({"driver": "qcow2", "file": "f", "size": 1 << 20});
+    client.run("blockdev-create", json!({"job-id": "j", "options": options}));
+    statuses(&mut client, "running");
+    daemon.server.signal(libc::SIGTERM).unwrap();
+    let limit = Instant::now() + LIMIT;
+    while !daemon.server.stderr().contains("another signal ends the program") {
+        assert!(Instant::now() < limit, "{}", daemon.server.stderr());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    daemon.server.signal(libc::SIGTERM).unwrap();
+    assert!(daemon.server.wait_exit(LIMIT).unwrap().success());
+    assert!(daemon.server.stderr().contains("ended while the storage has not answered"));
 }
