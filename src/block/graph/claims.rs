@@ -43,6 +43,9 @@ pub(super) struct Claims {
     all: Vec<Record>,
     /// Tasks that look again whenever a claim or the use of a node has ended.
     waiting: Waiters,
+    /// How many nodes were looked at to find out what claims have.
+    #[cfg(test)]
+    pub looked_at: std::cell::Cell<usize>,
 }
 
 struct Record {
@@ -185,6 +188,12 @@ impl Claims {
         ends.any(|end| within.is_none() || end.within == within)
     }
 
+    /// Whether one of these nodes is about to end, within this claim if one is given.
+    pub fn ends_any(&self, nodes: &BTreeSet<u64>, within: Option<u64>) -> bool {
+        let mut ends = self.all.iter().filter(|record| within.is_none() || record.within == within);
+        ends.any(|end| end.ends.is_some_and(|node| nodes.contains(&node)))
+    }
+
     /// The locks of these nodes stay until [`Claims::take_locked`].
     pub fn keep_locks(&mut self, claim: u64, nodes: impl Iterator<Item = u64>) {
         if let Some(record) = self.find(claim) {
@@ -245,6 +254,26 @@ impl State {
         Some((node, End(end)))
     }
 
+    /// Has the claim of the end of a node, which is gone, be that of the end of one that it stood on. False if that
+    /// one has its own end, or does not belong to the change that the first one was part of.
+    pub(super) fn move_end(&mut self, claim: u64, to: u64) -> bool {
+        let Some(at) = self.claims.all.iter().position(|record| record.id == claim) else {
+            return false;
+        };
+        let within = self.claims.all[at].within;
+        let belongs = within.is_none_or(|change| self.claims.changes(change, to));
+        if !belongs || self.claims.ends(to, within) {
+            return false;
+        }
+        let record = &mut self.claims.all[at];
+        (record.ends, record.parts) = (Some(to), vec![Part::Alone(to)]);
+        // It has kept all that it needs now. Others may keep the node, so that it has to be its turn once more.
+        record.nodes.changed = BTreeSet::from([to]);
+        record.nodes.kept.remove(&to);
+        self.claims.all[at].served = self.is_free(at);
+        true
+    }
+
     /// Whether a claim is served, from now on if it is its turn.
     fn serve(&mut self, id: u64) -> bool {
         let Some(at) = self.claims.all.iter().position(|record| record.id == id) else {
@@ -255,15 +284,20 @@ impl State {
                 self.claims.all[waiting].nodes = self.nodes_of(&self.claims.all[waiting].parts);
             }
         }
+        let served = self.claims.all[at].served || self.is_free(at);
+        self.claims.all[at].served = served;
+        served
+    }
+
+    /// Whether a claim, by its place among all, meets none of those that it waits for.
+    fn is_free(&self, at: usize) -> bool {
         let mine = &self.claims.all[at];
         // What is done within a claim that is served does not wait behind those who wait for that claim.
         let waits_for = |&(other_at, other): &(usize, &Record)| {
             other_at != at && (other.served || other_at < at && mine.within.is_none())
         };
         let mut others = self.claims.all.iter().enumerate().filter(waits_for);
-        let served = mine.served || others.all(|(_, other)| !mine.meets(other));
-        self.claims.all[at].served = served;
-        served
+        others.all(|(_, other)| !mine.meets(other))
     }
 
     /// What a claim of these parts has, as the graph is now.
@@ -320,6 +354,8 @@ impl State {
         let mut seen = BTreeSet::new();
         while let Some(id) = pending.pop() {
             if self.nodes.contains_key(&id) && seen.insert(id) {
+                #[cfg(test)]
+                self.claims.looked_at.update(|n| n + 1);
                 pending.extend(next(self, id));
             }
         }

@@ -2,7 +2,8 @@
 //!
 //! The rule held here: each node is ended by a task of its own, under a claim of its own, so that a node whose
 //! storage does not answer holds up nobody but those who wait for its end. A change waits for the ends that it has
-//! brought about itself, and starts those that others have left.
+//! brought about itself, and starts those that others have left. The claim of a node's end goes over to a node
+//! that it alone stood on, so that the end of a long chain looks at each node once.
 
 use super::claims::{Claim, End, Part};
 use super::permissions::Plan;
@@ -59,7 +60,7 @@ impl Graph {
 
     /// A change waits for the ends within its own claim alone: others may wait for that claim.
     async fn wait_for_ends(&self, within: Option<u64>, nodes: &BTreeSet<u64>) {
-        self.wait_until(|state| !nodes.iter().any(|&id| state.claims.ends(id, within))).await;
+        self.wait_until(|state| !state.claims.ends_any(nodes, within)).await;
     }
 
     /// The nodes whose end begins now.
@@ -81,13 +82,25 @@ impl Graph {
         nodes
     }
 
-    fn spawn_end(&self, node: u64, end: End, within: Option<u64>) {
+    fn spawn_end(&self, mut node: u64, end: End, within: Option<u64>) {
         let (graph, claim) = (self.clone(), self.claim_of_end(end));
         io::current().spawn(async move {
-            claim.served().await;
-            graph.undo_for_writers(node).await;
-            for (next, end) in graph.close_node(node, within).await {
-                graph.spawn_end(next, end, within);
+            loop {
+                claim.served().await;
+                graph.undo_for_writers(node).await;
+                let mut unused = graph.close_node(node).await;
+                let (others, next) = {
+                    let mut state = graph.0.state.lock();
+                    // The one that has the most below it, as a rule.
+                    let next = unused.pop_if(|id| state.move_end(claim.id, *id));
+                    let others = unused.into_iter().filter_map(|id| state.begin_end(id, within));
+                    (others.collect::<Vec<_>>(), next)
+                };
+                others.into_iter().for_each(|(node, end)| graph.spawn_end(node, end, within));
+                let Some(next) = next else { break };
+                node = next;
+                // Some may have waited for the node that is gone.
+                graph.look_again();
             }
             drop(claim);
         });
@@ -110,8 +123,8 @@ impl Graph {
         plan.loosen();
     }
 
-    /// Closes a node, unless somebody uses it by now. The ends of the nodes that nobody uses then.
-    async fn close_node(&self, id: u64, within: Option<u64>) -> Vec<(u64, End)> {
+    /// Closes a node, unless somebody uses it by now. The nodes that it stood on and that nobody uses then.
+    async fn close_node(&self, id: u64) -> Vec<u64> {
         let node = {
             let mut state = self.0.state.lock();
             let entry = state.nodes.get_mut(&id).filter(|entry| entry.is_unused());
@@ -123,15 +136,17 @@ impl Graph {
             log::error!("{}: closing: {errno}", node.name());
         }
         let mut state = self.0.state.lock();
+        let children = state.entry(id).children.clone();
         let mut plan = Plan::new(&mut state);
         plan.remove_edges(id);
         plan.loosen();
         let gone = state.nodes.remove(&id);
-        let next = state.begin_unused(within);
+        let mut unused = children;
+        unused.retain(|id| state.nodes.get(id).is_some_and(Entry::is_unused));
         drop(state);
         // Dropping it closes files, which needs no lock.
         drop((gone, node));
-        next
+        unused
     }
 }
 

@@ -55,7 +55,10 @@ impl<'a> Plan<'a> {
 
     /// Removes the edges from a node to its children.
     pub(super) fn remove_edges(&mut self, parent: u64) {
-        self.remove(|by| matches!(by, By::Node { id, .. } if *id == parent));
+        for child in self.children(parent).to_vec() {
+            let by_parent = |one: &Use| matches!(one.by, By::Node { id, .. } if id == parent);
+            self.uses_mut(child).retain(|one| !by_parent(one));
+        }
         self.children.insert(parent, Vec::new());
     }
 

@@ -49,6 +49,29 @@ fn an_edge_is_not_turned_to_what_is_too_deep_for_a_node_far_above() {
 }
 
 #[test]
+fn the_end_of_a_long_chain_looks_at_each_node_a_few_times() {
+    let looked_at = |count: usize| {
+        let bench = Bench::new();
+        let mut below = "backing=base".to_owned();
+        bench.open("driver=store,tag=deep-base,node-name=base").unwrap();
+        for n in 0..count {
+            let file = format!("file.driver=store,file.tag=deep-end{n}");
+            bench.open(&format!("driver=pass,node-name=c{n},{file},{below}")).unwrap();
+            below = format!("backing=c{n}");
+        }
+        let graph = bench.graph.clone();
+        graph.0.state.lock().claims.looked_at.set(0);
+        bench.worker.block_on(move || async move {
+            graph.close().await;
+            assert_eq!(graph.nodes().len(), 0);
+            graph.0.state.lock().claims.looked_at.get()
+        })
+    };
+    let [short, long] = [looked_at(50), looked_at(200)];
+    assert!(long < 6 * short, "{short} for 50 images, {long} for 200");
+}
+
+#[test]
 fn the_last_hold_on_a_long_chain_needs_little_stack() {
     let bench = Bench::new();
     let store = bench.open("driver=store,tag=deep-drop,node-name=f").unwrap();
