@@ -94,6 +94,13 @@ fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(Cow<'a, Path>, bool)>) {
     for (key, value) in arguments.iter() {
         match value {
             Value::Map(map) => paths_in(map, found),
+            Value::List(list) => {
+                let maps = list.iter().filter_map(|one| match one {
+                    Value::Map(map) => Some(map),
+                    _ => None,
+                });
+                maps.for_each(|map| paths_in(map, found));
+            }
             Value::Str(path) | Value::Text(path)
                 if ["filename", "snapshot-file", "path"].contains(&key) =>
             {

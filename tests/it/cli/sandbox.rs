@@ -128,6 +128,12 @@ fn a_daemon_in_the_sandbox_grows_inside_its_folders_only() {
         outside.parent().unwrap().display()
     );
     assert_eq!(refused["error"]["desc"], words, "{refused}");
+    let more = json!({"node-name": "d0", "snapshot-file": outside, "snapshot-node-name": "s"});
+    let actions = json!([{"type": "blockdev-snapshot-sync", "data": more}]);
+    let refused = client.refusal("transaction", json!({"actions": actions}));
+    assert!(refused.contains("the sandbox keeps it out, unless"), "{refused}");
+    let again = json!({"driver": "file", "node-name": "d0", "filename": daemon.path("disk.img")});
+    client.run("blockdev-reopen", json!({"options": [again]}));
     new_image(&daemon.path("more.img"), SIZE);
     let done = json!({"return": {}});
     assert_eq!(client.ask("blockdev-add", node("d1", &daemon.path("more.img"))), done);
