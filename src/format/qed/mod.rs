@@ -17,7 +17,7 @@ mod open;
 use super::read_only;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
-use crate::cow::{Tables, TopTable, decider, fast_read, read_range, status};
+use crate::cow::{Tables, TopTable, decider, fast_read, read_range, status, traits_over};
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use header::Header;
 use mapping::{L1Entry, L2Entry};
@@ -43,7 +43,6 @@ pub struct Qed {
     file_len: u64,
     /// `file`, then `backing` if there is one.
     children: Vec<Child>,
-    traits: Traits,
     l1: TopTable<L1Entry>,
     mapping: Tables<L2Entry>,
     /// An entry that makes no sense was reported.
@@ -56,7 +55,8 @@ impl Driver for Qed {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        let cluster = self.header.geometry.cluster_size();
+        traits_over(self.children[0].node().traits(), cluster, cluster, Abilities::READ_ONLY)
     }
 
     fn len(&self) -> u64 {

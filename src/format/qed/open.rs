@@ -3,7 +3,7 @@
 use super::header::{self, Features, Header};
 use super::{Qed, mapping};
 use crate::block::*;
-use crate::cow::{read_padded, traits_over};
+use crate::cow::read_padded;
 use crate::format::read_only;
 use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::node_ref::NodeRefOrNull;
@@ -50,8 +50,6 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let mapping = mapping::tables(&header.geometry, header.size);
     let mapping = mapping.map_err(|errno| Error::os("Could not allocate L2 tables", errno))?;
 
-    let cluster = header.geometry.cluster_size();
-    let traits = traits_over(node.traits(), cluster, cluster, Abilities::READ_ONLY);
     let mut children = vec![file];
     children.extend(backing);
     let name = opening.name().to_owned();
@@ -61,7 +59,6 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         backing_name,
         file_len,
         children,
-        traits,
         l1,
         mapping,
         has_reported: AtomicBool::new(false),

@@ -17,7 +17,7 @@ mod open;
 use super::read_only;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
-use crate::cow::{Tables, fast_read, read_range, status};
+use crate::cow::{Tables, fast_read, read_range, status, traits_over};
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use header::Header;
 use mapping::Entry;
@@ -35,7 +35,6 @@ pub static ENTRY: DriverEntry = DriverEntry {
 pub struct Vdi {
     header: Header,
     children: [Child; 1],
-    traits: Traits,
     mapping: Tables<Entry>,
 }
 
@@ -45,7 +44,8 @@ impl Driver for Vdi {
     }
 
     fn traits(&self) -> Traits {
-        self.traits
+        let block = 1 << header::BLOCK_BITS;
+        traits_over(self.children[0].node().traits(), block, block, Abilities::READ_ONLY)
     }
 
     fn len(&self) -> u64 {

@@ -3,7 +3,7 @@
 use super::header::{self, Header};
 use super::{Vdi, mapping};
 use crate::block::*;
-use crate::cow::{read_padded, traits_over};
+use crate::cow::read_padded;
 use crate::format::read_only;
 use crate::io::IoVec;
 use crate::options::{Map, NodeRef};
@@ -34,9 +34,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     }
     let mapping = mapping::tables(&header);
     let mapping = mapping.map_err(|errno| Error::os("Could not allocate the block map", errno))?;
-    let block = 1 << header::BLOCK_BITS;
-    let traits = traits_over(node.traits(), block, block, Abilities::READ_ONLY);
-    Ok(Box::new(Vdi { header, children: [file], traits, mapping }))
+    Ok(Box::new(Vdi { header, children: [file], mapping }))
 }
 
 /// Reads the header.
