@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
+use vublk::protocol::sim::{SimDisk, SimOptions};
 
 /// One target at a time.
 static TURN: Mutex<()> = Mutex::new(());
@@ -172,4 +173,24 @@ fn damaged_bitmaps_of_a_qcow2_image_are_refused_or_kept() {
 #[test]
 fn whatever_a_controller_completes_each_request_ends_once() {
     with_seeds(100, bytes, |input, _| targets::nvme::run(input));
+}
+
+#[test]
+fn a_renewed_disk_holds_what_it_held_at_first() {
+    static FIRST: [u8; 1300] = [1; 1300];
+    static SECOND: [u8; 700] = [2; 700];
+    let disk = SimDisk::new(SimOptions::new(4096));
+    let mut rng = Rng::with_seed(1);
+    for _ in 0..1000 {
+        let bytes: &[u8] = if rng.bool() { &FIRST } else { &SECOND };
+        disk.renew(bytes, 1000);
+        assert_eq!(disk.bytes(), bytes);
+        disk.set_len(rng.u64(..2048));
+        let at = rng.u64(..2000);
+        disk.put(at, &vec![rng.u8(..); rng.usize(..2000)]);
+        disk.set_len(rng.u64(..4096));
+    }
+    disk.renew(&FIRST, 1000);
+    disk.set_len(2048);
+    assert!(disk.bytes()[1300..].iter().all(|&byte| byte == 0), "an old byte lies behind the end");
 }

@@ -8,6 +8,7 @@
 
 mod fault;
 mod log;
+mod renew;
 
 pub use fault::{Effect, Fault, Kinds};
 pub use log::{Change, Crash, Tries, WriteLog};
@@ -65,6 +66,8 @@ pub struct SimOptions {
     pub traits: Traits,
     /// Whether it has a fast road.
     pub fast: bool,
+    /// Whether it answers at once on a simulated ring, too: nothing is reordered.
+    pub at_once: bool,
     /// Whether it keeps a write log.
     pub log: bool,
     /// Of the faults that strike by chance.
@@ -81,7 +84,16 @@ impl SimOptions {
             | Abilities::FUA
             | Abilities::GROW;
         let traits = Traits { abilities, ..Traits::default() };
-        SimOptions { len, max_len: len, fixed: false, traits, fast: true, log: false, seed: 0 }
+        SimOptions {
+            len,
+            max_len: len,
+            fixed: false,
+            traits,
+            fast: true,
+            at_once: false,
+            log: false,
+            seed: 0,
+        }
     }
 
     /// What the room for bytes is a multiple of.
@@ -112,6 +124,7 @@ struct State {
     faults: Faults,
     rng: fastrand::Rng,
     log: WriteLog,
+    origin: renew::Origin,
 }
 
 /// What a sector is.
@@ -152,33 +165,12 @@ impl SimDisk {
                 faults: Faults::default(),
                 rng: fastrand::Rng::with_seed(options.seed),
                 log: WriteLog::new(base),
+                origin: Default::default(),
             }),
             waits: AtomicBool::new(false),
             releases: AtomicU64::new(0),
             options,
         }))
-    }
-
-    /// Makes it like a new disk that holds `bytes` and can grow by `room`, without faults, in the same memory.
-    /// Nobody has it open.
-    pub fn renew(&self, bytes: &[u8], room: u64) {
-        let Disk { options, sectors, .. } = &*self.0;
-        self.heal();
-        let (old, new) = (self.0.len.load(Ordering::SeqCst) as usize, bytes.len());
-        self.set_room(new as u64 + room);
-        self.0.len.store(new as u64, Ordering::SeqCst);
-        let state = &mut *self.0.state.lock();
-        state.rng = fastrand::Rng::with_seed(options.seed);
-        state.bytes[..new].copy_from_slice(bytes);
-        // Of what lay behind it the disk's last sector is a part.
-        let end = old.max(new).next_multiple_of(options.unit() as usize);
-        state.bytes[new..end].fill(0);
-        for (bytes, what) in state.bytes[..end].chunks(SECTOR as usize).zip(sectors) {
-            what.store(sector::holding(bytes), Ordering::SeqCst);
-        }
-        if options.log {
-            state.log = WriteLog::new(state.bytes.clone());
-        }
     }
 
     /// A driver on this disk. Two on one disk are two openings of it.
@@ -306,6 +298,7 @@ impl Disk {
     }
 
     fn zero(&self, state: &mut State, range: Range<u64>, unmap: bool) {
+        state.origin.note(&range);
         state.bytes[range.start as usize..range.end as usize].fill(0);
         self.mark(&range, if unmap { sector::HOLE } else { sector::ZERO }, false);
         self.log(state, || Change::Zero {
@@ -317,6 +310,7 @@ impl Disk {
 
     fn discard(&self, state: &mut State, range: Range<u64>) {
         let zeroes = self.options.traits.abilities.contains(Abilities::DISCARD_ZEROES);
+        state.origin.note(&range);
         let bytes = &mut state.bytes[range.start as usize..range.end as usize];
         bytes.fill(if zeroes { 0 } else { GARBAGE });
         match zeroes {
@@ -373,6 +367,7 @@ impl SimFile for Disk {
         match op {
             SimOp::Read { into, .. } => into.slice(0, len).copy_from(&state.bytes[place]),
             SimOp::Write { from, durable, .. } if len > 0 => {
+                state.origin.note(&range);
                 from.slice(0, len).copy_to(&mut state.bytes[place.clone()]);
                 self.mark(&range, sector::DATA, true);
                 self.extend(range.end);
@@ -414,6 +409,11 @@ struct Sim {
 impl Sim {
     fn traits(&self) -> &Traits {
         &self.disk.options.traits
+    }
+
+    /// Whether operations go through the ring, which reorders them.
+    fn is_reordered(&self, io: &io::Io) -> bool {
+        io.is_simulated() && !self.disk.options.at_once
     }
 
     /// Holds a transfer to the contract.
@@ -472,7 +472,7 @@ impl Sim {
     }
 
     async fn allocate(&self, mode: i32, at: u64, len: u64) -> IoResult {
-        if io::current().is_simulated() {
+        if self.is_reordered(&io::current()) {
             return io::fallocate(self.fd.as_raw_fd(), mode, at, len).await;
         }
         self.perform(&SimOp::Allocate { mode, offset: at, len }).await.map(drop)
@@ -498,7 +498,7 @@ impl Driver for Sim {
                 && at + want > self.len().next_multiple_of(SECTOR.max(self.traits().request_align as u64))
             || access == Access::DurableWrite && !self.traits().abilities.contains(Abilities::FUA)
             // On a real ring only the slow road can wait.
-            || self.disk.waits.load(Ordering::SeqCst) && !io::current().is_simulated();
+            || self.disk.waits.load(Ordering::SeqCst) && !self.is_reordered(&io::current());
         if slow {
             return Mapping::slow(want);
         }
@@ -515,7 +515,7 @@ impl Driver for Sim {
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
         self.check_transfer(at, into.as_raw());
         Box::pin(async move {
-            if io::current().is_simulated() {
+            if self.is_reordered(&io::current()) {
                 return io::read(self.fd.as_raw_fd(), at, into).await;
             }
             let mut done = 0;
@@ -543,7 +543,7 @@ impl Driver for Sim {
         assert!(!fua || self.traits().abilities.contains(Abilities::FUA), "sim: it cannot FUA");
         Box::pin(async move {
             let durable = if fua { Durable::Yes } else { Durable::No };
-            if io::current().is_simulated() {
+            if self.is_reordered(&io::current()) {
                 return io::write(self.fd.as_raw_fd(), at, from, durable).await;
             }
             let mut done = 0;
@@ -586,7 +586,7 @@ impl Driver for Sim {
     fn flush(&self) -> LocalFuture<'_, IoResult> {
         let covers = self.disk.state.lock().log.changes().len();
         Box::pin(async move {
-            if io::current().is_simulated() {
+            if self.is_reordered(&io::current()) {
                 io::fsync(self.fd.as_raw_fd()).await?;
             } else {
                 let synced = self.perform(&SimOp::Sync).await;
@@ -636,7 +636,7 @@ impl Leaf for Sim {
         // SAFETY: the caller keeps the list in place.
         let segments = unsafe { segments.as_slice() };
         self.check_transfer(offset, segments);
-        if io.is_simulated() {
+        if self.is_reordered(io) {
             // SAFETY: the caller's promise.
             return unsafe { io.start(self.fd.as_raw_fd(), op, token) };
         }

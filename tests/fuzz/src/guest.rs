@@ -48,8 +48,8 @@ thread_local! {
     static MAPPED: RefCell<Vec<Rc<GuestMemory>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Memories that a thread keeps mapped for later runs.
-const KEPT: usize = 64;
+/// Memories that a thread keeps mapped for later runs: about as many as there are ways to lay them out.
+const KEPT: usize = 256;
 
 impl GuestMemory {
     /// Memory of zeroes at these places. Mapping it is most of a short run's time, so that memory

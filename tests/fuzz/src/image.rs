@@ -2,30 +2,45 @@
 //! thread, so that a run needs no file, no other thread and no sleep.
 
 use super::worker::worker;
-use std::cell::OnceCell;
+use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Creation, Error, Graph, Node, Perm, Perms, Registry};
+use vublk::format::{qcow2, raw};
 use vublk::io::sim::Disorder;
-use vublk::io::{Worker, WorkerOptions};
 use vublk::options::{Map, keyval, qemuopts};
+use vublk::protocol::file;
 use vublk::protocol::sim::{self, SimDisk, SimOptions};
 
 /// Bytes by which an image can grow.
 const ROOM: u64 = 256 << 10;
-/// The most that an image can have before.
-const MOST: u64 = 768 << 10;
 
 /// Caches of the least size: making larger ones costs more than all that an input does.
 const CACHES: &str = ",l2-cache-size=32768,refcount-cache-size=65536";
 
+/// The drivers that open an image: none of files or servers, so that names in damaged images lead nowhere. A short list
+/// lets the linker drop the other drivers and their counters, which libFuzzer reads after each input.
 static REGISTRY: LazyLock<Registry> =
-    LazyLock::new(|| Registry::new(&[vublk::format::LIST, vublk::protocol::LIST, &[&sim::ENTRY]]));
+    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &raw::ENTRY, &sim::ENTRY]]));
+
+/// The drivers that make one.
+static MAKERS: LazyLock<Registry> =
+    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &file::FILE]]));
+
+/// The disk of one image.
+#[derive(Clone)]
+struct Kept {
+    image: &'static [u8],
+    disk: SimDisk,
+    name: String,
+}
 
 thread_local! {
-    /// The thread's disk and its name. Its memory is used again.
-    static DISK: OnceCell<(SimDisk, String)> = const { OnceCell::new() };
+    /// The thread's disks. Their memory is used again.
+    static DISKS: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
+    /// The index of the disk that is opened.
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
 /// A name for a simulated disk.
@@ -43,34 +58,39 @@ pub fn create(options: &str) -> Vec<u8> {
     let name = path.to_str().expect("a name").to_owned();
     let given = qemuopts::parse(options, None).expect("options").options;
     let file = Map::from_iter([("driver", "file"), ("filename", &name)]);
-    let creation = Creation::new(vublk::drivers::registry(), "qcow2", (&name, file), given, None);
+    let creation = Creation::new(&MAKERS, "qcow2", (&name, file), given, None);
     let creation = creation.expect("an image to make");
-    let worker = Worker::start("create", WorkerOptions::default()).expect("a worker");
-    worker.block_on(move || async move { creation.run().await }).expect("an image");
+    worker(0).block_on(move || async move { creation.run().await }).expect("an image");
     let bytes = std::fs::read(&path).expect("an image");
     let _ = std::fs::remove_file(&path);
     bytes
 }
 
-/// The thread's simulated disk holds `bytes` from now on.
-pub fn put(bytes: &[u8]) {
-    published().0.renew(bytes, ROOM);
-}
-
-/// What the thread's disk holds.
-pub fn bytes() -> Vec<u8> {
-    published().0.bytes()
-}
-
-fn published() -> (SimDisk, String) {
-    DISK.with(|disk| {
-        let new = || {
-            let (disk, name) = (SimDisk::new(SimOptions::new(MOST + ROOM)), disk_name());
+/// Makes this image's disk the current one, undoes all changes to it, and returns it.
+pub fn put(image: &'static [u8]) -> SimDisk {
+    let disk = DISKS.with_borrow_mut(|disks| {
+        let found = disks.iter().position(|kept| std::ptr::eq(kept.image, image));
+        CURRENT.set(found.unwrap_or(disks.len()));
+        if found.is_none() {
+            let at_once = true;
+            let options = SimOptions { at_once, ..SimOptions::new(image.len() as u64 + ROOM) };
+            let (disk, name) = (SimDisk::new(options), disk_name());
             disk.publish(&name);
-            (disk, name)
-        };
-        disk.get_or_init(new).clone()
-    })
+            disks.push(Kept { image, disk, name });
+        }
+        disks[CURRENT.get()].disk.clone()
+    });
+    disk.renew(image, ROOM);
+    disk
+}
+
+fn current() -> Kept {
+    DISKS.with_borrow(|disks| disks[CURRENT.get()].clone())
+}
+
+/// The contents of the current disk.
+pub fn bytes() -> Vec<u8> {
+    current().disk.bytes()
 }
 
 /// An open node, held for writing.
@@ -80,9 +100,9 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens the thread's disk; `driver` is of the node on top, `None` for the bare disk.
+    /// Opens the current disk; `driver` is of the node on top, `None` for the bare disk.
     async fn new(driver: Option<&str>, held: Perms) -> Result<Opened, Error> {
-        let (_, name) = published();
+        let Kept { name, .. } = current();
         let options = match driver {
             Some(driver) => format!("driver={driver}{CACHES},file.driver=sim,file.disk={name}"),
             None => format!("driver=sim,disk={name}"),
@@ -100,7 +120,7 @@ impl Opened {
     }
 }
 
-/// Opens the thread's disk as a qcow2 image, lets `work` use it, and closes it.
+/// Opens the current disk as a qcow2 image, lets `work` use it, and closes it.
 pub fn with_qcow2(
     work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error> + 'static,
 ) -> Result<(), Error> {

@@ -6,6 +6,7 @@
 
 use super::input::Input;
 use super::mapped::Mapped;
+use std::cell::RefCell;
 use std::fs::File;
 use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -23,10 +24,44 @@ const INFLIGHT: u64 = 0;
 const NEXT: u64 = 6;
 const COUNTER: u64 = 8;
 
-/// The memory of one queue among others, and what a daemon that takes it up finds.
-pub struct Kept {
+thread_local! {
+    /// Memories that earlier runs of this thread have returned.
+    static FREE: RefCell<Vec<Laid>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Memory as the daemon hands it out.
+struct Laid {
+    num_queues: u16,
+    entries: u16,
+    new: Vec<u8>,
     file: File,
     bytes: Mapped,
+    told: VhostUserInflight,
+}
+
+impl Laid {
+    fn new(num_queues: u16, entries: u16) -> Laid {
+        let is_it = |free: &Laid| (free.num_queues, free.entries) == (num_queues, entries);
+        let found = FREE.with_borrow_mut(|free| {
+            let at = free.iter().position(is_it)?;
+            Some(free.swap_remove(at))
+        });
+        if let Some(mut laid) = found {
+            laid.bytes.alone().copy_from_slice(&laid.new);
+            return laid;
+        }
+        let (region, told, file) = Region::new(num_queues, entries).expect("a new region");
+        drop(region);
+        let mut bytes = Mapped::of(&file, told.mmap_size as usize);
+        let new = bytes.alone().to_vec();
+        Laid { num_queues, entries, new, file, bytes, told }
+    }
+}
+
+/// The memory of one queue among others, and what a daemon that takes it up finds.
+pub struct Kept {
+    /// Taken when this is dropped.
+    laid: Option<Laid>,
     told: VhostUserInflight,
     queue: u16,
     ring_size: u16,
@@ -52,12 +87,14 @@ impl Kept {
         let num_queues = 1 + input.below(3) as u16;
         let entries =
             if honest { ring_size } else { input.pick(&[ring_size, ring_size, 1024, 1, 3]) };
-        let (region, told, file) = Region::new(num_queues, entries).expect("a new region");
-        drop(region);
+        let laid = Laid::new(num_queues, entries);
         let queue = input.below(u64::from(num_queues)) as u16;
-        let again = Vec::new();
-        let bytes = Mapped::of(&file, told.mmap_size as usize);
-        Kept { file, bytes, told, queue, ring_size, expected: None, again, used_index: 0 }
+        let (told, again) = (laid.told, Vec::new());
+        Kept { laid: Some(laid), told, queue, ring_size, expected: None, again, used_index: 0 }
+    }
+
+    fn laid(&self) -> &Laid {
+        self.laid.as_ref().expect("it is there until the end")
     }
 
     /// Where the queue's part begins.
@@ -71,11 +108,11 @@ impl Kept {
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {
-        self.bytes.put(at as usize, bytes);
+        self.laid().bytes.put(at as usize, bytes);
     }
 
     fn read<const N: usize>(&self, at: u64) -> [u8; N] {
-        self.bytes.get(at as usize)
+        self.laid().bytes.get(at as usize)
     }
 
     fn marked(&self) -> Vec<u16> {
@@ -146,7 +183,7 @@ impl Kept {
             // A hostile guest's ring is not where the earlier daemon saw it.
             self.expected = None;
         }
-        let file = self.file.try_clone().expect("a descriptor");
+        let file = self.laid().file.try_clone().expect("a descriptor");
         let taken = Region::map(&self.told, file).and_then(|region| {
             let region = Arc::new(region);
             let recover =
@@ -190,6 +227,12 @@ impl Kept {
             let recorded = u16::from_le_bytes(self.read(self.part() + USED_IDX));
             assert_eq!(recorded, used_index, "the used index was not recorded");
         }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        FREE.with_borrow_mut(|free| free.extend(self.laid.take()));
     }
 }
 

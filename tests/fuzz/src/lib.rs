@@ -3,6 +3,7 @@
 
 mod dirty_log;
 mod disk;
+mod events;
 mod guest;
 mod image;
 mod inflight;

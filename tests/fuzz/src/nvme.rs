@@ -38,7 +38,7 @@ struct Rig {
 
 impl Rig {
     fn new() -> Rig {
-        let namespaces = vec![Media::new(1 << 20, 9)];
+        let namespaces = vec![Media::new((REQUESTS * BLOCK) as u64, 9)];
         let fake = Fake::new(Config { namespaces, max_entries: 8, ..Config::default() });
         let options = Options {
             io_timeout: Duration::from_millis(20),

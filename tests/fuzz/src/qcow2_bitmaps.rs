@@ -19,7 +19,7 @@ static IMAGES: LazyLock<[Image; 2]> =
     LazyLock::new(|| ["cluster_size=512", "cluster_size=4k,refcount_bits=2"].map(image));
 
 fn image(options: &str) -> Image {
-    image::put(&image::create(&format!("{options},size=200k")));
+    image::put(image::create(&format!("{options},size=200k")).leak());
     let filled = image::with_qcow2(async |node| {
         for (name, granularity) in [("a", 512), ("bb", 4096)] {
             let granularity = Some(granularity);
@@ -46,7 +46,7 @@ fn image(options: &str) -> Image {
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let image = &IMAGES[input.below(2) as usize];
-    let mut bytes = image.bytes.clone();
+    let disk = image::put(&image.bytes);
     for _ in 0..1 + input.u8() % 4 {
         let (start, len) = match input.u8() % 8 {
             0 => (image.pointer, 24),
@@ -62,13 +62,12 @@ pub fn run(data: &[u8]) {
         };
         let at = start + input.below(len) as usize;
         let count = 1 + input.below(8) as usize;
-        let target = &mut bytes[at..(at + count).min(image.bytes.len())];
-        target.copy_from_slice(&value.to_be_bytes()[8 - target.len()..]);
+        let count = count.min(image.bytes.len() - at);
+        disk.put(at as u64, &value.to_be_bytes()[8 - count..]);
     }
     if input.one_in(8) {
-        bytes.truncate(input.below(bytes.len() as u64) as usize);
+        disk.set_len(input.below(disk.len()));
     }
-    image::put(&bytes);
     for _ in 0..2 {
         let steps: Vec<u8> = (0..input.u8() % 8).map(|_| input.u8()).collect();
         let used = image::with_qcow2(async |node| use_bitmaps(node, steps).await);

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use vublk::block::{CheckReport, Error, Fix};
 use vublk::format::qcow2::check;
 use vublk::format::qcow2::snapshots::Snapshot;
+use vublk::protocol::sim::SimDisk;
 
 /// Mapped images with clusters of 512 bytes and of 16 KiB: without and with subclusters.
 static IMAGES: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
@@ -17,26 +18,25 @@ static IMAGES: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
 /// Changes one of the images as the input says, and checks it.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    let mut image = IMAGES[input.below(2) as usize].clone();
+    let disk = image::put(&IMAGES[input.below(2) as usize]);
     if input.one_in(3) {
-        add_snapshot(&mut image, &mut input);
+        add_snapshot(&disk, &mut input);
     }
     for _ in 0..1 + input.u8() % 8 {
         // Most of what matters is in the first clusters.
-        let words = image.len() as u64 / 8;
+        let words = disk.len() / 8;
         let reach = if input.one_in(4) { words } else { words.min(512) };
-        let at = input.below(reach) as usize * 8;
+        let at = input.below(reach) * 8;
         let value = match input.u8() % 3 {
             0 => input.edgy(),
             1 => 1 << 63 | input.below(1 << 10) << 9,
             _ => input.below(1 << 19),
         };
-        image[at..][..8].copy_from_slice(&value.to_be_bytes());
+        disk.put(at, &value.to_be_bytes());
     }
     if input.one_in(8) {
-        image.truncate(input.below(image.len() as u64) as usize);
+        disk.set_len(input.below(disk.len()));
     }
-    image::put(&image);
     let fix = input.pick(&[Fix::Nothing, Fix::Leaks, Fix::All, Fix::All]);
     let first = check_once(fix);
     if let Ok(report) = first
@@ -50,11 +50,10 @@ pub fn run(data: &[u8]) {
 }
 
 /// A snapshot that shares the active L1 table, at the end of the file.
-fn add_snapshot(image: &mut Vec<u8>, input: &mut Input) {
-    let cluster = 1 << image[23];
-    image.resize(image.len().next_multiple_of(cluster), 0);
-    let at = image.len() as u64;
-    let word = |at: usize| image[at..].first_chunk().map_or(0, |word| u64::from_be_bytes(*word));
+fn add_snapshot(disk: &SimDisk, input: &mut Input) {
+    let [bits] = disk.get(23);
+    let at = disk.len().next_multiple_of(1 << bits);
+    let word = |at: u64| u64::from_be_bytes(disk.get(at));
     let snapshot = Snapshot {
         l1_table_offset: word(40),
         l1_size: word(32) as u32,
@@ -66,9 +65,11 @@ fn add_snapshot(image: &mut Vec<u8>, input: &mut Input) {
         vm_state_size: 0,
         extra: vec![0; input.below(24) as usize],
     };
-    image.extend(snapshot.encode());
-    image[60..64].copy_from_slice(&(1 + input.u8() as u32 % 3).to_be_bytes());
-    image[64..72].copy_from_slice(&at.to_be_bytes());
+    let entry = snapshot.encode();
+    disk.set_len(at + entry.len() as u64);
+    disk.put(at, &entry);
+    disk.put(60, &(1 + input.u8() as u32 % 3).to_be_bytes());
+    disk.put(64, &at.to_be_bytes());
 }
 
 fn check_once(fix: Fix) -> Result<CheckReport, Error> {

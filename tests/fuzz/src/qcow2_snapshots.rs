@@ -19,7 +19,7 @@ static IMAGES: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
         "cluster_size=1k,compat=0.10",
     ]
     .map(|options| {
-        image::put(&image::create(&format!("{options},size=100k")));
+        image::put(image::create(&format!("{options},size=100k")).leak());
         let made = image::with_qcow2(async |node| {
             for (n, name) in NAMES[..2].iter().enumerate() {
                 let bytes = vec![n as u8 + 1; 40_000];
@@ -46,26 +46,23 @@ fn snapshots(node: &Node) -> &dyn Snapshots {
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     entry(&mut input);
-    let mut image = IMAGES[input.below(3) as usize].clone();
+    let disk = image::put(&IMAGES[input.below(3) as usize]);
     let changes = input.u8() % 6;
     for _ in 0..changes {
-        let words = image.len() as u64 / 8;
-        let table =
-            image.get(64..72).and_then(|w| w.first_chunk()).map_or(0, |w| u64::from_be_bytes(*w));
+        let words = disk.len() / 8;
+        let table = u64::from_be_bytes(disk.get(64));
         let at = match input.one_in(2) {
             // Around the snapshot table.
             true => (table / 8 + input.below(32)).min(words - 1),
             false => input.below(words),
-        } as usize
-            * 8;
+        } * 8;
         let value = match input.u8() % 3 {
             0 => input.edgy(),
             1 => 1 << 63 | input.below(1 << 10) << 9,
             _ => input.below(1 << 19),
         };
-        image[at..][..8].copy_from_slice(&value.to_be_bytes());
+        disk.put(at, &value.to_be_bytes());
     }
-    image::put(&image);
     let steps: Vec<(u8, usize)> =
         (0..1 + input.u8() % 5).map(|_| (input.u8() % 4, input.below(4) as usize)).collect();
     let is_sound = changes == 0;

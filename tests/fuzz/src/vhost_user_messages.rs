@@ -6,13 +6,17 @@
 use super::disk::{self, Under, Wanted};
 use super::guest::memory_file;
 use super::input::Input;
+use super::mapped::Mapped;
 use super::worker::worker;
+use std::cell::RefCell;
 use std::fs::File;
+use std::io::Seek;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -155,23 +159,76 @@ fn connect(data: &[u8]) {
 /// What a front end says, and has to give.
 struct FrontEnd<'a> {
     input: Input<'a>,
-    memory: File,
+    has: Rc<Belongings>,
 }
 
-impl FrontEnd<'_> {
-    fn new(input: Input<'_>) -> FrontEnd<'_> {
+/// The files that every front end has. A thread keeps them, because making them takes longer than many connections.
+struct Belongings {
+    memory: File,
+    bytes: RefCell<Mapped>,
+    kick: File,
+    call: File,
+    error: File,
+}
+
+thread_local! {
+    static BELONGINGS: Rc<Belongings> = Rc::new(Belongings::new());
+}
+
+impl Belongings {
+    fn new() -> Belongings {
         let memory = memory_file(MEMORY);
-        // A ring at the beginning, with one read of one sector made available.
+        let bytes = RefCell::new(Mapped::of(&memory, MEMORY as usize));
+        let event = || file(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+        Belongings { memory, bytes, kick: event(), call: event(), error: event() }
+    }
+
+    /// Memory of zeroes but for a ring at the beginning, with one read of one sector made available.
+    fn renew(&self) {
         let desc = |addr: u64, len: u32, flags: u16, next: u16| {
             let parts = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes()];
             [parts.concat(), next.to_le_bytes().to_vec()].concat()
         };
         let table =
             [desc(0x2000, 16, 1, 1), desc(0x3000, 512, 3, 2), desc(0x2100, 1, 2, 0)].concat();
-        for (at, bytes) in [(0, &table[..]), (0x1000, &[0, 0, 1, 0, 0, 0])] {
-            memory.write_all_at(bytes, at).expect("room in memory");
+        let mut bytes = self.bytes.borrow_mut();
+        bytes.alone().fill(0);
+        for (at, part) in [(0, &table[..]), (0x1000, &[0, 0, 1, 0, 0, 0])] {
+            bytes.put(at, part);
         }
-        FrontEnd { input, memory }
+        // It may have been given for an eventfd, and written to.
+        (&self.memory).rewind().expect("a file");
+    }
+
+    fn event(&self, code: u32) -> &File {
+        match code {
+            code::SET_VRING_KICK => &self.kick,
+            code::SET_VRING_CALL => &self.call,
+            _ => &self.error,
+        }
+    }
+}
+
+/// A descriptor to send.
+enum Sent<'a> {
+    New(OwnedFd),
+    Kept(&'a File),
+}
+
+impl Sent<'_> {
+    fn raw(&self) -> RawFd {
+        match self {
+            Sent::New(fd) => fd.as_raw_fd(),
+            Sent::Kept(file) => file.as_raw_fd(),
+        }
+    }
+}
+
+impl FrontEnd<'_> {
+    fn new(input: Input<'_>) -> FrontEnd<'_> {
+        let has = BELONGINGS.with(Rc::clone);
+        has.renew();
+        FrontEnd { input, has }
     }
 
     fn speak(mut self, socket: &UnixStream) {
@@ -220,7 +277,8 @@ impl FrontEnd<'_> {
             if self.input.one_in(16) {
                 body.truncate(self.input.u8().into());
             }
-            let files = self.files(code, &body);
+            let has = self.has.clone();
+            let files = self.files(code, &body, &has);
             if !send(socket, code, flags, size, &body, &files) {
                 return;
             }
@@ -230,15 +288,16 @@ impl FrontEnd<'_> {
     /// What every front end begins with, up to a ring that runs.
     fn set_up(&mut self, socket: &UnixStream) -> usize {
         let tracked = if self.input.one_in(2) { Some(self.kept()) } else { None };
-        let event = || OwnedFd::from(file(EventFd::new(EFD_NONBLOCK).expect("an eventfd")));
-        let memory = || OwnedFd::from(self.memory.try_clone().expect("a descriptor"));
+        let has = self.has.clone();
+        let event = |code| Sent::Kept(has.event(code));
         let words = |list: &[u64]| list.iter().flat_map(|word| word.to_le_bytes()).collect();
         let pair = |a: u32, b: u32| [a.to_le_bytes(), b.to_le_bytes()].concat();
         let ring = [pair(0, 0), words(&[USER, USER + 0x1800, USER + 0x1000, 0])].concat();
         let table = [pair(1, 0), words(&[0, MEMORY, USER, 0])].concat();
         let kept = [words(&[KEPT * 3, 0]), pair(3 | 16 << 16, 0)].concat();
-        let tracks = tracked.map(|file| (code::SET_INFLIGHT_FD, kept, vec![file.into()]));
-        let messages: [(u32, Vec<u8>, Vec<OwnedFd>); 12] = [
+        let tracks =
+            tracked.map(|file| (code::SET_INFLIGHT_FD, kept, vec![Sent::New(file.into())]));
+        let messages: [(u32, Vec<u8>, Vec<Sent<'_>>); 12] = [
             (code::SET_OWNER, vec![], vec![]),
             (code::GET_FEATURES, vec![], vec![]),
             (code::GET_PROTOCOL_FEATURES, vec![], vec![]),
@@ -254,12 +313,12 @@ impl FrontEnd<'_> {
                 words(&[1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 9 | 1 << 11 | 1 << 12]),
                 vec![],
             ),
-            (code::SET_MEM_TABLE, table, vec![memory()]),
+            (code::SET_MEM_TABLE, table, vec![Sent::Kept(&has.memory)]),
             (code::SET_VRING_NUM, pair(0, 16), vec![]),
             (code::SET_VRING_BASE, pair(0, 0), vec![]),
             (code::SET_VRING_ADDR, ring, vec![]),
-            (code::SET_VRING_CALL, words(&[0]), vec![event()]),
-            (code::SET_VRING_KICK, words(&[0]), vec![event()]),
+            (code::SET_VRING_CALL, words(&[0]), vec![event(code::SET_VRING_CALL)]),
+            (code::SET_VRING_KICK, words(&[0]), vec![event(code::SET_VRING_KICK)]),
             (code::SET_VRING_ENABLE, pair(0, 1), vec![]),
         ];
         let count = usize::from(self.input.u8()) % (messages.len() * 4);
@@ -371,7 +430,7 @@ impl FrontEnd<'_> {
     }
 
     /// The descriptors that go with a message: as many and of the kind that it wants, or not.
-    fn files(&mut self, code: u32, body: &[u8]) -> Vec<OwnedFd> {
+    fn files<'h>(&mut self, code: u32, body: &[u8], has: &'h Belongings) -> Vec<Sent<'h>> {
         let right = match code {
             code::SET_MEM_TABLE => usize::from(body.first().copied().unwrap_or(0)),
             code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR => {
@@ -383,7 +442,7 @@ impl FrontEnd<'_> {
         };
         let count =
             if self.input.one_in(16) { self.input.below(34) as usize } else { right.min(33) };
-        (0..count).map(|_| self.file(code)).collect()
+        (0..count).map(|_| self.file(code, has)).collect()
     }
 
     /// Memory as the daemon hands it out to track requests in, with anything in it: for up to four
@@ -410,19 +469,19 @@ impl FrontEnd<'_> {
         kept
     }
 
-    fn file(&mut self, code: u32) -> OwnedFd {
+    fn file<'h>(&mut self, code: u32, has: &'h Belongings) -> Sent<'h> {
         let strange = self.input.one_in(8);
         let eventful =
             matches!(code, code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR);
-        match (strange, eventful) {
-            (false, true) => file(EventFd::new(EFD_NONBLOCK).expect("an eventfd")).into(),
-            (false, false) if code == code::SET_BACKEND_REQ_FD => {
+        if !strange && eventful {
+            return Sent::Kept(has.event(code));
+        }
+        Sent::New(match code {
+            code::SET_BACKEND_REQ_FD if !strange => {
                 UnixStream::pair().expect("a pair of sockets").0.into()
             }
-            (false, false) if matches!(code, code::SET_INFLIGHT_FD | code::SET_LOG_BASE) => {
-                self.kept().into()
-            }
-            (false, false) => self.memory.try_clone().expect("a descriptor").into(),
+            code::SET_INFLIGHT_FD | code::SET_LOG_BASE if !strange => self.kept().into(),
+            _ if !strange => return Sent::Kept(&has.memory),
             _ => match self.input.u8() % 6 {
                 0 => {
                     // One that blocks, and would at the next word: it is full.
@@ -430,13 +489,13 @@ impl FrontEnd<'_> {
                     event.write(u64::MAX - 1).expect("it was empty");
                     file(event).into()
                 }
-                1 => self.memory.try_clone().expect("a descriptor").into(),
+                1 => return Sent::Kept(&has.memory),
                 2 => File::open("/dev/zero").expect("a device").into(),
                 3 => File::open("/proc/self/fd").expect("a folder").into(),
                 4 => UnixStream::pair().expect("a pair of sockets").0.into(),
                 _ => memory_file(self.input.below(3) * 2048).into(),
             },
-        }
+        })
     }
 }
 
@@ -453,10 +512,10 @@ fn send(
     flags: u32,
     size: u32,
     body: &[u8],
-    files: &[OwnedFd],
+    files: &[Sent<'_>],
 ) -> bool {
     let header = [code, flags, size].map(u32::to_le_bytes).concat();
-    let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let fds: Vec<RawFd> = files.iter().map(Sent::raw).collect();
     // As one piece: that is how descriptors belong to their message.
     let message = [&header, body].concat();
     matches!(socket.send_with_fds(&[&message[..]], &fds), Ok(n) if n == message.len())

@@ -6,6 +6,7 @@
 
 use super::dirty_log::Bitmap;
 use super::disk::{self, Under, Wanted};
+use super::events::{Events, take_word};
 use super::guest::{GuestMemory, Place};
 use super::inflight::Kept;
 use super::input::Input;
@@ -13,13 +14,11 @@ use super::scribbler::Scribbler;
 use super::worker::worker;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::Duration;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::export::core::ExportMetrics;
 use vublk::export::core::failure::{FailureOptions, ReadErrors, WriteErrors};
 use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
@@ -92,38 +91,9 @@ fn run_beside(data: &[u8], scribble: Option<u64>) -> Shown {
     shown
 }
 
-/// How the two sides tell each other that there is something.
-struct Events {
-    kick: Arc<File>,
-    call: Arc<File>,
-    error: Arc<File>,
-}
-
 thread_local! {
-    /// The thread's, which each run uses again.
-    static EVENTS: Rc<Events> = Rc::new(Events { kick: eventfd(), call: eventfd(), error: eventfd() });
-}
-
-fn eventfd() -> Arc<File> {
-    let eventfd = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-    // SAFETY: the descriptor is taken from its only owner.
-    Arc::new(unsafe { File::from_raw_fd(eventfd.into_raw_fd()) })
-}
-
-impl Events {
-    /// The thread's, without a word in them.
-    fn silent() -> Rc<Events> {
-        let events = EVENTS.with(Rc::clone);
-        for file in [&events.kick, &events.call, &events.error] {
-            take_word(file);
-        }
-        events
-    }
-}
-
-/// Whether there is a word, which is gone then.
-fn take_word(mut file: &File) -> bool {
-    file.read(&mut [0; 8]).is_ok()
+    /// The thread's, which counts all that its runs do.
+    static METRICS: ExportMetrics = ExportMetrics::new("fuzz", ("node", 0), true, 1, true);
 }
 
 /// The way to the queue.
@@ -357,7 +327,7 @@ impl Guest {
         };
         *guest.shared.queue.borrow_mut() = Some(Queue::new(QueueStart {
             index: 0,
-            recorder: ExportMetrics::new("fuzz", ("node", 0), true, 1, true).recorder(0),
+            recorder: METRICS.with(|metrics| metrics.recorder(0)),
             disk: device.disk.clone(),
             serial: "fuzz".to_owned(),
             memory: guest.memory.memory.clone(),
@@ -688,6 +658,11 @@ impl Guest {
         take_word(&self.words.events.error)
     }
 
+    /// Checks that the queue of an honest guest has not failed.
+    fn must_be_whole(&self) {
+        assert!(!self.is_broken(), "a guest that keeps to the rules has broken its queue");
+    }
+
     async fn wait(&mut self) {
         self.tell();
         sleep(Duration::from_micros(200)).await;
@@ -714,8 +689,11 @@ impl Guest {
             if self.flying.is_empty() {
                 return;
             }
-            if turn == patient && !self.words.kicked {
-                self.kick_from_now_on();
+            if turn == patient {
+                self.must_be_whole();
+                if !self.words.kicked {
+                    self.kick_from_now_on();
+                }
             }
             sleep(Duration::from_millis(if turn < patient { 1 } else { 500 })).await;
         }
@@ -734,7 +712,6 @@ impl Guest {
         if !self.honest {
             return;
         }
-        assert!(!self.is_broken(), "a guest that keeps to the rules has broken its queue");
         let index = u16::from_le_bytes(self.memory.get(self.used + 2));
         while self.seen != index {
             let entry = u64::from(self.seen & (self.size - 1));
@@ -766,6 +743,7 @@ impl Guest {
     async fn end(&mut self) {
         if self.honest {
             self.settle().await;
+            self.must_be_whole();
         }
         let (sender, stopped) = mpsc::channel();
         self.with_queue(|queue| queue.stop(sender, AtStop::Fail));
