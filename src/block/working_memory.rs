@@ -6,9 +6,12 @@
 //! case (caches, tables) is bounded there.
 
 use super::driver::{Driver, Traits};
-use super::node::{BOUNCE_LIMIT, Node};
 use crate::io::is_aligned;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The most memory that one request may take for a bounce buffer, in bytes, unless one block is more;
+/// longer requests go in pieces.
+pub const BOUNCE_LIMIT: u64 = 1 << 20;
 
 /// A request's futures in one layer, a node and its driver, in bytes; more than they take.
 const LAYER: u64 = 4 << 10;
@@ -115,7 +118,7 @@ impl CurrentWorkingMemory {
         }
     }
 
-    fn get(&self) -> WorkingMemory {
+    pub fn get(&self) -> WorkingMemory {
         let [aligns, counts, copy_unit, scratch] =
             self.0.each_ref().map(|word| word.load(Ordering::Relaxed));
         WorkingMemory {
@@ -134,13 +137,6 @@ impl From<WorkingMemory> for CurrentWorkingMemory {
         let current = CurrentWorkingMemory(Default::default());
         current.set(memory);
         current
-    }
-}
-
-impl Node {
-    /// What requests may need here and below.
-    pub fn working_memory(&self) -> WorkingMemory {
-        self.working_memory.get()
     }
 }
 

@@ -147,7 +147,7 @@ impl PassThrough for CopyOnRead {
 
     /// What is copied goes through a bounce buffer.
     fn scratch(&self) -> Scratch {
-        Scratch { other: node::BOUNCE_LIMIT as u32, ..Scratch::default() }
+        Scratch { other: working_memory::BOUNCE_LIMIT as u32, ..Scratch::default() }
     }
 
     fn map<'a>(
