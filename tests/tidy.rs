@@ -39,7 +39,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/block/bitmap/recorders.rs", "the list that the fast road reads without a lock"),
     ("src/block/child.rs", "the edge that the fast road reads without a lock"),
     ("src/block/memory.rs", "the promise that guest memory stays mapped"),
-    ("src/block/driver.rs", "the promise that `Leaf::start` asks for"),
+    ("src/block/driver/mapping.rs", "the promise that `Leaf::start` asks for"),
     ("src/block/graph/tests.rs", "implements `Leaf::start`"),
     ("src/protocol/null.rs", "implements `Leaf::start`"),
     ("src/protocol/nvme/mod.rs", "implements `Leaf::start`; memory for a device"),

@@ -10,9 +10,12 @@ use async_task::Runnable;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
+
+/// A future that stays on the worker it was made on.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// Tasks are run in turns by lane: those of one source are in one lane, with the tasks that they start.
 const LANES: u32 = 64;
