@@ -3,7 +3,8 @@
 //! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
 //! * [`turn_share`]: how much of a turn each may have.
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
-//! * [`ring`]: io_uring behind a small trait; `spare`: rings made ahead; `clock`: what time it is there.
+//! * [`ring`]: the trait of what carries operations; [`uring`]: io_uring, with `message`; `spare`: rings made
+//!   ahead; `clock`: what time it is there.
 //! * [`threads`]: the same with blocking system calls; `polls`: epoll for rings that lack the kernel's.
 //! * [`sim`]: a simulated ring with a seed and a clock of its own, for tests; [`driven`]: workers that their
 //!   makers run.
@@ -35,6 +36,7 @@ pub mod errno;
 pub mod iovec;
 mod lending;
 mod lent;
+mod message;
 pub mod offload;
 pub mod op;
 pub mod pages;
@@ -57,6 +59,7 @@ pub mod timer;
 mod turn;
 pub mod turn_share;
 mod unwind;
+pub mod uring;
 pub mod worker;
 
 pub use budget::{Budget, Permit};

@@ -138,7 +138,7 @@ fn forget(epoll: &Epoll, poll: &Poll) {
 
 /// A descriptor's operations as plain system calls, for the same rings.
 pub(super) mod calls {
-    use crate::io::ring::message;
+    use crate::io::message::message;
     use crate::io::{Durable, Errno, Op};
     use std::os::fd::RawFd;
 

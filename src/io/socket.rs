@@ -5,7 +5,7 @@
 //!
 //! Connecting does not go through the ring. A ring's operations are not seen by a system call filter, so
 //! a ring that could connect would do so for whoever takes the process over. connect(2) is up to the
-//! sandbox ([`crate::io::ring`]).
+//! sandbox ([`crate::io::uring`]).
 
 use super::op::Op;
 use super::sim::socket as simulated;

@@ -1,8 +1,8 @@
 //! Rings made ahead, for workers that start when the process may make no more: a process that is
 //! allowed to make rings could make itself one without restrictions.
 
-use super::ring::Uring;
 use super::sync::Mutex;
+use super::uring::Uring;
 use std::io;
 
 /// The rings that are left. `None`: the process may make what it wants.

@@ -12,7 +12,7 @@
 //! that connects to servers says so (`uses_network` in src/block/driver.rs).
 
 use super::{Plan, refused};
-use crate::io::ring::REGISTER_FILES_UPDATE;
+use crate::io::uring::REGISTER_FILES_UPDATE;
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,

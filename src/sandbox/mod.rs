@@ -5,7 +5,7 @@
 //! * No new privileges, no core dumps (they would hold guests' data).
 //! * [`files`]: which paths can be opened or removed (Landlock).
 //! * [`calls`]: which system calls are left (seccomp); `refused`: what becomes of the others.
-//! * Rings do only the operations in use ([`crate::io::ring`]), and no more can be made.
+//! * Rings do only the operations in use ([`crate::io::uring`]), and no more can be made.
 //! * [`user`]: another user than root.
 //!
 //! `threads` brings Landlock to the threads that are there already.

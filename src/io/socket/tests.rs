@@ -2,9 +2,10 @@
 
 use super::simulated::{Link, Listener, pair};
 use super::*;
-use crate::io::ring::{Ring, Uring};
+use crate::io::ring::Ring;
 use crate::io::sim::{Disorder, SimRing};
 use crate::io::threads::Threads;
+use crate::io::uring::Uring;
 use crate::io::{self, Io, Polled, Source, SourceId, Token, run_on};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
