@@ -1,7 +1,7 @@
 //! The engine: workers over io_uring, or threads where there is none, and what runs on them.
 //!
 //! * [`worker`]: a thread, its ring, and the handle that others hold; `turn`: what the thread does.
-//! * [`turn_share`]: how much of a turn each may have.
+//! * [`turn_share`]: how much of a turn each may have; `tag`: what a completion is of.
 //! * [`source`]: what brings requests to it; `spin`: how long it waits awake.
 //! * [`ring`]: the trait of what carries operations; [`uring`]: io_uring, with `message`; `spare`: rings made
 //!   ahead; `clock`: what time it is there.
@@ -53,6 +53,7 @@ pub mod source;
 mod spare;
 mod spin;
 pub mod sync;
+mod tag;
 pub mod task;
 pub mod threads;
 pub mod timer;

@@ -17,6 +17,9 @@ pub struct Completion {
     pub more: bool,
 }
 
+/// Completions taken from the ring at a time.
+pub(super) const BATCH: usize = 256;
+
 /// A file that is pinned, once for each [`Ring::pin`]. No other file gets its descriptor meanwhile.
 #[derive(Debug)]
 pub struct Pin {

@@ -6,12 +6,11 @@
 //! operation keeps its slot and its memory until its completion, also when it has been cancelled.
 
 use super::op::{Op, Segments, Started, Token};
-use super::ring::Wait;
+use super::ring::{BATCH, Wait};
 use super::timer::Deadline;
-use super::turn::{BATCH, tag};
 use super::turn_share::moved;
 use super::worker::Io;
-use super::{Errno, IoResult, iovec};
+use super::{Errno, IoResult, iovec, tag};
 use std::future::Future;
 use std::os::fd::RawFd;
 use std::pin::Pin;

@@ -10,6 +10,7 @@ use super::polls::{Polls, calls};
 use super::pool::{Job, Limits, Pool};
 use super::ring::{Completion, Ring, Wait};
 use super::sync::Mutex;
+use super::tag;
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -106,7 +107,7 @@ impl Threads {
             wake: EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?,
         };
         let mut polls = Polls::new()?;
-        let (user_data, fd) = (super::turn::tag::pack(super::turn::tag::NONE, 0, 0), &done.wake);
+        let (user_data, fd) = (tag::pack(tag::NONE, 0, 0), &done.wake);
         // SAFETY: names no memory.
         let failed = unsafe { polls.start(user_data, fd.as_raw_fd(), Op::POLL_MANY) };
         if let Some(Completion { result, .. }) = failed {
