@@ -74,7 +74,7 @@ impl AlignedBuf {
 
     /// The whole buffer as a list to write from.
     pub fn source(&self) -> IoVec<'_> {
-        self.list(&self.to_send).to_send()
+        self.list(&self.to_send).into_sendable()
     }
 
     fn list<'m>(&'m self, user: &'m Lent) -> IoVec<'m> {

@@ -69,7 +69,7 @@ impl<'m> IoVec<'m> {
     }
 
     /// A list that is only to be written from.
-    pub(super) fn to_send(self) -> IoVec<'m> {
+    pub(super) fn into_sendable(self) -> IoVec<'m> {
         IoVec { is_fillable: false, ..self }
     }
 
