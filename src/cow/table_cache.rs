@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_looks_at_all_slices_sees_one_that_is_just_being_examined() {
+    fn a_look_at_all_slices_sees_one_that_is_just_being_examined() {
         let cache = Cache::new(0, 64, 1).unwrap();
         let seen = || {
             let all = std::cell::RefCell::new(Vec::new());

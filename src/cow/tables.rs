@@ -1,6 +1,11 @@
 //! The shape of a format's mapping tables, and what is in memory of one mapping.
 
+use super::batch::Batches;
+use super::in_place::AtRest;
+use super::journal::Journal;
+use super::suspects::Suspects;
 use super::table_cache::{SliceNo, TableCache, TableEntry};
+use super::write_state::Stopped;
 use super::{Ranges, Visits};
 use std::sync::Arc;
 
@@ -48,12 +53,31 @@ pub struct Tables<E> {
     pub visits: Visits,
     /// Guest clusters whose mapping is being changed.
     pub ranges: Ranges,
+    /// Changes of entries on their way to the kernel.
+    pub(super) batches: Batches<E>,
+    /// Entries that were answered and wait until what they show is durable.
+    pub journal: Journal<E>,
+    /// Slices of which the disk may have another state than readers were shown.
+    pub(super) suspects: Suspects,
+    /// Whether the mapping may be changed.
+    pub stopped: Stopped,
+    /// Whether fast writes are allowed.
+    pub at_rest: AtRest,
 }
 
 impl<E: TableEntry> Tables<E> {
     pub fn new(shape: Shape, cache: TableCache<E>) -> Tables<E> {
-        let (visits, ranges) = (Visits::default(), Ranges::default());
-        Tables { shape, cache: Arc::new(cache), visits, ranges }
+        Tables {
+            shape,
+            visits: Visits::default(),
+            ranges: Ranges::default(),
+            batches: Batches::default(),
+            journal: Journal::new(cache.entries()),
+            suspects: Suspects::default(),
+            stopped: Stopped::default(),
+            at_rest: AtRest::default(),
+            cache: Arc::new(cache),
+        }
     }
 
     /// The slice that has a guest offset's entry, and the entry's index there.

@@ -2,7 +2,7 @@
 //!
 //! `sim` opens a published simulated disk, and `suspend` is a filter whose every operation is
 //! suspended once before and once after it reaches the node below. `layer` is a format with a backing
-//! file ([`crate::layer`]).
+//! file ([`crate::layer`]), `flat` one on the layer of tables ([`crate::flat`]).
 
 use std::cell::Cell;
 use std::future::Future;
@@ -20,7 +20,8 @@ use vublk_vfio::PciAddress;
 use vublk_vfio::fake::{Config, Fake};
 
 pub static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
-    let tests: &[&DriverEntry] = &[&sim::ENTRY, &SUSPEND, &crate::layer::ENTRY];
+    let tests: &[&DriverEntry] =
+        &[&sim::ENTRY, &SUSPEND, &crate::layer::ENTRY, &crate::flat::ENTRY];
     Registry::new(&[vublk::format::LIST, vublk::filter::LIST, vublk::protocol::LIST, tests])
 });
 

@@ -12,6 +12,7 @@ mod failing;
 mod fast_road;
 mod file;
 mod filter;
+mod flat;
 mod guest;
 mod layer;
 mod metrics;

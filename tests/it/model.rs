@@ -337,6 +337,7 @@ fn buffer(range: &Range<u64>) -> AlignedBuf {
 
 fn sim_options() -> SimOptions {
     let mut options = SimOptions::new(LEN);
+    options.max_len = 4 * LEN;
     options.traits.request_align = 4096;
     options.traits.buffer_align = 512;
     options.traits.zero_align = 4096;
@@ -388,6 +389,8 @@ const STACKS: &[&[&str]] = &[
     &["raw", "preallocate"],
     &["copy-on-read", "layer"],
     &["raw", "copy-on-read", "suspend", "layer", "suspend"],
+    &["flat"],
+    &["suspend", "flat", "suspend"],
 ];
 
 #[test]

@@ -8,7 +8,7 @@
 use super::Qcow2;
 use super::refcounts::Refcounts;
 use crate::block::{Error, Event, Node, Preallocation};
-use crate::cow::Lock;
+use crate::cow::{Allocator, Lock, Release, Run, Taken};
 use crate::io::{Errno, IoResult};
 use std::collections::VecDeque;
 
@@ -16,16 +16,6 @@ use std::collections::VecDeque;
 const LEAST: u64 = 16;
 const MOST_CLUSTERS: u64 = 4096;
 const MOST_BYTES: u64 = 128 << 20;
-
-/// Host clusters that lie side by side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// The first one's number: its offset, divided by the cluster size.
-    pub first: u64,
-    pub count: u64,
-    /// They read as zeroes, also after a crash.
-    pub is_fresh: bool,
-}
 
 /// What is reserved.
 #[derive(Default)]
@@ -37,12 +27,6 @@ pub struct Pool {
     taken: u64,
     /// When `taken` comes here, half of the last reservation is used.
     half_at: Option<u64>,
-}
-
-/// Clusters that nothing names yet: they go back if they are not kept.
-pub struct Taken<'a> {
-    image: &'a Qcow2,
-    pub run: Run,
 }
 
 /// Clusters that no entry may name, as if they were reserved, for as long as this is there.
@@ -117,30 +101,9 @@ impl Pool {
     }
 }
 
-impl Taken<'_> {
-    /// Bytes.
-    pub fn host(&self) -> u64 {
-        self.run.first << self.image.geometry.cluster_bits
-    }
-
-    /// They are named from now on, or may be.
-    pub fn keep(mut self) {
-        self.run.count = 0;
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        if self.run.count > 0 {
-            // Something may have been written to them.
-            self.image.pool.lock().put_back(Run { is_fresh: false, ..self.run });
-        }
-    }
-}
-
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let mut pool = self.image.pool.lock();
+        let mut pool = self.image.space.pool.lock();
         for run in &self.runs {
             let index = pool.claimed.iter().position(|claimed| claimed == run);
             index.map(|index| pool.claimed.swap_remove(index));
@@ -148,23 +111,32 @@ impl Drop for Claim<'_> {
     }
 }
 
+impl Allocator for Qcow2 {
+    async fn take(&self, most: u64) -> IoResult<Taken<'_, Qcow2>> {
+        self.take_by(|pool| Some(self.hold(pool.take(most)?))).await
+    }
+
+    fn put_back(&self, run: Run) {
+        self.space.pool.lock().put_back(run);
+    }
+
+    async fn release(&self, releases: &[Release]) {
+        self.free(releases).await;
+    }
+}
+
 impl Qcow2 {
     pub(super) fn claim(&self, runs: Vec<Run>) -> Claim<'_> {
-        self.pool.lock().claimed.extend_from_slice(&runs);
+        self.space.pool.lock().claimed.extend_from_slice(&runs);
         Claim { image: self, runs }
     }
 
-    /// Up to `most` host clusters, at least one, side by side.
-    pub(super) async fn take(&self, most: u64) -> IoResult<Taken<'_>> {
-        self.take_by(|pool| Some(Taken { image: self, run: pool.take(most)? })).await
-    }
-
     /// One host cluster, claimed.
-    pub(super) async fn take_for_table(&self) -> IoResult<(Taken<'_>, Claim<'_>)> {
+    pub(super) async fn take_for_table(&self) -> IoResult<(Taken<'_, Qcow2>, Claim<'_>)> {
         self.take_by(|pool| {
             let run = pool.take(1)?;
             pool.claimed.push(run);
-            Some((Taken { image: self, run }, Claim { image: self, runs: vec![run] }))
+            Some((self.hold(run), Claim { image: self, runs: vec![run] }))
         })
         .await
     }
@@ -174,12 +146,13 @@ impl Qcow2 {
         self.event(Event::ClusterAlloc).await;
         loop {
             let (taken, is_half_used) = {
-                let mut pool = self.pool.lock();
+                let mut pool = self.space.pool.lock();
                 (take(&mut pool), pool.is_half_used())
             };
             if let Some(taken) = taken {
                 if is_half_used
-                    && let Some(mut refcounts) = self.counts.as_deref().and_then(Lock::try_lock)
+                    && let Some(mut refcounts) =
+                        self.space.counts.as_deref().and_then(Lock::try_lock)
                 {
                     // If it fails there is something left, and whoever finds nothing will be told.
                     let _ = self.reserve_more(&mut refcounts).await;
@@ -188,7 +161,7 @@ impl Qcow2 {
             }
             let mut refcounts = self.refcounts().await?;
             // Somebody else may have refilled it.
-            if self.pool.lock().runs.is_empty() {
+            if self.space.pool.lock().runs.is_empty() {
                 self.reserve_more(&mut refcounts).await?;
             }
         }
@@ -196,17 +169,17 @@ impl Qcow2 {
 
     /// Adds to what is reserved.
     async fn reserve_more(&self, refcounts: &mut Refcounts) -> IoResult {
-        let taken = self.pool.lock().taken;
+        let taken = self.space.pool.lock().taken;
         self.reap(refcounts).await;
         let limit = (MOST_BYTES >> self.geometry.cluster_bits).clamp(LEAST, MOST_CLUSTERS);
         let claim = refcounts.reserve(self, taken.clamp(LEAST, limit)).await?;
-        self.pool.lock().add(&claim.runs);
+        self.space.pool.lock().add(&claim.runs);
         Ok(())
     }
 
     /// Clusters that were taken in another way, and go back to what is reserved if they are not kept.
-    pub(super) fn hold(&self, run: Run) -> Taken<'_> {
-        Taken { image: self, run }
+    pub(super) fn hold(&self, run: Run) -> Taken<'_, Qcow2> {
+        Taken::new(self, run, self.geometry.cluster_bits)
     }
 
     /// `count` host clusters side by side, or none, counted and inside the file. They hold anything, and are
@@ -218,7 +191,7 @@ impl Qcow2 {
         }
         // Behind what is reserved they would keep the file from being cut there when it is closed.
         let reserved = {
-            let mut pool = self.pool.lock();
+            let mut pool = self.space.pool.lock();
             pool.take_run(count).inspect(|run| pool.claimed.push(*run))
         };
         if let Some(run) = reserved {
@@ -237,7 +210,7 @@ impl Qcow2 {
     /// Makes a child's storage at least so long.
     pub(super) async fn grow(&self, node: &Node, len: u64) -> IoResult {
         // One at a time: a shorter length that comes later must not cut it off again.
-        let _turn = self.growing.lock().await;
+        let _turn = self.space.growing.lock().await;
         if len <= node.driver().len() {
             return Ok(());
         }

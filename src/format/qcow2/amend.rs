@@ -8,10 +8,10 @@
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
-use super::write_state::Stop;
 use super::{Qcow2, check, hand_over, header_cluster, header_steps};
 use crate::block::Error;
 use crate::block::create::{CreateOption, ValueType};
+use crate::cow::Stop;
 use crate::options::{Map, Value, bytes};
 use std::sync::atomic::Ordering;
 
@@ -224,7 +224,7 @@ impl Qcow2 {
         // That ends fast writes, too.
         self.close_image().await.map_err(failed)?;
         // From here on the file is not as this node has it in memory.
-        self.stopped.stop(Stop::ForGood);
+        self.mapping.stopped.stop(Stop::ForGood);
         self.is_prepared.store(false, Ordering::SeqCst);
         // Version 2 has one width only.
         if wanted.version >= old.version {

@@ -3,6 +3,7 @@
 use super::Qcow2;
 use super::extensions::Extension;
 use crate::block::Error;
+use crate::cow::check_sound;
 use crate::io::Errno;
 use crate::options::bytes;
 
@@ -20,8 +21,8 @@ impl Qcow2 {
             return refused("A raw data file cannot have a backing file", Errno::EINVAL);
         }
         let failed = |errno: Errno| Error::os("Could not write the header", errno);
-        self.check_sound().await.map_err(failed)?;
-        let mut header = self.header.lock().await;
+        check_sound(self).await.map_err(failed)?;
+        let mut header = self.header.current.lock().await;
         let mut new = header.clone();
         new.backing_file = name.map(|name| bytes::bytes_of(name).into_owned());
         new.extensions.retain(|extension| !matches!(extension, Extension::BackingFormat(_)));

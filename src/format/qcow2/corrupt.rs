@@ -58,7 +58,7 @@ impl Qcow2 {
         if self.corruption.is_marked.load(Ordering::SeqCst) {
             return;
         }
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         // Version 2 cannot say it.
         if header.version >= 3 && !self.corruption.is_marked.load(Ordering::SeqCst) {
             let mut new = header.clone();

@@ -6,9 +6,8 @@
 
 use super::Qcow2;
 use super::layout::L2Entry;
-use super::zero::Kind;
 use crate::block::Event;
-use crate::cow::pin;
+use crate::cow::{Empty, change_entries, pin};
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
@@ -42,7 +41,7 @@ impl Qcow2 {
             self.give_back_data(range).await;
         }
         // The state of a virtual machine behind the end of the disk goes with it.
-        self.unmap(self.size(), Kind::Crop).await?;
+        self.unmap(self.size(), Empty::Crop).await?;
         self.flush_all().await?;
         self.event(Event::L1Update).await;
         self.shrink_l1(0).await?;
@@ -57,7 +56,7 @@ impl Qcow2 {
         let guest = first << self.geometry.cluster_bits;
         let _range = self.mapping.ranges.lock(first..stop).await;
         let _visit = self.mapping.visits.enter();
-        self.ensure_table(guest).await?;
+        self.ensure_own_table(guest).await?;
         let mut releases = Vec::new();
         let mut is_changed = false;
         {
@@ -71,7 +70,7 @@ impl Qcow2 {
         }
         if is_changed {
             let empty = vec![L2Entry::UNALLOCATED; (stop - first) as usize];
-            self.change_entries(guest, &empty).await?;
+            change_entries(self, guest, &empty).await?;
             self.free(&releases).await;
         }
         Ok(is_changed)

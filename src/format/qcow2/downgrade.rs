@@ -7,12 +7,10 @@
 //! before its entries name them; what its entries named before is given back when these are durable.
 
 use super::Qcow2;
-use super::alloc::Run;
 use super::header::Compression;
 use super::layout::{Cluster, L1Entry, L2Entry};
-use super::zero::Kind;
 use crate::block::{Error, WriteFlags};
-use crate::cow::{Found, lookup};
+use crate::cow::{Allocator, Empty, Found, Run, empty_clusters, lookup, write_zeroes};
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 
@@ -89,7 +87,7 @@ impl Qcow2 {
 
     async fn expand_disk(&self) -> IoResult {
         self.prepare_writing().await?;
-        self.unmap(self.size(), Kind::Crop).await?;
+        self.unmap(self.size(), Empty::Crop).await?;
         let cluster = self.geometry.cluster_size();
         let end = self.size();
         let mut at = 0;
@@ -101,10 +99,10 @@ impl Qcow2 {
             let stop = at + piece.len;
             if matches!(piece.found, Found::Zero { .. }) {
                 match self.backing().is_some() {
-                    true => self.write_zeroes(at..stop).await?,
+                    true => write_zeroes(self, at..stop).await?,
                     false => {
                         let stop = stop.next_multiple_of(cluster);
-                        self.empty(at..stop, Kind::Crop).await?;
+                        empty_clusters(self, at..stop, Empty::Crop).await?;
                     }
                 }
             }

@@ -8,6 +8,7 @@ use super::extensions::Extension;
 use super::header::{Header, Incompatible};
 use super::{Qcow2, open, snapshots};
 use crate::block::{Error, HandOver, LocalFuture};
+use crate::cow::begin_rest;
 use crate::io::{IoResult, epoch};
 use std::sync::atomic::Ordering;
 
@@ -29,7 +30,7 @@ impl HandOver for Qcow2 {
 impl Qcow2 {
     /// Does what closing does, of an image that stays open.
     pub(super) async fn bring_to_rest(&self) -> IoResult {
-        self.begin_rest().await;
+        begin_rest(self).await;
         // So that all that was freed is given back.
         self.flush_all().await?;
         epoch::synchronize(&self.data().members()).await;
@@ -52,7 +53,7 @@ impl Qcow2 {
         if has_bitmaps(&header) {
             return Err(Error::new("an image with dirty bitmaps cannot be handed over"));
         }
-        let mut current = self.header.lock().await;
+        let mut current = self.header.current.lock().await;
         let same = header.geometry() == self.geometry
             && header.compression == self.compression
             && header.backing_file == current.backing_file;
@@ -66,22 +67,22 @@ impl Qcow2 {
         }
         self.l1.replace(&open::load_l1(&file, &header).await?);
         self.mapping.cache.forget(|_| true);
-        if let Some(counts) = &self.counts {
+        if let Some(counts) = &self.space.counts {
             let mut counts = counts.lock().await;
             let place = (header.refcount_table_offset, header.refcount_table_clusters);
-            let read = counts.read_anew(&file, place, self.refcount_cache).await;
+            let read = counts.read_anew(&file, place, self.space.cache_bytes).await;
             read.map_err(open::no_refcounts)?;
         }
         self.snapshots.replace(snapshots::Table::read(&file, &header).await);
-        self.journal.close(false);
+        self.mapping.journal.close(false);
         self.size.store(header.size, Ordering::SeqCst);
-        *self.header_copy.lock() = header.clone();
+        *self.header.shown.lock() = header.clone();
         *current = header;
         drop(current);
         self.note_metadata().await;
         // What it was going to give back is somebody else's by now, or leaked.
-        self.pool.lock().drain();
-        self.freed.forget();
+        self.space.pool.lock().drain();
+        self.space.freed.forget();
         self.is_prepared.store(false, Ordering::SeqCst);
         Ok(())
     }

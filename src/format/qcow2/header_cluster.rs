@@ -17,8 +17,8 @@
 use super::Qcow2;
 use super::extensions::{BitmapsPointer, Extension};
 use super::header::{Autoclear, Header};
+use super::header_state::OnDisk;
 use super::header_steps::{Sector, Step, steps};
-use super::write_state::OnDisk;
 use crate::block::{Error, Node, WriteFlags};
 use crate::cow::LockGuard;
 use crate::cow::read_padded;
@@ -70,7 +70,7 @@ impl Qcow2 {
     /// Names another bitmap directory in the header, durably, or none. What the new one needs is
     /// durable.
     pub(super) async fn name_bitmaps(&self, pointer: Option<BitmapsPointer>) -> Result<(), Error> {
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let new = with_bitmaps(&header, pointer);
         self.change_cluster(&mut header, new).await
     }
@@ -85,7 +85,7 @@ impl Qcow2 {
         current: &mut LockGuard<'_, Header>,
         new: Header,
     ) -> Result<(), Error> {
-        if self.header_state.get() == OnDisk::InDoubt {
+        if self.header.state.get() == OnDisk::InDoubt {
             let same = current.clone();
             self.write_header(current, same).await.map_err(failed)?;
         }
@@ -93,7 +93,7 @@ impl Qcow2 {
         let disk = read_cluster(&file, current).await.map_err(failed)?;
         for Step { header, rest, switch } in steps(current, &disk, new)? {
             write_durably(&file, &rest).await.map_err(failed)?;
-            *self.header_switch.lock() = Some(switch);
+            *self.header.switch.lock() = Some(switch);
             self.write_header(current, header).await.map_err(failed)?;
         }
         Ok(())
@@ -105,10 +105,10 @@ impl Qcow2 {
     /// writes it again.
     pub(super) async fn write_header(&self, current: &mut Header, new: Header) -> IoResult {
         let mut fields = new.fields();
-        self.header_state.set(OnDisk::InDoubt);
+        self.header.state.set(OnDisk::InDoubt);
         self.show_header(current, new);
         let file = self.file();
-        let switch = self.header_switch.lock().clone();
+        let switch = self.header.switch.lock().clone();
         match switch {
             Some((0, mut sector)) => {
                 sector[..fields.len()].copy_from_slice(&fields);
@@ -119,19 +119,19 @@ impl Qcow2 {
             None => {}
         }
         write_durably(&file, &[(0, fields)]).await?;
-        *self.header_switch.lock() = None;
-        self.header_state.set(OnDisk::Same);
+        *self.header.switch.lock() = None;
+        self.header.state.set(OnDisk::Same);
         Ok(())
     }
 
     /// Sees to it that the disk has the header that is in memory.
     pub(super) async fn settle_header(&self) -> IoResult {
-        if self.header_state.get() != OnDisk::InDoubt {
+        if self.header.state.get() != OnDisk::InDoubt {
             return Ok(());
         }
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         // The task that held the lock may have written it.
-        if self.header_state.get() != OnDisk::InDoubt {
+        if self.header.state.get() != OnDisk::InDoubt {
             return Ok(());
         }
         let same = header.clone();
@@ -140,14 +140,14 @@ impl Qcow2 {
 
     pub(super) fn show_header(&self, current: &mut Header, new: Header) {
         // Readers of a noted place ask the copy whether it still holds.
-        *self.header_copy.lock() = new.clone();
+        *self.header.shown.lock() = new.clone();
         self.note_header(&new);
         *current = new;
     }
 
     /// The header as it is on disk, but for what is being written.
     pub(super) fn header_now(&self) -> Header {
-        self.header_copy.lock().clone()
+        self.header.shown.lock().clone()
     }
 }
 

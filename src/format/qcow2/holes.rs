@@ -37,11 +37,11 @@ impl Qcow2 {
     }
 
     async fn may_have_holes(&self) -> bool {
-        match self.holes.0.load(Ordering::Relaxed) {
+        match self.space.holes.0.load(Ordering::Relaxed) {
             0 => {
                 // What cannot be counted is no reason to fail: the answer without is right, too.
                 let found = self.has_more_clusters_than_blocks().await.unwrap_or(false);
-                self.holes.0.store(if found { SOME } else { NONE }, Ordering::Relaxed);
+                self.space.holes.0.store(if found { SOME } else { NONE }, Ordering::Relaxed);
                 found
             }
             known => known == SOME,

@@ -2,10 +2,12 @@
 //! and read them.
 
 use super::layout::{BadEntry, Cluster, Geometry, L1Entry, L2Entry, MAX_L1_BYTES};
+use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
 use crate::block::{Access, Child, Event, Node, Precision, Status};
+use crate::cow;
 use crate::cow::{
-    self, Compressed, Format, Found, Piece, SliceNo, TableCache, Tables, TopTable, announce,
+    Compressed, Format, Found, Piece, SliceNo, TableCache, Tables, TopTable, Writable, announce,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::Arc;
@@ -98,7 +100,7 @@ impl Format for Qcow2 {
     }
 
     fn overlay(&self, slice: SliceNo, entries: &mut [L2Entry]) {
-        self.journal.show(slice, entries);
+        self.mapping.journal.show(slice, entries);
     }
 
     fn examine(&self, entries: &[L2Entry]) {
@@ -127,6 +129,29 @@ impl Format for Qcow2 {
         precision: Precision,
     ) -> IoResult<(u64, Status)> {
         self.status_of_data(host, len, precision).await
+    }
+}
+
+impl Writable for Qcow2 {
+    fn store(entry: L2Entry, bytes: &mut [u8]) {
+        entry.store(bytes);
+    }
+
+    async fn prepare(&self) -> IoResult {
+        self.prepare_writing().await
+    }
+
+    async fn check_intact(&self) -> IoResult {
+        self.settle_header().await?;
+        if self.corruption.is_fatal() {
+            self.mark_corrupt().await;
+            return Err(Errno::EIO);
+        }
+        Ok(())
+    }
+
+    fn check_table_write(&self, offset: u64, len: u64) -> IoResult {
+        self.check_write(offset, len, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)
     }
 }
 

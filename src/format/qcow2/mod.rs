@@ -7,7 +7,6 @@
 //! | `options`, `open` | what can be asked for; opening |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
 //! | `mapping` | what [`crate::cow`] asks of the format to find and read a guest's bytes |
-//! | `in_place` | when a guest's bytes may be overwritten where they are |
 //! | `compressed`, `unpack` | compressed clusters: packing, reading |
 //! | `clean` | memory of cached tables that were not used is given back |
 //! | `create`, `new_image`, `amend`, `downgrade` | making images, and making them others |
@@ -16,14 +15,14 @@
 //! | `bitmaps` | persistent dirty bitmaps: loaded, marked as in use, stored |
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
-//! | `batch`, `tables` | entries and tables on their way to the kernel |
+//! | `tables` | new tables, and what has to be on the disk before the first write |
 //! | `header_cluster`, `header_steps` | the one writer of the header, and the order of its writes |
-//! | `journal` | entries that wait until what they show is durable |
+//! | `journal` | what the layer's journal of waiting entries asks of the format |
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `vmstate` | the state of a virtual machine, behind the disk |
-//! | `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
-//! | `write_state` | what the disk has of the header, and whether anything may be written |
+//! | `space`, `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
+//! | `header_state` | the header in memory, and whether the disk has it |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `discard_all` | another backing file; discarding all data |
 //! | `overlap`, `metadata_map`, `corrupt` | metadata that must not be overwritten, and its places; reports of corrupt images |
@@ -31,7 +30,6 @@
 mod alloc;
 mod amend;
 mod backing;
-mod batch;
 pub mod bitmaps;
 pub mod check;
 mod clean;
@@ -47,9 +45,9 @@ mod freed;
 mod hand_over;
 pub mod header;
 mod header_cluster;
+mod header_state;
 mod header_steps;
 mod holes;
-mod in_place;
 pub mod info;
 mod journal;
 pub mod layout;
@@ -67,38 +65,31 @@ mod preallocate;
 mod refcounts;
 mod resize;
 pub mod snapshots;
+mod space;
 mod tables;
 mod unpack;
 mod vmstate;
 mod write;
-mod write_state;
 mod zero;
 
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    Found, Lock, LockGuard, Piece, SliceNo, Tables, TopTable, decider, fast_read, map_data,
-    read_range, status,
+    Lock, LockGuard, Stop, Tables, TopTable, decider, discard_range, fast_read, fast_write,
+    read_range, settle_journal, status, without_fast_writes, write_range, zero_range,
 };
-use crate::io::sync::Mutex;
 use crate::io::{Blocking, Budget, Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
-use alloc::Pool;
-use batch::Batches;
 use bitmaps::ImageBitmaps;
 use corrupt::Corruption;
-use freed::Freed;
 use header::{Compression, Header};
-use holes::Holes;
-use journal::Journal;
+use header_state::ImageHeader;
 use layout::{Geometry, L1Entry, L2Entry};
 use overlap::Overlaps;
-use packed::Packing;
 use refcounts::Refcounts;
-use std::collections::BTreeMap;
+use space::Space;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use write_state::{HeaderState, Stop, Stopped};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing, Role::DataFile],
@@ -110,7 +101,10 @@ pub static ENTRY: DriverEntry = DriverEntry {
     })
 };
 
-/// An open image.
+/// An open image: its header, mapping, space, snapshots and bitmaps, and what was asked for when it was opened.
+///
+/// Locks that are held across waits are taken in this order: a range of guest clusters (`mapping`), `l1_turn`, the turn to
+/// settle the journal and the turn to write a slice (`mapping`), those of `space`, the lock of `header`.
 pub struct Qcow2 {
     /// The node's, for what is logged.
     name: String,
@@ -126,9 +120,9 @@ pub struct Qcow2 {
     /// Whether others may write to an external data file that is only read here.
     readers_share: bool,
     l1: TopTable<L1Entry>,
+    /// Held while an L1 entry changes.
+    l1_turn: Lock<()>,
     mapping: Tables<L2Entry>,
-    /// Of refcount blocks that are kept, in bytes.
-    refcount_cache: u64,
     corruption: Corruption,
     overlaps: Overlaps,
     /// Unpacking, which takes longer than a worker may be kept,
@@ -139,8 +133,6 @@ pub struct Qcow2 {
     is_writable: bool,
     /// What has to be on disk before the first write is.
     is_prepared: AtomicBool,
-    /// It was not written yet, or is being closed or handed over: nothing is written on the fast road.
-    is_at_rest: AtomicBool,
     /// Nothing is written any more ([`Driver::freeze`]).
     is_frozen: AtomicBool,
     has_lazy_refcounts: bool,
@@ -156,27 +148,8 @@ pub struct Qcow2 {
     keeps_discarded: bool,
     /// Of requests to the file, in bytes.
     file_align: u64,
-    header: Lock<Header>,
-    /// What `header` guards, for those who only look.
-    header_copy: Mutex<Header>,
-    header_state: HeaderState,
-    /// While the header is in doubt: the whole sector to be written, if not only its fields change.
-    header_switch: Mutex<Option<header_steps::Sector>>,
-    /// Held while an L1 entry changes.
-    tables: Lock<()>,
-    /// Held while a child grows.
-    growing: Lock<()>,
-    batches: Batches,
-    journal: Journal,
-    /// Slices of which the disk may have another state.
-    suspects: Mutex<BTreeMap<SliceNo, flush::Suspect>>,
-    stopped: Stopped,
-    /// None when the image is read-only.
-    counts: Option<Arc<Lock<Refcounts>>>,
-    pool: Mutex<Pool>,
-    packing: Lock<Packing>,
-    freed: Freed,
-    holes: Holes,
+    header: ImageHeader,
+    space: Space,
     snapshots: snapshots::State,
     bitmaps: ImageBitmaps,
 }
@@ -187,7 +160,7 @@ impl Qcow2 {
     }
 
     async fn refcounts(&self) -> IoResult<LockGuard<'_, Refcounts>> {
-        match &self.counts {
+        match &self.space.counts {
             Some(counts) => Ok(counts.lock().await),
             None => Err(Errno::EPERM),
         }
@@ -232,12 +205,7 @@ impl Driver for Qcow2 {
                 Way::Here(mapping) => mapping,
                 Way::Below(backing, len) => backing.map_chain(inflight, at, len),
             },
-            Access::Write => match self.piece_to_overwrite(at, want) {
-                (Some(Ok(Piece { len, found: Found::Data { host, exclusive: true } })), true) => {
-                    map_data(self, inflight, host, len, access)
-                }
-                _ => Mapping::slow(want),
-            },
+            Access::Write => fast_write(self, inflight, at, want),
             Access::DurableWrite => Mapping::slow(want),
         }
     }
@@ -260,15 +228,15 @@ impl Driver for Qcow2 {
         from: &'a IoVec<'a>,
         _: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.write_range(at, from).await).await })
+        Box::pin(async move { self.marked(write_range(self, at, from).await).await })
     }
 
     fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.zero_range(at, len, flags).await).await })
+        Box::pin(async move { self.marked(zero_range(self, at, len, flags).await).await })
     }
 
     fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.discard_range(at, len).await).await })
+        Box::pin(async move { self.marked(discard_range(self, at, len).await).await })
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
@@ -389,7 +357,7 @@ impl Image for Qcow2 {
             if fix == Fix::Nothing {
                 // What this node holds in reserve is counted, but not used: that would be leaks.
                 let failed = |errno| Error::os("Check failed", errno);
-                self.settle_journal().await.map_err(failed)?;
+                settle_journal(self).await.map_err(failed)?;
                 return check::check(&self.file(), fix, say).await;
             }
             if !self.is_writable {
@@ -402,7 +370,7 @@ impl Image for Qcow2 {
             }
             // A repair changes what this node has in memory: until it is opened again, nothing is
             // written.
-            self.without_fast_writes(|| self.stopped.stop(Stop::ForGood)).await;
+            without_fast_writes(self, || self.mapping.stopped.stop(Stop::ForGood)).await;
             check::check(&self.file(), fix, say).await
         })
     }

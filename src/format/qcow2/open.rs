@@ -4,18 +4,17 @@ use super::bitmaps::ImageBitmaps;
 use super::corrupt::Corruption;
 use super::extensions::{self, Extension, FeatureKind};
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
-use super::journal::Journal;
+use super::header_state::ImageHeader;
 use super::layout::L1Entry;
 use super::options::Options;
 use super::overlap::{Kinds, Overlaps};
 use super::refcounts::Refcounts;
+use super::space::Space;
 use super::{Qcow2, check, header_cluster, mapping, snapshots};
 use crate::block::*;
 use crate::cow::{Lock, read_padded, traits_over};
-use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Budget, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
-use std::sync::Arc;
 
 pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
@@ -67,7 +66,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
             node.event(Event::ReftableLoad).await;
             let counts = Refcounts::load(&node, geometry, place, caches.refcounts).await;
             let counts = counts.map_err(no_refcounts)?;
-            Some(Arc::new(Lock::new(counts)))
+            Some(counts)
         }
         false => None,
     };
@@ -95,9 +94,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         data,
         readers_share: opening.policy().readers_share,
         l1,
-        journal: Journal::new(mapping.cache.entries()),
         mapping,
-        refcount_cache: caches.refcounts,
+        space: Space::new(counts, caches.refcounts),
         corruption: Corruption::new(opening.notices()),
         overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
         blocking: opening.blocking(),
@@ -105,7 +103,6 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         children,
         is_writable,
         is_prepared: Default::default(),
-        is_at_rest: true.into(),
         is_frozen: Default::default(),
         has_lazy_refcounts: lazy,
         has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
@@ -114,20 +111,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         passes_other_discards: options.pass_discard_other.unwrap_or(false),
         keeps_discarded: keeps_discarded(options.discard_no_unref, &header)?,
         file_align: node.traits().request_align.into(),
-        header_copy: Mutex::new(header.clone()),
-        header_state: Default::default(),
-        header_switch: Default::default(),
-        header: Lock::new(header),
-        tables: Lock::new(()),
-        growing: Lock::new(()),
-        batches: Default::default(),
-        suspects: Default::default(),
-        stopped: Default::default(),
-        counts,
-        pool: Default::default(),
-        packing: Lock::new(Default::default()),
-        freed: Default::default(),
-        holes: Default::default(),
+        header: ImageHeader::new(header),
+        l1_turn: Lock::new(()),
         snapshots: snapshots::State::new(snapshots),
         bitmaps,
     };

@@ -18,12 +18,12 @@
 //! What is known of the places of metadata is kept by cluster, and is a hint: before an image is called
 //! corrupt, the tables in memory are asked whether it is still so.
 
-use super::alloc::Run;
 use super::extensions::Extension;
 use super::header::Header;
 use super::layout::L2Entry;
 use super::metadata_map::MetadataMap;
 use super::{Qcow2, corrupt};
+use crate::cow::Run;
 use crate::io::IoResult;
 use crate::io::sync::Mutex;
 use std::ops::Range;
@@ -140,7 +140,7 @@ impl Qcow2 {
         }
         self.note_header(&self.header_now());
         self.note_l2_tables();
-        if let Some(counts) = &self.counts {
+        if let Some(counts) = &self.space.counts {
             let counts = counts.lock().await;
             self.overlaps.forget(Kinds::REFCOUNT_BLOCK);
             for block in counts.blocks_named() {
@@ -270,7 +270,7 @@ impl Qcow2 {
             hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
         };
         let is_met = hosts.iter().any(|&host| host >= end)
-            || self.pool.lock().reserves(&mut hosts)
+            || self.space.pool.lock().reserves(&mut hosts)
             || hits(&hosts)
                 .into_iter()
                 .any(|host| self.metadata_in(host..host + 1, Kinds::empty()).is_some());

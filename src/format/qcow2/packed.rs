@@ -9,11 +9,10 @@
 //!
 //! The bytes are *durable* before the entry that names them: what was there before is no stream.
 
-use super::alloc::Run;
 use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{LockGuard, pin};
+use crate::cow::{Allocator, LockGuard, Run, change_entries, pin};
 use crate::io::{Errno, IoResult, IoVec};
 use std::collections::VecDeque;
 
@@ -97,7 +96,7 @@ impl Qcow2 {
         let guest = first << self.geometry.cluster_bits;
         let _range = self.mapping.ranges.lock(first..first + units.len() as u64).await;
         let _visit = self.mapping.visits.enter();
-        self.ensure_table(guest).await?;
+        self.ensure_own_table(guest).await?;
         let free = self.free_entries(guest, units.len()).await?;
         let (units, refused) = units.split_at(free);
         let mut done = 0;
@@ -147,14 +146,14 @@ impl Qcow2 {
         file.write(host, &IoVec::concat(&parts), WriteFlags::empty()).await?;
         file.flush().await?;
         self.event(Event::L2UpdateCompressed).await;
-        self.change_entries(guest, &entries).await
+        change_entries(self, guest, &entries).await
     }
 
     /// A place for as many units as there is one for side by side, at least one, counted; how many.
     async fn place(&self, units: &[&[u8]]) -> IoResult<(u64, usize)> {
         let bits = self.geometry.cluster_bits;
         self.event(Event::ClusterAllocBytes).await;
-        let mut packing = self.packing.lock().await;
+        let mut packing = self.space.packing.lock().await;
         let first = units[0].len() as u64;
         self.make_room(&mut packing, first).await?;
         let host = packing.at;

@@ -6,7 +6,7 @@
 use super::Qcow2;
 use super::layout::{Cluster, L2Entry};
 use crate::block::{Preallocation, WriteFlags, ZeroFlags};
-use crate::cow::pin;
+use crate::cow::{Allocator, change_entries, pin, write_zeroes};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::ops::Range;
 
@@ -34,11 +34,11 @@ impl Qcow2 {
         }
         let has_place = {
             let _visit = self.mapping.visits.enter();
-            self.ensure_table(start).await?;
+            self.ensure_own_table(start).await?;
             self.without_place(cluster..cluster + 1).await?.is_empty()
         };
         // Writing copies what the backing file has of the cluster.
-        if has_place { Ok(()) } else { self.write_zeroes(tail).await }
+        if has_place { Ok(()) } else { write_zeroes(self, tail).await }
     }
 
     /// Gives every guest cluster of the range that has none a host cluster that reads as zeroes.
@@ -71,7 +71,7 @@ impl Qcow2 {
         let start = clusters.start << bits;
         let _range = self.mapping.ranges.lock(clusters.clone()).await;
         let _visit = self.mapping.visits.enter();
-        self.ensure_table(start).await?;
+        self.ensure_own_table(start).await?;
         let old = self.without_place(clusters.clone()).await?;
         if old.is_empty() {
             return Ok(clusters.start + 1);
@@ -92,7 +92,7 @@ impl Qcow2 {
             // Whether handing over fails or not, an entry may name them.
             taken.keep();
         }
-        self.change_entries(start, &entries).await?;
+        change_entries(self, start, &entries).await?;
         Ok(clusters.start + count)
     }
 

@@ -6,12 +6,12 @@
 
 mod run;
 
-use super::alloc::{Claim, Run};
+use super::alloc::Claim;
 use super::layout::{self, Geometry};
 use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, Node, WriteFlags};
-use crate::cow::read_padded;
+use crate::cow::{Run, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 use std::ops::Range;

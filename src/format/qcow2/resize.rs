@@ -8,11 +8,12 @@
 //! backing file (version 2), the header comes first.
 
 use super::Qcow2;
-use super::freed::Release;
 use super::layout::L1Entry;
-use super::zero::Kind;
 use crate::block::*;
-use crate::cow::{Found, SliceNo, lookup};
+use crate::cow::{
+    Empty, Found, Release, SliceNo, empty_clusters, lookup, pin_suspects, reads_zero, write_zeroes,
+    zero_range,
+};
 use crate::io::{Errno, IoResult, IoVec, epoch};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -58,7 +59,7 @@ impl Qcow2 {
     /// Gives back what a resize that has failed took beyond a disk of `len` bytes, so that an image that found no
     /// room takes none. An external data file gets its old length, `data_len`.
     async fn undo_growth(&self, len: u64, data_len: Option<u64>) -> IoResult {
-        self.unmap(len, Kind::Crop).await?;
+        self.unmap(len, Empty::Crop).await?;
         self.shrink_l1(len).await?;
         self.cut_to_use().await?;
         if let Some(len) = data_len.filter(|&len| len < self.data().driver().len())
@@ -115,7 +116,7 @@ impl Qcow2 {
         let failed = |what: &'static str| move |errno| Error::os(what, errno);
         let cluster_end = old.next_multiple_of(self.geometry.cluster_size());
         let zeroing = failed("Failed to zero out new clusters");
-        self.unmap(old, Kind::Crop).await.map_err(zeroing)?;
+        self.unmap(old, Empty::Crop).await.map_err(zeroing)?;
         let entries = self.geometry.l1_entries_for(new);
         self.grow_l1(entries).await.map_err(failed("Failed to grow the L1 table"))?;
         let stale = self.lengthen_data_file(old, new).await;
@@ -128,7 +129,7 @@ impl Qcow2 {
         };
         self.zero_tail(old..written, stale).await.map_err(zeroing)?;
         if hides && self.geometry.zero_flag && written < new {
-            let zeroed = self.zero_range(written, new - written, ZeroFlags::empty()).await;
+            let zeroed = zero_range(self, written, new - written, ZeroFlags::empty()).await;
             zeroed.map_err(zeroing)?;
         }
         let mode = match mode {
@@ -157,10 +158,10 @@ impl Qcow2 {
                 let piece = lookup(self, at, end - at).await?;
                 let stop = at + piece.len;
                 let is_zero_data = at >= stale && matches!(piece.found, Found::Data { .. });
-                (stop, is_zero_data || self.reads_zero(at..stop).await?)
+                (stop, is_zero_data || reads_zero(self, at..stop).await?)
             };
             if !is_zero {
-                self.write_zeroes(at..stop).await?;
+                write_zeroes(self, at..stop).await?;
             }
             at = stop;
         }
@@ -194,16 +195,16 @@ impl Qcow2 {
         let shows = self.shows_backing(new..self.size());
         match (shows, self.geometry.zero_flag) {
             (false, _) => {
-                self.unmap(new, Kind::Crop).await.map_err(discarding)?;
+                self.unmap(new, Empty::Crop).await.map_err(discarding)?;
                 self.write_size(new).await.map_err(sizing)?;
             }
             (true, true) => {
-                self.unmap(new, Kind::Cut).await.map_err(discarding)?;
+                self.unmap(new, Empty::Cut).await.map_err(discarding)?;
                 self.write_size(new).await.map_err(sizing)?;
             }
             (true, false) => {
                 self.write_size(new).await.map_err(sizing)?;
-                self.unmap(new, Kind::Crop).await.map_err(discarding)?;
+                self.unmap(new, Empty::Crop).await.map_err(discarding)?;
             }
         }
         self.shrink_l1(new).await.map_err(failed("Failed to reduce the number of L2 tables"))?;
@@ -217,38 +218,17 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Empties the entries of all guest clusters that begin at `from` or behind, as far as the L1 table
-    /// reaches.
-    pub(super) async fn unmap(&self, from: u64, kind: Kind) -> IoResult {
+    /// Empties the entries of all guest clusters from `from` on, as far as the L1 table reaches.
+    pub(super) async fn unmap(&self, from: u64, kind: Empty) -> IoResult {
         let end = self.l1.entries() * self.geometry.l2_coverage();
         let from = from.next_multiple_of(self.geometry.cluster_size());
-        self.empty(from..end, kind).await
-    }
-
-    /// Empties the entries of whole guest clusters, as far as there are tables for them.
-    pub(super) async fn empty(&self, clusters: Range<u64>, kind: Kind) -> IoResult {
-        let bits = self.geometry.cluster_bits;
-        let slice = (self.mapping.cache.entries() as u64) << bits;
-        let coverage = self.geometry.l2_coverage();
-        let mut at = clusters.start;
-        while at < clusters.end {
-            if self.l1.get(self.geometry.l1_index(at)).l2_table() == 0 {
-                at = (at / coverage + 1) * coverage;
-                continue;
-            }
-            let end = ((at / slice + 1) * slice).min(clusters.end);
-            let _range = self.mapping.ranges.lock(at >> bits..end >> bits).await;
-            let _visit = self.mapping.visits.enter();
-            self.change_slice(at..end, kind).await?;
-            at = end;
-        }
-        Ok(())
+        empty_clusters(self, from..end, kind).await
     }
 
     /// Writes the disk's length, when all that it relies on is durable; then it holds.
     async fn write_size(&self, size: u64) -> IoResult {
         self.flush_all().await?;
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let mut new = header.clone();
         new.size = size;
         let written = self.write_header(&mut header, new).await;
@@ -266,7 +246,7 @@ impl Qcow2 {
 
     /// Drops the L1 entries beyond a disk of `len` bytes, whose tables name no clusters any more.
     pub(super) async fn shrink_l1(&self, len: u64) -> IoResult {
-        let turn = self.tables.lock().await;
+        let turn = self.l1_turn.lock().await;
         let first = self.geometry.l1_entries_for(len);
         let tables: Vec<u64> = (first..self.l1.entries())
             .map(|index| self.l1.get(index).l2_table())
@@ -278,7 +258,7 @@ impl Qcow2 {
         // A table that is made there later has other entries.
         let per_table = self.geometry.l2_entries() / self.mapping.cache.entries() as u64;
         let is_dropped = |SliceNo(slice): SliceNo| slice >= first * per_table;
-        let doubtful = self.pin_suspects(is_dropped).await?;
+        let doubtful = pin_suspects(self, is_dropped).await?;
         let count = self.l1.entries() - first;
         let empty = vec![0; count as usize * 8];
         let place = self.header_now().l1_table_offset + first * 8;
@@ -288,7 +268,7 @@ impl Qcow2 {
         // Also if it has failed: the disk may have either, and nothing goes to the old tables.
         (first..self.l1.entries()).for_each(|index| self.l1.set(index, L1Entry(0)));
         if written.is_ok() {
-            self.forget_suspects(doubtful);
+            self.mapping.forget_suspects(doubtful);
         }
         self.mapping.cache.forget(is_dropped);
         drop(turn);
@@ -305,7 +285,7 @@ impl Qcow2 {
         epoch::synchronize(&self.data().members()).await;
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
-        let unused = self.pool.lock().drain();
+        let unused = self.space.pool.lock().drain();
         refcounts.unreserve(self, &unused).await?;
         let file = self.file();
         let end = self.geometry.clusters(file.driver().len());

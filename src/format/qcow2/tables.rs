@@ -1,27 +1,25 @@
 //! Tables on their way to the disk: new L2 tables, those that a snapshot shares, a longer L1 table;
 //! and what has to be there before the first write.
 
-use super::alloc::Run;
-use super::freed::Release;
 use super::header::{Autoclear, Incompatible};
+use super::header_state::OnDisk;
 use super::layout::{self, L1Entry};
 use super::overlap::Kinds;
-use super::write_state::{OnDisk, Stop};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{pin_empty, read_padded};
+use crate::cow::{Release, Run, Stop, check_sound, pin_empty, read_padded, write_suspects};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
 
 impl Qcow2 {
     /// Sees to it that there is an L2 table for a guest offset, and that it may be changed. The
     /// caller holds the guest cluster's range.
-    pub(super) async fn ensure_table(&self, guest: u64) -> IoResult {
+    pub(super) async fn ensure_own_table(&self, guest: u64) -> IoResult {
         let index = self.geometry.l1_index(guest);
         if self.is_own_table(self.l1.get(index)) {
             return Ok(());
         }
-        let turn = self.tables.lock().await;
+        let turn = self.l1_turn.lock().await;
         let old = self.l1.get(index);
         if self.is_own_table(old) {
             return Ok(());
@@ -56,7 +54,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn is_own_table(&self, entry: L1Entry) -> bool {
+    pub(super) fn is_own_table(&self, entry: L1Entry) -> bool {
         entry.l2_table() != 0 && entry.is_copied()
     }
 
@@ -87,7 +85,7 @@ impl Qcow2 {
     /// Makes the L1 table so long that it has `entries`: where it is, if its clusters have the room, or
     /// in a larger place. New entries are empty.
     pub(super) async fn grow_l1(&self, entries: u64) -> IoResult {
-        let _turn = self.tables.lock().await;
+        let _turn = self.l1_turn.lock().await;
         let now = self.header_now();
         let (old, len) = (u64::from(now.l1_size) * 8, entries * 8);
         if len <= old {
@@ -125,7 +123,7 @@ impl Qcow2 {
                 (place, Some(claim))
             }
         };
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let mut new = header.clone();
         (new.l1_table_offset, new.l1_size) = (place, entries as u32);
         // The disk may have either from here on, and new entries go to the new place.
@@ -144,46 +142,27 @@ impl Qcow2 {
     /// What has to be on disk before the first write: that promises of others are not kept, that
     /// stored bitmaps are out of date, and, with lazy refcounts, that the refcounts may be wrong.
     pub(super) async fn prepare_writing(&self) -> IoResult {
-        if self.stopped.get() == Stop::NeedsFlush {
-            self.write_suspects().await?;
+        if self.mapping.stopped.get() == Stop::NeedsFlush {
+            write_suspects(self).await?;
         }
-        self.check_sound().await?;
+        check_sound(self).await?;
         if self.is_prepared.load(Ordering::Acquire) {
-            self.end_rest();
+            self.mapping.end_rest();
             return Ok(());
         }
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let mut new = header.clone();
         new.autoclear &= Autoclear::KNOWN;
         if self.has_lazy_refcounts {
             new.incompatible |= Incompatible::DIRTY;
         }
-        if new != *header || self.header_state.get() == OnDisk::InDoubt {
+        if new != *header || self.header.state.get() == OnDisk::InDoubt {
             self.write_header(&mut header, new).await?;
         }
         drop(header);
         self.set_bitmaps_in_use().await?;
         self.is_prepared.store(true, Ordering::Release);
-        self.end_rest();
-        Ok(())
-    }
-
-    /// Fails if the image was found to be corrupt, or metadata could not be written.
-    pub(super) async fn check_sound(&self) -> IoResult {
-        self.check_intact().await?;
-        match self.stopped.get() {
-            Stop::Not => Ok(()),
-            Stop::NeedsFlush | Stop::ForGood => Err(Errno::EIO),
-        }
-    }
-
-    /// Fails if the image was found to be corrupt. The header is on the disk then, if it can be.
-    pub(super) async fn check_intact(&self) -> IoResult {
-        self.settle_header().await?;
-        if self.corruption.is_fatal() {
-            self.mark_corrupt().await;
-            return Err(Errno::EIO);
-        }
+        self.mapping.end_rest();
         Ok(())
     }
 }

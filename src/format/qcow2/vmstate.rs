@@ -3,7 +3,7 @@
 
 use super::Qcow2;
 use crate::block::Event;
-use crate::cow::read_range;
+use crate::cow::{read_range, write_range};
 use crate::io::{Errno, IoResult, IoVec};
 
 impl Qcow2 {
@@ -34,6 +34,6 @@ impl Qcow2 {
         self.event(Event::VmstateSave).await;
         self.prepare_writing().await?;
         self.grow_l1(self.geometry.l1_entries_for(place + from.len())).await?;
-        self.write_range(place, from).await
+        write_range(self, place, from).await
     }
 }

@@ -3,8 +3,9 @@
 use super::load::read_table;
 use super::{BitmapFlags, Stored, StoredBitmap, TableEntry, decode_table_entry};
 use crate::block::{Bitmap, BitmapStore, Bitmaps, Error, Event, LocalFuture, WriteFlags};
+use crate::cow::{Allocator, Run, Taken, begin_rest};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::{Claim, Run, Taken};
+use crate::format::qcow2::alloc::Claim;
 use crate::format::qcow2::extensions::BitmapsPointer;
 use crate::format::qcow2::hand_over::has_bitmaps;
 use crate::format::qcow2::header_cluster::with_bitmaps;
@@ -111,7 +112,7 @@ impl Qcow2 {
         &'a self,
         bitmap: &Bitmap,
         old: Option<&StoredBitmap>,
-        taken: &mut Vec<Taken<'a>>,
+        taken: &mut Vec<Taken<'a, Qcow2>>,
     ) -> IoResult<StoredBitmap> {
         let size = self.geometry.cluster_size();
         let words = size as usize / 8;
@@ -161,7 +162,7 @@ impl Qcow2 {
     async fn write_clusters<'a>(
         &'a self,
         mut bytes: Vec<u8>,
-        taken: &mut Vec<Taken<'a>>,
+        taken: &mut Vec<Taken<'a, Qcow2>>,
     ) -> IoResult<(u64, Claim<'a>)> {
         let clusters = self.geometry.clusters(bytes.len() as u64).max(1);
         bytes.resize((clusters << self.geometry.cluster_bits) as usize, 0);
@@ -180,7 +181,7 @@ impl Qcow2 {
         &'a self,
         stored: &mut Stored,
         entries: Vec<StoredBitmap>,
-        mut taken: Vec<Taken<'a>>,
+        mut taken: Vec<Taken<'a, Qcow2>>,
     ) -> Result<(), Error> {
         let failed = |errno| Error::os("Failed to update bitmap directory", errno);
         let bytes = super::encode_directory(&entries);
@@ -332,7 +333,7 @@ impl BitmapStore for Qcow2 {
     fn store(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             // What is written afterwards is not in the bitmaps.
-            self.begin_rest().await;
+            begin_rest(self).await;
             let flushed = self.flush_all().await;
             flushed.map_err(|errno| Error::os("Failed to flush the image", errno))?;
             self.store_bitmaps().await

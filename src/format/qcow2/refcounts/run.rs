@@ -3,7 +3,8 @@
 
 use super::{Block, Qcow2, Refcounts};
 use crate::block::{Event, WriteFlags};
-use crate::format::qcow2::alloc::{Claim, Run};
+use crate::cow::Run;
+use crate::format::qcow2::alloc::Claim;
 use crate::format::qcow2::layout;
 use crate::format::qcow2::overlap::Kinds;
 use crate::io::{Errno, IoResult, IoVec};
@@ -167,7 +168,7 @@ impl Refcounts {
         file.write(offset, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         file.flush().await?;
         image.event(Event::RefblockAllocSwitchTable).await;
-        let mut header = image.header.lock().await;
+        let mut header = image.header.current.lock().await;
         let mut new = header.clone();
         let old = new.refcount_table_offset;
         new.refcount_table_offset = offset;

@@ -3,9 +3,9 @@
 
 use super::{Snapshot, Table};
 use crate::block::{Error, Event, NewSnapshot, SnapshotInfo, WriteFlags};
-use crate::cow::RangeGuard;
+use crate::cow::{RangeGuard, Run, without_fast_writes};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::{Claim, Run};
+use crate::format::qcow2::alloc::Claim;
 use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
 use crate::format::qcow2::refcounts::Change;
 use crate::io::{Errno, IoResult, IoVec};
@@ -73,7 +73,7 @@ impl Qcow2 {
         let all = self.mapping.ranges.lock(0..u64::MAX).await;
         let frozen = Frozen { image: self, _all: all };
         // What is written over, on the fast road and on the slow one.
-        self.without_fast_writes(|| self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
+        without_fast_writes(self, || self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
         self.mapping.visits.older().await;
         frozen
     }
@@ -91,7 +91,7 @@ impl Qcow2 {
         let raised = match self.share(l1, copy).await {
             Ok(()) => match self.replace_table(table, list, |header| self.settled(header)).await {
                 Ok(old) => {
-                    self.journal.close(false);
+                    self.mapping.journal.close(false);
                     return Ok(old);
                 }
                 // From now on it is there: who opens the image finds one state or the other.

@@ -3,8 +3,8 @@
 
 use super::unsettled;
 use crate::block::{Error, SnapshotInfo, SnapshotKey};
+use crate::cow::{Run, settle_journal};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout::L1Entry;
 use crate::format::qcow2::refcounts::Change;
 use crate::io::IoResult;
@@ -25,14 +25,14 @@ impl Qcow2 {
         let mut list = table.list.clone();
         let snapshot = list.remove(index);
         self.begin_counting();
-        let old = match self.settle_journal().await {
+        let old = match settle_journal(self).await {
             Ok(()) => self.replace_table(&table, list, unsettled).await,
             Err(errno) => Err((false, errno)),
         };
         let old = old.map_err(|(is_named, errno)| {
             if !is_named {
                 self.end_counting();
-                self.journal.close(false);
+                self.mapping.journal.close(false);
             }
             failed(errno)
         })?;

@@ -23,12 +23,11 @@ pub use entry::{MAX_ENTRY, Snapshot};
 pub use table::Table;
 
 use super::Qcow2;
-use super::alloc::Run;
 use super::header::{Autoclear, Header, Incompatible};
+use super::header_state::OnDisk;
 use super::layout::L1Entry;
-use super::write_state::OnDisk;
 use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
-use crate::cow::read_padded;
+use crate::cow::{Run, check_sound, read_padded, settle_journal};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::ops::Range;
@@ -120,7 +119,7 @@ impl Qcow2 {
         if !self.is_writable {
             return Err(Errno::EPERM);
         }
-        self.check_sound().await?;
+        check_sound(self).await?;
         self.change_header(|header| header.autoclear &= Autoclear::KNOWN).await
     }
 
@@ -152,7 +151,7 @@ impl Qcow2 {
     /// Before references are counted anew: says that the refcounts may be wrong, durably.
     async fn unsettle(&self) -> IoResult {
         self.begin_counting();
-        self.settle_journal().await?;
+        settle_journal(self).await?;
         self.change_header(unsettled).await
     }
 
@@ -160,7 +159,7 @@ impl Qcow2 {
     async fn settle(&self) -> IoResult {
         self.write_refcounts().await?;
         self.change_header(|header| self.settled(header)).await?;
-        self.journal.close(false);
+        self.mapping.journal.close(false);
         Ok(())
     }
 
@@ -180,10 +179,10 @@ impl Qcow2 {
 
     /// Writes the header, durably, if something changes in it.
     async fn change_header(&self, change: impl FnOnce(&mut Header)) -> IoResult {
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let mut new = header.clone();
         change(&mut new);
-        if new != *header || self.header_state.get() == OnDisk::InDoubt {
+        if new != *header || self.header.state.get() == OnDisk::InDoubt {
             self.write_header(&mut header, new).await?;
         }
         Ok(())
@@ -202,7 +201,7 @@ impl Qcow2 {
     /// until the header says otherwise.
     fn begin_counting(&self) {
         self.snapshots.is_counting.store(true, Ordering::SeqCst);
-        self.journal.close(true);
+        self.mapping.journal.close(true);
     }
 
     fn end_counting(&self) {

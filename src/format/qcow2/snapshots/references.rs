@@ -2,8 +2,7 @@
 //! entries that follow from them.
 
 use crate::block::{Event, WriteFlags};
-use crate::cow::{pin, read_padded};
-use crate::format::qcow2::alloc::Run;
+use crate::cow::{Run, change_entries, pin, read_padded};
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
 use crate::format::qcow2::refcounts::{Change, Refcounts};
 use crate::format::qcow2::{Qcow2, corrupt};
@@ -139,7 +138,7 @@ impl Qcow2 {
                 if entries.iter().any(|entry| entry.is_copied()) {
                     let new: Vec<_> =
                         entries.iter().map(|entry| entry.with_copied(false)).collect();
-                    self.change_entries(guest, &new).await?;
+                    change_entries(self, guest, &new).await?;
                 }
             }
         }
@@ -173,7 +172,7 @@ impl Qcow2 {
         for guest in self.slices_of(index) {
             self.set_copied_in_slice(guest).await?;
         }
-        let _tables = self.tables.lock().await;
+        let _tables = self.l1_turn.lock().await;
         match entry.is_copied() {
             true => Ok(()),
             false => self.write_l1(index as usize, [entry.with_copied(true)].into_iter()).await,
@@ -220,7 +219,7 @@ impl Qcow2 {
                 is_changed = true;
             }
         }
-        if is_changed { self.change_entries(guest, &entries).await } else { Ok(()) }
+        if is_changed { change_entries(self, guest, &entries).await } else { Ok(()) }
     }
 
     /// Whether a host cluster has one reference.

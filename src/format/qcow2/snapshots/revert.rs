@@ -2,8 +2,8 @@
 
 use super::{Snapshot, unsettled};
 use crate::block::{BitmapStore, Error, SECTOR, SnapshotKey, WriteFlags};
+use crate::cow::Run;
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::layout::{L1Entry, MAX_L1_BYTES};
 use crate::format::qcow2::refcounts::Change;
 use crate::io::{Errno, IoResult, IoVec};
@@ -107,7 +107,7 @@ impl Qcow2 {
     /// Names the new table in the header, and shows it. The clusters of the old one.
     async fn turn_to(&self, l1: &[L1Entry], place: Run, size: u64) -> IoResult<Run> {
         let bits = self.geometry.cluster_bits;
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let mut new = header.clone();
         new.l1_table_offset = place.first << bits;
         new.l1_size = l1.len() as u32;

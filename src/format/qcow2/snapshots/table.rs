@@ -3,9 +3,8 @@
 use super::Snapshot;
 use super::entry::MAX_ENTRY;
 use crate::block::{Error, Event, Node, SnapshotKey, WriteFlags};
-use crate::cow::read_padded;
+use crate::cow::{Run, read_padded};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::Run;
 use crate::format::qcow2::header::Header;
 use crate::format::qcow2::layout::MAX_SNAPSHOTS;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
@@ -107,7 +106,7 @@ impl Qcow2 {
             self.give_back(&[run]).await;
             return Err((false, errno));
         }
-        let mut header = self.header.lock().await;
+        let mut header = self.header.current.lock().await;
         let mut changed = header.clone();
         changed.nb_snapshots = new.list.len() as u32;
         changed.snapshots_offset = run.first << bits;

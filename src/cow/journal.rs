@@ -1,0 +1,398 @@
+//! Entries that were answered, and wait until what they show is durable.
+//!
+//! An entry must not reach the disk before the bytes that were copied for it, and a guest must not wait for the disk
+//! at every cluster that it writes to first. So where there is memory that outlives the process ([`Survivor`]), the
+//! entry is kept there: the guest is answered, readers are shown the entry, and the table is written when the guest
+//! flushes or the memory is full. A killed daemon loses nothing: the next one takes over what it finds. A host that
+//! crashes loses what was not flushed, as it may. Entries without copied bytes wait, too: many are written at once then.
+//!
+//! * **Kept**: data and copied bytes are with the kernel, then the record is complete, then the entry is shown. Only
+//!   entries that replace references to nothing wait.
+//! * **Settled**: if something was copied, the data is flushed; then the entries that waited by then are handed over,
+//!   then their records are cleared.
+//! * **Changed before that**: the data is flushed, the record is marked, the newer entry is handed over, the record is
+//!   cleared, and only then the cluster that the entry referred to may be freed.
+//! * A table that is written for other reasons gets the entries that the disk has, not those that wait.
+//! * **Taken over**: each record fits what the disk says ([`super::take_over`]).
+
+use super::batch::{Changes, settle_slice};
+use super::format::data;
+use super::lock::Lock;
+use super::lookup::pin;
+use super::table_cache::{SliceNo, TableEntry};
+use super::writable::{Writable, check_sound};
+use crate::block::Survivor;
+use crate::io::IoResult;
+use crate::io::sync::Mutex;
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+/// Words of a record: the guest cluster plus one (0: there is no record), then the old entry and the new.
+const RECORD: usize = 5;
+/// In a record's first word: something newer may be on the disk.
+const MARK: u64 = 1 << 63;
+
+/// The entries of a mapping that wait.
+pub struct Journal<E> {
+    /// How many entries wait. Callers skip the lock when there are none.
+    count: AtomicUsize,
+    is_attached: AtomicBool,
+    state: Mutex<State<E>>,
+    settling: Lock<()>,
+    /// Entries of a slice.
+    per_slice: u64,
+}
+
+struct State<E> {
+    memory: Option<Arc<dyn Survivor>>,
+    /// Nothing is kept for now.
+    is_closed: bool,
+    /// How many other users have memory. After a kill any of them may come back first, without the records in
+    /// another user's memory, so nothing is kept while there are any.
+    rivals: usize,
+    /// Records that are free.
+    free: Vec<usize>,
+    records: usize,
+    slices: BTreeMap<SliceNo, BTreeMap<usize, Waiting<E>>>,
+    /// Of the next entry.
+    next: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Waiting<E> {
+    /// What the disk has.
+    old: E,
+    new: E,
+    /// None: the memory is gone, and only this process knows the entry.
+    record: Option<usize>,
+    /// The bytes that it shows must be durable before the disk has it.
+    is_copied: bool,
+    /// Older entries have lower numbers.
+    number: u64,
+}
+
+/// What a record says.
+#[derive(Clone, Copy)]
+pub(super) struct Left<E> {
+    /// The guest's cluster.
+    pub cluster: u64,
+    /// Something newer may be on the disk.
+    pub is_marked: bool,
+    pub old: E,
+    pub new: E,
+    pub record: usize,
+}
+
+/// Whether entries wait now.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    No,
+    Yes,
+    /// And it is time to settle.
+    HalfFull,
+}
+
+impl<E> Default for State<E> {
+    fn default() -> State<E> {
+        State {
+            memory: None,
+            is_closed: false,
+            rivals: 0,
+            free: Vec::new(),
+            records: 0,
+            slices: BTreeMap::new(),
+            next: 0,
+        }
+    }
+}
+
+impl<E: TableEntry> Journal<E> {
+    /// `per_slice`: entries of a slice.
+    pub fn new(per_slice: usize) -> Journal<E> {
+        Journal {
+            count: AtomicUsize::new(0),
+            is_attached: AtomicBool::new(false),
+            state: Mutex::default(),
+            settling: Lock::new(()),
+            per_slice: per_slice as u64,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Acquire) == 0
+    }
+
+    fn is_attached(&self) -> bool {
+        self.is_attached.load(Ordering::Acquire)
+    }
+
+    /// Keeps entries of one slice, with what they replace, if there is room. The caller has the slice
+    /// pinned, and shows them afterwards.
+    fn keep(&self, slice: SliceNo, entries: &[(usize, E, E)], is_copied: bool) -> Kept {
+        let mut state = self.state.lock();
+        let State { memory, is_closed, rivals, free, records, slices, next } = &mut *state;
+        let has_room = free.len() >= entries.len() && !*is_closed && *rivals == 0;
+        let Some(memory) = memory.as_ref().filter(|_| has_room) else {
+            return Kept::No;
+        };
+        let waiting = slices.entry(slice).or_default();
+        if entries.iter().any(|(index, ..)| waiting.contains_key(index)) {
+            return Kept::No;
+        }
+        let was_half = free.len() * 2 <= *records;
+        for &(index, old, new) in entries {
+            let Some(record) = free.pop() else { continue };
+            write_record(memory.words(), record, slice.0 * self.per_slice + index as u64, old, new);
+            let record = Some(record);
+            waiting.insert(index, Waiting { old, new, record, is_copied, number: *next });
+            *next += 1;
+            self.count.fetch_add(1, Ordering::AcqRel);
+        }
+        match !was_half && free.len() * 2 <= *records {
+            true => Kept::HalfFull,
+            false => Kept::Yes,
+        }
+    }
+
+    /// Keeps nothing more, or goes on doing so.
+    pub fn close(&self, is_closed: bool) {
+        self.state.lock().is_closed = is_closed;
+    }
+
+    /// Changes what was read of a slice to what readers are to see.
+    pub fn show(&self, slice: SliceNo, entries: &mut [E]) {
+        if self.is_empty() {
+            return;
+        }
+        let state = self.state.lock();
+        for (&index, waiting) in state.slices.get(&slice).into_iter().flatten() {
+            entries[index] = waiting.new;
+        }
+    }
+
+    /// What the disk has of the entries of a range that wait, except those that `changes` has.
+    pub fn on_disk(&self, slice: SliceNo, range: Range<usize>, changes: &Changes<E>) -> Changes<E> {
+        if self.is_empty() {
+            return Changes::new();
+        }
+        let changed: BTreeSet<usize> = changes.iter().map(|&(index, _)| index).collect();
+        let state = self.state.lock();
+        let Some(waiting) = state.slices.get(&slice) else { return Changes::new() };
+        let waiting = waiting.range(range).filter(|(index, _)| !changed.contains(index));
+        waiting.map(|(&index, waiting)| (index, waiting.old)).collect()
+    }
+
+    /// The disk is about to have something newer than what waits.
+    pub fn mark(&self, slice: SliceNo, changes: &Changes<E>) {
+        let state = self.state.lock();
+        let (Some(memory), Some(waiting)) = (&state.memory, state.slices.get(&slice)) else {
+            return;
+        };
+        for waiting in changes.iter().filter_map(|(index, _)| waiting.get(index)) {
+            if let Some(record) = waiting.record {
+                memory.words()[record * RECORD].fetch_or(MARK, Ordering::Release);
+            }
+        }
+    }
+
+    /// Whether one of these entries waits.
+    pub fn has_one_of(&self, slice: SliceNo, changes: &Changes<E>) -> bool {
+        if self.is_empty() {
+            return false;
+        }
+        let state = self.state.lock();
+        let waiting = state.slices.get(&slice);
+        waiting.is_some_and(|waiting| changes.iter().any(|(index, _)| waiting.contains_key(index)))
+    }
+
+    /// The disk has these entries as they are to be. Before they are shown.
+    pub fn handed_over(&self, slice: SliceNo, changes: &Changes<E>) {
+        if self.is_empty() {
+            return;
+        }
+        let mut state = self.state.lock();
+        let State { memory, free, slices, .. } = &mut *state;
+        let Some(waiting) = slices.get_mut(&slice) else { return };
+        for (index, _) in changes {
+            let Some(gone) = waiting.remove(index) else { continue };
+            self.count.fetch_sub(1, Ordering::AcqRel);
+            if let (Some(record), Some(memory)) = (gone.record, memory.as_ref()) {
+                clear_record(memory.words(), record);
+                free.push(record);
+            }
+        }
+        if waiting.is_empty() {
+            slices.remove(&slice);
+        }
+    }
+
+    /// The number that the next entry gets.
+    fn moment(&self) -> u64 {
+        self.state.lock().next
+    }
+
+    /// Slices in which entries wait that came before a moment, and whether what one of these shows was
+    /// copied.
+    fn slices_before(&self, moment: u64) -> (Vec<SliceNo>, bool) {
+        let state = self.state.lock();
+        let (mut slices, mut is_copied) = (Vec::new(), false);
+        for (&slice, waiting) in &state.slices {
+            let mut due = waiting.values().filter(|waiting| waiting.number < moment).peekable();
+            if due.peek().is_some() {
+                slices.push(slice);
+                is_copied |= due.any(|waiting| waiting.is_copied);
+            }
+        }
+        (slices, is_copied)
+    }
+
+    /// The entries of a slice that wait and came before a moment.
+    fn due(&self, slice: SliceNo, moment: u64) -> Changes<E> {
+        let state = self.state.lock();
+        let waiting = state.slices.get(&slice).into_iter().flatten();
+        let due = waiting.filter(|(_, waiting)| waiting.number < moment);
+        due.map(|(&index, waiting)| (index, waiting.new)).collect()
+    }
+
+    /// Lets the entries wait that another process has left.
+    pub(super) fn take_over(&self, left: &[Left<E>]) {
+        let mut state = self.state.lock();
+        for &Left { cluster, old, new, .. } in left {
+            let (slice, index) = (cluster / self.per_slice, (cluster % self.per_slice) as usize);
+            let waiting = Waiting { old, new, record: None, is_copied: true, number: state.next };
+            state.next += 1;
+            if state.slices.entry(SliceNo(slice)).or_default().insert(index, waiting).is_none() {
+                self.count.fetch_add(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Keeps entries in `memory` from now on, which has no records.
+    pub(super) fn keep_in(&self, memory: Arc<dyn Survivor>) {
+        let mut state = self.state.lock();
+        if state.memory.is_some() {
+            state.rivals += 1;
+            return;
+        }
+        state.records = memory.words().len() / RECORD;
+        state.free = (0..state.records).rev().collect();
+        state.memory = Some(memory);
+        self.is_attached.store(true, Ordering::Release);
+    }
+
+    /// Uses the memory no more.
+    pub fn let_go(&self, memory: &Arc<dyn Survivor>) {
+        let mut state = self.state.lock();
+        if !state.memory.as_ref().is_some_and(|mine| Arc::ptr_eq(mine, memory)) {
+            state.rivals = state.rivals.saturating_sub(1);
+            return;
+        }
+        for waiting in state.slices.values_mut().flat_map(BTreeMap::values_mut) {
+            waiting.record = None;
+        }
+        state.memory = None;
+        state.free.clear();
+        self.is_attached.store(false, Ordering::Release);
+    }
+}
+
+/// A record counts when its first word is there, which is written last.
+fn write_record(
+    words: &[AtomicU64],
+    record: usize,
+    cluster: u64,
+    old: impl TableEntry,
+    new: impl TableEntry,
+) {
+    let words = &words[record * RECORD..][..RECORD];
+    let content = [old.words(), new.words()];
+    for (word, &value) in words[1..].iter().zip(content.as_flattened()) {
+        word.store(value, Ordering::Release);
+    }
+    words[0].store(cluster + 1, Ordering::Release);
+}
+
+pub(super) fn clear_record(words: &[AtomicU64], record: usize) {
+    words[record * RECORD].store(0, Ordering::Release);
+}
+
+/// The entries that an earlier process has left.
+pub(super) fn read_records<E: TableEntry>(words: &[AtomicU64]) -> Vec<Left<E>> {
+    let read = |(record, words): (usize, &[AtomicU64])| {
+        let mut content = [0; RECORD];
+        content.iter_mut().zip(words).for_each(|(to, word)| *to = word.load(Ordering::Acquire));
+        let [cluster, old, old_second, new, new_second] = content;
+        Some(Left {
+            cluster: (cluster & !MARK).checked_sub(1)?,
+            is_marked: cluster & MARK != 0,
+            old: E::from_words(old, old_second),
+            new: E::from_words(new, new_second),
+            record,
+        })
+    };
+    words.chunks_exact(RECORD).enumerate().filter_map(read).collect()
+}
+
+/// What the journal asks of a format.
+pub trait Journaling: Writable {
+    /// Whether entries may wait at all. They may not where the next opening of the image after a crash counts
+    /// references anew, and would find none to clusters that only records name.
+    fn may_keep(&self) -> bool {
+        true
+    }
+
+    /// Whether an entry refers to no cluster, so that replacing it frees none.
+    fn refers_to_nothing(&self, entry: Self::Entry) -> bool;
+}
+
+/// Keeps the new entries of clusters from `guest` on, all of one slice, and shows them, if that is possible; if not, or
+/// if it fails, nothing has changed. The caller holds their range, and has handed what they show to the kernel;
+/// `is_copied`: some of it must be durable before the disk has the entries.
+pub async fn keep_entries<F: Journaling>(
+    image: &F,
+    guest: u64,
+    old: &[F::Entry],
+    new: &[F::Entry],
+    is_copied: bool,
+) -> IoResult<Kept> {
+    let tables = image.tables();
+    if !tables.journal.is_attached() || !image.may_keep() {
+        return Ok(Kept::No);
+    }
+    if !old.iter().all(|&old| image.refers_to_nothing(old)) {
+        return Ok(Kept::No);
+    }
+    check_sound(image).await?;
+    let pinned = pin(image, guest).await?;
+    let (slice, first) = tables.slice_of(guest);
+    let all = old.iter().zip(new).enumerate();
+    let all: SmallVec<[_; 2]> = all.map(|(n, (&old, &new))| (first + n, old, new)).collect();
+    let kept = tables.journal.keep(slice, &all, is_copied);
+    if kept != Kept::No {
+        let shown: SmallVec<[_; 2]> = all.iter().map(|&(index, _, new)| (index, new)).collect();
+        pinned.publish(&shown);
+    }
+    Ok(kept)
+}
+
+/// Makes what the entries that wait now show durable, and hands them over.
+pub async fn settle_journal<F: Writable>(image: &F) -> IoResult {
+    let tables = image.tables();
+    if tables.journal.is_empty() {
+        return Ok(());
+    }
+    let _turn = tables.journal.settling.lock().await;
+    let moment = tables.journal.moment();
+    let (slices, is_copied) = tables.journal.slices_before(moment);
+    if is_copied {
+        data(image).flush().await?;
+    }
+    for slice in slices {
+        let due = || tables.journal.due(slice, moment);
+        settle_slice(image, slice, tables.start_of(slice), due).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,37 @@
+//! What the layer asks of a format whose tables it writes.
+
+use super::format::Format;
+use super::write_state::Stop;
+use crate::io::{Errno, IoResult};
+use std::future::{Future, ready};
+
+/// A mapping whose entries change.
+pub trait Writable: Format {
+    /// Puts an entry's bytes as they are on the disk into `bytes`, of which there are
+    /// [`Shape::entry_bytes`](super::Shape).
+    fn store(entry: Self::Entry, bytes: &mut [u8]);
+
+    /// Brings to the disk what has to be there before anything is written for the first time: a mark that the image
+    /// is in use, or that its metadata may be inconsistent. Is called before each request that writes.
+    fn prepare(&self) -> impl Future<Output = IoResult>;
+
+    /// Fails if the image was found to be corrupt. Is called before a table is written; when it succeeds, the disk has
+    /// everything that tables rely on (a header that is in doubt has been written again).
+    fn check_intact(&self) -> impl Future<Output = IoResult> {
+        ready(Ok(()))
+    }
+
+    /// Refuses to write a part of a mapping table over something else. The format reports it.
+    fn check_table_write(&self, _offset: u64, _len: u64) -> IoResult {
+        Ok(())
+    }
+}
+
+/// Fails if the image was found to be corrupt, or tables could not be written.
+pub async fn check_sound<F: Writable>(image: &F) -> IoResult {
+    image.check_intact().await?;
+    match image.tables().stopped.get() {
+        Stop::Not => Ok(()),
+        Stop::NeedsFlush | Stop::ForGood => Err(Errno::EIO),
+    }
+}

@@ -1,0 +1,40 @@
+//! The space of an open image: host clusters, from being free to being free again.
+
+use super::alloc::Pool;
+use super::holes::Holes;
+use super::packed::Packing;
+use super::refcounts::Refcounts;
+use crate::cow::{Freed, Lock};
+use crate::io::sync::Mutex;
+use std::sync::Arc;
+
+/// See the module's text. Locks that are held across waits are taken in the order of the fields.
+pub struct Space {
+    /// Held while compressed clusters are given their places.
+    pub packing: Lock<Packing>,
+    /// None when the image is read-only.
+    pub counts: Option<Arc<Lock<Refcounts>>>,
+    /// Held while a child grows.
+    pub growing: Lock<()>,
+    /// Reserved clusters.
+    pub pool: Mutex<Pool>,
+    /// Clusters that entries no longer name.
+    pub freed: Freed,
+    pub holes: Holes,
+    /// Refcount blocks that are kept in memory, in bytes.
+    pub cache_bytes: u64,
+}
+
+impl Space {
+    pub fn new(counts: Option<Refcounts>, cache_bytes: u64) -> Space {
+        Space {
+            packing: Lock::new(Packing::default()),
+            counts: counts.map(|counts| Arc::new(Lock::new(counts))),
+            growing: Lock::new(()),
+            pool: Mutex::default(),
+            freed: Freed::default(),
+            holes: Holes::default(),
+            cache_bytes,
+        }
+    }
+}
