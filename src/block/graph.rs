@@ -15,15 +15,17 @@ mod overlay;
 mod permissions;
 mod reopen;
 mod rest;
+mod step;
 mod succession;
 
 #[cfg(test)]
 mod tests;
 
 pub use activity::Activity;
-pub use drain::{Drained, User};
+pub use drain::{Drained, User, with_snapshots};
 pub use overlay::Over;
 pub use reopen::Reopening;
+pub use step::{Meanwhile, Step};
 
 use super::name::Names;
 use super::open::{Depth, duplicate};
@@ -216,11 +218,16 @@ impl Graph {
     async fn open_top(&self, options: Map, claim: &Claim) -> Result<Arc<Node>, Error> {
         let node =
             self.open_node(options.clone(), String::new(), None, Depth::TOP, claim.id).await?;
+        self.keep_open(&node, options);
+        Ok(node)
+    }
+
+    /// A node that was opened with these options stays open until it is deleted.
+    fn keep_open(&self, node: &Node, asked: Map) {
         if let Some((_, entry)) = self.0.state.lock().by_name_mut(node.name()) {
             entry.monitor = true;
-            entry.asked = options;
+            entry.asked = asked;
         }
-        Ok(node)
     }
 
     /// [`Graph::open`] for threads that may wait. Not to be called on a worker.

@@ -5,7 +5,7 @@
 
 use super::overlays::{NewOverlay, prepare};
 use super::{Service, snapshots};
-use crate::block::graph::{Drained, Graph, Over};
+use crate::block::graph::{self, Drained, Graph, Meanwhile, Over};
 use crate::block::{Bitmap, Error, NewBitmap, Node, Snapshots};
 use crate::options::Map;
 use std::sync::Arc;
@@ -103,7 +103,7 @@ async fn run(graph: &Graph, steps: Vec<Step>) -> Result<(), Error> {
                     Undo::Over(over) => overlays.push(over),
                     Undo::RemoveBitmap(node, bitmap) => {
                         bitmap.set_busy(false);
-                        let removed = node.remove_bitmap(bitmap.name()).await;
+                        let removed = remove_bitmap(&drained, &node, bitmap.name()).await;
                         result = result.and(removed);
                     }
                     _ => {}
@@ -186,7 +186,7 @@ impl Step {
             Step::AddBitmap { node, new } => {
                 let node = graph.find(&node).map_err(|_| no_device(&node, &node))?;
                 let name = new.name.clone();
-                node.add_bitmap(new).await?;
+                add_bitmap(drained, &node, new).await?;
                 Undo::AddBitmap(node, name)
             }
             Step::RemoveBitmap { node, name } => {
@@ -198,12 +198,14 @@ impl Step {
             Step::ClearBitmap { node, name } => {
                 let node = find(&node)?;
                 let undo = kept(&node, &name)?;
+                begin_bitmap_change(drained, &node, &name).await?;
                 node.clear_bitmap(&name).await?;
                 undo
             }
             Step::EnableBitmap { node, name, enable } => {
                 let node = find(&node)?;
                 let was = node.bitmaps().find(&name)?.flags().recording;
+                begin_bitmap_change(drained, &node, &name).await?;
                 node.enable_bitmap(&name, enable).await?;
                 if was == enable {
                     return Ok(None);
@@ -215,13 +217,12 @@ impl Step {
                 let undo = kept(&node, &target)?;
                 let find = |(node, name): (String, String)| Ok((find(&node)?, name));
                 let sources = sources.into_iter().map(find).collect::<Result<Vec<_>, Error>>()?;
+                begin_bitmap_change(drained, &node, &target).await?;
                 node.merge_bitmaps(&target, &sources).await?;
                 undo
             }
             Step::Snapshot { node, name } => {
-                let work = async |all: &dyn Snapshots| snapshots::make(all, &node, &name).await;
-                let made = graph.with_snapshots_now(drained, &node, work).await;
-                made.unwrap_or_else(|| Err(snapshots::unsupported(&node)))?;
+                make_snapshot(drained, &node, &name).await?;
                 Undo::Snapshot(node, name)
             }
             Step::PutOver { base, overlay } => {
@@ -245,6 +246,74 @@ fn no_device(device: &str, node: &str) -> Error {
     Error::new(format!("Cannot find device='{device}' nor node-name='{node}'"))
 }
 
+/// A step that waits for the storage of a node, whose users may go on before it has ended.
+fn step(node: &Arc<Node>, doing: String) -> graph::Step<'_> {
+    let what = format!("{doing} node '{}'", node.name());
+    graph::Step { node, what, meanwhile: Meanwhile::Requests }
+}
+
+async fn add_bitmap(drained: &Drained<'_>, node: &Arc<Node>, new: NewBitmap) -> Result<(), Error> {
+    let step = step(node, format!("Adding bitmap '{}' to", new.name));
+    let (name, theirs, late) = (new.name.clone(), node.clone(), node.clone());
+    let add = async move { theirs.add_bitmap(new).await };
+    let remove = async move |added: Result<(), Error>| {
+        if added.is_ok() {
+            log_failure(late.remove_bitmap(&name).await);
+        }
+    };
+    drained.step(step, add, remove).await
+}
+
+/// A bitmap whose removal takes too long is gone when that has ended.
+async fn remove_bitmap(drained: &Drained<'_>, node: &Arc<Node>, name: &str) -> Result<(), Error> {
+    let step = step(node, format!("Removing bitmap '{name}' from"));
+    let (theirs, name) = (node.clone(), name.to_owned());
+    let remove = async move { theirs.remove_bitmap(&name).await };
+    drained.step(step, remove, async |removed| log_failure(removed)).await
+}
+
+/// Has the image know that a bitmap changes. The change itself is one of memory then.
+async fn begin_bitmap_change(
+    drained: &Drained<'_>,
+    node: &Arc<Node>,
+    name: &str,
+) -> Result<(), Error> {
+    let step = step(node, format!("Changing bitmap '{name}' of"));
+    let (theirs, name) = (node.clone(), name.to_owned());
+    let begin = async move { theirs.begin_bitmap_change(&name).await };
+    drained.step(step, begin, async |_| ()).await
+}
+
+async fn make_snapshot(drained: &Drained<'_>, node: &Arc<Node>, name: &str) -> Result<(), Error> {
+    let step = step(node, format!("Making snapshot '{name}' of"));
+    let (theirs, late) = (node.clone(), node.clone());
+    let (name, made_name) = (name.to_owned(), name.to_owned());
+    let make = async move {
+        let work = async |all: &dyn Snapshots| snapshots::make(all, &theirs, &name).await;
+        let made = graph::with_snapshots(&theirs, work).await;
+        made.unwrap_or_else(|| Err(snapshots::unsupported(&theirs)))
+    };
+    let delete = async move |made: Result<(), Error>| {
+        if made.is_ok() {
+            log_failure(delete_snapshot(late, made_name).await);
+        }
+    };
+    drained.step(step, make, delete).await
+}
+
+async fn delete_snapshot(node: Arc<Node>, name: String) -> Result<(), Error> {
+    let work = async |all: &dyn Snapshots| {
+        snapshots::delete(all, &node, None, Some(&name)).await.map(drop)
+    };
+    graph::with_snapshots(&node, work).await.unwrap_or(Ok(()))
+}
+
+fn log_failure(result: Result<(), Error>) {
+    if let Err(error) = result {
+        log::error!("taking a step of a transaction back: {error}");
+    }
+}
+
 /// What puts back what a bitmap holds now.
 fn kept(node: &Node, name: &str) -> Result<Undo, Error> {
     let bitmap = node.bitmaps().find(name)?;
@@ -255,7 +324,7 @@ fn kept(node: &Node, name: &str) -> Result<Undo, Error> {
 impl Undo {
     async fn run(self, graph: &Graph, drained: &Drained<'_>) {
         let result = match self {
-            Undo::AddBitmap(node, name) => node.remove_bitmap(&name).await,
+            Undo::AddBitmap(node, name) => remove_bitmap(drained, &node, &name).await,
             Undo::RemoveBitmap(_, bitmap) => {
                 bitmap.set_busy(false);
                 Ok(())
@@ -268,18 +337,15 @@ impl Undo {
             }
             Undo::EnableBitmap(node, name, was) => node.enable_bitmap(&name, was).await,
             Undo::Snapshot(node, name) => {
-                let work = async |all: &dyn Snapshots| {
-                    snapshots::delete(all, &node, None, Some(&name)).await.map(drop)
-                };
-                graph.with_snapshots_now(drained, &node, work).await.unwrap_or(Ok(()))
+                let step = step(&node, format!("Deleting snapshot '{name}' of"));
+                let delete = delete_snapshot(node.clone(), name);
+                drained.step(step, delete, async |_| ()).await
             }
             Undo::Over(over) => {
                 graph.take_back(drained, over).await;
                 Ok(())
             }
         };
-        if let Err(error) = result {
-            log::error!("taking a step of a transaction back: {error}");
-        }
+        log_failure(result);
     }
 }

@@ -78,6 +78,22 @@ impl Node {
         self.bitmaps().find(name)
     }
 
+    /// What the image keeps of a bitmap is out of date from now on, as far as the image keeps it. Changes of it
+    /// wait for no storage then.
+    ///
+    /// # Errors
+    /// The image cannot be written to.
+    pub async fn begin_bitmap_change(&self, name: &str) -> Result<(), Error> {
+        match self.bitmaps().find(name) {
+            Ok(bitmap) => {
+                let flags = bitmap.flags();
+                self.begin_change(flags.persistent && !flags.read_only).await
+            }
+            // The change itself says so.
+            Err(_) => Ok(()),
+        }
+    }
+
     /// What the image keeps is out of date from now on.
     async fn begin_change(&self, persistent: bool) -> Result<(), Error> {
         match self.driver().bitmap_store() {

@@ -128,6 +128,10 @@ impl Graph {
 }
 
 impl Claim {
+    pub(super) fn new(graph: &Graph, id: u64) -> Claim {
+        Claim { graph: graph.clone(), id }
+    }
+
     /// Returns when it is this claim's turn.
     pub async fn served(&self) {
         self.graph.wait_until(|state| state.serve(self.id)).await;
@@ -227,6 +231,13 @@ impl Record {
 }
 
 impl State {
+    /// A claim of nodes that another one has, which may be kept when that has ended.
+    pub(super) fn claim_within(&mut self, outer: &Claim, parts: Vec<Part>) -> u64 {
+        let id = self.enqueue(parts, Some(outer.id), None);
+        self.serve(id);
+        id
+    }
+
     /// Takes a place in the order of claims.
     fn enqueue(&mut self, parts: Vec<Part>, within: Option<u64>, ends: Option<u64>) -> u64 {
         self.next_id += 1;

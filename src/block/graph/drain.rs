@@ -7,11 +7,13 @@
 use super::claims::{Claim, Part};
 use super::permissions::{Plan, release_locks};
 use super::rest::Asked;
+use super::step::{Meanwhile, Step};
 use super::{By, Graph, State, Use};
 use crate::block::{
     Error, LocalFuture, Node, Perm, Perms, Preallocation, Role, Snapshots, resizable,
 };
 use crate::io::epoch;
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -73,11 +75,22 @@ pub(super) struct Drain {
 /// changes these nodes or what lies around them ([`super::claims`]).
 pub struct Drained<'a> {
     graph: &'a Graph,
-    id: u64,
+    // They go on before others may change the graph.
+    pause: Pause,
     claim: Claim,
+    /// A step has not ended in time.
+    pub(super) late: Cell<bool>,
 }
 
 impl Drained<'_> {
+    pub(super) fn is_late(&self) -> bool {
+        self.late.get()
+    }
+
+    pub(super) fn graph(&self) -> &Graph {
+        self.graph
+    }
+
     pub(super) fn claim(&self) -> &Claim {
         &self.claim
     }
@@ -85,11 +98,24 @@ impl Drained<'_> {
     /// Those that are paused, also those that have come since.
     pub(super) fn users(&self) -> Vec<Arc<dyn User>> {
         let mut state = self.graph.0.state.lock();
-        state.drain(self.id).map_or_else(Vec::new, |drain| drain.users.clone())
+        state.drain(self.pause.id).map_or_else(Vec::new, |drain| drain.users.clone())
     }
 }
 
-impl Drop for Drained<'_> {
+/// The users that a drain has paused go on when this is dropped.
+pub(super) struct Pause {
+    graph: Graph,
+    id: u64,
+}
+
+impl Pause {
+    /// `id`: of the drain.
+    pub(super) fn new(graph: &Graph, id: u64) -> Pause {
+        Pause { graph: graph.clone(), id }
+    }
+}
+
+impl Drop for Pause {
     fn drop(&mut self) {
         let mut state = self.graph.0.state.lock();
         let mut ended = state.drains.extract_if(.., |drain| drain.id == self.id);
@@ -103,6 +129,16 @@ impl Drop for Drained<'_> {
 impl State {
     pub(super) fn drain(&mut self, id: u64) -> Option<&mut Drain> {
         self.drains.iter_mut().find(|drain| drain.id == id)
+    }
+
+    /// Keeps the users of a node and of those above it paused, which are at rest, until the drain of this number
+    /// has ended.
+    pub(super) fn pause_longer(&mut self, node: u64) -> u64 {
+        self.next_id += 1;
+        let users: Vec<_> = self.asked(&[node]).into_iter().map(|asked| asked.user).collect();
+        users.iter().for_each(|user| user.hold());
+        self.drains.push(Drain { id: self.next_id, nodes: vec![node], users });
+        self.next_id
     }
 
     /// Pauses a user that has just come to a node, if that stands on one that is drained.
@@ -162,7 +198,7 @@ impl Graph {
             let asked = state.asked(&ids);
             (self.begin_drain(&mut state, ids, claim), asked)
         };
-        self.bring_to_rest(drained.id, &asked).await?;
+        self.bring_to_rest(drained.pause.id, &asked).await?;
         Ok(drained)
     }
 
@@ -171,7 +207,7 @@ impl Graph {
         state.next_id += 1;
         let id = state.next_id;
         state.drains.push(Drain { id, nodes, users: Vec::new() });
-        Drained { graph: self, id, claim }
+        Drained { graph: self, pause: Pause::new(self, id), claim, late: Cell::new(false) }
     }
 
     /// Waits until nobody else changes `changed`, nor the nodes that are only to be `kept`.
@@ -186,7 +222,7 @@ impl Graph {
             parts.collect::<Result<Vec<_>, Error>>()?
         };
         parts.extend(kept.iter().map(|node| Part::Keep(node.name().to_owned())));
-        Ok(self.claim(parts).await)
+        self.claim_in_time(parts, changed.first()).await
     }
 
     /// Turns the edge from `parent` to its child in `role` to another node, under running users.
@@ -231,7 +267,7 @@ impl Graph {
         // Again, for those who came to the parent and found the old node below it.
         let members = parent.members();
         members.iter().for_each(|member| node.add_member(member));
-        epoch::synchronize(&members).await;
+        drained.settle(parent, members, old.clone()).await;
         release_locks(&mut self.0.state.lock(), drained.claim.id);
         let left = {
             let state = self.0.state.lock();
@@ -260,18 +296,23 @@ impl Graph {
         let hold = self.attach(node, "an unnamed block device", perms, None)?;
         let drained = self.drain(node).await?;
         let members = node.members();
-        epoch::synchronize(&members).await;
-        // A device that has grown by more than is asked for is taken as it is.
-        let result = match len > node.len() {
-            true => node.grow(len, Preallocation::Off).await,
-            false => node.resize(len, true).await,
+        let (theirs, users) = (node.clone(), drained.users());
+        let work = async move {
+            let _hold = hold;
+            epoch::synchronize(&members).await;
+            // A device that has grown by more than is asked for is taken as it is.
+            match len > theirs.len() {
+                true => theirs.grow(len, Preallocation::Off).await?,
+                false => theirs.resize(len, true).await?,
+            }
+            theirs.bitmaps().resize(theirs.len(), &members);
+            users.iter().for_each(|user| user.resized());
+            Ok(())
         };
-        if result.is_ok() {
-            node.bitmaps().resize(node.len(), &members);
-            drained.users().iter().for_each(|user| user.resized());
-        }
-        drop(hold);
-        result
+        let what = format!("Resizing node '{}', whose users wait for it,", node.name());
+        // Nobody can say of a length that changes which requests lie inside of it.
+        let step = Step { node, what, meanwhile: Meanwhile::Nothing };
+        drained.step(step, work, async |_| ()).await
     }
 
     /// Works on the internal snapshots of a node, which its users go on using, while nobody else
@@ -284,16 +325,6 @@ impl Graph {
     ) -> Option<Result<T, Error>> {
         let worked = self.undisturbed(node, &[], async || with_snapshots(node, work).await);
         worked.await.unwrap_or_else(|error| Some(Err(error)))
-    }
-
-    /// [`Graph::with_snapshots`] for a change that has drained the node.
-    pub async fn with_snapshots_now<T>(
-        &self,
-        _: &Drained<'_>,
-        node: &Arc<Node>,
-        work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
-    ) -> Option<Result<T, Error>> {
-        with_snapshots(node, work).await
     }
 
     /// Changes a node's bitmaps while nobody else changes the node, nor those of `sources`, which the change reads.
@@ -368,8 +399,9 @@ impl State {
     }
 }
 
-/// Works on the internal snapshots of a node, or of the only node that it stands on.
-async fn with_snapshots<T>(
+/// Works on the internal snapshots of a node, or of the only node that it stands on, if it has any. A step of a
+/// change that has drained the node; others use [`Graph::with_snapshots`].
+pub async fn with_snapshots<T>(
     node: &Arc<Node>,
     work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,
 ) -> Option<Result<T, Error>> {

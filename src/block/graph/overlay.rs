@@ -6,10 +6,10 @@
 //! overlay cannot take them over go on with what they had.
 
 use super::permissions::{Plan, release_locks};
+use super::step::{Meanwhile, Step};
 use super::{By, Drained, Graph, State, User};
 use crate::block::open::Depth;
 use crate::block::{Child, Error, Node, Role};
-use crate::io::epoch;
 use crate::options::{Map, Value};
 use std::sync::Arc;
 
@@ -40,16 +40,27 @@ impl Graph {
             state.check_base(base)?;
             state.check_overlay(overlay)?
         };
-        flush(base).await?;
+        drained.flush(base).await?;
         self.forget(drained, overlay).await;
         let mut options = asked.clone();
         options.insert(Role::Backing.name(), base.name());
-        let result = match self.open_top(options, drained.claim()).await {
-            Ok(node) => self.take_over(drained, base, &node).await.map(|()| node),
+        let (graph, before) = (self.clone(), asked.clone());
+        let reopen = async move || {
+            if let Err(error) = graph.open(before).await {
+                log::error!("opening an overlay as it was: {error}");
+            }
+        };
+        let result = match self.open_overlay(drained, base, options.clone(), reopen).await {
+            Ok(node) => {
+                self.keep_open(&node, options);
+                self.take_over(drained, base, &node).await.map(|()| node)
+            }
             Err(error) => Err(error),
         };
         match result {
             Ok(node) => Ok(Over { base: base.clone(), overlay: node, asked: Some(asked) }),
+            // It is opened as it was when the storage has answered.
+            Err(error) if drained.is_late() => Err(error),
             Err(error) => {
                 self.open_as_before(drained, overlay, asked).await;
                 Err(error)
@@ -69,11 +80,33 @@ impl Graph {
         options: Map,
     ) -> Result<Over, Error> {
         self.check_base(base)?;
-        flush(base).await?;
-        let claim = drained.claim().id;
-        let node = self.open_node(options, String::new(), None, Depth::TOP, claim).await?;
+        drained.flush(base).await?;
+        let node = self.open_overlay(drained, base, options, async || ()).await?;
         self.take_over(drained, base, &node).await?;
         Ok(Over { base: base.clone(), overlay: node, asked: None })
+    }
+
+    /// Opens an overlay, as a step of the change. If that takes too long the overlay is closed again, and `late` is
+    /// called then.
+    async fn open_overlay(
+        &self,
+        drained: &Drained<'_>,
+        base: &Arc<Node>,
+        options: Map,
+        late: impl AsyncFnOnce() + 'static,
+    ) -> Result<Arc<Node>, Error> {
+        let what = format!("Opening an overlay of node '{}'", base.name());
+        let step = Step { node: base, what, meanwhile: Meanwhile::Use };
+        let (graph, claim) = (self.clone(), drained.claim().id);
+        let open =
+            async move { graph.open_node(options, String::new(), None, Depth::TOP, claim).await };
+        let graph = self.clone();
+        let close = async move |opened: Result<Arc<Node>, Error>| {
+            drop(opened);
+            graph.tidy().await;
+            late().await;
+        };
+        drained.step(step, open, close).await
     }
 
     /// Whether a node can come to lie below an overlay.
@@ -99,7 +132,16 @@ impl Graph {
     /// Ends a change in which overlays have taken over, or were to. What lies below those that stay is finished.
     pub async fn keep(&self, drained: &Drained<'_>, overlays: Vec<Over>) {
         for over in &overlays {
-            self.freeze(&over.base).await;
+            let (graph, base) = (self.clone(), over.base.clone());
+            let what = format!("Finishing the image of node '{}'", base.name());
+            let step = Step { node: &over.base, what, meanwhile: Meanwhile::Requests };
+            let finish = async move {
+                graph.freeze(&base).await;
+                Ok(())
+            };
+            if let Err(error) = drained.step(step, finish, async |_| ()).await {
+                log::warn!("{error}; until then it stays locked");
+            }
         }
         drop(overlays);
         release_locks(&mut self.0.state.lock(), drained.claim().id);
@@ -181,7 +223,16 @@ impl Graph {
             replaced.push(parent.driver().children()[child].replace(new.clone()));
         }
         for user in users {
-            user.moved(new).await;
+            let what = format!("Turning a user to node '{}'", new.name());
+            let step = Step { node: new, what, meanwhile: Meanwhile::Nothing };
+            let node = new.clone();
+            let turn = async move {
+                user.moved(&node).await;
+                Ok(())
+            };
+            if let Err(error) = drained.step(step, turn, async |_| ()).await {
+                log::warn!("{error}; until then the node's users wait");
+            }
         }
         let is_new = self.follow(new).unwrap_or(false) || old.traits() != new.traits();
         if is_new || old.len() != new.len() {
@@ -190,8 +241,7 @@ impl Graph {
         // Again, for those who came meanwhile and found the old node.
         let members = old.members();
         members.iter().for_each(|member| new.add_member(member));
-        epoch::synchronize(&members).await;
-        drop(replaced);
+        drained.settle(new, members, replaced).await;
     }
 
     /// Has a node and what it alone keeps its data in written to no more, so that others can read the image.
@@ -217,12 +267,6 @@ impl Graph {
         ids.into_iter().for_each(|id| plan.settle_again(id));
         plan.loosen();
     }
-}
-
-async fn flush(base: &Node) -> Result<(), Error> {
-    base.flush()
-        .await
-        .map_err(|errno| Error::os(format!("Error flushing '{}'", base.name()), errno))
 }
 
 /// The direct users of a node.

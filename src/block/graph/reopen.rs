@@ -71,7 +71,7 @@ impl Graph {
                 let named = task.named.iter().map(|name| Ok(Part::Keep(name.clone())));
                 ids.chain(named).collect::<Result<_, Error>>()?
             };
-            let claim = self.claim(parts).await;
+            let claim = self.claim_in_time(parts, task.leaving.first()).await?;
             // Others may have changed the graph meanwhile.
             let now = self.0.state.lock().task(wanted)?;
             let is_same = now.leaving.len() == task.leaving.len()
@@ -87,7 +87,7 @@ impl Graph {
     async fn reopen_drained(&self, drained: &Drained<'_>, task: Task) -> Result<(), Error> {
         let claim = drained.claim().id;
         let mut done = Done::default();
-        let mut result = self.bring_to_end(&task.leaving, &mut done).await;
+        let mut result = self.bring_to_end(drained, &task.leaving, &mut done).await;
         if result.is_ok() {
             result = self.open_successors(claim, &task).await;
         }
@@ -112,7 +112,12 @@ impl Graph {
     }
 
     /// Finishes what nodes that leave have begun, parents first.
-    async fn bring_to_end(&self, leaving: &[Arc<Node>], done: &mut Done) -> Result<(), Error> {
+    async fn bring_to_end(
+        &self,
+        drained: &Drained<'_>,
+        leaving: &[Arc<Node>],
+        done: &mut Done,
+    ) -> Result<(), Error> {
         for node in leaving {
             if node.driver().is_poisoned() {
                 return Err(Error::new(format!(
@@ -129,6 +134,9 @@ impl Graph {
                     done.thawed.push(node.clone());
                 }
                 continue;
+            }
+            if !node.traits().abilities.contains(Abilities::READ_ONLY) {
+                drained.flush(node).await?;
             }
             finish(node).await?;
             done.frozen.push(node.clone());

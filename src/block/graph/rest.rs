@@ -19,7 +19,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 /// How long requests in flight are waited for. Linux gives up on a request to a SCSI disk after as long.
-const DEADLINE: Duration = Duration::from_secs(30);
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long users at rest wait at first for those that are not.
 const GRACE: Duration = Duration::from_millis(100);

@@ -162,3 +162,38 @@ fn a_front_end_that_switches_off_a_write_cache_which_cannot_be_flushed_is_heard_
     idle.connection().config().unwrap();
     assert_eq!(idle.queue(0).reap().unwrap(), None, "request {token}");
 }
+
+#[test]
+fn a_flush_that_stalls_under_a_snapshot_fails_it_in_time_and_leaves_all_as_before() {
+    let daemon = two_monitors_with(&[
+        "--blockdev",
+        "driver=null-co,node-name=a,latency-ns=600000000000",
+        "--blockdev",
+        "driver=null-co,node-name=b",
+    ]);
+    let [mut first, mut second] = ["m.sock", "n.sock"].map(|m| Client::connect(&daemon.path(m)));
+    let more = json!({"writable": true, "io-timeout": 1});
+    first.run("block-export-add", export(&daemon, "ea", "a", more));
+    first.run("block-export-add", export(&daemon, "eb", "b", json!({"writable": true})));
+    let [mut slow, mut healthy] = ["ea", "eb"].map(|id| connect(&daemon, id));
+    let snapshot = |node: &str| {
+        let file = daemon.path(&format!("over-{node}.qcow2"));
+        json!({"type": "blockdev-snapshot-sync",
+               "data": {"node-name": node, "snapshot-file": file,
+                        "snapshot-node-name": format!("over-{node}"), "format": "qcow2"}})
+    };
+    let nodes = first.run("query-named-block-nodes", json!({"flat": true}));
+    let actions = json!({"actions": [snapshot("b"), snapshot("a")]});
+    let refused = first.refusal("transaction", actions);
+    assert_eq!(refused, "Flushing node 'a' has not ended within 1 s");
+    assert_eq!(first.run("query-named-block-nodes", json!({"flat": true})), nodes);
+    // Both go on, and the healthy one has its snapshot, while the flush is still under way.
+    slow.get_id().unwrap();
+    healthy.write(0, &[1; 512]).unwrap();
+    second.run("transaction", json!({"actions": [snapshot("b")]}));
+    healthy.write(0, &[1; 512]).unwrap();
+    first.send(
+        json!({"execute": "blockdev-del", "arguments": {"node-name": "b"}}).to_string().as_bytes(),
+    );
+    assert!(first.reply().get("error").is_some(), "it lies below an overlay");
+}

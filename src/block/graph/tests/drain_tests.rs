@@ -1,7 +1,9 @@
 //! Turns to change the graph, and the users that a drain pauses.
 
 use super::*;
+use crate::block::graph::{Meanwhile, Step};
 use std::task::Poll;
+use std::time::Duration;
 
 #[test]
 fn changes_take_turns() {
@@ -126,5 +128,59 @@ fn users_at_rest_go_on_while_a_drain_waits_for_others_and_are_paused_again() {
         }
         assert_eq!(*is_paused.lock(), Some([1, 1]));
         assert_eq!(paused(), [0, 0]);
+    });
+}
+
+#[test]
+fn a_step_that_takes_too_long_fails_and_is_undone_when_it_has_ended() {
+    let bench = Bench::new();
+    let graph = bench.graph.clone();
+    bench.worker.block_on(move || async move {
+        let [(a, slow, _hold), (b, healthy, _other)] = two_exports(&graph, "step").await;
+        slow.patience.store(100, Ordering::SeqCst);
+        let paused = || [&slow, &healthy].map(|export| export.paused.load(Ordering::SeqCst));
+        for meanwhile in [Meanwhile::Use, Meanwhile::Requests, Meanwhile::Nothing] {
+            let (goes_on, undone) =
+                (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
+            let (theirs, note) = (goes_on.clone(), undone.clone());
+            let work = async move {
+                while theirs.load(Ordering::SeqCst) {
+                    crate::io::sleep(Duration::from_millis(1)).await;
+                }
+                Ok(7)
+            };
+            let late = async move |result: Result<usize, Error>| {
+                note.store(result.unwrap(), Ordering::SeqCst);
+            };
+            let drained = graph.drain_all(&[a.clone(), b.clone()]).await.unwrap();
+            let step = Step { node: &a, what: "Flushing node 'a'".to_owned(), meanwhile };
+            let error = drained.step(step, work, late).await.unwrap_err().to_string();
+            assert_eq!(error, "Flushing node 'a' has not ended within 0.1 s");
+            drop(drained);
+            let stays = usize::from(meanwhile == Meanwhile::Nothing);
+            assert_eq!(paused(), [stays, 0]);
+            // Others change the other disk, and this one when the step has ended.
+            drop(graph.drain(&b).await.unwrap());
+            let (theirs, node) = (graph.clone(), a.clone());
+            let changed = Arc::new(AtomicBool::new(false));
+            let told = changed.clone();
+            crate::io::current().spawn(async move {
+                drop(theirs.drain(&node).await.unwrap());
+                told.store(true, Ordering::SeqCst);
+            });
+            crate::io::sleep(Duration::from_millis(5)).await;
+            assert!(!changed.load(Ordering::SeqCst) && undone.load(Ordering::SeqCst) == 0);
+            goes_on.store(false, Ordering::SeqCst);
+            while !changed.load(Ordering::SeqCst) {
+                crate::io::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!(undone.load(Ordering::SeqCst), 7);
+            assert_eq!(paused(), [0, 0]);
+        }
+        // In time: nothing is undone.
+        let drained = graph.drain(&a).await.unwrap();
+        let step = Step { node: &a, what: String::new(), meanwhile: Meanwhile::Use };
+        let done = drained.step(step, async { Ok(3) }, async |_| panic!("it was in time")).await;
+        assert_eq!(done.unwrap(), 3);
     });
 }
