@@ -45,6 +45,7 @@ mod members;
 pub mod memory;
 pub mod name;
 pub mod named;
+pub mod new_file;
 pub mod node;
 pub mod notice;
 pub mod open;

@@ -54,7 +54,6 @@ pub mod layout;
 mod mapping;
 mod measure;
 mod metadata_map;
-mod new_file;
 mod new_image;
 mod open;
 mod options;

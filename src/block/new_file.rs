@@ -1,11 +1,11 @@
 //! Files that a creation makes, which it removes when it fails, so that the space they took is free again.
 
-use crate::block::create::Creation;
-use crate::block::{DriverEntry, Error};
+use super::create::Creation;
+use super::{DriverEntry, Error};
 use std::path::PathBuf;
 
 /// A file that is about to be made.
-pub(super) struct NewFile {
+pub struct NewFile {
     /// Where the name stands for a file in a folder.
     path: Option<PathBuf>,
     existed: bool,
