@@ -5,6 +5,7 @@ use super::{Context, Ended, Tool, convert, outln};
 use crate::block::{Error, extents};
 use crate::cli::getopt::{Line, switch, valued};
 use crate::copy::{Copy, Part, Source, copy};
+use crate::io::Errno;
 use crate::tools::chain::{self, Layers};
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
@@ -108,7 +109,11 @@ async fn commit(
     if !keeps_top {
         let empty = |error: Error| error.at(format!("Failed to empty {}", wanted.name));
         let driver = top.node().driver();
-        driver.image().ok_or("Operation not supported")?.make_empty().await.map_err(empty)?;
+        match driver.image().ok_or("Operation not supported")?.make_empty().await {
+            // As in QEMU: an image of a format that cannot give up its clusters keeps them, and shows what it did.
+            Err(error) if error.errno() == Some(Errno::ENOTSUP) => {}
+            emptied => emptied.map_err(empty)?,
+        }
     }
     for image in [top].into_iter().chain(between).chain([base]) {
         images.close(image).await?;
