@@ -131,7 +131,7 @@ fn images() -> Vec<Case> {
 /// What needs more than its entry says: a block device, for which the tests of host_device make loop devices; an
 /// image that compresses, of which each unit is written once; formats that are only read, whose images QEMU makes
 /// for the tests of the tools; a file that grows (the model tests have `flat`).
-const ELSEWHERE: [&str; 5] = ["host_device", "compress", "qed", "vdi", "flat"];
+const ELSEWHERE: [&str; 4] = ["host_device", "compress", "vdi", "flat"];
 
 /// The disk of `lower`, with a node of the driver over it.
 fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {

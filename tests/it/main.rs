@@ -24,6 +24,7 @@ mod nvme_fake;
 mod package;
 mod qcow2;
 mod qcow2_format;
+mod qed;
 mod threads;
 mod tools;
 mod vhost_user;

@@ -1,67 +1,81 @@
-//! Checking an image (specification, "Consistency checking").
+//! Checking an image, and repairing it (specification, "Consistency checking").
 //!
-//! Every table and every cluster of data lies in the file behind the header, and is referred to once. Counts
-//! are those of `qemu-img check`.
+//! Every table and every cluster of data lies in the file behind the header, and is referred to once. A repair takes
+//! away entries that lead to no cluster of the file; clusters that two entries name stay as they are, for nobody
+//! knows whose they are. What nothing names at the end of the file is cut off. Counts are those of `qemu-img check`.
 
-use super::header::Header;
+use super::header::{Features, Header, Layout};
 use super::mapping::{UNALLOCATED, ZERO, entries};
 use super::open::read_header;
-use crate::block::{CheckReport, Error, Event, Node};
+use super::write::write_header;
+use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
 use crate::cow::{References, read_padded};
-use crate::io::{AlignedBuf, Errno, IoResult};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
 /// Bytes of a table that are read at once: tables have up to 1 GiB.
 const MAX_PIECE: u64 = 1 << 20;
 
-/// Checks the image in `file`, with no other request in flight.
+/// Checks the image in `file`, with no other request in flight, and repairs it if `fix` names anything. An image
+/// without mistakes that lose data needs no check any more, and then says so.
 ///
 /// # Errors
 /// The header makes no sense, or I/O failed.
-pub async fn check(file: &Node) -> Result<CheckReport, Error> {
+pub async fn check(file: &Node, fix: Fix) -> Result<CheckReport, Error> {
     let header = read_header(file).await?;
+    let layout = header.layout();
     let mut check = Check {
         file,
-        file_len: header.whole_clusters(file.driver().len()),
+        file_len: layout.whole_clusters(file.driver().len()),
+        repairs: fix != Fix::Nothing,
         report: CheckReport {
-            total_clusters: header.geometry.clusters(header.size),
+            total_clusters: layout.geometry.clusters(header.size),
             ..CheckReport::default()
         },
-        header,
+        layout,
         used: References::default(),
     };
-    check.run().await.map_err(|errno| Error::os("Check failed", errno))?;
+    check.run(&header).await.map_err(|errno| Error::os("Check failed", errno))?;
+    if check.repairs {
+        check.end_repair(header).await.map_err(|errno| Error::os("Repair failed", errno))?;
+    }
     Ok(check.report)
 }
 
 /// A check on its way.
 struct Check<'a> {
     file: &'a Node,
-    header: Header,
-    /// In bytes.
+    layout: Layout,
+    /// Of whole clusters, in bytes.
     file_len: u64,
+    /// Whether entries are taken away that lead nowhere.
+    repairs: bool,
     report: CheckReport,
     used: References,
 }
 
 impl Check<'_> {
-    async fn run(&mut self) -> IoResult {
-        let tables = u64::from(self.header.geometry.table_clusters);
-        let l1 = self.header.l1_offset;
-        self.refer(0, u64::from(self.header.header_clusters))?;
-        self.refer(l1, tables)?;
-        for at in self.pieces_of(l1) {
-            for entry in self.read(at).await? {
-                if entry == UNALLOCATED {
+    async fn run(&mut self, header: &Header) -> IoResult {
+        let tables = u64::from(self.layout.geometry.table_clusters);
+        self.refer(0, u64::from(header.header_clusters))?;
+        self.refer(header.l1_offset, tables)?;
+        for at in self.pieces_of(header.l1_offset) {
+            let mut piece = self.read(at).await?;
+            let mut has_changed = false;
+            for entry in &mut piece {
+                if *entry == UNALLOCATED {
                     continue;
                 }
-                if !self.header.has_room_for_table(entry, self.file_len) {
-                    self.report.corruptions += 1;
+                if !self.layout.has_room_for_table(*entry, self.file_len) {
+                    has_changed |= self.bad_entry(entry);
                     continue;
                 }
                 // What two entries name is looked at once.
-                if self.refer(entry, tables)? {
-                    self.check_l2(entry).await?;
+                if self.refer(*entry, tables)? {
+                    self.check_l2(*entry).await?;
                 }
+            }
+            if has_changed {
+                self.write(at, &piece).await?;
             }
         }
         self.count_leaks();
@@ -71,40 +85,93 @@ impl Check<'_> {
     async fn check_l2(&mut self, table: u64) -> IoResult {
         let mut last = None;
         for at in self.pieces_of(table) {
-            for entry in self.read(at).await? {
-                if matches!(entry, UNALLOCATED | ZERO) {
+            let mut piece = self.read(at).await?;
+            let mut has_changed = false;
+            for entry in &mut piece {
+                if matches!(*entry, UNALLOCATED | ZERO) {
                     continue;
                 }
                 self.report.allocated_clusters += 1;
                 let follows = last.is_none_or(|last: u64| {
-                    last.checked_add(self.header.geometry.cluster_size()) == Some(entry)
+                    last.checked_add(self.layout.geometry.cluster_size()) == Some(*entry)
                 });
                 self.report.fragmented_clusters += u64::from(!follows);
-                last = Some(entry);
-                if !self.header.has_room_for_data(entry, self.file_len) {
-                    self.report.corruptions += 1;
+                last = Some(*entry);
+                if !self.layout.has_room_for_data(*entry, self.file_len) {
+                    has_changed |= self.bad_entry(entry);
                     continue;
                 }
-                self.refer(entry, 1)?;
+                self.refer(*entry, 1)?;
+            }
+            if has_changed {
+                self.write(at, &piece).await?;
             }
         }
         Ok(())
     }
 
+    /// Counts an entry that leads nowhere, and takes it away in a repair. Returns whether it has changed.
+    fn bad_entry(&mut self, entry: &mut u64) -> bool {
+        match self.repairs {
+            true => {
+                *entry = UNALLOCATED;
+                self.report.corruptions_fixed += 1;
+            }
+            false => self.report.corruptions += 1,
+        }
+        self.repairs
+    }
+
+    /// Cuts off what nothing names at the end of the file, and takes back that the image needs a check, if nothing is
+    /// wrong that loses data.
+    async fn end_repair(&mut self, header: Header) -> IoResult {
+        if self.report.corruptions > 0 {
+            return Ok(());
+        }
+        // What was repaired is durable before the file becomes shorter and the image says that it is sound.
+        self.file.flush().await?;
+        let bits = self.layout.geometry.cluster_bits;
+        let (end, used) = (self.file_len >> bits, self.used_end());
+        if used < end
+            && let Some(image) = self.file.driver().image()
+            && image.resize(used << bits, true).await.is_ok()
+        {
+            self.report.leaks -= end - used;
+            self.report.leaks_fixed += end - used;
+        }
+        if header.features.contains(Features::NEED_CHECK) {
+            let features = header.features - Features::NEED_CHECK;
+            write_header(self.file, &Header { features, ..header }).await?;
+        }
+        Ok(())
+    }
+
+    /// The end of the last cluster that is referred to.
+    fn used_end(&self) -> u64 {
+        let end = self.file_len >> self.layout.geometry.cluster_bits;
+        let (mut at, mut last) = (0, 0);
+        while let Some(cluster) = self.used.next_page(at).filter(|&cluster| cluster < end) {
+            at = self.used.page_end(cluster).min(end);
+            let found = (cluster..at).rev().find(|&cluster| self.used.get(cluster) > 0);
+            last = found.map_or(last, |cluster| cluster + 1);
+        }
+        last
+    }
+
     /// Where the pieces of a table begin that are read at once.
     fn pieces_of(&self, table: u64) -> impl Iterator<Item = u64> + use<> {
-        let len = self.header.geometry.table_size();
+        let len = self.layout.geometry.table_size();
         (table..table + len).step_by(self.piece_len())
     }
 
     /// In bytes.
     fn piece_len(&self) -> usize {
-        self.header.geometry.table_size().min(MAX_PIECE) as usize
+        self.layout.geometry.table_size().min(MAX_PIECE) as usize
     }
 
     /// Notes one more reference to clusters that lie side by side. False if any of them had one.
     fn refer(&mut self, offset: u64, clusters: u64) -> IoResult<bool> {
-        let first = offset >> self.header.geometry.cluster_bits;
+        let first = offset >> self.layout.geometry.cluster_bits;
         let twice = (first..first + clusters).filter(|&cluster| self.used.get(cluster) > 0).count();
         self.report.corruptions += twice as u64;
         self.used.add(first, clusters).map_err(|_| Errno::ENOMEM)?;
@@ -113,7 +180,7 @@ impl Check<'_> {
 
     /// Clusters that nothing refers to, up to the end of the file.
     fn count_leaks(&mut self) {
-        let end = self.header.geometry.clusters(self.file_len);
+        let end = self.layout.geometry.clusters(self.file_len);
         let (mut at, mut used) = (0, 0);
         while let Some(cluster) = self.used.next_page(at).filter(|&cluster| cluster < end) {
             at = self.used.page_end(cluster).min(end);
@@ -128,5 +195,11 @@ impl Check<'_> {
         self.file.event(Event::L2Load).await;
         read_padded(self.file, at, &bytes.io_vec()).await?;
         Ok(entries(&bytes[..self.piece_len()]).collect())
+    }
+
+    async fn write(&self, at: u64, entries: &[u64]) -> IoResult {
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        self.file.event(Event::L2Update).await;
+        self.file.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
     }
 }

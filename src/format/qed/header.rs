@@ -4,6 +4,7 @@
 //! lies inside the file.
 
 use crate::block::Error;
+use crate::io::Errno;
 
 /// The first four bytes of every image.
 pub const MAGIC: [u8; 4] = *b"QED\0";
@@ -12,11 +13,13 @@ pub const LEN: usize = 64;
 /// Longest name of a backing file that is opened, in bytes.
 pub const BACKING_NAME_LIMIT: usize = 1023;
 
-/// Logarithms of the smallest and the largest cluster.
-const MIN_CLUSTER_BITS: u32 = 12;
-const MAX_CLUSTER_BITS: u32 = 26;
+/// Logarithms of the smallest and the largest cluster, and of the default.
+pub const MIN_CLUSTER_BITS: u32 = 12;
+pub const MAX_CLUSTER_BITS: u32 = 26;
+pub const DEFAULT_CLUSTER_BITS: u32 = 16;
 /// Clusters of an L1 or L2 table: a power of two up to this.
-const MAX_TABLE_CLUSTERS: u32 = 16;
+pub const MAX_TABLE_CLUSTERS: u32 = 16;
+pub const DEFAULT_TABLE_CLUSTERS: u32 = 4;
 
 bitflags::bitflags! {
     /// An image with an unknown bit of these is not opened.
@@ -65,6 +68,11 @@ impl Geometry {
         self.table_entries().saturating_mul(self.l2_coverage())
     }
 
+    /// Entries of the L1 table that a disk of `len` bytes needs.
+    pub fn l1_entries(&self, len: u64) -> u64 {
+        len.div_ceil(self.l2_coverage())
+    }
+
     /// Clusters that hold the first `len` bytes.
     pub fn clusters(&self, len: u64) -> u64 {
         len.div_ceil(self.cluster_size())
@@ -77,6 +85,35 @@ impl Geometry {
     }
 }
 
+/// Where tables and clusters may be in the file: behind the header, in whole clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    pub geometry: Geometry,
+    /// The least offset that is not the header's; never 0, which means that there is nothing.
+    first: u64,
+}
+
+impl Layout {
+    /// Bytes of the clusters that a file of so many bytes has: one that is cut off at its end is none (specification:
+    /// it may not be preserved).
+    pub fn whole_clusters(&self, file_len: u64) -> u64 {
+        file_len & !(self.geometry.cluster_size() - 1)
+    }
+
+    /// Whether a whole table that begins at an offset lies in whole clusters of so many bytes ("Consistency checking").
+    pub fn has_room_for_table(&self, offset: u64, whole: u64) -> bool {
+        let end = offset.checked_add(self.geometry.table_size());
+        self.geometry.is_aligned(offset)
+            && offset >= self.first
+            && end.is_some_and(|end| end <= whole)
+    }
+
+    /// Whether a cluster of the guest's data that begins at an offset lies in whole clusters of so many bytes.
+    pub fn has_room_for_data(&self, offset: u64, whole: u64) -> bool {
+        self.geometry.is_aligned(offset) && offset >= self.first && offset < whole
+    }
+}
+
 /// The fixed fields, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -84,6 +121,10 @@ pub struct Header {
     /// Clusters before the first regular one.
     pub header_clusters: u32,
     pub features: Features,
+    /// Unknown bits can be ignored, and are kept; all are unknown.
+    pub compatible: u64,
+    /// Unknown bits are cleared before the first write; all are unknown.
+    pub autoclear: u64,
     pub l1_offset: u64,
     /// Of the disk, in bytes.
     pub size: u64,
@@ -126,12 +167,15 @@ impl Header {
             geometry,
             header_clusters: u32_at(12),
             features,
+            compatible: u64_at(24),
+            autoclear: u64_at(32),
             l1_offset: u64_at(40),
             size: u64_at(48),
             backing_offset: u32_at(56),
             backing_len: u32_at(60),
         };
-        if !header.has_room_for_table(header.l1_offset, header.whole_clusters(file_len)) {
+        let layout = header.layout();
+        if !layout.has_room_for_table(header.l1_offset, layout.whole_clusters(file_len)) {
             return invalid("table offset");
         }
         if !header.size.is_multiple_of(512) || header.size > geometry.max_size() {
@@ -151,25 +195,50 @@ impl Header {
         u64::from(self.header_clusters) << self.geometry.cluster_bits
     }
 
-    /// Bytes of the clusters that a file of so many bytes has: one that is cut off at its end is none ("QED Image
-    /// File Format Specification": it may not be preserved).
-    pub fn whole_clusters(&self, file_len: u64) -> u64 {
-        file_len & !(self.geometry.cluster_size() - 1)
+    pub fn layout(&self) -> Layout {
+        Layout { geometry: self.geometry, first: self.len().max(1) }
     }
 
-    /// Whether a whole table that begins at an offset lies in a file of so many bytes, behind the header
-    /// ("Consistency checking").
-    pub fn has_room_for_table(&self, offset: u64, file_len: u64) -> bool {
-        let end = offset.checked_add(self.geometry.table_size());
-        self.geometry.is_aligned(offset)
-            && offset >= self.len().max(1)
-            && end.is_some_and(|end| end <= file_len)
+    /// The fixed fields as they are stored.
+    pub fn encode(&self) -> [u8; LEN] {
+        let mut bytes = [0; LEN];
+        let mut at = 0;
+        let mut put = |field: &[u8]| {
+            bytes[at..at + field.len()].copy_from_slice(field);
+            at += field.len();
+        };
+        put(&MAGIC);
+        put(&(1u32 << self.geometry.cluster_bits).to_le_bytes());
+        put(&self.geometry.table_clusters.to_le_bytes());
+        put(&self.header_clusters.to_le_bytes());
+        put(&self.features.bits().to_le_bytes());
+        put(&self.compatible.to_le_bytes());
+        put(&self.autoclear.to_le_bytes());
+        put(&self.l1_offset.to_le_bytes());
+        put(&self.size.to_le_bytes());
+        put(&self.backing_offset.to_le_bytes());
+        put(&self.backing_len.to_le_bytes());
+        bytes
     }
 
-    /// Whether a cluster of the guest's data that begins at an offset lies in a file of so many bytes,
-    /// behind the header.
-    pub fn has_room_for_data(&self, offset: u64, file_len: u64) -> bool {
-        self.geometry.is_aligned(offset) && offset >= self.len().max(1) && offset < file_len
+    /// The same header with another backing file, whose name is stored right behind the fixed fields; an empty name
+    /// is none.
+    ///
+    /// # Errors
+    /// The name has no room, or could not be opened again.
+    pub fn with_backing(&self, name: &[u8], format: Option<&str>) -> Result<Header, Error> {
+        let room = self.len().saturating_sub(LEN as u64).min(BACKING_NAME_LIMIT as u64);
+        if name.len() as u64 > room {
+            let len = name.len();
+            let text = format!("The name of the backing file has {len} bytes, more than {room}");
+            return Err(Error::new(text).with_errno(Errno(libc::ENOSPC)));
+        }
+        let backing = Features::BACKING_FILE | Features::RAW_BACKING;
+        let mut features = self.features - backing;
+        features.set(Features::BACKING_FILE, !name.is_empty());
+        features.set(Features::RAW_BACKING, !name.is_empty() && format == Some("raw"));
+        let backing_offset = if name.is_empty() { 0 } else { LEN as u32 };
+        Ok(Header { features, backing_offset, backing_len: name.len() as u32, ..self.clone() })
     }
 
     /// What is recorded of the backing file's format: that it is raw, or nothing.

@@ -3,7 +3,7 @@
 use super::Qed;
 use super::header::Geometry;
 use crate::block::{Access, Child};
-use crate::cow::{Format, Found, Piece, Shape, TableCache, TableEntry, Tables, TopEntry, TopTable};
+use crate::cow::{Format, Found, Piece, Shape, TableCache, TableEntry, Tables, TopEntry};
 use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
@@ -54,10 +54,9 @@ pub(super) fn entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks_exact(8).filter_map(|entry| entry.first_chunk()).map(|e| u64::from_le_bytes(*e))
 }
 
-/// The L1 table in memory, with as many entries as the disk needs.
-pub(super) fn l1_table(bytes: &[u8]) -> TopTable<L1Entry> {
-    let entries: Vec<_> = entries(bytes).map(L1Entry).collect();
-    TopTable::new(entries.len() as u64, &entries)
+/// Entries of an L1 table that a disk of any size needs at most.
+pub(super) fn most_l1_entries(geometry: &Geometry) -> u64 {
+    geometry.l1_entries(i64::MAX as u64).min(geometry.table_entries())
 }
 
 /// The mapping of an image that was just opened, of a disk of `size` bytes.
@@ -97,7 +96,7 @@ impl Format for Qed {
 
     fn slice_offset(&self, guest: u64) -> IoResult<u64> {
         let L1Entry(table) = self.l1.get(self.mapping.shape.table_index(guest));
-        match self.header.has_room_for_table(table, self.file_len) {
+        match self.layout.has_room_for_table(table, self.space.file_len()) {
             true => Ok(table + self.mapping.slice_in_table(guest)),
             false => Err(self.bad_place(guest, "L2 table", table)),
         }
@@ -108,15 +107,14 @@ impl Format for Qed {
     }
 
     fn decode(&self, entry: L2Entry, at: u64, want: u64) -> Result<Piece, BadEntry> {
-        let found = match entry.0 {
-            UNALLOCATED => Found::Unallocated { host: None },
-            ZERO => Found::Zero { host: None },
-            host if self.header.has_room_for_data(host, self.file_len) => {
+        let found = match self.cluster_of(entry)? {
+            None if entry.0 == ZERO => Found::Zero { host: None },
+            None => Found::Unallocated { host: None },
+            Some(host) => {
                 // No cluster is ever shared.
                 let host = host + self.mapping.shape.offset_in_cluster(at);
                 Found::Data { host, exclusive: true }
             }
-            _ => return Err(BadEntry),
         };
         Ok(Piece { len: want, found })
     }
@@ -132,9 +130,18 @@ impl Format for Qed {
 }
 
 impl Qed {
+    /// Where the cluster of an entry is in the file, if it has one.
+    pub(super) fn cluster_of(&self, entry: L2Entry) -> Result<Option<u64>, BadEntry> {
+        match entry.0 {
+            UNALLOCATED | ZERO => Ok(None),
+            host if self.layout.has_room_for_data(host, self.space.file_len()) => Ok(Some(host)),
+            _ => Err(BadEntry),
+        }
+    }
+
     /// Reports what an entry names at guest offset `at`. The request fails as QEMU fails it.
     fn bad_place(&self, at: u64, what: &str, place: u64) -> Errno {
-        let len = self.file_len;
+        let len = self.space.file_len();
         self.report(format_args!(
             "the {what} of guest offset {at:#x} is said to be at {place:#x} of a file of {len:#x} bytes"
         ));

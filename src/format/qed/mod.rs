@@ -2,30 +2,39 @@
 //!
 //! | file | it holds |
 //! |---|---|
-//! | `header` | the header, checked |
+//! | `header` | the header, read and written |
+//! | `create` | new images |
 //! | `open` | opening an image: the header, the L1 table, the children |
 //! | `mapping` | how an image maps a guest's clusters |
-//! | `check` | checking |
-//!
-//! Images are read so far, not written.
+//! | `space` | host clusters for what is new |
+//! | `write` | writing, zeroing, flushing, closing, and in which order |
+//! | `check` | checking and repairing |
 
 mod check;
+mod create;
 mod header;
 mod mapping;
 mod open;
+mod space;
+mod write;
 
-use super::read_only;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
-use crate::cow::{Tables, TopTable, decider, fast_read, read_range, status, traits_over};
+use crate::cow::{
+    Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, fast_write, read_range,
+    status, traits_over, without_fast_writes, write_range, zero_range,
+};
+use crate::io::sync::Mutex;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
-use header::Header;
+use header::{Geometry, Header, Layout};
 use mapping::{L1Entry, L2Entry};
-use std::sync::atomic::AtomicBool;
+use space::Space;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
     options: open::HELP,
+    create: Some(&create::CREATE),
     probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
     ..DriverEntry::new("qed", Kind::Format, |opening, options| {
         Box::pin(open::open(opening, options))
@@ -33,20 +42,51 @@ pub static ENTRY: DriverEntry = DriverEntry {
 };
 
 /// An open image.
+///
+/// Locks that are held across waits are taken in this order: a range of guest clusters (`mapping`), `l1_turn`, the turn
+/// to write a slice (`mapping`), that of `space`, `header`.
 pub struct Qed {
     /// The node's, for what is logged.
     name: String,
-    header: Header,
-    /// As it is stored.
-    backing_name: Option<String>,
-    /// Of the file's whole clusters when the image was opened, in bytes.
-    file_len: u64,
+    layout: Layout,
+    l1_offset: u64,
+    /// Of the disk, in bytes.
+    size: AtomicU64,
+    /// What the header records of the backing file.
+    backing: Mutex<RecordedName>,
     /// `file`, then `backing` if there is one.
     children: Vec<Child>,
     l1: TopTable<L1Entry>,
+    /// Held while an L1 entry changes.
+    l1_turn: Lock<()>,
     mapping: Tables<L2Entry>,
+    space: Space,
+    is_writable: bool,
+    /// The image says, durably, that it needs a check.
+    is_prepared: AtomicBool,
+    /// Nothing is written until it is thawed ([`Driver::freeze`]).
+    is_frozen: AtomicBool,
+    /// As it is on the disk.
+    header: Lock<Header>,
     /// An entry that makes no sense was reported.
     has_reported: AtomicBool,
+}
+
+/// The name of a backing file as it is stored, and its format, where that is recorded.
+#[derive(Clone)]
+struct RecordedName {
+    name: Option<String>,
+    format: Option<&'static str>,
+}
+
+impl Qed {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn geometry(&self) -> &Geometry {
+        &self.layout.geometry
+    }
 }
 
 impl Driver for Qed {
@@ -55,12 +95,21 @@ impl Driver for Qed {
     }
 
     fn traits(&self) -> Traits {
-        let cluster = self.header.geometry.cluster_size();
-        traits_over(self.children[0].node().traits(), cluster, cluster, Abilities::READ_ONLY)
+        let abilities = match self.is_writable {
+            true => Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD,
+            false => Abilities::READ_ONLY,
+        };
+        let cluster = self.geometry().cluster_size();
+        traits_over(self.children[0].node().traits(), cluster, cluster, abilities)
     }
 
     fn len(&self) -> u64 {
-        self.header.size
+        self.size()
+    }
+
+    /// Copies around a write.
+    fn scratch(&self) -> Scratch {
+        Scratch { copy_unit: self.geometry().cluster_size() as u32, other: 0 }
     }
 
     fn children(&self) -> &[Child] {
@@ -78,12 +127,13 @@ impl Driver for Qed {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        if access != Access::Read {
-            return Mapping::slow(want);
-        }
-        match self.way(inflight, at, want) {
-            Way::Here(mapping) => mapping,
-            Way::Below(backing, len) => backing.map_chain(inflight, at, len),
+        match access {
+            Access::Read => match self.way(inflight, at, want) {
+                Way::Here(mapping) => mapping,
+                Way::Below(backing, len) => backing.map_chain(inflight, at, len),
+            },
+            Access::Write => fast_write(self, inflight, at, want),
+            Access::DurableWrite => Mapping::slow(want),
         }
     }
 
@@ -99,12 +149,53 @@ impl Driver for Qed {
         Box::pin(read_range(self, at, into))
     }
 
-    fn write<'a>(&'a self, _: u64, _: &'a IoVec<'a>, _: WriteFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(std::future::ready(Err(Errno::EPERM)))
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        _: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(write_range(self, at, from))
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(zero_range(self, at, len, flags))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(discard_range(self, at, len))
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.children[0].node().flush().await })
+        Box::pin(self.flush_all())
+    }
+
+    fn freeze(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move {
+            self.close_image().await?;
+            self.is_frozen.store(true, Ordering::SeqCst);
+            Ok(())
+        })
+    }
+
+    fn thaw(&self) {
+        self.is_frozen.store(false, Ordering::SeqCst);
+    }
+
+    fn close(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.close_image())
+    }
+
+    fn child_perms(&self, child: usize, own: Perms) -> Perms {
+        if child > 0 {
+            return Perms::backing(own);
+        }
+        let mut perms = Perms::format(own);
+        if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
+            // Closing writes, too, when all users are gone.
+            perms.held |= Perm::WRITE | Perm::RESIZE;
+        }
+        perms
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
@@ -117,12 +208,24 @@ impl Driver for Qed {
 }
 
 impl Image for Qed {
-    fn resize(&self, _: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(std::future::ready(Err(read_only::cannot_write("qed"))))
+    fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.resize_to(len))
+    }
+
+    fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
+        if preallocation != Preallocation::Off {
+            let mode = preallocation.name();
+            let error = Error::new(format!("Unsupported preallocation mode '{mode}'"));
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        self.resize(len, false)
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        read_only::allocated(&self.children[0])
+        Box::pin(async move {
+            let file = self.children[0].node();
+            file.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
+        })
     }
 
     fn check<'a>(
@@ -131,18 +234,38 @@ impl Image for Qed {
         _: &'a mut dyn FnMut(&str),
     ) -> LocalFuture<'a, Result<CheckReport, Error>> {
         Box::pin(async move {
-            match fix {
-                Fix::Nothing => check::check(&self.children[0].node()).await,
-                _ => Err(read_only::cannot_write("qed")),
+            let file = self.children[0].node();
+            if fix == Fix::Nothing {
+                return check::check(&file, fix).await;
             }
+            if !self.is_writable {
+                return Err(Error::new("Image is read-only"));
+            }
+            if self.is_prepared.load(Ordering::Acquire) {
+                return Err(Error::new(
+                    "The image was written since it was opened: repair it first",
+                ));
+            }
+            // A repair changes what this node has in memory: until it is opened again, nothing is written.
+            without_fast_writes(self, || self.mapping.stopped.stop(Stop::ForGood)).await;
+            check::check(&file, fix).await
         })
     }
 
+    fn set_backing<'a>(
+        &'a self,
+        name: Option<&'a str>,
+        format: Option<&'a str>,
+    ) -> LocalFuture<'a, Result<(), Error>> {
+        Box::pin(self.change_backing(name, format))
+    }
+
     fn info(&self) -> ImageInfo {
+        let RecordedName { name, format } = self.backing.lock().clone();
         ImageInfo {
-            cluster_size: Some(self.header.geometry.cluster_size()),
-            backing_filename: self.backing_name.clone(),
-            backing_format: self.header.backing_format().map(str::to_owned),
+            cluster_size: Some(self.geometry().cluster_size()),
+            backing_filename: name,
+            backing_format: format.map(str::to_owned),
             ..ImageInfo::default()
         }
     }

@@ -1,14 +1,17 @@
 //! Opening an image: the header, the L1 table, the children.
 
 use super::header::{self, Features, Header};
-use super::{Qed, mapping};
+use super::mapping::L1Entry;
+use super::space::Space;
+use super::{Qed, RecordedName, check, mapping};
 use crate::block::*;
-use crate::cow::read_padded;
-use crate::format::read_only;
-use crate::io::{AlignedBuf, Errno, IoVec};
+use crate::cow::{Lock, TopTable, read_padded};
+use crate::io::sync::Mutex;
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{Map, NodeRef, bytes};
 use serde::Deserialize;
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
 pub(super) static HELP: &[OptionHelp] = &[
@@ -29,40 +32,81 @@ struct Options {
 
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
-    read_only::check(opening, "qed")?;
-    let during = Perms::format(Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() });
+    let mut held = Perm::CONSISTENT_READ;
+    if !opening.options().read_only && !opening.auto_read_only() {
+        // An image that was not closed is repaired.
+        held |= Perm::WRITE | Perm::RESIZE;
+    }
+    let during = Perms::format(Perms { held, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
-    let header = read_header(&node).await?;
-    let file_len = header.whole_clusters(node.len());
+    let is_file_writable = !node.traits().abilities.contains(Abilities::READ_ONLY);
+    let is_writable =
+        !opening.options().read_only && (!opening.auto_read_only() || is_file_writable);
+    let mut header = read_header(&node).await?;
+    let needs_check = header.features.contains(Features::NEED_CHECK);
+    if is_writable && needs_check && !opening.policy().for_check {
+        header = repair(opening.name(), &node).await?;
+    }
     let backing_name = backing_name(&node, &header).await?;
     let recorded = backing_name
         .as_ref()
         .map(|filename| RecordedBacking { filename, format: header.backing_format() });
     let backing = opening.backing(options.backing, recorded, &file).await?;
 
-    // The disk may need fewer entries than the table has.
-    let needed = header.size.div_ceil(header.geometry.l2_coverage()) as usize * 8;
+    let geometry = header.geometry;
     let failed = |errno| Error::os("Could not read L1 table", errno);
-    let mut l1 = AlignedBuf::new(needed, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
-    read_padded(&node, header.l1_offset, &l1.io_vec()).await.map_err(failed)?;
-    let l1 = mapping::l1_table(&l1[..needed]);
-    let mapping = mapping::tables(&header.geometry, header.size);
+    let entries = 0..geometry.l1_entries(header.size);
+    let entries = read_l1(&node, header.l1_offset, entries).await.map_err(failed)?;
+    let mapping = mapping::tables(&geometry, header.size);
     let mapping = mapping.map_err(|errno| Error::os("Could not allocate L2 tables", errno))?;
 
     let mut children = vec![file];
     children.extend(backing);
-    let name = opening.name().to_owned();
     Ok(Box::new(Qed {
-        name,
-        header,
-        backing_name,
-        file_len,
+        name: opening.name().to_owned(),
+        layout: header.layout(),
+        l1_offset: header.l1_offset,
+        size: header.size.into(),
+        backing: Mutex::new(RecordedName { name: backing_name, format: header.backing_format() }),
         children,
-        l1,
+        l1: TopTable::new(mapping::most_l1_entries(&geometry), &entries),
+        l1_turn: Lock::new(()),
         mapping,
+        space: Space::new(node.driver().len(), geometry.cluster_bits),
+        is_writable,
+        is_prepared: AtomicBool::new(false),
+        is_frozen: AtomicBool::new(false),
+        header: Lock::new(header),
         has_reported: AtomicBool::new(false),
     }))
+}
+
+/// Repairs an image that was not closed; the header afterwards.
+async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
+    log::info!("{name}: qed: the image was not closed cleanly: it is checked");
+    let report = check::check(file, Fix::All).await;
+    let report = report.map_err(|error| error.at("Could not repair dirty image"))?;
+    if report.corruptions > 0 {
+        return Err(Error::new(format!(
+            "The image was not closed cleanly, and {} clusters have two owners: open it with \
+             read-only=on",
+            report.corruptions
+        )));
+    }
+    read_header(file).await
+}
+
+/// Entries of the L1 table, which begins at `table`.
+pub(super) async fn read_l1(
+    file: &Node,
+    table: u64,
+    entries: Range<u64>,
+) -> IoResult<Vec<L1Entry>> {
+    let len = (entries.end - entries.start) as usize * 8;
+    let mut bytes = AlignedBuf::new(len, 4096).ok_or(Errno::ENOMEM)?;
+    read_padded(file, table + entries.start * 8, &bytes.io_vec()).await?;
+    Ok(mapping::entries(&bytes[..len]).map(L1Entry).collect())
 }
 
 /// Reads the header.

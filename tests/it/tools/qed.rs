@@ -165,18 +165,156 @@ fn a_cluster_that_the_file_does_not_have_in_whole_is_none() {
 }
 
 #[test]
-fn an_image_is_opened_for_reading_only() {
+fn new_images_are_what_qemu_makes() {
+    assert_same(
+        &["qemu-img create -q -f raw b.img 3M"],
+        &[
+            "qemu-img create -f qed x.qed 5M",
+            "qemu-img create -f qed x.qed 1000",
+            "qemu-img create -f qed -o cluster_size=4k,table_size=16 x.qed 5M",
+            "qemu-img create -f qed -o cluster_size=1M,table_size=2 x.qed 5G",
+            "qemu-img create -f qed -b b.img -F raw x.qed",
+            "qemu-img create -f qed -b b.img -F raw x.qed 7M",
+            "qemu-img create -f qed -o help",
+            "qemu-img create -f qed -o encryption=on x.qed 1M",
+            "qemu-img convert -c -O qed b.img x.qed",
+            "qemu-img measure -O qed --size 1M",
+        ],
+    );
+    // QEMU leaves an empty file where the options make no sense.
     let place = Place::new(true);
     fixture(place.path());
-    assert_eq!(place.run_theirs("qemu-img create -q -f qed x.qed 1M").code, Some(0));
-    let before = place.files();
-    for line in ["qemu-io -f qed -c 'write 0 512' x.qed", "qemu-img check -r all x.qed"] {
-        let ended = place.run(line);
-        assert_ne!(ended.code, Some(0), "{line}");
-        assert!(ended.stderr.contains("qed images cannot be written yet"), "{line}: {ended:?}");
+    for (options, wanted) in [
+        (
+            "cluster_size=2048",
+            "QED cluster size must be within range [4096, 67108864] and power of 2",
+        ),
+        (
+            "cluster_size=5000",
+            "QED cluster size must be within range [4096, 67108864] and power of 2",
+        ),
+        (
+            "cluster_size=128M",
+            "QED cluster size must be within range [4096, 67108864] and power of 2",
+        ),
+        ("table_size=3", "QED table size must be within range [1, 16] and power of 2"),
+        ("table_size=32", "QED table size must be within range [1, 16] and power of 2"),
+        (
+            "cluster_size=4096,table_size=1,size=2G",
+            "QED image size must be a non-zero multiple of cluster size and less than 1073741824 bytes",
+        ),
+    ] {
+        let size = if options.contains("size=2G") { "" } else { "1M" };
+        let ended = place.run(&format!("qemu-img create -q -f qed -o {options} n.qed {size}"));
+        assert_eq!(ended.stderr, format!("qemu-img: n.qed: {wanted}\n"), "{options}");
+        assert!(!place.path().join("n.qed").exists(), "{options}");
     }
-    assert_eq!(place.run("qemu-img create -f qed y.qed 1M").code, Some(1));
-    assert!(before == place.files());
+}
+
+/// Runs the lines with our tools; then QEMU finds the image sound, and the same bytes as it finds after it has
+/// run them itself.
+fn assert_same_contents(prepare: &[&str], lines: &[&str]) {
+    let mut contents = Vec::new();
+    for ours in [true, false] {
+        let place = Place::new(ours);
+        fixture(place.path());
+        for line in prepare {
+            assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+        }
+        let ended: Vec<_> = lines.iter().map(|line| place.run(line)).collect();
+        let checked = place.run_theirs("qemu-img check -f qed x.qed");
+        assert_eq!(checked.code, Some(0), "ours: {ours}: {lines:?}: {checked:?}");
+        let copied = place.run_theirs("qemu-img convert -f qed -O raw x.qed all.raw");
+        assert_eq!(copied.code, Some(0), "ours: {ours}: {copied:?}");
+        let info = place.run_theirs("qemu-img info -f qed --output=json x.qed");
+        let info = info.stdout.lines().filter(|line| !line.contains("actual-size"));
+        let info = info.collect::<Vec<_>>().join("\n");
+        contents.push((ended, info, std::fs::read(place.path().join("all.raw")).unwrap()));
+    }
+    assert_eq!(contents[0].0, contents[1].0);
+    assert_eq!(contents[0].1, contents[1].1);
+    assert!(contents[0].2 == contents[1].2, "{lines:?}: other bytes");
+}
+
+#[test]
+fn what_is_written_is_what_qemu_reads() {
+    for options in ["", "-o cluster_size=4k,table_size=2", "-o cluster_size=8k,table_size=16"] {
+        let create = format!("qemu-img create -q -f qed {options} x.qed 6M");
+        assert_same_contents(
+            &[&create],
+            &[
+                "qemu-io -f qed -c 'write -P 1 0 10k' -c 'write -P 2 700k 70k' -c 'write -z 128k 64k' x.qed",
+                "qemu-io -f qed -c 'write -P 3 5M 1M' -c 'write -z 5M 100k' -c 'write -P 4 130000 5' x.qed",
+                "qemu-io -f qed -c 'write -z -u 0 1M' -c 'write -P 5 512 512' -c 'read -P 0 1024 512' x.qed",
+                "qemu-io -f qed -c 'discard 5M 512k' -c 'write -P 6 5M 512k' x.qed",
+                "qemu-img resize x.qed 9M",
+                "qemu-io -f qed -c 'write -P 7 8M 1M' x.qed",
+            ],
+        );
+    }
+    let base = ["qemu-img create -q -f raw b.img 2M", "qemu-io -f raw -c 'write -P 9 0 2M' b.img"];
+    assert_same_contents(
+        &[base[0], base[1], "qemu-img create -q -f qed -b b.img -F raw x.qed 4M"],
+        &[
+            "qemu-io -f qed -c 'write -P 1 4k 10k' -c 'write -z 512k 64k' -c 'write -z 700k 1k' x.qed",
+            "qemu-io -f qed -c 'write -P 2 2097100 1000' -c 'write -P 3 3M 1k' x.qed",
+            "qemu-img rebase -u -b ./b.img -F raw x.qed",
+            "qemu-img rebase -b '' x.qed",
+        ],
+    );
+    assert_same_contents(
+        &[base[0], base[1]],
+        &[
+            "qemu-img convert -f raw -O qed b.img x.qed",
+            "qemu-img compare -f raw -F qed b.img x.qed",
+        ],
+    );
+    assert_same_contents(
+        &[base[0], base[1], "qemu-img create -q -f qed -b b.img -F raw x.qed 2M"],
+        &["qemu-io -f qed -c 'write -P 1 4k 1000k' x.qed", "qemu-img commit -q x.qed"],
+    );
+}
+
+#[test]
+fn lengths_are_changed_as_qemu_changes_them() {
+    assert_same(
+        &["qemu-img create -q -f qed x.qed 1M"],
+        &[
+            "qemu-img resize x.qed 1000",
+            "qemu-img resize --shrink x.qed 512k",
+            "qemu-img resize x.qed 1049088",
+            "qemu-img resize x.qed 64T",
+            "qemu-img resize x.qed 65T",
+            "qemu-img resize --preallocation=full x.qed 2M",
+        ],
+    );
+}
+
+#[test]
+fn images_that_were_not_closed_are_repaired_when_they_are_opened() {
+    let (l1, l2) = (0x10000, 0x80000);
+    for (changes, is_repaired) in [
+        (&[(16, 2)][..], true),
+        (&[(16, 2), (l2 + 5, 1)], true),
+        (&[(16, 2), (l1 + 5, 1)], true),
+        (&[(16, 2), (l2 + 2, 6)], false),
+    ] {
+        let place = Place::new(true);
+        fixture(place.path());
+        for line in [
+            "qemu-img create -q -f qed x.qed 1M",
+            "qemu-io -f qed -c 'write -P 1 0 192k' x.qed",
+            &bytes(changes),
+            "qemu-img resize -q -f raw x.qed +1M",
+        ] {
+            assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+        }
+        let written = place.run("qemu-io -f qed -c 'write -P 2 512k 64k' x.qed");
+        assert_eq!(written.code, Some(if is_repaired { 0 } else { 1 }), "{written:?}");
+        let checked = place.run_theirs("qemu-img check -f qed x.qed");
+        let is_clean = checked.code == Some(0) || checked.code == Some(3);
+        assert_eq!(is_clean, is_repaired, "{changes:?}: {checked:?}");
+    }
 }
 
 #[test]

@@ -1,0 +1,261 @@
+//! Writing: what the layer ([`crate::cow`]) asks of this format.
+//!
+//! The order: the image says, durably, that it needs a check before the first write to it; a crash then leaves at
+//! worst entries past the end of the file, which the check takes away, and clusters that nothing names. A new L2 table
+//! reads as zeroes before the L1 entry names it, and data is written before its entry. When the image is closed all of
+//! that is durable before the image says that it needs no check any more.
+
+use super::header::{Features, Header};
+use super::mapping::{BadEntry, L1Entry, L2Entry, UNALLOCATED, ZERO};
+use super::open::read_l1;
+use super::{Qed, RecordedName};
+use crate::block::{Error, Event, Node, SECTOR, WriteFlags, ZeroFlags};
+use crate::cow::{
+    Empty, Found, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce, begin_rest,
+    check_sound, file, lookup, pin_empty, write_suspects,
+};
+use crate::io::{Errno, IoResult, IoVec};
+use crate::options::bytes;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+impl Writable for Qed {
+    fn store(entry: L2Entry, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&entry.0.to_le_bytes());
+    }
+
+    async fn prepare(&self) -> IoResult {
+        if !self.is_writable || self.is_frozen.load(Ordering::SeqCst) {
+            return Err(Errno::EPERM);
+        }
+        if self.mapping.stopped.get() == Stop::NeedsFlush {
+            write_suspects(self).await?;
+        }
+        check_sound(self).await?;
+        if !self.is_prepared.load(Ordering::Acquire) {
+            let mut header = self.header.lock().await;
+            if !self.is_prepared.load(Ordering::Acquire) {
+                let mut new = header.clone();
+                new.features |= Features::NEED_CHECK;
+                // All of these bits are unknown, and what they promise does not hold after a write.
+                new.autoclear = 0;
+                write_header(&file(self), &new).await?;
+                *header = new;
+                self.is_prepared.store(true, Ordering::Release);
+            }
+        }
+        self.mapping.end_rest();
+        Ok(())
+    }
+}
+
+/// Writes the fixed fields, durably. They lie in one sector.
+pub(super) async fn write_header(file: &Node, header: &Header) -> IoResult {
+    file.write(0, &IoVec::from_ref(&header.encode()), WriteFlags::empty()).await?;
+    file.flush().await
+}
+
+impl Journaling for Qed {
+    fn refers_to_nothing(&self, entry: L2Entry) -> bool {
+        matches!(entry, L2Entry(UNALLOCATED | ZERO))
+    }
+}
+
+impl Writer for Qed {
+    async fn ensure_table(&self, guest: u64) -> IoResult {
+        if self.has_l2(guest) {
+            return Ok(());
+        }
+        let _turn = self.l1_turn.lock().await;
+        if self.has_l2(guest) {
+            return Ok(());
+        }
+        let clusters = u64::from(self.geometry().table_clusters);
+        let taken = self.take_run(clusters, clusters).await?;
+        let file = file(self);
+        announce(self, Event::L2AllocWrite).await;
+        if !taken.run.is_fresh {
+            file.zero(taken.host(), self.geometry().table_size(), ZeroFlags::empty()).await?;
+            file.flush().await?;
+        }
+        let (entry, index) = (taken.host(), self.mapping.shape.table_index(guest));
+        announce(self, Event::L1Update).await;
+        // Whether the write fails or not, the entry may be there.
+        taken.keep();
+        let place = self.l1_offset + index * 8;
+        let bytes = entry.to_le_bytes();
+        file.write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+        // What a new table holds need not be read.
+        let _first = pin_empty(self, guest).await?;
+        self.l1.set(index, L1Entry(entry));
+        Ok(())
+    }
+
+    fn need(&self, entry: L2Entry) -> Result<Need, BadEntry> {
+        Ok(match self.cluster_of(entry)? {
+            None => Need::Cluster,
+            Some(_) => Need::Nothing,
+        })
+    }
+
+    fn entry_showing(&self, _: L2Entry, host: u64, _: Range<u64>) -> L2Entry {
+        L2Entry(host)
+    }
+
+    /// No entry ever drops its cluster.
+    fn references(&self, _: L2Entry) -> Option<Release> {
+        None
+    }
+
+    async fn write_data(&self, host: u64, from: &IoVec<'_>) -> IoResult {
+        announce(self, Event::WriteAio).await;
+        file(self).write(host, from, WriteFlags::empty()).await
+    }
+
+    fn guest_end(&self, _: u64) -> u64 {
+        self.size()
+    }
+}
+
+impl Zeroing for Qed {
+    fn disk_len(&self) -> u64 {
+        self.size()
+    }
+
+    fn has_zero_entries(&self) -> bool {
+        true
+    }
+
+    /// A cluster that is there stays, because nothing would find it again; it is emptied where it is
+    /// ([`Zeroing::before_emptying`]).
+    fn emptied(
+        &self,
+        old: L2Entry,
+        _: u64,
+        _: Range<u64>,
+        kind: Empty,
+    ) -> Result<(L2Entry, bool), BadEntry> {
+        let new = match self.cluster_of(old)? {
+            Some(_) => old,
+            None if kind == Empty::Discard && self.children.len() == 1 => old,
+            None => L2Entry(ZERO),
+        };
+        Ok((new, false))
+    }
+
+    async fn before_emptying(&self, range: Range<u64>, kind: Empty) -> IoResult {
+        let file = file(self);
+        let mut at = range.start;
+        while at < range.end {
+            let piece = lookup(self, at, range.end - at).await?;
+            if let Found::Data { host, .. } = piece.found {
+                match kind {
+                    Empty::Discard => file.discard(host, piece.len).await?,
+                    Empty::Zero => file.zero(host, piece.len, ZeroFlags::empty()).await?,
+                    Empty::Unmap | Empty::Cut | Empty::Crop => {
+                        file.zero(host, piece.len, ZeroFlags::UNMAP).await?;
+                    }
+                }
+            }
+            at += piece.len;
+        }
+        Ok(())
+    }
+}
+
+impl Qed {
+    fn has_l2(&self, guest: u64) -> bool {
+        self.l1.get(self.mapping.shape.table_index(guest)) != L1Entry(UNALLOCATED)
+    }
+
+    pub(super) async fn flush_all(&self) -> IoResult {
+        if !self.is_prepared.load(Ordering::Acquire) {
+            // Nothing has been written.
+            return Ok(());
+        }
+        write_suspects(self).await?;
+        file(self).flush().await
+    }
+
+    /// Brings the image to rest: nothing is in flight. What was written is durable, and the image needs no check.
+    pub(super) async fn close_image(&self) -> IoResult {
+        let is_ours = self.mapping.stopped.get() != Stop::ForGood;
+        if !self.is_prepared.load(Ordering::Acquire) || !is_ours {
+            return Ok(());
+        }
+        begin_rest(self).await;
+        self.flush_all().await?;
+        check_sound(self).await?;
+        self.cut_file().await;
+        let file = file(self);
+        file.flush().await?;
+        let mut header = self.header.lock().await;
+        let mut new = header.clone();
+        new.features -= Features::NEED_CHECK;
+        write_header(&file, &new).await?;
+        *header = new;
+        self.is_prepared.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Sets the length of the disk, in bytes: the header alone says it.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(super) async fn resize_to(&self, len: u64) -> Result<(), Error> {
+        if len < self.size() {
+            return Err(Error::new("Shrinking images is currently not supported"));
+        }
+        let geometry = self.geometry();
+        if !len.is_multiple_of(SECTOR) || len > geometry.max_size() || i64::try_from(len).is_err() {
+            return Err(Error::new("Invalid image size specified"));
+        }
+        let failed = |errno| Error::os("Failed to update the image size", errno);
+        self.prepare().await.map_err(failed)?;
+        let _turn = self.l1_turn.lock().await;
+        let (old, new) = (self.l1.entries(), geometry.l1_entries(len));
+        if new > old {
+            // The table is as long as it will ever be; what was not needed of it so far is not in memory.
+            let more = read_l1(&file(self), self.l1_offset, old..new).await.map_err(failed)?;
+            self.l1.grow(new);
+            for (index, entry) in (old..).zip(more) {
+                self.l1.set(index, entry);
+            }
+        }
+        let mut header = self.header.lock().await;
+        let changed = Header { size: len, ..header.clone() };
+        write_header(&file(self), &changed).await.map_err(failed)?;
+        *header = changed;
+        self.size.store(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Records another backing file, by its name as it is stored, behind the fields of the header.
+    pub(super) async fn change_backing(
+        &self,
+        name: Option<&str>,
+        format: Option<&str>,
+    ) -> Result<(), Error> {
+        let failed = |errno| Error::os("Could not change the backing file", errno);
+        let stored = name.map(|name| bytes::bytes_of(name).into_owned()).unwrap_or_default();
+        self.prepare().await.map_err(failed)?;
+        let mut header = self.header.lock().await;
+        let changed = header.with_backing(&stored, format)?;
+        let file = file(self);
+        // The fields and the name change at once where they lie in one sector; a longer name is written first, while
+        // nothing names what lies there.
+        let mut head = changed.encode().to_vec();
+        head.extend_from_slice(&stored);
+        if head.len() as u64 > SECTOR {
+            let without =
+                Header { features: changed.features - Features::BACKING_FILE, ..changed.clone() };
+            write_header(&file, &without).await.map_err(failed)?;
+        }
+        file.write(0, &IoVec::from_ref(&head), WriteFlags::empty()).await.map_err(failed)?;
+        file.flush().await.map_err(failed)?;
+        let format = changed.backing_format();
+        *header = changed;
+        *self.backing.lock() = RecordedName { name: name.map(str::to_owned), format };
+        Ok(())
+    }
+}
