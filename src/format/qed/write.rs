@@ -11,8 +11,8 @@ use super::open::read_l1;
 use super::{Qed, RecordedName};
 use crate::block::{Error, Event, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Empty, Found, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce, begin_rest,
-    check_sound, file, lookup, pin_empty, write_suspects,
+    Empty, Found, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce, backing,
+    begin_rest, check_sound, file, lookup, pin_empty, write_suspects, zero_range,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
@@ -212,21 +212,52 @@ impl Qed {
         }
         let failed = |errno| Error::os("Failed to update the image size", errno);
         self.prepare().await.map_err(failed)?;
-        let _turn = self.l1_turn.lock().await;
-        let (old, new) = (self.l1.entries(), geometry.l1_entries(len));
-        if new > old {
-            // The table is as long as it will ever be; what was not needed of it so far is not in memory.
-            let more = read_l1(&file(self), self.l1_offset, old..new).await.map_err(failed)?;
-            self.l1.grow(new);
-            for (index, entry) in (old..).zip(more) {
-                self.l1.set(index, entry);
-            }
-        }
+        self.load_l1(geometry.l1_entries(len)).await.map_err(failed)?;
+        // Durable before the header shows it.
+        self.zero_new(self.size()..len).await.map_err(failed)?;
+        write_suspects(self).await.map_err(failed)?;
+        file(self).flush().await.map_err(failed)?;
         let mut header = self.header.lock().await;
         let changed = Header { size: len, ..header.clone() };
         write_header(&file(self), &changed).await.map_err(failed)?;
         *header = changed;
         self.size.store(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Loads entries of the L1 table that the disk has not needed so far. The table itself is as long as it will ever be.
+    async fn load_l1(&self, needed: u64) -> IoResult {
+        let _turn = self.l1_turn.lock().await;
+        let old = self.l1.entries();
+        if needed > old {
+            let more = read_l1(&file(self), self.l1_offset, old..needed).await?;
+            self.l1.grow(needed);
+            for (index, entry) in (old..).zip(more) {
+                self.l1.set(index, entry);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what lies behind the end of the disk read as zeroes: what a backing file has there, and what is left in
+    /// clusters.
+    async fn zero_new(&self, range: Range<u64>) -> IoResult {
+        let shown = backing(self).map_or(0, |backing| backing.len());
+        let mut at = range.start;
+        while at < range.end {
+            let visit = self.mapping.visits.enter();
+            let piece = lookup(self, at, range.end - at).await?;
+            drop(visit);
+            let end = match piece.found {
+                Found::Data { .. } => at + piece.len,
+                Found::Unallocated { .. } => (at + piece.len).min(shown),
+                Found::Zero { .. } | Found::Compressed(_) => at,
+            };
+            if end > at {
+                zero_range(self, at, end - at, ZeroFlags::empty()).await?;
+            }
+            at += piece.len;
+        }
         Ok(())
     }
 

@@ -291,6 +291,28 @@ fn lengths_are_changed_as_qemu_changes_them() {
 }
 
 #[test]
+fn new_space_reads_as_zeroes_whatever_the_backing_file_has_there() {
+    // QEMU refuses to grow such an image.
+    for options in ["", "-o cluster_size=4k,table_size=2"] {
+        let place = Place::new(true);
+        fixture(place.path());
+        for line in [
+            "qemu-img create -q -f raw b.img 4M",
+            "qemu-io -f raw -c 'write -P 7 0 4M' b.img",
+            &format!("qemu-img create -q -f qed {options} -b b.img -F raw x.qed 1000k"),
+            "qemu-io -f qed -c 'write -P 1 990k 10k' x.qed",
+        ] {
+            assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+        }
+        assert_eq!(place.run("qemu-img resize -q x.qed 6M").code, Some(0));
+        let read = "qemu-io -r -f qed -c 'read -P 7 0 990k' -c 'read -P 1 990k 10k' -c 'read -P 0 1000k 5144k' x.qed";
+        let read = place.run_theirs(read);
+        assert_eq!(read.code, Some(0), "{read:?}");
+        assert_eq!(place.run_theirs("qemu-img check -f qed x.qed").code, Some(0));
+    }
+}
+
+#[test]
 fn images_that_were_not_closed_are_repaired_when_they_are_opened() {
     let (l1, l2) = (0x10000, 0x80000);
     for (changes, is_repaired) in [
