@@ -270,7 +270,7 @@ fn assert_alike(
 
 /// The files that command lines name: `a.raw` has data, written zeroes and holes; `b.raw` is nearly
 /// the same; `long.raw` is `a.raw` and more holes; `odd.raw` ends within a sector; `magic.bin`,
-/// `h.bochs` and `h.cloop` begin as images of QEMU's formats do.
+/// `h.bochs`, `h.cloop` and `h.luks` begin as images of QEMU's formats do.
 fn fixture(dir: &Path) {
     use std::os::unix::fs::FileExt;
     let make = |name: &str, len: u64, parts: &[(u64, usize, u8)]| {
@@ -288,6 +288,9 @@ fn fixture(dir: &Path) {
     make("odd.raw", 70_000, &[(0, 70_000, 3)]);
     make("small.raw", 1024, &[]);
     make("empty.raw", 0, &[]);
+    let mut luks = [0; 512];
+    luks[..8].copy_from_slice(b"LUKS\xba\xbe\0\x01");
+    std::fs::write(dir.join("h.luks"), luks).unwrap();
     std::fs::write(dir.join("magic.bin"), b"QFI\xfb\0\0\0\x03").unwrap();
     let bochs =
         [(0, "Bochs Virtual HD Image"), (32, "Redolog"), (48, "Growing"), (64, "\0\0\x02\0")];
