@@ -1,10 +1,10 @@
 //! A QMP client that shares nothing with the program: lines of JSON, read by serde.
 
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// No answer takes this long unless there is none.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -16,10 +16,25 @@ pub struct Client {
     pub events: Vec<Value>,
 }
 
+/// Connects. A socket that has its name already may not be listened to yet.
+fn connect(path: &Path) -> UnixStream {
+    let began = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(error)
+                if error.kind() == ErrorKind::ConnectionRefused && began.elapsed() < LIMIT =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            connected => return connected.unwrap(),
+        }
+    }
+}
+
 impl Client {
     /// Connects and reads the greeting.
     pub fn greet(path: &Path) -> Client {
-        let stream = UnixStream::connect(path).unwrap();
+        let stream = connect(path);
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         let mut client =
             Client { stream: BufReader::new(stream), greeting: Value::Null, events: Vec::new() };
