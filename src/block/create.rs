@@ -5,6 +5,7 @@ use super::policy::{FollowBacking, OpenPolicy};
 use super::registry::{DriverEntry, Kind, Registry};
 use super::{Attachment, Error, Graph, LocalFuture, Node, Perm, Perms, Preallocation, probe};
 use crate::options::{self, Map, Value, filename};
+use serde::de::Error as _;
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -157,6 +158,22 @@ pub fn take_options(known: &[CreateOption], mut given: Map) -> Result<Map, optio
     }
     given.finish_known()?;
     Ok(options)
+}
+
+/// Whether there is a driver for the format that `blockdev-create` is to record of a backing file.
+///
+/// # Errors
+/// In QEMU's words.
+pub fn check_backing_format(
+    registry: &Registry,
+    format: Option<&str>,
+) -> Result<(), options::Error> {
+    match format {
+        Some(format) if registry.get(format).is_none() => {
+            Err(options::Error::unknown_variant(format, &[]).under("backing-fmt"))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Creation {
@@ -333,9 +350,20 @@ impl Creation {
         (entry.create)(self, file).await
     }
 
-    /// For a format: opens the file that [`Creation::create_file`] made, to be written and resized
-    /// by nobody else, in a graph of its own.
-    pub async fn open_file(&self) -> Result<(Graph, Attachment), Error> {
+    /// For a format: works on the file that [`Creation::create_file`] made, in a graph of its own. Nobody else writes
+    /// to it or resizes it meanwhile.
+    pub async fn with_file(
+        &self,
+        work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (graph, hold) = self.open_file().await?;
+        let result = work(hold.node()).await;
+        hold.detach().await;
+        graph.close().await;
+        result
+    }
+
+    async fn open_file(&self) -> Result<(Graph, Attachment), Error> {
         let graph = Graph::new(self.registry);
         let mut file = self.file.clone();
         file.insert("driver", self.protocol.name);

@@ -5,6 +5,7 @@ use super::{Error, LocalFuture, Node, SnapshotInfo, Snapshots};
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::{Map, Value};
 use serde::Deserialize;
+use std::sync::Arc;
 
 /// The disk as a whole that a node's length is changed through.
 ///
@@ -13,6 +14,11 @@ use serde::Deserialize;
 pub fn resizable(node: &Node) -> Result<&dyn Image, Error> {
     let image = node.driver().image();
     image.ok_or_else(|| Error::new("Image format driver does not support resize"))
+}
+
+/// Bytes that a disk occupies which lies in another node: those of that node ([`Image::allocated`]).
+pub fn allocated_in(node: Arc<Node>) -> LocalFuture<'static, IoResult<u64>> {
+    Box::pin(async move { node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await })
 }
 
 impl Node {

@@ -74,7 +74,9 @@ pub use driver::{
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
 pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
-pub use image::{CheckReport, Fix, Image, ImageInfo, Listed, Preallocation, resizable};
+pub use image::{
+    CheckReport, Fix, Image, ImageInfo, Listed, Preallocation, allocated_in, resizable,
+};
 pub use length::{LengthNotice, OwnLength};
 pub use memory::{Admission, DeviceMemory, GuestRegion};
 pub use named::NameParts;

@@ -4,7 +4,7 @@
 //! added: every method is known when the filter is compiled.
 
 use super::*;
-use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::io::{InFlight, IoResult, IoVec};
 use crate::options::Map;
 use std::sync::Arc;
 
@@ -288,10 +288,7 @@ impl<P: PassThrough> Image for P {
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let node = self.node();
-            node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
+        allocated_in(self.node())
     }
 
     fn info(&self) -> ImageInfo {

@@ -23,7 +23,7 @@
 
 use super::format::data;
 use super::lookup::{Found, Piece, piece};
-use super::read::map_data;
+use super::read::{fast_read_through, map_data};
 use super::tables::Tables;
 use super::write_state::Stop;
 use super::writer::Writer;
@@ -75,8 +75,8 @@ async fn withdraw(change: impl FnOnce(), members: impl FnOnce() -> Vec<Arc<Membe
     epoch::synchronize(&members()).await;
 }
 
-/// Where a write on the fast path goes, as [`Driver::map`](crate::block::Driver::map) asks.
-pub fn fast_write<'a, F: Writer>(
+/// Where a write on the fast path goes.
+fn fast_write<'a, F: Writer>(
     image: &'a F,
     inflight: &'a InFlight,
     at: u64,
@@ -93,6 +93,23 @@ pub fn fast_write<'a, F: Writer>(
             map_data(image, inflight, host, len, Access::Write)
         }
         _ => Mapping::slow(want),
+    }
+}
+
+/// The fast path of an image that is read and written through the layer, as
+/// [`Driver::map`](crate::block::Driver::map) asks.
+pub fn map<'a, F: Writer>(
+    image: &'a F,
+    inflight: &'a InFlight,
+    at: u64,
+    want: u64,
+    access: Access,
+) -> Mapping<'a> {
+    match access {
+        Access::Read => fast_read_through(image, inflight, at, want),
+        Access::Write => fast_write(image, inflight, at, want),
+        // The mapping of the bytes has to be durable, too.
+        Access::DurableWrite => Mapping::slow(want),
     }
 }
 

@@ -338,8 +338,8 @@ pub(super) fn read_records<E: TableEntry>(words: &[AtomicU64]) -> Vec<Left<E>> {
 
 /// What the journal asks of a format.
 pub trait Journaling: Writable {
-    /// Whether entries may wait at all. They may not where the next opening of the image after a crash counts
-    /// references anew, and would find none to clusters that only records name.
+    /// Whether entries may wait at all. They may not where the next opening after a crash counts all references again:
+    /// it would find none to clusters that only records name.
     fn may_keep(&self) -> bool {
         true
     }

@@ -14,7 +14,7 @@
 //! | [`Journaling`] | which entries may wait in memory that outlives the process | [`keep_entries`], [`settle_journal`] |
 //! | [`Recovering`] | what proves that entries a killed process left are still right | [`take_over`] |
 //! | [`Allocator`] | where clusters come from and go to | [`Taken`], [`Freed`] |
-//! | [`Writer`] | which clusters may be overwritten, the entry after a write, new tables | [`write_range`], [`fast_write`] |
+//! | [`Writer`] | which clusters may be overwritten, the entry after a write, new tables | [`write_range`], [`map`] |
 //! | [`Zeroing`] | what an entry becomes when its cluster is emptied | [`zero_range`], [`discard_range`] |
 //!
 //! A format that is only read implements the first. Its tables may have one level or two; a flat table counts as tables
@@ -27,7 +27,7 @@
 //! | [`Tables`] | all that is in memory of one mapping; the parts up to [`Stopped`] are its fields |
 //! | [`TableCache`] | slices of tables, read without a lock |
 //! | [`Visits`], [`Ranges`] | requests that use what they looked up; guest clusters whose mapping changes |
-//! | `Batches` | changes of entries on their way to the kernel, and whose turn it is to write a slice |
+//! | `Batches` | changes of entries on their way to the kernel, and the turns to write a slice |
 //! | [`Journal`] | entries that were answered and wait until what they show is durable |
 //! | `Suspects`, [`Stopped`] | slices whose write failed; whether the mapping may be changed |
 //! | [`TopTable`] | the upper of two levels, read without a lock; the format's own |
@@ -59,6 +59,7 @@
 
 mod allocator;
 mod batch;
+mod file_len;
 mod format;
 mod freed;
 mod in_place;
@@ -86,15 +87,16 @@ mod zeroing;
 
 pub use allocator::{Allocator, Release, Run, Taken};
 pub use batch::change_entries;
+pub use file_len::{cut, lengthen};
 pub use format::{Format, announce, backing, data, file};
 pub use freed::{Freed, FreedBatch};
-pub use in_place::{AtRest, begin_rest, fast_write, without_fast_writes};
+pub use in_place::{AtRest, begin_rest, map, without_fast_writes};
 pub use journal::{Journal, Journaling, Kept, keep_entries, settle_journal};
 pub use lock::{Lock, LockGuard};
 pub use lookup::{BadEntryOf, Compressed, Found, Piece, find, lookup, piece, pin, pin_empty};
 pub use padded::read_padded;
 pub use ranges::{RangeGuard, Ranges};
-pub use read::{decider, fast_read, map_data, read_range};
+pub use read::{decider, fast_read, fast_read_through, map_data, read_range};
 pub use references::References;
 pub use status::{status, stored_status};
 pub use suspects::{pin_suspects, write_suspects};

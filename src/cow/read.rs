@@ -98,6 +98,19 @@ pub fn fast_read<'a, F: Format>(
     })
 }
 
+/// Where a read on the fast path ends, down the chain of backing files.
+pub fn fast_read_through<'a, F: Format>(
+    image: &'a F,
+    inflight: &'a InFlight,
+    at: u64,
+    want: u64,
+) -> Mapping<'a> {
+    match fast_read(image, inflight, at, want) {
+        Way::Here(mapping) => mapping,
+        Way::Below(backing, len) => backing.map_chain(inflight, at, len),
+    }
+}
+
 /// The fast path to a piece that is in the file that holds the guest's data.
 pub fn map_data<'a, F: Format>(
     image: &'a F,

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 
-/// Who may refer to the host cluster of an entry.
+/// Which entries may refer to the host cluster of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owned {
     /// This host cluster, by number: no other entry refers to it.

@@ -6,7 +6,6 @@ pub mod foreign;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
-mod read_only;
 pub mod vdi;
 
 /// All formats.

@@ -236,14 +236,7 @@ impl Driver for Flat {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        match access {
-            Access::Read => match fast_read(self, inflight, at, want) {
-                Way::Here(mapping) => mapping,
-                Way::Below(..) => unreachable!("there is no backing file"),
-            },
-            Access::Write => fast_write(self, inflight, at, want),
-            Access::DurableWrite => Mapping::slow(want),
-        }
+        cow::map(self, inflight, at, want, access)
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {

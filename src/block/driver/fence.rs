@@ -15,7 +15,7 @@ pub enum Fence {
     /// the files ([`crate::io::Local::attach_pinned`]), the locks outlive all that is in flight in it,
     /// on whichever storage.
     Locks(Vec<Arc<File>>),
-    /// Whoever opens the storage waits for it.
+    /// Opening the storage waits for the I/O.
     Storage,
 }
 

@@ -9,8 +9,8 @@ use std::sync::atomic::AtomicU64;
 /// What a driver does when its image becomes ours, and when it becomes another's
 /// ([`crate::block::graph::Activity`]). The defaults suit one that keeps nothing of what is in the image.
 pub trait HandOver: Send + Sync {
-    /// Others may have changed the image since it was opened or ours: forgets what it knows of it
-    /// and looks anew. What the node stands on has done so, the locks are held, and no request is
+    /// Others may have changed the image since it was opened or ours: the driver forgets what it knows of
+    /// the image and reads it again. The nodes below have done so, the locks are held, and no request is
     /// in flight.
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(std::future::ready(Ok(())))
@@ -23,8 +23,8 @@ pub trait HandOver: Send + Sync {
     }
 }
 
-/// Memory that outlives the process, for whoever takes over when it was killed. It is zeroes at first, and
-/// what it holds when it comes from another process may be anything.
+/// Memory that outlives the process, for the process that takes over after a kill. New memory is zeroes; memory
+/// that comes from another process may hold anything.
 pub trait Survivor: Send + Sync {
     fn words(&self) -> &[AtomicU64];
 }
@@ -45,7 +45,7 @@ pub trait Journaled: Send + Sync {
 /// How permissions reach other processes: prepared for all nodes of a change first, and then either
 /// all committed or all rolled back.
 pub trait Locks: Send + Sync {
-    /// Takes what `new` has and `old` has not; gives nothing up. May open the file anew.
+    /// Takes what `new` has and `old` has not; gives nothing up. May open the file a second time.
     fn prepare(&self, old: Perms, new: Perms) -> Result<(), Error>;
     /// Gives up what only `old` has. Cannot fail.
     fn commit(&self, old: Perms, new: Perms);

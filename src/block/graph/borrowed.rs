@@ -2,7 +2,7 @@
 
 use super::{Attachment, By, Graph};
 use crate::block::open::{Depth, Inherited, no_reference};
-use crate::block::{Error, Node, Perms};
+use crate::block::{Error, Node, Perm, Perms};
 use crate::options::NodeRef;
 use std::sync::Arc;
 
@@ -37,6 +37,20 @@ impl Graph {
             })
             .await?;
         Ok(Attachment { graph: self.clone(), id, node })
+    }
+
+    /// Borrows a node ([`Graph::borrow`]) to make a new image on it, as QMP's `blockdev-create` does.
+    ///
+    /// # Errors
+    /// As of [`Graph::borrow`].
+    pub async fn borrow_for_image(
+        &self,
+        reference: NodeRef,
+        path: &str,
+    ) -> Result<Attachment, Error> {
+        let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
+        let perms = Perms { held, shared: Perm::all() };
+        self.borrow(reference, path, "an unnamed block device", perms).await
     }
 
     /// Works on a node while nobody else changes it, or what lies around it. The work only reads from `sources`,

@@ -12,7 +12,7 @@ impl Node {
         BOUNCE_LIMIT.max(self.traits.request_align() as u64)
     }
 
-    /// Memory whose every byte is written before it is used.
+    /// A buffer for `len` bytes, aligned for the node. Its bytes are undefined until they are written.
     pub(super) fn bounce(&self, len: u64) -> IoResult<AlignedBuf> {
         AlignedBuf::for_overwriting(len as usize, self.memory_align()).ok_or(Errno::ENOMEM)
     }

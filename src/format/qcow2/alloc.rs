@@ -7,9 +7,9 @@
 
 use super::Qcow2;
 use super::refcounts::Refcounts;
-use crate::block::{Error, Event, Node, Preallocation};
-use crate::cow::{Allocator, Lock, Release, Run, Taken};
-use crate::io::{Errno, IoResult};
+use crate::block::{Event, Node};
+use crate::cow::{Allocator, Lock, Release, Run, Taken, lengthen};
+use crate::io::IoResult;
 use std::collections::VecDeque;
 
 /// Reservations, in clusters and in bytes.
@@ -214,11 +214,6 @@ impl Qcow2 {
         if len <= node.driver().len() {
             return Ok(());
         }
-        if i64::try_from(len).is_err() {
-            return Err(Errno(libc::EFBIG));
-        }
-        let image = node.driver().image().ok_or(Errno::ENOSPC)?;
-        let refused = |error: Error| error.errno().unwrap_or(Errno::ENOSPC);
-        image.grow(len, Preallocation::Off).await.map_err(refused)
+        lengthen(node, len).await
     }
 }

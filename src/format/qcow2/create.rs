@@ -13,6 +13,7 @@ use crate::block::new_file::NewFile;
 use crate::block::{Error, Graph, Node, Registry, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{Map, Value, bytes};
+use std::sync::Arc;
 
 pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
@@ -431,26 +432,14 @@ async fn fill(
             new = Some(file);
         }
     }
-    let written = write_metadata(creation, header, image, first_cluster).await;
+    let write = async |node: &Arc<Node>| write_to(node, header, image, first_cluster).await;
+    let written = creation.with_file(write).await;
     if written.is_err()
         && let Some(file) = new
     {
         file.remove();
     }
     written.map(|()| data)
-}
-
-async fn write_metadata(
-    creation: &Creation,
-    header: &Header,
-    image: &NewImage,
-    first_cluster: &[u8],
-) -> Result<(), Error> {
-    let (graph, hold) = creation.open_file().await?;
-    let result = write_to(hold.node(), header, image, first_cluster).await;
-    hold.detach().await;
-    graph.close().await;
-    result
 }
 
 /// Writes the tables and the header to a file that is long enough.

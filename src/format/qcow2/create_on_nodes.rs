@@ -3,14 +3,10 @@
 //! Nothing that the nodes hold is kept but what lies behind the new tables, and the data of a data file.
 
 use super::create::{Layout, Preallocation, Wanted, write_to};
-use crate::block::create::{Made, MakeFn};
-use crate::block::{Attachment, Error, Graph, Perm, Perms, Registry, SECTOR, ZeroFlags};
+use crate::block::create::{Made, MakeFn, check_backing_format};
+use crate::block::{Attachment, Error, Graph, Registry, SECTOR, ZeroFlags};
 use crate::options::{self, Map, NodeRef, Size, Value};
 use serde::Deserialize;
-use serde::de::Error as _;
-
-/// How conflicts call the use of a node that an image is made on.
-const USER: &str = "an unnamed block device";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -83,21 +79,15 @@ impl Options {
 
 pub(super) fn prepare(registry: &'static Registry, map: Map) -> Result<MakeFn, options::Error> {
     let options: Options = options::from_map(map)?;
-    if let Some(format) = &options.backing_fmt
-        && registry.get(format).is_none()
-    {
-        return Err(options::Error::unknown_variant(format, &[]).under("backing-fmt"));
-    }
+    check_backing_format(registry, options.backing_fmt.as_deref())?;
     Ok(Box::new(move |graph| Box::pin(make(graph, options))))
 }
 
 async fn make(graph: &Graph, options: Options) -> Result<Made, Error> {
     let mut created = options.as_created();
-    let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
-    let perms = Perms { held, shared: Perm::all() };
-    let file = graph.borrow(options.file, "options.file", USER, perms).await?;
+    let file = graph.borrow_for_image(options.file, "options.file").await?;
     let data = match options.data_file {
-        Some(data) => match graph.borrow(data, "options.data-file", USER, perms).await {
+        Some(data) => match graph.borrow_for_image(data, "options.data-file").await {
             Ok(data) => Some(data),
             Err(error) => {
                 give_back(graph, [Some(file), None]).await;

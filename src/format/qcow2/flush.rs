@@ -5,11 +5,9 @@
 //! makes all of that and the data durable, and what was dropped by it becomes free.
 
 use super::header::Incompatible;
-
 use super::{Qcow2, open};
-
 use crate::block::{Error, SECTOR};
-use crate::cow::{Lock, Run, Stop, begin_rest, check_sound, settle_journal, write_suspects};
+use crate::cow::{Lock, Run, Stop, begin_rest, check_sound, cut, settle_journal, write_suspects};
 use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
@@ -126,11 +124,6 @@ impl Qcow2 {
             true => packed_end,
             false => end << bits,
         };
-        if new < len
-            && let Some(image) = file.driver().image()
-        {
-            // A longer file does no harm.
-            let _ = image.resize(new, true).await;
-        }
+        cut(&file, new).await;
     }
 }

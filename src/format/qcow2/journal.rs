@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 impl Journaling for Qcow2 {
-    /// With lazy refcounts, or after a failed snapshot, the next opening of the image counts references anew. (While
-    /// they are counted, the journal is closed.)
+    /// With lazy refcounts, or after a failed snapshot, the next opening of the image counts all references again.
+    /// (While they are counted, the journal is closed.)
     fn may_keep(&self) -> bool {
         !self.has_lazy_refcounts && !self.snapshots.needs_repair()
     }

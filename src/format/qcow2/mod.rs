@@ -74,8 +74,8 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    Lock, LockGuard, Stop, Tables, TopTable, decider, discard_range, fast_read, fast_write,
-    read_range, settle_journal, status, without_fast_writes, write_range, zero_range,
+    self, Lock, LockGuard, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range,
+    settle_journal, status, without_fast_writes, write_range, zero_range,
 };
 use crate::io::{Blocking, Budget, Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
@@ -199,14 +199,7 @@ impl Driver for Qcow2 {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        match access {
-            Access::Read => match self.way(inflight, at, want) {
-                Way::Here(mapping) => mapping,
-                Way::Below(backing, len) => backing.map_chain(inflight, at, len),
-            },
-            Access::Write => fast_write(self, inflight, at, want),
-            Access::DurableWrite => Mapping::slow(want),
-        }
+        cow::map(self, inflight, at, want, access)
     }
 
     fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
@@ -341,10 +334,7 @@ impl Image for Qcow2 {
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let file = self.file();
-            file.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
+        allocated_in(self.file())
     }
 
     fn check<'a>(

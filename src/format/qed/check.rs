@@ -9,7 +9,7 @@ use super::mapping::{UNALLOCATED, ZERO, entries};
 use super::open::read_header;
 use super::write::write_header;
 use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
-use crate::cow::{References, read_padded};
+use crate::cow::{References, cut, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
 /// Bytes of a table that are read at once: tables have up to 1 GiB.
@@ -33,6 +33,7 @@ pub async fn check(file: &Node, fix: Fix) -> Result<CheckReport, Error> {
         },
         layout,
         used: References::default(),
+        used_end: 0,
     };
     check.run(&header).await.map_err(|errno| Error::os("Check failed", errno))?;
     if check.repairs {
@@ -51,6 +52,8 @@ struct Check<'a> {
     repairs: bool,
     report: CheckReport,
     used: References,
+    /// The end of the last cluster that is referred to.
+    used_end: u64,
 }
 
 impl Check<'_> {
@@ -130,32 +133,17 @@ impl Check<'_> {
         }
         // What was repaired is durable before the file becomes shorter and the image says that it is sound.
         self.file.flush().await?;
-        let bits = self.layout.geometry.cluster_bits;
-        let (end, used) = (self.file_len >> bits, self.used_end());
-        if used < end
-            && let Some(image) = self.file.driver().image()
-            && image.resize(used << bits, true).await.is_ok()
-        {
-            self.report.leaks -= end - used;
-            self.report.leaks_fixed += end - used;
+        let unused = self.clusters() - self.used_end;
+        let len = self.used_end << self.layout.geometry.cluster_bits;
+        if unused > 0 && cut(self.file, len).await {
+            self.report.leaks -= unused;
+            self.report.leaks_fixed += unused;
         }
         if header.features.contains(Features::NEED_CHECK) {
             let features = header.features - Features::NEED_CHECK;
             write_header(self.file, &Header { features, ..header }).await?;
         }
         Ok(())
-    }
-
-    /// The end of the last cluster that is referred to.
-    fn used_end(&self) -> u64 {
-        let end = self.file_len >> self.layout.geometry.cluster_bits;
-        let (mut at, mut last) = (0, 0);
-        while let Some(cluster) = self.used.next_page(at).filter(|&cluster| cluster < end) {
-            at = self.used.page_end(cluster).min(end);
-            let found = (cluster..at).rev().find(|&cluster| self.used.get(cluster) > 0);
-            last = found.map_or(last, |cluster| cluster + 1);
-        }
-        last
     }
 
     /// Where the pieces of a table begin that are read at once.
@@ -178,15 +166,24 @@ impl Check<'_> {
         Ok(twice == 0)
     }
 
-    /// Clusters that nothing refers to, up to the end of the file.
+    /// Counts the clusters that nothing refers to, up to the end of the file, and finds the end of those that are
+    /// referred to.
     fn count_leaks(&mut self) {
-        let end = self.layout.geometry.clusters(self.file_len);
+        let end = self.clusters();
         let (mut at, mut used) = (0, 0);
         while let Some(cluster) = self.used.next_page(at).filter(|&cluster| cluster < end) {
             at = self.used.page_end(cluster).min(end);
-            used += (cluster..at).filter(|&cluster| self.used.get(cluster) > 0).count() as u64;
+            for cluster in (cluster..at).filter(|&cluster| self.used.get(cluster) > 0) {
+                used += 1;
+                self.used_end = cluster + 1;
+            }
         }
         self.report.leaks = end - used;
+    }
+
+    /// Clusters that the file has.
+    fn clusters(&self) -> u64 {
+        self.file_len >> self.layout.geometry.cluster_bits
     }
 
     /// The entries of a piece of a table.

@@ -4,13 +4,14 @@
 //! image.
 
 use super::header::{self, Features, Geometry, Header};
-use crate::block::create::{CreateEntry, CreateOption, Creation, Made, MakeFn, ValueType};
+use crate::block::create::{
+    CreateEntry, CreateOption, Creation, Made, MakeFn, ValueType, check_backing_format,
+};
 use crate::block::new_file::NewFile;
-use crate::block::{Error, Graph, Node, Perm, Perms, Registry, SECTOR, WriteFlags, ZeroFlags};
+use crate::block::{Error, Graph, Node, Registry, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{self, Map, NodeRef, Size, Value, bytes};
 use serde::Deserialize;
-use serde::de::Error as _;
 use std::sync::Arc;
 
 pub(super) static CREATE: CreateEntry = CreateEntry {
@@ -98,10 +99,7 @@ impl Wanted {
         let geometry =
             Geometry { cluster_bits: cluster_size.ilog2(), table_clusters: table as u32 };
         let size = self.size;
-        if !size.is_multiple_of(SECTOR)
-            || size > geometry.max_size()
-            || i64::try_from(size).is_err()
-        {
+        if !geometry.is_size(size) {
             return Err(Error::new(format!(
                 "QED image size must be a non-zero multiple of cluster size and less than {} bytes",
                 geometry.max_size()
@@ -130,7 +128,8 @@ async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
     options.insert("size", Value::from(file_len(&header)));
     let new = NewFile::before(creation, creation.filename());
     let file = new.remove_unmade(creation.create_file(options).await)?;
-    let written = write_new(creation, &header, &name, file).await;
+    let write = async |node: &Arc<Node>| write_to(node, &header, &name, file.reads_zeroes).await;
+    let written = creation.with_file(write).await;
     if written.is_err() {
         new.remove();
     }
@@ -141,19 +140,6 @@ async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
 /// How long the file of a new image is, in bytes.
 fn file_len(header: &Header) -> u64 {
     header.l1_offset + header.geometry.table_size()
-}
-
-async fn write_new(
-    creation: &Creation,
-    header: &Header,
-    name: &[u8],
-    file: Made,
-) -> Result<(), Error> {
-    let (graph, hold) = creation.open_file().await?;
-    let written = write_to(hold.node(), header, name, file.reads_zeroes).await;
-    hold.detach().await;
-    graph.close().await;
-    written
 }
 
 /// Writes an image without data to a file that is long enough. `is_empty`: the file reads as zeroes; one that was there
@@ -175,11 +161,7 @@ async fn write_to(file: &Node, header: &Header, name: &[u8], is_empty: bool) -> 
 fn prepare(registry: &'static Registry, map: Map) -> Result<MakeFn, options::Error> {
     let OnNode { file, size, backing_file, backing_fmt, cluster_size, table_size } =
         options::from_map(map)?;
-    if let Some(format) = &backing_fmt
-        && registry.get(format).is_none()
-    {
-        return Err(options::Error::unknown_variant(format, &[]).under("backing-fmt"));
-    }
+    check_backing_format(registry, backing_fmt.as_deref())?;
     let wanted = Wanted {
         size: size.0,
         backing_file,
@@ -192,9 +174,7 @@ fn prepare(registry: &'static Registry, map: Map) -> Result<MakeFn, options::Err
 
 async fn make_on(graph: &Graph, file: NodeRef, wanted: Wanted) -> Result<Made, Error> {
     let (header, name) = wanted.header()?;
-    let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
-    let perms = Perms { held, shared: Perm::all() };
-    let hold = graph.borrow(file, "options.file", "an unnamed block device", perms).await?;
+    let hold = graph.borrow_for_image(file, "options.file").await?;
     let make = async |node: &Arc<Node>| {
         if node.len() < file_len(&header) {
             graph.resize(node, file_len(&header)).await?;

@@ -3,7 +3,7 @@
 //! Everything that leaves [`Header::parse`] is inside the limits of the specification, and the L1 table
 //! lies inside the file.
 
-use crate::block::Error;
+use crate::block::{Error, SECTOR};
 use crate::io::Errno;
 
 /// The first four bytes of every image.
@@ -66,6 +66,11 @@ impl Geometry {
     /// The longest disk that the tables can describe, in bytes: at most 2^80, so it may not fit.
     pub fn max_size(&self) -> u64 {
         self.table_entries().saturating_mul(self.l2_coverage())
+    }
+
+    /// Whether a disk can have so many bytes.
+    pub fn is_size(&self, len: u64) -> bool {
+        len.is_multiple_of(SECTOR) && len <= self.max_size() && i64::try_from(len).is_ok()
     }
 
     /// Entries of the L1 table that a disk of `len` bytes needs.

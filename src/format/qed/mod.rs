@@ -21,11 +21,11 @@ mod write;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, fast_write, read_range,
-    status, traits_over, without_fast_writes, write_range, zero_range,
+    self, Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range, status,
+    traits_over, without_fast_writes, write_range, zero_range,
 };
 use crate::io::sync::Mutex;
-use crate::io::{Errno, InFlight, IoResult, IoVec};
+use crate::io::{InFlight, IoResult, IoVec};
 use header::{Geometry, Header, Layout};
 use mapping::{L1Entry, L2Entry};
 use space::Space;
@@ -127,14 +127,7 @@ impl Driver for Qed {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        match access {
-            Access::Read => match self.way(inflight, at, want) {
-                Way::Here(mapping) => mapping,
-                Way::Below(backing, len) => backing.map_chain(inflight, at, len),
-            },
-            Access::Write => fast_write(self, inflight, at, want),
-            Access::DurableWrite => Mapping::slow(want),
-        }
+        cow::map(self, inflight, at, want, access)
     }
 
     fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
@@ -222,10 +215,7 @@ impl Image for Qed {
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        Box::pin(async move {
-            let file = self.children[0].node();
-            file.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await
-        })
+        allocated_in(self.children[0].node())
     }
 
     fn check<'a>(

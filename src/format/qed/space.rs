@@ -5,10 +5,9 @@
 //! and so does the check of an image that was not closed.
 
 use super::Qed;
-use crate::block::{Error, Preallocation};
-use crate::cow::{Allocator, Lock, Run, Taken, file};
+use crate::cow::{Allocator, Lock, Run, Taken, cut, file, lengthen};
+use crate::io::IoResult;
 use crate::io::sync::Mutex;
-use crate::io::{Errno, IoResult};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Clusters of a step, and bytes that it has at most. Each step is twice as long as the one before.
@@ -111,7 +110,7 @@ impl Qed {
                 continue;
             }
             let new = next.max(end) + step.max(least);
-            self.set_file_len(new << bits).await?;
+            lengthen(&file(self), new << bits).await?;
             self.space.file_len.store(new << bits, Ordering::Release);
             let mut pool = self.space.pool.lock();
             pool.end = new;
@@ -119,27 +118,11 @@ impl Qed {
         }
     }
 
-    async fn set_file_len(&self, len: u64) -> IoResult {
-        if i64::try_from(len).is_err() {
-            return Err(Errno(libc::EFBIG));
-        }
-        let file = file(self);
-        let image = file.driver().image().ok_or(Errno::ENOSPC)?;
-        let refused = |error: Error| error.errno().unwrap_or(Errno::ENOSPC);
-        image.grow(len, Preallocation::Off).await.map_err(refused)
-    }
-
     /// Cuts off what was not used at the file's end.
     pub(super) async fn cut_file(&self) {
         let len = self.space.cut() << self.geometry().cluster_bits;
         self.space.file_len.store(len, Ordering::Release);
-        let file = file(self);
-        if len < file.driver().len()
-            && let Some(image) = file.driver().image()
-        {
-            // A longer file does no harm.
-            let _ = image.resize(len, true).await;
-        }
+        cut(&file(self), len).await;
     }
 }
 

@@ -207,7 +207,7 @@ impl Qed {
             return Err(Error::new("Shrinking images is currently not supported"));
         }
         let geometry = self.geometry();
-        if !len.is_multiple_of(SECTOR) || len > geometry.max_size() || i64::try_from(len).is_err() {
+        if !geometry.is_size(len) {
             return Err(Error::new("Invalid image size specified"));
         }
         let failed = |errno| Error::os("Failed to update the image size", errno);

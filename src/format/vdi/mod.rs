@@ -14,10 +14,9 @@ mod header;
 mod mapping;
 mod open;
 
-use super::read_only;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
-use crate::cow::{Tables, fast_read, read_range, status, traits_over};
+use crate::cow::{Tables, fast_read_through, read_range, status, traits_over};
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use header::Header;
 use mapping::Entry;
@@ -64,11 +63,7 @@ impl Driver for Vdi {
         access: Access,
     ) -> Mapping<'a> {
         match access {
-            Access::Read => match fast_read(self, inflight, at, want) {
-                Way::Here(mapping) => mapping,
-                // There is no backing file.
-                Way::Below(_, len) => Mapping::slow(len),
-            },
+            Access::Read => fast_read_through(self, inflight, at, want),
             Access::Write | Access::DurableWrite => Mapping::slow(want),
         }
     }
@@ -101,7 +96,7 @@ impl Image for Vdi {
     }
 
     fn allocated(&self) -> LocalFuture<'_, IoResult<u64>> {
-        read_only::allocated(&self.children[0])
+        allocated_in(self.children[0].node())
     }
 
     fn check<'a>(

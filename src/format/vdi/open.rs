@@ -4,7 +4,6 @@ use super::header::{self, Header};
 use super::{Vdi, mapping};
 use crate::block::*;
 use crate::cow::read_padded;
-use crate::format::read_only;
 use crate::io::IoVec;
 use crate::options::{Map, NodeRef};
 use serde::Deserialize;
@@ -20,7 +19,9 @@ struct Options {
 
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
-    read_only::check(opening, "vdi")?;
+    if !opening.options().read_only && !opening.auto_read_only() {
+        return Err(Error::new("vdi images cannot be written yet: open it with read-only=on"));
+    }
     let during = Perms::format(Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
