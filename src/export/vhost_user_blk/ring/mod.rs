@@ -59,10 +59,6 @@ pub trait Ring: Sized + Send + 'static {
     /// The guest breaks the rules, as with all that follows.
     fn available(&self) -> Result<u16, Broken>;
 
-    /// Asks the processor for what the next `count` chains are described by: a guest on another processor
-    /// has just written it. A hint; it takes nothing.
-    fn prefetch(&self, count: u16);
-
     /// Takes the next chain's head. `available` must have told of one.
     fn pop(&mut self) -> Result<u16, Broken>;
 

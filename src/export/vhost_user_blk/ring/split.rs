@@ -8,7 +8,6 @@ use super::super::dirty_log::{DirtyLog, UsedLog};
 use super::super::inflight::Tracker;
 use super::super::memory::Memory;
 use super::{Addresses, Broken, MAX_SIZE, Ring};
-use crate::io::iovec;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
@@ -165,15 +164,6 @@ impl Ring for SplitRing {
             return Err(Broken::AvailableIndex { next: self.next_available, index });
         }
         Ok(count)
-    }
-
-    #[inline]
-    fn prefetch(&self, count: u16) {
-        for ahead in 0..count {
-            let entry = 2 + (self.next_available.wrapping_add(ahead) & (self.size - 1)) as usize;
-            let head = self.atomic(self.available, entry).load(Ordering::Relaxed);
-            iovec::prefetch(self.descriptors.wrapping_add(head as usize).cast());
-        }
     }
 
     fn pop(&mut self) -> Result<u16, Broken> {
