@@ -16,8 +16,6 @@ pub struct CreateEntry {
     pub create: CreateFn,
     /// How long the file of a new image would be, for formats that can tell.
     pub measure: Option<MeasureFn>,
-    /// Images of the format can store data compressed ([`super::Compress`]).
-    pub compresses: bool,
     /// What can be changed of an image that is there ([`Image::amend`](super::Image::amend)); empty
     /// where nothing can.
     pub amend: &'static [CreateOption],
@@ -60,10 +58,6 @@ pub struct Made {
     pub reads_zeroes: bool,
 }
 
-/// Preallocation of storage that has all its space already.
-pub const NO_PREALLOCATION: CreateOption =
-    CreateOption::new("preallocation", ValueType::Str, "Preallocation mode (allowed values: off)");
-
 /// Refuses every mode but `off` among the options of a new image on a device, in QEMU's words.
 pub fn refuse_preallocation(options: &Map) -> Result<(), Error> {
     let Some(mode) = options.get("preallocation").and_then(Value::as_str) else { return Ok(()) };
@@ -95,6 +89,8 @@ pub enum ValueType {
     /// Bytes, with the usual suffixes.
     Size,
     Number,
+    /// One of these modes.
+    Preallocation(&'static [Preallocation]),
 }
 
 /// An image that is being made.
@@ -391,11 +387,18 @@ impl CreateOption {
         CreateOption { name, value, help, default: None, is_newer: false }
     }
 
+    /// The option for how new space is allocated.
+    pub const fn preallocation(modes: &'static [Preallocation]) -> CreateOption {
+        CreateOption::new("preallocation", ValueType::Preallocation(modes), "Preallocation mode")
+    }
+
     /// Takes the option out of what was given, in its type.
     fn take(&self, given: &mut Map) -> Result<Option<Value>, options::Error> {
         let number = |n: u64| Value::Int(n.into());
         Ok(match self.value {
-            ValueType::Str => given.take_str(self.name)?.map(Value::Str),
+            ValueType::Str | ValueType::Preallocation(_) => {
+                given.take_str(self.name)?.map(Value::Str)
+            }
             ValueType::Bool => given.take_opt_bool(self.name)?.map(Value::Bool),
             ValueType::Size => given.take_size(self.name)?.map(number),
             ValueType::Number => given.take_number(self.name)?.map(number),
@@ -433,7 +436,6 @@ mod tests {
             ],
             create: |creation, options| Box::pin(creation.create_file(options)),
             measure: None,
-            compresses: false,
             amend: &[],
             on_nodes: None,
         }),
@@ -452,7 +454,6 @@ mod tests {
                 Box::pin(std::future::ready(Err(Error::new(text))))
             },
             measure: None,
-            compresses: false,
             amend: &[],
             on_nodes: None,
         }),

@@ -201,10 +201,11 @@ pub enum Preallocation {
 }
 
 impl Preallocation {
+    pub const ALL: [Preallocation; 4] = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
+
     /// Reads a mode's name.
     pub fn parse(name: &str) -> Option<Preallocation> {
-        let all = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
-        all.into_iter().find(|mode| mode.name() == name)
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 
     pub fn name(self) -> &'static str {

@@ -12,6 +12,7 @@
 //! * `current_traits`: what requests should look like, which follows what a node stands on.
 //! * [`graph`]: the nodes by name, who uses them, and how that changes.
 //! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
+//! * [`features`]: what the images of a driver can do.
 //! * [`name`]: what opens the same disk again; [`named`]: options that meet a file name.
 //! * [`temporary`]: disks whose changes are thrown away.
 //! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
@@ -37,6 +38,7 @@ pub mod driver;
 pub mod error;
 pub mod event;
 pub mod extents;
+pub mod features;
 pub mod flush_record;
 pub mod graph;
 pub mod image;
@@ -73,6 +75,7 @@ pub use driver::{
 };
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};
+pub use features::{Features, Growth};
 pub use graph::{Activity, Attachment, Drained, Graph, NodeInfo, User};
 pub use image::{
     CheckReport, Fix, Image, ImageInfo, Listed, Preallocation, allocated_in, resizable,

@@ -5,7 +5,7 @@
 
 use super::create::CreateEntry;
 use super::named::NameParts;
-use super::{Driver, Error, LocalFuture, Opening, Role};
+use super::{Driver, Error, Features, Growth, LocalFuture, Opening, Role};
 use crate::options::{Map, filename};
 
 /// What a driver stands for in the graph.
@@ -55,6 +55,8 @@ pub struct DriverEntry {
     pub counts_discards: bool,
     /// Its storage can be opened once more by a node that takes the place of another one.
     pub reopens: bool,
+    pub features: Features,
+    pub growth: Growth,
 }
 
 /// What a driver makes of a file's name.
@@ -103,6 +105,11 @@ impl DriverEntry {
             naming: Naming::Below,
             counts_discards: false,
             reopens: true,
+            features: Features::empty(),
+            growth: match kind {
+                Kind::Filter => Growth::Below,
+                Kind::Format | Kind::Protocol => Growth::Never,
+            },
         }
     }
 

@@ -9,7 +9,7 @@ use super::log::{self, LogArgs};
 use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use super::startup::Startup;
-use crate::block::{DriverEntry, Error};
+use crate::block::{DriverEntry, Error, Growth};
 use crate::drivers;
 use crate::export;
 use crate::io::{self, descriptors};
@@ -239,7 +239,16 @@ fn driver_help(entry: &DriverEntry) -> String {
         let head = format!("{}=<{}>", option.name, option.value);
         format!("  {head:<28} - {}\n", option.help)
     });
-    format!("{} options:\n{}", entry.name, lines.collect::<String>())
+    let mut text = format!("{} options:\n{}", entry.name, lines.collect::<String>());
+    let features: Vec<_> = entry.features.names().collect();
+    if !features.is_empty() {
+        text += &format!("Its images can have: {}\n", features.join(", "));
+    }
+    if let Growth::Own(modes) = entry.growth {
+        let modes: Vec<_> = modes.iter().map(|mode| mode.name()).collect();
+        text += &format!("Preallocation of new space: {}\n", modes.join(", "));
+    }
+    text
 }
 
 /// The ordered options as they were given.

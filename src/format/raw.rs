@@ -29,9 +29,9 @@ pub static ENTRY: DriverEntry = DriverEntry {
             let measured = Measurement { required: bytes, fully_allocated: bytes, bitmaps: None };
             Box::pin(std::future::ready(Ok(measured)))
         }),
-        compresses: false,
     }),
     probe: Some(Probe::Anything),
+    growth: Growth::Below,
     ..DriverEntry::new("raw", Kind::Format, |opening, options| Box::pin(open(opening, options)))
 };
 

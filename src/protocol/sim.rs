@@ -14,9 +14,9 @@ pub use fault::{Effect, Fault, Kinds};
 pub use log::{Change, Crash, Tries, WriteLog};
 
 use crate::block::{
-    Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, Image, Kind, Leaf, LocalFuture,
-    Mapping, OptionHelp, Perms, Place, Precision, SECTOR, Status, Target, Traits, WriteFlags,
-    ZeroFlags,
+    Abilities, Access, Driver, DriverEntry, Error, Extent, Fence, Growth, Image, Kind, Leaf,
+    LocalFuture, Mapping, OptionHelp, Perms, Place, Preallocation, Precision, SECTOR, Status,
+    Target, Traits, WriteFlags, ZeroFlags,
 };
 use crate::io::sim::{Executed, SimFd, SimFile, SimOp, register};
 use crate::io::sync::Mutex;
@@ -35,6 +35,7 @@ const GARBAGE: u8 = 0xdb;
 
 /// The driver `sim`, for the registries of tests: opens a disk that was [`SimDisk::publish`]ed.
 pub static ENTRY: DriverEntry = DriverEntry {
+    growth: Growth::Own(&[Preallocation::Off]),
     options: &[OptionHelp { name: "disk", value: "str", help: "a published disk" }],
     ..DriverEntry::new("sim", Kind::Protocol, |opening, options| {
         let disk = opening.parse(options).and_then(|NameOnly { disk }| {

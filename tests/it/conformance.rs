@@ -240,6 +240,11 @@ fn an_entry_says_one_thing_in_one_way() {
             assert!(takes("size"), "{name}");
             assert_eq!(entry.has_backing(), takes("backing_file"), "{name}");
             assert_eq!(entry.has_backing(), takes("backing_fmt"), "{name}");
+            let modes = create.options.iter().find_map(|option| match option.value {
+                ValueType::Preallocation(modes) => Some(Growth::Own(modes)),
+                _ => None,
+            });
+            assert_eq!(modes.unwrap_or(entry.growth), entry.growth, "{name}");
         }
     }
 }
@@ -282,7 +287,7 @@ fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output 
         let expected = vec![0; LEN as usize];
         let mut disk = Disk { node: opened.node.clone(), road, expected, keeps, options };
         disk.check_traits();
-        disk.check_facts();
+        disk.check_facts().await;
         disk.agree().await;
         disk.write_everywhere().await;
         disk.zero_and_discard().await;
@@ -343,8 +348,8 @@ impl Disk {
         assert_eq!(self.node.len(), LEN, "{}", self.options);
     }
 
-    /// Each node is what its driver's entry says.
-    fn check_facts(&self) {
+    /// Each node is what its driver's entry says, and can do what it says.
+    async fn check_facts(&self) {
         for node in self.node.below().into_iter().chain([self.node.clone()]) {
             let driver = node.driver();
             let entry = driver.entry();
@@ -354,7 +359,38 @@ impl Disk {
                 let role = child.role();
                 assert!(entry.children.contains(&role), "{}: {role}", self.options);
             }
+            self.check_features(driver).await;
         }
+    }
+
+    async fn check_features(&self, driver: &dyn Driver) {
+        let (entry, image) = (driver.entry(), driver.image());
+        let what = format!("{}: {}", self.options, entry.name);
+        let mut found = Features::empty();
+        found.set(Features::COMPRESSION, driver.compress().is_some());
+        found.set(Features::BITMAPS, driver.bitmap_store().is_some());
+        if let Some(image) = image {
+            found.set(Features::SNAPSHOTS, image.snapshots().is_some());
+            found.set(Features::CHECKS, image.check(Fix::Nothing, &mut |_: &str| ()).await.is_ok());
+            let mut state = [0; 512];
+            let state = image.read_machine(0, &IoVec::from_mut(&mut state)).await;
+            found.set(Features::MACHINE_STATE, state.is_ok());
+        }
+        // A repair changes the image.
+        found.set(Features::REPAIRS, entry.features.contains(Features::REPAIRS));
+        assert_eq!(entry.features, found, "{what}");
+        assert_eq!(entry.growth == Growth::Never, image.is_none(), "{what}");
+        let Some(image) = image else { return };
+        for mode in Preallocation::ALL {
+            let grown = image.grow(driver.len(), mode).await.is_ok();
+            if let Growth::Own(modes) = entry.growth {
+                assert_eq!(grown, modes.contains(&mode), "{what}: {mode:?}");
+            }
+        }
+        let amends = entry.create.is_some_and(|create| !create.amend.is_empty());
+        assert!(amends || image.amend(Map::new()).await.is_err(), "{what}");
+        assert!(entry.has_backing() || image.set_backing(None, None).await.is_err(), "{what}");
+        assert!(entry.has_backing() || image.make_empty().await.is_err(), "{what}");
     }
 
     fn expect(&mut self, at: u64, bytes: &[u8]) {

@@ -11,6 +11,7 @@ use vublk::options::{NodeRef, NodeRefOrNull};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
+    growth: Growth::Own(&[]),
     ..DriverEntry::new("layer", Kind::Format, |opening, mut options| {
         Box::pin(async move {
             let file: NodeRef = options.take_as("file")?.expect("a test gives a file");

@@ -2,8 +2,8 @@
 
 use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET};
 use super::{Context, Ended, Failed, Tool, option_help};
-use crate::block::CreateOption;
 use crate::block::create::take_options;
+use crate::block::{CreateOption, DriverEntry};
 use crate::cli::getopt::{Line, long_switch, valued};
 use crate::drivers;
 use crate::options::Map;
@@ -43,7 +43,9 @@ async fn run(context: &Context, line: Line) -> Ended {
         return Err(Failed::usage("Must specify options (-o)"));
     }
     if let (true, Some(format)) = (wants_help, line.get("f")) {
-        option_help::print_amend(format, changeable(format)?);
+        let driver = drivers::registry().get(format);
+        let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+        option_help::print_amend(format, changeable(driver)?);
         return Ok(0);
     }
     let name = match &*line.operands {
@@ -57,17 +59,17 @@ async fn run(context: &Context, line: Line) -> Ended {
     let wanted = arguments::wanted(&line, name, "f", "image-opts")?;
     let images = context.images();
     let image = images.open(&Wanted { writable: true, resize: true, cache, ..wanted }).await?;
-    let format = image.format();
-    let options = changeable(format)?;
+    let entry = image.node().driver().entry();
+    let options = changeable(entry)?;
     if wants_help {
-        option_help::print_amend(format, options);
+        option_help::print_amend(entry.name, options);
     } else {
-        let changes = changes(format, options, given)?;
+        let changes = changes(entry, options, given)?;
         let progress = context.progress(&line);
         progress.set(0.0);
         let amended = match image.node().driver().image() {
             Some(image) => image.amend(changes).await,
-            None => return Err(refused(format)),
+            None => return Err(refused(entry)),
         };
         if amended.is_ok() {
             progress.set(100.0);
@@ -80,27 +82,25 @@ async fn run(context: &Context, line: Line) -> Ended {
     Ok(0)
 }
 
-fn refused(format: &str) -> Failed {
-    Failed::from(format!("Format driver '{format}' does not support option amendment"))
+fn refused(entry: &DriverEntry) -> Failed {
+    Failed::from(format!("Format driver '{}' does not support option amendment", entry.name))
 }
 
 /// The options of a format that can be changed.
-fn changeable(format: &str) -> Result<&'static [CreateOption], Failed> {
-    let driver = drivers::registry().get(format);
-    let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
-    match driver.create.map_or(&[][..], |create| create.amend) {
-        [] => Err(refused(format)),
+fn changeable(entry: &DriverEntry) -> Result<&'static [CreateOption], Failed> {
+    match entry.create.map_or(&[][..], |create| create.amend) {
+        [] => Err(refused(entry)),
         options => Ok(options),
     }
 }
 
 /// What was given, in types; what new images alone can be given is told apart from what nobody knows.
-fn changes(format: &str, options: &[CreateOption], given: Map) -> Result<Map, Failed> {
+fn changes(entry: &DriverEntry, options: &[CreateOption], given: Map) -> Result<Map, Failed> {
     let hint = |lines: String, hint: &str| Failed { lines, hint: Some(hint.into()), code: 1 };
-    let create = drivers::registry().get(format).and_then(|entry| entry.create);
     let is_known = |all: &[CreateOption], name: &str| all.iter().any(|o| o.name == name);
     let at_creation = given.iter().find(|(name, _)| {
-        !is_known(options, name) && create.is_some_and(|create| is_known(create.options, name))
+        !is_known(options, name)
+            && entry.create.is_some_and(|create| is_known(create.options, name))
     });
     if let Some((name, _)) = at_creation {
         return Err(hint(

@@ -4,7 +4,7 @@ use super::arguments::{
     self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, QUIET, SOURCE_CACHE,
 };
 use super::{Context, Ended, Failed, Tool, outln};
-use crate::block::{CheckReport, Fix};
+use crate::block::{CheckReport, Features, Fix};
 use crate::cli::getopt::{Line, valued};
 use crate::options::{Map, Value, json};
 use crate::tools::output::errln;
@@ -99,17 +99,14 @@ async fn check(images: &Images, image: Opened, line: &Line, fix: Fix, json: bool
 
 /// One check. What it finds is told on standard error.
 async fn look(image: &Opened, fix: Fix) -> Result<CheckReport, Failed> {
-    let unsupported = || Failed::from("This image format does not support checks");
-    let Some(whole) = image.node().driver().image() else {
-        return Err(unsupported().code(NOT_SUPPORTED));
+    let driver = image.node().driver();
+    let wanted = if fix == Fix::Nothing { Features::CHECKS } else { Features::REPAIRS };
+    let Some(whole) = driver.image().filter(|_| driver.entry().features.contains(wanted)) else {
+        let unsupported = Failed::from("This image format does not support checks");
+        return Err(unsupported.code(NOT_SUPPORTED));
     };
     let mut say = |line: &str| errln!("{line}");
-    whole.check(fix, &mut say).await.map_err(|error| {
-        match error.errno().is_some_and(crate::io::Errno::is_unsupported) {
-            true => unsupported().code(NOT_SUPPORTED),
-            false => Failed::from(error),
-        }
-    })
+    Ok(whole.check(fix, &mut say).await?)
 }
 
 fn human(report: &CheckReport) -> Vec<String> {

@@ -5,7 +5,7 @@ use super::arguments::{
 };
 use super::{Context, Ended, Failed, Tool, bitmap_copy, option_help};
 use crate::block::create::Made;
-use crate::block::{Error, ZeroFlags, create_options, extents};
+use crate::block::{Error, Features, ZeroFlags, create_options, extents};
 
 use crate::cli::getopt::{Line, long_switch, switch, valued};
 use crate::copy::{Control, Copy, Hooks, Part, Source, Trouble, copy};
@@ -358,8 +358,8 @@ async fn open_target(
     if line.has("c") {
         let format = format.unwrap_or("raw");
         // The format that is to be made; the image, if it is there, says so itself when it is written.
-        let create = registry.get(format).and_then(|driver| driver.create);
-        if !create.is_some_and(|create| create.compresses) && !image_opts {
+        let features = registry.get(format).map_or(Features::empty(), |driver| driver.features);
+        if !features.contains(Features::COMPRESSION) && !image_opts {
             return Err(NOT_COMPRESSED.into());
         }
         let encrypts = options.clone().take_opt_bool("encryption").map_err(Error::from)?;

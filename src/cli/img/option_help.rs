@@ -40,12 +40,18 @@ fn list(head: &str, mut options: Vec<CreateOption>) {
     outln!("{head}");
     for option in options {
         let value = match option.value {
-            ValueType::Str => "str",
+            ValueType::Str | ValueType::Preallocation(_) => "str",
             ValueType::Bool => "bool (on/off)",
             ValueType::Size => "size",
             ValueType::Number => "num",
         };
         let head = format!("{}=<{value}>", option.name);
-        outln!("  {head:<22} - {}", option.help);
+        match option.value {
+            ValueType::Preallocation(modes) => {
+                let modes: Vec<_> = modes.iter().map(|mode| mode.name()).collect();
+                outln!("  {head:<22} - {} (allowed values: {})", option.help, modes.join(", "));
+            }
+            _ => outln!("  {head:<22} - {}", option.help),
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::measure::measure;
 use super::new_image::NewImage;
 use crate::block::create::{CreateEntry, CreateOption, Creation, Made, ValueType};
 use crate::block::new_file::NewFile;
-use crate::block::{Error, Graph, Node, Registry, SECTOR, WriteFlags, ZeroFlags};
+use crate::block::{Error, Graph, Node, Preallocation, Registry, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{Map, Value, bytes};
 use std::sync::Arc;
@@ -19,7 +19,6 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
     create: |creation, map| Box::pin(create(creation, map)),
     measure: Some(|options, size, source| Box::pin(measure(options, size, source))),
-    compresses: true,
     amend: super::amend::OPTIONS,
     on_nodes: Some(super::create_on_nodes::prepare),
 };
@@ -62,11 +61,7 @@ const OPTIONS: &[CreateOption] = &[
         default: Some("off"),
         ..CreateOption::new("extended_l2", ValueType::Bool, "Extended L2 tables")
     },
-    CreateOption::new(
-        "preallocation",
-        ValueType::Str,
-        "Preallocation mode (allowed values: off, metadata, falloc, full)",
-    ),
+    CreateOption::preallocation(&Preallocation::ALL),
     CreateOption {
         default: Some("zlib"),
         ..CreateOption::new(
@@ -124,42 +119,11 @@ pub(super) struct Wanted {
     keep_data_file: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Preallocation {
-    Off,
-    Metadata,
-    Falloc,
-    Full,
-}
-
-impl Preallocation {
-    pub(super) fn parse(name: &str) -> Option<Preallocation> {
-        Some(match name {
-            "off" => Preallocation::Off,
-            "metadata" => Preallocation::Metadata,
-            "falloc" => Preallocation::Falloc,
-            "full" => Preallocation::Full,
-            _ => return None,
-        })
-    }
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Preallocation::Off => "off",
-            Preallocation::Metadata => "metadata",
-            Preallocation::Falloc => "falloc",
-            Preallocation::Full => "full",
-        }
-    }
-
-    /// What the file that holds the data is asked for.
-    fn of_file(self) -> Option<&'static str> {
-        match self {
-            Preallocation::Off | Preallocation::Metadata => None,
-            Preallocation::Falloc => Some("falloc"),
-            Preallocation::Full => Some("full"),
-        }
+/// What the file that holds the data is asked for.
+fn mode_of_file(mode: Preallocation) -> Option<&'static str> {
+    match mode {
+        Preallocation::Off | Preallocation::Metadata => None,
+        Preallocation::Falloc | Preallocation::Full => Some(mode.name()),
     }
 }
 
@@ -308,7 +272,7 @@ impl Wanted {
         if self.keep_data_file && self.data_file.is_none() {
             return refused("keep-data-file requires data-file");
         }
-        if self.keep_data_file && self.preallocation.of_file().is_some() {
+        if self.keep_data_file && mode_of_file(self.preallocation).is_some() {
             return refused(
                 "Preallocating more than only metadata would overwrite the external data file's \
                  content and is therefore incompatible with 'keep_data_file=on'",
@@ -395,7 +359,7 @@ async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
 
     let in_file = match wanted.data_file {
         Some(_) => None,
-        None => wanted.preallocation.of_file(),
+        None => mode_of_file(wanted.preallocation),
     };
     options.insert("size", Value::Int(image.file_len().into()));
     options.insert("preallocation", Value::Str(in_file.unwrap_or("off").to_owned()));
@@ -495,7 +459,7 @@ async fn check_data_file(creation: &Creation, name: &str, size: u64) -> Result<(
 async fn create_data_file(creation: &Creation, name: &str, wanted: &Wanted) -> Result<Made, Error> {
     check_apart(creation, name)?;
     let mut options = Map::from_iter([("size", Value::Int(wanted.size.into()))]);
-    if let Some(mode) = wanted.preallocation.of_file() {
+    if let Some(mode) = mode_of_file(wanted.preallocation) {
         options.insert("preallocation", Value::Str(mode.to_owned()));
     }
     creation.create_other(name, &options).await

@@ -2,9 +2,9 @@
 //!
 //! Nothing that the nodes hold is kept but what lies behind the new tables, and the data of a data file.
 
-use super::create::{Layout, Preallocation, Wanted, write_to};
+use super::create::{Layout, Wanted, write_to};
 use crate::block::create::{Made, MakeFn, check_backing_format};
-use crate::block::{Attachment, Error, Graph, Registry, SECTOR, ZeroFlags};
+use crate::block::{Attachment, Error, Graph, Preallocation, Registry, SECTOR, ZeroFlags};
 use crate::options::{self, Map, NodeRef, Size, Value};
 use serde::Deserialize;
 

@@ -4,9 +4,9 @@
 //! allocated has, and every cluster that has data in the source. What is compressed is counted in full.
 
 use super::bitmaps;
-use super::create::{self, Preallocation};
+use super::create;
 use super::layout::{self, Geometry};
-use crate::block::{Error, Measurement, Node, Precision, Status, extents};
+use crate::block::{Error, Measurement, Node, Preallocation, Precision, Status, extents};
 use crate::options::Map;
 use std::sync::Arc;
 

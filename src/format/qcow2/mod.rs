@@ -94,6 +94,8 @@ pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing, Role::DataFile],
     options: options::HELP,
     create: Some(&create::CREATE),
+    features: Features::all(),
+    growth: Growth::Own(&Preallocation::ALL),
     probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
     ..DriverEntry::new("qcow2", Kind::Format, |opening, options| {
         Box::pin(open::open(opening, options))

@@ -18,7 +18,6 @@ pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
     create: |creation, map| Box::pin(create(creation, map)),
     measure: None,
-    compresses: false,
     amend: &[],
     on_nodes: Some(prepare),
 };

@@ -35,6 +35,8 @@ pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
     options: open::HELP,
     create: Some(&create::CREATE),
+    features: Features::CHECKS.union(Features::REPAIRS),
+    growth: Growth::Own(&[Preallocation::Off]),
     probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
     ..DriverEntry::new("qed", Kind::Format, |opening, options| {
         Box::pin(open::open(opening, options))

@@ -24,6 +24,8 @@ use mapping::Entry;
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File],
     options: open::HELP,
+    features: Features::CHECKS,
+    growth: Growth::Own(&[]),
     probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
     ..DriverEntry::new("vdi", Kind::Format, |opening, options| {
         Box::pin(open::open(opening, options))

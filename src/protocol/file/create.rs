@@ -3,6 +3,7 @@
 //! Another process that uses the file is noticed before anything in it is changed. When making fails
 //! half-way the file is left empty.
 
+use super::entry;
 use super::lock::ImageLocks;
 use super::options::Locking;
 use super::sys;
@@ -39,7 +40,7 @@ pub struct CreateOptions {
 pub fn create_file(filename: &str, options: &CreateOptions) -> Result<Made, Error> {
     let hint = options.extent_size_hint.map_or(EXTENT_SIZE, |size| size.0);
     let hint = u32::try_from(hint).map_err(|_| Error::new("Extent size hint is too large"))?;
-    refuse_metadata(options.preallocation)?;
+    entry::FILE.growth.check(options.preallocation)?;
     let could_not = || format!("Could not create '{filename}'");
     // Emptied only after the locks were had.
     let mut open = OpenOptions::new();
@@ -86,7 +87,7 @@ pub fn create_device(filename: &str, options: &CreateOptions) -> Result<Made, Er
 /// Makes a regular file longer, from `old` to `new` bytes; what is new reads as zeroes. On failure
 /// the file has its old length again. Blocks.
 pub fn grow(file: &File, old: u64, new: u64, preallocation: Preallocation) -> Result<(), Error> {
-    refuse_metadata(preallocation)?;
+    entry::FILE.growth.check(preallocation)?;
     if new == old {
         return Ok(());
     }
@@ -107,13 +108,6 @@ pub fn grow(file: &File, old: u64, new: u64, preallocation: Preallocation) -> Re
         log::warn!("restoring the old length of a file: {error}");
     }
     result
-}
-
-fn refuse_metadata(preallocation: Preallocation) -> Result<(), Error> {
-    if preallocation == Preallocation::Metadata {
-        return Err(preallocation.unsupported());
-    }
-    Ok(())
 }
 
 /// Gives a new file its first block: the alignment of direct I/O can be probed there, while a hole

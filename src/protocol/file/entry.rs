@@ -3,11 +3,12 @@
 use super::create::{self, CreateOptions};
 use super::{FileDriver, FileOptions, Flavour};
 use crate::block::create::{
-    CreateEntry, CreateOption, Creation, Made, MakeFn, NO_PREALLOCATION, ValueType,
-    refuse_preallocation,
+    CreateEntry, CreateOption, Creation, Made, MakeFn, ValueType, refuse_preallocation,
 };
 use crate::block::registry::OptionHelp;
-use crate::block::{Driver, DriverEntry, Error, Kind, LocalFuture, Naming, Opening, Preallocation};
+use crate::block::{
+    Driver, DriverEntry, Error, Growth, Kind, LocalFuture, Naming, Opening, Preallocation,
+};
 use crate::io;
 use crate::options::{self, Map, Size};
 use serde::Deserialize;
@@ -25,11 +26,7 @@ pub static FILE: DriverEntry = DriverEntry {
                 ValueType::Bool,
                 "Turn off copy-on-write (valid only on btrfs)",
             ),
-            CreateOption::new(
-                "preallocation",
-                ValueType::Str,
-                "Preallocation mode (allowed values: off, falloc, full)",
-            ),
+            CreateOption::preallocation(MODES),
             CreateOption::new(
                 "extent_size_hint",
                 ValueType::Size,
@@ -39,10 +36,10 @@ pub static FILE: DriverEntry = DriverEntry {
         ],
         create: |creation, map| create_with(create::create_file, creation, map),
         measure: None,
-        compresses: false,
         amend: &[],
         on_nodes: Some(|_, map| create_by_qmp(map)),
     }),
+    growth: Growth::Own(MODES),
     ..DriverEntry::new("file", Kind::Protocol, |opening, map| {
         Box::pin(open(Flavour::File, opening, map))
     })
@@ -52,7 +49,7 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
     options: OPTIONS,
     prefixes: &["host_device"],
     create: Some(&CreateEntry {
-        options: &[NO_PREALLOCATION, SIZE],
+        options: &[CreateOption::preallocation(NO_MODES), SIZE],
         create: |creation, map| {
             Box::pin(async move {
                 refuse_preallocation(&map)?;
@@ -60,16 +57,20 @@ pub static HOST_DEVICE: DriverEntry = DriverEntry {
             })
         },
         measure: None,
-        compresses: false,
         amend: &[],
         on_nodes: None,
     }),
     naming: Naming::Device(is_device),
     counts_discards: true,
+    growth: Growth::Own(NO_MODES),
     ..DriverEntry::new("host_device", Kind::Protocol, |opening, map| {
         Box::pin(open(Flavour::HostDevice, opening, map))
     })
 };
+
+/// How the space of a file is allocated, and that of a device, which has all of it.
+const MODES: &[Preallocation] = &[Preallocation::Off, Preallocation::Falloc, Preallocation::Full];
+const NO_MODES: &[Preallocation] = &[Preallocation::Off];
 
 const SIZE: CreateOption = CreateOption::new("size", ValueType::Size, "Virtual disk size");
 

@@ -3,11 +3,11 @@
 use super::Nvme;
 use super::shared::Claim;
 use crate::block::create::{
-    CreateEntry, CreateOption, Creation, Made, NO_PREALLOCATION, ValueType, refuse_preallocation,
+    CreateEntry, CreateOption, Creation, Made, ValueType, refuse_preallocation,
 };
 use crate::block::{
-    Driver, DriverEntry, Error, Kind, NameParts, Naming, NodeOptions, Opening, OptionHelp,
-    WriteFlags,
+    Driver, DriverEntry, Error, Growth, Kind, NameParts, Naming, NodeOptions, Opening, OptionHelp,
+    Preallocation, WriteFlags,
 };
 use crate::io::{AlignedBuf, Errno};
 use crate::options::{Map, Size};
@@ -36,18 +36,21 @@ pub static ENTRY: DriverEntry = DriverEntry {
     prefixes: &["nvme"],
     create: Some(&CreateEntry {
         options: &[
-            NO_PREALLOCATION,
+            CreateOption::preallocation(MODES),
             CreateOption::new("size", ValueType::Size, "Virtual disk size"),
         ],
-        compresses: false,
         create: |creation, map| Box::pin(create(creation, map)),
         amend: &[],
         on_nodes: None,
         measure: None,
     }),
     naming: Naming::Own(read_name),
+    growth: Growth::Own(MODES),
     ..DriverEntry::new("nvme", Kind::Protocol, |opening, map| Box::pin(open(opening, map)))
 };
+
+/// A namespace has all its space.
+const MODES: &[Preallocation] = &[Preallocation::Off];
 
 /// A name is kept as it is.
 fn read_name(name: &str) -> Result<NameParts, Error> {

@@ -306,9 +306,7 @@ impl Image for Nvme {
 
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
-            if preallocation != Preallocation::Off {
-                return Err(preallocation.unsupported());
-            }
+            ENTRY.growth.check(preallocation)?;
             self.look_again().await?;
             match len <= self.len() {
                 true => Ok(()),
