@@ -33,7 +33,7 @@ test: setup
 test-nvme: setup
 	$(CARGO) test --locked -p vublk-vfio
 	$(CARGO) test --locked -p vublk --test it nvme
-	$(CARGO) test --locked -p vublk --test it -- --ignored nvme::served nvme::readme
+	$(CARGO) test --locked -p vublk --test it -- --ignored nvme::served nvme::page
 
 # What a command line prints is compared word by word, and has the warning then.
 THREADS_TESTS ?= --skip cli:: --skip monitor::ctl

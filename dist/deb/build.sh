@@ -26,6 +26,7 @@ install -D -m 644 dist/tmpfiles.conf "$root/usr/lib/tmpfiles.d/vublk.conf"
 install -d "$root/etc/vublk"
 install -D -m 644 -t "$doc/examples" dist/examples/*
 install -D -m 644 README.md "$doc/README.md"
+install -D -m 644 -t "$doc/docs" docs/*.md
 install -D -m 644 CHANGELOG.md "$doc/changelog"
 gzip -9n "$doc/changelog"
 {

@@ -8,6 +8,7 @@ mod conformance;
 mod copying;
 mod crash;
 mod disks;
+mod docs;
 mod failing;
 mod fast_road;
 mod file;

@@ -95,6 +95,8 @@ fn the_package_holds_what_it_should_installs_and_starts() {
         "./usr/share/fish/vendor_completions.d/vublk.fish",
         "./usr/share/qemu/vhost-user/50-vublk.json",
         "./usr/share/doc/vublk/copyright",
+        "./usr/share/doc/vublk/README.md",
+        "./usr/share/doc/vublk/docs/operating.md",
         "./usr/share/doc/vublk/examples/libvirt-disk.xml",
         "./usr/share/doc/vublk/examples/qemu.sh",
         "./usr/share/doc/vublk/examples/cloud-hypervisor.sh",

@@ -22,6 +22,11 @@ const LIFETIME: Duration = Duration::from_secs(180);
 /// Guests run one at a time: each has several emulated processors and half a gigabyte of memory.
 static TURN: Mutex<()> = Mutex::new(());
 
+/// Waits until no other guest of this program runs.
+pub fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A guest to boot. Disks appear in it as /dev/vda, /dev/vdb and so on, in the order they were
 /// added.
 #[derive(Clone, Default)]
@@ -148,7 +153,7 @@ impl Guest {
 
     /// Boots the guest, which then runs `script` under `sh`.
     pub fn boot(self, script: &str) -> RunningGuest {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = turn();
         build_guest();
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("script"), script).unwrap();
@@ -444,7 +449,7 @@ fn guest_dir() -> PathBuf {
 
 /// Builds the kernel and the initramfs if they are not there (the script has a lock against other
 /// processes).
-fn build_guest() {
+pub fn build_guest() {
     static BUILT: Once = Once::new();
     BUILT.call_once(|| {
         let status =

@@ -5,7 +5,7 @@
 mod bind;
 mod inside;
 mod io;
-mod readme;
+mod page;
 mod served;
 
 use crate::cli::VUBLK;

@@ -1,28 +1,17 @@
-//! What README tells a newcomer to do, done as it is written: from `lspci` to a guest of the guest's on the
+//! The commands of docs/nvme.md, run as written in a guest: from `lspci` to a guest inside the guest on the
 //! controller, and back.
 
 use super::{Drives, MIB, MORE_TIME, VUBLK, lab, prelude};
+use crate::docs::page::Page;
 use std::fs;
 use std::path::Path;
 
-/// README's section on controllers, and the title of the one after it.
-const SECTION: [&str; 2] = ["### NVMe controllers without the kernel", "\n### "];
-
-/// The commands of the section: what stands between its fences.
-fn commands(readme: &str) -> String {
-    let (_, section) = readme.split_once(SECTION[0]).unwrap();
-    let (section, _) = section.split_once(SECTION[1]).unwrap();
-    let blocks: Vec<_> = section.split("\n```\n").skip(1).step_by(2).collect();
-    assert_eq!(blocks.len(), 1, "{section}");
-    blocks.join("\n")
-}
-
 #[test]
 #[ignore = "minutes of a guest in a guest: make test-nvme"]
-fn a_newcomer_gets_from_lspci_to_a_guest_on_the_controller_and_back() {
+fn the_commands_of_the_page_lead_from_lspci_to_a_guest_on_the_controller_and_back() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"));
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let commands = commands(&fs::read_to_string(source.join("README.md")).unwrap());
+    let commands = Page::read("docs/nvme.md").commands();
     // The program in PATH, and the source tree as it is seen from a folder that can be written to.
     let begins = format!(
         "PATH=$PATH:{}\n\
