@@ -19,6 +19,7 @@ use super::batch::{Changes, settle_slice};
 use super::format::data;
 use super::lock::Lock;
 use super::lookup::pin;
+use super::record::{Left, RECORD, clear_record, mark_record, write_record};
 use super::table_cache::{SliceNo, TableEntry};
 use super::writable::{Writable, check_sound};
 use crate::block::Survivor;
@@ -28,12 +29,7 @@ use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-
-/// Words of a record: the guest cluster plus one (0: there is no record), then the old entry and the new.
-const RECORD: usize = 5;
-/// In a record's first word: something newer may be on the disk.
-const MARK: u64 = 1 << 63;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The entries of a mapping that wait.
 pub struct Journal<E> {
@@ -72,18 +68,6 @@ struct Waiting<E> {
     is_copied: bool,
     /// Older entries have lower numbers.
     number: u64,
-}
-
-/// What a record says.
-#[derive(Clone, Copy)]
-pub(super) struct Left<E> {
-    /// The guest's cluster.
-    pub cluster: u64,
-    /// Something newer may be on the disk.
-    pub is_marked: bool,
-    pub old: E,
-    pub new: E,
-    pub record: usize,
 }
 
 /// Whether entries wait now.
@@ -193,7 +177,7 @@ impl<E: TableEntry> Journal<E> {
         };
         for waiting in changes.iter().filter_map(|(index, _)| waiting.get(index)) {
             if let Some(record) = waiting.record {
-                memory.words()[record * RECORD].fetch_or(MARK, Ordering::Release);
+                mark_record(memory.words(), record);
             }
         }
     }
@@ -297,43 +281,6 @@ impl<E: TableEntry> Journal<E> {
         state.free.clear();
         self.is_attached.store(false, Ordering::Release);
     }
-}
-
-/// A record counts when its first word is there, which is written last.
-fn write_record(
-    words: &[AtomicU64],
-    record: usize,
-    cluster: u64,
-    old: impl TableEntry,
-    new: impl TableEntry,
-) {
-    let words = &words[record * RECORD..][..RECORD];
-    let content = [old.words(), new.words()];
-    for (word, &value) in words[1..].iter().zip(content.as_flattened()) {
-        word.store(value, Ordering::Release);
-    }
-    words[0].store(cluster + 1, Ordering::Release);
-}
-
-pub(super) fn clear_record(words: &[AtomicU64], record: usize) {
-    words[record * RECORD].store(0, Ordering::Release);
-}
-
-/// The entries that an earlier process has left.
-pub(super) fn read_records<E: TableEntry>(words: &[AtomicU64]) -> Vec<Left<E>> {
-    let read = |(record, words): (usize, &[AtomicU64])| {
-        let mut content = [0; RECORD];
-        content.iter_mut().zip(words).for_each(|(to, word)| *to = word.load(Ordering::Acquire));
-        let [cluster, old, old_second, new, new_second] = content;
-        Some(Left {
-            cluster: (cluster & !MARK).checked_sub(1)?,
-            is_marked: cluster & MARK != 0,
-            old: E::from_words(old, old_second),
-            new: E::from_words(new, new_second),
-            record,
-        })
-    };
-    words.chunks_exact(RECORD).enumerate().filter_map(read).collect()
 }
 
 /// What the journal asks of a format.

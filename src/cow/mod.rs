@@ -69,6 +69,7 @@ mod lookup;
 mod padded;
 mod ranges;
 mod read;
+mod record;
 mod references;
 mod status;
 mod suspects;

@@ -14,6 +14,7 @@
 //! given back, page by page, under readers who do not trust what they find there.
 
 use crate::io::IoResult;
+use crate::io::atomics::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use crate::io::pages::{PAGE, Pages};
 use crate::io::sync::{Mutex, Waiters};
 use crate::io::task::yield_now;
@@ -21,7 +22,6 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 /// An entry of a mapping table: one or two numbers in host byte order, whatever its form on the disk.
 pub trait TableEntry: Copy + PartialEq + Debug + Send + Sync + 'static {

@@ -4,8 +4,9 @@
 //! if the record is marked, a newer one), and its cluster is in use and referred to by no entry. Where something else has
 //! changed the image meanwhile, or the memory, taking over is refused.
 
-use super::journal::{Journaling, Left, clear_record, read_records, settle_journal};
+use super::journal::{Journaling, settle_journal};
 use super::lookup::pin;
+use super::record::{Left, clear_record, read_records};
 use crate::block::{Error, Survivor};
 use crate::io::Errno;
 use std::collections::BTreeSet;

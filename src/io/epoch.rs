@@ -13,13 +13,13 @@
 //! announcements, so one of the two sees the other. A member that already stands at an older epoch
 //! and reads the new one has seen the change with it; if it reads the old one, it is waited for.
 
+use super::atomics::{AtomicU64, AtomicUsize, Ordering, fence};
 use super::sync::{Mutex, Waiters};
 use crossbeam_utils::CachePadded;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 /// What a member that is not on the fast road announces.
 const OFFLINE: u64 = u64::MAX;

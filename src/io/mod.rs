@@ -21,10 +21,11 @@
 //! * [`per_worker`]: state of which each worker has its own.
 //! * [`pages`]: memory that is given back in parts; [`periodic`]: what is done now and then.
 //! * [`shared_mapping`]: memory that another process may take away again.
-//! * [`sync`]: the one mutex, which counts. `unwind`: what a panic means.
+//! * [`sync`]: the one mutex, which counts; [`atomics`]: what pieces without locks are made of. `unwind`: what a panic means.
 //!
 //! The engine knows nothing of disks, graphs or transports.
 
+pub mod atomics;
 pub mod budget;
 mod buffer;
 mod clock;

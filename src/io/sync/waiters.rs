@@ -1,36 +1,8 @@
-//! The one mutex of the project, which counts; and the one list of tasks that wait for what it guards.
-//!
-//! Its count is how the test of the warm road knows that no lock was taken there. A panic while a
-//! lock is held does not poison it: what it guards is kept consistent by each critical section, and
-//! one failed request must not take the others with it.
+//! The list of tasks that wait for something behind a mutex to change.
 
-use std::cell::Cell;
+use super::Mutex;
 use std::future::poll_fn;
-use std::sync::{MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-
-thread_local! {
-    static TAKEN: Cell<u64> = const { Cell::new(0) };
-}
-
-/// How many locks this thread has taken since it began.
-pub fn locks_taken() -> u64 {
-    TAKEN.with(Cell::get)
-}
-
-#[derive(Debug, Default)]
-pub struct Mutex<T>(std::sync::Mutex<T>);
-
-impl<T> Mutex<T> {
-    pub const fn new(value: T) -> Mutex<T> {
-        Mutex(std::sync::Mutex::new(value))
-    }
-
-    pub fn lock(&self) -> MutexGuard<'_, T> {
-        TAKEN.with(|taken| taken.set(taken.get() + 1));
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl<T> Mutex<T> {
     /// Waits until `look` gives a result. Until then `look` names the list in which to wait for the next change;

@@ -1,0 +1,10 @@
+//! What those pieces import from the engine, made of loom's primitives.
+
+pub mod atomics;
+#[path = "../../../../src/io/errno.rs"]
+mod errno;
+pub mod pages;
+pub mod sync;
+pub mod task;
+
+pub use errno::{Errno, IoResult};

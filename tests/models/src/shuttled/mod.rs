@@ -1,0 +1,6 @@
+//! Epochs, with shuttle's primitives.
+
+pub mod atomics;
+#[path = "../../../../src/io/epoch.rs"]
+pub mod epoch;
+pub mod sync;

@@ -1,0 +1,8 @@
+//! The mutex over shuttle's, with the product's list of waiting tasks.
+
+mod mutex;
+#[path = "../../../../../src/io/sync/waiters.rs"]
+mod waiters;
+
+pub use mutex::Mutex;
+pub use waiters::Waiters;
