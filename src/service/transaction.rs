@@ -176,7 +176,7 @@ impl Step {
     async fn make(
         self,
         graph: &Graph,
-        drained: &Drained<'_>,
+        drained: &Drained,
         options: Option<Map>,
     ) -> Result<Option<Undo>, Error> {
         let missing = |node: &str| Error::new(format!("Node '{}' not found", node.escape_debug()));
@@ -252,7 +252,7 @@ fn step(node: &Arc<Node>, doing: String) -> graph::Step<'_> {
     graph::Step { node, what, meanwhile: Meanwhile::Requests }
 }
 
-async fn add_bitmap(drained: &Drained<'_>, node: &Arc<Node>, new: NewBitmap) -> Result<(), Error> {
+async fn add_bitmap(drained: &Drained, node: &Arc<Node>, new: NewBitmap) -> Result<(), Error> {
     let step = step(node, format!("Adding bitmap '{}' to", new.name));
     let (name, theirs, late) = (new.name.clone(), node.clone(), node.clone());
     let add = async move { theirs.add_bitmap(new).await };
@@ -265,7 +265,7 @@ async fn add_bitmap(drained: &Drained<'_>, node: &Arc<Node>, new: NewBitmap) -> 
 }
 
 /// A bitmap whose removal takes too long is gone when that has ended.
-async fn remove_bitmap(drained: &Drained<'_>, node: &Arc<Node>, name: &str) -> Result<(), Error> {
+async fn remove_bitmap(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Removing bitmap '{name}' from"));
     let (theirs, name) = (node.clone(), name.to_owned());
     let remove = async move { theirs.remove_bitmap(&name).await };
@@ -273,18 +273,14 @@ async fn remove_bitmap(drained: &Drained<'_>, node: &Arc<Node>, name: &str) -> R
 }
 
 /// Has the image know that a bitmap changes. The change itself is one of memory then.
-async fn begin_bitmap_change(
-    drained: &Drained<'_>,
-    node: &Arc<Node>,
-    name: &str,
-) -> Result<(), Error> {
+async fn begin_bitmap_change(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Changing bitmap '{name}' of"));
     let (theirs, name) = (node.clone(), name.to_owned());
     let begin = async move { theirs.begin_bitmap_change(&name).await };
     drained.step(step, begin, async |_| ()).await
 }
 
-async fn make_snapshot(drained: &Drained<'_>, node: &Arc<Node>, name: &str) -> Result<(), Error> {
+async fn make_snapshot(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Making snapshot '{name}' of"));
     let (theirs, late) = (node.clone(), node.clone());
     let (name, made_name) = (name.to_owned(), name.to_owned());
@@ -322,7 +318,7 @@ fn kept(node: &Node, name: &str) -> Result<Undo, Error> {
 }
 
 impl Undo {
-    async fn run(self, graph: &Graph, drained: &Drained<'_>) {
+    async fn run(self, graph: &Graph, drained: &Drained) {
         let result = match self {
             Undo::AddBitmap(node, name) => remove_bitmap(drained, &node, &name).await,
             Undo::RemoveBitmap(_, bitmap) => {

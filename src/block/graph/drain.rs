@@ -6,13 +6,13 @@
 
 use super::claims::{Claim, Part};
 use super::permissions::{Plan, release_locks};
-use super::rest::Asked;
+use super::rest::{Asked, DEADLINE};
 use super::step::{Meanwhile, Step};
 use super::{By, Graph, State, Use};
 use crate::block::{
     Error, LocalFuture, Node, Perm, Perms, Preallocation, Role, Snapshots, resizable,
 };
-use crate::io::epoch;
+use crate::io::{self, epoch};
 use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,8 +73,8 @@ pub(super) struct Drain {
 
 /// The graph at rest around some nodes, until it is dropped: their users are paused, and nobody else
 /// changes these nodes or what lies around them ([`super::claims`]).
-pub struct Drained<'a> {
-    graph: &'a Graph,
+pub struct Drained {
+    graph: Graph,
     // They go on before others may change the graph.
     pause: Pause,
     claim: Claim,
@@ -82,13 +82,13 @@ pub struct Drained<'a> {
     pub(super) late: Cell<bool>,
 }
 
-impl Drained<'_> {
+impl Drained {
     pub(super) fn is_late(&self) -> bool {
         self.late.get()
     }
 
     pub(super) fn graph(&self) -> &Graph {
-        self.graph
+        &self.graph
     }
 
     pub(super) fn claim(&self) -> &Claim {
@@ -161,7 +161,7 @@ impl Graph {
     ///
     /// # Errors
     /// The node has been deleted, or requests do not end ([`super::rest`]); all go on then as before.
-    pub async fn drain(&self, node: &Arc<Node>) -> Result<Drained<'_>, Error> {
+    pub async fn drain(&self, node: &Arc<Node>) -> Result<Drained, Error> {
         self.drain_all(std::slice::from_ref(node)).await
     }
 
@@ -170,7 +170,7 @@ impl Graph {
     ///
     /// # Errors
     /// As [`Graph::drain`].
-    pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained<'_>, Error> {
+    pub async fn drain_all(&self, nodes: &[Arc<Node>]) -> Result<Drained, Error> {
         self.drain_reading(nodes, &[]).await
     }
 
@@ -182,7 +182,7 @@ impl Graph {
         &self,
         nodes: &[Arc<Node>],
         sources: &[Arc<Node>],
-    ) -> Result<Drained<'_>, Error> {
+    ) -> Result<Drained, Error> {
         let claim = self.claim_change(nodes, sources).await?;
         self.drain_claimed(nodes, claim).await
     }
@@ -191,7 +191,7 @@ impl Graph {
         &self,
         nodes: &[Arc<Node>],
         claim: Claim,
-    ) -> Result<Drained<'_>, Error> {
+    ) -> Result<Drained, Error> {
         let (drained, asked) = {
             let mut state = self.0.state.lock();
             let ids = nodes.iter().map(|node| state.id(node)).collect::<Result<Vec<_>, _>>()?;
@@ -203,11 +203,11 @@ impl Graph {
     }
 
     /// With nobody paused yet.
-    fn begin_drain<'a>(&'a self, state: &mut State, nodes: Vec<u64>, claim: Claim) -> Drained<'a> {
+    fn begin_drain(&self, state: &mut State, nodes: Vec<u64>, claim: Claim) -> Drained {
         state.next_id += 1;
         let id = state.next_id;
         state.drains.push(Drain { id, nodes, users: Vec::new() });
-        Drained { graph: self, pause: Pause::new(self, id), claim, late: Cell::new(false) }
+        Drained { graph: self.clone(), pause: Pause::new(self, id), claim, late: Cell::new(false) }
     }
 
     /// Waits until nobody else changes `changed`, nor the nodes that are only to be `kept`.
@@ -274,7 +274,9 @@ impl Graph {
             state.id(&old).map_or_else(|_| Vec::new(), |id| state.all_below(&[id]))
         };
         drop((old, drained));
-        self.end_unused(None, &left.into_iter().collect()).await;
+        let left = left.into_iter().collect();
+        // The change is whole: what takes longer is closed by a task of its own.
+        let _in_time = io::in_time(DEADLINE, self.end_unused(None, &left)).await;
         Ok(())
     }
 

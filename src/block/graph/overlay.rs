@@ -10,6 +10,7 @@ use super::step::{Meanwhile, Step};
 use super::{By, Drained, Graph, State, User};
 use crate::block::open::Depth;
 use crate::block::{Child, Error, Node, Role};
+use crate::io;
 use crate::options::{Map, Value};
 use std::sync::Arc;
 
@@ -31,7 +32,7 @@ impl Graph {
     /// before.
     pub async fn put_over(
         &self,
-        drained: &Drained<'_>,
+        drained: &Drained,
         base: &Arc<Node>,
         overlay: &str,
     ) -> Result<Over, Error> {
@@ -75,7 +76,7 @@ impl Graph {
     /// As [`Graph::put_over`]; nothing has changed then.
     pub async fn open_over(
         &self,
-        drained: &Drained<'_>,
+        drained: &Drained,
         base: &Arc<Node>,
         options: Map,
     ) -> Result<Over, Error> {
@@ -90,7 +91,7 @@ impl Graph {
     /// called then.
     async fn open_overlay(
         &self,
-        drained: &Drained<'_>,
+        drained: &Drained,
         base: &Arc<Node>,
         options: Map,
         late: impl AsyncFnOnce() + 'static,
@@ -118,7 +119,7 @@ impl Graph {
     }
 
     /// Gives the users of an overlay, to which nothing was written, what they had before.
-    pub async fn take_back(&self, drained: &Drained<'_>, over: Over) {
+    pub async fn take_back(&self, drained: &Drained, over: Over) {
         let Over { base, overlay, asked } = over;
         self.give_back(drained, &overlay, &base).await;
         let name = overlay.name().to_owned();
@@ -130,7 +131,7 @@ impl Graph {
     }
 
     /// Ends a change in which overlays have taken over, or were to. What lies below those that stay is finished.
-    pub async fn keep(&self, drained: &Drained<'_>, overlays: Vec<Over>) {
+    pub async fn keep(&self, drained: &Drained, overlays: Vec<Over>) {
         for over in &overlays {
             let (graph, base) = (self.clone(), over.base.clone());
             let what = format!("Finishing the image of node '{}'", base.name());
@@ -145,11 +146,11 @@ impl Graph {
         }
         drop(overlays);
         release_locks(&mut self.0.state.lock(), drained.claim().id);
-        self.end_changed(drained).await;
+        self.end_changed_in_time(drained).await;
     }
 
     /// Closes a node, and opens one of its name with these options.
-    async fn open_as_before(&self, drained: &Drained<'_>, name: &str, asked: Map) {
+    async fn open_as_before(&self, drained: &Drained, name: &str, asked: Map) {
         self.forget(drained, name).await;
         if let Err(error) = self.open_top(asked, drained.claim()).await {
             log::error!("{name}: opening it as it was: {error}");
@@ -157,7 +158,7 @@ impl Graph {
     }
 
     /// Closes a node that was opened by name.
-    async fn forget(&self, drained: &Drained<'_>, name: &str) {
+    async fn forget(&self, drained: &Drained, name: &str) {
         if let Some((_, entry)) = self.0.state.lock().by_name_mut(name) {
             entry.monitor = false;
         }
@@ -165,15 +166,25 @@ impl Graph {
     }
 
     /// Closes what the change that has drained the graph leaves unused.
-    pub(super) async fn end_changed(&self, drained: &Drained<'_>) {
+    pub(super) async fn end_changed(&self, drained: &Drained) {
         self.end_unused(Some(drained.claim()), &drained.claim().changed()).await;
+    }
+
+    /// As [`Graph::end_changed`], after a change that is whole: its users do not wait long for storage that they no
+    /// longer use. What has not been closed in time is closed later, by a task of its own.
+    pub(super) async fn end_changed_in_time(&self, drained: &Drained) {
+        let limit = drained.patience();
+        if io::in_time(limit, self.end_changed(drained)).await.is_none() {
+            let seconds = limit.as_secs_f32();
+            log::warn!("what a change of the graph no longer uses is not closed after {seconds} s");
+        }
     }
 
     /// Turns everyone who uses a node to another, of which the one stands on the other. What they give up stays
     /// locked.
     async fn take_over(
         &self,
-        drained: &Drained<'_>,
+        drained: &Drained,
         old: &Arc<Node>,
         new: &Arc<Node>,
     ) -> Result<(), Error> {
@@ -196,7 +207,7 @@ impl Graph {
     /// Turns everyone who uses an overlay back to the node that it stands on, which they had before. Nothing that
     /// was right then is asked again, so that it cannot fail. Users who came meanwhile and cannot be moved keep
     /// the overlay.
-    async fn give_back(&self, drained: &Drained<'_>, overlay: &Arc<Node>, base: &Arc<Node>) {
+    async fn give_back(&self, drained: &Drained, overlay: &Arc<Node>, base: &Arc<Node>) {
         overlay.members().iter().for_each(|member| base.add_member(member));
         let above = {
             let mut state = self.0.state.lock();
@@ -213,7 +224,7 @@ impl Graph {
     /// Tells those who stood on a node, and whose uses of it have become uses of another.
     pub(super) async fn move_up(
         &self,
-        drained: &Drained<'_>,
+        drained: &Drained,
         old: &Arc<Node>,
         new: &Arc<Node>,
         Above { parents, users, .. }: Above,

@@ -23,6 +23,7 @@ use super::{By, Drained, Graph, State, not_found};
 use crate::block::open::{Depth, at};
 use crate::block::{Abilities, Child, Error, Kind, Node, Perm, Role};
 use crate::options::{Map, Value};
+use std::cell::Cell;
 use std::sync::Arc;
 
 /// The options of a node that is to be opened again, and where they lie in the user's.
@@ -79,12 +80,22 @@ impl Graph {
             task = now;
             if is_same {
                 let drained = self.drain_claimed(&task.leaving, claim).await?;
-                return self.reopen_drained(&drained, task).await;
+                let name = task.tops.first().map_or("", |top| top.node.name());
+                let (graph, what) = (self.clone(), format!("Opening node '{name}' again"));
+                let rest = async move |drained: &Drained, is_late: &Cell<bool>| {
+                    graph.reopen_drained(drained, task, is_late).await
+                };
+                return drained.in_time(what, rest).await;
             }
         }
     }
 
-    async fn reopen_drained(&self, drained: &Drained<'_>, task: Task) -> Result<(), Error> {
+    async fn reopen_drained(
+        &self,
+        drained: &Drained,
+        task: Task,
+        is_late: &Cell<bool>,
+    ) -> Result<(), Error> {
         let claim = drained.claim().id;
         let mut done = Done::default();
         let mut result = self.bring_to_end(drained, &task.leaving, &mut done).await;
@@ -92,6 +103,8 @@ impl Graph {
             result = self.open_successors(claim, &task).await;
         }
         let moved = match result {
+            // The caller has been told that it failed.
+            Ok(()) if is_late.get() => Err(Error::new("the nodes stay as they were")),
             Ok(()) => self.0.state.lock().succeed(claim, &task),
             Err(error) => Err(error),
         };
@@ -107,14 +120,14 @@ impl Graph {
         }
         drop((task, done));
         release_locks(&mut self.0.state.lock(), claim);
-        self.end_changed(drained).await;
+        self.end_changed_in_time(drained).await;
         Ok(())
     }
 
     /// Finishes what nodes that leave have begun, parents first.
     async fn bring_to_end(
         &self,
-        drained: &Drained<'_>,
+        drained: &Drained,
         leaving: &[Arc<Node>],
         done: &mut Done,
     ) -> Result<(), Error> {
@@ -159,7 +172,7 @@ impl Graph {
     }
 
     /// Has all nodes that were to leave stay as they were, and ends what was to succeed them.
-    async fn stay(&self, drained: &Drained<'_>, leaving: &[Arc<Node>], done: Done) {
+    async fn stay(&self, drained: &Drained, leaving: &[Arc<Node>], done: Done) {
         let claim = drained.claim().id;
         {
             let mut state = self.0.state.lock();

@@ -8,6 +8,8 @@
 //!   taken back as after any other failure, and those who are paused go on.
 //! * The storage may still do what it was asked to. So the step goes on by itself, and the change says what is
 //!   done when it has ended. Until then others do no more than what does not meet it ([`Meanwhile`]).
+//! * Where no step can be taken back before it has ended, the whole rest of the change goes on by itself
+//!   ([`Drained::in_time`]). Its users stay paused until it has taken everything back.
 
 use super::claims::{Claim, Part};
 use super::drain::Pause;
@@ -17,7 +19,7 @@ use crate::block::{Error, Node};
 use crate::io;
 use crate::io::epoch::{self, Member};
 use crate::io::task::apart;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,7 +56,7 @@ struct Shared<T> {
     held: RefCell<Option<Held>>,
 }
 
-impl Drained<'_> {
+impl Drained {
     /// Does `work`, a step of the change, which must end in time. If it does not, `late` is given what comes of it
     /// when it has ended.
     ///
@@ -88,6 +90,34 @@ impl Drained<'_> {
         *shared.held.borrow_mut() = Some(self.keep_for(&step));
         let (what, seconds) = (step.what, limit.as_secs_f32());
         Err(Error::new(format!("{what} has not ended within {seconds} s")))
+    }
+
+    /// Does `work`, the rest of the change, as a task of its own. `work` asks its second argument before it makes
+    /// anything final: true means that it has not ended in time, and has to take everything back.
+    ///
+    /// # Errors
+    /// Those of `work`, and that it has not ended in time. `what` begins that error: `Opening node 'a' again`.
+    pub(super) async fn in_time(
+        self,
+        what: String,
+        work: impl AsyncFnOnce(&Drained, &Cell<bool>) -> Result<(), Error> + 'static,
+    ) -> Result<(), Error> {
+        // A step of the rest has one time for itself.
+        let limit = self.patience() * 2;
+        let shared = Rc::new((Cell::new(false), RefCell::new(None)));
+        let theirs = shared.clone();
+        let task = apart(async move {
+            let result = work(&self, &theirs.0).await;
+            drop(self);
+            *theirs.1.borrow_mut() = Some(result);
+        });
+        // It may have ended at the very end of its time.
+        let _ended = io::in_time(limit, task).await;
+        if let Some(result) = shared.1.take() {
+            return result;
+        }
+        shared.0.set(true);
+        Err(Error::new(format!("{what} has not ended within {} s", limit.as_secs_f32())))
     }
 
     /// Brings what was written to a node to its storage, as a step of the change.
@@ -126,7 +156,7 @@ impl Drained<'_> {
     }
 
     /// How long a step may take.
-    fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         let users = self.users();
         users.iter().filter_map(|user| user.patience()).min().map_or(DEADLINE, |t| t.min(DEADLINE))
     }

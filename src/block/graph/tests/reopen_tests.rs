@@ -1,6 +1,7 @@
 //! Nodes that are opened again under their users: all of them, or none.
 
 use super::*;
+use std::time::Duration;
 
 impl Bench {
     fn reopen(&self, all: &[&str]) -> Result<(), String> {
@@ -19,6 +20,8 @@ impl Bench {
 struct Disk {
     moved: Mutex<Vec<Arc<Node>>>,
     paused: AtomicUsize,
+    /// Milliseconds; 0: it has none of its own.
+    patience: AtomicU64,
 }
 
 impl User for Disk {
@@ -34,6 +37,10 @@ impl User for Disk {
     }
     fn can_move(&self) -> bool {
         true
+    }
+    fn patience(&self) -> Option<Duration> {
+        let patience = self.patience.load(Ordering::SeqCst);
+        (patience > 0).then(|| Duration::from_millis(patience))
     }
     fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
         assert_eq!(self.paused.load(Ordering::SeqCst), 1, "moved while paused");
@@ -181,5 +188,38 @@ fn a_user_that_comes_while_a_node_is_opened_again_is_moved_with_the_others() {
     });
     let now = bench.graph.find("r").unwrap();
     assert!(Arc::ptr_eq(&late.moved.lock()[0], &now) && Arc::ptr_eq(&disk.moved.lock()[0], &now));
+    drop(hold);
+}
+
+#[test]
+fn nodes_whose_storage_does_not_answer_when_they_are_opened_again_stay_when_it_does() {
+    let bench = Bench::new();
+    let (disk, hold) = pile(&bench, "silent");
+    let before = ["f", "r"].map(|name| bench.graph.find(name).unwrap());
+    disk.patience.store(20, Ordering::SeqCst);
+    let gate = store("silent-gate");
+    gate.stall.store(true, Ordering::SeqCst);
+    let wanted = [
+        "driver=pass,node-name=r,file=f",
+        "driver=store,tag=silent,node-name=f,align=4096,after=silent-gate",
+    ];
+    let error = bench.reopen(&wanted).unwrap_err();
+    assert_eq!(error, "Opening node 'f' again has not ended within 0.04 s");
+    assert_eq!(disk.paused.load(Ordering::SeqCst), 1, "nobody writes beside the opening");
+    gate.stall.store(false, Ordering::SeqCst);
+    // The next change waits until the one before has been taken back.
+    disk.patience.store(0, Ordering::SeqCst);
+    bench.reopen(&["driver=pass,node-name=s,file=r"]).unwrap();
+    let graph = bench.graph.clone();
+    let node = before[0].clone();
+    bench.worker.block_on(move || async move { graph.drain(&node).await.map(drop) }).unwrap();
+    let now = ["f", "r"].map(|name| bench.graph.find(name).unwrap());
+    assert!(before.iter().zip(&now).all(|(a, b)| Arc::ptr_eq(a, b)));
+    assert_eq!(disk.paused.load(Ordering::SeqCst), 0);
+    assert_eq!(now[1].traits().request_align, 1);
+    assert_eq!(store("silent").locked(), writes());
+    assert_eq!(bench.names().len(), 3);
+    bench.reopen(&wanted).unwrap();
+    assert_eq!(bench.graph.find("r").unwrap().traits().request_align, 4096);
     drop(hold);
 }
