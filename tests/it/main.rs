@@ -29,7 +29,6 @@ mod qed;
 mod threads;
 mod tools;
 mod vhost_user;
-mod vhost_user_review;
 
 // Under the name by which it is known where these files are part of another program.
 use monitor::client;

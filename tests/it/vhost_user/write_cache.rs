@@ -6,11 +6,11 @@
 use std::os::fd::AsRawFd;
 
 use vublk_testkit::request::{Range, Request, Shape};
-use vublk_testkit::spec::{feature, status};
-use vublk_testkit::{Disk, Options};
+use vublk_testkit::spec::{self, feature, status};
+use vublk_testkit::{Connection, Disk, Options};
 
 use super::daemon::figure;
-use super::{Daemon, pattern};
+use super::{Daemon, LIMIT, pattern};
 
 /// Pages of the image that are dirty or on their way, if the kernel can say.
 fn dirty_pages(daemon: &Daemon) -> Option<u64> {
@@ -123,4 +123,65 @@ fn flushes_are_counted_and_told_at_the_end() {
     drop(disk);
     let log = daemon.end();
     assert_eq!((figure(&log, "flushes"), figure(&log, "requests")), (15, 23));
+}
+
+/// The write cache as the configuration tells of it.
+fn write_cache(disk: &mut Disk) -> u8 {
+    disk.connection().config().unwrap().wce
+}
+
+#[test]
+fn a_write_cache_that_the_guest_switched_off_stays_off_while_its_machine_is_stopped() {
+    let daemon = Daemon::file("");
+    let mut disk = daemon.open(&Options::default());
+    disk.connection().set_write_cache(false).unwrap();
+    disk.stop().unwrap();
+    // What QEMU does on `cont`: it says nothing of the write cache again.
+    disk.connection().set_features().unwrap();
+    let base = disk.queue(0).ring().resume_base();
+    disk.start_queue(0, base).unwrap();
+    disk.connection().enable_queue(0, true).unwrap();
+    assert_eq!(write_cache(&mut disk), 0);
+}
+
+#[test]
+fn a_write_cache_that_the_guest_switched_off_stays_off_when_its_front_end_reconnects() {
+    let daemon = Daemon::file("");
+    let mut disk = daemon.open(&Options::default());
+    disk.connection().set_write_cache(false).unwrap();
+    disk.reconnect().unwrap();
+    assert_eq!(write_cache(&mut disk), 0);
+    disk.connection().set_write_cache(true).unwrap();
+    disk.reconnect().unwrap();
+    assert_eq!(write_cache(&mut disk), 1);
+}
+
+#[test]
+fn the_write_cache_can_be_switched_off_before_the_driver_is_ready() {
+    // QEMU sends SET_FEATURES when the driver says DRIVER_OK; a driver may write the configuration
+    // before (virtio 1.2, section 3.1.1, step 7).
+    let daemon = Daemon::file("");
+    let mut connection = Connection::connect(&daemon.socket(0), LIMIT).unwrap();
+    connection.negotiate(spec::feature::QEMU, spec::protocol::DEFAULT).unwrap();
+    connection.set_write_cache(false).unwrap();
+    connection.set_features().unwrap();
+    assert_eq!(connection.config().unwrap().wce, 0);
+}
+
+#[test]
+fn a_guest_that_takes_no_features_at_all_is_given_write_through() {
+    let daemon = Daemon::file("");
+    let mut connection = Connection::connect(&daemon.socket(0), LIMIT).unwrap();
+    connection.negotiate(spec::feature::QEMU, spec::protocol::DEFAULT).unwrap();
+    connection.set_exact_features(0).unwrap();
+    assert_eq!(connection.config().unwrap().wce, 0);
+}
+
+#[test]
+fn a_guest_that_cannot_flush_cannot_switch_the_write_cache_on() {
+    let daemon = Daemon::file("");
+    let features = spec::feature::QEMU & !spec::feature::FLUSH;
+    let mut disk = daemon.open(&Options { features, ..Options::default() });
+    disk.connection().set_write_cache(true).unwrap();
+    assert_eq!(write_cache(&mut disk), 0);
 }
