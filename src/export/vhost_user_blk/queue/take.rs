@@ -75,8 +75,9 @@ impl<R: Ring> Queue<R> {
         if let Some(recorder) = &mut self.recorder {
             recorder.begin(io);
         }
+        // Heads, and how many segments of each chain the device reads. Words of one size are cleared at once.
+        let mut chains = [(0u32, 0u32); BATCH as usize];
         loop {
-            let mut chains = [(0u16, 0u32); BATCH as usize];
             let (mut taken, mut broken) = (0, None);
             for chain in &mut chains[..batch.min(count) as usize] {
                 if !self.has_room() || !share.is_left() {
@@ -85,7 +86,7 @@ impl<R: Ring> Queue<R> {
                 match self.gather() {
                     Ok((head, taken)) => {
                         share.spend(&taken);
-                        *chain = (head, taken.readable);
+                        *chain = (head.into(), taken.readable);
                     }
                     Err(why) => {
                         broken = Some(why);
@@ -95,7 +96,7 @@ impl<R: Ring> Queue<R> {
                 taken += 1;
             }
             for &(head, readable) in &chains[..taken as usize] {
-                self.start(io, me, &turn, head, readable as usize);
+                self.start(io, me, &turn, head as u16, readable as usize);
             }
             count -= taken;
             match broken {
