@@ -44,7 +44,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/protocol/null.rs", "implements `Leaf::start`"),
     ("src/protocol/nvme/mod.rs", "implements `Leaf::start`; memory for a device"),
     ("src/protocol/nvme/way.rs", "memory that a request borrows, for a device"),
-    ("src/protocol/sim.rs", "implements `Leaf::start`"),
+    ("src/protocol/sim/", "implements `Leaf::start`"),
     ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
     ("src/export/core/", "sockets of ours, and poll(2) on them"),
     ("src/export/vhost_user_blk/", "guest memory and its rings"),
@@ -60,7 +60,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("vfio/tests/", "fixtures that do what exports do"),
 ];
 
-const MOST_LINES: usize = 800;
+const MOST_LINES: usize = 560;
 
 struct Source {
     /// From the root of the tree.

@@ -7,6 +7,7 @@
 //! changed; [`Header::encode`] is for new images.
 
 use super::extensions::{self, Extension, FeatureKind};
+use super::fields::{Fields, be32};
 use super::layout::{self, Geometry};
 use crate::block::Error;
 use crate::options::bytes::until_nul;
@@ -490,36 +491,6 @@ impl Header {
     pub fn extensions_end(&self, cluster: &[u8]) -> usize {
         self.header_length as usize + extensions::stored_len(self.extension_area(cluster))
     }
-}
-
-/// Numbers taken off the front.
-struct Fields<'a> {
-    bytes: &'a [u8],
-}
-
-impl Fields<'_> {
-    fn array<const N: usize>(&mut self) -> [u8; N] {
-        let (taken, rest) = self.bytes.split_first_chunk().unwrap_or((&[0; N], &[]));
-        self.bytes = rest;
-        *taken
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_be_bytes(self.array())
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_be_bytes(self.array())
-    }
-
-    fn skip(&mut self, n: usize) {
-        self.bytes = self.bytes.get(n..).unwrap_or_default();
-    }
-}
-
-/// The big-endian number at `at`, if all of it is there.
-fn be32(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 #[cfg(test)]

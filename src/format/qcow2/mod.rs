@@ -40,6 +40,7 @@ mod create_on_nodes;
 mod discard_all;
 mod downgrade;
 pub mod extensions;
+mod fields;
 mod flush;
 mod freed;
 mod hand_over;
