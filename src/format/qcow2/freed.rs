@@ -27,14 +27,29 @@ impl Qcow2 {
             let Some(releases) = self.space.freed.pop_unused(&self.mapping.visits, &members) else {
                 return;
             };
-            for release in releases {
-                match refcounts.unreserve(self, &[release.run]).await {
-                    Ok(free) if release.discard => self.discard_clusters(&free).await,
-                    Ok(_) => {}
-                    // They are leaked at worst.
-                    Err(errno) => log::debug!("{}: freeing clusters: {errno}", self.name),
-                }
+            self.lower(refcounts, releases).await;
+        }
+    }
+
+    /// Takes back the references of a batch, in the order of the clusters: each refcount block is read and written once,
+    /// and clusters side by side are discarded together.
+    async fn lower(&self, refcounts: &mut Refcounts, mut releases: Vec<Release>) {
+        releases.sort_unstable_by_key(|release| release.run.first);
+        let mut to_discard = Vec::new();
+        for release in releases {
+            let others = to_discard.len();
+            if let Err(errno) = refcounts.lower(self, release.run, &mut to_discard).await {
+                // The others are freed; this one is leaked at worst.
+                log::debug!("{}: freeing clusters: {errno}", self.name);
             }
+            if !release.discard {
+                to_discard.truncate(others);
+            }
+        }
+        match refcounts.write(self).await {
+            Ok(()) => self.discard_clusters(&to_discard).await,
+            // What was not written is written with the next change of the refcounts.
+            Err(errno) => log::debug!("{}: freeing clusters: {errno}", self.name),
         }
     }
 

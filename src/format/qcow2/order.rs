@@ -18,7 +18,8 @@
 //! * **Tables**: a new L2 table or refcount block is durable before the entry that names it. A table
 //!   that moves is copied, made durable, named by one write of a sector, durable, and freed.
 //! * **Free**: the entry that dropped the reference is durable before the refcount is lowered, and
-//!   nothing that may still have I/O under way is reused or discarded ([`super::freed`]).
+//!   nothing that may still have I/O under way is reused or discarded ([`super::freed`]). All that one flush covers is
+//!   lowered together, and written before any of it is discarded.
 //! * **Lazy refcounts**, if asked for: the dirty bit is durable before the first reservation, and
 //!   reservations then need not be, unless the file becomes longer for them: a repair cannot make up for
 //!   a table past the end of the file. An image's own lazy bit alone does not make them so: reserving

@@ -369,7 +369,17 @@ impl Refcounts {
     /// entries dropped it.
     pub async fn unreserve(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
         let mut free = Vec::new();
-        for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
+        for &run in runs {
+            self.lower(image, run, &mut free).await?;
+        }
+        self.write(image).await?;
+        Ok(free)
+    }
+
+    /// Takes one reference of each cluster of a run back, and writes only what does not stay in memory. `free` gets the
+    /// clusters that are free now.
+    pub async fn lower(&mut self, image: &Qcow2, run: Run, free: &mut Vec<u64>) -> IoResult {
+        for cluster in run.first..run.first + run.count {
             let count = self.get(image, cluster).await?;
             if count == 0 {
                 return Err(corrupt::bad_refcount(image, cluster));
@@ -384,8 +394,7 @@ impl Refcounts {
                 self.evict();
             }
         }
-        self.write(image).await?;
-        Ok(free)
+        Ok(())
     }
 
     /// Changes the count of each cluster, one after the other, and writes what does not stay in

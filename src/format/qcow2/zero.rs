@@ -68,8 +68,9 @@ impl Zeroing for Qcow2 {
             // What is left of them must not be seen through an old entry.
             file.flush().await?;
         }
-        let clusters: Vec<u64> =
+        let mut clusters: Vec<u64> =
             hosts.iter().map(|host| host >> self.geometry.cluster_bits).collect();
+        clusters.sort_unstable();
         self.discard_clusters(&clusters).await;
         Ok(())
     }

@@ -5,6 +5,7 @@ mod caches;
 mod consistency;
 mod crash;
 mod damaged;
+mod discards;
 mod failing;
 mod fast_writes;
 mod full;
