@@ -7,7 +7,10 @@
 //! crashes loses what was not flushed, as it may. Entries without copied bytes wait, too: many are written at once then.
 //!
 //! * **Kept**: data and copied bytes are with the kernel, then the record is complete, then the entry is shown. Only
-//!   entries that replace references to nothing wait.
+//!   entries that replace references to nothing wait, and those that show more of the cluster that the old entry refers
+//!   to already ([`Journaling::shows_more`]).
+//! * **Extended**: an entry that shows more of the cluster of one that waits takes its place and its record, as long as
+//!   nobody settles that one: what the two show was copied at different times, and one flush is to cover both.
 //! * **Settled**: if something was copied, the data is flushed; then the entries that waited by then are handed over,
 //!   then their records are cleared.
 //! * **Changed before that**: the data is flushed, the record is marked, the newer entry is handed over, the record is
@@ -19,7 +22,9 @@ use super::batch::{Changes, settle_slice};
 use super::format::data;
 use super::lock::Lock;
 use super::lookup::pin;
-use super::record::{Left, RECORD, clear_record, mark_record, write_record};
+use super::record::{
+    Left, RECORD, clear_record, extend_record, is_marked, mark_record, write_record,
+};
 use super::table_cache::{SliceNo, TableEntry};
 use super::writable::{Writable, check_sound};
 use crate::block::Survivor;
@@ -29,7 +34,7 @@ use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// The entries of a mapping that wait.
 pub struct Journal<E> {
@@ -55,6 +60,8 @@ struct State<E> {
     slices: BTreeMap<SliceNo, BTreeMap<usize, Waiting<E>>>,
     /// Of the next entry.
     next: u64,
+    /// Entries with lower numbers are being settled.
+    settling_to: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -89,6 +96,7 @@ impl<E> Default for State<E> {
             records: 0,
             slices: BTreeMap::new(),
             next: 0,
+            settling_to: 0,
         }
     }
 }
@@ -117,23 +125,32 @@ impl<E: TableEntry> Journal<E> {
     /// pinned, and shows them afterwards.
     fn keep(&self, slice: SliceNo, entries: &[(usize, E, E)], is_copied: bool) -> Kept {
         let mut state = self.state.lock();
-        let State { memory, is_closed, rivals, free, records, slices, next } = &mut *state;
+        let State { memory, is_closed, rivals, free, records, slices, next, settling_to } =
+            &mut *state;
         let has_room = free.len() >= entries.len() && !*is_closed && *rivals == 0;
         let Some(memory) = memory.as_ref().filter(|_| has_room) else {
             return Kept::No;
         };
         let waiting = slices.entry(slice).or_default();
-        if entries.iter().any(|(index, ..)| waiting.contains_key(index)) {
+        let can_wait = |&(index, old, new): &(usize, E, E)| {
+            let before = waiting.get(&index);
+            before.is_none_or(|before| before.extends_to(memory.words(), old, new, *settling_to))
+        };
+        if !entries.iter().all(can_wait) {
             return Kept::No;
         }
         let was_half = free.len() * 2 <= *records;
         for &(index, old, new) in entries {
-            let Some(record) = free.pop() else { continue };
-            write_record(memory.words(), record, slice.0 * self.per_slice + index as u64, old, new);
-            let record = Some(record);
-            waiting.insert(index, Waiting { old, new, record, is_copied, number: *next });
+            if let Some(before) = waiting.get_mut(&index) {
+                before.extend(memory.words(), new, is_copied, *next);
+            } else if let Some(record) = free.pop() {
+                let cluster = slice.0 * self.per_slice + index as u64;
+                write_record(memory.words(), record, cluster, old, new);
+                let record = Some(record);
+                waiting.insert(index, Waiting { old, new, record, is_copied, number: *next });
+                self.count.fetch_add(1, Ordering::AcqRel);
+            }
             *next += 1;
-            self.count.fetch_add(1, Ordering::AcqRel);
         }
         match !was_half && free.len() * 2 <= *records {
             true => Kept::HalfFull,
@@ -213,9 +230,12 @@ impl<E: TableEntry> Journal<E> {
         }
     }
 
-    /// The number that the next entry gets.
-    fn moment(&self) -> u64 {
-        self.state.lock().next
+    /// Begins to settle the entries that wait now: they come before the moment that is returned, and none of them is
+    /// extended until [`Settling`] is dropped.
+    fn begin_settling(&self) -> (u64, Settling<'_, E>) {
+        let mut state = self.state.lock();
+        state.settling_to = state.next;
+        (state.next, Settling(self))
     }
 
     /// Slices in which entries wait that came before a moment, and whether what one of these shows was
@@ -283,6 +303,35 @@ impl<E: TableEntry> Journal<E> {
     }
 }
 
+/// Entries are being settled, until this is dropped.
+struct Settling<'a, E>(&'a Journal<E>);
+
+impl<E> Drop for Settling<'_, E> {
+    fn drop(&mut self) {
+        self.0.state.lock().settling_to = 0;
+    }
+}
+
+impl<E: TableEntry> Waiting<E> {
+    /// Whether an entry that replaces this one can wait in its place. The two differ in their second words, so that the
+    /// record changes by one store.
+    fn extends_to(&self, words: &[AtomicU64], old: E, new: E, settling_to: u64) -> bool {
+        let [first, _] = self.new.words();
+        let has_record = self.record.is_some_and(|record| !is_marked(words, record));
+        let is_settling = self.number < settling_to;
+        self.new == old && new.words()[0] == first && has_record && !is_settling
+    }
+
+    fn extend(&mut self, words: &[AtomicU64], new: E, is_copied: bool, number: u64) {
+        if let Some(record) = self.record {
+            extend_record(words, record, new);
+        }
+        self.new = new;
+        self.is_copied |= is_copied;
+        self.number = number;
+    }
+}
+
 /// What the journal asks of a format.
 pub trait Journaling: Writable {
     /// Whether entries may wait at all. They may not where the next opening after a crash counts all references again:
@@ -293,6 +342,11 @@ pub trait Journaling: Writable {
 
     /// Whether an entry refers to no cluster, so that replacing it frees none.
     fn refers_to_nothing(&self, entry: Self::Entry) -> bool;
+
+    /// Whether `new` shows what `old` does and more of the same cluster, which both have for themselves.
+    fn shows_more(&self, _old: Self::Entry, _new: Self::Entry) -> bool {
+        false
+    }
 }
 
 /// Keeps the new entries of clusters from `guest` on, all of one slice, and shows them, if that is possible; if not, or
@@ -309,7 +363,8 @@ pub async fn keep_entries<F: Journaling>(
     if !tables.journal.is_attached() || !image.may_keep() {
         return Ok(Kept::No);
     }
-    if !old.iter().all(|&old| image.refers_to_nothing(old)) {
+    let frees_nothing = |(&old, &new)| image.refers_to_nothing(old) || image.shows_more(old, new);
+    if !old.iter().zip(new).all(frees_nothing) {
         return Ok(Kept::No);
     }
     check_sound(image).await?;
@@ -332,7 +387,7 @@ pub async fn settle_journal<F: Writable>(image: &F) -> IoResult {
         return Ok(());
     }
     let _turn = tables.journal.settling.lock().await;
-    let moment = tables.journal.moment();
+    let (moment, _settling) = tables.journal.begin_settling();
     let (slices, is_copied) = tables.journal.slices_before(moment);
     if is_copied {
         data(image).flush().await?;

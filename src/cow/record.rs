@@ -40,6 +40,17 @@ pub fn write_record<E: TableEntry>(
     words[0].store(cluster + 1, Ordering::Release);
 }
 
+/// Changes the second word of a record's new entry, in one store.
+pub fn extend_record<E: TableEntry>(words: &[AtomicU64], record: usize, new: E) {
+    let [_, second] = new.words();
+    words[record * RECORD + RECORD - 1].store(second, Ordering::Release);
+}
+
+/// Whether something newer than a record may be on the disk.
+pub fn is_marked(words: &[AtomicU64], record: usize) -> bool {
+    words[record * RECORD].load(Ordering::Relaxed) & MARK != 0
+}
+
 /// Says of a record that the disk is about to have something newer.
 pub fn mark_record(words: &[AtomicU64], record: usize) {
     words[record * RECORD].fetch_or(MARK, Ordering::Release);

@@ -1,8 +1,8 @@
 //! Takes over the entries that a killed process has left in memory that outlives it.
 //!
 //! Each record must fit what the disk says: its entry is still the one that it replaces (or already the new one; or,
-//! if the record is marked, a newer one), and its cluster is in use and referred to by no entry. Where something else has
-//! changed the image meanwhile, or the memory, taking over is refused.
+//! if the record is marked, a newer one), and its cluster is in use and referred to by no entry, or by the entry that it
+//! replaces alone. Where something else has changed the image meanwhile, or the memory, taking over is refused.
 
 use super::journal::{Journaling, settle_journal};
 use super::lookup::pin;
@@ -114,7 +114,9 @@ async fn check_left<F: Recovering>(
             return wrong(left, "the disk ends before that");
         }
         let guest = left.cluster << bits;
-        let owned = image.owned(guest, left.new).filter(|_| image.refers_to_nothing(left.old));
+        let shows_more = image.shows_more(left.old, left.new);
+        let is_possible = shows_more || image.refers_to_nothing(left.old);
+        let owned = image.owned(guest, left.new).filter(|_| is_possible);
         let Some(owned) = owned else {
             return wrong(left, "the record makes no sense");
         };
@@ -126,8 +128,10 @@ async fn check_left<F: Recovering>(
         let pinned = pin(image, guest).await.map_err(failed)?;
         let entry = pinned.get(image.tables().slice_of(guest).1);
         is_due.push(entry == left.old);
+        // What shows more of a cluster than the disk's entry does has it already.
         if let Owned::Cluster(host) = owned
             && entry == left.old
+            && !shows_more
             && !hosts.insert(host)
         {
             return wrong(left, "two records name one cluster");

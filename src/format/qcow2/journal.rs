@@ -23,6 +23,24 @@ impl Journaling for Qcow2 {
                 | Cluster::Subclusters { host: None, .. })
         )
     }
+
+    /// More subclusters, or the data of a cluster that was kept for it. Each says that no other entry refers to the
+    /// cluster.
+    fn shows_more(&self, old: L2Entry, new: L2Entry) -> bool {
+        if !old.is_copied() || !new.is_copied() {
+            return false;
+        }
+        match (self.geometry.decode(old), self.geometry.decode(new)) {
+            (Ok(Cluster::Zero { host: Some(before) }), Ok(Cluster::Normal { host })) => {
+                before == host
+            }
+            (
+                Ok(Cluster::Subclusters { host: Some(before), allocated: few, .. }),
+                Ok(Cluster::Subclusters { host: Some(host), allocated, .. }),
+            ) => before == host && few & !allocated == 0,
+            _ => false,
+        }
+    }
 }
 
 impl Recovering for Qcow2 {

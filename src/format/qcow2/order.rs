@@ -12,7 +12,8 @@
 //!   if the cluster does not already read, durably, as the disk did there (zeroes in fresh
 //!   clusters), it is made *durable*; then the L2 entry is written; then the entry is shown to
 //!   readers, and only then the guest is answered. Where there is memory that outlives the process, the
-//!   entry is kept there, shown and answered first, and the rest follows ([`super::journal`]).
+//!   entry is kept there, shown and answered first, and the rest follows ([`super::journal`]). So is an entry that
+//!   shows more of a cluster that is the guest's already; one flush covers what all of them show.
 //! * **Compressed**: the references to every host cluster that the stream touches are durable, and so
 //!   is the stream, before the L2 entry ([`super::packed`]).
 //! * **Tables**: a new L2 table or refcount block is durable before the entry that names it. A table

@@ -13,7 +13,7 @@ use std::time::Duration;
 use vublk::block::*;
 use vublk::io::sim::Disorder;
 use vublk::io::{self, IoVec};
-use vublk::protocol::sim::SimDisk;
+use vublk::protocol::sim::{Change, SimDisk};
 
 const LEN: u64 = 64 << 10;
 const SECTORS: usize = (LEN / SECTOR) as usize;
@@ -313,6 +313,53 @@ fn what_the_memory_says_is_refused_if_it_cannot_be_so() {
     let freed = super::judge::repair(&state);
     let told = take_up(&freed, &words);
     assert!(told.contains("have been given to others since"), "{told:?}");
+}
+
+#[test]
+fn first_writes_to_the_parts_of_one_cluster_wait_for_one_flush_together() {
+    // Bytes of a part; whether the cluster is there before, without data.
+    for (create, part, is_there) in
+        [("cluster_size=16k,extended_l2=on", 512, false), ("cluster_size=4k", 4096, true)]
+    {
+        let (file, options) = disk(&image(LEN, create), MOST, |options| options.log = true);
+        let (_, backing) = disk(&vec![BELOW; LEN as usize], LEN, |_| {});
+        let (file_options, backing) = (below("file", &options), below("backing", &backing));
+        let options = format!("driver=qcow2{file_options}{backing}");
+        let log = file.clone();
+        simulated(orderly(), |_| async move {
+            let flushes = || {
+                let is_flush = |change: &&Change| matches!(change, Change::Flush { .. });
+                log.log().changes().iter().filter(is_flush).count()
+            };
+            let image = Image::open(&options).await;
+            let memory = Memory::new(100);
+            attach(&image.node, memory.clone()).await.unwrap();
+            if is_there {
+                request(&image.node, 0, 0, 8 * part, 1).await;
+                request(&image.node, 7, 0, 8 * part, 0).await;
+            }
+            request(&image.node, 0, 8 * part, 512, 1).await;
+            let before = flushes();
+            for n in 0..8 {
+                request(&image.node, 0, n * part, 512, n as u8 + 2).await;
+            }
+            assert_eq!(flushes() - before, 0, "{create}");
+            assert_eq!(memory.records(), if is_there { 9 } else { 1 }, "{create}");
+            image.node.flush().await.unwrap();
+            assert_eq!(memory.records(), 0, "{create}");
+            assert!(flushes() - before <= 3, "{create}");
+            image.close().await;
+            let image = Image::open(&options).await;
+            let mut found = vec![0xee; 9 * part as usize];
+            image.node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();
+            let firsts = found.chunks(part as usize).map(|part| part[0]);
+            assert_eq!(firsts.collect::<Vec<_>>(), [2, 3, 4, 5, 6, 7, 8, 9, 1], "{create}");
+            let rest = if is_there { 0 } else { BELOW };
+            assert!(part == 512 || found[part as usize - 1] == rest, "{create}");
+            image.close().await;
+        });
+        consistency::check(&file.bytes(), true).unwrap();
+    }
 }
 
 #[test]
