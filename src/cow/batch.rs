@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 /// Entries of a slice: indices and new values.
@@ -24,6 +25,8 @@ pub type Changes<E> = Vec<(usize, E)>;
 /// The slices that tasks are changing.
 pub struct Batches<E> {
     slices: Mutex<BTreeMap<SliceNo, Slice<E>>>,
+    /// A write of a slice was cancelled: the disk may have another state than readers were shown.
+    was_cancelled: AtomicBool,
 }
 
 /// A slice that tasks are changing.
@@ -42,7 +45,7 @@ struct Batch<E> {
 
 impl<E> Default for Batches<E> {
     fn default() -> Batches<E> {
-        Batches { slices: Mutex::default() }
+        Batches { slices: Mutex::default(), was_cancelled: AtomicBool::new(false) }
     }
 }
 
@@ -74,6 +77,10 @@ struct Turn<'a, E> {
 }
 
 impl<E: TableEntry> Batches<E> {
+    pub(super) fn was_cancelled(&self) -> bool {
+        self.was_cancelled.load(Ordering::SeqCst)
+    }
+
     fn join(&self, slice: SliceNo, changes: impl Iterator<Item = (usize, E)>) -> Member<'_, E> {
         let mut slices = self.slices.lock();
         let state = slices.entry(slice).or_insert_with(|| Slice {
@@ -151,7 +158,10 @@ impl<E> Drop for Turn<'_, E> {
     /// Ends the turn; if it was cancelled, the batch has failed.
     fn drop(&mut self) {
         let mut end = self.batch.end.lock();
-        end.result.get_or_insert(Err(Errno::EIO));
+        if end.result.is_none() {
+            self.batches.was_cancelled.store(true, Ordering::SeqCst);
+            end.result = Some(Err(Errno::EIO));
+        }
         let told = end.waiting.take();
         drop(end);
         let mut slices = self.batches.slices.lock();

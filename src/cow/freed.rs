@@ -3,7 +3,7 @@
 //! First the entries that dropped them are made durable, by the guest's flush or one of our own; then all requests
 //! have to end that may still have I/O to them under way, which holds up nobody; then the allocator frees them.
 
-use super::{Release, Visits};
+use super::{Release, Run, Visits};
 use crate::io::IoResult;
 use crate::io::epoch::{Grace, Member};
 use crate::io::sync::Mutex;
@@ -26,6 +26,10 @@ struct State {
     clusters: u64,
     /// Their changed entries are durable; oldest first.
     durable: VecDeque<FreedBatch>,
+    /// Some were added.
+    was_used: bool,
+    /// Those that were added since [`Freed::watch`].
+    watched: Option<Vec<Run>>,
 }
 
 /// What a flush makes durable.
@@ -41,6 +45,10 @@ impl Freed {
     /// have collected that the format should flush.
     pub fn push(&self, releases: &[Release]) -> bool {
         let mut state = self.state.lock();
+        state.was_used = true;
+        if let Some(watched) = &mut state.watched {
+            watched.extend(releases.iter().map(|release| release.run));
+        }
         state.dropped.extend_from_slice(releases);
         state.clusters += releases.iter().map(|release| release.run.count).sum::<u64>();
         state.clusters > WAITING_LIMIT
@@ -49,6 +57,27 @@ impl Freed {
     /// Forgets everything: nothing is to be freed any more.
     pub fn forget(&self) {
         *self.state.lock() = State::default();
+    }
+
+    /// Remembers what is added from now on, for [`Freed::take_watched`]. False, and nothing is remembered, if something
+    /// was added before and `is_rest` does not tell that all of it is free by now.
+    pub fn watch(&self, is_rest: bool) -> bool {
+        let mut state = self.state.lock();
+        let is_empty = state.dropped.is_empty() && state.durable.is_empty();
+        let can_watch = is_empty && (is_rest || !state.was_used);
+        if can_watch {
+            state.watched = Some(Vec::new());
+        }
+        can_watch
+    }
+
+    /// What was added since the last call.
+    pub fn take_watched(&self) -> Vec<Run> {
+        self.state.lock().watched.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    pub fn end_watching(&self) {
+        self.state.lock().watched = None;
     }
 
     /// Called before a flush: what it makes durable.

@@ -32,9 +32,13 @@ use crate::io::IoResult;
 use crate::io::sync::Mutex;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+/// The upper half of the memory's last word: the image is being written, by the opening that the lower half tells.
+const IN_USE: u64 = 0x696e_7573 << 32;
 
 /// The entries of a mapping that wait.
 pub struct Journal<E> {
@@ -45,10 +49,14 @@ pub struct Journal<E> {
     settling: Lock<()>,
     /// Entries of a slice.
     per_slice: u64,
+    /// The mark of use of this opening of the image.
+    mark: u64,
 }
 
 struct State<E> {
     memory: Option<Arc<dyn Survivor>>,
+    /// The memory that was let go of last: its mark of use goes when the image is closed.
+    parted: Option<Arc<dyn Survivor>>,
     /// Nothing is kept for now.
     is_closed: bool,
     /// How many other users have memory. After a kill any of them may come back first, without the records in
@@ -90,6 +98,7 @@ impl<E> Default for State<E> {
     fn default() -> State<E> {
         State {
             memory: None,
+            parted: None,
             is_closed: false,
             rivals: 0,
             free: Vec::new(),
@@ -110,6 +119,7 @@ impl<E: TableEntry> Journal<E> {
             state: Mutex::default(),
             settling: Lock::new(()),
             per_slice: per_slice as u64,
+            mark: IN_USE | u64::from(RandomState::new().build_hasher().finish() as u32),
         }
     }
 
@@ -125,7 +135,7 @@ impl<E: TableEntry> Journal<E> {
     /// pinned, and shows them afterwards.
     fn keep(&self, slice: SliceNo, entries: &[(usize, E, E)], is_copied: bool) -> Kept {
         let mut state = self.state.lock();
-        let State { memory, is_closed, rivals, free, records, slices, next, settling_to } =
+        let State { memory, is_closed, rivals, free, records, slices, next, settling_to, .. } =
             &mut *state;
         let has_room = free.len() >= entries.len() && !*is_closed && *rivals == 0;
         let Some(memory) = memory.as_ref().filter(|_| has_room) else {
@@ -277,11 +287,17 @@ impl<E: TableEntry> Journal<E> {
     /// Keeps entries in `memory` from now on, which has no records.
     pub(super) fn keep_in(&self, memory: Arc<dyn Survivor>) {
         let mut state = self.state.lock();
+        // Memory that did not see what happens from now on must not say later that it knows all that was kept.
+        if let Some(parted) = state.parted.take() {
+            set_mark(parted.words(), 0);
+        }
+        set_mark(memory.words(), self.mark);
         if state.memory.is_some() {
             state.rivals += 1;
             return;
         }
-        state.records = memory.words().len() / RECORD;
+        // The last word is the mark of use.
+        state.records = memory.words().len().saturating_sub(1) / RECORD;
         state.free = (0..state.records).rev().collect();
         state.memory = Some(memory);
         self.is_attached.store(true, Ordering::Release);
@@ -292,14 +308,30 @@ impl<E: TableEntry> Journal<E> {
         let mut state = self.state.lock();
         if !state.memory.as_ref().is_some_and(|mine| Arc::ptr_eq(mine, memory)) {
             state.rivals = state.rivals.saturating_sub(1);
+            set_mark(memory.words(), 0);
             return;
         }
         for waiting in state.slices.values_mut().flat_map(BTreeMap::values_mut) {
             waiting.record = None;
         }
-        state.memory = None;
+        state.parted = state.memory.take();
         state.free.clear();
         self.is_attached.store(false, Ordering::Release);
+    }
+
+    /// Notes in the memory that the image is being written, or that it was closed properly, so that a process that takes
+    /// over has nothing to look for.
+    pub fn mark_in_use(&self, is_in_use: bool) {
+        let state = self.state.lock();
+        for memory in state.memory.iter().chain(&state.parted) {
+            set_mark(memory.words(), if is_in_use { self.mark } else { 0 });
+        }
+    }
+
+    /// Whether the process before was writing the image, and did not close it.
+    pub(super) fn was_in_use(&self, words: &[AtomicU64]) -> bool {
+        let mark = words.last().map_or(0, |mark| mark.load(Ordering::Acquire));
+        mark >> 32 == IN_USE >> 32 && mark != self.mark
     }
 }
 
@@ -329,6 +361,13 @@ impl<E: TableEntry> Waiting<E> {
         self.new = new;
         self.is_copied |= is_copied;
         self.number = number;
+    }
+}
+
+/// Sets or clears the mark of use.
+fn set_mark(words: &[AtomicU64], mark: u64) {
+    if let Some(last) = words.last() {
+        last.store(mark, Ordering::Release);
     }
 }
 

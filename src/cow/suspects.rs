@@ -12,6 +12,7 @@ use super::write_state::Stop;
 use crate::io::sync::Mutex;
 use crate::io::{Errno, IoResult};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// So many slices may be in doubt before writing stops: they take room in the cache.
 const MOST: usize = 4;
@@ -23,6 +24,8 @@ const ATTEMPTS: u32 = 8;
 #[derive(Default)]
 pub struct Suspects {
     list: Mutex<BTreeMap<SliceNo, Suspect>>,
+    /// How many writes of slices have failed.
+    failures: AtomicU64,
 }
 
 /// A slice that is in doubt.
@@ -40,6 +43,7 @@ impl<E: TableEntry> Tables<E> {
     /// Notes that a write of entries has failed: the disk may have old ones or new ones.
     pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: Pinned<'_, E>) {
         let mut suspects = self.suspects.list.lock();
+        self.suspects.failures.fetch_add(1, Ordering::SeqCst);
         if let Some(known) = suspects.get_mut(&slice) {
             known.failures += 1;
             return;
@@ -51,6 +55,13 @@ impl<E: TableEntry> Tables<E> {
             // A reader that loads it meanwhile finds what the disk has.
             false => self.stopped.stop(Stop::NeedsFlush),
         }
+    }
+
+    /// How many writes of entries have failed, unless the disk still may have another state than readers were shown.
+    pub fn failures_settled(&self) -> Option<u64> {
+        let suspects = self.suspects.list.lock();
+        let is_settled = suspects.is_empty() && !self.batches.was_cancelled();
+        is_settled.then(|| self.suspects.failures.load(Ordering::SeqCst))
     }
 
     /// Ends the doubt about slices whose tables are gone: they are never written again.

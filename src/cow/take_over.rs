@@ -10,7 +10,7 @@ use super::record::{Left, clear_record, read_records};
 use crate::block::{Error, Survivor};
 use crate::io::Errno;
 use std::collections::BTreeSet;
-use std::future::Future;
+use std::future::{Future, ready};
 use std::sync::Arc;
 
 /// Which entries may refer to the host cluster of an entry.
@@ -40,6 +40,12 @@ pub trait Recovering: Journaling {
 
     /// Whether all of these host clusters are in use and not reserved for others, and no entry refers to them.
     fn are_leaked(&self, hosts: &BTreeSet<u64>) -> impl Future<Output = Result<bool, Error>>;
+
+    /// Begins to take back what the process before had taken for itself, or not yet given back: it was writing the image
+    /// when it was killed. All that it has left in memory is handed over.
+    fn take_back(&self) -> impl Future<Output = ()> {
+        ready(())
+    }
 }
 
 fn failed(errno: Errno) -> Error {
@@ -52,6 +58,7 @@ pub async fn take_over<F: Recovering>(image: &F, memory: Arc<dyn Survivor>) -> R
     // From here on readers see what the disk has, except entries that begin to wait in another user's memory.
     settle_journal(image).await.map_err(failed)?;
     let left = read_records(memory.words());
+    let was_in_use = journal.was_in_use(memory.words());
     if !left.is_empty() {
         if !image.is_writable() {
             return Err(Error::new(
@@ -68,6 +75,9 @@ pub async fn take_over<F: Recovering>(image: &F, memory: Arc<dyn Survivor>) -> R
             "node '{}': {taken} clusters that were written before the daemon was killed are taken up",
             image.name()
         );
+    }
+    if was_in_use && image.is_writable() && image.prepare().await.is_ok() {
+        image.take_back().await;
     }
     journal.keep_in(memory);
     // If another user has memory already, nothing is kept from now on.

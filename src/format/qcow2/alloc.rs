@@ -171,6 +171,7 @@ impl Qcow2 {
     async fn reserve_more(&self, refcounts: &mut Refcounts) -> IoResult {
         let taken = self.space.pool.lock().taken;
         self.reap(refcounts).await;
+        self.take_back_some(refcounts).await;
         let limit = (MOST_BYTES >> self.geometry.cluster_bits).clamp(LEAST, MOST_CLUSTERS);
         let claim = refcounts.reserve(self, taken.clamp(LEAST, limit)).await?;
         self.space.pool.lock().add(&claim.runs);

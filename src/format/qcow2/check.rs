@@ -10,6 +10,7 @@
 
 mod refcounts;
 mod snapshots;
+pub(super) mod unused;
 mod walk;
 
 use super::corrupt;
@@ -144,6 +145,10 @@ struct Check<'a> {
     /// References to clusters behind the end of the file, as far as a repair may take clusters there.
     beyond: References,
     has_told_corruption: bool,
+    /// Collects what entries name whose flag tells that they are the only ones ([`unused`]).
+    flagged: Option<References>,
+    /// Collects L2 tables instead of reading them: where they are, and whether the disk has them now.
+    put_off: Option<Vec<(u64, bool)>>,
 }
 
 impl<'a> Check<'a> {
@@ -161,6 +166,8 @@ impl<'a> Check<'a> {
             is_incomplete: false,
             beyond: References::default(),
             has_told_corruption: false,
+            flagged: None,
+            put_off: None,
         }
     }
 }

@@ -35,6 +35,7 @@ impl Qcow2 {
         {
             self.reap(&mut refcounts).await;
         }
+        self.take_back_if_idle().await;
         Ok(())
     }
 
@@ -92,7 +93,14 @@ impl Qcow2 {
         let mut unused = self.space.pool.lock().drain();
         refcounts.unreserve(self, &unused).await?;
         unused.extend(free.iter().map(|&first| Run { first, count: 1, is_fresh: true }));
-        self.cut_file(&unused, packed_end).await;
+        let used = match self.take_back_all(&mut refcounts).await {
+            true => {
+                let end = self.geometry.clusters(self.file().len());
+                refcounts.end_of_use(self, end).await.ok()
+            }
+            false => None,
+        };
+        self.cut_file(&unused, packed_end, used).await;
         drop(refcounts);
         let mut header = self.header.current.lock().await;
         if header.incompatible.contains(Incompatible::DIRTY) && !self.snapshots.needs_repair() {
@@ -102,12 +110,16 @@ impl Qcow2 {
             self.write_header(&mut header, new).await?;
         }
         drop(header);
-        self.file().flush().await
+        self.file().flush().await?;
+        if !self.has_to_take_back() {
+            self.mapping.journal.mark_in_use(false);
+        }
+        Ok(())
     }
 
-    /// Takes off the end of the file what was reserved there and is free again, and of a last cluster that
-    /// holds compressed ones only what lies behind `packed_end`.
-    async fn cut_file(&self, unused: &[Run], packed_end: u64) {
+    /// Takes off the end of the file what was reserved there and is free again, and what lies behind the cluster `used`;
+    /// of a last cluster that holds compressed ones only what lies behind `packed_end`.
+    async fn cut_file(&self, unused: &[Run], packed_end: u64, used: Option<u64>) {
         let bits = self.geometry.cluster_bits;
         let file = self.file();
         let len = file.driver().len();
@@ -119,6 +131,7 @@ impl Qcow2 {
                 end = run.first;
             }
         }
+        end = end.min(used.unwrap_or(end));
         let packed_end = packed_end.next_multiple_of(SECTOR);
         let new = match packed_end.div_ceil(1 << bits) == end {
             true => packed_end,

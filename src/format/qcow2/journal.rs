@@ -78,6 +78,10 @@ impl Recovering for Qcow2 {
         let leaked = check::are_leaked(&self.file(), hosts).await?;
         Ok(leaked && !reserved)
     }
+
+    async fn take_back(&self) {
+        self.begin_taking_back().await;
+    }
 }
 
 impl Journaled for Qcow2 {

@@ -22,6 +22,7 @@
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `vmstate` | the state of a virtual machine, behind the disk |
 //! | `space`, `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
+//! | `take_back` | what a killed process has left counted and unused |
 //! | `header_state` | the header in memory, and whether the disk has it |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `discard_all` | another backing file; discarding all data |
@@ -67,6 +68,7 @@ mod resize;
 pub mod snapshots;
 mod space;
 mod tables;
+mod take_back;
 mod unpack;
 mod vmstate;
 mod write;

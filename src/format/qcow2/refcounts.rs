@@ -9,6 +9,7 @@ mod run;
 use super::alloc::Claim;
 use super::layout::{self, Geometry};
 use super::overlap::Kinds;
+use super::take_back::Search;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, Node, WriteFlags};
 use crate::cow::{Run, read_padded};
@@ -30,6 +31,10 @@ pub struct Refcounts {
     cleaned: u64,
     /// No cluster below is free.
     hint: u64,
+    /// Counts have changed.
+    is_touched: bool,
+    /// What a killed process has left counted and unused is looked for.
+    pub search: Option<Box<Search>>,
 }
 
 struct Block {
@@ -70,6 +75,8 @@ impl Refcounts {
             clock: 0,
             cleaned: 0,
             hint: 0,
+            is_touched: false,
+            search: None,
         })
     }
 
@@ -162,7 +169,57 @@ impl Refcounts {
         let order = self.geometry.refcount_order;
         let block = self.block(image, index).await?.ok_or(Errno::EIO)?;
         block.set(order, at, value);
+        self.touch(cluster, value);
         Ok(())
+    }
+
+    /// Notes that the count of a cluster has changed.
+    fn touch(&mut self, cluster: u64, count: u64) {
+        self.is_touched = true;
+        if let Some(search) = &mut self.search {
+            search.touch(cluster, count);
+        }
+    }
+
+    /// Whether no count has changed since the refcounts were loaded.
+    pub fn is_untouched(&self) -> bool {
+        !self.is_touched
+    }
+
+    /// Lowers counts in the next block from `from` on, in memory: `lower` gets each cluster that is counted, and its
+    /// count. Returns which block that was, and the clusters that are free now; none if there is no block.
+    pub async fn lower_in_block(
+        &mut self,
+        image: &Qcow2,
+        from: usize,
+        lower: impl Fn(u64, u64) -> Option<u64>,
+    ) -> IoResult<Option<(usize, Vec<u64>)>> {
+        let Some(index) = (from..self.table.len()).find(|&index| self.table[index] != 0) else {
+            return Ok(None);
+        };
+        if self.blocks.len() > self.keep {
+            self.write(image).await?;
+            self.evict();
+        }
+        let (order, per_block) =
+            (self.geometry.refcount_order, self.geometry.refcount_block_entries());
+        let first = index as u64 * per_block;
+        let block = self.block(image, index).await?.ok_or(Errno::EIO)?;
+        let lowered = (0..per_block).filter_map(|n| {
+            let stored = layout::refcount(&block.bytes, order, n as usize);
+            let count = if stored > 0 { lower(first + n, stored) } else { None };
+            count.map(|count| (first + n, count))
+        });
+        let lowered: Vec<(u64, u64)> = lowered.collect();
+        let mut free = Vec::new();
+        for (cluster, count) in lowered {
+            self.set(image, cluster, count).await?;
+            if count == 0 {
+                self.hint = self.hint.min(cluster);
+                free.push(cluster);
+            }
+        }
+        Ok(Some((index, free)))
     }
 
     /// Hands to the kernel what has changed.
@@ -326,6 +383,7 @@ impl Refcounts {
         image.check_reserved(&claim.runs).await?;
         image.grow_file(used.end << self.geometry.cluster_bits).await?;
         image.event(event).await;
+        used.clone().for_each(|cluster| self.touch(cluster, 1));
         let (first, _) = self.place(at);
         let size = self.geometry.cluster_size() as usize;
         let file = image.file();
@@ -443,6 +501,7 @@ impl Refcounts {
             Change::Raise => block.set(order, at, count + 1),
             Change::Lower => block.set(order, at, count - 1),
         }
+        self.touch(cluster, if change == Change::Raise { count + 1 } else { count - 1 });
         if change == Change::Lower && count == 1 {
             self.hint = self.hint.min(cluster);
             free.push(cluster);

@@ -4,6 +4,7 @@ use super::alloc::Pool;
 use super::holes::Holes;
 use super::packed::Packing;
 use super::refcounts::Refcounts;
+use super::take_back::TakingBack;
 use crate::cow::{Freed, Lock};
 use crate::io::sync::Mutex;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ pub struct Space {
     /// Clusters that entries no longer name.
     pub freed: Freed,
     pub holes: Holes,
+    /// Whether a killed process has left clusters counted and unused.
+    pub taking_back: TakingBack,
     /// Refcount blocks that are kept in memory, in bytes.
     pub cache_bytes: u64,
 }
@@ -34,6 +37,7 @@ impl Space {
             pool: Mutex::default(),
             freed: Freed::default(),
             holes: Holes::default(),
+            taking_back: TakingBack::default(),
             cache_bytes,
         }
     }

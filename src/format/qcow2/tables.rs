@@ -161,6 +161,7 @@ impl Qcow2 {
         }
         drop(header);
         self.set_bitmaps_in_use().await?;
+        self.mapping.journal.mark_in_use(true);
         self.is_prepared.store(true, Ordering::Release);
         self.mapping.end_rest();
         Ok(())

@@ -35,11 +35,11 @@ impl Memory {
         Memory::holding(&vec![0; words])
     }
 
-    fn holding(words: &[u64]) -> Arc<Memory> {
+    pub fn holding(words: &[u64]) -> Arc<Memory> {
         Arc::new(Memory(words.iter().map(|&word| AtomicU64::new(word)).collect()))
     }
 
-    fn copy(&self) -> Vec<u64> {
+    pub fn copy(&self) -> Vec<u64> {
         self.0.iter().map(|word| word.load(Ordering::SeqCst)).collect()
     }
 

@@ -13,6 +13,7 @@ mod header_crash;
 mod images;
 mod journal;
 mod judge;
+mod kills;
 mod model;
 mod read;
 mod resize;

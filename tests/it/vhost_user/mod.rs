@@ -12,6 +12,7 @@ mod hand_over;
 mod hostile;
 mod idle;
 pub mod inflight;
+mod kills;
 mod layouts;
 mod lifecycle;
 pub mod lone_queue;

@@ -115,14 +115,26 @@ impl Check<'_> {
                     " l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted"
                 ));
             }
+            self.note_flagged(l2, is_active)?;
             if l2 < self.file.driver().len() {
-                self.count_l2(refs, l2, is_active).await?;
+                match &mut self.put_off {
+                    Some(tables) => tables.push((l2, is_active)),
+                    None => self.count_l2(refs, l2, is_active).await?,
+                }
             }
         }
         Ok(())
     }
 
-    async fn count_l2(
+    /// Notes that an entry names a cluster, and has a flag for being the only one.
+    fn note_flagged(&mut self, host: u64, is_active: bool) -> Result<(), Error> {
+        match &mut self.flagged {
+            Some(flagged) if is_active => flagged.add(host >> self.geometry.cluster_bits, 1),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn count_l2(
         &mut self,
         refs: &mut References,
         table: u64,
@@ -151,6 +163,7 @@ impl Check<'_> {
                     self.report.fragmented_clusters += 1;
                 }
                 next = host + self.geometry.cluster_size();
+                self.note_flagged(host, is_active)?;
             }
         }
         Ok(())
