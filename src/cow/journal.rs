@@ -371,6 +371,12 @@ fn set_mark(words: &[AtomicU64], mark: u64) {
     }
 }
 
+/// Clears the records that an earlier process has left; how many there were.
+pub fn forget_records(memory: &dyn Survivor) -> usize {
+    let is_there = |words: &&[AtomicU64]| words[0].swap(0, Ordering::AcqRel) != 0;
+    memory.words().chunks_exact(RECORD).filter(is_there).count()
+}
+
 /// What the journal asks of a format.
 pub trait Journaling: Writable {
     /// Whether entries may wait at all. They may not where the next opening after a crash counts all references again:

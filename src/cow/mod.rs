@@ -92,7 +92,7 @@ pub use file_len::{cut, lengthen};
 pub use format::{Format, announce, backing, data, file};
 pub use freed::{Freed, FreedBatch};
 pub use in_place::{AtRest, begin_rest, map, without_fast_writes};
-pub use journal::{Journal, Journaling, Kept, keep_entries, settle_journal};
+pub use journal::{Journal, Journaling, Kept, forget_records, keep_entries, settle_journal};
 pub use lock::{Lock, LockGuard};
 pub use lookup::{BadEntryOf, Compressed, Found, Piece, find, lookup, piece, pin, pin_empty};
 pub use padded::read_padded;

@@ -38,6 +38,10 @@ pub trait Journaled: Send + Sync {
     /// What was left cannot be taken up: it is lost if anybody writes to the disk.
     fn attach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, Result<(), Error>>;
 
+    /// Forgets what an earlier process has left there, which cannot be taken up; how many clusters of the guest's disk
+    /// that are.
+    fn forget(&self, memory: &dyn Survivor) -> usize;
+
     /// Hands over all that it keeps, and uses the memory no more; also if it fails.
     fn detach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, IoResult>;
 }

@@ -54,6 +54,28 @@ impl Journal {
         Ok(())
     }
 
+    /// As [`Journal::attach`], after the operator has accepted the loss of what cannot be taken up: it is forgotten.
+    ///
+    /// # Errors
+    /// The memory cannot be used.
+    pub async fn attach_and_forget(
+        &self,
+        name: &str,
+        node: &Arc<Node>,
+        memory: &Arc<dyn Kept>,
+    ) -> Result<(), Error> {
+        let image = node.journaled();
+        if let Some(journaled) = image.as_ref().and_then(|image| image.driver().journaled()) {
+            let memory: Arc<dyn Survivor> = memory.clone();
+            let count = journaled.forget(&*memory);
+            log::warn!(
+                export = name;
+                "loss accepted: {count} clusters that were written before the daemon was killed are given up"
+            );
+        }
+        self.attach(name, node, memory).await
+    }
+
     /// The disk is on `node` from now on, whose image keeps its journal where the one before it did. Nothing is in
     /// flight.
     ///

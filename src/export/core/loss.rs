@@ -11,6 +11,9 @@
 //! * **Accepted**: an operator says that the loss is known (`x-block-export-accept-loss`, or `accept-loss` at a
 //!   start). Then all records are removed and flushes reach the storage again.
 //!
+//! What a guest wrote before a kill and an image that has changed since cannot take up ([`super::journal`]) is lost in the
+//! same way: the front end is refused until an operator accepts it.
+//!
 //! A record is a yes or a no. Any value but zero in the memory, and a file of any kind at the record's place, means yes.
 
 use super::kept::Kept;
@@ -23,6 +26,9 @@ use std::sync::{Arc, Weak};
 
 /// What an operator does about it, for log lines.
 const ANSWER: &str = "flushes fail until the loss is accepted (x-block-export-accept-loss, or a start with accept-loss)";
+
+/// What an operator does about guests' writes that cannot be taken up after a kill ([`super::journal`]).
+pub const GIVE_UP: &str = "to give it up and go on, accept the loss (x-block-export-accept-loss, or a start with accept-loss)";
 
 /// Whether a disk has lost data that its guest may believe to be durable.
 #[derive(Default)]
@@ -49,6 +55,11 @@ impl Losses {
     /// Whether flushes must fail.
     pub fn any(&self) -> bool {
         self.is_lost.load(Ordering::Acquire)
+    }
+
+    /// Whether an operator has accepted what earlier processes have lost.
+    pub fn are_accepted(&self) -> bool {
+        self.state.lock().accepted
     }
 
     /// Looks for records beside the images of a disk that is about to be served, or removes them. Blocks.

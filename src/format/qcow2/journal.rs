@@ -3,7 +3,7 @@
 use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
-use crate::cow::{Journaling, Owned, Recovering, settle_journal, take_over};
+use crate::cow::{Journaling, Owned, Recovering, forget_records, settle_journal, take_over};
 use crate::io::IoResult;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -87,6 +87,10 @@ impl Recovering for Qcow2 {
 impl Journaled for Qcow2 {
     fn attach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(take_over(self, memory))
+    }
+
+    fn forget(&self, memory: &dyn Survivor) -> usize {
+        forget_records(memory)
     }
 
     fn detach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, IoResult> {

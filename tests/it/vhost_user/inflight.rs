@@ -346,6 +346,11 @@ const BEHIND_QUEUES: u64 = 64 + (160 << 10);
 
 /// An overlay of a file that is full of one byte.
 fn overlay() -> Daemon {
+    overlay_with("")
+}
+
+/// The same, with more options of its export.
+fn overlay_with(options: &str) -> Daemon {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     std::fs::write(dir.path().join("below.raw"), vec![7; SIZE as usize]).unwrap();
     let made = std::process::Command::new("qemu-img")
@@ -354,7 +359,7 @@ fn overlay() -> Daemon {
         .status();
     assert!(made.unwrap().success());
     let node = "driver=qcow2,node-name=d0,file.driver=file,file.filename=DIR/disk.qcow2";
-    let export = format!("{},writable=on", export_of("d0", 0));
+    let export = format!("{},writable=on{options}", export_of("d0", 0));
     let program = [env!("CARGO_BIN_EXE_vublk"), "daemon"];
     Daemon::start_in(dir, &program, &["--blockdev", node, "--export", &export])
 }
@@ -421,10 +426,36 @@ fn who_has_changed_an_image_meanwhile_keeps_the_guest_from_going_on_with_it() {
     let says = "what was written at 0x0 before the daemon was killed cannot be taken up: the image \
                 has changed since";
     daemon.wait_log(says, 1);
+    daemon.wait_log("accept the loss (x-block-export-accept-loss, or a start with accept-loss)", 1);
     // A guest that has not seen the disk before is served.
     let mut found = vec![0; BLOCK];
     daemon.open(&options(1)).read(0, &mut found).unwrap();
     assert_eq!(found, [9; BLOCK]);
+}
+
+#[test]
+fn an_operator_who_accepts_the_loss_lets_a_guest_go_on_with_an_image_that_was_changed_meanwhile() {
+    let mut daemon = overlay_with(",accept-loss=on");
+    let path = daemon.path("disk.qcow2");
+    let mut disk = daemon.open(&options(1));
+    disk.write(0, &[1; BLOCK]).unwrap();
+    disk.write(1 << 10, &[2; BLOCK]).unwrap();
+    kill(&mut daemon);
+    qemu("qemu-io", &["-f", "qcow2", "-c", "write -P 9 0 64k"], &path, &[0]);
+    daemon.restart();
+    disk.reconnect().unwrap();
+    daemon.wait_log("2 clusters that were written before the daemon was killed are given up", 1);
+    let mut found = vec![0; BLOCK];
+    for (sector, holds) in [(0, 9), (1 << 10, 7)] {
+        disk.read(sector, &mut found).unwrap();
+        assert_eq!(found, [holds; BLOCK], "sector {sector}");
+    }
+    disk.write(1 << 10, &[3; BLOCK]).unwrap();
+    drop(disk);
+    daemon.server.signal(libc::SIGTERM).unwrap();
+    assert!(daemon.server.wait_exit(LIMIT).unwrap().success());
+    let said = qemu("qemu-img", &["check", "-f", "qcow2"], &path, &[0]);
+    assert!(said.contains("No errors were found"), "{said}");
 }
 
 fn file_of(disk: &Disk) -> &File {

@@ -5,8 +5,9 @@ use super::super::memory_loss::LossWatch;
 use super::super::queue::{Queue, QueueLog, QueueStart};
 use super::super::ring::{Addresses, MAX_SIZE, Ring, SplitRing, Tracking};
 use super::{Session, refuse};
-use crate::block::Fence;
+use crate::block::{Error, Fence};
 use crate::export::core::kept::Kept;
+use crate::export::core::loss::GIVE_UP;
 use crate::export::core::watch::Watch;
 use crate::io::SourceId;
 use std::fs::File;
@@ -119,7 +120,20 @@ impl Session {
         let disk = self.disk.clone();
         let attached = self.workers[0].block_on(move || async move {
             let kept: Arc<dyn Kept> = region;
-            disk.journal.attach(&disk.name, &disk.node(), &kept).await
+            let attached = disk.journal.attach(&disk.name, &disk.node(), &kept).await;
+            match attached {
+                // What I/O errors have kept from being taken up may be taken up later.
+                Err(error) if error.errno().is_none() && disk.options.writable => {
+                    match disk.losses.are_accepted() {
+                        true => {
+                            let (name, node) = (&disk.name, disk.node());
+                            disk.journal.attach_and_forget(name, &node, &kept).await
+                        }
+                        false => Err(Error::new(format!("{error}; {GIVE_UP}"))),
+                    }
+                }
+                attached => attached,
+            }
         });
         attached.or_else(|error| refuse(error.to_string()))
     }
