@@ -8,6 +8,7 @@
 //! The order of a repair: refcounts first, durable, then the flags that rely on them. A new refcount
 //! structure is written beside the old one, which is given back after the header names the new one.
 
+mod leaked;
 mod refcounts;
 mod snapshots;
 pub(super) mod unused;
@@ -21,8 +22,8 @@ use super::layout::{Geometry, L1Entry, OFFSET_MASK};
 use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
 use crate::cow::References;
 use crate::io::{Errno, IoResult, IoVec};
+pub(super) use leaked::are_leaked;
 use refcounts::Refcounts;
-use std::collections::BTreeSet;
 
 /// Checks the image in `file`, with no other request in flight, and repairs what `fix` names.
 ///
@@ -71,27 +72,6 @@ pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
     let references = check.count_references().await?;
     let mut refcounts = Refcounts::read(file, &check.header).await?;
     check.compare(&references, &mut refcounts, Fix::Leaks).await
-}
-
-/// Whether all these clusters are leaked: counted once, and nothing refers to them. Nobody changes the
-/// image meanwhile.
-///
-/// # Errors
-/// I/O failed, or the image makes no sense.
-pub(super) async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, Error> {
-    let mut say = |line: &str| log::debug!("looking for references: {line}");
-    let mut check = Check::new(file, read_header(file).await?, Fix::Nothing, &mut say);
-    let geometry = check.geometry;
-    let references = check.count_references().await?;
-    let mut refcounts = Refcounts::read(file, &check.header).await?;
-    let end = geometry.clusters(file.driver().len());
-    for &cluster in clusters {
-        let count = refcounts.get(file, cluster << geometry.cluster_bits);
-        if cluster >= end || references.get(cluster) > 0 || count.await? != Some(1) {
-            return Ok(false);
-        }
-    }
-    Ok(check.report.corruptions == 0)
 }
 
 /// The header as it is on disk.

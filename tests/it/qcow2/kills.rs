@@ -34,7 +34,7 @@ fn leaks(image: &[u8]) -> u64 {
     simulated(orderly(), |_| async move {
         let image = Image::open(&options).await;
         let shown = image.node.driver().image().unwrap();
-        let report = shown.check(Fix::Nothing, &mut |_| ()).await.unwrap();
+        let report = shown.check(Fix::Nothing, &mut |_: &str| ()).await.unwrap();
         assert_eq!((report.corruptions, report.check_errors), (0, 0));
         image.close().await;
         report.leaks

@@ -16,6 +16,9 @@ use std::ops::Range;
 /// Bits 9 to 55 and the flags: what a standard entry may have.
 const STANDARD: u64 = OFFSET_MASK | 1 << 63 | 1 << 62 | 1;
 
+/// L2 tables that are collected to be read later: 64 MiB of memory.
+const MOST_PUT_OFF: usize = 1 << 22;
+
 impl Check<'_> {
     /// Counts all references, and the clusters of the disk.
     pub(super) async fn count_references(&mut self) -> Result<References, Error> {
@@ -118,7 +121,10 @@ impl Check<'_> {
             self.note_flagged(l2, is_active)?;
             if l2 < self.file.driver().len() {
                 match &mut self.put_off {
-                    Some(tables) => tables.push((l2, is_active)),
+                    Some(tables) if tables.len() < MOST_PUT_OFF => tables.push((l2, is_active)),
+                    Some(_) => {
+                        return Err(Error::new("Check failed: there are too many L2 tables"));
+                    }
                     None => self.count_l2(refs, l2, is_active).await?,
                 }
             }
