@@ -26,7 +26,7 @@ use crate::io::IoResult;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes of tables that are read before the first request, and with a request.
-const AT_FIRST: u64 = 16 << 20;
+const AT_FIRST: u64 = 4 << 20;
 const AT_ONCE: u64 = 1 << 20;
 
 /// Whether there is something to take back.
