@@ -1,6 +1,6 @@
 //! The drivers of this program: the lists of formats, filters and protocols, joined.
 
-use crate::block::{Creation, Error, Registry};
+use crate::block::{Creation, DriverEntry, Error, Kind, Registry};
 use crate::options::Map;
 use crate::{filter, format, protocol};
 use std::sync::LazyLock;
@@ -12,6 +12,12 @@ pub fn registry() -> &'static Registry {
         drivers.with_foreign(format::foreign::FOREIGN)
     });
     &REGISTRY
+}
+
+/// The names of the image formats, in their order.
+pub fn formats() -> impl Iterator<Item = &'static str> {
+    let is_format = |entry: &&DriverEntry| entry.kind == Kind::Format;
+    registry().iter().filter(is_format).map(|entry| entry.name)
 }
 
 /// A new image of `format` (`-f`) at `name`, with the options of `-o` as text and the size, if it

@@ -33,6 +33,7 @@ mod transaction;
 pub use executor::Pending;
 pub use exports::{ExportInfo, NewExport, SOCKET_PATIENCE};
 pub use handover::wait_for_socket;
+pub use holders::holder_of;
 pub use observed::Observed;
 pub use overlays::NewOverlay;
 pub use patience::is_locked;

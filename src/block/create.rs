@@ -152,7 +152,7 @@ pub fn take_options(known: &[CreateOption], mut given: Map) -> Result<Map, optio
             options.insert(option.name, value);
         }
     }
-    given.finish_known()?;
+    given.finish_known().map_err(|e| e.meant(known.iter().map(|option| option.name)))?;
     Ok(options)
 }
 
@@ -187,7 +187,9 @@ impl Creation {
         size: Option<u64>,
     ) -> Result<Creation, Error> {
         let unknown = |what, name| Error::new(format!("Unknown {what} '{name}'"));
-        let format = registry.get(format).ok_or_else(|| unknown("file format", format))?;
+        let format = registry.get(format).ok_or_else(|| {
+            unknown("file format", format).with_advice(Some(registry.advice(format)))
+        })?;
         let driver = file.take_required_str("driver")?;
         let protocol = registry.get(&driver).ok_or_else(|| unknown("protocol", &driver))?;
         if protocol.kind == Kind::Format {

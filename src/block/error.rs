@@ -3,6 +3,7 @@
 
 use crate::io::Errno;
 use std::fmt;
+use std::path::Path;
 
 /// One line, without the program's name and without a full stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,6 +11,7 @@ pub struct Error {
     text: String,
     errno: Option<Errno>,
     hint: Option<String>,
+    advice: Option<String>,
     locked: Option<LockedFile>,
 }
 
@@ -24,13 +26,26 @@ pub struct LockedFile {
 
 impl Error {
     pub fn new(text: impl Into<String>) -> Error {
-        Error { text: text.into(), errno: None, hint: None, locked: None }
+        Error { text: text.into(), errno: None, hint: None, advice: None, locked: None }
     }
 
     /// `what: the errno's text`, as in `Could not open 'a': No such file or directory`.
     pub fn os(what: impl fmt::Display, errno: impl Into<Errno>) -> Error {
         let errno = errno.into();
-        Error { text: format!("{what}: {errno}"), errno: Some(errno), hint: None, locked: None }
+        Error { errno: Some(errno), ..Error::new(format!("{what}: {errno}")) }
+    }
+
+    /// The same of a path, with advice where a folder of it is missing.
+    pub fn os_at(what: impl fmt::Display, errno: impl Into<Errno>, path: &Path) -> Error {
+        Error::os(what, errno).with_missing_folder(path)
+    }
+
+    /// The same error of a path, with advice where a folder of it is missing.
+    pub fn with_missing_folder(self, path: &Path) -> Error {
+        let is_missing = self.errno == Some(Errno(libc::ENOENT));
+        let missing = if is_missing { missing_folder(path) } else { None };
+        let advice = missing.map(|folder| format!("There is no folder '{}'.", folder.display()));
+        self.with_advice(advice)
     }
 
     /// The same error with the errno that tells programs of what kind it is.
@@ -48,6 +63,11 @@ impl Error {
         Error { hint: Some(hint.into()), ..self }
     }
 
+    /// The same error with a line of our own, which QEMU does not print: what may have been meant, or what there is.
+    pub fn with_advice(self, advice: Option<String>) -> Error {
+        Error { advice: self.advice.or(advice), ..self }
+    }
+
     /// The same error of a lock that was refused.
     pub fn with_locked_file(self, file: LockedFile) -> Error {
         Error { locked: Some(file), ..self }
@@ -61,9 +81,19 @@ impl Error {
         self.hint.as_deref()
     }
 
+    pub fn advice(&self) -> Option<&str> {
+        self.advice.as_deref()
+    }
+
     pub fn errno(&self) -> Option<Errno> {
         self.errno
     }
+}
+
+/// The outermost folder of a path that is not there.
+fn missing_folder(path: &Path) -> Option<&Path> {
+    let folders = path.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
+    folders.take_while(|folder| !folder.exists()).last()
 }
 
 impl fmt::Display for Error {
@@ -73,3 +103,23 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_folder_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let advice = |path: &str| {
+            let path = dir.path().join(path);
+            Error::os_at("x", Errno(libc::ENOENT), &path).advice().map(str::to_owned)
+        };
+        let missing = dir.path().join("a");
+        let told = Some(format!("There is no folder '{}'.", missing.display()));
+        assert_eq!((advice("a/b/c"), advice("a/b")), (told.clone(), told));
+        assert_eq!(advice("a"), None);
+        let denied = Error::os_at("x", Errno(libc::EACCES), &dir.path().join("a/b"));
+        assert_eq!(denied.advice(), None);
+    }
+}

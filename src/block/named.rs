@@ -7,7 +7,7 @@
 use super::registry::{DriverEntry, Kind, Naming, Registry};
 use super::{Error, Role};
 use crate::options::size::{self, BadSize};
-use crate::options::{self, Map, Value, filename};
+use crate::options::{self, Map, Value, filename, similar};
 
 /// What a driver reads from a name of its own syntax.
 pub struct NameParts {
@@ -237,8 +237,20 @@ impl Registry {
 
     /// The driver of this name.
     pub fn known(&self, name: &str) -> Result<&'static DriverEntry, Error> {
-        let unknown = || Error::new(format!("Unknown driver '{}'", name.escape_debug()));
+        let unknown = || {
+            let error = Error::new(format!("Unknown driver '{}'", name.escape_debug()));
+            error.with_advice(Some(self.advice(name)))
+        };
         self.get(name).ok_or_else(unknown)
+    }
+
+    /// Advice on a name that no driver has: the driver that may have been meant, or the formats that there are.
+    pub fn advice(&self, name: &str) -> String {
+        similar::did_you_mean(name, self.iter().map(|entry| entry.name)).unwrap_or_else(|| {
+            let formats = self.iter().filter(|entry| entry.kind == Kind::Format);
+            let formats: Vec<_> = formats.map(|entry| entry.name).collect();
+            format!("The formats are {}.", formats.join(", "))
+        })
     }
 }
 

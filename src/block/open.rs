@@ -13,7 +13,7 @@ use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
 use super::{Child, DetectZeroes, Error, LocalFuture, Node, NodeOptions, Notices, Perms, Role};
 use crate::io::{Blocking, task};
-use crate::options::{self, Map, NodeRef};
+use crate::options::{self, Map, NodeRef, similar};
 use backing::Chain;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Error as _};
@@ -163,7 +163,8 @@ impl Opening {
     /// # Errors
     /// In QEMU's words, with the parameter's whole path.
     pub fn parse<T: DeserializeOwned>(&self, options: Map) -> Result<T, Error> {
-        options::from_map(options).map_err(|error| self.error(error))
+        let parsed = options::from_map(options);
+        parsed.map_err(|error| self.error(error.meant(Common::NAMES)))
     }
 
     /// An error about one of the driver's options, with its whole path.
@@ -307,9 +308,12 @@ impl Graph {
 
     fn take_driver(&self, options: &mut Map) -> Result<&'static DriverEntry, options::Error> {
         let name = options.take_required_str("driver")?;
-        self.registry()
-            .get(&name)
-            .ok_or_else(|| options::Error::unknown_variant(&name, &[]).under("driver"))
+        let registry = self.registry();
+        registry.get(&name).ok_or_else(|| {
+            let unknown = options::Error::unknown_variant(&name, &[]).under("driver");
+            let known = registry.iter().map(|entry| entry.name);
+            unknown.with_advice(similar::did_you_mean(&name, known))
+        })
     }
 
     /// Whether a new node can have the name.
@@ -347,7 +351,7 @@ fn join(path: &str, role: &str) -> String {
 
 impl From<options::Error> for Error {
     fn from(error: options::Error) -> Error {
-        let told = Error::new(error.to_string());
+        let told = Error::new(error.to_string()).with_advice(error.advice().map(str::to_owned));
         match error.hint() {
             Some(hint) => told.with_hint(hint),
             None => told,
@@ -390,6 +394,18 @@ enum Detect {
 }
 
 impl Common {
+    const NAMES: [&str; 9] = [
+        "driver",
+        "node-name",
+        "read-only",
+        "auto-read-only",
+        "force-share",
+        "active",
+        "discard",
+        "detect-zeroes",
+        "cache",
+    ];
+
     fn take(options: &mut Map) -> Result<Common, options::Error> {
         Ok(Common {
             node_name: options.take_str("node-name")?,

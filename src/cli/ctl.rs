@@ -1,5 +1,6 @@
 //! `vublk ctl`: one command to a running daemon's monitor, for people.
 
+use super::Failure;
 use super::img::outln;
 use super::sockets;
 use crate::monitor::Framing;
@@ -9,18 +10,28 @@ use crate::tools::output::errln;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 /// Ask or change a running daemon through its monitor
 #[derive(clap::Args)]
 pub struct Ctl {
     /// The monitor's socket
-    #[arg(short, long, value_name = "PATH")]
+    #[arg(short, long, value_name = "PATH", value_hint = clap::ValueHint::FilePath)]
     socket: PathBuf,
+    /// Seconds to wait for the monitor's greeting, and then for the reply [default: 5 and 60]
+    #[arg(long, value_name = "SECONDS", value_parser = sockets::parse_timeout)]
+    timeout: Option<Duration>,
     /// The command; query-commands lists all
     command: String,
     /// Its arguments: KEY=VALUE,… or a JSON object
     arguments: Option<String>,
 }
+
+/// How long a greeting may take. A socket that is not a monitor's, such as an export's, sends none, and must not be
+/// kept from those whom it serves.
+const GREETING: Duration = Duration::from_secs(5);
+/// How long a reply may take.
+const REPLY: Duration = Duration::from_secs(60);
 
 /// Keys whose values are names, even where they look like numbers or switches.
 const NAMES: [&str; 13] = [
@@ -48,17 +59,24 @@ impl Ctl {
                 if text.starts_with('{') { parsed.options } else { typed(parsed.options) }
             }
         };
-        let shown = self.socket.display();
-        let failed = |error: std::io::Error| format!("{shown}: {error}");
+        let shown = self.socket.display().to_string();
         // Nothing keeps a signal from ending this program.
-        let stream = sockets::connect(&self.socket, || false).map_err(failed)?;
-        let mut connection = Connection { stream, framing: Framing::default() };
-        let at = |error: String| format!("{shown}: {error}");
-        connection.wait_for_greeting(&shown.to_string()).map_err(failed)?;
-        let greeting = connection.receive().map_err(at)?;
-        if !greeting.contains("QMP") {
-            return Err(format!("{shown}: not a QMP monitor").into());
-        }
+        let stream = sockets::connect(&self.socket, || false);
+        let stream = stream.map_err(|error| format!("{shown}: {error}"))?;
+        let (greeting, reply) = (self.timeout.unwrap_or(GREETING), self.timeout.unwrap_or(REPLY));
+        let mut connection =
+            Connection { stream, framing: Framing::default(), end: Instant::now() + greeting };
+        connection.wait_for_greeting(&shown)?;
+        connection.end = Instant::now() + reply;
+        let at = |error: Trouble| match error {
+            Trouble::NoTime => {
+                let seconds = reply.as_secs_f64();
+                format!(
+                    "{shown}: no reply within {seconds} seconds; the daemon may still do what it was told"
+                )
+            }
+            Trouble::Other(text) => format!("{shown}: {text}"),
+        };
         connection.ask("qmp_capabilities", Map::new()).map_err(at)??;
         let answer = connection.ask(&self.command, arguments).map_err(at)??;
         outln!("{}", json::to_pretty_text(&answer));
@@ -69,42 +87,64 @@ impl Ctl {
 struct Connection {
     stream: UnixStream,
     framing: Framing,
+    /// When to stop waiting.
+    end: Instant,
 }
 
+/// Why nothing was received.
+enum Trouble {
+    NoTime,
+    Other(String),
+}
+
+impl From<String> for Trouble {
+    fn from(text: String) -> Trouble {
+        Trouble::Other(text)
+    }
+}
+
+impl From<std::io::Error> for Trouble {
+    fn from(error: std::io::Error) -> Trouble {
+        Trouble::Other(error.to_string())
+    }
+}
+
+const NO_MONITOR: &str = "not a QMP monitor";
+
 impl Connection {
-    /// Waits for the first bytes of the monitor, and says so where they take long.
-    fn wait_for_greeting(&mut self, shown: &str) -> std::io::Result<()> {
-        self.stream.set_read_timeout(Some(SOCKET_PATIENCE))?;
-        let mut buffer = [0; 4096];
-        let result = loop {
-            match self.stream.read(&mut buffer) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    errln!(
-                        "vublk: {shown}: waiting for the monitor, which may serve another client"
-                    );
-                    break Ok(());
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => break Err(error),
-                // At the end of the stream, the next call says so.
-                Ok(n) => {
-                    self.framing.push(&buffer[..n]);
-                    break Ok(());
-                }
-            }
-        };
-        self.stream.set_read_timeout(None)?;
-        result
+    /// Waits for the greeting, and prints a line where it takes long.
+    fn wait_for_greeting(&mut self, shown: &str) -> super::Outcome {
+        let end = self.end;
+        self.end = end.min(Instant::now() + SOCKET_PATIENCE);
+        let mut greeting = self.receive();
+        if matches!(greeting, Err(Trouble::NoTime)) && self.end < end {
+            errln!("vublk: {shown}: waiting for the monitor, which may serve another client");
+            self.end = end;
+            greeting = self.receive();
+        }
+        match greeting {
+            Ok(greeting) if greeting.contains("QMP") => Ok(()),
+            Ok(_) => Err(format!("{shown}: {NO_MONITOR}").into()),
+            Err(Trouble::Other(text)) => Err(format!("{shown}: {text}").into()),
+            Err(Trouble::NoTime) => Err(Failure {
+                line: format!("{shown} is not a monitor: is it an export's socket?"),
+                hint: Some(
+                    "A monitor that serves another client answers later; --timeout SECONDS waits longer."
+                        .into(),
+                ),
+                advice: None,
+            }),
+        }
     }
 
     /// Sends a command and waits for its reply, past any events. The inner error is the monitor's.
-    fn ask(&mut self, command: &str, arguments: Map) -> Result<Result<Value, String>, String> {
+    fn ask(&mut self, command: &str, arguments: Map) -> Result<Result<Value, String>, Trouble> {
         let mut request = Map::from_iter([("execute", Value::from(command))]);
         if !arguments.is_empty() {
             request.insert("arguments", arguments);
         }
         let text = json::to_text(&Value::Map(request)) + "\r\n";
-        self.stream.write_all(text.as_bytes()).map_err(|e| e.to_string())?;
+        self.stream.write_all(text.as_bytes())?;
         loop {
             let mut reply = self.receive()?;
             if let Some(value) = reply.take("return") {
@@ -116,18 +156,27 @@ impl Connection {
         }
     }
 
-    fn receive(&mut self) -> Result<Map, String> {
+    /// The next message.
+    fn receive(&mut self) -> Result<Map, Trouble> {
         loop {
             match self.framing.next_value() {
                 Some(Ok(Value::Map(map))) => return Ok(map),
-                Some(Ok(_)) => return Err("not a QMP monitor".into()),
-                Some(Err(error)) => return Err(error),
+                Some(Ok(_)) => return Err(NO_MONITOR.to_owned().into()),
+                Some(Err(error)) => return Err(error.into()),
                 None => {}
             }
+            let left = self.end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Trouble::NoTime);
+            }
+            self.stream.set_read_timeout(Some(left))?;
             let mut buffer = [0; 4096];
-            match self.stream.read(&mut buffer).map_err(|e| e.to_string())? {
-                0 => return Err("the monitor has closed the connection".into()),
-                n => self.framing.push(&buffer[..n]),
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Err("the monitor has closed the connection".to_owned().into()),
+                Ok(n) => self.framing.push(&buffer[..n]),
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::options::{bytes, keyval};
 use crate::sandbox::{self, Plan};
 use crate::service::Service;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueHint};
 use std::ffi::OsString;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -36,13 +36,26 @@ const ORDERED: [(&str, Option<&str>, &str); 7] = [
     ("trace", None, "trace events"),
 ];
 
+/// Those that are refused whatever their value is.
+const REFUSED: [&str; 2] = ["nbd-server", "trace"];
+
 /// What is no option. It is refused when its turn comes, like a wrong value.
 const STRAY: &str = "stray";
 
+/// The options that do something, as man pages and completions show them.
+pub fn offered() -> Command {
+    define(|name| !REFUSED.contains(&name))
+}
+
 pub fn command() -> Command {
-    let ordered = ORDERED.iter().map(|&(name, _, help)| {
+    define(|_| true).arg(Arg::new(STRAY).hide(true).action(ArgAction::Append))
+}
+
+/// The command line with those of the ordered options that are wanted.
+fn define(wanted: fn(&str) -> bool) -> Command {
+    let ordered = ORDERED.iter().filter(|(name, ..)| wanted(name)).map(|&(name, _, help)| {
         let arg = Arg::new(name).long(name).value_name("OPTIONS").action(ArgAction::Append);
-        let arg = arg.allow_hyphen_values(true).help(help);
+        let arg = arg.allow_hyphen_values(true).help(help).hide(REFUSED.contains(&name));
         if name == "trace" { arg.short('T') } else { arg }
     });
     let command = Command::new("daemon")
@@ -50,7 +63,6 @@ pub fn command() -> Command {
         .infer_long_args(true)
         .disable_version_flag(true)
         .args(ordered)
-        .arg(Arg::new(STRAY).hide(true).action(ArgAction::Append))
         .arg(
             Arg::new("version")
                 .short('V')
@@ -68,6 +80,7 @@ pub fn command() -> Command {
             Arg::new("pidfile")
                 .long("pidfile")
                 .value_name("PATH")
+                .value_hint(ValueHint::FilePath)
                 .action(ArgAction::Append)
                 .help("write the process ID there once everything is ready"),
         )
@@ -181,7 +194,7 @@ fn act(
     implied_key: Option<&str>,
     value: &str,
 ) -> Result<Done, Error> {
-    if matches!(option, "nbd-server" | "trace") {
+    if REFUSED.contains(&option) {
         return Err(Error::new("this option is not available"));
     }
     if option == "chardev" && !matches!(value, "help" | "?") {

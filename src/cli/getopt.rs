@@ -4,6 +4,10 @@
 //! The rule held here: a command's options are listed once, and parsing, help texts, man pages and
 //! shell completions follow from the list.
 
+use crate::drivers;
+use crate::options::similar::similar;
+use crate::tools::Cache;
+use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction};
 
 /// One option of a command.
@@ -243,6 +247,16 @@ fn find_long<'a>(options: &'a [Opt], name: &str) -> Option<Option<&'a Opt>> {
     }
 }
 
+/// Advice on an argument that is no option: the long name that may have been meant.
+pub fn advice(options: &[Opt], argument: &str) -> Option<String> {
+    let name = argument.strip_prefix("--")?.split('=').next()?;
+    let names = options
+        .iter()
+        .flat_map(|option| [option.long].into_iter().chain(option.newer.iter().copied()));
+    let meant = similar(name, names.filter(|name| name.len() > 1))?;
+    Some(format!("Did you mean '--{meant}'?"))
+}
+
 /// The definition that man pages and completions are made from.
 pub fn command(
     name: &'static str,
@@ -262,13 +276,29 @@ pub fn command(
         }
         arg = arg.visible_aliases(long);
         match option.value {
-            Some(value) => arg.value_name(value).action(ArgAction::Append),
+            Some(value) => {
+                let arg = arg.value_name(value).action(ArgAction::Append);
+                match choices(value) {
+                    Some(choices) => arg.value_parser(PossibleValuesParser::new(choices)),
+                    None if value == "FILE" => arg.value_hint(clap::ValueHint::FilePath),
+                    None => arg,
+                }
+            }
             None => arg.action(ArgAction::SetTrue),
         }
     });
     let rest = Arg::new("operands").value_name(operands).action(ArgAction::Append);
     let rest = rest.value_hint(clap::ValueHint::FilePath);
     clap::Command::new(name).about(about).disable_version_flag(true).args(args).arg(rest)
+}
+
+/// The words that a value can be, by what it is called: `FORMAT`, `CACHE`, or the words themselves, `leaks|all`.
+fn choices(value: &'static str) -> Option<Vec<&'static str>> {
+    match value {
+        "FORMAT" => Some(drivers::formats().collect()),
+        "CACHE" => Some(Cache::NAMES.to_vec()),
+        _ => value.contains('|').then(|| value.split('|').collect()),
+    }
 }
 
 /// How the command is used, on one line: `info [--object OBJECT] [-f FORMAT] FILE`.

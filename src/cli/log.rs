@@ -94,9 +94,9 @@ pub fn dropped() -> u64 {
     LINES.get().map_or(0, |lines| lines.outlet.dropped())
 }
 
-/// Tells why the program ends: its name, the line, and advice.
-pub fn tell_failure(program: &str, line: &str, hint: Option<&str>) {
-    let told = [Some(line), hint].into_iter().flatten().collect::<Vec<_>>();
+/// Tells why the program ends: its name, the error, and lines of advice.
+pub fn tell_failure(program: &str, lines: impl Iterator<Item = String>) {
+    let told: Vec<String> = lines.collect();
     match LINES.get() {
         Some(lines) if lines.format == LogFormat::Json => {
             lines.write(Level::Error, "vublk", None, &told.join(" "));

@@ -6,12 +6,16 @@ mod columns;
 mod confine;
 mod ctl;
 mod daemon;
+mod disk_names;
 mod generate;
 mod getopt;
 mod img;
+mod interruption;
 mod io;
 mod log;
 mod looks;
+mod manual;
+mod manual_texts;
 mod nvme;
 mod outlet;
 mod policy;
@@ -54,9 +58,6 @@ enum Command {
     Ctl(ctl::Ctl),
     Top(top::Top),
     Nvme(nvme::Nvme),
-    /// Write the man pages and shell completions that this program's command line defines
-    #[command(hide = true)]
-    Generate(generate::Generate),
 }
 
 /// What a command came to.
@@ -66,11 +67,13 @@ type Outcome = Result<(), Failure>;
 struct Failure {
     line: String,
     hint: Option<String>,
+    /// A line that is printed under our own names alone.
+    advice: Option<String>,
 }
 
 impl From<String> for Failure {
     fn from(line: String) -> Failure {
-        Failure { line, hint: None }
+        Failure { line, hint: None, advice: None }
     }
 }
 
@@ -82,7 +85,8 @@ impl From<&str> for Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
-        Failure { line: error.to_string(), hint: error.hint().map(str::to_owned) }
+        let [hint, advice] = [error.hint(), error.advice()].map(|text| text.map(str::to_owned));
+        Failure { line: error.to_string(), hint, advice }
     }
 }
 
@@ -117,6 +121,10 @@ pub fn main() -> ExitCode {
     if rest.first().is_some_and(|name| name == "io") {
         return io::run("vublk", rest[1..].to_vec());
     }
+    // For packages: users are not offered it.
+    if rest.first().is_some_and(|name| name == "generate") {
+        return report("vublk", generate::run(&rest[1..]));
+    }
     if let [name, rest @ ..] = &*rest
         && let Some(tool) = name.to_str().and_then(img::find)
     {
@@ -138,7 +146,6 @@ pub fn main() -> ExitCode {
         Command::Ctl(ctl) => ctl.run(),
         Command::Top(top) => top.run(),
         Command::Nvme(nvme) => nvme.run(),
-        Command::Generate(generate) => generate.run(command_line()),
     };
     report("vublk", outcome)
 }
@@ -163,8 +170,9 @@ fn report(program: &str, outcome: Outcome) -> ExitCode {
     ::log::logger().flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failure { line, hint }) => {
-            log::tell_failure(program, &line, hint.as_deref());
+        Err(Failure { line, hint, advice }) => {
+            let advice = advice.filter(|_| program.starts_with("vublk"));
+            log::tell_failure(program, [Some(line), hint, advice].into_iter().flatten());
             ExitCode::FAILURE
         }
     }
@@ -184,7 +192,6 @@ mod tests {
 
     #[test]
     fn every_option_of_every_command_is_explained() {
-        let all = command_line().mut_subcommand("daemon", |_| daemon::command());
-        assert_eq!(unexplained(&all), Vec::<String>::new());
+        assert_eq!(unexplained(&generate::offered()), Vec::<String>::new());
     }
 }

@@ -38,6 +38,12 @@ impl EndSignals {
         }
     }
 
+    /// Lets them end the program again, for this thread.
+    pub fn unblock(self) {
+        // SAFETY: the set is initialised.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.0, std::ptr::null_mut()) };
+    }
+
     /// Whether one of them has come.
     pub fn have_come() -> bool {
         if TAKEN.load(Ordering::Relaxed) {
@@ -77,6 +83,21 @@ pub fn take_signals(stop: &OwnedFd) {
             return;
         }
         TAKEN.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Waits for one of [`EndSignals`], whose descriptor is `stop`, takes it, and gives its number.
+pub fn next_signal(stop: &OwnedFd) -> libc::c_int {
+    loop {
+        // SAFETY: any bytes are one.
+        let mut info = unsafe { std::mem::zeroed::<libc::signalfd_siginfo>() };
+        let size = size_of_val(&info);
+        // SAFETY: the memory is as long as is said.
+        let read = unsafe { libc::read(stop.as_raw_fd(), (&raw mut info).cast(), size) };
+        if usize::try_from(read) == Ok(size) {
+            return info.ssi_signo as libc::c_int;
+        }
+        readable_within(stop.as_raw_fd(), Duration::MAX);
     }
 }
 

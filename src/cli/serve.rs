@@ -1,6 +1,7 @@
 //! `vublk serve`: disks for virtual machines, with the defaults that an expert would choose.
 
 use super::confine::{self, SandboxArgs, Wanted};
+use super::disk_names::{DiskName, DiskNames};
 use super::log::{self, LogArgs};
 use super::looks;
 use super::outlet::{Outlet, standard};
@@ -25,16 +26,20 @@ use std::time::Duration;
 #[derive(clap::Args)]
 pub struct Serve {
     /// The images or block devices to serve
-    #[arg(required = true, value_name = "IMAGE")]
+    #[arg(required = true, value_name = "IMAGE", value_hint = clap::ValueHint::FilePath)]
     images: Vec<PathBuf>,
     /// The socket that a virtual machine connects to; one for each IMAGE, in their order. Also:
     /// fd:N, a descriptor left open; systemd[:NAME], of its socket activation; connect:PATH, a
     /// socket that the virtual machine's side listens on
-    #[arg(short, long = "socket", required = true, value_name = "SOCKET")]
+    #[arg(short, long = "socket", required = true, value_name = "SOCKET", value_hint = clap::ValueHint::FilePath)]
     sockets: Vec<SocketArg>,
-    /// The images' format
-    #[arg(short, long)]
+    /// The images' format. It is never guessed: a guest can write another format's header to its disk
+    #[arg(short, long, value_parser = formats())]
     format: Option<String>,
+    /// The disk's name in metrics and logs; one for each IMAGE, in their order [default: the name
+    /// of the image's file without its ending]
+    #[arg(long = "name", value_name = "NAME")]
+    names: Vec<String>,
     /// Serve read-only
     #[arg(short, long)]
     read_only: bool,
@@ -149,6 +154,7 @@ impl Serve {
             let (images, sockets) = (self.images.len(), self.sockets.len());
             return Err(format!("{images} images but {sockets} sockets: give one for each").into());
         }
+        let disks = self.disk_names()?;
         if self.serial.as_ref().is_some_and(|serial| serial.len() > 20) {
             return Err("--serial: at most 20 bytes".into());
         }
@@ -162,7 +168,7 @@ impl Serve {
         let workers = self.start_workers(&mut startup)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
             let address = descriptors.address(socket, self.socket_mode, self.socket_owner)?;
-            self.serve_one(&mut startup, &workers, index, image, address)?;
+            self.serve_one(&mut startup, &workers, (index, &disks[index]), image, address)?;
         }
         let metrics = self.metrics.as_ref().zip(observed);
         let metrics = metrics.map(|(at, observed)| {
@@ -214,6 +220,19 @@ impl Serve {
         wanted.enter(plan)
     }
 
+    /// The disks' names.
+    fn disk_names(&self) -> Result<Vec<DiskName>, String> {
+        let (images, names) = (self.images.len(), self.names.len());
+        if names != 0 && names != images {
+            return Err(format!("{images} images but {names} names: give one for each, or none"));
+        }
+        let mut used = DiskNames::default();
+        if names != 0 {
+            return self.names.iter().map(|name| used.given(name)).collect();
+        }
+        Ok(self.images.iter().map(|image| used.of_image(image)).collect())
+    }
+
     /// Starts the workers, and gives their names.
     fn start_workers(&self, startup: &mut Startup) -> Result<Vec<String>, Error> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -239,21 +258,21 @@ impl Serve {
         &self,
         startup: &mut Startup,
         workers: &[String],
-        index: usize,
+        (index, name): (usize, &DiskName),
         image: &Path,
         address: Address,
     ) -> super::Outcome {
         let shown = image.display();
-        let id = format!("export{index}");
+        let id = name.export.clone();
         let format = match &self.format {
             Some(format) => format,
             None => return Err(self.look_unnamed(startup, image)?.into()),
         };
-        let options = self.node_options(format, &format!("disk{index}"), image)?;
+        let options = self.node_options(format, &name.node, image)?;
         let open = async move |service: Service| service.blockdev_add(options).await;
         let mut node = startup.run("image", open).map_err(|e| e.at(&shown))?;
         if self.snapshot {
-            let name = format!("snapshot{index}");
+            let name = format!("{}-snapshot", name.node);
             let overlay = startup
                 .run("snapshot", async move |service| service.add_overlay(&name, &node).await);
             node = overlay.map_err(|e| e.at(&shown))?;
@@ -263,6 +282,10 @@ impl Serve {
         let device = DeviceOptions {
             num_queues: self.num_queues,
             serial: self.serial.clone().unwrap_or_else(|| format!("vublk{index}")),
+        };
+        let socket = match &address {
+            Address::Path { path, .. } => Some(path.clone()),
+            _ => None,
         };
         let transport = Box::new(vhost_user_blk::Options { address, logical_block_size, device });
         let disk = DiskOptions {
@@ -279,7 +302,11 @@ impl Serve {
         let (allow_inactive, accept_loss) = (self.incoming, self.accept_loss);
         let new = NewExport { id, node, disk, transport, workers, allow_inactive, accept_loss };
         let export = async move |service: Service| service.export(new).await;
-        Ok(startup.run("export", export).map_err(|e| e.at(&shown))?)
+        let served = startup.run("export", export).map_err(|e| match &socket {
+            Some(path) => e.with_missing_folder(path),
+            None => e,
+        });
+        Ok(served.map_err(|e| e.at(&shown))?)
     }
 
     /// Why an image is not served whose format was not given.
@@ -356,13 +383,15 @@ fn attach_lines(socket: &Path) -> String {
          QEMU:             -object memory-backend-memfd,id=mem,size=RAM,share=on \
          -machine memory-backend=mem -chardev socket,id=vublk,path={path},reconnect=1 \
          -device vhost-user-blk-pci,chardev=vublk,num-queues=VCPUS\n  \
+         QEMU 9.2 or later: the same with reconnect-ms=1000 in place of reconnect=1\n  \
          Cloud Hypervisor: --memory size=RAM,shared=on \
          --disk vhost_user=true,socket={path},num_queues=VCPUS\n"
     )
 }
 
 fn parse_size(text: &str) -> Result<Size, String> {
-    size::parse(text).map(Size).map_err(|_| format!("'{text}' is not a size"))
+    let wrong = |_| format!("'{text}' is not a size: bytes, or a number with k, M, G, T, P or E");
+    size::parse(text).map(Size).map_err(wrong)
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {
@@ -386,12 +415,16 @@ fn parse_owner(text: &str) -> Result<(u32, u32), String> {
     Ok((number(user)?, number(group)?))
 }
 
+/// Reads the name of an image format, of which completions offer all.
+fn formats() -> clap::builder::PossibleValuesParser {
+    drivers::formats().collect::<Vec<_>>().into()
+}
+
 fn parse_cpus(text: &str) -> Result<Cpus, String> {
-    let number = |part: &str| {
-        part.parse::<usize>()
-            .ok()
-            .filter(|&n| n < 1024)
-            .ok_or_else(|| format!("'{part}': no processor"))
+    let number = |part: &str| match part.parse::<usize>() {
+        Ok(n) if is_allowed(n) => Ok(n),
+        Ok(_) => Err(format!("there is no processor {part}, or this process may not use it")),
+        Err(_) => Err(format!("'{part}' is not the number of a processor")),
     };
     let mut cpus = Vec::new();
     for part in text.split(',') {
@@ -401,4 +434,17 @@ fn parse_cpus(text: &str) -> Result<Cpus, String> {
         }
     }
     if cpus.is_empty() { Err("no processors".into()) } else { Ok(Cpus(cpus)) }
+}
+
+/// Whether this process may run on a processor.
+fn is_allowed(cpu: usize) -> bool {
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return false;
+    }
+    // SAFETY: all zeroes are a valid set, which the call fills; the number lies within it.
+    unsafe {
+        let mut set = std::mem::zeroed::<libc::cpu_set_t>();
+        let size = size_of::<libc::cpu_set_t>();
+        libc::sched_getaffinity(0, size, &mut set) == 0 && libc::CPU_ISSET(cpu, &set)
+    }
 }

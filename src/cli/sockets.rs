@@ -36,6 +36,15 @@ pub fn connect(path: &Path, give_up: fn() -> bool) -> std::io::Result<UnixStream
     }
 }
 
+/// A `--timeout`: seconds, up to a day.
+pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("'{text}' is not a number of seconds"))?;
+    match (0.1..=86400.0).contains(&seconds) {
+        true => Ok(Duration::from_secs_f64(seconds)),
+        false => Err(format!("'{text}' is not between 0.1 and 86400 seconds")),
+    }
+}
+
 /// One `--socket`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SocketArg {

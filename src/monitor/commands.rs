@@ -8,7 +8,7 @@ use crate::block::Error;
 use crate::export::core::{Failure, IoError};
 use crate::io::Errno;
 use crate::job::Job;
-use crate::options::{self, Map, Value};
+use crate::options::{self, Map, Value, similar};
 use crate::service::{Pending, Service};
 use serde::Deserialize;
 
@@ -17,32 +17,44 @@ use serde::Deserialize;
 pub struct CommandError {
     class: &'static str,
     text: String,
+    advice: Option<String>,
 }
 
 impl CommandError {
     pub fn new(text: impl Into<String>) -> CommandError {
-        CommandError { class: "GenericError", text: text.into() }
+        CommandError { class: "GenericError", text: text.into(), advice: None }
     }
 
     pub fn not_found(text: impl Into<String>) -> CommandError {
-        CommandError { class: "CommandNotFound", text: text.into() }
+        CommandError { class: "CommandNotFound", text: text.into(), advice: None }
+    }
+
+    /// The same with advice, which follows QEMU's sentence.
+    fn with_advice(self, advice: Option<String>) -> CommandError {
+        CommandError { advice, ..self }
     }
 
     /// As replies carry it.
     pub fn into_value(self) -> Value {
-        object([("class", Value::from(self.class)), ("desc", Value::from(self.text))])
+        let text = match self.advice {
+            Some(advice) => format!("{}. {advice}", self.text),
+            None => self.text,
+        };
+        object([("class", Value::from(self.class)), ("desc", Value::from(text))])
     }
 }
 
 impl From<Error> for CommandError {
     fn from(error: Error) -> CommandError {
-        CommandError::new(error.to_string())
+        let advice = error.advice().map(str::to_owned);
+        CommandError::new(error.to_string()).with_advice(advice)
     }
 }
 
 impl From<options::Error> for CommandError {
     fn from(error: options::Error) -> CommandError {
-        CommandError::new(error.to_string())
+        let advice = error.advice().map(str::to_owned);
+        CommandError::new(error.to_string()).with_advice(advice)
     }
 }
 
@@ -94,8 +106,9 @@ pub fn run(command: &str, arguments: Map, service: &Service) -> Result<Begun, Co
         let pending = service.spawn(name, async move |service| task(&service, arguments).await);
         return Ok(Begun::Later(pending));
     }
-    let command = command.escape_debug();
-    Err(CommandError::not_found(format!("The command {command} has not been found")))
+    let shown = command.escape_debug();
+    let not_found = CommandError::not_found(format!("The command {shown} has not been found"));
+    Err(not_found.with_advice(similar::did_you_mean(command, names())))
 }
 
 /// The QEMU version whose commands these are, and our own as the package.
@@ -185,7 +198,11 @@ pub(super) fn export_id(arguments: Map) -> Result<String, CommandError> {
 
 fn query_commands(_: &Service, arguments: Map) -> Outcome {
     arguments.finish()?;
+    Ok(Value::List(names().map(|name| object([("name", Value::from(name))])).collect()))
+}
+
+/// The names of all commands.
+fn names() -> impl Iterator<Item = &'static str> {
     let slow = slow::COMMANDS.iter().map(|(name, _)| *name);
-    let names = COMMANDS.iter().map(|(name, _)| *name).chain(slow).chain(OF_THE_SESSION);
-    Ok(Value::List(names.map(|name| object([("name", Value::from(name))])).collect()))
+    COMMANDS.iter().map(|(name, _)| *name).chain(slow).chain(OF_THE_SESSION)
 }

@@ -41,6 +41,7 @@ use serde::forward_to_deserialize_any;
 use super::any::VALUE;
 use super::error::{Error, Kind};
 use super::node_ref::{NODE_REF, NODE_REF_OR_NULL};
+use super::similar;
 use super::size::{self, Size};
 use super::tree::{Map, Value};
 
@@ -324,8 +325,9 @@ impl<'de> Deserializer<'de> for Reader {
         // Declared order for the fields, unknown keys last: the error does not depend on how the
         // user ordered the keys, and a missing driver option comes before a superfluous one.
         let mut object = self.object()?;
-        let value = Part(&mut object).deserialize_struct(name, fields, visitor)?;
-        object.finish()?;
+        let value = Part(&mut object).deserialize_struct(name, fields, visitor);
+        let value = value.map_err(|e| e.misspelt(object.iter().map(|(key, _)| key)))?;
+        object.finish().map_err(|e| e.meant(fields.iter().copied()))?;
         Ok(value)
     }
 
@@ -369,7 +371,8 @@ fn known_variant(name: String, variants: &[&str]) -> Result<String, Error> {
     if variants.contains(&name.as_str()) {
         Ok(name)
     } else {
-        Err(Error::here(Kind::BadValue(name.into())))
+        let advice = similar::did_you_mean(&name, variants.iter().copied());
+        Err(Error::here(Kind::BadValue(name.into())).with_advice(advice))
     }
 }
 

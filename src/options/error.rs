@@ -2,7 +2,7 @@
 //!
 //! The sentences are those `qemu-storage-daemon` prints, because scripts match on them.
 
-use super::{qemuopts, size};
+use super::{qemuopts, similar, size};
 use std::fmt;
 
 /// What is wrong with one parameter, or with the text it came in.
@@ -14,6 +14,7 @@ pub struct Error {
     path: String,
     // Boxed text keeps the error small; errors travel in every `Result` of the parsers.
     kind: Kind,
+    advice: Option<Box<str>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,12 +53,12 @@ pub(super) enum Kind {
 
 impl Error {
     pub(super) fn new(path: &str, kind: Kind) -> Self {
-        Error { path: path.to_owned(), kind }
+        Error { path: path.to_owned(), kind, advice: None }
     }
 
     /// An error about the value at hand; the caller adds the path with [`Error::under`].
     pub(super) fn here(kind: Kind) -> Self {
-        Error { path: String::new(), kind }
+        Error { path: String::new(), kind, advice: None }
     }
 
     /// An error in words of its own, for checks that only the driver can make.
@@ -93,6 +94,42 @@ impl Error {
     /// Lines of advice that QEMU prints below the error.
     pub fn hint(&self) -> Option<&'static str> {
         (self.kind == Kind::NotASize).then_some(qemuopts::SIZE_HINT)
+    }
+
+    /// A line of advice of our own.
+    pub fn advice(&self) -> Option<&str> {
+        self.advice.as_deref()
+    }
+
+    /// The same error with advice, unless it has some already.
+    #[must_use]
+    pub fn with_advice(mut self, advice: Option<String>) -> Self {
+        self.advice = self.advice.or(advice.map(String::into_boxed_str));
+        self
+    }
+
+    /// The same error with the parameter that may have been meant, if it is of one that is not among `known`.
+    #[must_use]
+    pub fn meant<'a>(self, known: impl IntoIterator<Item = &'a str>) -> Self {
+        let advice = match self.kind {
+            Kind::Unexpected | Kind::BadName => {
+                let name = self.path.rsplit(['.', ']']).next().unwrap_or_default();
+                similar::did_you_mean(name, known)
+            }
+            _ => None,
+        };
+        self.with_advice(advice)
+    }
+
+    /// The same error with the parameter of `given` that may stand for the one that is missing.
+    #[must_use]
+    pub fn misspelt<'a>(self, given: impl IntoIterator<Item = &'a str>) -> Self {
+        let advice = match self.kind {
+            Kind::Missing => similar::similar(&self.path, given)
+                .map(|found| format!("Did you mean '{}' by '{found}'?", self.path)),
+            _ => None,
+        };
+        self.with_advice(advice)
     }
 
     /// True when the parameter was left out.
@@ -147,14 +184,15 @@ impl serde::de::Error for Error {
     fn custom<T: fmt::Display>(msg: T) -> Self {
         Error::message(msg.to_string())
     }
-    fn unknown_field(field: &str, _expected: &'static [&'static str]) -> Self {
-        Error::new(field, Kind::Unexpected)
+    fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
+        Error::new(field, Kind::Unexpected).meant(expected.iter().copied())
     }
     fn missing_field(field: &'static str) -> Self {
         Error::new(field, Kind::Missing)
     }
-    fn unknown_variant(variant: &str, _expected: &'static [&'static str]) -> Self {
-        Error::here(Kind::BadValue(variant.into()))
+    fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
+        let advice = similar::did_you_mean(variant, expected.iter().copied());
+        Error::here(Kind::BadValue(variant.into())).with_advice(advice)
     }
 }
 

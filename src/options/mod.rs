@@ -32,6 +32,7 @@ pub mod keyval;
 pub mod node_ref;
 mod objects;
 pub mod qemuopts;
+pub mod similar;
 pub mod size;
 pub mod tree;
 

@@ -19,6 +19,11 @@ impl std::fmt::Display for Holder {
     }
 }
 
+/// The name and number of a process that lives and has locked the file, if one can be seen.
+pub fn holder_of(file: &LockedFile) -> Option<String> {
+    find(file).map(|holder| holder.to_string())
+}
+
 /// The first process found that has locked the file, and is not being killed. Processes that may not
 /// be looked at are not seen.
 pub(super) fn find(file: &LockedFile) -> Option<Holder> {

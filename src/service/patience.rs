@@ -67,8 +67,15 @@ pub(super) async fn patiently<T>(
         }
         if now >= began + TELL && !told {
             told = true;
-            let hint = error.hint().unwrap_or_default();
-            log::warn!("{error}: trying on for {} s. {hint}", LONGEST.as_secs());
+            match &seen {
+                Some((holder, _)) => {
+                    log::warn!("{error}: it is held by {holder}, which may be about to end");
+                }
+                None => {
+                    let hint = error.hint().unwrap_or_default();
+                    log::warn!("{error}: trying for {} s. {hint}", LONGEST.as_secs());
+                }
+            }
         }
         io::sleep(TRY).await;
     }

@@ -17,6 +17,9 @@ impl Cache {
     /// `unsafe`: what convert's target has where nothing is said.
     pub const UNSAFE: Cache = Cache { no_flush: true, ..Cache::WRITEBACK };
 
+    /// The modes' names.
+    pub const NAMES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
+
     /// Reads a mode's name.
     pub fn parse(text: &str) -> Option<Cache> {
         let back = Cache::WRITEBACK;

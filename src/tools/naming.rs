@@ -105,8 +105,7 @@ fn described(registry: &Registry, options: Map) -> Result<Named, Error> {
     let driver = options.get("driver").and_then(Value::as_str).map(str::to_owned);
     match driver {
         Some(driver) => {
-            let entry = registry.get(&driver);
-            let entry = entry.ok_or_else(|| Error::new(format!("Unknown driver '{driver}'")))?;
+            let entry = registry.known(&driver)?;
             if entry.kind == Kind::Format && !options.contains("file") {
                 let Some(filename) = options.take("filename") else {
                     return Err(Error::new("A block device must be specified for \"file\""));

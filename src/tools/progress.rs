@@ -5,6 +5,7 @@ use super::output::{self, errln};
 use crate::io::sync::Mutex;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// A signal has asked how far the work has come (SIGUSR1). Set by the signal's handler, answered at
 /// the next step.
@@ -14,7 +15,7 @@ pub static ASKED: AtomicBool = AtomicBool::new(false);
 const STEP: f32 = 1.0;
 /// The bar's steps in a percent.
 const FINE: f32 = 100.0;
-const BAR: &str = "[{wide_bar}] {percent:>3}%, {eta} left";
+const BAR: &str = "[{wide_bar}] {percent:>3}%{msg}, {eta} left";
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,7 @@ pub enum Show {
 pub struct Progress {
     shows_lines: bool,
     bar: Option<ProgressBar>,
+    began: Instant,
     state: Mutex<State>,
 }
 
@@ -50,14 +52,19 @@ impl Progress {
             let style = style.unwrap_or_else(ProgressStyle::default_bar).progress_chars("=> ");
             ProgressBar::new((100.0 * FINE) as u64).with_style(style)
         });
-        Progress { shows_lines: show == Show::Lines, bar, state: Mutex::default() }
+        let shows_lines = show == Show::Lines;
+        Progress { shows_lines, bar, began: Instant::now(), state: Mutex::default() }
     }
 
-    /// `part` of `whole`, which is the same each time, more is done.
+    /// `part` of `whole` bytes, which are the same each time, more is done.
     pub fn advance(&self, part: u64, whole: u64) {
         let mut state = self.state.lock();
         state.parts += part;
         state.done = (100.0 * state.parts as f64 / whole as f64) as f32;
+        if let Some(bar) = &self.bar {
+            let seconds = self.began.elapsed().as_secs_f64().max(0.001);
+            bar.set_message(format!(", {:.0} MB/s", state.parts as f64 / seconds / 1e6));
+        }
         self.tell(&mut state);
     }
 

@@ -5,7 +5,6 @@ use super::{Context, Ended, Failed, Tool, option_help};
 use crate::block::create::take_options;
 use crate::block::{CreateOption, DriverEntry};
 use crate::cli::getopt::{Line, long_switch, valued};
-use crate::drivers;
 use crate::options::Map;
 use crate::options::qemuopts;
 use crate::tools::{Cache, Wanted};
@@ -43,8 +42,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         return Err(Failed::usage("Must specify options (-o)"));
     }
     if let (true, Some(format)) = (wants_help, line.get("f")) {
-        let driver = drivers::registry().get(format);
-        let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+        let driver = arguments::format(format)?;
         option_help::print_amend(format, changeable(driver)?);
         return Ok(0);
     }
@@ -96,7 +94,8 @@ fn changeable(entry: &DriverEntry) -> Result<&'static [CreateOption], Failed> {
 
 /// What was given, in types; what new images alone can be given is told apart from what nobody knows.
 fn changes(entry: &DriverEntry, options: &[CreateOption], given: Map) -> Result<Map, Failed> {
-    let hint = |lines: String, hint: &str| Failed { lines, hint: Some(hint.into()), code: 1 };
+    let hint =
+        |lines: String, hint: &str| Failed { hint: Some(hint.into()), ..Failed::from(lines) };
     let is_known = |all: &[CreateOption], name: &str| all.iter().any(|o| o.name == name);
     let at_creation = given.iter().find(|(name, _)| {
         !is_known(options, name)

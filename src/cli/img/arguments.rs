@@ -1,8 +1,9 @@
 //! Options that several subcommands share: how they are called, and what their values mean.
 
 use super::{Context, Failed, object};
-use crate::block::SnapshotKey;
+use crate::block::{DriverEntry, Error, SnapshotKey};
 use crate::cli::getopt::{Line, Opt, long_switch, long_valued, switch, valued};
+use crate::drivers;
 use crate::io::Errno;
 use crate::options::{Map, qemuopts, size};
 use crate::tools::progress::Show;
@@ -17,12 +18,21 @@ pub const PLAIN_FORMAT: Opt =
     valued("f", "", "FORMAT", "the image's format; guessed if not given").newer(&["format"]);
 pub const FORCE_SHARE: Opt =
     switch("U", "force-share", "open the image even while others write to it");
-pub const OUTPUT: Opt = long_valued("output", "FORMAT", "the form of the output: human or json");
+pub const OUTPUT: Opt = long_valued("output", "human|json", "the form of the output (human)");
 pub const QUIET: Opt = switch("q", "", "say nothing but errors").newer(&["quiet"]);
 pub const PROGRESS: Opt = switch("p", "", "show how far the work has come").newer(&["progress"]);
 pub const CACHE: Opt =
     valued("t", "", "CACHE", "cache mode for the image that is written").newer(&["cache"]);
 pub const SOURCE_CACHE: Opt = valued("T", "", "CACHE", "cache mode for images that are read");
+
+/// The format of this name, which an option gives.
+pub fn format(name: &str) -> Result<&'static DriverEntry, Failed> {
+    let registry = drivers::registry();
+    registry.get(name).ok_or_else(|| {
+        let error = Error::new(format!("Unknown file format '{name}'"));
+        error.with_advice(Some(registry.advice(name))).into()
+    })
+}
 
 /// Reads a size, as an option's value: `what` is what it is the size of.
 pub fn number(text: &str, what: &str, min: u64, max: u64) -> Result<u64, Failed> {
@@ -180,8 +190,8 @@ impl Context {
     pub(super) fn progress(&self, line: &Line) -> Progress {
         Progress::new(match (line.has("q"), line.has("p")) {
             (true, _) => Show::Nothing,
+            (false, _) if self.draws_bars => Show::Bar,
             (false, true) => Show::Lines,
-            (false, false) if self.draws_bars => Show::Bar,
             (false, false) => Show::Nothing,
         })
     }

@@ -16,8 +16,7 @@ pub static TOOL: Tool = Tool {
         valued("d", "", "DEPTH", "requests in parallel (64)").newer(&["depth"]),
         PLAIN_FORMAT,
         long_valued("flush-interval", "N", "flush after so many writes"),
-        valued("i", "", "AIO", "threads, native or io_uring; all mean io_uring here")
-            .newer(&["aio"]),
+        valued("i", "", "threads|native|io_uring", "all mean io_uring here").newer(&["aio"]),
         switch("n", "", "short for -i native").newer(&["native"]),
         long_switch("no-drain", "flush without waiting for writes in flight"),
         valued("o", "", "OFFSET", "of the first request, in bytes").newer(&["offset"]),

@@ -23,11 +23,10 @@ pub fn check_source(node: &Node, skip: bool) -> Result<(), Failed> {
     }
     match persistent(node).find(|bitmap| bitmap.flags().inconsistent && !skip) {
         Some(bitmap) => Err(Failed {
-            lines: format!("Cannot copy inconsistent bitmap '{}'", bitmap.name()),
             hint: Some(
                 "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it".into(),
             ),
-            code: 1,
+            ..Failed::from(format!("Cannot copy inconsistent bitmap '{}'", bitmap.name()))
         }),
         None => Ok(()),
     }

@@ -19,7 +19,7 @@ pub static TOOL: Tool = Tool {
         QUIET,
         FORMAT,
         OUTPUT,
-        valued("r", "repair", "WHAT", "repair: leaks or all"),
+        valued("r", "repair", "leaks|all", "repair leaked clusters, or all that is wrong"),
         SOURCE_CACHE.newer(&["cache", "source-cache"]),
         FORCE_SHARE,
     ],

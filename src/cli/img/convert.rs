@@ -194,7 +194,7 @@ async fn convert(
         snapshot.load(&sources[0]).await?;
     }
     let Asked { sparse, rate, lanes, options, .. } = asked;
-    let target = open_target(images, line, target, options, len, &sources).await?;
+    let target = open_target(context, images, line, (target, options), len, &sources).await?;
     if line.has("bitmaps") {
         bitmap_copy::check_target(target.image.node())?;
     }
@@ -241,6 +241,7 @@ async fn convert(
     for image in [target].into_iter().chain(sources) {
         images.close(image).await?;
     }
+    context.unfinished.end();
     Ok(0)
 }
 
@@ -326,10 +327,10 @@ struct Target {
 
 /// Makes the target, unless it exists, and opens it.
 async fn open_target(
+    context: &Context,
     images: &Images,
     line: &Line,
-    name: &str,
-    mut options: Map,
+    (name, mut options): (&str, Map),
     len: u64,
     sources: &[Opened],
 ) -> Result<Target, Failed> {
@@ -338,8 +339,7 @@ async fn open_target(
     let format = (!image_opts).then(|| line.get("O").unwrap_or("raw"));
     if !line.has("n") {
         let format = format.unwrap_or("raw");
-        let driver = registry.get(format);
-        let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+        let driver = arguments::format(format)?;
         let mut file = registry.new_file(name)?;
         let protocol = file.take_required_str("driver").map_err(|e| e.to_string())?;
         create_options(driver, registry.get(&protocol))?;
@@ -383,6 +383,7 @@ async fn open_target(
         options.take_size("size").map_err(Error::from)?;
         let creation = drivers::creation(format, name, options, Some(len))?;
         let at = |e: Error| e.at(format!("{name}: error while converting {format}"));
+        context.unfinished.begin(name);
         made = Some(creation.run().await.map_err(at)?);
     }
     let wanted = Wanted {
@@ -398,6 +399,7 @@ async fn open_target(
     if line.has("c") && target.node().compression_unit().is_none() {
         return Err(NOT_COMPRESSED.into());
     }
+    context.unfinished.begin(name);
     // Without a backing file nothing is supplied, whatever was said.
     let has_backing = has_backing && extents::backing(target.node()).is_some();
     Ok(Target { image: target, has_backing, made })

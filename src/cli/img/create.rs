@@ -2,11 +2,14 @@
 
 use super::arguments::{self, OBJECT, PLAIN_FORMAT, QUIET};
 use super::{Context, Ended, Failed, Tool, option_help, out, outln};
+use crate::block::Error;
 use crate::block::create::NewBacking;
-use crate::cli::getopt::{Line, switch, valued};
+use crate::cli::getopt::{Line, long_switch, switch, valued};
 use crate::drivers;
-use crate::options::{Map, Value, qemuopts};
+use crate::options::{Map, Value, bytes, qemuopts};
 use crate::tools::output;
+use std::fs::File;
+use std::path::PathBuf;
 
 pub static TOOL: Tool = Tool {
     name: "create",
@@ -20,6 +23,7 @@ pub static TOOL: Tool = Tool {
         switch("u", "", "do not look whether the backing file is there").newer(&["backing-unsafe"]),
         valued("o", "", "OPTIONS", "options of the format: NAME=VALUE,…; help lists them")
             .newer(&["options"]),
+        long_switch("no-clobber", "fail if there is such a file already"),
     ],
     operands: "FILE [SIZE]",
     usage: "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o \
@@ -67,6 +71,11 @@ async fn run(context: &Context, line: Line) -> Ended {
     let creation = drivers::creation(format, filename, given, size).map_err(at)?;
     let backing = if line.has("u") { NewBacking::Unseen } else { NewBacking::Opened };
     let creation = creation.check_backing(backing).await.map_err(at)?;
+    let reserved = match line.has("no-clobber") {
+        true => Some(Reserved::make(filename).map_err(at)?),
+        false => None,
+    };
+    context.unfinished.begin(filename);
     let quiet = line.has("q");
     if !quiet {
         // The line ends when the image is there, as scripts know it from qemu-img.
@@ -80,5 +89,40 @@ async fn run(context: &Context, line: Line) -> Ended {
         output::flush();
     }
     made.map_err(at)?;
+    if let Some(reserved) = reserved {
+        reserved.keep();
+    }
+    context.unfinished.end();
     Ok(0)
+}
+
+/// A file that was not there before, and is removed unless an image is made of it.
+struct Reserved(PathBuf);
+
+impl Reserved {
+    /// Makes the file that an image's name is of.
+    ///
+    /// # Errors
+    /// There is something of that name.
+    fn make(name: &str) -> Result<Reserved, Error> {
+        let mut named = drivers::registry().new_file(name)?;
+        let path = bytes::path_of(&named.take_required_str("filename")?).into_owned();
+        match File::create_new(&path) {
+            Ok(_) => Ok(Reserved(path)),
+            Err(error) => {
+                Err(Error::os_at(format!("Could not create '{}'", path.display()), error, &path))
+            }
+        }
+    }
+
+    fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }

@@ -99,6 +99,7 @@ async fn copy_to_new(
         e.at(format!("{}: error while creating output image", asked.output))
     };
     let creation = drivers::creation(format, asked.output, Map::new(), Some(len));
+    context.unfinished.begin(asked.output);
     creation.map_err(at)?.run().await.map_err(at)?;
     let wanted =
         Wanted { name: asked.output, format: Some(format), writable: true, ..Wanted::default() };
@@ -131,5 +132,6 @@ async fn copy_to_new(
         other => other.to_string(),
     })?;
     images.close(target).await?;
+    context.unfinished.end();
     Ok(0)
 }

@@ -68,8 +68,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     }
     let format = line.get("O").unwrap_or("raw");
     let registry = drivers::registry();
-    let driver = registry.get(format);
-    let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+    let driver = arguments::format(format)?;
     let refused = |kind: &str, name: &str| {
         Failed::from(format!("{kind} driver '{name}' does not support image creation"))
     };

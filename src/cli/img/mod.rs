@@ -29,12 +29,14 @@ pub use info::print_specific;
 pub use personality::{VERSION, qemu_img, trace};
 
 use super::getopt::{self, Line, Operands, Opt, Wrong};
+use super::interruption::Unfinished;
 use super::tool_log;
 use crate::block::{Error, Graph, LocalFuture};
 use crate::drivers;
 use crate::io::sync::Mutex;
 use crate::io::{Worker, WorkerOptions};
 use crate::options::bytes;
+use crate::service::holder_of;
 use crate::tools::output::{err, errln};
 use crate::tools::{Images, output};
 use std::ffi::OsString;
@@ -89,6 +91,8 @@ type Ended = Result<u8, Failed>;
 pub struct Failed {
     lines: String,
     hint: Option<String>,
+    /// Printed as it is, but not under QEMU's name.
+    advice: Option<String>,
     code: u8,
 }
 
@@ -100,7 +104,7 @@ impl Failed {
 
     /// A wrong command line: the help is pointed to.
     fn usage(line: impl Into<String>) -> Failed {
-        Failed { lines: line.into(), hint: Some(TRY_HELP.into()), code: 1 }
+        Failed { hint: Some(TRY_HELP.into()), ..Failed::from(line.into()) }
     }
 }
 
@@ -109,7 +113,7 @@ const TRY_HELP: &str = "\0";
 
 impl From<String> for Failed {
     fn from(lines: String) -> Failed {
-        Failed { lines, hint: None, code: 1 }
+        Failed { lines, hint: None, advice: None, code: 1 }
     }
 }
 
@@ -121,7 +125,12 @@ impl From<&str> for Failed {
 
 impl From<Error> for Failed {
     fn from(error: Error) -> Failed {
-        Failed { lines: error.to_string(), hint: error.hint().map(str::to_owned), code: 1 }
+        let [hint, advice] = [error.hint(), error.advice()].map(|text| text.map(str::to_owned));
+        let advice = advice.or_else(|| {
+            let holder = holder_of(error.locked_file()?)?;
+            Some(format!("It is held by {holder}"))
+        });
+        Failed { hint, advice, ..Failed::from(error.to_string()) }
     }
 }
 
@@ -134,12 +143,15 @@ pub struct Context {
     draws_bars: bool,
     /// What its tools have opened.
     graphs: Arc<Mutex<Vec<Graph>>>,
+    /// The image that a tool is making.
+    unfinished: Unfinished,
 }
 
 impl Context {
     /// `draws_bars`: standard error is a terminal, and the program is not one of QEMU's.
     pub fn new(program: &str, draws_bars: bool) -> Context {
-        Context { program: program.into(), draws_bars, graphs: Default::default() }
+        let (graphs, unfinished) = Default::default();
+        Context { program: program.into(), draws_bars, graphs, unfinished }
     }
 
     /// Runs under QEMU's name.
@@ -165,7 +177,10 @@ impl Context {
     }
 
     fn fail(&self, failed: &Failed) {
-        self.error(&failed.lines);
+        self.error(match self.is_qemu_img() {
+            true => &failed.lines,
+            false => said_once(&failed.lines),
+        });
         match failed.hint.as_deref() {
             Some(TRY_HELP) => errln!("Try '{} --help' for more information", self.program),
             // Its line does not end there, either.
@@ -174,6 +189,9 @@ impl Context {
             }
             Some(hint) => errln!("{hint}"),
             None => {}
+        }
+        if let Some(advice) = failed.advice.as_deref().filter(|_| !self.is_qemu_img()) {
+            errln!("{advice}");
         }
     }
 
@@ -250,6 +268,9 @@ pub fn run(context: &Context, tool: &'static Tool, arguments: Vec<OsString>) -> 
             personality::print_help(context, Some(tool));
             return Ok(0);
         }
+        if !context.is_qemu_img() {
+            context.unfinished.watch(&context.program);
+        }
         // How long requests take beside each other can be told only if each is waited for by itself.
         let may_block = tool.name != bench::TOOL.name;
         let options = WorkerOptions { may_block, ..WorkerOptions::default() };
@@ -285,9 +306,24 @@ fn parse(context: &Context, tool: &Tool, arguments: Vec<OsString>) -> Result<Lin
         false => None,
     };
     let line = getopt::parse(tool.name, tool.options, &arguments, Operands::Anywhere);
-    let mut line = line.map_err(wrong)?;
+    let mut line = line.map_err(|error| {
+        let advice = match &error {
+            Wrong::Unrecognized(option) => getopt::advice(tool.options, option),
+            Wrong::MissingValue(_) => None,
+        };
+        Failed { advice, ..wrong(error) }
+    })?;
     line.operands.extend(last);
     Ok(line)
+}
+
+/// An error without the part in front that it begins with twice: QEMU's block layer and its tools both say it.
+fn said_once(lines: &str) -> &str {
+    let twice = lines.match_indices("': ").find_map(|(at, end)| {
+        let (first, rest) = lines.split_at(at + end.len());
+        rest.starts_with(first).then_some(rest)
+    });
+    twice.unwrap_or(lines)
 }
 
 fn wrong(wrong: Wrong) -> Failed {

@@ -1,14 +1,13 @@
 //! The list of options that new images take, for `-o help`.
 
-use super::{Context, Failed, outln};
+use super::{Context, Failed, arguments, outln};
 use crate::block::{CreateOption, ValueType, create_options};
 use crate::drivers;
 
 /// Prints the options of a format, and, if a file's name is there, those of its protocol.
 pub fn print(context: &Context, format: &str, filename: Option<&str>) -> Result<(), Failed> {
     let registry = drivers::registry();
-    let driver = registry.get(format);
-    let driver = driver.ok_or_else(|| format!("Unknown file format '{format}'"))?;
+    let driver = arguments::format(format)?;
     let protocol = match filename {
         Some(name) => {
             let mut file = registry.new_file(name)?;

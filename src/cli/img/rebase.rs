@@ -174,7 +174,7 @@ async fn open_new(
         let text = error.to_string();
         let inner = text.strip_prefix(&format!("Could not open '{full}': ")).unwrap_or(&text);
         let lines = format!("Could not open new backing file '{base}': {inner}");
-        Failed { lines, hint: error.hint().map(str::to_owned), code: 1 }
+        Failed { lines, ..Failed::from(error) }
     })
 }
 

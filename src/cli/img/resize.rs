@@ -83,9 +83,8 @@ impl Change {
                 Err(format!("Value '{digits}' is out of range for parameter 'size'").into())
             }
             Err(BadSize::NotASize) => Err(Failed {
-                lines: "Parameter 'size' expects a non-negative number below 2^64".into(),
                 hint: Some(SIZE_HINT.into()),
-                code: 1,
+                ..Failed::from("Parameter 'size' expects a non-negative number below 2^64")
             }),
         }
     }

@@ -45,8 +45,9 @@ pub fn create_file(filename: &str, options: &CreateOptions) -> Result<Made, Erro
     // Emptied only after the locks were had.
     let mut open = OpenOptions::new();
     open.read(true).write(true).create(true).truncate(false).mode(0o644);
-    let file =
-        Arc::new(open.open(bytes::path_of(filename)).map_err(|e| Error::os(could_not(), e))?);
+    let path = bytes::path_of(filename);
+    let file = open.open(&path).map_err(|e| Error::os_at(could_not(), e, &path))?;
+    let file = Arc::new(file);
     let _locks = exclusive(&file, filename)?;
     file.set_len(0).map_err(|e| Error::os(could_not(), e))?;
     if options.nocow

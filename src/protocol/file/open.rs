@@ -135,5 +135,5 @@ fn may_be_readable(errno: Errno) -> bool {
 }
 
 fn refused(filename: &str, errno: impl Into<Errno>) -> Error {
-    Error::os(format!("Could not open '{filename}'"), errno)
+    Error::os_at(format!("Could not open '{filename}'"), errno, &bytes::path_of(filename))
 }

@@ -54,7 +54,7 @@ fn the_lines_that_attach_each_disk_are_printed() {
     command.args(["serve", "-f", "raw", "disk.img", "b.img", "--socket", "a.sock", "-s", "b.sock"]);
     let mut server = Server::spawn(command).unwrap();
     let printed = || std::fs::read_to_string(dir.path().join("out")).unwrap();
-    server.wait_until("its lines", LIMIT, || printed().lines().count() >= 6).unwrap();
+    server.wait_until("its lines", LIMIT, || printed().lines().count() >= 8).unwrap();
     let here = dir.path().canonicalize().unwrap();
     for name in ["a.sock", "b.sock"] {
         let path = here.join(name).display().to_string();
@@ -209,15 +209,28 @@ fn command_lines_that_are_wrong_are_refused_with_a_reason() {
     );
     assert_refused(here, &["-f", "raw", "disk.img"], "--socket");
     assert_refused(here, &["-f", "raw", "nothere", "-s", "a"], "nothere");
-    assert_refused(here, &["-f", "bogus", "disk.img", "-s", "a"], "bogus");
+    assert_refused(here, &["-f", "vmdk0", "disk.img", "-s", "a"], "[possible values: ");
     assert_refused(here, &["-f", "raw", "disk.img", "-s", &long], "is too long");
-    assert_refused(here, &["-f", "raw", "disk.img", "-s", "nodir/a"], "No such file");
+    assert_refused(
+        here,
+        &["-f", "raw", "disk.img", "-s", "nodir/a"],
+        "There is no folder 'nodir'.",
+    );
     assert_refused(here, &["-f", "raw", "disk.img", "-s", "file"], "is not a socket");
     assert_refused(here, &with(&["--serial", "012345678901234567890"]), "at most 20 bytes");
     assert_refused(here, &with(&["--logical-block-size", "1000"]), "power of 2");
+    assert_refused(
+        here,
+        &with(&["--logical-block-size", "4q"]),
+        "a number with k, M, G, T, P or E",
+    );
     assert_refused(here, &with(&["--num-queues", "0"]), "num-queues");
     assert_refused(here, &with(&["--num-queues", "257"]), "num-queues");
-    assert_refused(here, &with(&["--worker-cpus", "x"]), "no processor");
+    assert_refused(here, &with(&["--worker-cpus", "x"]), "not the number of a processor");
+    assert_refused(here, &with(&["--worker-cpus", "0,1023"]), "there is no processor 1023");
+    assert_refused(here, &with(&["--worker-cpus", "99999"]), "there is no processor 99999");
+    assert_refused(here, &with(&["--name", "a", "--name", "b"]), "1 images but 2 names");
+    assert_refused(here, &with(&["--name", ""]), "not a name");
     assert_refused(here, &with(&["--socket-mode", "999"]), "octal");
     assert_refused(here, &with(&["--socket-owner", "nobody"]), "numeric");
     assert_refused(here, &with(&["--cache", "sometimes"]), "sometimes");
@@ -274,7 +287,7 @@ fn an_image_locked_by_what_no_process_has_open_is_waited_for() {
     command.args(["serve", "-f", "raw", "disk.img", "--socket", "a.sock"]);
     let mut server = Server::spawn(command).unwrap();
     let end_of_wait = std::time::Instant::now() + LIMIT;
-    while !server.stderr().contains("trying on") {
+    while !server.stderr().contains("trying for") {
         assert!(server.try_wait().unwrap().is_none(), "ended: {}", server.stderr());
         assert!(std::time::Instant::now() < end_of_wait);
         std::thread::sleep(std::time::Duration::from_millis(10));
@@ -291,7 +304,7 @@ fn an_image_locked_by_what_no_process_has_open_is_waited_for() {
     drop(early);
     open(dir.path(), "a.sock").read(0, &mut [0; 512]).unwrap();
     let said = server.stderr();
-    assert_eq!(said.matches("trying on").count(), 1, "{said}");
+    assert_eq!(said.matches("trying for").count(), 1, "{said}");
     end(server);
 }
 
@@ -303,7 +316,7 @@ fn a_daemon_that_waits_for_a_lock_is_ended_by_a_signal() {
     command.current_dir(dir.path()).stdout(Stdio::null());
     command.args(["serve", "-f", "raw", "disk.img", "--socket", "a.sock"]);
     let mut server = Server::spawn(command).unwrap();
-    while !server.stderr().contains("trying on") {
+    while !server.stderr().contains("trying for") {
         assert!(server.try_wait().unwrap().is_none(), "ended: {}", server.stderr());
         std::thread::sleep(std::time::Duration::from_millis(10));
     }

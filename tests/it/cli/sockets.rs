@@ -245,7 +245,7 @@ fn ctl_says_that_it_waits_where_the_monitor_serves_another_client() {
     let daemon = crate::monitor::daemon(&[]);
     let first = crate::monitor::Client::connect(&daemon.path("m.sock"));
     let mut command = Command::new(VUBLK);
-    command.args(["ctl", "query-block", "--socket"]).arg(daemon.path("m.sock"));
+    command.args(["ctl", "--timeout", "600", "query-block", "--socket"]).arg(daemon.path("m.sock"));
     command.stdout(Stdio::piped());
     let mut ctl = Server::spawn(command).unwrap();
     let began = std::time::Instant::now();

@@ -81,7 +81,7 @@ fn metrics_are_offered_on_a_port_of_the_loopback_interface() {
         ready.then_some((server, port))
     });
     let (mut server, port) = started.expect("a free port");
-    assert!(page(connect_port(port)).contains("vublk_export_connected{export=\"export0\"} 0\n"));
+    assert!(page(connect_port(port)).contains("vublk_export_connected{export=\"disk\"} 0\n"));
     server.signal(libc::SIGTERM).unwrap();
     assert!(server.wait_exit(LIMIT).unwrap().success());
 }

@@ -1,14 +1,16 @@
 //! Who shows metrics: `vublk top`, and the dashboard for Grafana.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vublk_testkit::Options;
+use vublk_testkit::{Options, Server};
 
 use super::{Scrape, connect, daemon, page};
 use crate::cli::{VUBLK, directory, run, stderr};
-use crate::vhost_user::{Daemon, export_of};
+use crate::vhost_user::{Daemon, LIMIT, export_of};
 
 fn two_disks() -> Daemon {
     let exports = [export_of("d0", 0), export_of("d1", 1)].map(|export| export + ",writable=on");
@@ -47,10 +49,10 @@ fn top_shows_what_each_export_does() {
     let lines: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
     let [first, head, one, two] = &*lines else { panic!("{text}") };
     assert_eq!(first[..2], ["vublk", "0.1.0:"]);
-    assert_eq!((head[0], head.last()), ("EXPORT", Some(&"HELD")));
+    assert_eq!((&head[..3], head.last()), (&["EXPORT", "ERRORS", "HELD"][..], Some(&"DEPTH")));
     assert_eq!((one[0], two[0]), ("e0", "(e1)"), "the other is not connected:\n{text}");
-    assert!(one[1].parse::<u64>().unwrap() > 0 && one[2].parse::<u64>().unwrap() > 0, "{text}");
-    assert_eq!(two[1..3], ["0", "0"], "{text}");
+    assert!(one[3].parse::<u64>().unwrap() > 0 && one[4].parse::<u64>().unwrap() > 0, "{text}");
+    assert_eq!(two[3..5], ["0", "0"], "{text}");
     assert!(!text.contains('\x1b'), "no terminal, no escapes: {text:?}");
 
     let text = top(&daemon, &["--once", "--json"]);
@@ -66,6 +68,36 @@ fn top_shows_what_each_export_does() {
     assert!(p50 > 0 && p50 <= p99, "{text}");
     assert_eq!(two["read"]["p50-ns"], Value::Null);
     assert_eq!((&one["errors"], &one["held"]), (&0.into(), &0.into()));
+}
+
+#[test]
+fn top_goes_on_when_the_daemon_has_been_restarted() {
+    let mut daemon = two_disks();
+    let mut command = Command::new(VUBLK);
+    command.args(["top", "--json", "--interval", "0.1", "--socket"]);
+    let (printed, stdout) = std::io::pipe().unwrap();
+    command.arg(daemon.path("metrics.sock")).stdout(stdout);
+    let mut top = Server::spawn(command).unwrap();
+    let mut lines = BufReader::new(printed).lines();
+    lines.next().unwrap().unwrap();
+    daemon.server.signal(libc::SIGKILL).unwrap();
+    daemon.server.wait_exit(LIMIT).unwrap();
+    let end = Instant::now() + LIMIT;
+    while !top.stderr().contains(": waiting for the daemon\n") {
+        assert!(Instant::now() < end, "{}", top.stderr());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    daemon.restart();
+    // Nobody was connected before.
+    let disk = daemon.open(&Options::default());
+    let connected = lines.find(|line| {
+        let seen: Value = serde_json::from_str(line.as_ref().unwrap()).unwrap();
+        seen["exports"][0]["connected"] == true
+    });
+    assert!(connected.is_some(), "{}", top.stderr());
+    drop(disk);
+    top.signal(libc::SIGTERM).unwrap();
+    assert!(top.wait_exit(LIMIT).unwrap().success());
 }
 
 #[test]

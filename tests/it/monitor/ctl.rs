@@ -2,6 +2,8 @@
 
 use super::daemon;
 use crate::cli::{VUBLK, directory, run, stderr};
+use crate::vhost_user::Daemon;
+use vublk_testkit::Options;
 
 #[test]
 fn ctl_prints_the_result_or_one_line_and_exits_with_one() {
@@ -26,7 +28,43 @@ fn ctl_prints_the_result_or_one_line_and_exits_with_one() {
     let refused = ctl(&["blockdev-del", "node-name=zz"]);
     assert_eq!(refused, failed("Failed to find node with node-name='zz'"));
     assert_eq!(ctl(&["nosuch"]), failed("The command nosuch has not been found"));
+    let meant = "The command query-blok has not been found. Did you mean 'query-block'?";
+    assert_eq!(ctl(&["query-blok"]), failed(meant));
+    let meant = "Parameter 'node-name' is missing. Did you mean 'node-name' by 'nodename'?";
+    assert_eq!(ctl(&["blockdev-del", "nodename=n"]), failed(meant));
     assert_eq!(ctl(&["quit"]), ok("{}"));
+}
+
+#[test]
+fn ctl_leaves_an_exports_socket_and_says_that_it_is_no_monitor() {
+    let daemon = Daemon::null("size=1048576", "");
+    let mut ctl = std::process::Command::new(VUBLK);
+    let socket = daemon.socket(0);
+    let output = ctl.arg("ctl").arg("--socket").arg(&socket).arg("query-block").output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let told = format!("vublk: {} is not a monitor: is it an export's socket?\n", socket.display());
+    assert!(said.contains(&told), "{said}");
+    // A guest can connect now.
+    daemon.open(&Options::default()).read(0, &mut [0; 512]).unwrap();
+}
+
+#[test]
+fn ctl_does_not_wait_longer_than_it_is_told_to() {
+    // It greets, and says no more.
+    let dir = directory();
+    let monitor = std::os::unix::net::UnixListener::bind(dir.path().join("m.sock")).unwrap();
+    let greets = std::thread::spawn(move || {
+        let (mut stream, _) = monitor.accept().unwrap();
+        std::io::Write::write_all(&mut stream, b"{\"QMP\": {}}\r\n").unwrap();
+        stream
+    });
+    let arguments = ["ctl", "--socket", "m.sock", "--timeout", "0.5", "query-block"];
+    let output = run(dir.path(), &[VUBLK], &arguments);
+    let told =
+        "vublk: m.sock: no reply within 0.5 seconds; the daemon may still do what it was told\n";
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(1), told));
+    drop(greets.join());
 }
 
 #[test]

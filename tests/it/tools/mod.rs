@@ -2,6 +2,7 @@
 //! names and through Debian's qemu-img and qemu-io on equal files, must print the same, end with the
 //! same exit code and leave the same files.
 
+mod advice;
 mod bitmaps;
 mod chains;
 mod compressed;

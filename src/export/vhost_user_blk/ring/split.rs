@@ -101,9 +101,10 @@ impl Ring for SplitRing {
             return Err(format!("a ring of {size} entries (a power of two up to 1024 is wanted)"));
         }
         let part = |what: &str, user: u64, len: u64, align: u64| {
-            let host = memory
-                .host_of_user(user, len)
-                .ok_or_else(|| format!("{what} ring at {user:#x} is not in the guest's memory"))?;
+            let host = memory.host_of_user(user, len).ok_or_else(|| match memory.regions() {
+                [] => "the guest's memory is not shared: it needs share=on (Cloud Hypervisor: shared=on)".into(),
+                _ => format!("{what} ring at {user:#x} is not in the guest's memory"),
+            })?;
             // Where a region begins in the front end's space is its own affair, so that ours may be
             // misaligned although its is not. Both must be right.
             if (user | host as u64) & (align - 1) != 0 {
