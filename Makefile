@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test test-nvme test-without-io-uring bench bench-nvme fuzz fuzz-seeds install install-files package
+.PHONY: help setup demo test test-nvme test-without-io-uring bench bench-nvme fuzz fuzz-seeds install install-files install-user package
 
 help:
 	@echo 'make demo   serve a fresh disk to a small real Linux guest and check its work'
@@ -76,6 +76,13 @@ GENERATED = target/generated
 install:
 	$(CARGO) build --release --locked -p vublk
 	@$(MAKE) --no-print-directory install-files
+	@test -n "$(DESTDIR)" || test "$$(id -u)" != 0 || $(MAKE) --no-print-directory install-user
+
+# The user that the unit runs as, and its folder.
+install-user:
+	systemd-sysusers $(PREFIX)/lib/sysusers.d/vublk.conf
+	systemd-tmpfiles --create $(PREFIX)/lib/tmpfiles.d/vublk.conf
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 
 # Of a program that is built.
 install-files:
@@ -89,6 +96,8 @@ install-files:
 	install -D -m 644 $(GENERATED)/vublk.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/vublk
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(GENERATED)/_vublk
 	install -D -m 644 $(GENERATED)/vublk.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vublk.fish
+	install -D -m 644 dist/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/vublk.conf
+	install -D -m 644 dist/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/vublk.conf
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|/usr/bin/vublk|$(PREFIX)/bin/vublk|' dist/vublk@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/vublk@.service
 

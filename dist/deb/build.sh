@@ -21,8 +21,6 @@ gzip -9n "$root"/usr/share/man/man1/*.1
 mkdir -p "$root/usr/share/zsh/vendor-completions"
 mv "$root"/usr/share/zsh/site-functions/_vublk "$root/usr/share/zsh/vendor-completions/"
 rmdir "$root/usr/share/zsh/site-functions"
-install -D -m 644 dist/sysusers.conf "$root/usr/lib/sysusers.d/vublk.conf"
-install -D -m 644 dist/tmpfiles.conf "$root/usr/lib/tmpfiles.d/vublk.conf"
 install -d "$root/etc/vublk"
 install -D -m 644 -t "$doc/examples" dist/examples/*
 install -D -m 644 README.md "$doc/README.md"
@@ -60,7 +58,7 @@ Description: serves disks to virtual machines over vhost-user-blk
  io_uring. It stands where qemu-storage-daemon stands, and takes its command
  line.
 EOF
-install -m 755 dist/deb/postinst "$root/DEBIAN/postinst"
+install -m 755 -t "$root/DEBIAN" dist/deb/postinst dist/deb/postrm
 (cd "$root" && find usr -type f -print0 | sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
 chmod -R u=rwX,go=rX "$root"
 dpkg-deb --root-owner-group --build "$root" "$out" >&2

@@ -28,18 +28,33 @@ fn build(dir: &Path) -> PathBuf {
     run(&mut command).trim().into()
 }
 
-/// A root in which dpkg has installed the package, its script included.
-fn install(package: &Path, root: &Path) {
+/// Makes a root in which dpkg can install packages.
+fn prepare(root: &Path) {
     std::fs::create_dir_all(root.join("var/lib/dpkg/info")).unwrap();
     std::fs::create_dir_all(root.join("var/lib/dpkg/updates")).unwrap();
     std::fs::create_dir_all(root.join("etc")).unwrap();
     std::fs::write(root.join("var/lib/dpkg/status"), "").unwrap();
+}
+
+/// Has dpkg install the package in a root, its scripts included.
+fn install(package: &Path, root: &Path) {
+    run(dpkg(root).arg("-i").arg(package));
+}
+
+/// Has dpkg remove it, with all that it leaves.
+fn purge(root: &Path) {
+    run(dpkg(root).args(["--purge", "vublk"]));
+}
+
+/// dpkg for a root.
+fn dpkg(root: &Path) -> Command {
     let mut command = Command::new("dpkg");
     command.arg(format!("--root={}", root.display()));
     // Without the packages that it depends on, and without a chroot, which would lack them.
     command.args(["--force-depends", "--force-script-chrootless", "--force-not-root"]);
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap());
-    run(command.arg("-i").arg(package).env("PATH", path));
+    command.env("PATH", path);
+    command
 }
 
 /// The values of a setting of a unit, in their order.
@@ -114,6 +129,7 @@ fn the_package_holds_what_it_should_installs_and_starts() {
     assert!(depends.contains("libc6 (>= "), "{depends}");
 
     let root = dir.path().join("root");
+    prepare(&root);
     install(&package, &root);
     let status = std::fs::read_to_string(root.join("var/lib/dpkg/status")).unwrap();
     assert!(status.contains("Package: vublk\nStatus: install ok installed\n"), "{status}");
@@ -125,7 +141,18 @@ fn the_package_holds_what_it_should_installs_and_starts() {
         std::fs::create_dir_all(root.join(folder)).unwrap();
     }
     new_image(&root.join("var/lib/vublk/web.img"), 1 << 20);
-    let configuration = "# Of the test.\nOPTIONS=--serial web --workers 1\n";
+    // The example with all that it offers.
+    let example = root.join("usr/share/doc/vublk/examples/disk.conf");
+    let example = std::fs::read_to_string(example).unwrap().replace("NAME", "web");
+    let settings = example.lines().map(|line| line.strip_prefix('#').unwrap_or(line));
+    let settings = settings.filter(|line| {
+        line.split_once('=')
+            .is_some_and(|(name, _)| ["IMAGE", "FORMAT", "METRICS", "OPTIONS"].contains(&name))
+    });
+    let configuration: String = settings.map(|line| format!("{line}\n")).collect();
+    assert_eq!(configuration.lines().count(), 4, "{example}");
+    // A port may be another program's.
+    let configuration = configuration.replace("127.0.0.1:9100", "unix:/run/vublk/web.metrics");
     std::fs::write(root.join("etc/vublk/web.conf"), configuration).unwrap();
     let words = command_line(&unit, &root, "web");
     let mut command = Command::new(&words[0]);
@@ -134,10 +161,9 @@ fn the_package_holds_what_it_should_installs_and_starts() {
     let socket = root.join("run/vublk/web.sock");
     server.wait_socket(&socket, LIMIT).unwrap();
     let mut disk = Disk::open(&socket, &Options::default()).unwrap();
-    assert_eq!(disk.get_id().unwrap(), "web");
     disk.write(8, &[7; 512]).unwrap();
     let told = page(connect(&root.join("run/vublk/web.metrics")));
-    assert!(told.contains("vublk_export_connected{export=\"export0\"} 1\n"), "{told}");
+    assert!(told.contains("vublk_export_connected{export=\"web\"} 1\n"), "{told}");
     drop(disk);
     server.signal(libc::SIGTERM).unwrap();
     assert!(server.wait_exit(LIMIT).unwrap().success(), "{}", server.stderr());
@@ -146,6 +172,20 @@ fn the_package_holds_what_it_should_installs_and_starts() {
     }
     let image = std::fs::read(root.join("var/lib/vublk/web.img")).unwrap();
     assert_eq!(image[4096..4608], [7; 512]);
+
+    // A purge leaves images and their user; without images it leaves nothing.
+    let has_user = || {
+        let users = std::fs::read_to_string(root.join("etc/passwd")).unwrap();
+        users.lines().any(|user| user.starts_with("vublk:"))
+    };
+    purge(&root);
+    assert!(root.join("var/lib/vublk/web.img").exists() && has_user());
+    std::fs::remove_file(root.join("var/lib/vublk/web.img")).unwrap();
+    std::fs::remove_file(root.join("etc/vublk/web.conf")).unwrap();
+    install(&package, &root);
+    purge(&root);
+    assert!(!root.join("var/lib/vublk").exists() && !root.join("etc/vublk").exists());
+    assert!(!has_user());
 }
 
 #[test]
