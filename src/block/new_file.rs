@@ -1,8 +1,11 @@
-//! Files that a creation makes, which it removes when it fails, so that the space they took is free again.
+//! Files that a creation makes, which it removes when it fails, so that the space they took is free again; and images
+//! that lie in one file, made there or on a node.
 
 use super::create::Creation;
-use super::{DriverEntry, Error};
+use super::{DriverEntry, Error, Graph, Node};
+use crate::options::{Map, NodeRef, Value};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A file that is about to be made.
 pub struct NewFile {
@@ -40,4 +43,49 @@ impl NewFile {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Makes an image in a new file of so many bytes, which `write` fills; it is told whether the file reads as zeroes: one
+/// that was there before, or a disk, may have anything.
+///
+/// # Errors
+/// The file cannot be made, or those of `write`; then there is no new file.
+pub async fn make_in_file(
+    creation: &Creation,
+    mut options: Map,
+    len: u64,
+    write: impl AsyncFnOnce(&Node, bool) -> Result<(), Error>,
+) -> Result<(), Error> {
+    options.insert("size", Value::from(len));
+    let new = NewFile::before(creation, creation.filename());
+    let file = new.remove_unmade(creation.create_file(options).await)?;
+    let write = async |node: &Arc<Node>| write(node, file.reads_zeroes).await;
+    let written = creation.with_file(write).await;
+    if written.is_err() {
+        new.remove();
+    }
+    written
+}
+
+/// Makes an image of so many bytes on a node, as `blockdev-create` does, which `write` fills.
+///
+/// # Errors
+/// The node cannot be had, or made long enough, or those of `write`.
+pub async fn make_on_node(
+    graph: &Graph,
+    file: NodeRef,
+    len: u64,
+    write: impl AsyncFnOnce(&Node) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let hold = graph.borrow_for_image(file, "options.file").await?;
+    let make = async |node: &Arc<Node>| {
+        if node.len() < len {
+            graph.resize(node, len).await?;
+        }
+        graph.undisturbed(node, &[], async || write(node).await).await?
+    };
+    let made = make(hold.node()).await;
+    hold.detach().await;
+    graph.tidy().await;
+    made
 }

@@ -135,6 +135,12 @@ impl Opening {
         self.auto_read_only
     }
 
+    /// Whether an image in this file may be written: `read-only` does not forbid it, or leaves it to what the file can.
+    pub fn is_writable_over(&self, file: &Node) -> bool {
+        let is_file_writable = !file.traits().abilities.contains(super::Abilities::READ_ONLY);
+        !self.options.read_only && (!self.auto_read_only || is_file_writable)
+    }
+
     /// Whether the image will be ours when it is open; else it is another process's, which may be
     /// changing it.
     pub fn is_active(&self) -> bool {

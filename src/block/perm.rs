@@ -62,6 +62,16 @@ impl Perms {
         Perms { held, shared }
     }
 
+    /// As [`format`](Perms::format), of an image that is written to at its end, when all users are gone, if
+    /// `ends_with_writes`.
+    pub fn format_with_end(own: Perms, ends_with_writes: bool) -> Perms {
+        let mut perms = Perms::format(own);
+        if ends_with_writes {
+            perms.held |= Perm::WRITE | Perm::RESIZE;
+        }
+        perms
+    }
+
     /// What an image asks of its backing file: to read it, while others write to it only if the
     /// image's own users can bear a disk that changes.
     pub fn backing(own: Perms) -> Perms {

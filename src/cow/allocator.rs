@@ -10,7 +10,7 @@ use std::future::{Future, ready};
 /// Host clusters that lie side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// The number of the first one: its offset, divided by the cluster size.
+    /// The number of the first one. Most formats count from the beginning of the file, some from the first cluster of data.
     pub first: u64,
     pub count: u64,
     /// They read as zeroes, also after a crash of the host.
@@ -18,7 +18,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// The offset of the first cluster, in bytes.
+    /// The offset of the first cluster, in bytes, where clusters are counted from the beginning of the file.
     pub fn offset(&self, cluster_bits: u32) -> u64 {
         self.first << cluster_bits
     }
@@ -57,18 +57,19 @@ pub trait Allocator: Sized {
 /// Clusters that were taken: they go back to the allocator unless they are kept.
 pub struct Taken<'a, A: Allocator> {
     allocator: &'a A,
-    cluster_bits: u32,
+    host: u64,
     pub run: Run,
 }
 
 impl<'a, A: Allocator> Taken<'a, A> {
-    pub fn new(allocator: &'a A, run: Run, cluster_bits: u32) -> Taken<'a, A> {
-        Taken { allocator, cluster_bits, run }
+    /// `host`: the offset of the first cluster, in bytes.
+    pub fn new(allocator: &'a A, run: Run, host: u64) -> Taken<'a, A> {
+        Taken { allocator, host, run }
     }
 
     /// The offset of the first cluster, in bytes.
     pub fn host(&self) -> u64 {
-        self.run.offset(self.cluster_bits)
+        self.host
     }
 
     /// An entry names them from now on, or may name them.

@@ -14,6 +14,7 @@
 //! | [`Journaling`] | which entries may wait in memory that outlives the process | [`keep_entries`], [`settle_journal`] |
 //! | [`Recovering`] | what proves that entries a killed process left are still right | [`take_over`] |
 //! | [`Allocator`] | where clusters come from and go to | [`Taken`], [`Freed`] |
+//! | [`Appending`] | what has to be done before the file's end holds clusters | [`take_at_end`] |
 //! | [`Writer`] | which clusters may be overwritten, the entry after a write, new tables | [`write_range`], [`map`] |
 //! | [`Zeroing`] | what an entry becomes when its cluster is emptied | [`zero_range`], [`discard_range`] |
 //!
@@ -32,6 +33,7 @@
 //! | `Suspects`, [`Stopped`] | slices whose write failed; whether the mapping may be changed |
 //! | [`TopTable`] | the upper of two levels, read without a lock; the format's own |
 //! | [`Freed`] | clusters on their way to being free; the format's own |
+//! | [`FileEnd`] | clusters at the end of a file, for formats that count none; the format's own |
 //!
 //! # The order in which things reach the disk
 //!
@@ -58,7 +60,9 @@
 //! them, [`Freed`] asks [`Visits`], and `Suspects` pins slices of the cache.
 
 mod allocator;
+mod appending;
 mod batch;
+mod emptied;
 mod file_len;
 mod format;
 mod freed;
@@ -87,7 +91,9 @@ mod zero;
 mod zeroing;
 
 pub use allocator::{Allocator, Release, Run, Taken};
+pub use appending::{Appending, FileEnd, FileExtent, take_at_end};
 pub use batch::change_entries;
+pub use emptied::{discard_in_place, zero_in_place};
 pub use file_len::{cut, lengthen};
 pub use format::{Format, announce, backing, data, file};
 pub use freed::{Freed, FreedBatch};
@@ -107,7 +113,7 @@ pub use take_over::{Owned, Recovering, take_over};
 pub use top_table::{TopEntry, TopTable};
 pub use traits::traits_over;
 pub use visits::{Visit, Visits};
-pub use writable::{Writable, check_sound};
+pub use writable::{Writable, check_ready, check_sound};
 pub use write::{reads_zero, write_range};
 pub use write_state::{Stop, Stopped};
 pub use writer::{Need, Writer};

@@ -1,6 +1,7 @@
 //! What the layer asks of a format whose tables it writes.
 
 use super::format::Format;
+use super::suspects::write_suspects;
 use super::write_state::Stop;
 use crate::io::{Errno, IoResult};
 use std::future::{Future, ready};
@@ -25,6 +26,18 @@ pub trait Writable: Format {
     fn check_table_write(&self, _offset: u64, _len: u64) -> IoResult {
         Ok(())
     }
+}
+
+/// Whether the mapping may be changed now; slices in doubt are written again first where too many are. What
+/// [`Writable::prepare`] begins with.
+///
+/// # Errors
+/// The image was found to be corrupt, or tables could not be written.
+pub async fn check_ready<F: Writable>(image: &F) -> IoResult {
+    if image.tables().stopped.get() == Stop::NeedsFlush {
+        write_suspects(image).await?;
+    }
+    check_sound(image).await
 }
 
 /// Fails if the image was found to be corrupt, or tables could not be written.

@@ -175,7 +175,7 @@ impl Allocator for Flat {
                 run
             }
         };
-        Ok(Taken::new(self, run, 12))
+        Ok(Taken::new(self, run, run.offset(12)))
     }
 
     fn put_back(&self, run: Run) {

@@ -180,7 +180,7 @@ impl Qcow2 {
 
     /// Clusters that were taken in another way, and go back to what is reserved if they are not kept.
     pub(super) fn hold(&self, run: Run) -> Taken<'_, Qcow2> {
-        Taken::new(self, run, self.geometry.cluster_bits)
+        Taken::new(self, run, run.offset(self.geometry.cluster_bits))
     }
 
     /// `count` host clusters side by side, or none, counted and inside the file. They hold anything, and are

@@ -7,12 +7,11 @@ use super::header::{self, Features, Geometry, Header};
 use crate::block::create::{
     CreateEntry, CreateOption, Creation, Made, MakeFn, ValueType, check_backing_format,
 };
-use crate::block::new_file::NewFile;
+use crate::block::new_file::{make_in_file, make_on_node};
 use crate::block::{Error, Graph, Node, Registry, SECTOR, WriteFlags, ZeroFlags};
 use crate::io::{IoResult, IoVec};
 use crate::options::{self, Map, NodeRef, Size, Value, bytes};
 use serde::Deserialize;
-use std::sync::Arc;
 
 pub(super) static CREATE: CreateEntry = CreateEntry {
     options: OPTIONS,
@@ -122,17 +121,10 @@ impl Wanted {
     }
 }
 
-async fn create(creation: &Creation, mut options: Map) -> Result<Made, Error> {
+async fn create(creation: &Creation, options: Map) -> Result<Made, Error> {
     let (header, name) = Wanted::of_options(&options).header()?;
-    options.insert("size", Value::from(file_len(&header)));
-    let new = NewFile::before(creation, creation.filename());
-    let file = new.remove_unmade(creation.create_file(options).await)?;
-    let write = async |node: &Arc<Node>| write_to(node, &header, &name, file.reads_zeroes).await;
-    let written = creation.with_file(write).await;
-    if written.is_err() {
-        new.remove();
-    }
-    written?;
+    let write = async |file: &Node, is_empty: bool| write_to(file, &header, &name, is_empty).await;
+    make_in_file(creation, options, file_len(&header), write).await?;
     Ok(Made { reads_zeroes: true })
 }
 
@@ -173,15 +165,7 @@ fn prepare(registry: &'static Registry, map: Map) -> Result<MakeFn, options::Err
 
 async fn make_on(graph: &Graph, file: NodeRef, wanted: Wanted) -> Result<Made, Error> {
     let (header, name) = wanted.header()?;
-    let hold = graph.borrow_for_image(file, "options.file").await?;
-    let make = async |node: &Arc<Node>| {
-        if node.len() < file_len(&header) {
-            graph.resize(node, file_len(&header)).await?;
-        }
-        graph.undisturbed(node, &[], async || write_to(node, &header, &name, false).await).await?
-    };
-    let made = make(hold.node()).await;
-    hold.detach().await;
-    graph.tidy().await;
-    made.map(|()| Made { reads_zeroes: true })
+    let write = async |file: &Node| write_to(file, &header, &name, false).await;
+    make_on_node(graph, file, file_len(&header), write).await?;
+    Ok(Made { reads_zeroes: true })
 }

@@ -96,7 +96,7 @@ impl Format for Qed {
 
     fn slice_offset(&self, guest: u64) -> IoResult<u64> {
         let L1Entry(table) = self.l1.get(self.mapping.shape.table_index(guest));
-        match self.layout.has_room_for_table(table, self.space.file_len()) {
+        match self.layout.has_room_for_table(table, self.file_len()) {
             true => Ok(table + self.mapping.slice_in_table(guest)),
             false => Err(self.bad_place(guest, "L2 table", table)),
         }
@@ -134,14 +134,14 @@ impl Qed {
     pub(super) fn cluster_of(&self, entry: L2Entry) -> Result<Option<u64>, BadEntry> {
         match entry.0 {
             UNALLOCATED | ZERO => Ok(None),
-            host if self.layout.has_room_for_data(host, self.space.file_len()) => Ok(Some(host)),
+            host if self.layout.has_room_for_data(host, self.file_len()) => Ok(Some(host)),
             _ => Err(BadEntry),
         }
     }
 
     /// Reports what an entry names at guest offset `at`. The request fails as QEMU fails it.
     fn bad_place(&self, at: u64, what: &str, place: u64) -> Errno {
-        let len = self.space.file_len();
+        let len = self.file_len();
         self.report(format_args!(
             "the {what} of guest offset {at:#x} is said to be at {place:#x} of a file of {len:#x} bytes"
         ));

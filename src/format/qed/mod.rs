@@ -21,14 +21,13 @@ mod write;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    self, Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range, status,
-    traits_over, without_fast_writes, write_range, zero_range,
+    self, FileEnd, Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range,
+    status, traits_over, without_fast_writes, write_range, zero_range,
 };
 use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
 use header::{Geometry, Header, Layout};
 use mapping::{L1Entry, L2Entry};
-use space::Space;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
@@ -62,7 +61,7 @@ pub struct Qed {
     /// Held while an L1 entry changes.
     l1_turn: Lock<()>,
     mapping: Tables<L2Entry>,
-    space: Space,
+    space: FileEnd,
     is_writable: bool,
     /// The image says, durably, that it needs a check.
     is_prepared: AtomicBool,
@@ -185,12 +184,8 @@ impl Driver for Qed {
         if child > 0 {
             return Perms::backing(own);
         }
-        let mut perms = Perms::format(own);
-        if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
-            // Closing writes, too, when all users are gone.
-            perms.held |= Perm::WRITE | Perm::RESIZE;
-        }
-        perms
+        let ends_with_writes = self.is_writable && !self.is_frozen.load(Ordering::SeqCst);
+        Perms::format_with_end(own, ends_with_writes)
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {

@@ -2,8 +2,7 @@
 
 use super::header::{self, Features, Header};
 use super::mapping::L1Entry;
-use super::space::Space;
-use super::{Qed, RecordedName, check, mapping};
+use super::{Qed, RecordedName, check, mapping, space};
 use crate::block::*;
 use crate::cow::{Lock, TopTable, read_padded};
 use crate::io::sync::Mutex;
@@ -40,9 +39,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let during = Perms::format(Perms { held, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
-    let is_file_writable = !node.traits().abilities.contains(Abilities::READ_ONLY);
-    let is_writable =
-        !opening.options().read_only && (!opening.auto_read_only() || is_file_writable);
+    let is_writable = opening.is_writable_over(&node);
     let mut header = read_header(&node).await?;
     let needs_check = header.features.contains(Features::NEED_CHECK);
     if is_writable && needs_check && !opening.policy().for_check {
@@ -73,7 +70,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         l1: TopTable::new(mapping::most_l1_entries(&geometry), &entries),
         l1_turn: Lock::new(()),
         mapping,
-        space: Space::new(node.driver().len(), geometry.cluster_bits),
+        space: space::space(node.driver().len(), &geometry),
         is_writable,
         is_prepared: AtomicBool::new(false),
         is_frozen: AtomicBool::new(false),

@@ -12,7 +12,8 @@ use super::{Qed, RecordedName};
 use crate::block::{Error, Event, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::cow::{
     Empty, Found, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce, backing,
-    begin_rest, check_sound, file, lookup, pin_empty, write_suspects, zero_range,
+    begin_rest, check_ready, check_sound, discard_in_place, file, lookup, pin_empty, take_at_end,
+    write_suspects, zero_in_place, zero_range,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
@@ -28,10 +29,7 @@ impl Writable for Qed {
         if !self.is_writable || self.is_frozen.load(Ordering::SeqCst) {
             return Err(Errno::EPERM);
         }
-        if self.mapping.stopped.get() == Stop::NeedsFlush {
-            write_suspects(self).await?;
-        }
-        check_sound(self).await?;
+        check_ready(self).await?;
         if !self.is_prepared.load(Ordering::Acquire) {
             let mut header = self.header.lock().await;
             if !self.is_prepared.load(Ordering::Acquire) {
@@ -71,7 +69,7 @@ impl Writer for Qed {
             return Ok(());
         }
         let clusters = u64::from(self.geometry().table_clusters);
-        let taken = self.take_run(clusters, clusters).await?;
+        let taken = take_at_end(self, clusters, clusters).await?;
         let file = file(self);
         announce(self, Event::L2AllocWrite).await;
         if !taken.run.is_fresh {
@@ -144,22 +142,12 @@ impl Zeroing for Qed {
     }
 
     async fn before_emptying(&self, range: Range<u64>, kind: Empty) -> IoResult {
-        let file = file(self);
-        let mut at = range.start;
-        while at < range.end {
-            let piece = lookup(self, at, range.end - at).await?;
-            if let Found::Data { host, .. } = piece.found {
-                match kind {
-                    Empty::Discard => file.discard(host, piece.len).await?,
-                    Empty::Zero => file.zero(host, piece.len, ZeroFlags::empty()).await?,
-                    Empty::Unmap | Empty::Cut | Empty::Crop => {
-                        file.zero(host, piece.len, ZeroFlags::UNMAP).await?;
-                    }
-                }
-            }
-            at += piece.len;
-        }
-        Ok(())
+        let flags = match kind {
+            Empty::Discard => return discard_in_place(self, range).await,
+            Empty::Zero => ZeroFlags::empty(),
+            Empty::Unmap | Empty::Cut | Empty::Crop => ZeroFlags::UNMAP,
+        };
+        zero_in_place(self, range, flags).await
     }
 }
 
