@@ -4,6 +4,7 @@
 mod convert;
 mod costs;
 mod fio;
+mod formats;
 mod groups;
 mod load;
 mod machine;
@@ -101,6 +102,8 @@ enum Group {
     Allocating,
     /// qcow2: a check of 1 TiB
     Check,
+    /// Each format that is written: allocated clusters, and writes that allocate
+    Formats,
     /// CPU with metrics offered
     Metrics,
     /// convert: raw to qcow2 and back, compressed
@@ -203,6 +206,19 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         println!("{table}");
         verdicts.extend(under("qcow2", more));
     }
+    if chosen(Group::Formats) {
+        headline("Formats on tmpfs, clusters allocated: 4 KiB, depth 32, polled");
+        let (table, more) = formats::allocated(&plan)?;
+        println!("{table}");
+        verdicts.extend(more);
+        headline(&format!(
+            "Formats in {}: each 64 KiB written to once with 4 KiB, flush included",
+            cli.dir.display()
+        ));
+        let (table, more) = formats::first_writes(&plan, &cli.dir)?;
+        println!("{table}");
+        verdicts.extend(more);
+    }
     if chosen(Group::Metrics) {
         headline("CPU per request, with metrics offered or not (ns)");
         verdicts.extend(cost(&plan, What::Metrics)?);
@@ -270,13 +286,9 @@ fn cost(plan: &Plan, option: What) -> vublk_testkit::Result<Vec<Verdict>> {
     let mut images = Vec::new();
     if option == What::Build {
         for name in ["before.qcow2", "after.qcow2"] {
-            images.push(qcow2::full_image(&file, Path::new("/dev/shm"), name)?);
+            images.push(qcow2::full_image(&file, Path::new("/dev/shm"), "qcow2", name)?);
         }
-        let content = |image: &qcow2::Scratch| Content::Qcow2 {
-            path: image.0.clone(),
-            options: "",
-            direct: false,
-        };
+        let content = |image: &qcow2::Scratch| Content::image("qcow2", &image.0);
         disks.push(("qcow2 on tmpfs", [content(&images[0]), content(&images[1])]));
     }
     let mut verdicts = Vec::new();

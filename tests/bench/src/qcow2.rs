@@ -14,7 +14,7 @@ use crate::results::{Cell, Results, Who, grouped, median};
 use crate::servers::{self, Content, Kind, Setup};
 use crate::targets::Verdict;
 
-const CLUSTER: u64 = 64 << 10;
+pub const CLUSTER: u64 = 64 << 10;
 const US: Who = Who::Server(Kind::Vublk);
 const QSD: Who = Who::Server(Kind::Qsd);
 
@@ -56,19 +56,21 @@ pub fn text(path: &Path) -> &str {
     path.to_str().unwrap_or_default()
 }
 
-fn random(write: bool, depth: u16, mode: Mode, queues: usize) -> Cell {
+/// Requests of 4 KiB all over the disk.
+pub fn random(write: bool, depth: u16, mode: Mode, queues: usize) -> Cell {
     Cell { block: 4096, random: true, write, depth, indirect: true, mode, queues }
 }
 
-fn ratio(what: String, value: f64, limit: f64, at_least: bool) -> Verdict {
+/// A ratio beside its target.
+pub fn ratio(what: String, value: f64, limit: f64, at_least: bool) -> Verdict {
     Verdict { what, value, limit, at_least }
 }
 
-/// An image with the bytes of a file, all its clusters allocated.
-pub fn full_image(data: &DataFile, dir: &Path, name: &str) -> Result<Scratch> {
+/// An image `name` of a format, with the bytes of a file, all its clusters allocated.
+pub fn full_image(data: &DataFile, dir: &Path, format: &str, name: &str) -> Result<Scratch> {
     let image = Scratch::new(dir, name)?;
     let (from, to) = (text(&data.0), text(&image.0));
-    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", "0", from, to])?;
+    qemu_img(&["convert", "-f", "raw", "-O", format, "-S", "0", from, to])?;
     Ok(image)
 }
 
@@ -79,8 +81,8 @@ pub fn allocated(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
     let mut contestants: Vec<Contestant> = Vec::new();
     let mut images = Vec::new();
     for kind in plan.kinds(&[Kind::Vublk, Kind::Qsd]) {
-        let image = full_image(&data, shm, &format!("{kind:?}.qcow2"))?;
-        let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: false };
+        let image = full_image(&data, shm, "qcow2", &format!("{kind:?}.qcow2"))?;
+        let content = Content::image("qcow2", &image.0);
         contestants.push((Who::Server(kind), kind, Setup::one(content)));
         images.push(image);
     }
@@ -130,7 +132,8 @@ pub fn cold(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
         .into_iter()
         .map(|kind| {
             let options = ",l2-cache-size=1048576,read-only=on";
-            let content = Content::Qcow2 { path: image.0.clone(), options, direct: false };
+            let content =
+                Content::Image { format: "qcow2", path: image.0.clone(), options, direct: false };
             (Who::Server(kind), kind, Setup { writable: false, ..Setup::one(content) })
         })
         .collect();
@@ -150,7 +153,7 @@ pub fn queues(plan: &Plan) -> Result<(Results, Vec<Verdict>)> {
     let data = DataFile::new(shm)?;
     let image = Scratch::new(shm, "queues.qcow2")?;
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", "0", text(&data.0), text(&image.0)])?;
-    let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: false };
+    let content = Content::image("qcow2", &image.0);
     let raw = Content::File { path: data.0.clone(), direct: false };
     let mut results = Results::default();
     let mut verdicts = Vec::new();
@@ -251,7 +254,8 @@ pub fn allocating(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
     Ok((table, verdicts))
 }
 
-fn middle(all: &[Measured], figure: impl Fn(&Measured) -> f64) -> f64 {
+/// The median of a figure.
+pub fn middle(all: &[Measured], figure: impl Fn(&Measured) -> f64) -> f64 {
     median(all.iter().map(figure).collect()).unwrap_or(f64::NAN)
 }
 
@@ -281,7 +285,8 @@ impl Fill {
         }
         arguments.extend([text(&image.0), &size]);
         qemu_img(&arguments)?;
-        let content = Content::Qcow2 { path: image.0.clone(), options: "", direct: self.direct };
+        let path = image.0.clone();
+        let content = Content::Image { format: "qcow2", path, options: "", direct: self.direct };
         once(plan, kind, content, &self.once(self.block, true, count))
     }
 
@@ -303,7 +308,8 @@ impl Fill {
     }
 }
 
-fn once(plan: &Plan, kind: Kind, content: Content, load: &Once) -> Result<Measured> {
+/// A load on a disk that a server was just started for, with a queue for its flush.
+pub fn once(plan: &Plan, kind: Kind, content: Content, load: &Once) -> Result<Measured> {
     let setup = Setup { queues: 2, locking: true, ..Setup::one(content) };
     let running = servers::start(&plan.programs, kind, &setup, Some(SERVER_CPU))?;
     running.server.pin(SERVER_CPU)?;

@@ -39,13 +39,21 @@ pub enum Content {
         path: PathBuf,
         direct: bool,
     },
-    /// A qcow2 image in a file, with more options of the driver.
-    Qcow2 {
+    /// An image in a file, with more options of the driver.
+    Image {
+        format: &'static str,
         path: PathBuf,
         options: &'static str,
         /// Without the page cache.
         direct: bool,
     },
+}
+
+impl Content {
+    /// An image through the page cache.
+    pub fn image(format: &'static str, path: &Path) -> Content {
+        Content::Image { format, path: path.to_owned(), options: "", direct: false }
+    }
 }
 
 /// How it is served.
@@ -194,14 +202,14 @@ fn daemon_args(dir: &Path, setup: &Setup) -> Vec<String> {
     };
     for i in 0..setup.disks {
         match &setup.content {
-            Content::Qcow2 { path, options, direct } => {
+            Content::Image { format, path, options, direct } => {
                 let direct = if *direct { "on" } else { "off" };
                 let file = format!(
                     "driver=file,node-name=f{i},filename={},aio=io_uring,discard=unmap,cache.direct={direct}",
                     path.display()
                 );
                 option("blockdev", file);
-                option("blockdev", format!("driver=qcow2,node-name=n{i},file=f{i}{options}"));
+                option("blockdev", format!("driver={format},node-name=n{i},file=f{i}{options}"));
             }
             Content::Null => {
                 let size = 1u64 << 30;
