@@ -3,7 +3,9 @@
 //! Requests of all alignments against the bytes that they should leave; `status`, the fast road and
 //! `read` say the same of every byte; what is outside the disk or not permitted is refused.
 
-use crate::disks::{REGISTRY, file_on_disk, nvme_disk, open, open_holding, sim_disk, simulated};
+use crate::disks::{
+    REGISTRY, file_on_disk, new_image, nvme_disk, open, open_holding, sim_disk, simulated,
+};
 use crate::fast_road::FastRoad;
 use crate::qcow2;
 use std::collections::BTreeSet;
@@ -129,9 +131,8 @@ fn images() -> Vec<Case> {
 }
 
 /// What needs more than its entry says: a block device, for which the tests of host_device make loop devices; an
-/// image that compresses, of which each unit is written once; formats that are only read, whose images QEMU makes
-/// for the tests of the tools; a file that grows (the model tests have `flat`).
-const ELSEWHERE: [&str; 4] = ["host_device", "compress", "vdi", "flat"];
+/// image that compresses, of which each unit is written once; a file that grows (the model tests have `flat`).
+const ELSEWHERE: [&str; 3] = ["host_device", "compress", "flat"];
 
 /// The disk of `lower`, with a node of the driver over it.
 fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {
@@ -142,17 +143,9 @@ fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {
     Case { options: options.join(","), ..lower }
 }
 
-/// A new image of a format, made as its entry says.
-fn new_image(entry: &'static DriverEntry) -> Case {
-    let file = file_on_disk(0);
-    let path = file.path().to_str().unwrap().to_owned();
-    let options = REGISTRY.new_file(&path).unwrap();
-    let creation =
-        Creation::new(&REGISTRY, entry.name, (&path, options), Map::new(), Some(LEN)).unwrap();
-    let worker = Worker::start("new image", WorkerOptions::default()).unwrap();
-    let made = worker.block_on(move || async move { creation.run().await }).unwrap();
-    assert!(made.reads_zeroes, "{}", entry.name);
-    let options = format!("driver={},file.driver=file,file.filename={path}", entry.name);
+/// A new image of a format.
+fn image_of(entry: &'static DriverEntry) -> Case {
+    let (file, options) = new_image(entry, LEN);
     case(options, Hold::File { _file: file })
 }
 
@@ -163,7 +156,7 @@ fn plain() -> Vec<Case> {
     for entry in REGISTRY.iter().filter(|entry| !ELSEWHERE.contains(&entry.name)) {
         match (entry.kind, entry.create) {
             (Kind::Protocol, _) => {}
-            (Kind::Format, Some(_)) if !entry.is_raw() => cases.push(new_image(entry)),
+            (Kind::Format, Some(_)) if !entry.is_raw() => cases.push(image_of(entry)),
             _ => cases.extend(bottoms(LEN).into_iter().map(|lower| over_as(entry, "", lower))),
         }
     }

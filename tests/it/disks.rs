@@ -12,8 +12,8 @@ use std::task::Poll;
 use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
 use vublk::io::sim::{Disorder, SimRing};
-use vublk::io::{IoResult, IoVec, Local, run_local};
-use vublk::options::{NodeRef, keyval};
+use vublk::io::{IoResult, IoVec, Local, Worker, WorkerOptions, run_local};
+use vublk::options::{Map, NodeRef, keyval};
 use vublk::protocol::nvme;
 use vublk::protocol::sim::{self, SimDisk, SimOptions, Tries};
 use vublk_vfio::PciAddress;
@@ -176,4 +176,18 @@ pub fn file_on_disk(len: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a file");
     file.as_file().set_len(len).expect("room");
     file
+}
+
+/// A new image of a format, made as its entry says, and the options that open it. The disk has `len` zero bytes.
+pub fn new_image(entry: &'static DriverEntry, len: u64) -> (tempfile::NamedTempFile, String) {
+    let file = file_on_disk(0);
+    let path = file.path().to_str().unwrap().to_owned();
+    let options = REGISTRY.new_file(&path).unwrap();
+    let creation =
+        Creation::new(&REGISTRY, entry.name, (&path, options), Map::new(), Some(len)).unwrap();
+    let worker = Worker::start("new image", WorkerOptions::default()).unwrap();
+    let made = worker.block_on(move || async move { creation.run().await }).unwrap();
+    assert!(made.reads_zeroes, "{}", entry.name);
+    let options = format!("driver={},file.driver=file,file.filename={path}", entry.name);
+    (file, options)
 }

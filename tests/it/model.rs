@@ -419,7 +419,7 @@ fn failing_and_torn_requests_agree_with_the_model() {
 }
 
 /// Clients on two real workers, over what `options` open.
-fn on_real_workers(options: String, seed: u64, requests: u64) {
+pub fn on_real_workers(options: String, seed: u64, requests: u64) {
     let quiet = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
     let workers: Vec<_> =
         (0..2).map(|n| Worker::start(&format!("model{n}"), quiet).unwrap()).collect();

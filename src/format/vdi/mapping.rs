@@ -12,13 +12,25 @@ use std::convert::Infallible;
 /// Entries that are read at once: 4 KiB.
 const SLICE: u32 = 1024;
 /// Entries from here on name no block: it was discarded, or never written. Both read as zeroes.
-const DISCARDED: u32 = 0xffff_fffe;
+pub const DISCARDED: u32 = 0xffff_fffe;
+/// No block was ever written.
+pub const UNALLOCATED: u32 = u32::MAX;
 
 /// The number of a block in the file, or that there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(pub u32);
 
 impl Entry {
+    /// An entry out of its four bytes.
+    pub fn parse(bytes: &[u8]) -> Entry {
+        Entry(bytes.first_chunk().map_or(UNALLOCATED, |entry| u32::from_le_bytes(*entry)))
+    }
+
+    /// Puts the entry into its four bytes.
+    pub fn store(self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.0.to_le_bytes());
+    }
+
     /// The block of the file.
     pub fn block(self) -> Option<u32> {
         (self.0 < DISCARDED).then_some(self.0)
@@ -77,7 +89,7 @@ impl Format for Vdi {
     }
 
     fn parse(bytes: &[u8]) -> Entry {
-        Entry(bytes.first_chunk().map_or(u32::MAX, |entry| u32::from_le_bytes(*entry)))
+        Entry::parse(bytes)
     }
 
     fn decode(&self, entry: Entry, at: u64, want: u64) -> Result<Piece, Infallible> {
@@ -85,7 +97,7 @@ impl Format for Vdi {
         let found = match entry.block() {
             // No block is shared.
             Some(block) => {
-                Found::Data { host: self.header.offset_of(block) + inside, exclusive: true }
+                Found::Data { host: self.header.offset_of(block.into()) + inside, exclusive: true }
             }
             None => Found::Zero { host: None },
         };

@@ -2,28 +2,39 @@
 //!
 //! | file | it holds |
 //! |---|---|
-//! | `header` | the header, checked |
+//! | `header` | the header, read and made |
+//! | `create` | new images |
 //! | `open` | opening an image |
 //! | `mapping` | how an image maps a guest's blocks |
+//! | `blocks` | the whole map: which blocks are named, and making it agree with the header |
+//! | `space` | blocks for what is new |
+//! | `write` | writing, zeroing, flushing, closing, and in which order |
 //! | `check` | checking |
 //!
-//! Images are read so far, not written. Differencing images and snapshots are refused, as QEMU refuses them.
+//! Differencing images and snapshots are refused, as QEMU refuses them.
 
+mod blocks;
 mod check;
+mod create;
 mod header;
 mod mapping;
 mod open;
+mod space;
+mod write;
 
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
-use crate::cow::{Tables, fast_read_through, read_range, status, traits_over};
+use crate::cow::{self, FileEnd, Lock, Tables, read_range, status, traits_over, write_range};
 use crate::io::{Errno, InFlight, IoResult, IoVec};
+use blocks::{Emptied, Head};
 use header::Header;
 use mapping::Entry;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File],
     options: open::HELP,
+    create: Some(&create::CREATE),
     features: Features::CHECKS,
     growth: Growth::Own(&[]),
     probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
@@ -33,10 +44,24 @@ pub static ENTRY: DriverEntry = DriverEntry {
 };
 
 /// An open image.
+///
+/// Locks that are held across waits are taken in this order: a range of guest blocks (`mapping`), the turn to write a
+/// slice (`mapping`), that of `space`, `head`.
 pub struct Vdi {
+    /// The node's, for what is logged.
+    name: String,
+    /// As it was when the image was opened, but for the number of allocated blocks all that it will ever say.
     header: Header,
     children: [Child; 1],
     mapping: Tables<Entry>,
+    space: FileEnd,
+    is_writable: bool,
+    /// Something was written.
+    is_prepared: AtomicBool,
+    /// Nothing is written until it is thawed ([`Driver::freeze`]).
+    is_frozen: AtomicBool,
+    /// As it is on the disk.
+    head: Lock<Head>,
 }
 
 impl Driver for Vdi {
@@ -45,16 +70,29 @@ impl Driver for Vdi {
     }
 
     fn traits(&self) -> Traits {
-        let block = 1 << header::BLOCK_BITS;
-        traits_over(self.children[0].node().traits(), block, block, Abilities::READ_ONLY)
+        let abilities = match self.is_writable {
+            true => Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD,
+            false => Abilities::READ_ONLY,
+        };
+        let block = header::BLOCK_SIZE;
+        traits_over(self.children[0].node().traits(), block, block, abilities)
     }
 
     fn len(&self) -> u64 {
         self.header.size
     }
 
+    /// Zeroes are written around what goes to a block that was used before.
+    fn scratch(&self) -> Scratch {
+        Scratch { copy_unit: header::BLOCK_SIZE as u32, other: 0 }
+    }
+
     fn children(&self) -> &[Child] {
         &self.children
+    }
+
+    fn filename(&self) -> Option<String> {
+        self.children[0].node().driver().filename()
     }
 
     fn map<'a>(
@@ -64,22 +102,57 @@ impl Driver for Vdi {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        match access {
-            Access::Read => fast_read_through(self, inflight, at, want),
-            Access::Write | Access::DurableWrite => Mapping::slow(want),
-        }
+        cow::map(self, inflight, at, want, access)
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
         Box::pin(read_range(self, at, into))
     }
 
-    fn write<'a>(&'a self, _: u64, _: &'a IoVec<'a>, _: WriteFlags) -> LocalFuture<'a, IoResult> {
-        Box::pin(std::future::ready(Err(Errno::EPERM)))
+    fn write<'a>(
+        &'a self,
+        at: u64,
+        from: &'a IoVec<'a>,
+        _: WriteFlags,
+    ) -> LocalFuture<'a, IoResult> {
+        Box::pin(write_range(self, at, from))
+    }
+
+    fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.zero_blocks(at, len, flags))
+    }
+
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.discard_blocks(at, len))
     }
 
     fn flush(&self) -> LocalFuture<'_, IoResult> {
-        Box::pin(async move { self.children[0].node().flush().await })
+        Box::pin(self.flush_all())
+    }
+
+    fn freeze(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(async move {
+            self.bring_to_rest(Emptied::Stay).await?;
+            self.is_frozen.store(true, Ordering::SeqCst);
+            Ok(())
+        })
+    }
+
+    fn thaw(&self) {
+        self.is_frozen.store(false, Ordering::SeqCst);
+    }
+
+    fn close(&self) -> LocalFuture<'_, IoResult> {
+        Box::pin(self.bring_to_rest(Emptied::Go))
+    }
+
+    fn child_perms(&self, _: usize, own: Perms) -> Perms {
+        let ends_with_writes = self.is_writable && !self.is_frozen.load(Ordering::SeqCst);
+        Perms::format_with_end(own, ends_with_writes)
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
@@ -116,6 +189,6 @@ impl Image for Vdi {
     }
 
     fn info(&self) -> ImageInfo {
-        ImageInfo { cluster_size: Some(1 << header::BLOCK_BITS), ..ImageInfo::default() }
+        ImageInfo { cluster_size: Some(header::BLOCK_SIZE), ..ImageInfo::default() }
     }
 }

@@ -13,6 +13,8 @@ use std::time::Duration;
 #[derive(Clone, Copy, PartialEq)]
 enum Disk {
     Raw,
+    /// A new image of this format.
+    Image(&'static str),
     /// A qcow2 image over a raw one that is full.
     Overlay,
     /// A qcow2 image with an external data file, which may have to be a disk image by itself.
@@ -23,13 +25,24 @@ enum Disk {
 
 impl Disk {
     fn format(self) -> &'static str {
-        if self == Disk::Raw { "raw" } else { "qcow2" }
+        match self {
+            Disk::Raw => "raw",
+            Disk::Image(format) => format,
+            Disk::Overlay | Disk::DataFile { .. } => "qcow2",
+        }
     }
 
     /// Makes the disk in the place of an empty raw image.
     fn make(self, image: &Path) {
         match self {
             Disk::Raw => {}
+            Disk::Image(format) => {
+                let len = fs::metadata(image).unwrap().len().to_string();
+                output_of(
+                    "qemu-img",
+                    ["create", "-q", "-f", format, image.to_str().unwrap(), &len],
+                );
+            }
             Disk::Overlay => overlay(image),
             Disk::DataFile { raw } => {
                 let len = fs::metadata(image).unwrap().len().to_string();
@@ -48,12 +61,13 @@ impl Disk {
             return vec![image.to_owned()];
         }
         // Clusters may leak, no more: who was killed had some in reserve.
-        let check = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(image).output();
+        let format = self.format();
+        let check = Command::new("qemu-img").args(["check", "-f", format]).arg(image).output();
         let check = check.unwrap();
         assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
         let converted = image.with_extension("raw");
         let [from, to] = [image, &converted].map(|path| path.to_str().unwrap());
-        output_of("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", from, to]);
+        output_of("qemu-img", ["convert", "-f", format, "-O", "raw", from, to]);
         match self {
             Disk::DataFile { raw: true } => vec![converted, image.with_extension("data")],
             _ => vec![converted],
@@ -118,6 +132,13 @@ fn a_guest_under_load_notices_nothing_when_its_daemon_is_killed_and_started_agai
 #[test]
 fn a_guest_on_an_overlay_notices_nothing_when_its_daemon_is_killed_and_started_again() {
     killed_under_load(Disk::Overlay);
+}
+
+#[test]
+fn a_guest_on_an_image_of_another_format_notices_nothing_when_its_daemon_is_killed() {
+    for format in ["qed", "vdi"] {
+        killed_under_load(Disk::Image(format));
+    }
 }
 
 #[test]

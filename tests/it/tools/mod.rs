@@ -10,6 +10,7 @@ mod data_files;
 mod deep;
 mod events;
 mod files;
+mod formats;
 mod guessing;
 mod io;
 mod lengths;
@@ -267,6 +268,32 @@ fn assert_alike(
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// Runs the lines with our tools on the image `x.FORMAT`; then QEMU finds it sound, and the same bytes as it finds after
+/// it has run them itself.
+fn assert_same_contents(format: &str, prepare: &[&str], lines: &[&str]) {
+    let mut contents = Vec::new();
+    for ours in [true, false] {
+        let place = Place::new(ours);
+        fixture(place.path());
+        for line in prepare {
+            assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
+        }
+        let ended: Vec<_> = lines.iter().map(|line| place.run(line)).collect();
+        let checked = place.run_theirs(&format!("qemu-img check -f {format} x.{format}"));
+        assert_eq!(checked.code, Some(0), "ours: {ours}: {lines:?}: {checked:?}");
+        let copied =
+            place.run_theirs(&format!("qemu-img convert -f {format} -O raw x.{format} all.raw"));
+        assert_eq!(copied.code, Some(0), "ours: {ours}: {copied:?}");
+        let info = place.run_theirs(&format!("qemu-img info -f {format} --output=json x.{format}"));
+        let info = info.stdout.lines().filter(|line| !line.contains("actual-size"));
+        let info = info.collect::<Vec<_>>().join("\n");
+        contents.push((ended, info, std::fs::read(place.path().join("all.raw")).unwrap()));
+    }
+    assert_eq!(contents[0].0, contents[1].0);
+    assert_eq!(contents[0].1, contents[1].1);
+    assert!(contents[0].2 == contents[1].2, "{lines:?}: other bytes");
 }
 
 /// The files that command lines name: `a.raw` has data, written zeroes and holes; `b.raw` is nearly

@@ -1,6 +1,6 @@
 //! QED images that QEMU has made and damaged, read by both.
 
-use super::{Place, assert_same, fixture};
+use super::{Place, assert_same, assert_same_contents, fixture};
 use crate::disks::open_holding;
 use crate::fast_road::FastRoad;
 use vublk::block::{Access, Perm};
@@ -211,36 +211,12 @@ fn new_images_are_what_qemu_makes() {
     }
 }
 
-/// Runs the lines with our tools; then QEMU finds the image sound, and the same bytes as it finds after it has
-/// run them itself.
-fn assert_same_contents(prepare: &[&str], lines: &[&str]) {
-    let mut contents = Vec::new();
-    for ours in [true, false] {
-        let place = Place::new(ours);
-        fixture(place.path());
-        for line in prepare {
-            assert_eq!(place.run_theirs(line).code, Some(0), "{line}");
-        }
-        let ended: Vec<_> = lines.iter().map(|line| place.run(line)).collect();
-        let checked = place.run_theirs("qemu-img check -f qed x.qed");
-        assert_eq!(checked.code, Some(0), "ours: {ours}: {lines:?}: {checked:?}");
-        let copied = place.run_theirs("qemu-img convert -f qed -O raw x.qed all.raw");
-        assert_eq!(copied.code, Some(0), "ours: {ours}: {copied:?}");
-        let info = place.run_theirs("qemu-img info -f qed --output=json x.qed");
-        let info = info.stdout.lines().filter(|line| !line.contains("actual-size"));
-        let info = info.collect::<Vec<_>>().join("\n");
-        contents.push((ended, info, std::fs::read(place.path().join("all.raw")).unwrap()));
-    }
-    assert_eq!(contents[0].0, contents[1].0);
-    assert_eq!(contents[0].1, contents[1].1);
-    assert!(contents[0].2 == contents[1].2, "{lines:?}: other bytes");
-}
-
 #[test]
 fn what_is_written_is_what_qemu_reads() {
     for options in ["", "-o cluster_size=4k,table_size=2", "-o cluster_size=8k,table_size=16"] {
         let create = format!("qemu-img create -q -f qed {options} x.qed 6M");
         assert_same_contents(
+            "qed",
             &[&create],
             &[
                 "qemu-io -f qed -c 'write -P 1 0 10k' -c 'write -P 2 700k 70k' -c 'write -z 128k 64k' x.qed",
@@ -254,6 +230,7 @@ fn what_is_written_is_what_qemu_reads() {
     }
     let base = ["qemu-img create -q -f raw b.img 2M", "qemu-io -f raw -c 'write -P 9 0 2M' b.img"];
     assert_same_contents(
+        "qed",
         &[base[0], base[1], "qemu-img create -q -f qed -b b.img -F raw x.qed 4M"],
         &[
             "qemu-io -f qed -c 'write -P 1 4k 10k' -c 'write -z 512k 64k' -c 'write -z 700k 1k' x.qed",
@@ -263,6 +240,7 @@ fn what_is_written_is_what_qemu_reads() {
         ],
     );
     assert_same_contents(
+        "qed",
         &[base[0], base[1]],
         &[
             "qemu-img convert -f raw -O qed b.img x.qed",
@@ -270,6 +248,7 @@ fn what_is_written_is_what_qemu_reads() {
         ],
     );
     assert_same_contents(
+        "qed",
         &[base[0], base[1], "qemu-img create -q -f qed -b b.img -F raw x.qed 2M"],
         &["qemu-io -f qed -c 'write -P 1 4k 1000k' x.qed", "qemu-img commit -q x.qed"],
     );

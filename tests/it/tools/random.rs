@@ -76,7 +76,7 @@ fn line(rng: &mut Rng, cluster: u64, compresses: bool) -> String {
 }
 
 /// What `map` says of an image, without where its data lies.
-fn map(ended: &Ended) -> Vec<(u64, u64, String)> {
+pub fn map(ended: &Ended) -> Vec<(u64, u64, String)> {
     let entries: Vec<serde_json::Value> = serde_json::from_str(&ended.stdout).unwrap();
     let mut extents: Vec<(u64, u64, String)> = Vec::new();
     for entry in entries {

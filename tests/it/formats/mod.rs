@@ -1,0 +1,4 @@
+//! Image formats beside qcow2 that are written: each suite here runs over all of them.
+
+mod crash;
+mod model;
