@@ -5,7 +5,7 @@
 //! * A bit is set before a fast write is handed to the storage, and before and after a slow one; so
 //!   when a change of the bitmaps (a new one, a cleared one) has been waited for, every write that
 //!   is not in it had landed by then ([`change`]).
-//! * Marking takes no lock and no memory, and pushes no write off the fast road ([`recorders`]).
+//! * Marking takes no lock and no memory, and pushes no write off the fast path ([`recorders`]).
 //! * What an image keeps of its bitmaps says so before anything differs from it
 //!   ([`BitmapStore::begin_change`]).
 
@@ -220,7 +220,7 @@ impl Bitmaps {
         found.ok_or_else(|| Error::new(format!("Dirty bitmap '{}' not found", shown(name))))
     }
 
-    /// Adds a bitmap. `members` are those who may be on the fast road of the node.
+    /// Adds a bitmap. `members` are those who may be on the fast path of the node.
     ///
     /// # Errors
     /// There is one of this name, or there are too many.
@@ -310,7 +310,7 @@ impl Bitmaps {
     }
 
     /// Records a fast write that is about to begin. False if a bitmap is too short for it: the slow
-    /// road makes it longer.
+    /// path makes it longer.
     #[inline]
     pub(super) fn record_fast(&self, inflight: &InFlight, at: u64, len: u64) -> bool {
         self.recorders.fast(inflight).iter().all(|bits| {

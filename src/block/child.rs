@@ -1,7 +1,7 @@
 //! The edge to a node from what stands on it, a node or an export, which graph changes can turn to another
 //! node.
 //!
-//! The fast road reads the edge without a lock or a count: the in-flight record that it must show
+//! The fast path reads the edge without a lock or a count: the in-flight record that it must show
 //! keeps the node alive, because whoever replaces a node drops the old one only after all workers
 //! have passed ([`crate::io::epoch`]).
 
@@ -39,12 +39,12 @@ impl Child {
         self.role.is_backing()
     }
 
-    /// The node, for the slow road and the control plane.
+    /// The node, for the slow path and the control plane.
     pub fn node(&self) -> Arc<Node> {
         Arc::clone(&self.owner.lock())
     }
 
-    /// The node, for the fast road.
+    /// The node, for the fast path.
     pub fn fast<'a>(&'a self, _inflight: &'a InFlight) -> &'a Node {
         // SAFETY: the pointer is what `owner` held when it was stored. A replaced node is dropped
         // only after every in-flight record older than the replacement has ended, and `_inflight`
@@ -64,7 +64,7 @@ impl Child {
 }
 
 impl Node {
-    /// An announcer for requests on the fast road through this node and all that it stands on: whoever changes
+    /// An announcer for requests on the fast path through this node and all that it stands on: whoever changes
     /// one of them waits for it.
     pub fn announcer(&self) -> Announcer {
         // SAFETY: it is listed with every node that the way down from here leads through; those that

@@ -108,7 +108,7 @@ impl Node {
         self.traits.get()
     }
 
-    /// Whether a transfer on the fast road can use this memory as it is.
+    /// Whether a transfer on the fast path can use this memory as it is.
     #[inline]
     pub fn takes_memory(&self, segments: &[libc::iovec]) -> bool {
         let align = self.traits.buffer_align();

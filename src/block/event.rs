@@ -4,8 +4,8 @@
 //! A format raises one with [`Node::event`] on its file's node before the I/O that the event names;
 //! a node raises those of its own requests on itself. The filter hears what is raised on its own node, and
 //! nothing of what is above or below, as in QEMU. As long as no debugging filter is open in the process, an
-//! event is one look at a flag which nobody writes. The fast road raises none: below a format, a debugging
-//! filter has no fast road.
+//! event is one look at a flag which nobody writes. The fast path raises none: below a format, a debugging
+//! filter has no fast path.
 
 use super::{LocalFuture, Node};
 use crate::io::IoResult;

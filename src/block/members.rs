@@ -1,4 +1,4 @@
-//! Whose requests may be on the fast road through a node: those who change something that such requests rely on
+//! Whose requests may be on the fast path through a node: those who change something that such requests rely on
 //! wait for them ([`crate::io::epoch`]).
 
 use super::Node;

@@ -2,7 +2,7 @@
 //!
 //! A node does once what no driver should do again: range, permission, overlap, the ladder of ways to write
 //! zeroes (`requests`), alignment with bounce buffers and splitting to limits (`pieces`). Its driver is
-//! called only with requests that obey the contract in [`super::driver`]. The fast road ([`Node::map`]) is here.
+//! called only with requests that obey the contract in [`super::driver`]. The fast path ([`Node::map`]) is here.
 
 mod pieces;
 mod requests;
@@ -112,7 +112,7 @@ pub struct Node {
     /// Nothing can be written any more ([`Driver::freeze`]); set by the graph.
     frozen: AtomicBool,
     unflushed: Unflushed,
-    /// Who may have requests on the fast road through this node.
+    /// Who may have requests on the fast path through this node.
     pub(super) members: Mutex<Vec<Arc<epoch::Member>>>,
 }
 
@@ -278,7 +278,7 @@ impl Node {
         (!at.options.no_flush).then_some(at)
     }
 
-    // ---- The fast road
+    // ---- The fast path
 
     /// Where the bytes from `at` on live, without I/O, locks or allocation. A write that must wait
     /// for another, has to be aligned, or is not permitted, is answered with `Slow`.

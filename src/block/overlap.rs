@@ -4,7 +4,7 @@
 //! must not have another write between them) waits for every older overlapping write, and younger
 //! overlapping writes wait for it. Ranges are rounded out to the request alignment by the caller.
 //!
-//! Writes on the slow road are listed here. Those on the fast road are not: they look at
+//! Writes on the slow path are listed here. Those on the fast path are not: they look at
 //! [`Overlap::has_barrier`] after their worker has announced itself ([`crate::io::epoch`]), and a
 //! serialising write first raises the barrier, then waits until everything announced before has
 //! ended. Waiting only for older requests is what makes a deadlock impossible.
@@ -42,7 +42,7 @@ pub struct Listed<'a> {
 }
 
 impl Overlap {
-    /// Whether a serialising write is in flight, so that fast writes must take the slow road.
+    /// Whether a serialising write is in flight, so that fast writes must take the slow path.
     pub fn has_barrier(&self) -> bool {
         self.barriers.load(Ordering::SeqCst) != 0
     }

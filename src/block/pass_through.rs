@@ -25,7 +25,7 @@ pub trait PassThrough: Send + Sync + 'static {
     /// The child.
     fn below(&self) -> &[Child; 1];
 
-    /// The child's node, for the slow road and the control plane.
+    /// The child's node, for the slow path and the control plane.
     fn node(&self) -> Arc<Node> {
         self.below()[0].node()
     }

@@ -1,7 +1,7 @@
 //! How far a node was written, and who is told when a write goes beyond an offset: once, for whoever
 //! makes room for a disk on storage that grows.
 //!
-//! The fast road compares the end of a write with one value, which stands still unless a disk is written
+//! The fast path compares the end of a write with one value, which stands still unless a disk is written
 //! further than ever before: the lesser of both marks.
 
 use super::{Node, Notice};

@@ -1,4 +1,4 @@
-//! Who is on the fast road: known without a lock and without a write to shared memory per request.
+//! Who is on the fast path: known without a lock and without a write to shared memory per request.
 //!
 //! Each queue has an [`Announcer`]. Before the first look at the graph in a turn it announces the
 //! current epoch, and it keeps the announcement up until the turn is over and every request begun
@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// What a member that is not on the fast road announces.
+/// What a member that is not on the fast path announces.
 const OFFLINE: u64 = u64::MAX;
 
 static EPOCH: AtomicU64 = AtomicU64::new(1);
@@ -47,13 +47,13 @@ pub struct Announcer {
     witness: InFlight,
 }
 
-/// The proof, which the fast road asks for, that an announcement is up which everybody waits for who changes
+/// The proof, which the fast path asks for, that an announcement is up which everybody waits for who changes
 /// the graph: only the turn of an announcer that is listed there has one ([`Announcer::new`]).
 pub struct InFlight {
     not_send: PhantomData<*const ()>,
 }
 
-/// A turn on the fast road. Ends when dropped.
+/// A turn on the fast path. Ends when dropped.
 pub struct Turn<'a> {
     announcer: &'a Announcer,
     epoch: u64,

@@ -13,7 +13,7 @@
 //!   that has been polled is pinned, so its memory stays until it has been dropped. Its drop waits for the
 //!   operation; a future that is forgotten is never freed.
 //!
-//! Requests of the fast road have no futures. Their memory is kept by the source that starts them.
+//! Requests of the fast path have no futures. Their memory is kept by the source that starts them.
 
 use super::{AlignedBuf, Errno, IoResult, IoVec, Lent};
 

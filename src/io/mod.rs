@@ -11,9 +11,9 @@
 //! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
 //! * [`socket`]: connecting, sending and receiving.
 //! * [`op`]: the operation; `slots`: those in flight, and whom to tell of their end.
-//! * [`task`], [`timer`], [`offload`]: the slow road: futures, sleeping, work that blocks; `pool`: the
+//! * [`task`], [`timer`], [`offload`]: the slow path: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
-//! * [`epoch`]: who is on the fast road, known without locks.
+//! * [`epoch`]: who is on the fast path, known without locks.
 //! * [`budget`]: how much memory requests may take.
 //! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own; `lending`, `lent`:
 //!   why the kernel never has memory that somebody else has taken back.

@@ -1,4 +1,4 @@
-//! Tasks of the slow road: futures that stay on their worker, run when they are woken.
+//! Tasks of the slow path: futures that stay on their worker, run when they are woken.
 //!
 //! A task is never cancelled: once started it runs to its end, so that nothing it has submitted is
 //! left without an owner.

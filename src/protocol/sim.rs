@@ -67,7 +67,7 @@ pub struct SimOptions {
     /// It has the length it has, as a device.
     pub fixed: bool,
     pub traits: Traits,
-    /// Whether it has a fast road.
+    /// Whether it has a fast path.
     pub fast: bool,
     /// Whether it answers at once on a simulated ring, too: nothing is reordered.
     pub at_once: bool,
@@ -113,7 +113,7 @@ struct Disk {
     options: SimOptions,
     len: AtomicU64,
     room: AtomicU64,
-    /// What each sector is, for the fast road.
+    /// What each sector is, for the fast path.
     sectors: Box<[AtomicU8]>,
     state: Mutex<State>,
     /// Some fault makes operations wait.

@@ -1,4 +1,4 @@
-//! Dirty bitmaps against a model: whatever road a write takes, it is recorded, and nothing else is.
+//! Dirty bitmaps against a model: whatever path a write takes, it is recorded, and nothing else is.
 
 use crate::disks::{open, open_holding, seed, sim_disk, simulated};
 use crate::fast_road::FastRoad;
@@ -90,7 +90,7 @@ async fn work(node: std::sync::Arc<Node>, road: FastRoad, seed: u64) {
             let (at, len) = (rng.u64(0..LEN), rng.u64(1..100_000));
             let (kind, fua) = (rng.u8(0..8), rng.bool());
             let (at, len) = if kind < 4 {
-                // Only whole blocks go on the fast road.
+                // Only whole blocks go on the fast path.
                 let at = at / align * align;
                 (at, len.next_multiple_of(align).min(LEN - at))
             } else {

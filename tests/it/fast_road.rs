@@ -1,4 +1,4 @@
-//! The fast road as an export takes it: a source that maps, starts on leaves and hears of the end.
+//! The fast path as an export takes it: a source that maps, starts on leaves and hears of the end.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -12,7 +12,7 @@ use vublk::io::{
     is_aligned,
 };
 
-/// Starts transfers on the fast road of one node. Clones are the same queue.
+/// Starts transfers on the fast path of one node. Clones are the same queue.
 #[derive(Clone)]
 pub struct FastRoad(Rc<RefCell<Inbox>>);
 

@@ -1,4 +1,4 @@
-//! Which bitmaps a node's writes are recorded in, as the fast road sees it: without a lock, and, when
+//! Which bitmaps a node's writes are recorded in, as the fast path sees it: without a lock, and, when
 //! there are none, at the price of one look at a pointer.
 //!
 //! The list is replaced whole. An old one is kept until all fast requests that may have seen it have
@@ -32,7 +32,7 @@ impl Recorders {
         self.now.load(Ordering::Acquire).is_null()
     }
 
-    /// The bits to mark, for the fast road.
+    /// The bits to mark, for the fast path.
     #[inline]
     pub fn fast<'a>(&'a self, _inflight: &'a InFlight) -> &'a [Arc<Bits>] {
         // SAFETY: the pointer is null or what `owner` held when it was stored. A replaced list is
@@ -42,7 +42,7 @@ impl Recorders {
         list.map_or(&[], |list| &list.0)
     }
 
-    /// The bits to mark, for the slow road and the control plane.
+    /// The bits to mark, for the slow path and the control plane.
     pub fn all(&self) -> Vec<Arc<Bits>> {
         if self.is_idle() {
             return Vec::new();
@@ -50,7 +50,7 @@ impl Recorders {
         self.owner.lock().now.as_ref().map_or(Vec::new(), |list| list.0.clone())
     }
 
-    /// Records in other bitmaps from now on. `members` are those who may be on the fast road now.
+    /// Records in other bitmaps from now on. `members` are those who may be on the fast path now.
     pub fn replace(&self, bits: Vec<Arc<Bits>>, members: &[Arc<Member>]) {
         let new = (!bits.is_empty()).then(|| Arc::new(List(bits)));
         let mut owner = self.owner.lock();

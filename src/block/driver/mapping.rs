@@ -1,4 +1,4 @@
-//! The fast road: where bytes live, and how a transfer there begins.
+//! The fast path: where bytes live, and how a transfer there begins.
 
 use crate::block::Node;
 use crate::io::{Durable, Io, Op, Segments, Started, Token};
@@ -38,14 +38,14 @@ pub enum Target<'a> {
     Data { leaf: &'a dyn Leaf, offset: u64 },
     /// Nowhere: the bytes read as zeroes.
     Zero,
-    /// Not to be told without I/O, locks or allocation: take the slow road.
+    /// Not to be told without I/O, locks or allocation: take the slow path.
     Slow,
 }
 
 /// Another node than the one that was asked, if one decides, and for how many bytes.
 pub type Decider = (Option<Arc<Node>>, u64);
 
-/// What one node says to a read on the fast road.
+/// What one node says to a read on the fast path.
 pub enum Way<'a> {
     Here(Mapping<'a>),
     /// The first bytes, this many, are those that the node's backing file has in the same place.
@@ -58,7 +58,7 @@ impl Mapping<'_> {
     }
 }
 
-/// The bottom of the graph on the fast road: starts a transfer and comes back at once.
+/// The bottom of the graph on the fast path: starts a transfer and comes back at once.
 pub trait Leaf: Send + Sync {
     /// Starts a read or a write ([`Access::op`]) that obeys the traits of the leaf's node, at an offset
     /// in the leaf's own space. It is done as a whole or fails. What else an [`Op`] may ask for, it need

@@ -1,7 +1,7 @@
 //! Changes below running users: pausing them, turning an edge to another node, resizing.
 //!
 //! The rule held here: a request runs on the graph that it was mapped on. Users are asked to pause,
-//! and whoever is on the fast road without having registered is waited for
+//! and whoever is on the fast path without having registered is waited for
 //! ([`crate::io::epoch`]) before anything that it may still use is given up.
 
 use super::claims::{Claim, Part};

@@ -135,7 +135,7 @@ impl Drained {
         self.step(step, flush, async |_| ()).await
     }
 
-    /// Waits until nobody is on the fast road who looked at the graph before it was changed, and drops what they
+    /// Waits until nobody is on the fast path who looked at the graph before it was changed, and drops what they
     /// may have seen then.
     pub(super) async fn settle<T: 'static>(
         &self,

@@ -1,4 +1,4 @@
-//! A disk that is exported: its node, what its requests rely on, and how they are carried out on the slow road.
+//! A disk that is exported: its node, what its requests rely on, and how they are carried out on the slow path.
 //!
 //! The rule held here: after a failed fsync no flush succeeds until an operator accepts the loss. A transport
 //! sends every flush through [`Disk::run`].
@@ -116,7 +116,7 @@ impl Disk {
         }
     }
 
-    /// What the disk is on, for all but the fast road.
+    /// What the disk is on, for all but the fast path.
     pub fn node(&self) -> Arc<Node> {
         self.root.node()
     }
@@ -149,7 +149,7 @@ impl Disk {
         (inside && offset & mask == 0 && len.is_multiple_of(SECTOR)).then_some(offset)
     }
 
-    /// Does a request on the slow road.
+    /// Does a request on the slow path.
     ///
     /// # Errors
     /// What the storage has failed. If it has lost data, that is recorded by then.

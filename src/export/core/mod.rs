@@ -1,7 +1,7 @@
 //! What every export stands on, whatever its transport. Nothing in here names one.
 //!
 //! * [`export`]: an export to those who make, list and end it.
-//! * [`disk`]: what its requests rely on, and their slow road.
+//! * [`disk`]: what its requests rely on, and their slow path.
 //! * [`failure`]: what becomes of a request that the storage fails. [`held`]: requests that are held.
 //! * [`watch`]: requests that the kernel does not finish. [`cut_off`]: the end of a front end's connection.
 //! * [`loss`]: a failed fsync, over restarts, until an operator accepts it.

@@ -5,7 +5,7 @@
 //! came back begin, for nothing may be done again while the first time may still land. Other disks go
 //! on meanwhile, those of the same worker too.
 //!
-//! It costs the warm road nothing: a slot's age, set to zero when a request is taken, is counted up a
+//! It costs the warm path nothing: a slot's age, set to zero when a request is taken, is counted up a
 //! few times per deadline while anything is in flight.
 
 use super::cut_off::CutOff;

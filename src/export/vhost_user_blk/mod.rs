@@ -5,7 +5,7 @@
 //! * [`ring`]: a virtqueue in it.
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
-//! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow road.
+//! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow path.
 //! * [`calls`]: when the guest is told in the middle of a turn.
 //! * `options`: how an export is configured. [`device`]: the disk as its guests see it.
 //! * [`config`]: what the guest is told of the disk. [`channel`]: that this has changed.

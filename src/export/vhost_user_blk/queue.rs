@@ -79,7 +79,7 @@ pub struct Queue<R: Ring = SplitRing> {
     on_hold: Held,
     /// Slow requests that wait for memory; they are in flight.
     parked: Parked,
-    /// What tasks of the slow road have finished.
+    /// What tasks of the slow path have finished.
     finished: Rc<RefCell<Vec<Finished>>>,
     call: Option<Arc<File>>,
     calls: CallPolicy,

@@ -115,7 +115,7 @@ impl Header {
     }
 }
 
-/// Does a request on the slow road. `out` is what follows the header, `into` what comes before
+/// Does a request on the slow path. `out` is what follows the header, `into` what comes before
 /// the status byte; both hold less than 4 GiB.
 ///
 /// # Errors

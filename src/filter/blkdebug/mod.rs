@@ -5,7 +5,7 @@
 //! | `rules` | which request fails, by events and a state; breakpoints |
 //! | `config` | rules from a file |
 //!
-//! All requests take the slow road here. Both `blkdebug:CONFIG:IMAGE` (CONFIG may be empty) and
+//! All requests take the slow path here. Both `blkdebug:CONFIG:IMAGE` (CONFIG may be empty) and
 //! options open it.
 
 mod config;

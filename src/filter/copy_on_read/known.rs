@@ -1,4 +1,4 @@
-//! Which parts of a disk are known to need no copying: a bit each, read by the fast road without a
+//! Which parts of a disk are known to need no copying: a bit each, read by the fast path without a
 //! lock. A bit that is missing costs time; one too many costs a copy that is not made. Neither
 //! changes what is read.
 

@@ -3,7 +3,7 @@
 //!
 //! Whole clusters are copied. A copy and the writes to its range wait for each other
 //! ([`Node::populate`]). A read whose copy cannot be written fails, as in QEMU. Reads of what needs no
-//! copy take the fast road once the slow one has found that out (`known`).
+//! copy take the fast path once the slow one has found that out (`known`).
 
 mod known;
 

@@ -10,7 +10,7 @@
 //!   Until then the file stays locked.
 //! * Preallocation is a favour: where it fails, the write makes the file longer by itself.
 //!
-//! Inside the data the fast road is the file's own.
+//! Inside the data the fast path is the file's own.
 
 mod gate;
 
@@ -223,7 +223,7 @@ impl PassThrough for Preallocate {
         want: u64,
         access: Access,
     ) -> Mapping<'a> {
-        // The end moves on the slow road.
+        // The end moves on the slow path.
         if access != Access::Read && at + want > self.data_end() {
             return Mapping::slow(want);
         }

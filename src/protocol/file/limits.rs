@@ -2,7 +2,7 @@
 //!
 //! Sizes of transfers are not limited by the queue limits of a block device (`max_sectors_kb`,
 //! `max_segments`): the kernel splits for less than a second request costs here, and a request that
-//! fits one operation stays on the fast road.
+//! fits one operation stays on the fast path.
 
 use super::open::{Kind, Opened, no_direct_io};
 use super::sys::{self, DirectIo};

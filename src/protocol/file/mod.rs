@@ -10,7 +10,7 @@
 //! | `lock` | QEMU's lock bytes |
 //! | `create` | new files |
 //! | `entry` | the two entries in the list of drivers |
-//! | `sys` | system calls, and all unsafe code but that of the fast road |
+//! | `sys` | system calls, and all unsafe code but that of the fast path |
 //!
 //! The driver keeps the file's length itself: it changes by [`Image::resize`], by writes past the end
 //! of those who may, and by writes to the last, incomplete sector, never because somebody else makes

@@ -1,7 +1,7 @@
 //! Opening: which kind of file it must be, read-write or not, and around the page cache or not.
 //!
 //! A node that may write opens the file read-write at once, whether or not it has writers yet, so
-//! that the descriptor never changes under the fast road. With `auto-read-only` it is opened
+//! that the descriptor never changes under the fast path. With `auto-read-only` it is opened
 //! read-only where it cannot be had otherwise, and then stays so.
 
 use super::entry::{FILE, HOST_DEVICE};

@@ -1,4 +1,4 @@
-//! Requests of the slow road: futures over the worker's own queue pair or, where the controller grants
+//! Requests of the slow path: futures over the worker's own queue pair or, where the controller grants
 //! fewer than there are workers, over that of another.
 
 use super::entry::from_driver;

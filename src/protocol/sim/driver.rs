@@ -107,7 +107,7 @@ impl Driver for Sim {
             || access != Access::Read
                 && at + want > self.len().next_multiple_of(SECTOR.max(self.traits().request_align as u64))
             || access == Access::DurableWrite && !self.traits().abilities.contains(Abilities::FUA)
-            // On a real ring only the slow road can wait.
+            // On a real ring only the slow path can wait.
             || self.disk.waits.load(Ordering::SeqCst) && !self.is_reordered(&io::current());
         if slow {
             return Mapping::slow(want);
@@ -261,7 +261,7 @@ impl Leaf for Sim {
             };
             let result = match self.disk.execute(&op, &mut 0) {
                 Executed::Now(result) => result,
-                // What waits is sent to the slow road by `map`; a fault that came since passes.
+                // What waits is sent to the slow path by `map`; a fault that came since passes.
                 _ => match self.disk.execute(&op, &mut PASSED.clone()) {
                     Executed::Now(result) => result,
                     _ => Err(Errno::EIO),

@@ -110,7 +110,7 @@ impl State {
         }
     }
 
-    /// Tells the fast road what a sector holds.
+    /// Tells the fast path what a sector holds.
     fn tell(&self, n: usize, sectors: &[AtomicU8]) {
         let from = n * SECTOR as usize;
         let to = (from + SECTOR as usize).min(self.bytes.len());

@@ -43,7 +43,7 @@ pub struct Wanted {
 /// What lies below the export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Under {
-    /// A simulated disk with a fast road.
+    /// A simulated disk with a fast path.
     Fast,
     /// One without.
     Slow,

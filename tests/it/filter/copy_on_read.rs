@@ -102,7 +102,7 @@ fn what_is_read_is_copied_in_whole_clusters_and_read_from_the_copy() {
             let copy = &top.bytes()[COPIED as usize..2 * COPIED as usize];
             assert!(copy == &wanted[COPIED as usize..2 * COPIED as usize]);
 
-            // It comes from the copy from now on, without the slow road.
+            // It comes from the copy from now on, without the slow path.
             let (bytes, fast) = road.transfer(Access::Read, COPIED, buf()).await;
             assert_eq!(fast, Some(Ok(())));
             assert!(bytes[..] == wanted[COPIED as usize..][..4096]);

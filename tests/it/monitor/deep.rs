@@ -75,7 +75,7 @@ fn a_daemon_with_an_export_over_filters_over_many_snapshots_ends_in_order() {
     assert_sound(&daemon.path(""), 80);
 }
 
-/// Works on `e0`, in requests that no fast road takes, too.
+/// Works on `e0`, in requests that no fast path takes, too.
 fn work_on(daemon: &Daemon) {
     let mut disk = daemon.open(&Options::default());
     let mut back = vec![0; 1 << 20];
@@ -158,7 +158,7 @@ fn a_chain_under_an_export_grows_to_the_limit_and_no_further() {
         );
         assert!(!daemon.path("p.qcow2").exists());
     }
-    // The bottom is read, on the fast road and on the slow one, and written over.
+    // The bottom is read, on the fast path and on the slow one, and written over.
     let mut disk = daemon.open(&Options::default());
     let mut back = vec![0; 1 << 20];
     disk.read(0, &mut back).unwrap();

@@ -252,7 +252,7 @@ fn a_marked_image_is_read_on_and_can_be_opened_to_be_read_only() {
     let daemon = Daemon::start_in(dir, &program, &[&MONITOR[..], &more].concat());
     let mut client = Client::connect(&daemon.path("m.sock"));
     let mut disk = daemon.open(&Options::default());
-    // Another cluster of the same table is in the cache, and written over on the fast road or not.
+    // Another cluster of the same table is in the cache, and written over on the fast path or not.
     let other = write(CLUSTER);
     assert_eq!(disk.run(&other).unwrap().status, status::OK);
     assert_eq!(disk.run(&write(0)).unwrap().status, status::IOERR);

@@ -76,7 +76,7 @@ fn most_resident(daemon: &Daemon) -> u64 {
 #[test]
 fn a_guest_with_as_many_pieces_in_flight_as_there_can_be_does_not_fill_our_memory() {
     // 16 queues of 1024 requests of 1024 pieces: more than 16 million pieces, of 16 bytes each in
-    // the lists that the kernel takes, and twice that on the slow road.
+    // the lists that the kernel takes, and twice that on the slow path.
     const QUEUES: usize = 16;
     const SIZE: u16 = 1024;
     let daemon = Daemon::null("size=1073741824,latency-ns=20000000", "num-queues=16");

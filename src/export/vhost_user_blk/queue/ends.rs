@@ -8,7 +8,7 @@ use crate::io::{Io, IoResult, iovec};
 use std::io::Write;
 
 impl<R: Ring> Queue<R> {
-    /// The end of a transfer on the fast road.
+    /// The end of a transfer on the fast path.
     pub(super) fn transferred(&mut self, io: &Io, head: u16, result: IoResult) {
         let slot = &self.slots[head as usize];
         let read = slot.kind == Some(Kind::In);

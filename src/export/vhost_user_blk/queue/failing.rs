@@ -1,5 +1,5 @@
 //! Requests that the storage fails, as their queue meets them: reported, ignored, or held and tried
-//! again. Nothing of it is on the warm road.
+//! again. Nothing of it is on the warm path.
 
 use super::super::queues::InFlight;
 use super::super::request::{Kind, Status};

@@ -26,7 +26,7 @@ pub(super) struct Slot {
     pub(super) len: u32,
     pub(super) offset: u64,
     pub(super) status: Option<std::ptr::NonNull<u8>>,
-    /// Of a request on the fast road.
+    /// Of a request on the fast path.
     pub(super) generation: Option<Generation>,
 }
 

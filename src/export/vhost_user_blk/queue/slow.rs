@@ -1,4 +1,4 @@
-//! The slow road of a queue: requests that become tasks of the same worker, once there is memory for them
+//! The slow path of a queue: requests that become tasks of the same worker, once there is memory for them
 //! ([`super::parked`]).
 
 use super::super::request::{self, Ended, HEADER_LEN, Kind};
@@ -63,7 +63,7 @@ impl<R: Ring> Queue<R> {
         });
     }
 
-    /// The end of a request on the slow road.
+    /// The end of a request on the slow path.
     pub(super) fn slow_ended(&mut self, io: &Io, Finished { head, result }: Finished) {
         if let Some(recorder) = &mut self.recorder {
             recorder.end(io);

@@ -1,7 +1,7 @@
 //! From the available ring to the leaf: chains are taken, checked, mapped and started.
 //!
 //! The rule held here: a request is fast in whole or slow in whole. A transfer that the graph cannot map at once
-//! goes the slow road, and so does all that is no transfer.
+//! goes the slow path, and so does all that is no transfer.
 
 use super::super::request::{HEADER_LEN, Header, Kind, Status, trim};
 use super::super::ring::{Broken, Ring, Tracking};
@@ -197,7 +197,7 @@ impl<R: Ring> Queue<R> {
         self.transfer(io, me, turn, head, access, header.sector, readable);
     }
 
-    /// A read or write: on the fast road if the graph allows it.
+    /// A read or write: on the fast path if the graph allows it.
     #[expect(clippy::too_many_arguments, reason = "the parts of one request, at hand in registers")]
     #[inline]
     fn transfer(
