@@ -202,6 +202,11 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
+    /// What it does when its image is left alone for a while, if anything.
+    fn idle(&self) -> Option<&dyn super::Idle> {
+        None
+    }
+
     /// The length of its storage, if that changes by itself.
     fn own_length(&self) -> Option<&dyn super::OwnLength> {
         None

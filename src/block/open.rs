@@ -308,6 +308,7 @@ impl Graph {
                 return Err(error);
             }
             self.follow_length(&node);
+            self.follow_idleness(&node);
             Ok(node)
         })
     }

@@ -21,8 +21,8 @@ pub use shared::adopt;
 
 use crate::block::{
     Abilities, Access, Admission, DeviceMemory, Drive, Driver, DriverEntry, Error, Extent, Fence,
-    GuestRegion, HandOver, Image, Leaf, LengthNotice, LocalFuture, Mapping, NodeOptions, OwnLength,
-    Perms, Place, Preallocation, Precision, Status, Target, Traits, WriteFlags, ZeroFlags,
+    GuestRegion, HandOver, Image, Leaf, LocalFuture, Mapping, NodeOptions, OwnLength, Perms, Place,
+    Preallocation, Precision, Signal, Status, Target, Traits, WriteFlags, ZeroFlags,
 };
 use crate::io::{self, Durable, Errno, InFlight, Io, IoResult, IoVec, Op, Started, Token};
 use crate::options::Map;
@@ -37,7 +37,7 @@ pub struct Nvme {
     namespace: Namespace,
     /// Bytes, as the users of the node know it.
     len: AtomicU64,
-    length: Arc<LengthNotice>,
+    length: Arc<Signal>,
     /// Called by the controller when a namespace has changed.
     _listener: Arc<dyn Fn() + Send + Sync>,
     traits: Traits,
@@ -78,7 +78,7 @@ impl Nvme {
             abilities,
             ..Traits::default()
         };
-        let length = LengthNotice::new()?;
+        let length = Signal::new()?;
         let theirs = length.clone();
         let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || theirs.tell());
         // Before the length is asked for: what changes later is told.
@@ -271,7 +271,7 @@ impl HandOver for Nvme {
 }
 
 impl OwnLength for Nvme {
-    fn notice(&self) -> Arc<LengthNotice> {
+    fn signal(&self) -> Arc<Signal> {
         self.length.clone()
     }
 

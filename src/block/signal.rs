@@ -1,0 +1,49 @@
+//! How a driver tells the graph to look at its node, from any thread.
+
+use super::Error;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Tells the graph to look at a node. Its thread-safe half is the driver's.
+pub struct Signal {
+    told: AtomicBool,
+    event: EventFd,
+}
+
+impl Signal {
+    pub fn new() -> Result<Arc<Signal>, Error> {
+        let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let event = event.map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(Signal { told: AtomicBool::new(false), event }))
+    }
+
+    /// There may be something to do, or the driver is gone.
+    pub fn tell(&self) {
+        self.told.store(true, Ordering::SeqCst);
+        // Full means that it is readable already.
+        let _ = self.event.write(1);
+    }
+
+    /// Whether it was told since [`Signal::take`].
+    pub(super) fn is_told(&self) -> bool {
+        self.told.load(Ordering::SeqCst)
+    }
+
+    /// The same, and it is heard now.
+    pub(super) fn take(&self) -> bool {
+        self.is_told() && self.told.swap(false, Ordering::SeqCst)
+    }
+
+    /// Makes the event tell of what comes from now on. False if something has come already.
+    pub(super) fn arm(&self) -> bool {
+        // `told` is set before it is written to, so what is read away here is seen.
+        let _ = self.event.read();
+        !self.is_told()
+    }
+
+    pub(super) fn event(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
