@@ -9,8 +9,9 @@ use super::mapping::{UNALLOCATED, ZERO, entries};
 use super::open::read_header;
 use super::write::write_header;
 use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
-use crate::cow::{References, cut, read_padded};
+use crate::cow::{References, Run, cut, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use std::collections::BTreeSet;
 
 /// Bytes of a table that are read at once: tables have up to 1 GiB.
 const MAX_PIECE: u64 = 1 << 20;
@@ -21,12 +22,74 @@ const MAX_PIECE: u64 = 1 << 20;
 /// # Errors
 /// The header makes no sense, or I/O failed.
 pub async fn check(file: &Node, fix: Fix) -> Result<CheckReport, Error> {
+    let repairs = fix != Fix::Nothing;
+    let (mut check, header) = survey(file, repairs).await?;
+    if repairs && check.report.corruptions == 0 {
+        check.end_repair(header, Unnamed::Cut).await.map_err(repair_failed)?;
+    }
+    Ok(check.report)
+}
+
+/// Repairs an image that was not closed, as [`check`] does, but for what nothing names at the end of the file: memory that
+/// outlives a process may name some of it.
+///
+/// # Errors
+/// As of [`check`].
+pub async fn check_killed(file: &Node) -> Result<CheckReport, Error> {
+    let (mut check, header) = survey(file, true).await?;
+    if check.report.corruptions == 0 {
+        check.end_repair(header, Unnamed::Kept).await.map_err(repair_failed)?;
+    }
+    Ok(check.report)
+}
+
+/// Whether no table names any of these clusters. The image is sound.
+///
+/// # Errors
+/// I/O failed.
+pub async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, Error> {
+    let (check, _) = survey(file, false).await?;
+    Ok(clusters.iter().all(|&cluster| check.used.get(cluster) == 0))
+}
+
+/// Runs of clusters before `end` that nothing names. The image is sound.
+///
+/// # Errors
+/// I/O failed.
+pub async fn unnamed(file: &Node, end: u64) -> Result<Vec<Run>, Error> {
+    let (check, _) = survey(file, false).await?;
+    let mut runs: Vec<Run> = Vec::new();
+    for first in (0..end).filter(|&cluster| check.used.get(cluster) == 0) {
+        match runs.last_mut() {
+            Some(run) if run.first + run.count == first => run.count += 1,
+            _ => runs.push(Run { first, count: 1, is_fresh: false }),
+        }
+    }
+    Ok(runs)
+}
+
+/// Cuts off what nothing names at the end of the file. The image is sound, and nothing is in flight.
+///
+/// # Errors
+/// I/O failed.
+pub async fn cut_unnamed(file: &Node) -> Result<(), Error> {
+    let (mut check, _) = survey(file, false).await?;
+    check.cut_unnamed().await;
+    Ok(())
+}
+
+fn repair_failed(errno: Errno) -> Error {
+    Error::os("Repair failed", errno)
+}
+
+/// Looks at all tables, and takes away entries that lead nowhere if it `repairs`.
+async fn survey(file: &Node, repairs: bool) -> Result<(Check<'_>, Header), Error> {
     let header = read_header(file).await?;
     let layout = header.layout();
     let mut check = Check {
         file,
         file_len: layout.whole_clusters(file.driver().len()),
-        repairs: fix != Fix::Nothing,
+        repairs,
         report: CheckReport {
             total_clusters: layout.geometry.clusters(header.size),
             ..CheckReport::default()
@@ -36,10 +99,14 @@ pub async fn check(file: &Node, fix: Fix) -> Result<CheckReport, Error> {
         used_end: 0,
     };
     check.run(&header).await.map_err(|errno| Error::os("Check failed", errno))?;
-    if check.repairs {
-        check.end_repair(header).await.map_err(|errno| Error::os("Repair failed", errno))?;
-    }
-    Ok(check.report)
+    Ok((check, header))
+}
+
+/// What becomes of clusters at the end of the file that nothing names.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unnamed {
+    Cut,
+    Kept,
 }
 
 /// A check on its way.
@@ -125,25 +192,28 @@ impl Check<'_> {
         self.repairs
     }
 
-    /// Cuts off what nothing names at the end of the file, and takes back that the image needs a check, if nothing is
-    /// wrong that loses data.
-    async fn end_repair(&mut self, header: Header) -> IoResult {
-        if self.report.corruptions > 0 {
-            return Ok(());
-        }
+    /// Takes back that the image needs a check; nothing is wrong that loses data.
+    async fn end_repair(&mut self, header: Header, unnamed: Unnamed) -> IoResult {
         // What was repaired is durable before the file becomes shorter and the image says that it is sound.
         self.file.flush().await?;
-        let unused = self.clusters() - self.used_end;
-        let len = self.used_end << self.layout.geometry.cluster_bits;
-        if unused > 0 && cut(self.file, len).await {
-            self.report.leaks -= unused;
-            self.report.leaks_fixed += unused;
+        if unnamed == Unnamed::Cut {
+            self.cut_unnamed().await;
         }
         if header.features.contains(Features::NEED_CHECK) {
             let features = header.features - Features::NEED_CHECK;
             write_header(self.file, &Header { features, ..header }).await?;
         }
         Ok(())
+    }
+
+    /// Cuts off what nothing names at the end of the file.
+    async fn cut_unnamed(&mut self) {
+        let unused = self.clusters() - self.used_end;
+        let len = self.used_end << self.layout.geometry.cluster_bits;
+        if unused > 0 && cut(self.file, len).await {
+            self.report.leaks -= unused;
+            self.report.leaks_fixed += unused;
+        }
     }
 
     /// Where the pieces of a table begin that are read at once.

@@ -8,11 +8,17 @@
 //! | `mapping` | how an image maps a guest's clusters |
 //! | `space` | host clusters for what is new |
 //! | `write` | writing, zeroing, flushing, closing, and in which order |
+//! | `idle` | the mark that an image needs a check |
+//! | `journal` | entries that wait in memory that outlives the process |
+//! | `hand_over` | images that go to another process, and come from one |
 //! | `check` | checking and repairing |
 
 mod check;
 mod create;
+mod hand_over;
 mod header;
+mod idle;
+mod journal;
 mod mapping;
 mod open;
 mod space;
@@ -28,6 +34,7 @@ use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
 use header::{Geometry, Header, Layout};
 use mapping::{L1Entry, L2Entry};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
@@ -63,8 +70,15 @@ pub struct Qed {
     mapping: Tables<L2Entry>,
     space: FileEnd,
     is_writable: bool,
-    /// The image says, durably, that it needs a check.
+    /// It may be written: the header promises nothing that a write could break.
     is_prepared: AtomicBool,
+    /// The image says, durably, that it needs a check.
+    is_marked: AtomicBool,
+    /// When clusters were allocated last, of an image that may be written.
+    clock: Option<Arc<IdleClock>>,
+    /// The image was repaired when it was opened: so many clusters the file had then, and nothing names some of them. Zero
+    /// otherwise.
+    repaired: AtomicU64,
     /// Nothing is written until it is thawed ([`Driver::freeze`]).
     is_frozen: AtomicBool,
     /// As it is on the disk.
@@ -186,6 +200,18 @@ impl Driver for Qed {
         }
         let ends_with_writes = self.is_writable && !self.is_frozen.load(Ordering::SeqCst);
         Perms::format_with_end(own, ends_with_writes)
+    }
+
+    fn idle(&self) -> Option<&dyn Idle> {
+        Some(self)
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
+    }
+
+    fn journaled(&self) -> Option<&dyn Journaled> {
+        Some(self)
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {

@@ -2,7 +2,7 @@
 
 use super::header::{self, Features, Header};
 use super::mapping::L1Entry;
-use super::{Qed, RecordedName, check, mapping, space};
+use super::{Qed, RecordedName, check, idle, mapping, space};
 use crate::block::*;
 use crate::cow::{Lock, TopTable, read_padded};
 use crate::io::sync::Mutex;
@@ -11,7 +11,7 @@ use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{Map, NodeRef, bytes};
 use serde::Deserialize;
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 pub(super) static HELP: &[OptionHelp] = &[
     OptionHelp { name: "file", value: "node", help: "The node that holds the image" },
@@ -32,7 +32,7 @@ struct Options {
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: Options = opening.parse(map)?;
     let mut held = Perm::CONSISTENT_READ;
-    if !opening.options().read_only && !opening.auto_read_only() {
+    if opening.is_active() && !opening.options().read_only && !opening.auto_read_only() {
         // An image that was not closed is repaired.
         held |= Perm::WRITE | Perm::RESIZE;
     }
@@ -42,7 +42,9 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let is_writable = opening.is_writable_over(&node);
     let mut header = read_header(&node).await?;
     let needs_check = header.features.contains(Features::NEED_CHECK);
-    if is_writable && needs_check && !opening.policy().for_check {
+    let is_repaired =
+        is_writable && needs_check && opening.is_active() && !opening.policy().for_check;
+    if is_repaired {
         header = repair(opening.name(), &node).await?;
     }
     let backing_name = backing_name(&node, &header).await?;
@@ -58,6 +60,8 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let mapping = mapping::tables(&geometry, header.size);
     let mapping = mapping.map_err(|errno| Error::os("Could not allocate L2 tables", errno))?;
 
+    let space = space::space(node.driver().len(), &geometry);
+    let repaired = if is_repaired { space.end() } else { 0 };
     let mut children = vec![file];
     children.extend(backing);
     Ok(Box::new(Qed {
@@ -70,19 +74,23 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         l1: TopTable::new(mapping::most_l1_entries(&geometry), &entries),
         l1_turn: Lock::new(()),
         mapping,
-        space: space::space(node.driver().len(), &geometry),
+        space,
         is_writable,
         is_prepared: AtomicBool::new(false),
+        is_marked: AtomicBool::new(false),
+        clock: is_writable.then(|| IdleClock::new(idle::AFTER)).transpose()?,
+        repaired: AtomicU64::new(repaired),
         is_frozen: AtomicBool::new(false),
         header: Lock::new(header),
         has_reported: AtomicBool::new(false),
     }))
 }
 
-/// Repairs an image that was not closed; the header afterwards.
-async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
+/// Repairs an image that was not closed; the header afterwards. Clusters that nothing names stay: the front end of a
+/// killed daemon may know of them.
+pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
     log::info!("{name}: qed: the image was not closed cleanly: it is checked");
-    let report = check::check(file, Fix::All).await;
+    let report = check::check_killed(file).await;
     let report = report.map_err(|error| error.at("Could not repair dirty image"))?;
     if report.corruptions > 0 {
         return Err(Error::new(format!(
@@ -115,7 +123,7 @@ pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
 }
 
 /// The name of the backing file as it is stored, if the image has one.
-async fn backing_name(file: &Node, header: &Header) -> Result<Option<String>, Error> {
+pub(super) async fn backing_name(file: &Node, header: &Header) -> Result<Option<String>, Error> {
     if !header.features.contains(Features::BACKING_FILE) {
         return Ok(None);
     }

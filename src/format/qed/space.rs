@@ -16,7 +16,7 @@ pub(super) fn space(file_len: u64, geometry: &Geometry) -> FileEnd {
 }
 
 /// What a file of so many bytes has.
-fn extent(file_len: u64, geometry: &Geometry) -> FileExtent {
+pub(super) fn extent(file_len: u64, geometry: &Geometry) -> FileExtent {
     let bits = geometry.cluster_bits;
     // What follows the last whole cluster may be anything.
     let fresh_from = file_len.div_ceil(1 << bits);
@@ -37,9 +37,9 @@ impl Qed {
 }
 
 impl Allocator for Qed {
-    /// The image says already, durably, that it needs a check ([`Writable::prepare`](crate::cow::Writable::prepare)),
-    /// which takes away entries that lead past the end of the file.
+    /// The image says, durably, that it needs a check, which takes away entries that lead past the end of the file.
     async fn take(&self, most: u64) -> IoResult<Taken<'_, Qed>> {
+        self.mark().await?;
         take_at_end(self, 1, most).await
     }
 

@@ -1,19 +1,20 @@
 //! Writing: what the layer ([`crate::cow`]) asks of this format.
 //!
-//! The order: the image says, durably, that it needs a check before the first write to it; a crash then leaves at
-//! worst entries past the end of the file, which the check takes away, and clusters that nothing names. A new L2 table
-//! reads as zeroes before the L1 entry names it, and data is written before its entry. When the image is closed all of
-//! that is durable before the image says that it needs no check any more.
+//! The order: the image says, durably, that it needs a check before a cluster is allocated ([`super::idle`]); a crash then
+//! leaves at worst entries past the end of the file, which the check takes away, and clusters that nothing names. A new L2 table
+//! reads as zeroes before the L1 entry names it, and data is written before its entry; what was copied with it is durable
+//! before its entry is on the disk, or the entry waits in the front end's memory ([`super::journal`]). When the image is
+//! closed all of that is durable before the image says that it needs no check any more.
 
 use super::header::{Features, Header};
 use super::mapping::{BadEntry, L1Entry, L2Entry, UNALLOCATED, ZERO};
 use super::open::read_l1;
-use super::{Qed, RecordedName};
+use super::{Qed, RecordedName, check, space};
 use crate::block::{Error, Event, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Empty, Found, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce, backing,
-    begin_rest, check_ready, check_sound, discard_in_place, file, lookup, pin_empty, take_at_end,
-    write_suspects, zero_in_place, zero_range,
+    Empty, Found, Need, Release, Stop, Writable, Writer, Zeroing, announce, backing, begin_rest,
+    check_ready, check_sound, discard_in_place, file, lookup, pin_empty, settle_journal,
+    take_at_end, write_suspects, zero_in_place, zero_range,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
@@ -32,15 +33,14 @@ impl Writable for Qed {
         check_ready(self).await?;
         if !self.is_prepared.load(Ordering::Acquire) {
             let mut header = self.header.lock().await;
-            if !self.is_prepared.load(Ordering::Acquire) {
-                let mut new = header.clone();
-                new.features |= Features::NEED_CHECK;
+            if header.autoclear != 0 {
                 // All of these bits are unknown, and what they promise does not hold after a write.
-                new.autoclear = 0;
+                let new = Header { autoclear: 0, ..header.clone() };
                 write_header(&file(self), &new).await?;
                 *header = new;
-                self.is_prepared.store(true, Ordering::Release);
             }
+            self.mapping.journal.mark_in_use(true);
+            self.is_prepared.store(true, Ordering::Release);
         }
         self.mapping.end_rest();
         Ok(())
@@ -53,12 +53,6 @@ pub(super) async fn write_header(file: &Node, header: &Header) -> IoResult {
     file.flush().await
 }
 
-impl Journaling for Qed {
-    fn refers_to_nothing(&self, entry: L2Entry) -> bool {
-        matches!(entry, L2Entry(UNALLOCATED | ZERO))
-    }
-}
-
 impl Writer for Qed {
     async fn ensure_table(&self, guest: u64) -> IoResult {
         if self.has_l2(guest) {
@@ -68,6 +62,7 @@ impl Writer for Qed {
         if self.has_l2(guest) {
             return Ok(());
         }
+        self.mark().await?;
         let clusters = u64::from(self.geometry().table_clusters);
         let taken = take_at_end(self, clusters, clusters).await?;
         let file = file(self);
@@ -152,7 +147,7 @@ impl Zeroing for Qed {
 }
 
 impl Qed {
-    fn has_l2(&self, guest: u64) -> bool {
+    pub(super) fn has_l2(&self, guest: u64) -> bool {
         self.l1.get(self.mapping.shape.table_index(guest)) != L1Entry(UNALLOCATED)
     }
 
@@ -162,6 +157,7 @@ impl Qed {
             return Ok(());
         }
         write_suspects(self).await?;
+        settle_journal(self).await?;
         file(self).flush().await
     }
 
@@ -174,14 +170,15 @@ impl Qed {
         begin_rest(self).await;
         self.flush_all().await?;
         check_sound(self).await?;
-        self.cut_file().await;
-        let file = file(self);
-        file.flush().await?;
-        let mut header = self.header.lock().await;
-        let mut new = header.clone();
-        new.features -= Features::NEED_CHECK;
-        write_header(&file, &new).await?;
-        *header = new;
+        self.unmark().await?;
+        self.mapping.journal.mark_in_use(false);
+        if self.repaired.swap(0, Ordering::AcqRel) > 0 {
+            // What a killed process has left, and nobody came for.
+            let cut = check::cut_unnamed(&file(self)).await;
+            cut.map_err(|error| error.errno().unwrap_or(Errno::EIO))?;
+            let len = file(self).driver().len();
+            self.space.replace(space::extent(len, self.geometry()));
+        }
         self.is_prepared.store(false, Ordering::Release);
         Ok(())
     }

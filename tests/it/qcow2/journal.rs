@@ -35,15 +35,18 @@ impl Memory {
         Memory::holding(&vec![0; words])
     }
 
+    /// Memory that another process has left.
     pub fn holding(words: &[u64]) -> Arc<Memory> {
         Arc::new(Memory(words.iter().map(|&word| AtomicU64::new(word)).collect()))
     }
 
+    /// All words.
     pub fn copy(&self) -> Vec<u64> {
         self.0.iter().map(|word| word.load(Ordering::SeqCst)).collect()
     }
 
-    fn records(&self) -> usize {
+    /// How many records it has.
+    pub fn records(&self) -> usize {
         self.0.chunks(5).filter(|record| record[0].load(Ordering::SeqCst) != 0).count()
     }
 }
@@ -54,7 +57,8 @@ pub async fn attach(node: &Arc<Node>, memory: Arc<Memory>) -> Result<(), Error> 
     node.driver().journaled().unwrap().attach(memory).await
 }
 
-async fn detach(node: &Arc<Node>, memory: Arc<Memory>) {
+/// Has a disk's image hand over its entries, and use the memory no more.
+pub async fn detach(node: &Arc<Node>, memory: Arc<Memory>) {
     let node = node.journaled().unwrap();
     node.driver().journaled().unwrap().detach(memory).await.unwrap();
 }

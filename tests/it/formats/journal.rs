@@ -1,0 +1,156 @@
+//! Processes that are killed with an image of a format beside qcow2 open, whose entries were kept in memory that outlives
+//! them: the next one has all that was answered. (Records that make no sense are in `qcow2::journal`.)
+
+use crate::disks::{seed, simulated};
+use crate::qcow2::journal::{Memory, attach, detach};
+use crate::qcow2::judge::{assert_allowed, orderly, request};
+use crate::qcow2::sim::{Image, below, disk};
+use std::cell::{Cell, RefCell};
+use std::process::Command;
+use std::rc::Rc;
+use std::time::Duration;
+use vublk::block::*;
+use vublk::io::sim::Disorder;
+use vublk::io::{self, IoVec};
+use vublk::protocol::sim::SimDisk;
+
+const LEN: u64 = 64 << 10;
+const SECTORS: usize = (LEN / SECTOR) as usize;
+const MOST: u64 = 512 << 10;
+const BELOW: u8 = 250;
+
+/// Formats with a journal, and how their images are made.
+const KINDS: [(&str, &str); 2] =
+    [("qed", "cluster_size=4k,table_size=2"), ("qed", "cluster_size=8k,table_size=2")];
+
+/// What is there when the process is killed, and what each sector may hold.
+#[derive(Clone, PartialEq)]
+struct Killed {
+    image: Vec<u8>,
+    memory: Vec<u64>,
+    allowed: Vec<Vec<u8>>,
+}
+
+fn image(format: &str, create: &str) -> Vec<u8> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", format, "-o", create]).arg(file.path());
+    assert!(command.arg(LEN.to_string()).status().unwrap().success());
+    std::fs::read(file.path()).unwrap()
+}
+
+/// An overlay of a disk that is full of one byte.
+fn over(format: &str, image: &[u8]) -> (SimDisk, String) {
+    let (image, file) = disk(image, MOST, |_| {});
+    let (_, backing) = disk(&vec![BELOW; LEN as usize], LEN, |_| {});
+    let (file, backing) = (below("file", &file), below("backing", &backing));
+    (image, format!("driver={format},discard=unmap{file}{backing}"))
+}
+
+/// Requests side by side, with flushes among them; and what is there at many moments meanwhile.
+fn run(format: &'static str, image: &[u8], records: usize, seed: u64) -> Vec<Killed> {
+    let (file, options) = over(format, image);
+    let killed: Rc<RefCell<Vec<Killed>>> = Rc::default();
+    let all = killed.clone();
+    simulated(Disorder { short: 0.0, ..Disorder::wild(seed) }, |_| async move {
+        let image = Image::open(&options).await;
+        let memory = Memory::new(records * 5 + 3);
+        attach(&image.node, memory.clone()).await.unwrap();
+        let allowed = Rc::new(RefCell::new(vec![vec![BELOW]; SECTORS]));
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for round in 0..12u8 {
+            let lanes = rng.usize(1..=4);
+            let per_lane = SECTORS / lanes;
+            let done = Rc::new(Cell::new(0));
+            for lane in 0..lanes {
+                let number = round * 4 + lane as u8 + 1;
+                let first = lane * per_lane + rng.usize(0..per_lane);
+                let count = rng.usize(1..=((lane + 1) * per_lane - first).min(12));
+                let sectors = first..first + count;
+                let kind = rng.u8(0..8);
+                let value = if kind >= 6 { 0 } else { number };
+                for sector in &mut allowed.borrow_mut()[sectors.clone()] {
+                    sector.push(value);
+                }
+                let (node, done, allowed) = (image.node.clone(), done.clone(), allowed.clone());
+                io::current().spawn(async move {
+                    request(&node, kind, first as u64 * SECTOR, count as u64 * SECTOR, value).await;
+                    // From here on it is answered.
+                    for sector in &mut allowed.borrow_mut()[sectors] {
+                        *sector = vec![value];
+                    }
+                    done.set(done.get() + 1);
+                });
+            }
+            while done.get() < lanes {
+                let now = Killed {
+                    image: file.bytes(),
+                    memory: memory.copy(),
+                    allowed: allowed.borrow().clone(),
+                };
+                if all.borrow().last() != Some(&now) {
+                    all.borrow_mut().push(now);
+                }
+                io::sleep(Duration::from_micros(rng.u64(1..120))).await;
+            }
+            if rng.u8(0..4) == 0 {
+                image.node.flush().await.unwrap();
+            }
+        }
+        detach(&image.node, memory.clone()).await;
+        assert_eq!(memory.records(), 0, "all is handed over");
+        image.close().await;
+    });
+    killed.take()
+}
+
+/// The next process takes up what the memory says, and has all that was answered; what it writes goes over none of it.
+fn judge(format: &str, killed: &Killed, at: &str) {
+    let (file, options) = over(format, &killed.image);
+    let memory = Memory::holding(&killed.memory);
+    let (killed, whence) = (killed.clone(), at.to_owned());
+    simulated(orderly(), |_| async move {
+        let at = &*whence;
+        let image = Image::open(&options).await;
+        attach(&image.node, memory.clone()).await.unwrap_or_else(|error| panic!("{at}: {error}"));
+        assert_eq!(memory.records(), 0, "{at}: what was taken up is handed over");
+        let mut found = vec![0xee; LEN as usize];
+        image.node.read(0, &IoVec::from_mut(&mut found)).await.unwrap();
+        assert_allowed(&found, &killed.allowed, at, "the disk");
+        // New clusters are those that nothing names any more, and then others.
+        for n in 0..LEN / 4096 {
+            request(&image.node, 0, n * 4096, 512, 99).await;
+            found[(n * 4096) as usize..][..512].fill(99);
+        }
+        let mut after = vec![0xee; LEN as usize];
+        image.node.read(0, &IoVec::from_mut(&mut after)).await.unwrap();
+        assert!(after == found, "{at}: what was written later is over something else");
+        image.close().await;
+    });
+    let kept = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(kept.path(), file.bytes()).unwrap();
+    let mut command = Command::new("qemu-img");
+    let checked = command.args(["check", "-f", format]).arg(kept.path()).output().unwrap();
+    assert!(matches!(checked.status.code(), Some(0 | 3)), "{at}: {checked:?}");
+}
+
+#[test]
+fn nothing_that_was_answered_is_lost_with_the_process_whatever_the_format() {
+    let seed = seed();
+    let mut kept = 0;
+    for (n, (format, create)) in KINDS.into_iter().enumerate() {
+        let new = image(format, create);
+        // Room for all, and for so few that they are handed over again and again.
+        for records in [4096, 6] {
+            let seed = seed.wrapping_add(n as u64);
+            let all = run(format, &new, records, seed);
+            for (moment, killed) in all.iter().enumerate().step_by(3) {
+                kept += usize::from(Memory::holding(&killed.memory).records() > 0);
+                let at =
+                    format!("{format} {create}, {records} records, seed {seed}, moment {moment}");
+                judge(format, killed, &at);
+            }
+        }
+    }
+    assert!(kept > 10, "{kept} times something was kept");
+}
