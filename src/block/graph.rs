@@ -29,8 +29,9 @@ pub use overlay::Over;
 pub use reopen::Reopening;
 pub use step::{Meanwhile, Step};
 
+use super::depth::Depth;
 use super::name::Names;
-use super::open::{Depth, duplicate};
+use super::open::duplicate;
 use super::policy::OpenPolicy;
 use super::registry::Registry;
 use super::{

@@ -33,6 +33,7 @@ pub mod child;
 pub mod compress;
 pub mod create;
 mod current_traits;
+mod depth;
 pub mod drive;
 pub mod driver;
 pub mod error;

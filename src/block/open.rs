@@ -8,6 +8,7 @@ mod backing;
 
 pub use backing::RecordedBacking;
 
+use super::depth::Depth;
 use super::graph::{By, Graph};
 use super::policy::OpenPolicy;
 use super::registry::DriverEntry;
@@ -21,12 +22,6 @@ use std::sync::Arc;
 
 /// Longest node name, in bytes.
 pub const NAME_LIMIT: usize = 31;
-/// Most nodes on one way down a graph, backing files not counted, so that what a node does can recurse into
-/// what it stands on. Work on a chain of backing files does not recurse.
-pub const DEPTH_LIMIT: usize = 64;
-/// Most images in a backing chain.
-pub const CHAIN_LIMIT: usize = 1000;
-
 /// A node on its way: what its driver may ask for while it opens. Children opened for a node that
 /// then fails to open vanish with this.
 pub struct Opening {
@@ -48,34 +43,6 @@ pub struct Opening {
     blocking: Blocking,
     /// There is a child with the node's data, and the share is that child's.
     has_storage: bool,
-}
-
-/// How far down a graph a node is opened.
-#[derive(Clone, Copy)]
-pub(super) struct Depth {
-    nodes: usize,
-    images: usize,
-}
-
-impl Depth {
-    pub(super) const TOP: Depth = Depth { nodes: 1, images: 1 };
-
-    fn below(self, role: Role) -> Depth {
-        match role.is_backing() {
-            false => Depth { nodes: self.nodes + 1, ..self },
-            true => Depth { images: self.images + 1, ..self },
-        }
-    }
-
-    fn check(self) -> Result<(), Error> {
-        if self.images > CHAIN_LIMIT {
-            return Err(Error::new(format!("more than {CHAIN_LIMIT} images in the backing chain")));
-        }
-        match self.nodes > DEPTH_LIMIT {
-            true => Err(Error::new(format!("more than {DEPTH_LIMIT} nodes deep"))),
-            false => Ok(()),
-        }
-    }
 }
 
 /// What an inline child takes over where its own options are silent.

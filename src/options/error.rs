@@ -2,8 +2,12 @@
 //!
 //! The sentences are those `qemu-storage-daemon` prints, because scripts match on them.
 
-use super::{qemuopts, similar, size};
+use super::{similar, size};
 use std::fmt;
+
+/// What QEMU prints on the lines after a size that is none.
+pub const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, \
+                             tera-, peta-\nand exabytes, respectively.";
 
 /// What is wrong with one parameter, or with the text it came in.
 ///
@@ -93,7 +97,7 @@ impl Error {
 
     /// Lines of advice that QEMU prints below the error.
     pub fn hint(&self) -> Option<&'static str> {
-        (self.kind == Kind::NotASize).then_some(qemuopts::SIZE_HINT)
+        (self.kind == Kind::NotASize).then_some(SIZE_HINT)
     }
 
     /// A line of advice of our own.

@@ -37,7 +37,7 @@ pub mod size;
 pub mod tree;
 
 pub use de::{from_map, from_value, split_map};
-pub use error::Error;
+pub use error::{Error, SIZE_HINT};
 pub use identifier::is_identifier;
 pub use node_ref::{NodeRef, NodeRefOrNull};
 pub use objects::OBJECT_TYPES;

@@ -78,10 +78,6 @@ pub fn short_form_warning(item: &str) -> String {
     format!("short-form boolean option '{item}' deprecated\nPlease use {key}={value} instead")
 }
 
-/// What QEMU prints on the lines after a size that is none.
-pub const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, \
-                             tera-, peta-\nand exabytes, respectively.";
-
 impl Map {
     /// Removes `key` and reads it as a size in bytes, in the words of this syntax.
     pub fn take_size(&mut self, key: &str) -> Result<Option<u64>, Error> {

@@ -11,7 +11,8 @@
 //! (VFIO) adds that interface's requests, for mapping guest memory is one, and it comes at any time. One
 //! that connects to servers says so (`uses_network` in src/block/driver.rs).
 
-use super::{Plan, refused};
+use super::plan::Plan;
+use super::refused;
 use crate::io::uring::REGISTER_FILES_UPDATE;
 use libc::c_long;
 use seccompiler::{

@@ -7,7 +7,7 @@
 //! [`Driver::filename`](crate::block::Driver::filename) of a node without children. What a monitor adds
 //! beside images (VFIO's devices, say) is given as `--sandbox-path /dev/vfio`.
 
-use super::{Place, Plan};
+use super::plan::{Place, Plan};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreated, RulesetCreatedAttr, Scope, make_bitflags,

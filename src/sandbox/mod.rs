@@ -12,49 +12,20 @@
 
 pub mod calls;
 pub mod files;
+mod plan;
 mod refused;
 mod threads;
 pub mod user;
 
+pub use plan::{Place, Plan};
 pub use refused::tell_refused;
 pub use user::User;
 
 use crate::io;
-use std::os::fd::RawFd;
-use std::path::PathBuf;
 
 /// Rings that a process with a monitor keeps for iothreads that are added. About 90 KiB each of the
 /// kernel's memory.
 const SPARE_RINGS: usize = 32;
-
-/// What a process needs when it has started.
-#[derive(Debug, Default)]
-pub struct Plan {
-    /// What is open.
-    pub files: Vec<Place>,
-    /// What else may be opened, with all below it.
-    pub folders: Vec<Place>,
-    /// Files that the process has made and will remove.
-    pub own: Vec<PathBuf>,
-    /// It connects to sockets of others.
-    pub connects: bool,
-    /// Drivers make connections to servers, of whatever host, while they serve.
-    pub network: bool,
-    /// Nodes, exports and iothreads may be added: what lies beside the files that are open, in their
-    /// folders, may be opened, and sockets made where sockets are.
-    pub grows: bool,
-    /// Whose the process is then, if not whose it was.
-    pub user: Option<User>,
-    /// Readable by whoever tells what was refused ([`tell_refused`]): an eventfd that gets 1 then.
-    pub notice: Option<RawFd>,
-}
-
-/// A file or folder, and whether it may be written to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub path: PathBuf,
-    pub writable: bool,
-}
 
 /// Confines the process. What the kernel does not offer is left out, and told: one clause for each.
 ///

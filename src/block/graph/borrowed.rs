@@ -1,7 +1,8 @@
 //! Nodes that somebody works on for a while: named ones, or ones that are opened for that and go with it.
 
 use super::{Attachment, By, Graph};
-use crate::block::open::{Depth, Inherited, no_reference};
+use crate::block::depth::Depth;
+use crate::block::open::{Inherited, no_reference};
 use crate::block::{Error, Node, Perm, Perms};
 use crate::options::NodeRef;
 use std::sync::Arc;

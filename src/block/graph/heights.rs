@@ -1,7 +1,7 @@
 //! How much lies below each node. It is kept up to date with every edge that changes, for the node above it and
 //! for all their ancestors, so that limits hold for whole graphs and walks over them know their order.
 
-use crate::block::open::{CHAIN_LIMIT, DEPTH_LIMIT};
+use crate::block::depth::{CHAIN_LIMIT, DEPTH_LIMIT};
 
 /// What lies below a node. Each number is that of the way down which has the most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,7 +8,7 @@
 use super::permissions::{Plan, release_locks};
 use super::step::{Meanwhile, Step};
 use super::{By, Drained, Graph, State, User};
-use crate::block::open::Depth;
+use crate::block::depth::Depth;
 use crate::block::{Child, Error, Node, Role};
 use crate::io;
 use crate::options::{Map, Value};

@@ -4,7 +4,7 @@ use super::arguments::{self, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, QUIET};
 use super::{Context, Ended, Failed, Tool, outln};
 use crate::block::Preallocation;
 use crate::cli::getopt::{Line, long_switch, long_valued};
-use crate::options::qemuopts::SIZE_HINT;
+use crate::options::SIZE_HINT;
 use crate::options::size::{self, BadSize};
 use crate::tools::Wanted;
 

@@ -2,10 +2,13 @@
 //! driver shows them.
 
 use super::machine::{link_name, names, number, text};
-use super::{Address, Machine, VFIO_PCI};
+use super::{Address, Machine};
 
 /// PCI class code of an NVM Express I/O controller: mass storage, non-volatile memory, NVMe.
 const NVME_CLASS: u64 = 0x01_08_02;
+
+/// The driver that hands a PCI function to a process.
+pub const VFIO_PCI: &str = "vfio-pci";
 
 /// An NVMe controller.
 #[derive(Debug)]

@@ -23,10 +23,7 @@ pub mod usage;
 
 pub use address::Address;
 pub use bind::{bind, unbind};
-pub use controller::{Controller, Function, Group, Namespace};
+pub use controller::{Controller, Function, Group, Namespace, VFIO_PCI};
 pub use machine::Machine;
 pub use obstacles::{Obstacle, obstacles};
 pub use usage::{Use, uses};
-
-/// The driver that hands a PCI function to a process.
-pub const VFIO_PCI: &str = "vfio-pci";

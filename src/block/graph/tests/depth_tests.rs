@@ -1,7 +1,7 @@
 //! How deep a graph may be, wherever it grows.
 
 use super::*;
-use crate::block::open::DEPTH_LIMIT;
+use crate::block::depth::DEPTH_LIMIT;
 
 /// Opens a store and layers over it, `count` nodes in all, whose names begin with `name`. The last one's name.
 fn pile(bench: &Bench, name: &str, count: usize) -> String {
