@@ -54,7 +54,6 @@ const PAGES: &[Page] = &[
             ("0", "A signal ended the program: SIGTERM, SIGINT or SIGHUP."),
             ("1", "An error, which is told in one line on standard error."),
         ],
-        ..NONE
     },
     Page {
         name: "vublk-daemon",
@@ -76,7 +75,6 @@ const PAGES: &[Page] = &[
             ("0", "A signal or the command quit ended the program, or it only printed help."),
             ("1", "An error, which is told in one line on standard error."),
         ],
-        ..NONE
     },
     Page {
         name: "vublk-ctl",
@@ -167,7 +165,6 @@ const PAGES: &[Page] = &[
             ("63", "The format has no check."),
         ],
         see: IMG,
-        ..NONE
     },
     Page {
         name: "vublk-commit",
@@ -189,7 +186,6 @@ const PAGES: &[Page] = &[
             ("4", "Data could not be read."),
         ],
         see: IMG,
-        ..NONE
     },
     Page {
         name: "vublk-convert",
