@@ -17,6 +17,7 @@
 //! | [`Appending`] | what has to be done before the file's end holds clusters | [`take_at_end`] |
 //! | [`Writer`] | which clusters may be overwritten, the entry after a write, new tables | [`write_range`], [`map`] |
 //! | [`Zeroing`] | what an entry becomes when its cluster is emptied | [`zero_range`], [`discard_range`] |
+//! | [`Packing`] | where packed clusters go, and their entries | [`store_packed`] |
 //!
 //! A format that is only read implements the first. Its tables may have one level or two; a flat table counts as tables
 //! that lie side by side ([`Shape`]). Entries have any width on the disk, and one or two words in memory.
@@ -70,6 +71,7 @@ mod in_place;
 mod journal;
 mod lock;
 mod lookup;
+mod packed;
 mod padded;
 mod ranges;
 mod read;
@@ -101,6 +103,7 @@ pub use in_place::{AtRest, begin_rest, map, without_fast_writes};
 pub use journal::{Journal, Journaling, Kept, forget_records, keep_entries, settle_journal};
 pub use lock::{Lock, LockGuard};
 pub use lookup::{BadEntryOf, Compressed, Found, Piece, find, lookup, piece, pin, pin_empty};
+pub use packed::{Packing, Unpacking, read_packed, store_packed};
 pub use padded::read_padded;
 pub use ranges::{RangeGuard, Ranges};
 pub use read::{decider, fast_read, fast_read_through, map_data, read_range};

@@ -2,6 +2,7 @@
 
 use crate::block::DriverEntry;
 
+mod deflate;
 pub mod foreign;
 pub mod qcow2;
 pub mod qed;

@@ -7,14 +7,11 @@
 //! frame.
 
 use super::header::Compression;
+use crate::format::deflate;
 use crate::io::{Errno, IoResult};
 use std::cell::RefCell;
 use std::io::Read;
 
-/// QEMU's reader has a window of `1 << 12` bytes, and no larger one.
-const DEFLATE_WINDOW_BITS: u8 = 12;
-/// The least that makes images no more than a hundredth larger than QEMU's, which take zlib's own 6.
-const DEFLATE_LEVEL: u32 = 6;
 /// zstd's default, and QEMU's.
 const ZSTD_LEVEL: i32 = 3;
 
@@ -24,61 +21,38 @@ const ZSTD_WINDOW_LIMIT: u64 = 8 << 20;
 
 /// Unpacks one cluster of `len` bytes. `stored` may have other bytes behind the stream.
 pub fn unpack(kind: Compression, stored: &[u8], len: usize) -> IoResult<Vec<u8>> {
-    let mut cluster = vec![0; len];
     match kind {
-        Compression::Zlib => inflate(stored, &mut cluster)?,
-        Compression::Zstd => unzstd(stored, &mut cluster)?,
+        Compression::Zlib => deflate::unpack(stored, len),
+        Compression::Zstd => {
+            let mut cluster = vec![0; len];
+            unzstd(stored, &mut cluster)?;
+            Ok(cluster)
+        }
     }
-    Ok(cluster)
 }
 
 /// Packs one cluster; none if that does not make it smaller.
 pub fn pack(kind: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
-    let mut stored = vec![0; cluster.len() - 1];
-    let len = match kind {
-        Compression::Zlib => deflate(cluster, &mut stored)?,
-        Compression::Zstd => zstd(cluster, &mut stored)?,
-    };
-    stored.truncate(len);
-    // They are kept until they are written, many of them.
-    stored.shrink_to_fit();
-    Some(stored)
+    match kind {
+        Compression::Zlib => deflate::pack(cluster),
+        Compression::Zstd => {
+            let mut stored = vec![0; cluster.len() - 1];
+            let len = zstd(cluster, &mut stored)?;
+            stored.truncate(len);
+            // They are kept until they are written, many of them.
+            stored.shrink_to_fit();
+            Some(stored)
+        }
+    }
 }
 
 /// The length of what fits; none if it does not.
-fn deflate(cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
-    thread_local! {
-        /// It takes longer to make one than to pack a small cluster.
-        static STREAM: RefCell<flate2::Compress> = RefCell::new(flate2::Compress::new_with_window_bits(
-            flate2::Compression::new(DEFLATE_LEVEL),
-            false,
-            DEFLATE_WINDOW_BITS,
-        ));
-    }
-    STREAM.with_borrow_mut(|stream| {
-        stream.reset();
-        match stream.compress(cluster, stored, flate2::FlushCompress::Finish) {
-            Ok(flate2::Status::StreamEnd) => Some(stream.total_out() as usize),
-            _ => None,
-        }
-    })
-}
-
 fn zstd(cluster: &[u8], stored: &mut [u8]) -> Option<usize> {
     thread_local! {
         static PACKER: RefCell<Option<zstd::bulk::Compressor<'static>>> =
             RefCell::new(zstd::bulk::Compressor::new(ZSTD_LEVEL).ok());
     }
     PACKER.with_borrow_mut(|packer| packer.as_mut()?.compress_to_buffer(cluster, stored).ok())
-}
-
-/// A raw deflate stream, without a header.
-fn inflate(stored: &[u8], cluster: &mut [u8]) -> IoResult {
-    let mut stream = flate2::Decompress::new(false);
-    let flush = flate2::FlushDecompress::Finish;
-    // That there is no end of the stream does not matter, once the cluster is full.
-    let _ = stream.decompress(stored, cluster, flush).map_err(|_| Errno::EIO)?;
-    if stream.total_out() == cluster.len() as u64 { Ok(()) } else { Err(Errno::EIO) }
 }
 
 fn unzstd(mut stored: &[u8], mut cluster: &mut [u8]) -> IoResult {

@@ -1,0 +1,52 @@
+//! Clusters that are compressed as qcow and qcow2 do it: a raw deflate stream with a window of 4 KiB, which every
+//! QEMU reads.
+//!
+//! The rule: what is stored is hostile. Unpacking ends when a cluster is full, takes no more memory than a cluster and a
+//! bounded window, and a stream that gives less than a cluster is an error.
+
+use crate::io::{Errno, IoResult};
+use std::cell::RefCell;
+
+/// QEMU's reader has a window of `1 << 12` bytes, and no larger one.
+const WINDOW_BITS: u8 = 12;
+/// The least that makes images no more than a hundredth larger than QEMU's, which take zlib's own 6.
+const LEVEL: u32 = 6;
+
+/// Packs one cluster; none if that does not make it smaller.
+pub fn pack(cluster: &[u8]) -> Option<Vec<u8>> {
+    thread_local! {
+        /// It takes longer to make one than to pack a small cluster.
+        static STREAM: RefCell<flate2::Compress> = RefCell::new(flate2::Compress::new_with_window_bits(
+            flate2::Compression::new(LEVEL),
+            false,
+            WINDOW_BITS,
+        ));
+    }
+    let mut stored = vec![0; cluster.len() - 1];
+    let len = STREAM.with_borrow_mut(|stream| {
+        stream.reset();
+        match stream.compress(cluster, &mut stored, flate2::FlushCompress::Finish) {
+            Ok(flate2::Status::StreamEnd) => Some(stream.total_out() as usize),
+            _ => None,
+        }
+    })?;
+    stored.truncate(len);
+    // They are kept until they are written, many of them.
+    stored.shrink_to_fit();
+    Some(stored)
+}
+
+/// Unpacks one cluster of `len` bytes. `stored` may have other bytes behind the stream.
+pub fn unpack(stored: &[u8], len: usize) -> IoResult<Vec<u8>> {
+    thread_local! {
+        static STREAM: RefCell<flate2::Decompress> = RefCell::new(flate2::Decompress::new(false));
+    }
+    let mut cluster = vec![0; len];
+    STREAM.with_borrow_mut(|stream| {
+        stream.reset(false);
+        let flush = flate2::FlushDecompress::Finish;
+        // That there is no end of the stream does not matter, once the cluster is full.
+        let _ = stream.decompress(stored, &mut cluster, flush).map_err(|_| Errno::EIO)?;
+        if stream.total_out() == len as u64 { Ok(cluster) } else { Err(Errno::EIO) }
+    })
+}
