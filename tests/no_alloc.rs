@@ -315,6 +315,7 @@ fn requests_to_allocated_clusters_of_images_allocate_nothing_and_lock_nothing() 
         ("qcow2", "cluster_size=4k"),
         ("qcow2", "cluster_size=64k"),
         ("qcow2", "cluster_size=64k,extended_l2=on"),
+        ("qcow", "encryption=off"),
         ("qed", "cluster_size=4k"),
         ("vdi", "static=off"),
     ] {

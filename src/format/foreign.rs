@@ -18,8 +18,6 @@ pub static FOREIGN: &[Foreign] = &[
     // LUKS on-disk format, version 1.
     Foreign { name: "luks", probe: |head, _| magic(head, 0, b"LUKS\xba\xbe\0\x01") },
     Foreign { name: "parallels", probe: |head, _| parallels(head) },
-    // Version 1; the others are qcow2's.
-    Foreign { name: "qcow", probe: |head, _| magic(head, 0, b"QFI\xfb\0\0\0\x01") },
     Foreign { name: "vhdx", probe: |head, _| magic(head, 0, b"vhdxfile") },
     Foreign { name: "vmdk", probe: |head, _| vmdk(head) },
     // The copy of the footer that images of dynamic size begin with.

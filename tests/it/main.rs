@@ -24,6 +24,7 @@ mod node;
 mod nvme;
 mod nvme_fake;
 mod package;
+mod qcow;
 mod qcow2;
 mod qcow2_format;
 mod threads;

@@ -23,6 +23,7 @@ mod newer;
 mod no_text;
 mod options;
 mod progress;
+mod qcow;
 mod qed;
 mod random;
 mod served;
