@@ -132,6 +132,11 @@ pub trait Image: Send + Sync {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
+    /// Whether the image says anything of itself; if not, listings do not say either whether it was closed cleanly.
+    fn has_info(&self) -> bool {
+        true
+    }
+
     /// What the image says of itself. Called at any time.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()

@@ -50,3 +50,15 @@ pub fn unpack(stored: &[u8], len: usize) -> IoResult<Vec<u8>> {
         if stream.total_out() == len as u64 { Ok(cluster) } else { Err(Errno::EIO) }
     })
 }
+
+/// Unpacks a zlib stream, which may be followed by other bytes; how long it is unpacked.
+///
+/// # Errors
+/// EIO if it is none, does not end, has another checksum, or is longer than the room for it.
+pub fn unpack_zlib(stored: &[u8], into: &mut [u8]) -> IoResult<usize> {
+    let mut stream = flate2::Decompress::new(true);
+    match stream.decompress(stored, into, flate2::FlushDecompress::Finish) {
+        Ok(flate2::Status::StreamEnd) => Ok(stream.total_out() as usize),
+        _ => Err(Errno::EIO),
+    }
+}

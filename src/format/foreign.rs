@@ -10,11 +10,6 @@ use crate::block::registry::Foreign;
 
 /// All of them.
 pub static FOREIGN: &[Foreign] = &[
-    Foreign { name: "bochs", probe: |head, _| magic(head, 0, b"Bochs Virtual HD Image") },
-    // A script whose second line is the version. 2 is QEMU's score: less than a magic number.
-    Foreign { name: "cloop", probe: |head, _| magic(head, 0, b"#!/bin/sh\n#V2.0 Format\n") / 50 },
-    // The mark is at the end of the file; what is looked at is the name.
-    Foreign { name: "dmg", probe: |_, filename| if filename.ends_with(".dmg") { 2 } else { 0 } },
     // LUKS on-disk format, version 1.
     Foreign { name: "luks", probe: |head, _| magic(head, 0, b"LUKS\xba\xbe\0\x01") },
     Foreign { name: "parallels", probe: |head, _| parallels(head) },

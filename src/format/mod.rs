@@ -2,16 +2,24 @@
 
 use crate::block::DriverEntry;
 
+pub mod bochs;
+mod chunks;
+pub mod cloop;
 mod deflate;
+pub mod dmg;
 pub mod foreign;
 pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+mod read_only;
 pub mod vdi;
 
 /// All formats.
 pub static LIST: &[&DriverEntry] = &[
+    &bochs::ENTRY,
+    &cloop::ENTRY,
+    &dmg::ENTRY,
     &qcow::ENTRY,
     &qcow2::ENTRY,
     &qed::ENTRY,

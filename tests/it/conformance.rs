@@ -131,8 +131,9 @@ fn images() -> Vec<Case> {
 }
 
 /// What needs more than its entry says: a block device, for which the tests of host_device make loop devices; an
-/// image that compresses, of which each unit is written once; a file that grows (the model tests have `flat`).
-const ELSEWHERE: [&str; 3] = ["host_device", "compress", "flat"];
+/// image that compresses, of which each unit is written once; formats that are only read, whose images the tests of the
+/// tools make; a file that grows (the model tests have `flat`).
+const ELSEWHERE: [&str; 6] = ["host_device", "compress", "bochs", "cloop", "dmg", "flat"];
 
 /// The disk of `lower`, with a node of the driver over it.
 fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {

@@ -2,7 +2,7 @@
 
 use super::arguments::{self, CACHE, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
 use super::{Context, Ended, Failed, Tool, outln, snapshot_list};
-use crate::block::{ImageInfo, Listed, Traits};
+use crate::block::{Image, ImageInfo, Listed, Traits};
 use crate::cli::getopt::{Line, long_switch};
 use crate::options::{Map, Value, filename, json, size};
 use crate::tools::{Cache, Images, Opened, Wanted};
@@ -121,7 +121,7 @@ impl About {
             let own = driver.filename().unwrap_or_default();
             filename::resolve(&own, backing).unwrap_or_else(|_| backing.clone())
         });
-        let known = actual_size.is_some() && driver.image().is_some();
+        let known = actual_size.is_some() && driver.image().is_some_and(Image::has_info);
         About {
             filename,
             format: image.format(),
