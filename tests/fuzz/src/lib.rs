@@ -1,8 +1,11 @@
 //! The fuzz targets, as functions of bytes. libFuzzer calls them from `fuzz_targets`; the project's
 //! tests include these files and call them with seeded inputs (`tests/fuzz_smoke.rs`).
 
+pub mod bochs;
+pub mod cloop;
 mod dirty_log;
 mod disk;
+pub mod dmg;
 mod events;
 mod guest;
 mod image;
@@ -10,7 +13,9 @@ mod inflight;
 mod input;
 mod mapped;
 pub mod nvme;
+mod opened;
 pub mod options;
+pub mod qcow;
 pub mod qcow2_bitmaps;
 pub mod qcow2_check;
 pub mod qcow2_header;

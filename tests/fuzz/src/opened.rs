@@ -1,0 +1,106 @@
+//! Images of any format, as inputs make them: opened on a simulated disk by the calling thread, read, and written where
+//! the format is.
+
+use super::image::disk_name;
+use super::input::Input;
+use super::worker::worker;
+use std::time::Duration;
+use vublk::block::{Error, Graph, Perm, Perms, Registry, WriteFlags};
+use vublk::io::sim::Disorder;
+use vublk::io::{IoResult, IoVec};
+use vublk::options::keyval;
+use vublk::protocol::sim::{SimDisk, SimOptions};
+
+/// Bytes by which an image can grow.
+const ROOM: u64 = 1 << 20;
+/// Requests to an image that can be opened.
+const REQUESTS: u8 = 6;
+
+/// Changes some of an image's words, mostly near its beginning or its end, and cuts it at times. Numbers are of either
+/// order of bytes.
+pub fn damage(image: &mut Vec<u8>, input: &mut Input) {
+    for _ in 0..input.u8() % 8 {
+        let reach = if input.one_in(3) { image.len() } else { image.len().min(600) } as u64;
+        let at = input.below(reach) as usize;
+        let at = if input.one_in(2) { at } else { image.len() - 1 - at };
+        let value = input.edgy();
+        let bytes = if input.one_in(2) { value.to_le_bytes() } else { value.to_be_bytes() };
+        let bytes = &bytes[..1 << input.below(4)];
+        image[at..].iter_mut().zip(bytes).for_each(|(to, &from)| *to = from);
+    }
+    if input.one_in(8) {
+        image.truncate(input.below(1 + image.len() as u64) as usize);
+    }
+}
+
+/// Opens an image, reads parts of it, and writes some if that is asked for. An error is one line.
+pub fn work(registry: &'static Registry, driver: &'static str, image: &[u8], input: &mut Input) {
+    let writes = driver == "qcow";
+    let options = SimOptions { at_once: true, ..SimOptions::new(image.len() as u64) };
+    let options = SimOptions { max_len: image.len() as u64 + ROOM, ..options };
+    let name = disk_name();
+    SimDisk::holding(options, image).publish(&name);
+    let requests: Vec<(bool, u64, u64)> = (0..input.u8() % REQUESTS)
+        .map(|_| (writes && input.one_in(2), input.edgy(), input.below(9000)))
+        .collect();
+    let calm =
+        Disorder { seed: 1, max_delay: Duration::from_micros(50), short: 0.0, interrupted: 0.0 };
+    let opened = name.clone();
+    let result = worker(0).drive(calm, move |_| async move {
+        open_and_work(registry, driver, writes, &opened, requests).await
+    });
+    SimDisk::withdraw(&name);
+    if let Err(error) = result {
+        let shown = error.to_string();
+        assert!(!shown.contains('\n') && shown.len() < 2000, "{shown:?}");
+    }
+}
+
+async fn open_and_work(
+    registry: &'static Registry,
+    driver: &str,
+    writes: bool,
+    disk: &str,
+    requests: Vec<(bool, u64, u64)>,
+) -> Result<(), Error> {
+    let read_only = if writes { "off" } else { "on" };
+    let options = format!(
+        "driver={driver},read-only={read_only},file.driver=sim,file.disk={disk},node-name=image"
+    );
+    let options = keyval::parse(&options, None).expect("well-formed options").options;
+    let graph = Graph::new(registry);
+    let node = graph.open(options).await?;
+    let written = if writes { Perm::WRITE } else { Perm::empty() };
+    let perms = Perms { held: Perm::CONSISTENT_READ | written, shared: Perm::all() };
+    let hold = graph.attach(&node, "a fuzz target", perms, None)?;
+    for (is_write, at, len) in requests {
+        let at = at % node.len().max(1);
+        let len = len.min(node.len() - at);
+        let mut bytes = vec![7; len as usize];
+        // A damaged image may fail all of them.
+        let _: IoResult = match is_write {
+            true => node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await,
+            false => node.read(at, &IoVec::from_mut(&mut bytes)).await,
+        };
+    }
+    drop(node);
+    hold.detach().await;
+    graph.close().await;
+    Ok(())
+}
+
+/// A zlib stream that has these bytes as they are.
+pub fn stored_zlib(bytes: &[u8]) -> Vec<u8> {
+    let len = bytes.len() as u16;
+    let (mut a, mut b) = (1u32, 0u32);
+    for &byte in bytes {
+        a = (a + u32::from(byte)) % 65521;
+        b = (b + a) % 65521;
+    }
+    let mut stream = vec![0x78, 1, 1];
+    stream.extend(len.to_le_bytes());
+    stream.extend((!len).to_le_bytes());
+    stream.extend(bytes);
+    stream.extend((b << 16 | a).to_be_bytes());
+    stream
+}
