@@ -250,6 +250,21 @@ impl Creation {
         name: &str,
         format: Option<&str>,
     ) -> Result<(u64, &'static str), Error> {
+        let look = async |node: &Arc<Node>| Ok((node.len(), node.driver().entry().name));
+        self.with_backing(name, format, look).await
+    }
+
+    /// Opens a backing file, called as the image is to record it, for what it says of itself, and lets `work` look at
+    /// it.
+    ///
+    /// # Errors
+    /// In QEMU's words: it cannot be opened; or those of `work`.
+    pub async fn with_backing<T>(
+        &self,
+        name: &str,
+        format: Option<&str>,
+        work: impl AsyncFnOnce(&Arc<Node>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let name = filename::resolve(&self.filename, name)?;
         let policy = OpenPolicy {
             backing: FollowBacking::Probe,
@@ -269,9 +284,12 @@ impl Creation {
         };
         options.insert("driver", format.name);
         self.registry.plain_numbers(&mut options)?;
-        let len = graph.open(read_only(options, "backing")).await.map(|node| node.len());
+        let found = match graph.open(read_only(options, "backing")).await {
+            Ok(node) => work(&node).await,
+            Err(error) => Err(error),
+        };
         graph.close().await;
-        Ok((len?, format.name))
+        found
     }
 
     fn text(&self, name: &str) -> Option<&str> {

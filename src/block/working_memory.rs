@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// longer requests go in pieces.
 pub const BOUNCE_LIMIT: u64 = 1 << 20;
 
+/// The most that a write copies at once on either side of its data, in bytes; longer copies go in pieces.
+pub const COPY_LIMIT: u64 = 2 << 20;
+
 /// A request's futures in one layer, a node and its driver, in bytes; more than they take.
 const LAYER: u64 = 4 << 10;
 
@@ -74,7 +77,7 @@ impl WorkingMemory {
     pub fn to_zero(&self, len: u64) -> u64 {
         // The zeroes, and where these are to be aligned what goes around them.
         let buffers = u64::from(self.bounces) + 2;
-        let copied = 2 * u64::from(self.copy_unit);
+        let copied = 2 * u64::from(self.copy_unit).min(COPY_LIMIT);
         self.to_ask() + self.scratch + buffers * self.bounce_of(len) + copied
     }
 
@@ -97,7 +100,8 @@ impl WorkingMemory {
             return 0;
         }
         let is_one = at / unit == at.saturating_add(len) / unit;
-        if is_one { unit } else { 2 * unit }
+        let both = 2 * unit.min(COPY_LIMIT);
+        if is_one { unit.min(both) } else { both }
     }
 }
 

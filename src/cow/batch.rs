@@ -9,7 +9,7 @@ use super::format::{Format, announce, data, file};
 use super::lookup::pin;
 use super::table_cache::{Pinned, SliceNo, TableEntry};
 use super::writable::{Writable, check_sound};
-use crate::block::{Event, WriteFlags};
+use crate::block::Event;
 use crate::io::sync::{Mutex, Waiters};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::collections::BTreeMap;
@@ -271,7 +271,7 @@ async fn write_batch<F: Writable>(
     let bytes = encode(image, slice, pinned, range, changes)?;
     image.check_table_write(at + start, bytes.len() as u64)?;
     announce(image, Event::L2Update).await;
-    file(image).write(at + start, &bytes.source(), WriteFlags::empty()).await?;
+    image.write_table(at + start, &bytes).await?;
     image.tables().journal.handed_over(slice, changes);
     pinned.publish(changes);
     Ok(())
@@ -288,7 +288,7 @@ async fn write_slice<F: Writable>(
     let len = stored_len(image, guest);
     let bytes = encode(image, slice, pinned, 0..len, &Changes::new())?;
     image.check_table_write(at, len)?;
-    file(image).write(at, &bytes.source(), WriteFlags::empty()).await
+    image.write_table(at, &bytes).await
 }
 
 /// Bytes of a slice on the disk.

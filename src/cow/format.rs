@@ -68,6 +68,12 @@ pub trait Format {
     /// The entry makes no sense.
     fn decode(&self, entry: Self::Entry, at: u64, want: u64) -> Result<Piece, Self::Bad>;
 
+    /// What the bytes from guest offset `at` on are, of at most `want` inside one cluster that is
+    /// [`Found::Mixed`](super::Found); `host` is the place of the first.
+    fn sort_out(&self, _at: u64, _want: u64, _host: u64) -> impl Future<Output = IoResult<Piece>> {
+        ready(Err(Errno::EIO))
+    }
+
     /// Changes what was read of a slice to what readers are to see: entries that wait to be written.
     fn overlay(&self, _slice: SliceNo, _entries: &mut [Self::Entry]) {}
 

@@ -21,6 +21,9 @@ pub enum Found {
     Unallocated { host: Option<u64> },
     /// The cluster is stored in a form that has to be unpacked.
     Compressed(Compressed),
+    /// Data in some parts, unallocated in others; the place of the first byte. The entry does not tell which:
+    /// [`Format::sort_out`] does, and [`lookup`] has asked it.
+    Mixed { host: u64 },
 }
 
 /// Where a compressed cluster is stored.
@@ -122,6 +125,20 @@ pub async fn lookup<F: Format>(image: &F, at: u64, want: u64) -> IoResult<Piece>
 
 /// As [`lookup`], but the caller reports an entry that makes no sense.
 pub async fn find<F: Format>(
+    image: &F,
+    at: u64,
+    want: u64,
+) -> IoResult<Result<Piece, BadEntryOf<F>>> {
+    match read_piece(image, at, want).await? {
+        Ok(Piece { len, found: Found::Mixed { host } }) => {
+            image.sort_out(at, len, host).await.map(Ok)
+        }
+        found => Ok(found),
+    }
+}
+
+/// What is at `at` by its entries, which are read if need be.
+async fn read_piece<F: Format>(
     image: &F,
     at: u64,
     want: u64,

@@ -5,7 +5,7 @@ use super::lookup::{Found, Piece, lookup, piece};
 use super::read_padded;
 use crate::block::extents::decided;
 use crate::block::{Access, Child, Decider, Event, Mapping, Node, Target, Way};
-use crate::io::{InFlight, IoResult, IoVec};
+use crate::io::{Errno, InFlight, IoResult, IoVec};
 use std::sync::Arc;
 
 /// Reads guest bytes from `at` on.
@@ -34,6 +34,7 @@ async fn read_piece<F: Format>(image: &F, at: u64, piece: Piece, into: &IoVec<'_
         }
         Found::Unallocated { .. } => read_backing(image, at, into).await,
         Found::Compressed(place) => image.read_compressed(at, place, into).await,
+        Found::Mixed { .. } => Err(Errno::EIO),
     }
 }
 
@@ -94,7 +95,7 @@ pub fn fast_read<'a, F: Format>(
         (Found::Zero { .. } | Found::Unallocated { .. }, _) => {
             Mapping { len, target: Target::Zero }
         }
-        (Found::Compressed(_), _) => Mapping::slow(want),
+        (Found::Compressed(_) | Found::Mixed { .. }, _) => Mapping::slow(want),
     })
 }
 

@@ -4,7 +4,7 @@ use super::format::{Format, backing};
 use super::lookup::{Found, lookup};
 use crate::block::extents::decided;
 use crate::block::{Extent, Node, Place, Precision, Status};
-use crate::io::IoResult;
+use crate::io::{Errno, IoResult};
 
 /// The status of the first bytes of a range, as [`Driver::status`](crate::block::Driver::status) asks.
 pub async fn status<F: Format>(
@@ -24,6 +24,7 @@ pub async fn status<F: Format>(
         }
         Found::Zero { host } => extent(Status::ZERO | Status::ALLOCATED, host.and_then(place)),
         Found::Compressed(_) => extent(Status::DATA | Status::ALLOCATED | Status::COMPRESSED, None),
+        Found::Mixed { .. } => Err(Errno::EIO),
         Found::Unallocated { host } => {
             let below = status_of_backing(image, at, piece.len, precision).await?;
             Ok(Extent { place: host.and_then(place), ..below })

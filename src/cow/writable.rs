@@ -1,13 +1,14 @@
 //! What the layer asks of a format whose tables it writes.
 
-use super::format::Format;
+use super::format::{Format, file};
 use super::suspects::write_suspects;
 use super::write_state::Stop;
-use crate::io::{Errno, IoResult};
+use crate::block::WriteFlags;
+use crate::io::{AlignedBuf, Errno, IoResult};
 use std::future::{Future, ready};
 
 /// A mapping whose entries change.
-pub trait Writable: Format {
+pub trait Writable: Format + Sized {
     /// Puts an entry's bytes as they are on the disk into `bytes`, of which there are
     /// [`Shape::entry_bytes`](super::Shape).
     fn store(entry: Self::Entry, bytes: &mut [u8]);
@@ -20,6 +21,12 @@ pub trait Writable: Format {
     /// everything that tables rely on (a header that is in doubt has been written again).
     fn check_intact(&self) -> impl Future<Output = IoResult> {
         ready(Ok(()))
+    }
+
+    /// Hands a part of a mapping table to the kernel. When it returns, the disk has what the order of the format wants
+    /// it to have before readers are shown the entries.
+    fn write_table(&self, at: u64, bytes: &AlignedBuf) -> impl Future<Output = IoResult> {
+        async move { file(self).write(at, &bytes.source(), WriteFlags::empty()).await }
     }
 
     /// Refuses to write a part of a mapping table over something else. The format reports it.

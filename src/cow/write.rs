@@ -20,6 +20,7 @@ use super::journal::{Kept, keep_entries, settle_journal};
 use super::lookup::{Found, find, lookup, pin};
 use super::read::read_range;
 use super::writer::{Need, Writer};
+use crate::block::working_memory::COPY_LIMIT;
 use crate::block::{Access, Event};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use smallvec::{SmallVec, smallvec};
@@ -44,6 +45,9 @@ enum Copied {
     /// Bytes that were written with it.
     Something,
 }
+
+/// What the ends of copies are aligned to that do not reach to the ends of their clusters.
+const ALIGN: u64 = 4096;
 
 /// Entries of a write: mostly one.
 type Entries<E> = SmallVec<[E; 2]>;
@@ -176,13 +180,19 @@ async fn write_around<F: Writer>(
         // Fresh clusters read as zeroes already.
         announce(image, Event::ClusterAllocSpace).await;
     }
+    let near = near(&shown, &part.data);
+    if !was_zero {
+        for far in [shown.start..near.start, near.end..shown.end] {
+            copy_far(image, part, host, far).await?;
+        }
+    }
     let head = match was_zero {
         true => None,
-        false => copy_of(image, shown.start..part.data.start).await?,
+        false => copy_of(image, near.start..part.data.start).await?,
     };
     let tail = match was_zero {
         true => None,
-        false => copy_of(image, part.data.end..shown.end).await?,
+        false => copy_of(image, part.data.end..near.end).await?,
     };
     if head.is_some() || tail.is_some() {
         announce(image, Event::CowWrite).await;
@@ -194,6 +204,32 @@ async fn write_around<F: Writer>(
     image.write_data(host + (start - part.start), &all).await?;
     let is_more = copy_apart(image, part, host, &shown).await?;
     Ok(if was_zero && !is_more { Copied::Nothing } else { Copied::Something })
+}
+
+/// What of the bytes that are shown is written together with the data: so much on both sides that memory is bounded.
+fn near(shown: &Range<u64>, data: &Range<u64>) -> Range<u64> {
+    let start = data.start.saturating_sub(COPY_LIMIT).next_multiple_of(ALIGN);
+    let end = (data.end + COPY_LIMIT) / ALIGN * ALIGN;
+    start.max(shown.start)..end.min(shown.end)
+}
+
+/// Copies a part of large clusters, piece by piece, before the data beside it is written.
+async fn copy_far<F: Writer>(
+    image: &F,
+    part: &Part<F::Entry>,
+    host: u64,
+    far: Range<u64>,
+) -> IoResult {
+    let mut at = far.start;
+    while at < far.end {
+        let end = far.end.min(at + COPY_LIMIT);
+        if let Some(copy) = copy_of(image, at..end).await? {
+            announce(image, Event::CowWrite).await;
+            image.write_data(host + (at - part.start), &copy.source()).await?;
+        }
+        at = end;
+    }
+    Ok(())
 }
 
 /// Copies the parts of the first and of the last cluster that have to move and do not lie beside what is `shown`;

@@ -236,7 +236,7 @@ impl Qed {
             let end = match piece.found {
                 Found::Data { .. } => at + piece.len,
                 Found::Unallocated { .. } => (at + piece.len).min(shown),
-                Found::Zero { .. } | Found::Compressed(_) => at,
+                Found::Zero { .. } | Found::Compressed(_) | Found::Mixed { .. } => at,
             };
             if end > at {
                 zero_range(self, at, end - at, ZeroFlags::empty()).await?;
