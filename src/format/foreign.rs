@@ -13,7 +13,6 @@ pub static FOREIGN: &[Foreign] = &[
     // LUKS on-disk format, version 1.
     Foreign { name: "luks", probe: |head, _| magic(head, 0, b"LUKS\xba\xbe\0\x01") },
     Foreign { name: "parallels", probe: |head, _| parallels(head) },
-    Foreign { name: "vhdx", probe: |head, _| magic(head, 0, b"vhdxfile") },
     Foreign { name: "vmdk", probe: |head, _| vmdk(head) },
     // The copy of the footer that images of dynamic size begin with.
     Foreign { name: "vpc", probe: |head, _| magic(head, 0, b"conectix") },

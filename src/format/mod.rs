@@ -14,6 +14,7 @@ pub mod qed;
 pub mod raw;
 mod read_only;
 pub mod vdi;
+pub mod vhdx;
 
 /// All formats.
 pub static LIST: &[&DriverEntry] = &[
@@ -25,4 +26,5 @@ pub static LIST: &[&DriverEntry] = &[
     &qed::ENTRY,
     &raw::ENTRY,
     &vdi::ENTRY,
+    &vhdx::ENTRY,
 ];

@@ -53,11 +53,23 @@ const VDI: Kind = Kind {
     unclean: "allocated blocks mismatch",
 };
 
-const KINDS: [Kind; 4] = [
+/// Its log is replayed when it is opened again.
+const VHDX: Kind = Kind {
+    format: "vhdx",
+    options: "block_size=1M",
+    most: 26 * MIB,
+    crashes: 3,
+    unclean: "",
+    ..VDI
+};
+
+const KINDS: [Kind; 6] = [
     Kind { options: "cluster_size=4k,table_size=2", ..QED },
     Kind { options: "cluster_size=8k,table_size=2", ..QED },
     VDI,
     Kind { options: "static=on", ..VDI },
+    VHDX,
+    Kind { options: "block_size=1M,subformat=fixed,block_state_zero=off", ..VHDX },
 ];
 
 impl Kind {

@@ -32,6 +32,8 @@ mod snapshots;
 mod targets;
 mod unheard;
 mod vdi;
+mod vhdx;
+mod vhdx_parents;
 
 pub use deep::chain_of;
 
