@@ -100,6 +100,7 @@ fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
     with_kept("bochs", targets::bochs::run);
     with_kept("cloop", targets::cloop::run);
     with_kept("dmg", targets::dmg::run);
+    with_kept("vhdx", targets::vhdx::run);
 }
 
 #[test]
@@ -182,6 +183,11 @@ fn images_of_small_formats_that_make_no_sense_are_refused_or_read() {
         targets::cloop::run(input);
         targets::dmg::run(input);
     });
+}
+
+#[test]
+fn a_damaged_vhdx_image_is_refused_or_used() {
+    with_seeds(600, bytes, |input, _| targets::vhdx::run(input));
 }
 
 #[test]

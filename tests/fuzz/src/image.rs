@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Creation, Error, Graph, Node, Perm, Perms, Registry};
-use vublk::format::{qcow2, raw};
+use vublk::format::{qcow2, raw, vhdx};
 use vublk::io::sim::Disorder;
 use vublk::options::{Map, keyval, qemuopts};
 use vublk::protocol::file;
@@ -16,17 +16,17 @@ use vublk::protocol::sim::{self, SimDisk, SimOptions};
 /// Bytes by which an image can grow.
 const ROOM: u64 = 256 << 10;
 
-/// Caches of the least size: making larger ones costs more than all that an input does.
-const CACHES: &str = ",l2-cache-size=32768,refcount-cache-size=65536";
+/// The driver, with caches of the least size: making larger ones costs more than all that an input does.
+const QCOW2: &str = "qcow2,l2-cache-size=32768,refcount-cache-size=65536";
 
 /// The drivers that open an image: none of files or servers, so that names in damaged images lead nowhere. A short list
 /// lets the linker drop the other drivers and their counters, which libFuzzer reads after each input.
 static REGISTRY: LazyLock<Registry> =
-    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &raw::ENTRY, &sim::ENTRY]]));
+    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &raw::ENTRY, &vhdx::ENTRY, &sim::ENTRY]]));
 
 /// The drivers that make one.
 static MAKERS: LazyLock<Registry> =
-    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &file::FILE]]));
+    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &vhdx::ENTRY, &file::FILE]]));
 
 /// The disk of one image.
 #[derive(Clone)]
@@ -49,16 +49,20 @@ pub fn disk_name() -> String {
     format!("fuzz{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// The bytes of a new qcow2 image with these creation options. It is made in a file, which is gone
-/// when this returns.
+/// The bytes of a new qcow2 image with these creation options.
 pub fn create(options: &str) -> Vec<u8> {
+    create_as("qcow2", options)
+}
+
+/// The bytes of a new image of a format. It is made in a file, which is gone when this returns.
+pub fn create_as(format: &str, options: &str) -> Vec<u8> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = std::env::temp_dir().join(format!("vublk-fuzz-{}-{n}.qcow2", std::process::id()));
+    let path = std::env::temp_dir().join(format!("vublk-fuzz-{}-{n}.{format}", std::process::id()));
     let name = path.to_str().expect("a name").to_owned();
     let given = qemuopts::parse(options, None).expect("options").options;
     let file = Map::from_iter([("driver", "file"), ("filename", &name)]);
-    let creation = Creation::new(&MAKERS, "qcow2", (&name, file), given, None);
+    let creation = Creation::new(&MAKERS, format, (&name, file), given, None);
     let creation = creation.expect("an image to make");
     worker(0).block_on(move || async move { creation.run().await }).expect("an image");
     let bytes = std::fs::read(&path).expect("an image");
@@ -104,7 +108,7 @@ impl Opened {
     async fn new(driver: Option<&str>, held: Perms) -> Result<Opened, Error> {
         let Kept { name, .. } = current();
         let options = match driver {
-            Some(driver) => format!("driver={driver}{CACHES},file.driver=sim,file.disk={name}"),
+            Some(driver) => format!("driver={driver},file.driver=sim,file.disk={name}"),
             None => format!("driver=sim,disk={name}"),
         };
         let options = keyval::parse(&format!("{options},node-name=image"), None);
@@ -124,8 +128,16 @@ impl Opened {
 pub fn with_qcow2(
     work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error> + 'static,
 ) -> Result<(), Error> {
+    with_format(QCOW2, work)
+}
+
+/// Opens the current disk as an image of this driver, with the driver's options, lets `work` use it, and closes it.
+pub fn with_format(
+    driver: &'static str,
+    work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error> + 'static,
+) -> Result<(), Error> {
     let held = Perm::CONSISTENT_READ | Perm::WRITE;
-    with(Some("qcow2"), Perms { held, shared: Perm::all() }, work)
+    with(Some(driver), Perms { held, shared: Perm::all() }, work)
 }
 
 /// Opens the bare disk for a check that may repair what it holds.

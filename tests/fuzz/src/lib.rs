@@ -21,6 +21,7 @@ pub mod qcow2_check;
 pub mod qcow2_header;
 pub mod qcow2_snapshots;
 mod scribbler;
+pub mod vhdx;
 pub mod vhost_user_messages;
 pub mod virtqueue;
 mod worker;
