@@ -7,8 +7,8 @@
 
 use super::Qcow2;
 use super::refcounts::Refcounts;
-use crate::block::{Event, Node};
-use crate::cow::{Allocator, Lock, Release, Run, Taken, lengthen};
+use crate::block::Event;
+use crate::cow::{Allocator, Lock, Release, Run, Taken};
 use crate::io::IoResult;
 use std::collections::VecDeque;
 
@@ -201,20 +201,5 @@ impl Qcow2 {
         let mut refcounts = self.refcounts().await?;
         self.reap(&mut refcounts).await;
         refcounts.reserve_run(self, count).await
-    }
-
-    /// Makes the file at least so long; it reads as zeroes there.
-    pub(super) async fn grow_file(&self, len: u64) -> IoResult {
-        self.grow(&self.file(), len).await
-    }
-
-    /// Makes a child's storage at least so long.
-    pub(super) async fn grow(&self, node: &Node, len: u64) -> IoResult {
-        // One at a time: a shorter length that comes later must not cut it off again.
-        let _turn = self.space.growing.lock().await;
-        if len <= node.driver().len() {
-            return Ok(());
-        }
-        lengthen(node, len).await
     }
 }

@@ -194,10 +194,10 @@ impl Wanted {
 impl Qcow2 {
     /// As [`Image::amend`](crate::block::Image::amend).
     pub(super) async fn amend_to(&self, changes: &Map) -> Result<(), Error> {
-        let old = self.header_now();
+        let old = self.header.now();
         let wanted = Wanted::take(&old, changes)?;
         let failed = |errno| Error::os("Failed to amend the image", errno);
-        self.check_snapshots()?;
+        self.snapshots.check()?;
         if wanted.version < old.version {
             self.check_downgrade(wanted.size.unwrap_or(self.size())).await?;
         }
@@ -224,7 +224,7 @@ impl Qcow2 {
         // That ends fast writes, too.
         self.close_image().await.map_err(failed)?;
         // From here on the file is not as this node has it in memory.
-        self.mapping.stopped.stop(Stop::ForGood);
+        self.mapping.tables().stopped.stop(Stop::ForGood);
         self.is_prepared.store(false, Ordering::SeqCst);
         // Version 2 has one width only.
         if wanted.version >= old.version {

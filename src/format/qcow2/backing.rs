@@ -22,13 +22,13 @@ impl Qcow2 {
         }
         let failed = |errno: Errno| Error::os("Could not write the header", errno);
         check_sound(self).await.map_err(failed)?;
-        let mut header = self.header.current.lock().await;
+        let mut header = self.metadata().lock_header().await;
         let mut new = header.clone();
         new.backing_file = name.map(|name| bytes::bytes_of(name).into_owned());
         new.extensions.retain(|extension| !matches!(extension, Extension::BackingFormat(_)));
         if let (Some(_), Some(format)) = (name, format) {
             new.extensions.push(Extension::BackingFormat(format.as_bytes().to_vec()));
         }
-        self.change_cluster(&mut header, new).await
+        header.write_cluster(new).await
     }
 }

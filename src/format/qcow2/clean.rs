@@ -8,7 +8,7 @@ use std::time::Duration;
 impl Qcow2 {
     /// Gives back at every interval what was not used since the last one, as long as the image is open.
     pub(super) fn clean_every(&self, interval: Duration) {
-        let cache = Arc::downgrade(&self.mapping.cache);
+        let cache = Arc::downgrade(&self.mapping.tables().cache);
         let counts = self.space.counts.as_ref().map(Arc::downgrade);
         periodic::every(interval, move || {
             let Some(cache) = cache.upgrade() else { return false };

@@ -6,9 +6,9 @@
 //! reads go on, as they do for whoever opens a marked image read-only. Otherwise the request fails
 //! that met it.
 
-use super::Qcow2;
 use super::header::Incompatible;
 use super::layout::{BadEntry, L1Entry, L2Entry};
+use super::metadata::Metadata;
 use super::overlap::Kinds;
 use crate::block::{Corrupted, Notice, Notices};
 use crate::io::Errno;
@@ -17,6 +17,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// What an open image knows of its corruption.
 pub struct Corruption {
+    /// The node's name, for what is logged and told.
+    name: String,
+    /// The image is open for writing.
+    is_writable: bool,
     notices: Arc<Notices>,
     /// A [`Level`].
     told: AtomicU8,
@@ -33,56 +37,62 @@ enum Level {
 }
 
 impl Corruption {
-    pub fn new(notices: Arc<Notices>) -> Corruption {
-        Corruption { notices, told: AtomicU8::new(0), is_marked: AtomicBool::new(false) }
+    pub fn new(name: &str, is_writable: bool, notices: Arc<Notices>) -> Corruption {
+        Corruption {
+            name: name.to_owned(),
+            is_writable,
+            notices,
+            told: AtomicU8::new(0),
+            is_marked: AtomicBool::new(false),
+        }
     }
 
     /// Nothing is to be written any more.
     pub fn is_fatal(&self) -> bool {
         self.told.load(Ordering::Acquire) == Level::Fatal as u8
     }
-}
 
-impl Qcow2 {
-    /// Gives the result of a request or an operation back. Before an error, sees to it that the header says
-    /// what was found.
-    pub(super) async fn marked<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
-        if result.is_err() && self.corruption.is_fatal() {
-            self.mark_corrupt().await;
-        }
-        result
+    fn fatal(&self, message: String) -> Errno {
+        self.tell(true, None, message)
     }
 
-    /// Marks a corrupt image as such, durably, unless that is done.
-    pub(super) async fn mark_corrupt(&self) {
-        if self.corruption.is_marked.load(Ordering::SeqCst) {
-            return;
-        }
-        let mut header = self.header.current.lock().await;
-        // Version 2 cannot say it.
-        if header.version >= 3 && !self.corruption.is_marked.load(Ordering::SeqCst) {
-            let mut new = header.clone();
-            new.incompatible |= Incompatible::CORRUPT;
-            // If it fails, the header is in doubt, and whoever comes next tries again.
-            if self.write_header(&mut header, new).await.is_err() {
-                return;
-            }
-        }
-        self.corruption.is_marked.store(true, Ordering::SeqCst);
+    fn not_fatal(&self, message: String) -> Errno {
+        self.tell(false, None, message)
     }
 
     /// Tells of it, unless as much was told. `place`: offset and length in the file, in bytes.
-    fn tell_corrupt(&self, is_fatal: bool, place: Option<(u64, u64)>, message: String) {
+    fn tell(&self, is_fatal: bool, place: Option<(u64, u64)>, message: String) -> Errno {
         let is_fatal = is_fatal && self.is_writable;
         let level = if is_fatal { Level::Fatal } else { Level::NotFatal } as u8;
-        if self.corruption.told.fetch_max(level, Ordering::SeqCst) >= level {
+        if self.told.fetch_max(level, Ordering::SeqCst) < level {
+            let name = &self.name;
+            log::error!("{name}: {}", line(is_fatal, &message));
+            let node = name.clone();
+            let corrupted = Corrupted { node, message, place, is_fatal };
+            self.notices.tell(Notice::Corrupted(corrupted));
+        }
+        Errno::EIO
+    }
+}
+
+impl Metadata<'_> {
+    /// Marks a corrupt image as such, durably, unless that is done.
+    pub async fn mark_corrupt(self) {
+        let is_marked = &self.corruption.is_marked;
+        if is_marked.load(Ordering::SeqCst) {
             return;
         }
-        let name = &self.name;
-        log::error!("{name}: {}", line(is_fatal, &message));
-        let node = name.clone();
-        let corrupted = Corrupted { node, message, place, is_fatal };
-        self.corruption.notices.tell(Notice::Corrupted(corrupted));
+        let mut header = self.lock_header().await;
+        // Version 2 cannot say it.
+        if header.version >= 3 && !is_marked.load(Ordering::SeqCst) {
+            let mut new = header.clone();
+            new.incompatible |= Incompatible::CORRUPT;
+            // If it fails, the header is in doubt, and the next task tries again.
+            if header.write(new).await.is_err() {
+                return;
+            }
+        }
+        is_marked.store(true, Ordering::SeqCst);
     }
 }
 
@@ -101,21 +111,30 @@ pub fn line(is_fatal: bool, message: &str) -> String {
 }
 
 /// An L2 entry that makes no sense to a reader.
-pub fn bad_entry(image: &Qcow2, guest: u64, entry: L2Entry, error: BadEntry) -> Errno {
+pub fn bad_entry(image: Metadata<'_>, guest: u64, entry: L2Entry, error: BadEntry) -> Errno {
     let place = entry_place(image, guest);
     match error {
         BadEntry::Reserved => reserved(image, &place),
         BadEntry::Unaligned => {
             let offset = entry.offset();
-            fatal(image, format!("Cluster allocation offset {offset:#x} unaligned ({place})"))
+            image
+                .corruption
+                .fatal(format!("Cluster allocation offset {offset:#x} unaligned ({place})"))
         }
         // With two spaces, as QEMU has it.
-        BadEntry::Bitmap => fatal(image, format!("Invalid cluster entry found  ({place})")),
+        BadEntry::Bitmap => {
+            image.corruption.fatal(format!("Invalid cluster entry found  ({place})"))
+        }
     }
 }
 
 /// An L2 entry that makes no sense to a writer.
-pub fn bad_entry_to_write(image: &Qcow2, guest: u64, entry: L2Entry, error: BadEntry) -> Errno {
+pub fn bad_entry_to_write(
+    image: Metadata<'_>,
+    guest: u64,
+    entry: L2Entry,
+    error: BadEntry,
+) -> Errno {
     let place = entry_place(image, guest);
     match error {
         BadEntry::Reserved => reserved(image, &place),
@@ -125,46 +144,54 @@ pub fn bad_entry_to_write(image: &Qcow2, guest: u64, entry: L2Entry, error: BadE
                 false => "Data cluster",
             };
             let (offset, guest) = (entry.offset(), hex(guest));
-            fatal(image, format!("{what} offset {offset:#x} unaligned (guest offset: {guest})"))
+            image
+                .corruption
+                .fatal(format!("{what} offset {offset:#x} unaligned (guest offset: {guest})"))
         }
-        BadEntry::Bitmap => fatal(image, format!("Invalid cluster entry found ({place})")),
+        BadEntry::Bitmap => {
+            image.corruption.fatal(format!("Invalid cluster entry found ({place})"))
+        }
     }
 }
 
 /// A newer program may know what they mean.
-fn reserved(image: &Qcow2, place: &str) -> Errno {
-    not_fatal(image, format!("Cluster entry with reserved bits ({place})"))
+fn reserved(image: Metadata<'_>, place: &str) -> Errno {
+    image.corruption.not_fatal(format!("Cluster entry with reserved bits ({place})"))
 }
 
-fn entry_place(image: &Qcow2, guest: u64) -> String {
-    let geometry = &image.geometry;
-    let table = image.l1.get(geometry.l1_index(guest)).l2_table();
+fn entry_place(image: Metadata<'_>, guest: u64) -> String {
+    let geometry = image.geometry;
+    let table = image.mapping.l1_of(guest).l2_table();
     format!("L2 offset: {table:#x}, L2 index: {}", hex(geometry.l2_index(guest)))
 }
 
 /// An L1 entry that names no place where an L2 table can be.
-pub fn bad_l1(image: &Qcow2, guest: u64, entry: L1Entry) -> Errno {
+pub fn bad_l1(image: Metadata<'_>, guest: u64, entry: L1Entry) -> Errno {
     let index = hex(image.geometry.l1_index(guest));
     let table = entry.l2_table();
     match entry.has_reserved_bits() {
-        true => not_fatal(image, format!("L1 entry with reserved bits (L1 index: {index})")),
-        false => fatal(image, format!("L2 table offset {table:#x} unaligned (L1 index: {index})")),
+        true => {
+            image.corruption.not_fatal(format!("L1 entry with reserved bits (L1 index: {index})"))
+        }
+        false => image
+            .corruption
+            .fatal(format!("L2 table offset {table:#x} unaligned (L1 index: {index})")),
     }
 }
 
 /// A table that is said to be where no file is.
-pub fn outside(image: &Qcow2, what: &str, at: u64) -> Errno {
-    fatal(image, format!("{what} offset {at:#x} past the end of the file"))
+pub fn outside(image: Metadata<'_>, what: &str, at: u64) -> Errno {
+    image.corruption.fatal(format!("{what} offset {at:#x} past the end of the file"))
 }
 
 /// Guest data that is said to be where no file is.
-pub fn data_outside(image: &Qcow2, what: &str, at: u64) -> Errno {
-    not_fatal(image, format!("{what} offset {at:#x} past the end of the file"))
+pub fn data_outside(image: Metadata<'_>, what: &str, at: u64) -> Errno {
+    image.corruption.not_fatal(format!("{what} offset {at:#x} past the end of the file"))
 }
 
 /// An entry of the refcount table that names no place where a block can be.
-pub fn bad_refcount_table(image: &Qcow2, index: usize, entry: u64) -> Errno {
-    fatal(image, unaligned_refcount_block(index, entry))
+pub fn bad_refcount_table(image: Metadata<'_>, index: usize, entry: u64) -> Errno {
+    image.corruption.fatal(unaligned_refcount_block(index, entry))
 }
 
 /// The text for an entry of the refcount table that names no place where a block can be.
@@ -173,38 +200,26 @@ pub fn unaligned_refcount_block(index: usize, entry: u64) -> String {
 }
 
 /// A reference to a cluster that counts none.
-pub fn bad_refcount(image: &Qcow2, cluster: u64) -> Errno {
+pub fn bad_refcount(image: Metadata<'_>, cluster: u64) -> Errno {
     let offset = cluster << image.geometry.cluster_bits;
-    not_fatal(image, format!("Cluster {offset:#x} is in use, but its refcount is 0"))
+    image.corruption.not_fatal(format!("Cluster {offset:#x} is in use, but its refcount is 0"))
 }
 
 /// Something that would be written over metadata: `len` bytes at `offset` of the file.
-pub fn overlaps(image: &Qcow2, offset: u64, len: u64, kind: Kinds) -> Errno {
+pub fn overlaps(image: Metadata<'_>, offset: u64, len: u64, kind: Kinds) -> Errno {
     let message = format!("Preventing invalid write on metadata (overlaps with {})", kind.name());
-    image.tell_corrupt(true, Some((offset, len)), message);
-    Errno::EIO
+    image.corruption.tell(true, Some((offset, len)), message)
 }
 
 /// A cluster that counts no references, but that an entry names: it would belong to two.
-pub fn in_use(image: &Qcow2, cluster: u64) -> Errno {
+pub fn in_use(image: Metadata<'_>, cluster: u64) -> Errno {
     let size = image.geometry.cluster_size();
     let offset = cluster << image.geometry.cluster_bits;
     let message = format!("Preventing invalid allocation of cluster {offset:#x}, which is in use");
-    image.tell_corrupt(true, Some((offset, size)), message);
-    Errno::EIO
+    image.corruption.tell(true, Some((offset, size)), message)
 }
 
 /// As C prints it: nothing before a zero.
 fn hex(n: u64) -> String {
     if n == 0 { "0".to_owned() } else { format!("{n:#x}") }
-}
-
-fn fatal(image: &Qcow2, message: String) -> Errno {
-    image.tell_corrupt(true, None, message);
-    Errno::EIO
-}
-
-fn not_fatal(image: &Qcow2, message: String) -> Errno {
-    image.tell_corrupt(false, None, message);
-    Errno::EIO
 }

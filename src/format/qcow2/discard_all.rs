@@ -19,13 +19,13 @@ impl Qcow2 {
         self.event(Event::EmptyImagePrepare).await;
         let bits = self.geometry.cluster_bits;
         let end = self.geometry.clusters(self.size());
-        let entries = self.mapping.cache.entries() as u64;
+        let entries = self.mapping.tables().cache.entries() as u64;
         let mut first = 0;
         let mut discarded = Vec::new();
         while first < end {
             let guest = first << bits;
             let index = self.geometry.l1_index(guest);
-            if self.l1.get(index).l2_table() == 0 {
+            if self.mapping.l1_at(index).l2_table() == 0 {
                 first = (index + 1) * self.geometry.l2_entries();
                 continue;
             }
@@ -54,14 +54,14 @@ impl Qcow2 {
     /// Removes the entries of guest clusters of one slice, whose L2 table exists. Returns whether any were set.
     async fn discard_clusters_of(&self, first: u64, stop: u64) -> IoResult<bool> {
         let guest = first << self.geometry.cluster_bits;
-        let _range = self.mapping.ranges.lock(first..stop).await;
-        let _visit = self.mapping.visits.enter();
+        let _range = self.mapping.tables().ranges.lock(first..stop).await;
+        let _visit = self.mapping.tables().visits.enter();
         self.ensure_own_table(guest).await?;
         let mut releases = Vec::new();
         let mut is_changed = false;
         {
             let pinned = pin(self, guest).await?;
-            let (_, index) = self.mapping.slice_of(guest);
+            let (_, index) = self.mapping.tables().slice_of(guest);
             for n in 0..(stop - first) as usize {
                 let old = pinned.get(index + n);
                 is_changed |= old != L2Entry::UNALLOCATED;

@@ -21,8 +21,8 @@ fn not_expanded(errno: Errno) -> Error {
 impl Qcow2 {
     /// Refuses what an image of version 2 with a disk of `size` bytes cannot have.
     pub(super) async fn check_downgrade(&self, size: u64) -> Result<(), Error> {
-        if self.header_now().nb_snapshots > 0 {
-            let table = self.snapshot_table()?;
+        if self.header.now().nb_snapshots > 0 {
+            let table = self.snapshots.shareable()?;
             let mut snapshots = table.list.iter();
             if !snapshots.all(|snapshot| snapshot.fits_version_2(size)) {
                 return Err(Error::new("Internal snapshots prevent downgrade of image"));
@@ -54,11 +54,11 @@ impl Qcow2 {
     /// The L2 tables of all snapshots, by their place, with an entry that names each.
     async fn snapshots_l2(&self) -> Result<BTreeMap<u64, (u64, L1Entry)>, Error> {
         let mut tables = BTreeMap::new();
-        if self.header_now().nb_snapshots == 0 {
+        if self.header.now().nb_snapshots == 0 {
             return Ok(tables);
         }
-        for snapshot in &self.snapshot_table()?.list {
-            let l1 = self.snapshot_l1(snapshot).await;
+        for snapshot in &self.snapshots.shareable()?.list {
+            let l1 = snapshot.read_l1(&self.file(), &self.geometry).await;
             let l1 = l1.map_err(|error| error.at("Failed to turn zero into data clusters"))?;
             let named = (0u64..).zip(l1).filter(|(_, entry)| entry.l2_table() != 0);
             tables.extend(named.map(|(index, entry)| (entry.l2_table(), (index, entry))));
@@ -93,7 +93,7 @@ impl Qcow2 {
         let mut at = 0;
         while at < end {
             let piece = {
-                let _visit = self.mapping.visits.enter();
+                let _visit = self.mapping.tables().visits.enter();
                 lookup(self, at, end - at).await?
             };
             let stop = at + piece.len;

@@ -13,20 +13,20 @@ use std::sync::atomic::Ordering;
 
 impl Qcow2 {
     pub(super) async fn flush_all(&self) -> IoResult {
-        self.settle_header().await?;
+        self.metadata().settle_header().await?;
         if !self.is_prepared.load(Ordering::Acquire) {
             // Nothing has been written.
             return Ok(());
         }
         if self.corruption.is_fatal() {
             // What is in the cache may be wrong: a repair needs the file as it is.
-            self.flush_children().await?;
+            self.nodes.flush().await?;
             return Err(Errno::EIO);
         }
         write_suspects(self).await?;
         settle_journal(self).await?;
-        let batch = self.space.freed.begin_flush(&self.mapping.visits);
-        let result = self.flush_children().await;
+        let batch = self.space.freed.begin_flush(&self.mapping.tables().visits);
+        let result = self.nodes.flush().await;
         self.space.freed.end_flush(batch, result);
         result?;
         // Whoever has them now does it, or the next flush: this one waits for nobody.
@@ -39,18 +39,11 @@ impl Qcow2 {
         Ok(())
     }
 
-    async fn flush_children(&self) -> IoResult {
-        if self.data != 0 {
-            self.data().flush().await?;
-        }
-        self.file().flush().await
-    }
-
     /// Brings the image to a rest: nothing is in flight.
     pub(super) async fn close_image(&self) -> IoResult {
         let is_written = self.is_prepared.load(Ordering::Acquire) || self.has_touched_bitmaps();
         // Amending and repairing close the image before they change the file: nothing is left to write.
-        let is_ours = self.mapping.stopped.get() != Stop::ForGood;
+        let is_ours = self.mapping.tables().stopped.get() != Stop::ForGood;
         if self.is_writable && is_written && is_ours {
             begin_rest(self).await;
             self.close_written().await?;
@@ -102,17 +95,17 @@ impl Qcow2 {
         };
         self.cut_file(&unused, packed_end, used).await;
         drop(refcounts);
-        let mut header = self.header.current.lock().await;
+        let mut header = self.metadata().lock_header().await;
         if header.incompatible.contains(Incompatible::DIRTY) && !self.snapshots.needs_repair() {
             self.file().flush().await?;
             let mut new = header.clone();
             new.incompatible -= Incompatible::DIRTY;
-            self.write_header(&mut header, new).await?;
+            header.write(new).await?;
         }
         drop(header);
         self.file().flush().await?;
         if !self.has_to_take_back() {
-            self.mapping.journal.mark_in_use(false);
+            self.mapping.tables().journal.mark_in_use(false);
         }
         Ok(())
     }

@@ -24,7 +24,9 @@ impl Qcow2 {
     pub(super) async fn reap(&self, refcounts: &mut Refcounts) {
         loop {
             let members = self.data().members();
-            let Some(releases) = self.space.freed.pop_unused(&self.mapping.visits, &members) else {
+            let Some(releases) =
+                self.space.freed.pop_unused(&self.mapping.tables().visits, &members)
+            else {
                 return;
             };
             self.lower(refcounts, releases).await;

@@ -53,7 +53,7 @@ impl Qcow2 {
         if has_bitmaps(&header) {
             return Err(Error::new("an image with dirty bitmaps cannot be handed over"));
         }
-        let mut current = self.header.current.lock().await;
+        let mut current = self.metadata().lock_header().await;
         let same = header.geometry() == self.geometry
             && header.compression == self.compression
             && header.backing_file == current.backing_file;
@@ -65,8 +65,7 @@ impl Qcow2 {
         if self.is_writable {
             open::clear_unknown(&self.name, &file, &mut header).await?;
         }
-        self.l1.replace(&open::load_l1(&file, &header).await?);
-        self.mapping.cache.forget(|_| true);
+        self.mapping.replace_l1(&open::load_l1(&file, &header).await?);
         if let Some(counts) = &self.space.counts {
             let mut counts = counts.lock().await;
             let place = (header.refcount_table_offset, header.refcount_table_clusters);
@@ -74,10 +73,9 @@ impl Qcow2 {
             read.map_err(open::no_refcounts)?;
         }
         self.snapshots.replace(snapshots::Table::read(&file, &header).await);
-        self.mapping.journal.close(false);
+        self.mapping.tables().journal.close(false);
         self.size.store(header.size, Ordering::SeqCst);
-        *self.header.shown.lock() = header.clone();
-        *current = header;
+        current.replace(header);
         drop(current);
         self.note_metadata().await;
         // What it was going to give back is somebody else's by now, or leaked.

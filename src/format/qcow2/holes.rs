@@ -62,7 +62,7 @@ impl Qcow2 {
     /// How many clusters of the file are counted as in use; not on when there are so `many`.
     async fn clusters_in_use(&self, many: u64) -> IoResult<u64> {
         let (file, geometry) = (self.file(), &self.geometry);
-        let header = self.header_now();
+        let header = self.header.now();
         let table_end = header.refcount_table_offset
             + (u64::from(header.refcount_table_clusters) << geometry.cluster_bits);
         let size = geometry.cluster_size() as usize;

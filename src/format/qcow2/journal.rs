@@ -57,7 +57,7 @@ impl Recovering for Qcow2 {
     }
 
     fn has_own_table(&self, guest: u64) -> bool {
-        self.is_own_table(self.l1.get(self.geometry.l1_index(guest)))
+        self.mapping.l1_of(guest).has_own_table()
     }
 
     fn owned(&self, guest: u64, entry: L2Entry) -> Option<Owned> {
@@ -96,7 +96,7 @@ impl Journaled for Qcow2 {
     fn detach(&self, memory: Arc<dyn Survivor>) -> LocalFuture<'_, IoResult> {
         Box::pin(async move {
             let settled = settle_journal(self).await;
-            self.mapping.journal.let_go(&memory);
+            self.mapping.tables().journal.let_go(&memory);
             settled
         })
     }

@@ -241,6 +241,11 @@ impl L1Entry {
         self.0 & OFFSET_MASK
     }
 
+    /// Whether there is an L2 table that may be changed where it is.
+    pub fn has_own_table(self) -> bool {
+        self.l2_table() != 0 && self.is_copied()
+    }
+
     /// Whether the L2 table's refcount is exactly one: true in the active L1 table alone.
     pub fn is_copied(self) -> bool {
         self.0 & COPIED != 0

@@ -1,5 +1,5 @@
-//! How an image maps a guest's clusters: what the layer of tables ([`crate::cow`]) asks of this format to find
-//! and read them.
+//! How an image maps a guest's clusters: the tables in memory, and what the layer of tables ([`crate::cow`]) asks of
+//! this format to find and read them.
 
 use super::layout::{BadEntry, Cluster, Geometry, L1Entry, L2Entry, MAX_L1_BYTES};
 use super::overlap::Kinds;
@@ -7,7 +7,8 @@ use super::{Qcow2, corrupt};
 use crate::block::{Access, Child, Event, Node, Precision, Status};
 use crate::cow;
 use crate::cow::{
-    Compressed, Format, Found, Piece, SliceNo, TableCache, Tables, TopTable, Writable, announce,
+    Compressed, Format, Found, Lock, LockGuard, Piece, SliceNo, TableCache, Tables, TopTable,
+    Writable,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::Arc;
@@ -15,19 +16,98 @@ use std::sync::Arc;
 /// L1 entries that an image can have.
 const MAX_L1_ENTRIES: u64 = MAX_L1_BYTES / 8;
 
-/// The L1 table in memory, with these entries.
-pub(super) fn l1_table(entries: &[L1Entry]) -> TopTable<L1Entry> {
-    TopTable::new(MAX_L1_ENTRIES, entries)
+/// The mapping of an open image: the L1 table, and what the layer has in memory of L2 tables.
+pub struct ImageMapping {
+    geometry: Geometry,
+    l1: TopTable<L1Entry>,
+    /// Held while an L1 entry changes.
+    l1_turn: Lock<()>,
+    tables: Tables<L2Entry>,
 }
 
-/// The mapping of an image that was just opened: `cache` bytes of L2 tables, in slices of `slice` bytes.
-///
-/// # Errors
-/// There is not so much memory.
-pub(super) fn tables(geometry: &Geometry, cache: u64, slice: u64) -> IoResult<Tables<L2Entry>> {
-    let entry = geometry.l2_entry_size();
-    let cache = TableCache::new(cache, (slice / entry) as usize, entry as usize / 8)?;
-    Ok(Tables::new(geometry.shape(), cache))
+/// The turn to change the L1 table in memory.
+pub struct L1Turn<'a> {
+    l1: &'a TopTable<L1Entry>,
+    _turn: LockGuard<'a, ()>,
+}
+
+impl ImageMapping {
+    /// The mapping of an image that was just opened: `cache` bytes of L2 tables, in slices of `slice` bytes.
+    ///
+    /// # Errors
+    /// There is not so much memory.
+    pub fn new(
+        geometry: Geometry,
+        l1: &[L1Entry],
+        cache: u64,
+        slice: u64,
+    ) -> IoResult<ImageMapping> {
+        let entry = geometry.l2_entry_size();
+        let cache = TableCache::new(cache, (slice / entry) as usize, entry as usize / 8)?;
+        Ok(ImageMapping {
+            geometry,
+            l1: TopTable::new(MAX_L1_ENTRIES, l1),
+            l1_turn: Lock::new(()),
+            tables: Tables::new(geometry.shape(), cache),
+        })
+    }
+
+    /// What the layer has in memory.
+    pub fn tables(&self) -> &Tables<L2Entry> {
+        &self.tables
+    }
+
+    /// How many entries the L1 table has.
+    pub fn l1_entries(&self) -> u64 {
+        self.l1.entries()
+    }
+
+    /// An L1 entry, or an empty one past the end.
+    pub fn l1_at(&self, index: u64) -> L1Entry {
+        self.l1.get(index)
+    }
+
+    /// The L1 entry of a guest offset.
+    pub fn l1_of(&self, guest: u64) -> L1Entry {
+        self.l1.get(self.geometry.l1_index(guest))
+    }
+
+    /// All L1 entries.
+    pub fn l1(&self) -> impl Iterator<Item = L1Entry> {
+        (0..self.l1.entries()).map(|index| self.l1.get(index))
+    }
+
+    /// Waits for the turn to change L1 entries.
+    pub async fn lock_l1(&self) -> L1Turn<'_> {
+        L1Turn { _turn: self.l1_turn.lock().await, l1: &self.l1 }
+    }
+
+    /// Shows another L1 table, which may be shorter: entries behind its end are empty. No request is in flight.
+    pub fn show_l1(&self, l1: &[L1Entry]) {
+        self.l1.grow(l1.len() as u64);
+        for index in 0..self.l1.entries() {
+            self.l1.set(index, l1.get(index as usize).copied().unwrap_or(L1Entry(0)));
+        }
+        self.tables.cache.forget(|_| true);
+    }
+
+    /// Takes the L1 table of an image that another process has written. No request is in flight.
+    pub fn replace_l1(&self, l1: &[L1Entry]) {
+        self.l1.replace(l1);
+        self.tables.cache.forget(|_| true);
+    }
+}
+
+impl L1Turn<'_> {
+    /// Shows an entry to all readers.
+    pub fn set(&self, index: u64, entry: L1Entry) {
+        self.l1.set(index, entry);
+    }
+
+    /// Makes the table at least so long; new entries are empty.
+    pub fn grow(&self, entries: u64) {
+        self.l1.grow(entries);
+    }
 }
 
 impl Format for Qcow2 {
@@ -35,19 +115,19 @@ impl Format for Qcow2 {
     type Bad = BadEntry;
 
     fn tables(&self) -> &Tables<L2Entry> {
-        &self.mapping
+        &self.mapping.tables
     }
 
     fn file_child(&self) -> &Child {
-        &self.children[0]
+        self.nodes.file_child()
     }
 
     fn data_child(&self) -> (usize, &Child) {
-        (self.data, &self.children[self.data])
+        self.nodes.data_child()
     }
 
     fn backing_child(&self) -> Option<&Child> {
-        self.backing.map(|index| &self.children[index])
+        self.nodes.backing_child()
     }
 
     /// The backing file is the guest's disk, without the state of a virtual machine behind it.
@@ -56,16 +136,16 @@ impl Format for Qcow2 {
     }
 
     fn has_table(&self, guest: u64) -> bool {
-        self.l1.get(self.geometry.l1_index(guest)).l2_table() != 0
+        self.mapping.l1_of(guest).l2_table() != 0
     }
 
     fn slice_offset(&self, guest: u64) -> IoResult<u64> {
-        let entry = self.l1.get(self.geometry.l1_index(guest));
+        let entry = self.mapping.l1_of(guest);
         let table = entry.l2_table();
         if entry.has_reserved_bits() || table == 0 || !self.geometry.is_cluster_start(table) {
-            return Err(corrupt::bad_l1(self, guest, entry));
+            return Err(corrupt::bad_l1(self.metadata(), guest, entry));
         }
-        Ok(table + self.mapping.slice_in_table(guest))
+        Ok(table + self.mapping.tables.slice_in_table(guest))
     }
 
     fn parse(bytes: &[u8]) -> L2Entry {
@@ -100,22 +180,22 @@ impl Format for Qcow2 {
     }
 
     fn overlay(&self, slice: SliceNo, entries: &mut [L2Entry]) {
-        self.mapping.journal.show(slice, entries);
+        self.mapping.tables.journal.show(slice, entries);
     }
 
     fn examine(&self, entries: &[L2Entry]) {
-        self.check_slice(entries);
+        self.metadata().check_slice(entries, |hosts| self.space.pool.lock().reserves(hosts));
     }
 
     fn bad_entry(&self, at: u64, entry: L2Entry, bad: BadEntry, access: Access) -> Errno {
         match access {
-            Access::Read => corrupt::bad_entry(self, at, entry, bad),
-            _ => corrupt::bad_entry_to_write(self, at, entry, bad),
+            Access::Read => corrupt::bad_entry(self.metadata(), at, entry, bad),
+            _ => corrupt::bad_entry_to_write(self.metadata(), at, entry, bad),
         }
     }
 
     fn table_outside(&self, offset: u64) -> Errno {
-        corrupt::outside(self, "L2 table", offset)
+        corrupt::outside(self.metadata(), "L2 table", offset)
     }
 
     async fn read_compressed(&self, at: u64, place: Compressed, into: &IoVec<'_>) -> IoResult {
@@ -142,32 +222,32 @@ impl Writable for Qcow2 {
     }
 
     async fn check_intact(&self) -> IoResult {
-        self.settle_header().await?;
+        self.metadata().settle_header().await?;
         if self.corruption.is_fatal() {
-            self.mark_corrupt().await;
+            self.metadata().mark_corrupt().await;
             return Err(Errno::EIO);
         }
         Ok(())
     }
 
     fn check_table_write(&self, offset: u64, len: u64) -> IoResult {
-        self.check_write(offset, len, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)
+        self.metadata().check_write(offset, len, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)
     }
 }
 
 impl Qcow2 {
     /// Tells debugging filters below what is about to be done to the image.
     pub(super) async fn event(&self, event: Event) {
-        announce(self, event).await;
+        self.nodes.event(event).await;
     }
 
     pub(super) fn file(&self) -> Arc<Node> {
-        cow::file(self)
+        self.nodes.file()
     }
 
     /// The node that holds the guest's data.
     pub(super) fn data(&self) -> Arc<Node> {
-        cow::data(self)
+        self.nodes.data()
     }
 
     pub(super) fn backing(&self) -> Option<Arc<Node>> {

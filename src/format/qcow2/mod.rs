@@ -6,7 +6,8 @@
 //! | `layout` | sizes, indices, table entries |
 //! | `options`, `open` | what can be asked for; opening |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
-//! | `mapping` | what [`crate::cow`] asks of the format to find and read a guest's bytes |
+//! | `nodes` | the file, the backing file, the external data file |
+//! | `mapping` | the tables in memory; what [`crate::cow`] asks of the format to find and read a guest's bytes |
 //! | `compressed`, `unpack` | compressed clusters: packing, reading |
 //! | `clean` | memory of cached tables that were not used is given back |
 //! | `create`, `new_image`, `amend`, `downgrade` | making images, and making them others |
@@ -16,16 +17,16 @@
 //! | `check`, `info` | checking and repairing; what an image says of itself |
 //! | `write`, `zero` | writing, zeroing and discarding: what changes the mapping |
 //! | `tables` | new tables, and what has to be on the disk before the first write |
-//! | `header_cluster`, `header_steps` | the one writer of the header, and the order of its writes |
+//! | `image_header`, `header_cluster`, `header_steps` | the header in memory, its one writer, and the order of its writes |
 //! | `journal` | what the layer's journal of waiting entries asks of the format |
 //! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `vmstate` | the state of a virtual machine, behind the disk |
 //! | `space`, `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
 //! | `take_back` | what a killed process has left counted and unused |
-//! | `header_state` | the header in memory, and whether the disk has it |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `discard_all` | another backing file; discarding all data |
+//! | `metadata` | the parts that say where metadata is, as others look at them |
 //! | `overlap`, `metadata_map`, `corrupt` | metadata that must not be overwritten, and its places; reports of corrupt images |
 
 mod alloc;
@@ -47,16 +48,18 @@ mod freed;
 mod hand_over;
 pub mod header;
 mod header_cluster;
-mod header_state;
 mod header_steps;
 mod holes;
+mod image_header;
 pub mod info;
 mod journal;
 pub mod layout;
 mod mapping;
 mod measure;
+mod metadata;
 mod metadata_map;
 mod new_image;
+mod nodes;
 mod open;
 mod options;
 pub mod order;
@@ -77,16 +80,19 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    self, Lock, LockGuard, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range,
-    settle_journal, status, without_fast_writes, write_range, zero_range,
+    self, LockGuard, Stop, decider, discard_range, fast_read, read_range, settle_journal, status,
+    without_fast_writes, write_range, zero_range,
 };
 use crate::io::{Blocking, Budget, Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
 use bitmaps::ImageBitmaps;
 use corrupt::Corruption;
 use header::{Compression, Header};
-use header_state::ImageHeader;
-use layout::{Geometry, L1Entry, L2Entry};
+use image_header::ImageHeader;
+use layout::Geometry;
+use mapping::ImageMapping;
+use metadata::Metadata;
+use nodes::Nodes;
 use overlap::Overlaps;
 use refcounts::Refcounts;
 use space::Space;
@@ -107,8 +113,9 @@ pub static ENTRY: DriverEntry = DriverEntry {
 
 /// An open image: its header, mapping, space, snapshots and bitmaps, and what was asked for when it was opened.
 ///
-/// Locks that are held across waits are taken in this order: a range of guest clusters (`mapping`), `l1_turn`, the turn to
-/// settle the journal and the turn to write a slice (`mapping`), those of `space`, the lock of `header`.
+/// Locks that are held across waits are taken in this order: a range of guest clusters, the turn to
+/// change the L1 table, the turn to settle the journal and the turn to write a slice (all of `mapping`), those of `space`,
+/// the turn to make a child longer (`nodes`), the turn to change the header.
 pub struct Qcow2 {
     /// The node's, for what is logged.
     name: String,
@@ -116,17 +123,10 @@ pub struct Qcow2 {
     compression: Compression,
     /// Of the disk, in bytes.
     size: AtomicU64,
-    /// `file`, then `backing` and `data-file` if there are such.
-    children: Vec<Child>,
-    backing: Option<usize>,
-    /// The child with the guest's data.
-    data: usize,
+    nodes: Nodes,
     /// Whether others may write to an external data file that is only read here.
     readers_share: bool,
-    l1: TopTable<L1Entry>,
-    /// Held while an L1 entry changes.
-    l1_turn: Lock<()>,
-    mapping: Tables<L2Entry>,
+    mapping: ImageMapping,
     corruption: Corruption,
     overlaps: Overlaps,
     /// Unpacking, which takes longer than a worker may be kept,
@@ -163,6 +163,36 @@ impl Qcow2 {
         self.size.load(Ordering::Relaxed)
     }
 
+    /// What a part looks at besides its own.
+    fn metadata(&self) -> Metadata<'_> {
+        Metadata {
+            geometry: &self.geometry,
+            nodes: &self.nodes,
+            header: &self.header,
+            mapping: &self.mapping,
+            snapshots: &self.snapshots,
+            overlaps: &self.overlaps,
+            corruption: &self.corruption,
+        }
+    }
+
+    /// Gives the result of a request or an operation back. Before an error, sees to it that the header says
+    /// what was found.
+    async fn marked<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
+        if result.is_err() && self.corruption.is_fatal() {
+            self.metadata().mark_corrupt().await;
+        }
+        result
+    }
+
+    /// Notes where all metadata is, as it was read from the file.
+    async fn note_metadata(&self) {
+        self.metadata().note_metadata().await;
+        if let Some(counts) = &self.space.counts {
+            self.metadata().note_blocks(counts.lock().await.blocks_named());
+        }
+    }
+
     async fn refcounts(&self) -> IoResult<LockGuard<'_, Refcounts>> {
         match &self.space.counts {
             Some(counts) => Ok(counts.lock().await),
@@ -190,7 +220,7 @@ impl Driver for Qcow2 {
     }
 
     fn children(&self) -> &[Child] {
-        &self.children
+        self.nodes.children()
     }
 
     fn filename(&self) -> Option<String> {
@@ -268,11 +298,11 @@ impl Driver for Qcow2 {
     }
 
     fn child_perms(&self, child: usize, own: Perms) -> Perms {
-        if Some(child) == self.backing {
+        if self.nodes.is_backing(child) {
             return Perms::backing(own);
         }
         let mut perms = Perms::format(own);
-        if child != 0 && !self.is_writable && self.readers_share {
+        if self.nodes.is_data_file(child) && !self.is_writable && self.readers_share {
             // It has nothing but the guest's data, as a raw image does.
             perms.shared |= own.shared & Perm::WRITE;
         }
@@ -293,7 +323,7 @@ impl Driver for Qcow2 {
 
     fn hand_over(&self) -> Option<&dyn HandOver> {
         // Bitmaps in memory would have to be loaded anew.
-        match hand_over::has_bitmaps(&self.header_now()) {
+        match hand_over::has_bitmaps(&self.header.now()) {
             true => None,
             false => Some(self),
         }
@@ -364,7 +394,7 @@ impl Image for Qcow2 {
             }
             // A repair changes what this node has in memory: until it is opened again, nothing is
             // written.
-            without_fast_writes(self, || self.mapping.stopped.stop(Stop::ForGood)).await;
+            without_fast_writes(self, || self.mapping.tables().stopped.stop(Stop::ForGood)).await;
             check::check(&self.file(), fix, say).await
         })
     }
@@ -400,6 +430,6 @@ impl Image for Qcow2 {
     fn info(&self) -> ImageInfo {
         // Who wants to know why there is no list asks for it.
         let snapshots = Snapshots::list(self).unwrap_or_default();
-        ImageInfo { snapshots, ..info::info(&self.header_now(), &self.bitmaps.shown()) }
+        ImageInfo { snapshots, ..info::info(&self.header.now(), &self.bitmaps.shown()) }
     }
 }

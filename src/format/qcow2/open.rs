@@ -4,15 +4,17 @@ use super::bitmaps::ImageBitmaps;
 use super::corrupt::Corruption;
 use super::extensions::{self, Extension, FeatureKind};
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
-use super::header_state::ImageHeader;
+use super::image_header::ImageHeader;
 use super::layout::L1Entry;
+use super::mapping::ImageMapping;
+use super::nodes::Nodes;
 use super::options::Options;
 use super::overlap::{Kinds, Overlaps};
 use super::refcounts::Refcounts;
 use super::space::Space;
-use super::{Qcow2, check, header_cluster, mapping, snapshots};
+use super::{Qcow2, check, header_cluster, snapshots};
 use crate::block::*;
-use crate::cow::{Lock, read_padded, traits_over};
+use crate::cow::{read_padded, traits_over};
 use crate::io::{AlignedBuf, Budget, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
 
@@ -52,7 +54,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let backing = opening.backing(options.backing, recorded, &file).await?;
     let data_file = data_file(opening, options.data_file, &header).await?;
 
-    let l1 = mapping::l1_table(&load_l1(&node, &header).await?);
+    let l1 = load_l1(&node, &header).await?;
 
     let is_writable = is_writable(opening, &node, &header)?;
     if is_writable && opening.is_active() && held.contains(Perm::WRITE) {
@@ -74,33 +76,21 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let snapshots = snapshots::Table::read(&node, &header).await;
 
     let bitmaps = ImageBitmaps::load(opening.name(), &node, &header, is_writable).await?;
-    let mut children = vec![file];
-    let backing = backing.map(|child| {
-        children.push(child);
-        children.len() - 1
-    });
-    let data = data_file.map_or(0, |child| {
-        children.push(child);
-        children.len() - 1
-    });
-    let mapping = mapping::tables(&geometry, caches.l2, caches.l2_slice)
+    let mapping = ImageMapping::new(geometry, &l1, caches.l2, caches.l2_slice)
         .map_err(|_| Error::new("Could not allocate metadata caches"))?;
     let image = Qcow2 {
         name: opening.name().to_owned(),
         geometry,
         compression: header.compression,
         size: header.size.into(),
-        backing,
-        data,
+        nodes: Nodes::new(file, backing, data_file),
         readers_share: opening.policy().readers_share,
-        l1,
         mapping,
         space: Space::new(counts, caches.refcounts),
-        corruption: Corruption::new(opening.notices()),
+        corruption: Corruption::new(opening.name(), is_writable, opening.notices()),
         overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
         blocking: opening.blocking(),
         unpacking: Budget::of_disk(),
-        children,
         is_writable,
         is_prepared: Default::default(),
         is_frozen: Default::default(),
@@ -112,8 +102,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         keeps_discarded: keeps_discarded(options.discard_no_unref, &header)?,
         file_align: node.traits().request_align.into(),
         header: ImageHeader::new(header),
-        l1_turn: Lock::new(()),
-        snapshots: snapshots::State::new(snapshots),
+        snapshots: snapshots::State::new(snapshots, geometry.external_data),
         bitmaps,
     };
     image.note_metadata().await;

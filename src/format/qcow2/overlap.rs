@@ -1,28 +1,29 @@
 //! Overlap checks: nothing that is not metadata of the same kind is written over metadata.
 //!
 //! What is looked at costs the fast road nothing. An entry comes into the cache of L2 tables only
-//! through [`Qcow2::check_slice`], and a cluster into use only through [`Qcow2::check_reserved`]:
+//! through [`Metadata::check_slice`], and a cluster into use only through [`Metadata::check_reserved`]:
 //!
 //! * An entry that names a cluster where metadata is, or that is reserved, or that lies past the end of
 //!   the file, ends the fast road for writes, for the whole image; from then on each write is looked
 //!   at before it reaches the file. Reading goes on.
 //! * What is reserved is neither metadata nor named by an entry in the cache. So metadata that is made
 //!   later lies where no cached entry points.
-//! * Clusters on their way from the refcounts to a table are claimed ([`super::alloc::Claim`]) from
+//! * Clusters on their way from the refcounts to a table are claimed ([`super::space::Claim`]) from
 //!   before the file grows for them and the cache is looked through, until they are reserved, or until it
 //!   is known what they hold. A slice is looked at when it can be found in the cache
 //!   ([`TableCache`](crate::cow::TableCache)): whichever comes second sees the other.
 //!
-//! Tables are looked at where they are written ([`Qcow2::check_write`]).
+//! Tables are looked at where they are written ([`Metadata::check_write`]).
 //!
 //! What is known of the places of metadata is kept by cluster, and is a hint: before an image is called
 //! corrupt, the tables in memory are asked whether it is still so.
 
+use super::corrupt;
 use super::extensions::Extension;
 use super::header::Header;
-use super::layout::L2Entry;
+use super::layout::{L1Entry, L2Entry};
+use super::metadata::Metadata;
 use super::metadata_map::MetadataMap;
-use super::{Qcow2, corrupt};
 use crate::cow::Run;
 use crate::io::IoResult;
 use crate::io::sync::Mutex;
@@ -72,6 +73,7 @@ impl Kinds {
 
 /// What is looked for, and where it may be.
 pub struct Overlaps {
+    /// None in an image that is not written.
     kinds: Kinds,
     map: Mutex<MetadataMap>,
     /// An entry was seen that writes must not follow.
@@ -124,43 +126,44 @@ impl Overlaps {
     }
 }
 
-impl Qcow2 {
+impl Metadata<'_> {
     /// The clusters that some bytes of the file touch.
-    fn clusters_of(&self, offset: u64, len: u64) -> Range<u64> {
+    fn clusters_of(self, offset: u64, len: u64) -> Range<u64> {
         let bits = self.geometry.cluster_bits;
         offset >> bits..(offset.saturating_add(len)).div_ceil(1 << bits)
     }
 
     // ---- What is known
 
-    /// Notes all tables that are known from the start, and again where all of them may be others.
-    pub(super) async fn note_metadata(&self) {
+    /// Notes all tables that are known from the start, but for refcount blocks, and again where all of them may be others.
+    pub(super) async fn note_metadata(self) {
         if self.overlaps.kinds.is_empty() {
             return;
         }
-        self.note_header(&self.header_now());
+        self.note_header(&self.header.now());
         self.note_l2_tables();
-        if let Some(counts) = &self.space.counts {
-            let counts = counts.lock().await;
-            self.overlaps.forget(Kinds::REFCOUNT_BLOCK);
-            for block in counts.blocks_named() {
-                self.overlaps.note(Kinds::REFCOUNT_BLOCK, self.clusters_of(block, 1));
-            }
-        }
         self.note_snapshots().await;
     }
 
-    pub(super) fn note_header(&self, header: &Header) {
+    /// Notes all refcount blocks, at these places, in bytes.
+    pub(super) fn note_blocks(self, blocks: impl Iterator<Item = u64>) {
+        self.overlaps.forget(Kinds::REFCOUNT_BLOCK);
+        for block in blocks {
+            self.overlaps.note(Kinds::REFCOUNT_BLOCK, self.clusters_of(block, 1));
+        }
+    }
+
+    pub(super) fn note_header(self, header: &Header) {
         for (kind, offset, len) in self.fixed_tables(header) {
             self.overlaps.note(kind, self.clusters_of(offset, len));
         }
     }
 
-    pub(super) fn note_l2_tables(&self) {
+    pub(super) fn note_l2_tables(self) {
         if !self.overlaps.looks_for(Kinds::ACTIVE_L2) {
             return;
         }
-        for table in (0..self.l1.entries()).map(|index| self.l1.get(index).l2_table()) {
+        for table in self.mapping.l1().map(L1Entry::l2_table) {
             if table != 0 {
                 self.overlaps.note(Kinds::ACTIVE_L2, self.clusters_of(table, 1));
             }
@@ -168,8 +171,8 @@ impl Qcow2 {
     }
 
     /// The tables of snapshots. Those that cannot be read are left out.
-    pub(super) async fn note_snapshots(&self) {
-        let Ok(table) = self.snapshot_table() else { return };
+    pub(super) async fn note_snapshots(self) {
+        let Ok(table) = self.snapshots.shareable() else { return };
         let places = table
             .list
             .iter()
@@ -179,7 +182,8 @@ impl Qcow2 {
         self.overlaps.forget(Kinds::INACTIVE_L2);
         if self.overlaps.looks_for(Kinds::INACTIVE_L2) {
             for snapshot in &table.list {
-                for entry in self.snapshot_l1(snapshot).await.unwrap_or_default() {
+                for entry in snapshot.read_l1(&self.file(), self.geometry).await.unwrap_or_default()
+                {
                     let table = entry.l2_table();
                     if table != 0 {
                         self.overlaps.note(Kinds::INACTIVE_L2, self.clusters_of(table, 1));
@@ -190,7 +194,7 @@ impl Qcow2 {
     }
 
     /// Tables whose place the header tells: what, where, how many bytes.
-    fn fixed_tables(&self, header: &Header) -> Vec<(Kinds, u64, u64)> {
+    fn fixed_tables(self, header: &Header) -> Vec<(Kinds, u64, u64)> {
         let cluster = self.geometry.cluster_size();
         let refcounts = u64::from(header.refcount_table_clusters) * cluster;
         let mut tables = vec![
@@ -211,28 +215,28 @@ impl Qcow2 {
     }
 
     /// Whether a table of this kind is in a cluster, as far as memory tells now.
-    fn is_there(&self, kind: Kinds, cluster: u64) -> bool {
+    fn is_there(self, kind: Kinds, cluster: u64) -> bool {
         let covers = |offset, len| self.clusters_of(offset, len).contains(&cluster);
         match kind {
             Kinds::ACTIVE_L2 => {
                 let offset = cluster << self.geometry.cluster_bits;
-                (0..self.l1.entries()).any(|index| self.l1.get(index).l2_table() == offset)
+                self.mapping.l1().any(|entry| entry.l2_table() == offset)
             }
-            Kinds::INACTIVE_L1 => self.snapshot_table().is_ok_and(|table| {
+            Kinds::INACTIVE_L1 => self.snapshots.shareable().is_ok_and(|table| {
                 let mut all = table.list.iter();
                 all.any(|one| covers(one.l1_table_offset, u64::from(one.l1_size) * 8))
             }),
             // They stay where they are, and are forgotten when they go.
             Kinds::REFCOUNT_BLOCK | Kinds::INACTIVE_L2 => true,
             _ => {
-                let mut all = self.fixed_tables(&self.header_now()).into_iter();
+                let mut all = self.fixed_tables(&self.header.now()).into_iter();
                 all.any(|(one, offset, len)| one == kind && covers(offset, len))
             }
         }
     }
 
     /// The first kind of metadata that is in one of these clusters, but for `own`.
-    fn metadata_in(&self, clusters: Range<u64>, own: Kinds) -> Option<Kinds> {
+    fn metadata_in(self, clusters: Range<u64>, own: Kinds) -> Option<Kinds> {
         while let Some((cluster, kinds)) = self.overlaps.look(clusters.clone(), own) {
             for kind in kinds.iter() {
                 if self.is_there(kind, cluster) {
@@ -248,7 +252,7 @@ impl Qcow2 {
 
     /// Refuses to write `len` bytes at `offset` of the file over metadata that is not of the kinds
     /// `own`.
-    pub(super) fn check_write(&self, offset: u64, len: u64, own: Kinds) -> IoResult {
+    pub(super) fn check_write(self, offset: u64, len: u64, own: Kinds) -> IoResult {
         match self.metadata_in(self.clusters_of(offset, len), own) {
             Some(kind) => Err(corrupt::overlaps(self, offset, len, kind)),
             None => Ok(()),
@@ -256,9 +260,14 @@ impl Qcow2 {
     }
 
     /// Looks at the entries of a slice, before one of them can be followed.
-    pub(super) fn check_slice(&self, entries: &[L2Entry]) {
+    /// `reserves`: whether one of these clusters is reserved or claimed.
+    pub(super) fn check_slice(
+        self,
+        entries: &[L2Entry],
+        reserves: impl FnOnce(&mut [u64]) -> bool,
+    ) {
         let is_off = self.overlaps.kinds.is_empty();
-        if is_off || !self.is_writable || self.geometry.external_data || self.overlaps.is_met() {
+        if is_off || self.geometry.external_data || self.overlaps.is_met() {
             return;
         }
         // First the file's end, then what is claimed, then what metadata is: in the order in which
@@ -270,7 +279,7 @@ impl Qcow2 {
             hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
         };
         let is_met = hosts.iter().any(|&host| host >= end)
-            || self.space.pool.lock().reserves(&mut hosts)
+            || reserves(&mut hosts)
             || hits(&hosts)
                 .into_iter()
                 .any(|host| self.metadata_in(host..host + 1, Kinds::empty()).is_some());
@@ -280,14 +289,14 @@ impl Qcow2 {
     }
 
     /// The clusters of the file that entries name as their own.
-    fn hosts(&self, entries: &[L2Entry]) -> impl Iterator<Item = u64> {
-        let places = entries.iter().filter_map(|entry| entry.place(&self.geometry));
-        places.map(|host| host >> self.geometry.cluster_bits)
+    fn hosts(self, entries: &[L2Entry]) -> impl Iterator<Item = u64> {
+        let places = entries.iter().filter_map(move |entry| entry.place(self.geometry));
+        places.map(move |host| host >> self.geometry.cluster_bits)
     }
 
     /// Refuses to take clusters into use that count no reference but are metadata, or are named by an
     /// entry in memory. They are claimed.
-    pub(super) async fn check_reserved(&self, runs: &[Run]) -> IoResult {
+    pub(super) async fn check_reserved(self, runs: &[Run]) -> IoResult {
         let bits = self.geometry.cluster_bits;
         for run in runs {
             let clusters = run.first..run.first + run.count;
@@ -313,6 +322,7 @@ impl Qcow2 {
         };
         let named = self
             .mapping
+            .tables()
             .cache
             .find_slice(|entries| self.hosts(entries).find(|&host| is_reserved(host)));
         match named.await {

@@ -83,8 +83,8 @@ impl Qcow2 {
         while done < units.len() {
             let first = (at >> bits) + done as u64;
             // What one slice of entries maps.
-            let most = self.mapping.cache.entries() as u64
-                - (first & (self.mapping.cache.entries() as u64 - 1));
+            let most = self.mapping.tables().cache.entries() as u64
+                - (first & (self.mapping.tables().cache.entries() as u64 - 1));
             let count = (units.len() - done).min(most as usize);
             self.store_in_slice(first, &units[done..done + count]).await?;
             done += count;
@@ -94,8 +94,8 @@ impl Qcow2 {
 
     async fn store_in_slice(&self, first: u64, units: &[&[u8]]) -> IoResult {
         let guest = first << self.geometry.cluster_bits;
-        let _range = self.mapping.ranges.lock(first..first + units.len() as u64).await;
-        let _visit = self.mapping.visits.enter();
+        let _range = self.mapping.tables().ranges.lock(first..first + units.len() as u64).await;
+        let _visit = self.mapping.tables().visits.enter();
         self.ensure_own_table(guest).await?;
         let free = self.free_entries(guest, units.len()).await?;
         let (units, refused) = units.split_at(free);
@@ -115,12 +115,14 @@ impl Qcow2 {
     /// How many guest clusters from `guest` on have nothing that would be overwritten.
     async fn free_entries(&self, guest: u64, most: usize) -> IoResult<usize> {
         let pinned = pin(self, guest).await?;
-        let (_, index) = self.mapping.slice_of(guest);
+        let (_, index) = self.mapping.tables().slice_of(guest);
         for n in 0..most {
             let entry = pinned.get(index + n);
             let cluster = self.geometry.decode(entry);
             let at = guest + ((n as u64) << self.geometry.cluster_bits);
-            match cluster.map_err(|error| corrupt::bad_entry_to_write(self, at, entry, error))? {
+            match cluster
+                .map_err(|error| corrupt::bad_entry_to_write(self.metadata(), at, entry, error))?
+            {
                 Cluster::Unallocated
                 | Cluster::Zero { host: None }
                 | Cluster::Subclusters { host: None, .. } => {}

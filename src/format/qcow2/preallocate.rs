@@ -33,7 +33,7 @@ impl Qcow2 {
             return self.preallocate(tail, mode, hides).await;
         }
         let has_place = {
-            let _visit = self.mapping.visits.enter();
+            let _visit = self.mapping.tables().visits.enter();
             self.ensure_own_table(start).await?;
             self.without_place(cluster..cluster + 1).await?.is_empty()
         };
@@ -50,7 +50,7 @@ impl Qcow2 {
         hides: bool,
     ) -> IoResult {
         let bits = self.geometry.cluster_bits;
-        let per_slice = self.mapping.cache.entries() as u64;
+        let per_slice = self.mapping.tables().cache.entries() as u64;
         let (mut cluster, end) = (guest.start >> bits, self.geometry.clusters(guest.end));
         while cluster < end {
             let stop = (cluster / per_slice + 1) * per_slice;
@@ -69,8 +69,8 @@ impl Qcow2 {
     ) -> IoResult<u64> {
         let bits = self.geometry.cluster_bits;
         let start = clusters.start << bits;
-        let _range = self.mapping.ranges.lock(clusters.clone()).await;
-        let _visit = self.mapping.visits.enter();
+        let _range = self.mapping.tables().ranges.lock(clusters.clone()).await;
+        let _visit = self.mapping.tables().visits.enter();
         self.ensure_own_table(start).await?;
         let old = self.without_place(clusters.clone()).await?;
         if old.is_empty() {
@@ -79,7 +79,7 @@ impl Qcow2 {
         let len = (old.len() as u64) << bits;
         let (host, count, is_fresh, taken) = match self.geometry.external_data {
             true => {
-                self.grow(&self.data(), start + len).await?;
+                self.nodes.grow(&self.data(), start + len).await?;
                 (start, old.len() as u64, false, None)
             }
             false => {
@@ -100,7 +100,7 @@ impl Qcow2 {
     async fn without_place(&self, clusters: Range<u64>) -> IoResult<Vec<L2Entry>> {
         let start = clusters.start << self.geometry.cluster_bits;
         let pinned = pin(self, start).await?;
-        let (_, index) = self.mapping.slice_of(start);
+        let (_, index) = self.mapping.tables().slice_of(start);
         let entries = (0..clusters.end - clusters.start).map(|n| pinned.get(index + n as usize));
         let is_free = |entry: &L2Entry| {
             matches!(

@@ -113,7 +113,7 @@ impl Refcounts {
             Some(&entry) => {
                 let offset = entry & layout::REFTABLE_OFFSET_MASK;
                 if offset != entry || !self.geometry.is_cluster_start(offset) {
-                    return Err(corrupt::bad_refcount_table(image, index, entry));
+                    return Err(corrupt::bad_refcount_table(image.metadata(), index, entry));
                 }
                 Ok(Some(offset))
             }
@@ -127,7 +127,7 @@ impl Refcounts {
             self.evict();
             let file = image.file();
             if offset >= file.len() {
-                return Err(corrupt::outside(image, "Refcount block", offset));
+                return Err(corrupt::outside(image.metadata(), "Refcount block", offset));
             }
             let size = self.geometry.cluster_size() as usize;
             let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
@@ -224,7 +224,7 @@ impl Refcounts {
 
     /// Hands to the kernel what has changed.
     pub async fn write(&mut self, image: &Qcow2) -> IoResult {
-        image.settle_header().await?;
+        image.metadata().settle_header().await?;
         self.write_entries(image).await?;
         let dirty: Vec<usize> = self
             .blocks
@@ -240,7 +240,7 @@ impl Refcounts {
             let range = range.start / align * align..range.end.next_multiple_of(align).min(len);
             let bytes = IoVec::from_ref(&block.bytes[range.clone()]);
             let at = offset + range.start as u64;
-            image.check_write(at, bytes.len(), Kinds::REFCOUNT_BLOCK)?;
+            image.metadata().check_write(at, bytes.len(), Kinds::REFCOUNT_BLOCK)?;
             image.event(Event::RefblockUpdatePart).await;
             image.file().write(at, &bytes, WriteFlags::empty()).await?;
             block.dirty = None;
@@ -258,7 +258,7 @@ impl Refcounts {
         let mut runs = found.runs.clone();
         self.fit(image, &mut runs, end).await?;
         let claim = image.claim(runs);
-        image.check_reserved(&claim.runs).await?;
+        image.metadata().check_reserved(&claim.runs).await?;
         let runs = claim.runs.iter();
         let clusters: Vec<u64> = runs.flat_map(|run| run.first..run.first + run.count).collect();
         let is_longer = claim.runs.iter().any(|run| run.is_fresh);
@@ -285,7 +285,7 @@ impl Refcounts {
             if stop <= end {
                 return Ok(());
             }
-            match image.grow_file(stop << self.geometry.cluster_bits).await {
+            match image.nodes.grow_file(stop << self.geometry.cluster_bits).await {
                 Ok(()) => return Ok(()),
                 Err(errno) => refused = errno,
             }
@@ -303,7 +303,7 @@ impl Refcounts {
         for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
             let count = self.get(image, cluster).await?;
             if count == 0 || count > self.geometry.refcount_max() - more {
-                return Err(corrupt::bad_refcount(image, cluster));
+                return Err(corrupt::bad_refcount(image.metadata(), cluster));
             }
             self.set(image, cluster, count + more).await?;
         }
@@ -380,8 +380,8 @@ impl Refcounts {
     ) -> IoResult<Claim<'a>> {
         let used = at..at + blocks + more;
         let claim = image.claim(vec![self.run(image, at, blocks + more)]);
-        image.check_reserved(&claim.runs).await?;
-        image.grow_file(used.end << self.geometry.cluster_bits).await?;
+        image.metadata().check_reserved(&claim.runs).await?;
+        image.nodes.grow_file(used.end << self.geometry.cluster_bits).await?;
         image.event(event).await;
         used.clone().for_each(|cluster| self.touch(cluster, 1));
         let (first, _) = self.place(at);
@@ -440,7 +440,7 @@ impl Refcounts {
         for cluster in run.first..run.first + run.count {
             let count = self.get(image, cluster).await?;
             if count == 0 {
-                return Err(corrupt::bad_refcount(image, cluster));
+                return Err(corrupt::bad_refcount(image.metadata(), cluster));
             }
             self.set(image, cluster, count - 1).await?;
             if count == 1 {
@@ -494,7 +494,7 @@ impl Refcounts {
             .filter(|(count, _)| *count > 0)
             .map(|(count, block)| (block, count))
         else {
-            return Err(corrupt::bad_refcount(image, cluster));
+            return Err(corrupt::bad_refcount(image.metadata(), cluster));
         };
         match change {
             Change::Raise if count == max => return Err(Errno::EINVAL),

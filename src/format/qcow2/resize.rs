@@ -26,7 +26,7 @@ impl Qcow2 {
         shrink: bool,
         preallocation: Preallocation,
     ) -> Result<(), Error> {
-        let version = self.header_now().version;
+        let version = self.header.now().version;
         self.resize_for_version(version, len, shrink, preallocation).await
     }
 
@@ -86,10 +86,10 @@ impl Qcow2 {
         if !len.is_multiple_of(SECTOR) {
             return refused("The new size must be a multiple of 512");
         }
-        if version < 3 && self.header_now().nb_snapshots > 0 {
+        if version < 3 && self.header.now().nb_snapshots > 0 {
             return refused("Can't resize a v2 image which has snapshots");
         }
-        self.check_snapshots()?;
+        self.snapshots.check()?;
         let old = self.size();
         if len < old && preallocation != Preallocation::Off {
             return refused("Preallocation can't be used for shrinking an image");
@@ -153,7 +153,7 @@ impl Qcow2 {
         let mut at = tail.start;
         while at < tail.end {
             let (stop, is_zero) = {
-                let _visit = self.mapping.visits.enter();
+                let _visit = self.mapping.tables().visits.enter();
                 let end = if at < stale { tail.end.min(stale) } else { tail.end };
                 let piece = lookup(self, at, end - at).await?;
                 let stop = at + piece.len;
@@ -177,7 +177,7 @@ impl Qcow2 {
         }
         let data = self.data();
         let there = data.len();
-        self.grow(&data, new).await?;
+        self.nodes.grow(&data, new).await?;
         let stale = old..new.min(there);
         if self.has_raw_data && !stale.is_empty() {
             data.zero(stale.start, stale.end - stale.start, ZeroFlags::UNMAP).await?;
@@ -220,7 +220,7 @@ impl Qcow2 {
 
     /// Empties the entries of all guest clusters from `from` on, as far as the L1 table reaches.
     pub(super) async fn unmap(&self, from: u64, kind: Empty) -> IoResult {
-        let end = self.l1.entries() * self.geometry.l2_coverage();
+        let end = self.mapping.l1_entries() * self.geometry.l2_coverage();
         let from = from.next_multiple_of(self.geometry.cluster_size());
         empty_clusters(self, from..end, kind).await
     }
@@ -228,17 +228,17 @@ impl Qcow2 {
     /// Writes the disk's length, when all that it relies on is durable; then it holds.
     async fn write_size(&self, size: u64) -> IoResult {
         self.flush_all().await?;
-        let mut header = self.header.current.lock().await;
+        let mut header = self.metadata().lock_header().await;
         let mut new = header.clone();
         new.size = size;
-        let written = self.write_header(&mut header, new).await;
+        let written = header.write(new).await;
         match written {
             Ok(()) => self.size.store(size, Ordering::SeqCst),
             Err(_) => {
                 // The disk may have either, until the one that holds is written again.
                 let mut old = header.clone();
                 old.size = self.size();
-                self.show_header(&mut header, old);
+                header.show(old);
             }
         }
         written
@@ -246,31 +246,31 @@ impl Qcow2 {
 
     /// Drops the L1 entries beyond a disk of `len` bytes, whose tables name no clusters any more.
     pub(super) async fn shrink_l1(&self, len: u64) -> IoResult {
-        let turn = self.l1_turn.lock().await;
+        let turn = self.mapping.lock_l1().await;
         let first = self.geometry.l1_entries_for(len);
-        let tables: Vec<u64> = (first..self.l1.entries())
-            .map(|index| self.l1.get(index).l2_table())
+        let tables: Vec<u64> = (first..self.mapping.l1_entries())
+            .map(|index| self.mapping.l1_at(index).l2_table())
             .filter(|&table| table != 0)
             .collect();
         if tables.is_empty() {
             return Ok(());
         }
         // A table that is made there later has other entries.
-        let per_table = self.geometry.l2_entries() / self.mapping.cache.entries() as u64;
+        let per_table = self.geometry.l2_entries() / self.mapping.tables().cache.entries() as u64;
         let is_dropped = |SliceNo(slice): SliceNo| slice >= first * per_table;
         let doubtful = pin_suspects(self, is_dropped).await?;
-        let count = self.l1.entries() - first;
+        let count = self.mapping.l1_entries() - first;
         let empty = vec![0; count as usize * 8];
-        let place = self.header_now().l1_table_offset + first * 8;
+        let place = self.header.now().l1_table_offset + first * 8;
         let empty = IoVec::from_ref(&empty);
         self.event(Event::L1ShrinkWriteTable).await;
         let written = self.file().write(place, &empty, WriteFlags::empty()).await;
         // Also if it has failed: the disk may have either, and nothing goes to the old tables.
-        (first..self.l1.entries()).for_each(|index| self.l1.set(index, L1Entry(0)));
+        (first..self.mapping.l1_entries()).for_each(|index| turn.set(index, L1Entry(0)));
         if written.is_ok() {
-            self.mapping.forget_suspects(doubtful);
+            self.mapping.tables().forget_suspects(doubtful);
         }
-        self.mapping.cache.forget(is_dropped);
+        self.mapping.tables().cache.forget(is_dropped);
         drop(turn);
         written?;
         self.event(Event::L1ShrinkFreeL2Clusters).await;

@@ -15,8 +15,6 @@ pub struct Space {
     pub packing: Lock<Packing>,
     /// None when the image is read-only.
     pub counts: Option<Arc<Lock<Refcounts>>>,
-    /// Held while a child grows.
-    pub growing: Lock<()>,
     /// Reserved clusters.
     pub pool: Mutex<Pool>,
     /// Clusters that entries no longer name.
@@ -33,7 +31,6 @@ impl Space {
         Space {
             packing: Lock::new(Packing::default()),
             counts: counts.map(|counts| Arc::new(Lock::new(counts))),
-            growing: Lock::new(()),
             pool: Mutex::default(),
             freed: Freed::default(),
             holes: Holes::default(),

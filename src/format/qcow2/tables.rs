@@ -2,7 +2,6 @@
 //! and what has to be there before the first write.
 
 use super::header::{Autoclear, Incompatible};
-use super::header_state::OnDisk;
 use super::layout::{self, L1Entry};
 use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
@@ -16,24 +15,24 @@ impl Qcow2 {
     /// caller holds the guest cluster's range.
     pub(super) async fn ensure_own_table(&self, guest: u64) -> IoResult {
         let index = self.geometry.l1_index(guest);
-        if self.is_own_table(self.l1.get(index)) {
+        if self.mapping.l1_at(index).has_own_table() {
             return Ok(());
         }
-        let turn = self.l1_turn.lock().await;
-        let old = self.l1.get(index);
-        if self.is_own_table(old) {
+        let turn = self.mapping.lock_l1().await;
+        let old = self.mapping.l1_at(index);
+        if old.has_own_table() {
             return Ok(());
         }
-        if index >= self.l1.entries() {
+        if index >= self.mapping.l1_entries() {
             return Err(Errno::EIO);
         }
         let (taken, _claim) = self.take_for_table().await?;
         let host = taken.host();
         self.fill_table(guest, old, host, taken.run.is_fresh).await?;
         let entry = L1Entry::new(host, true);
-        let place = self.header_now().l1_table_offset + index * 8;
+        let place = self.header.now().l1_table_offset + index * 8;
         let bytes = entry.0.to_be_bytes();
-        self.check_write(place, bytes.len() as u64, Kinds::ACTIVE_L1)?;
+        self.metadata().check_write(place, bytes.len() as u64, Kinds::ACTIVE_L1)?;
         let cluster = taken.run.first;
         self.event(Event::L1Update).await;
         // Whether the write fails or not, the entry may be there.
@@ -44,7 +43,7 @@ impl Qcow2 {
             0 => Some(pin_empty(self, guest).await?),
             _ => None,
         };
-        self.l1.set(index, entry);
+        turn.set(index, entry);
         self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
         drop(turn);
         if old.l2_table() != 0 {
@@ -52,10 +51,6 @@ impl Qcow2 {
             self.free(&[Release { run, discard: self.passes_other_discards }]).await;
         }
         Ok(())
-    }
-
-    pub(super) fn is_own_table(&self, entry: L1Entry) -> bool {
-        entry.l2_table() != 0 && entry.is_copied()
     }
 
     /// Writes the new table, durably: empty, or as the old one is.
@@ -72,7 +67,7 @@ impl Qcow2 {
                 || !self.geometry.is_cluster_start(old.l2_table())
                 || old.l2_table() >= file.len()
             {
-                return Err(corrupt::bad_l1(self, guest, old));
+                return Err(corrupt::bad_l1(self.metadata(), guest, old));
             }
             self.event(Event::L2AllocCowRead).await;
             read_padded(&file, old.l2_table(), &table.io_vec()).await?;
@@ -85,8 +80,8 @@ impl Qcow2 {
     /// Makes the L1 table so long that it has `entries`: where it is, if its clusters have the room, or
     /// in a larger place. New entries are empty.
     pub(super) async fn grow_l1(&self, entries: u64) -> IoResult {
-        let _turn = self.l1_turn.lock().await;
-        let now = self.header_now();
+        let turn = self.mapping.lock_l1().await;
+        let now = self.header.now();
         let (old, len) = (u64::from(now.l1_size) * 8, entries * 8);
         if len <= old {
             return Ok(());
@@ -99,7 +94,7 @@ impl Qcow2 {
         let (place, _claim) = match len <= held << bits {
             true => {
                 // The file may end where the table does.
-                self.grow_file(now.l1_table_offset + (held << bits)).await?;
+                self.nodes.grow_file(now.l1_table_offset + (held << bits)).await?;
                 let empty = vec![0; (len - old) as usize];
                 self.event(Event::L1GrowWriteTable).await;
                 self.write_table(now.l1_table_offset + old, &empty).await?;
@@ -112,8 +107,8 @@ impl Qcow2 {
                 let (run, claim) = self.refcounts().await?.reserve_run(self, clusters).await?;
                 self.event(Event::L1GrowWriteTable).await;
                 let place = run.first << bits;
-                let entries =
-                    (0..(clusters << bits) / 8).map(|index| self.l1.get(index).0.to_be_bytes());
+                let entries = (0..(clusters << bits) / 8)
+                    .map(|index| self.mapping.l1_at(index).0.to_be_bytes());
                 let table = entries.collect::<Vec<_>>().concat();
                 if let Err(errno) = self.write_table(place, &table).await {
                     // It is leaked at worst.
@@ -123,13 +118,13 @@ impl Qcow2 {
                 (place, Some(claim))
             }
         };
-        let mut header = self.header.current.lock().await;
+        let mut header = self.metadata().lock_header().await;
         let mut new = header.clone();
         (new.l1_table_offset, new.l1_size) = (place, entries as u32);
         // The disk may have either from here on, and new entries go to the new place.
-        self.l1.grow(entries);
+        turn.grow(entries);
         self.event(Event::L1GrowActivateTable).await;
-        self.write_header(&mut header, new).await?;
+        header.write(new).await?;
         drop(header);
         if place != now.l1_table_offset && held > 0 {
             let first = now.l1_table_offset >> bits;
@@ -142,28 +137,25 @@ impl Qcow2 {
     /// What has to be on disk before the first write: that promises of others are not kept, that
     /// stored bitmaps are out of date, and, with lazy refcounts, that the refcounts may be wrong.
     pub(super) async fn prepare_writing(&self) -> IoResult {
-        if self.mapping.stopped.get() == Stop::NeedsFlush {
+        if self.mapping.tables().stopped.get() == Stop::NeedsFlush {
             write_suspects(self).await?;
         }
         check_sound(self).await?;
         if self.is_prepared.load(Ordering::Acquire) {
-            self.mapping.end_rest();
+            self.mapping.tables().end_rest();
             return Ok(());
         }
-        let mut header = self.header.current.lock().await;
-        let mut new = header.clone();
-        new.autoclear &= Autoclear::KNOWN;
-        if self.has_lazy_refcounts {
-            new.incompatible |= Incompatible::DIRTY;
-        }
-        if new != *header || self.header.state.get() == OnDisk::InDoubt {
-            self.write_header(&mut header, new).await?;
-        }
-        drop(header);
+        let prepared = self.metadata().change_header(|header| {
+            header.autoclear &= Autoclear::KNOWN;
+            if self.has_lazy_refcounts {
+                header.incompatible |= Incompatible::DIRTY;
+            }
+        });
+        prepared.await?;
         self.set_bitmaps_in_use().await?;
-        self.mapping.journal.mark_in_use(true);
+        self.mapping.tables().journal.mark_in_use(true);
         self.is_prepared.store(true, Ordering::Release);
-        self.mapping.end_rest();
+        self.mapping.tables().end_rest();
         Ok(())
     }
 }

@@ -130,13 +130,15 @@ impl Qcow2 {
         if !is_counted || self.corruption.is_fatal() || !self.space.freed.watch(is_rest) {
             return;
         }
-        let begun = match (self.mapping.failures_settled(), self.settle_header().await) {
-            (Some(failures), Ok(())) => {
-                let walk = Walk::begin(&self.file(), &self.active_l1()).await;
-                walk.map(|walk| (walk, failures))
-            }
-            _ => Err(Error::new("tables are in doubt")),
-        };
+        let begun =
+            match (self.mapping.tables().failures_settled(), self.metadata().settle_header().await)
+            {
+                (Some(failures), Ok(())) => {
+                    let walk = Walk::begin(&self.file(), &self.active_l1()).await;
+                    walk.map(|walk| (walk, failures))
+                }
+                _ => Err(Error::new("tables are in doubt")),
+            };
         match begun {
             Ok((walk, failures)) => {
                 let (touched, stage) = (References::default(), Stage::Reading);
@@ -191,8 +193,9 @@ impl Qcow2 {
         for run in self.space.freed.take_watched() {
             (run.first..run.first + run.count).for_each(|cluster| search.touch(cluster, 1));
         }
-        let has_failed = self.mapping.failures_settled() != Some(search.failures);
-        let is_ours = self.mapping.stopped.get() != Stop::ForGood && !self.corruption.is_fatal();
+        let has_failed = self.mapping.tables().failures_settled() != Some(search.failures);
+        let is_ours =
+            self.mapping.tables().stopped.get() != Stop::ForGood && !self.corruption.is_fatal();
         if search.is_void || has_failed || !is_ours {
             return Err(Error::new("the image has changed meanwhile"));
         }
@@ -200,12 +203,12 @@ impl Qcow2 {
         match search.stage {
             Stage::Reading => {
                 if !search.walk.step(&self.file()).await? {
-                    search.stage = Stage::Ending { moment: self.mapping.visits.moment() };
+                    search.stage = Stage::Ending { moment: self.mapping.tables().visits.moment() };
                 }
                 Ok(true)
             }
             Stage::Ending { moment } => {
-                if !self.mapping.visits.passed(moment) {
+                if !self.mapping.tables().visits.passed(moment) {
                     return Ok(false);
                 }
                 self.file().flush().await.map_err(failed)?;

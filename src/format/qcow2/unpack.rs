@@ -24,7 +24,7 @@ impl Qcow2 {
     async fn unpack(&self, at: u64, place: Compressed) -> IoResult<Vec<u8>> {
         let file = self.file();
         if place.host >= file.len() || self.geometry.external_data {
-            return Err(corrupt::data_outside(self, "Compressed cluster", place.host));
+            return Err(corrupt::data_outside(self.metadata(), "Compressed cluster", place.host));
         }
         let mut stored = AlignedBuf::new(place.len as usize, 4096).ok_or(Errno::ENOMEM)?;
         self.event(Event::ReadCompressed).await;

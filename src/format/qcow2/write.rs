@@ -39,16 +39,16 @@ impl Writer for Qcow2 {
     async fn write_data(&self, host: u64, from: &IoVec<'_>) -> IoResult {
         let data = self.data();
         if self.overlaps.is_met() {
-            self.check_write(host, from.len(), Kinds::empty())?;
+            self.metadata().check_write(host, from.len(), Kinds::empty())?;
         }
         let end = host + from.len();
         if end > data.len() {
             // A data file that was never that long; or the file ends inside its last cluster.
             let most = data.len().next_multiple_of(self.geometry.cluster_size());
             match self.geometry.external_data {
-                true => self.grow(&data, end.max(self.size())).await?,
-                false if end <= most => self.grow(&data, most).await?,
-                false => return Err(corrupt::data_outside(self, "Data cluster", host)),
+                true => self.nodes.grow(&data, end.max(self.size())).await?,
+                false if end <= most => self.nodes.grow(&data, most).await?,
+                false => return Err(corrupt::data_outside(self.metadata(), "Data cluster", host)),
             }
         }
         self.event(Event::WriteAio).await;

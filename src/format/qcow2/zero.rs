@@ -35,7 +35,9 @@ impl Zeroing for Qcow2 {
             false => L2Entry::UNALLOCATED,
         };
         Ok(match (cluster, kind) {
-            (Cluster::Unallocated, Empty::Discard) if self.backing.is_none() => (old, false),
+            (Cluster::Unallocated, Empty::Discard) if self.nodes.backing_child().is_none() => {
+                (old, false)
+            }
             (Cluster::Unallocated | Cluster::Zero { host: None }, _) => (zero, false),
             // It keeps what it has.
             (Cluster::Zero { .. }, Empty::Zero) => (old, false),
@@ -155,7 +157,11 @@ impl Qcow2 {
             // What is left of a compressed cluster cannot stay compressed: only whole ones get here.
             _ => return (empty, true),
         };
-        if kind == Empty::Discard && host.is_none() && zero == 0 && self.backing.is_none() {
+        if kind == Empty::Discard
+            && host.is_none()
+            && zero == 0
+            && self.nodes.backing_child().is_none()
+        {
             return (old, false);
         }
         if inside.start == 0 && inside.end >= whole {

@@ -215,6 +215,14 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Names another bitmap directory in the header, durably, or none. What the new one needs is
+    /// durable.
+    async fn name_bitmaps(&self, pointer: Option<BitmapsPointer>) -> Result<(), Error> {
+        let mut header = self.metadata().lock_header().await;
+        let new = with_bitmaps(&header, pointer);
+        header.write_cluster(new).await
+    }
+
     /// The clusters of the directory, and of the bitmaps that are not among `kept` as they are.
     async fn unnamed_clusters(&self, stored: &Stored, kept: &[StoredBitmap]) -> Vec<Run> {
         let bits = self.geometry.cluster_bits;
@@ -260,7 +268,7 @@ impl Qcow2 {
 
     /// Whether the header can point to a bitmap directory.
     fn check_pointer(&self) -> Result<(), Error> {
-        let header = self.header_now();
+        let header = self.header.now();
         match has_bitmaps(&header) {
             true => Ok(()),
             false => {
@@ -276,7 +284,7 @@ impl Qcow2 {
         let table = self.geometry.clusters(bits.div_ceil(8));
         let persistent = self.bitmaps.node.all();
         let persistent = persistent.iter().filter(|bitmap| bitmap.flags().persistent).count();
-        let text = if self.header_now().version < 3 {
+        let text = if self.header.now().version < 3 {
             "Cannot store dirty bitmaps in qcow2 v2 files".to_owned()
         } else if !self.is_writable {
             "No write access".to_owned()
@@ -306,7 +314,7 @@ impl BitmapStore for Qcow2 {
     }
 
     fn is_available(&self) -> bool {
-        self.header_now().version >= 3
+        self.header.now().version >= 3
     }
 
     fn can_store(&self, name: &str, granularity: u64) -> Result<(), Error> {

@@ -28,9 +28,9 @@ impl Refcounts {
         };
         let run = self.run(image, first, count);
         let claim = image.claim(vec![run]);
-        image.check_reserved(&claim.runs).await?;
+        image.metadata().check_reserved(&claim.runs).await?;
         let is_longer = first + count > self.geometry.clusters(image.file().len());
-        image.grow_file((first + count) << self.geometry.cluster_bits).await?;
+        image.nodes.grow_file((first + count) << self.geometry.cluster_bits).await?;
         let clusters: Vec<u64> = (first..first + count).collect();
         if let Err(errno) = self.count_reserved(image, &clusters, is_longer).await {
             for cluster in clusters {
@@ -140,7 +140,7 @@ impl Refcounts {
         if start == end {
             return Ok(());
         }
-        let place = image.header_now().refcount_table_offset + start as u64 * 8;
+        let place = image.header.now().refcount_table_offset + start as u64 * 8;
         let bytes: Vec<u8> =
             self.table[start..end].iter().flat_map(|entry| entry.to_be_bytes()).collect();
         image.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
@@ -168,12 +168,12 @@ impl Refcounts {
         file.write(offset, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         file.flush().await?;
         image.event(Event::RefblockAllocSwitchTable).await;
-        let mut header = image.header.current.lock().await;
+        let mut header = image.metadata().lock_header().await;
         let mut new = header.clone();
         let old = new.refcount_table_offset;
         new.refcount_table_offset = offset;
         new.refcount_table_clusters = clusters as u32;
-        let written = image.write_header(&mut header, new).await;
+        let written = header.write(new).await;
         drop(header);
         // If that has failed the disk may have either table: the new one is used from now on, and
         // the old one stays as it is.

@@ -33,7 +33,7 @@ impl Qcow2 {
         new: NewSnapshot<'_>,
     ) -> Result<SnapshotInfo, Error> {
         let failed = |errno| Error::os("the snapshot could not be made", errno);
-        let table = self.snapshot_table()?;
+        let table = self.snapshots.shareable()?;
         if table.list.len() >= MAX_SNAPSHOTS as usize {
             return Err(failed(Errno(libc::EFBIG)));
         }
@@ -70,11 +70,11 @@ impl Qcow2 {
     /// Waits for all writes under way, and keeps others waiting.
     async fn freeze(&self) -> Frozen<'_> {
         // Allocations, zeroes and discards.
-        let all = self.mapping.ranges.lock(0..u64::MAX).await;
+        let all = self.mapping.tables().ranges.lock(0..u64::MAX).await;
         let frozen = Frozen { image: self, _all: all };
         // What is written over, on the fast road and on the slow one.
         without_fast_writes(self, || self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
-        self.mapping.visits.older().await;
+        self.mapping.tables().visits.older().await;
         frozen
     }
 
@@ -91,7 +91,7 @@ impl Qcow2 {
         let raised = match self.share(l1, copy).await {
             Ok(()) => match self.replace_table(table, list, |header| self.settled(header)).await {
                 Ok(old) => {
-                    self.mapping.journal.close(false);
+                    self.mapping.tables().journal.close(false);
                     return Ok(old);
                 }
                 // From now on it is there: who opens the image finds one state or the other.

@@ -15,9 +15,9 @@ impl Qcow2 {
         which: SnapshotKey<'_>,
     ) -> Result<SnapshotInfo, Error> {
         let failed = |errno| Error::os("Failed to remove snapshot from snapshot list", errno);
-        let table = self.snapshot_table()?;
+        let table = self.snapshots.shareable()?;
         let index = table.find(which).ok_or_else(super::not_found)?;
-        let l1 = self.snapshot_l1(&table.list[index]).await?;
+        let l1 = table.list[index].read_l1(&self.file(), &self.geometry).await?;
         self.check_own_table(&table, index)?;
         let not_freed = |errno| Error::os("Failed to free the cluster and L1 table", errno);
         self.check_references((0..).zip(l1.iter().copied())).await.map_err(not_freed)?;
@@ -32,7 +32,7 @@ impl Qcow2 {
         let old = old.map_err(|(is_named, errno)| {
             if !is_named {
                 self.end_counting();
-                self.mapping.journal.close(false);
+                self.mapping.tables().journal.close(false);
             }
             failed(errno)
         })?;

@@ -24,9 +24,8 @@ pub use table::Table;
 
 use super::Qcow2;
 use super::header::{Autoclear, Header, Incompatible};
-use super::header_state::OnDisk;
-use super::layout::L1Entry;
-use crate::block::{Error, LocalFuture, NewSnapshot, SnapshotInfo, SnapshotKey, Snapshots};
+use super::layout::{Geometry, L1Entry};
+use crate::block::{Error, LocalFuture, NewSnapshot, Node, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::cow::{Run, check_sound, read_padded, settle_journal};
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult};
@@ -37,6 +36,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct State {
     /// Or why it cannot be read.
     table: Mutex<Result<Table, Error>>,
+    /// The disk's data is in another file, which snapshots cannot share.
+    external_data: bool,
     /// One is being made: nothing is written over, and no mapping changes.
     is_frozen: AtomicBool,
     /// References are being counted anew, or that was given up.
@@ -46,9 +47,10 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(table: Result<Table, Error>) -> State {
+    pub fn new(table: Result<Table, Error>, external_data: bool) -> State {
         State {
             table: Mutex::new(table),
+            external_data,
             is_frozen: AtomicBool::new(false),
             is_counting: AtomicBool::new(false),
             is_wrong: AtomicBool::new(false),
@@ -79,25 +81,49 @@ impl State {
     fn table(&self) -> Result<Table, Error> {
         self.table.lock().clone()
     }
-}
 
-impl Qcow2 {
     /// The snapshots. What is in another file cannot be shared.
-    pub(super) fn snapshot_table(&self) -> Result<Table, Error> {
-        match self.geometry.external_data {
+    pub fn shareable(&self) -> Result<Table, Error> {
+        match self.external_data {
             true => Err(Error::os("the image has an external data file", Errno::ENOTSUP)),
-            false => self.snapshots.table(),
+            false => self.table(),
         }
     }
 
     /// Refuses what goes by the snapshots if their table cannot be read.
-    pub(super) fn check_snapshots(&self) -> Result<(), Error> {
-        self.snapshots.table().map(drop)
+    pub fn check(&self) -> Result<(), Error> {
+        self.table().map(drop)
     }
+}
 
+impl Snapshot {
+    /// Reads its L1 table.
+    pub async fn read_l1(&self, file: &Node, geometry: &Geometry) -> Result<Vec<L1Entry>, Error> {
+        if !self.has_sane_l1_size() {
+            let error = Error::new("Snapshot L1 table too large");
+            return Err(error.with_errno(Errno(libc::EFBIG)));
+        }
+        let (offset, len) = (self.l1_table_offset, self.l1_size as usize * 8);
+        // The file may end in its last cluster.
+        let end = file.len().next_multiple_of(geometry.cluster_size());
+        let is_there = len == 0 || offset.checked_add(len as u64).is_some_and(|last| last <= end);
+        if !geometry.is_cluster_start(offset) || !is_there {
+            return Err(invalid_l1_offset());
+        }
+        let failed = |errno| Error::os("Could not read the snapshot's L1 table", errno);
+        let mut bytes = AlignedBuf::new(len, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
+        if len > 0 {
+            read_padded(file, offset, &bytes.io_vec()).await.map_err(failed)?;
+        }
+        let word = |bytes: &[u8]| bytes.iter().fold(0u64, |word, &b| word << 8 | u64::from(b));
+        Ok(bytes[..len].chunks_exact(8).map(|bytes| L1Entry(word(bytes))).collect())
+    }
+}
+
+impl Qcow2 {
     /// Refuses to free what a snapshot's own L1 table takes if something else is there, too.
     fn check_own_table(&self, table: &Table, index: usize) -> Result<(), Error> {
-        let header = self.header_now();
+        let header = self.header.now();
         let place = |start: u64, entries: u32| start..start + u64::from(entries) * 8;
         let places = table.list.iter().map(|other| place(other.l1_table_offset, other.l1_size));
         let own = place(table.list[index].l1_table_offset, table.list[index].l1_size);
@@ -120,30 +146,7 @@ impl Qcow2 {
             return Err(Errno::EPERM);
         }
         check_sound(self).await?;
-        self.change_header(|header| header.autoclear &= Autoclear::KNOWN).await
-    }
-
-    /// Reads a snapshot's L1 table.
-    pub(super) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<L1Entry>, Error> {
-        if !snapshot.has_sane_l1_size() {
-            let error = Error::new("Snapshot L1 table too large");
-            return Err(error.with_errno(Errno(libc::EFBIG)));
-        }
-        let (offset, len) = (snapshot.l1_table_offset, snapshot.l1_size as usize * 8);
-        let file = self.file();
-        // The file may end in its last cluster.
-        let end = file.len().next_multiple_of(self.geometry.cluster_size());
-        let is_there = len == 0 || offset.checked_add(len as u64).is_some_and(|last| last <= end);
-        if !self.geometry.is_cluster_start(offset) || !is_there {
-            return Err(invalid_l1_offset());
-        }
-        let failed = |errno| Error::os("Could not read the snapshot's L1 table", errno);
-        let mut bytes = AlignedBuf::new(len, 4096).ok_or_else(|| failed(Errno::ENOMEM))?;
-        if len > 0 {
-            read_padded(&file, offset, &bytes.io_vec()).await.map_err(failed)?;
-        }
-        let word = |bytes: &[u8]| bytes.iter().fold(0u64, |word, &b| word << 8 | u64::from(b));
-        Ok(bytes[..len].chunks_exact(8).map(|bytes| L1Entry(word(bytes))).collect())
+        self.metadata().change_header(|header| header.autoclear &= Autoclear::KNOWN).await
     }
 
     // ---- The dirty bit
@@ -152,14 +155,14 @@ impl Qcow2 {
     async fn unsettle(&self) -> IoResult {
         self.begin_counting();
         settle_journal(self).await?;
-        self.change_header(unsettled).await
+        self.metadata().change_header(unsettled).await
     }
 
     /// Makes the refcounts durable, and says that they are right again.
     async fn settle(&self) -> IoResult {
         self.write_refcounts().await?;
-        self.change_header(|header| self.settled(header)).await?;
-        self.mapping.journal.close(false);
+        self.metadata().change_header(|header| self.settled(header)).await?;
+        self.mapping.tables().journal.close(false);
         Ok(())
     }
 
@@ -177,17 +180,6 @@ impl Qcow2 {
         self.settle().await
     }
 
-    /// Writes the header, durably, if something changes in it.
-    async fn change_header(&self, change: impl FnOnce(&mut Header)) -> IoResult {
-        let mut header = self.header.current.lock().await;
-        let mut new = header.clone();
-        change(&mut new);
-        if new != *header || self.header.state.get() == OnDisk::InDoubt {
-            self.write_header(&mut header, new).await?;
-        }
-        Ok(())
-    }
-
     fn settled(&self, header: &mut Header) {
         self.end_counting();
         // With lazy refcounts they are right when the image is closed, after guests' writes.
@@ -201,7 +193,7 @@ impl Qcow2 {
     /// until the header says otherwise.
     fn begin_counting(&self) {
         self.snapshots.is_counting.store(true, Ordering::SeqCst);
-        self.mapping.journal.close(true);
+        self.mapping.tables().journal.close(true);
     }
 
     fn end_counting(&self) {
@@ -236,7 +228,7 @@ fn not_found() -> Error {
 
 impl Snapshots for Qcow2 {
     fn list(&self) -> Result<Vec<SnapshotInfo>, Error> {
-        Ok(self.snapshot_table()?.list.iter().map(Snapshot::info).collect())
+        Ok(self.snapshots.shareable()?.list.iter().map(Snapshot::info).collect())
     }
 
     fn create<'a>(&'a self, new: NewSnapshot<'a>) -> LocalFuture<'a, Result<SnapshotInfo, Error>> {

@@ -4,6 +4,7 @@
 use crate::block::{Event, WriteFlags};
 use crate::cow::{Run, change_entries, pin, read_padded};
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
+use crate::format::qcow2::mapping::L1Turn;
 use crate::format::qcow2::refcounts::{Change, Refcounts};
 use crate::format::qcow2::{Qcow2, corrupt};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
@@ -11,8 +12,8 @@ use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 impl Qcow2 {
     /// The disk's L1 table.
     pub(in crate::format::qcow2) fn active_l1(&self) -> Vec<L1Entry> {
-        let entries = u64::from(self.header_now().l1_size);
-        (0..entries).map(|index| self.l1.get(index)).collect()
+        let entries = u64::from(self.header.now().l1_size);
+        (0..entries).map(|index| self.mapping.l1_at(index)).collect()
     }
 
     /// One reference more, or one less, to each thing that the L1 table names and that its L2 tables
@@ -59,7 +60,7 @@ impl Qcow2 {
             let mut refcounts = self.refcounts().await?;
             for cluster in clusters {
                 if refcounts.get(self, cluster).await? == 0 {
-                    return Err(corrupt::bad_refcount(self, cluster));
+                    return Err(corrupt::bad_refcount(self.metadata(), cluster));
                 }
             }
         }
@@ -89,7 +90,7 @@ impl Qcow2 {
         let is_sane = !entry.has_reserved_bits() && self.geometry.is_cluster_start(table);
         if !is_sane || table >= self.file().len() {
             let guest = index * self.geometry.l2_coverage();
-            return Err(corrupt::bad_l1(self, guest, entry));
+            return Err(corrupt::bad_l1(self.metadata(), guest, entry));
         }
         let size = self.geometry.cluster_size() as usize;
         let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
@@ -109,7 +110,7 @@ impl Qcow2 {
         for (n, entry) in entries.into_iter().enumerate() {
             if let Err(error) = self.geometry.decode(entry) {
                 let guest = guest + ((n as u64) << self.geometry.cluster_bits);
-                return Err(corrupt::bad_entry(self, guest, entry, error));
+                return Err(corrupt::bad_entry(self.metadata(), guest, entry, error));
             }
             if let Some(release) = self.releases_of(entry, false) {
                 let Run { first, count, .. } = release.run;
@@ -146,16 +147,19 @@ impl Qcow2 {
         let (Some(first), Some(last)) = (l1.iter().position(own), l1.iter().rposition(own)) else {
             return Ok(());
         };
-        self.write_l1(first, l1[first..=last].iter().map(|entry| entry.with_copied(false))).await
+        let turn = self.mapping.lock_l1().await;
+        self.write_l1(&turn, first, l1[first..=last].iter().map(|entry| entry.with_copied(false)))
+            .await
     }
 
     /// Sets the COPIED flags of the disk's entries that have the only reference. Requests may be in
     /// flight, but what adds references is not.
     pub(super) async fn set_copied(&self) -> IoResult {
-        let tables = u64::from(self.header_now().l1_size);
-        for index in (0..tables).filter(|&index| self.l1.get(index).l2_table() != 0) {
+        let tables = u64::from(self.header.now().l1_size);
+        for index in (0..tables).filter(|&index| self.mapping.l1_at(index).l2_table() != 0) {
             let first = index * self.geometry.l2_entries();
-            let _range = self.mapping.ranges.lock(first..first + self.geometry.l2_entries()).await;
+            let _range =
+                self.mapping.tables().ranges.lock(first..first + self.geometry.l2_entries()).await;
             self.set_copied_below(index).await?;
         }
         Ok(())
@@ -164,7 +168,7 @@ impl Qcow2 {
     /// As [`Qcow2::set_copied`], of what one L1 entry names. The caller has the range of its guest
     /// clusters.
     pub(super) async fn set_copied_below(&self, index: u64) -> IoResult {
-        let entry = self.l1.get(index);
+        let entry = self.mapping.l1_at(index);
         if entry.l2_table() == 0 || !self.is_sole(entry.l2_table()).await? {
             // What a table with several references names has several, too.
             return Ok(());
@@ -172,10 +176,12 @@ impl Qcow2 {
         for guest in self.slices_of(index) {
             self.set_copied_in_slice(guest).await?;
         }
-        let _tables = self.l1_turn.lock().await;
+        let turn = self.mapping.lock_l1().await;
         match entry.is_copied() {
             true => Ok(()),
-            false => self.write_l1(index as usize, [entry.with_copied(true)].into_iter()).await,
+            false => {
+                self.write_l1(&turn, index as usize, [entry.with_copied(true)].into_iter()).await
+            }
         }
     }
 
@@ -231,27 +237,28 @@ impl Qcow2 {
     /// Guest offsets of the slices of an L2 table.
     fn slices_of(&self, index: u64) -> impl Iterator<Item = u64> + use<> {
         let start = index * self.geometry.l2_coverage();
-        let step = (self.mapping.cache.entries() as u64) << self.geometry.cluster_bits;
+        let step = (self.mapping.tables().cache.entries() as u64) << self.geometry.cluster_bits;
         let slices = self.geometry.l2_coverage() / step;
         (0..slices).map(move |n| start + n * step)
     }
 
     async fn slice_entries(&self, guest: u64) -> IoResult<Vec<L2Entry>> {
         let pinned = pin(self, guest).await?;
-        Ok((0..self.mapping.cache.entries()).map(|index| pinned.get(index)).collect())
+        Ok((0..self.mapping.tables().cache.entries()).map(|index| pinned.get(index)).collect())
     }
 
     /// Writes entries of the disk's L1 table from `first` on, and shows them.
     async fn write_l1(
         &self,
+        turn: &L1Turn<'_>,
         first: usize,
         entries: impl Iterator<Item = L1Entry> + Clone,
     ) -> IoResult {
-        let place = self.header_now().l1_table_offset + first as u64 * 8;
+        let place = self.header.now().l1_table_offset + first as u64 * 8;
         let bytes: Vec<u8> = entries.clone().flat_map(|entry| entry.0.to_be_bytes()).collect();
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         for (n, entry) in entries.enumerate() {
-            self.l1.set((first + n) as u64, entry);
+            turn.set((first + n) as u64, entry);
         }
         Ok(())
     }

@@ -12,14 +12,14 @@ use std::sync::atomic::Ordering;
 impl Qcow2 {
     pub(super) async fn apply_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {
         let failed = |errno| Error::os("the snapshot could not be applied", errno);
-        let table = self.snapshot_table()?;
+        let table = self.snapshots.shareable()?;
         // They do not follow what the disk becomes.
         if !self.bitmaps().all().is_empty() {
             return Err(Error::new("Device has active dirty bitmaps"));
         }
         let index = table.find(which).ok_or_else(super::not_found)?;
         let snapshot = &table.list[index];
-        let theirs = self.snapshot_l1(snapshot).await?;
+        let theirs = snapshot.read_l1(&self.file(), &self.geometry).await?;
         let size = snapshot.disk_size().unwrap_or(self.size());
         let invalid = |text: &str| Err(Error::new(text).with_errno(Errno::EINVAL));
         if size > i64::MAX as u64 {
@@ -107,7 +107,7 @@ impl Qcow2 {
     /// Names the new table in the header, and shows it. The clusters of the old one.
     async fn turn_to(&self, l1: &[L1Entry], place: Run, size: u64) -> IoResult<Run> {
         let bits = self.geometry.cluster_bits;
-        let mut header = self.header.current.lock().await;
+        let mut header = self.metadata().lock_header().await;
         let mut new = header.clone();
         new.l1_table_offset = place.first << bits;
         new.l1_size = l1.len() as u32;
@@ -118,7 +118,7 @@ impl Qcow2 {
             count: self.geometry.clusters(u64::from(header.l1_size) * 8),
             is_fresh: false,
         };
-        let written = self.write_header(&mut header, new).await;
+        let written = header.write(new).await;
         // Also if that has failed: the disk may have either.
         self.size.store(size, Ordering::Relaxed);
         self.show_l1(l1);
@@ -127,22 +127,18 @@ impl Qcow2 {
 
     /// Shows a table in place of the disk's. No request is in flight.
     fn show_l1(&self, l1: &[L1Entry]) {
-        self.l1.grow(l1.len() as u64);
-        for index in 0..self.l1.entries() {
-            self.l1.set(index, l1.get(index as usize).copied().unwrap_or(L1Entry(0)));
-        }
-        self.note_l2_tables();
-        self.mapping.cache.forget(|_| true);
+        self.mapping.show_l1(l1);
+        self.metadata().note_l2_tables();
     }
 
     pub(super) async fn load_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {
         if self.is_writable {
             return Err(Error::new("Device is not readonly"));
         }
-        let table = self.snapshot_table()?;
+        let table = self.snapshots.shareable()?;
         let index = table.find(which).ok_or_else(super::not_found)?;
         let snapshot: &Snapshot = &table.list[index];
-        let l1 = self.snapshot_l1(snapshot).await?;
+        let l1 = snapshot.read_l1(&self.file(), &self.geometry).await?;
         self.show_l1(&l1);
         Ok(())
     }

@@ -106,7 +106,7 @@ impl Qcow2 {
             self.give_back(&[run]).await;
             return Err((false, errno));
         }
-        let mut header = self.header.current.lock().await;
+        let mut header = self.metadata().lock_header().await;
         let mut changed = header.clone();
         changed.nb_snapshots = new.list.len() as u32;
         changed.snapshots_offset = run.first << bits;
@@ -118,17 +118,17 @@ impl Qcow2 {
         };
         // How long the table is goes with where it is, which counts as soon as it is being written.
         *self.snapshots.table.lock() = Ok(new);
-        let written = self.write_header(&mut header, changed).await;
+        let written = header.write(changed).await;
         drop(header);
-        self.note_header(&self.header_now());
-        self.note_snapshots().await;
+        self.metadata().note_header(&self.header.now());
+        self.metadata().note_snapshots().await;
         written.map_err(|errno| (true, errno))?;
         Ok(gone)
     }
 
     /// Fills in what version 3 wants of the snapshots' entries.
     pub(in crate::format::qcow2) async fn complete_snapshots(&self) -> IoResult {
-        let table = match self.header_now().nb_snapshots {
+        let table = match self.header.now().nb_snapshots {
             0 => return Ok(()),
             _ => self.snapshots.table().map_err(|error| error.errno().unwrap_or(Errno::EIO))?,
         };
