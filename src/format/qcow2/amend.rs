@@ -206,7 +206,7 @@ impl Qcow2 {
             self.complete_snapshots().await.map_err(failed)?;
         }
         if wanted.refcount_order != old.refcount_order {
-            self.refcounts().await.and_then(|counts| counts.check_table(self)).map_err(failed)?;
+            self.space.check_table(self.metadata()).await.map_err(failed)?;
         }
         if let Some(size) = wanted.size.filter(|&size| size != self.size()) {
             if hand_over::has_bitmaps(&old) {

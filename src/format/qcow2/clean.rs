@@ -9,16 +9,11 @@ impl Qcow2 {
     /// Gives back at every interval what was not used since the last one, as long as the image is open.
     pub(super) fn clean_every(&self, interval: Duration) {
         let cache = Arc::downgrade(&self.mapping.tables().cache);
-        let counts = self.space.counts.as_ref().map(Arc::downgrade);
+        let clean_space = self.space.cleaner();
         periodic::every(interval, move || {
             let Some(cache) = cache.upgrade() else { return false };
             cache.give_back_unused();
-            // A task that holds them uses them.
-            if let Some(counts) = counts.as_ref().and_then(|counts| counts.upgrade())
-                && let Some(mut counts) = counts.try_lock()
-            {
-                counts.forget_unused();
-            }
+            clean_space();
             true
         });
     }

@@ -127,7 +127,7 @@ impl Qcow2 {
         if zeroes.is_empty() {
             return Ok(old);
         }
-        let references = self.refcounts().await?.get(self, self.run_of(table).first).await?;
+        let references = self.space.references(self.metadata(), self.run_of(table).first).await?;
         let hosts = match self.backing().is_some() {
             true => self.zeroed_clusters(zeroes.len() as u64, references).await?,
             false => Vec::new(),
@@ -162,7 +162,7 @@ impl Qcow2 {
             runs.push(run);
         }
         if references > 1 {
-            self.refcounts().await?.raise(self, &runs, references - 1).await?;
+            self.space.raise(self.metadata(), &runs, references - 1).await?;
         }
         file.flush().await?;
         let clusters = runs.iter().flat_map(|run| run.first..run.first + run.count);

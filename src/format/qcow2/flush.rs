@@ -6,8 +6,8 @@
 
 use super::header::Incompatible;
 use super::{Qcow2, open};
-use crate::block::{Error, SECTOR};
-use crate::cow::{Lock, Run, Stop, begin_rest, check_sound, cut, settle_journal, write_suspects};
+use crate::block::Error;
+use crate::cow::{Release, Stop, begin_rest, check_sound, settle_journal, write_suspects};
 use crate::io::{Errno, IoResult};
 use std::sync::atomic::Ordering;
 
@@ -25,18 +25,17 @@ impl Qcow2 {
         }
         write_suspects(self).await?;
         settle_journal(self).await?;
-        let batch = self.space.freed.begin_flush(&self.mapping.tables().visits);
+        let batch = self.space.begin_flush(self.metadata());
         let result = self.nodes.flush().await;
-        self.space.freed.end_flush(batch, result);
-        result?;
-        // Whoever has them now does it, or the next flush: this one waits for nobody.
-        if self.space.freed.has_durable()
-            && let Some(mut refcounts) = self.space.counts.as_deref().and_then(Lock::try_lock)
-        {
-            self.reap(&mut refcounts).await;
+        self.space.end_flush(self.metadata(), batch, result).await
+    }
+
+    /// Notes that entries, handed to the kernel and shown to readers, no longer name these clusters.
+    pub(super) async fn free(&self, releases: &[Release]) {
+        if self.space.free(self.metadata(), releases).await {
+            // Whether it succeeds matters to the guest's own flush alone.
+            let _ = self.flush_all().await;
         }
-        self.take_back_if_idle().await;
-        Ok(())
     }
 
     /// Brings the image to a rest: nothing is in flight.
@@ -76,25 +75,7 @@ impl Qcow2 {
             );
         }
         ready?;
-        let (packed_end, packing) = {
-            let mut packing = self.space.packing.lock().await;
-            (packing.filled_to(), packing.drain())
-        };
-        let mut refcounts = self.refcounts().await?;
-        self.reap(&mut refcounts).await;
-        let free = refcounts.unreserve(self, &packing).await?;
-        let mut unused = self.space.pool.lock().drain();
-        refcounts.unreserve(self, &unused).await?;
-        unused.extend(free.iter().map(|&first| Run { first, count: 1, is_fresh: true }));
-        let used = match self.take_back_all(&mut refcounts).await {
-            true => {
-                let end = self.geometry.clusters(self.file().len());
-                refcounts.end_of_use(self, end).await.ok()
-            }
-            false => None,
-        };
-        self.cut_file(&unused, packed_end, used).await;
-        drop(refcounts);
+        self.space.close(self.metadata()).await?;
         let mut header = self.metadata().lock_header().await;
         if header.incompatible.contains(Incompatible::DIRTY) && !self.snapshots.needs_repair() {
             self.file().flush().await?;
@@ -104,32 +85,9 @@ impl Qcow2 {
         }
         drop(header);
         self.file().flush().await?;
-        if !self.has_to_take_back() {
+        if !self.space.has_to_take_back() {
             self.mapping.tables().journal.mark_in_use(false);
         }
         Ok(())
-    }
-
-    /// Takes off the end of the file what was reserved there and is free again, and what lies behind the cluster `used`;
-    /// of a last cluster that holds compressed ones only what lies behind `packed_end`.
-    async fn cut_file(&self, unused: &[Run], packed_end: u64, used: Option<u64>) {
-        let bits = self.geometry.cluster_bits;
-        let file = self.file();
-        let len = file.driver().len();
-        let mut end = self.geometry.clusters(len);
-        let mut unused = unused.to_vec();
-        unused.sort_by_key(|run| std::cmp::Reverse(run.first));
-        for run in unused {
-            if run.is_fresh && run.first + run.count == end {
-                end = run.first;
-            }
-        }
-        end = end.min(used.unwrap_or(end));
-        let packed_end = packed_end.next_multiple_of(SECTOR);
-        let new = match packed_end.div_ceil(1 << bits) == end {
-            true => packed_end,
-            false => end << bits,
-        };
-        cut(&file, new).await;
     }
 }

@@ -66,21 +66,15 @@ impl Qcow2 {
             open::clear_unknown(&self.name, &file, &mut header).await?;
         }
         self.mapping.replace_l1(&open::load_l1(&file, &header).await?);
-        if let Some(counts) = &self.space.counts {
-            let mut counts = counts.lock().await;
-            let place = (header.refcount_table_offset, header.refcount_table_clusters);
-            let read = counts.read_anew(&file, place, self.space.cache_bytes).await;
-            read.map_err(open::no_refcounts)?;
-        }
+        let table = (header.refcount_table_offset, header.refcount_table_clusters);
+        self.space.read_anew(&file, table).await.map_err(open::no_refcounts)?;
         self.snapshots.replace(snapshots::Table::read(&file, &header).await);
         self.mapping.tables().journal.close(false);
         self.size.store(header.size, Ordering::SeqCst);
         current.replace(header);
         drop(current);
         self.note_metadata().await;
-        // What it was going to give back is somebody else's by now, or leaked.
-        self.space.pool.lock().drain();
-        self.space.freed.forget();
+        self.space.forget();
         self.is_prepared.store(false, Ordering::SeqCst);
         Ok(())
     }

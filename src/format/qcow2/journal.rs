@@ -73,14 +73,13 @@ impl Recovering for Qcow2 {
     }
 
     async fn are_leaked(&self, hosts: &BTreeSet<u64>) -> Result<bool, Error> {
-        let reserved =
-            self.space.pool.lock().reserves(&mut hosts.iter().copied().collect::<Vec<_>>());
+        let reserved = self.space.reserves(&mut hosts.iter().copied().collect::<Vec<_>>());
         let leaked = check::are_leaked(&self.file(), hosts).await?;
         Ok(leaked && !reserved)
     }
 
     async fn take_back(&self) {
-        self.begin_taking_back().await;
+        self.space.begin_taking_back(self.metadata()).await;
     }
 }
 

@@ -8,7 +8,7 @@ use crate::block::{Access, Child, Event, Node, Precision, Status};
 use crate::cow;
 use crate::cow::{
     Compressed, Format, Found, Lock, LockGuard, Piece, SliceNo, TableCache, Tables, TopTable,
-    Writable,
+    Writable, stored_status,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::Arc;
@@ -184,7 +184,7 @@ impl Format for Qcow2 {
     }
 
     fn examine(&self, entries: &[L2Entry]) {
-        self.metadata().check_slice(entries, |hosts| self.space.pool.lock().reserves(hosts));
+        self.metadata().check_slice(entries, |hosts| self.space.reserves(hosts));
     }
 
     fn bad_entry(&self, at: u64, entry: L2Entry, bad: BadEntry, access: Access) -> Errno {
@@ -208,7 +208,10 @@ impl Format for Qcow2 {
         len: u64,
         precision: Precision,
     ) -> IoResult<(u64, Status)> {
-        self.status_of_data(host, len, precision).await
+        if precision == Precision::Allocation || !self.space.may_have_holes(self.metadata()).await {
+            return Ok((len, Status::DATA | Status::ALLOCATED));
+        }
+        stored_status(&self.data(), host, len, precision).await
     }
 }
 

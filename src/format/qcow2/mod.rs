@@ -8,7 +8,7 @@
 //! | `order` | the order in which things reach the disk, and who waits for whom |
 //! | `nodes` | the file, the backing file, the external data file |
 //! | `mapping` | the tables in memory; what [`crate::cow`] asks of the format to find and read a guest's bytes |
-//! | `compressed`, `unpack` | compressed clusters: packing, reading |
+//! | `compressed`, `store`, `unpack` | compressed clusters: packing, storing, reading |
 //! | `clean` | memory of cached tables that were not used is given back |
 //! | `create`, `new_image`, `amend`, `downgrade` | making images, and making them others |
 //! | `measure` | how long the file of a new image has to be |
@@ -19,17 +19,14 @@
 //! | `tables` | new tables, and what has to be on the disk before the first write |
 //! | `image_header`, `header_cluster`, `header_steps` | the header in memory, its one writer, and the order of its writes |
 //! | `journal` | what the layer's journal of waiting entries asks of the format |
-//! | `packed` | where compressed clusters are put |
 //! | `resize`, `preallocate` | another length of the disk |
 //! | `vmstate` | the state of a virtual machine, behind the disk |
-//! | `space`, `alloc`, `refcounts`, `freed` | host clusters: taken, counted, given back |
-//! | `take_back` | what a killed process has left counted and unused |
+//! | `space` | host clusters: taken, counted, given back |
 //! | `flush`, `hand_over` | flushing and closing; another process's image that becomes ours |
 //! | `backing`, `discard_all` | another backing file; discarding all data |
 //! | `metadata` | the parts that say where metadata is, as others look at them |
 //! | `overlap`, `metadata_map`, `corrupt` | metadata that must not be overwritten, and its places; reports of corrupt images |
 
-mod alloc;
 mod amend;
 mod backing;
 pub mod bitmaps;
@@ -44,12 +41,10 @@ mod downgrade;
 pub mod extensions;
 mod fields;
 mod flush;
-mod freed;
 mod hand_over;
 pub mod header;
 mod header_cluster;
 mod header_steps;
-mod holes;
 mod image_header;
 pub mod info;
 mod journal;
@@ -64,14 +59,12 @@ mod open;
 mod options;
 pub mod order;
 mod overlap;
-mod packed;
 mod preallocate;
-mod refcounts;
 mod resize;
 pub mod snapshots;
 mod space;
+mod store;
 mod tables;
-mod take_back;
 mod unpack;
 mod vmstate;
 mod write;
@@ -80,10 +73,10 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    self, LockGuard, Stop, decider, discard_range, fast_read, read_range, settle_journal, status,
+    self, Stop, decider, discard_range, fast_read, read_range, settle_journal, status,
     without_fast_writes, write_range, zero_range,
 };
-use crate::io::{Blocking, Budget, Errno, InFlight, IoResult, IoVec};
+use crate::io::{Blocking, Budget, InFlight, IoResult, IoVec};
 use crate::options::Map;
 use bitmaps::ImageBitmaps;
 use corrupt::Corruption;
@@ -94,7 +87,6 @@ use mapping::ImageMapping;
 use metadata::Metadata;
 use nodes::Nodes;
 use overlap::Overlaps;
-use refcounts::Refcounts;
 use space::Space;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -150,8 +142,6 @@ pub struct Qcow2 {
     passes_other_discards: bool,
     /// What a guest discards keeps its host cluster.
     keeps_discarded: bool,
-    /// Of requests to the file, in bytes.
-    file_align: u64,
     header: ImageHeader,
     space: Space,
     snapshots: snapshots::State,
@@ -188,16 +178,7 @@ impl Qcow2 {
     /// Notes where all metadata is, as it was read from the file.
     async fn note_metadata(&self) {
         self.metadata().note_metadata().await;
-        if let Some(counts) = &self.space.counts {
-            self.metadata().note_blocks(counts.lock().await.blocks_named());
-        }
-    }
-
-    async fn refcounts(&self) -> IoResult<LockGuard<'_, Refcounts>> {
-        match &self.space.counts {
-            Some(counts) => Ok(counts.lock().await),
-            None => Err(Errno::EPERM),
-        }
+        self.space.note_blocks(self.metadata()).await;
     }
 }
 

@@ -10,8 +10,7 @@ use super::mapping::ImageMapping;
 use super::nodes::Nodes;
 use super::options::Options;
 use super::overlap::{Kinds, Overlaps};
-use super::refcounts::Refcounts;
-use super::space::Space;
+use super::space::{Refcounts, Space};
 use super::{Qcow2, check, header_cluster, snapshots};
 use crate::block::*;
 use crate::cow::{read_padded, traits_over};
@@ -66,7 +65,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         true => {
             let place = (header.refcount_table_offset, header.refcount_table_clusters);
             node.event(Event::ReftableLoad).await;
-            let counts = Refcounts::load(&node, geometry, place, caches.refcounts).await;
+            let counts = Refcounts::load(&node, geometry, place, caches.refcounts, lazy).await;
             let counts = counts.map_err(no_refcounts)?;
             Some(counts)
         }
@@ -78,6 +77,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let bitmaps = ImageBitmaps::load(opening.name(), &node, &header, is_writable).await?;
     let mapping = ImageMapping::new(geometry, &l1, caches.l2, caches.l2_slice)
         .map_err(|_| Error::new("Could not allocate metadata caches"))?;
+    let passes_discards = options.pass_discard_request.unwrap_or(opening.options().discard);
     let image = Qcow2 {
         name: opening.name().to_owned(),
         geometry,
@@ -86,7 +86,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         nodes: Nodes::new(file, backing, data_file),
         readers_share: opening.policy().readers_share,
         mapping,
-        space: Space::new(counts, caches.refcounts),
+        space: Space::new(opening.name(), geometry, counts, caches.refcounts, passes_discards),
         corruption: Corruption::new(opening.name(), is_writable, opening.notices()),
         overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
         blocking: opening.blocking(),
@@ -96,11 +96,10 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         is_frozen: Default::default(),
         has_lazy_refcounts: lazy,
         has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
-        passes_discards: options.pass_discard_request.unwrap_or(opening.options().discard),
+        passes_discards,
         passes_snapshot_discards: options.pass_discard_snapshot.unwrap_or(true),
         passes_other_discards: options.pass_discard_other.unwrap_or(false),
         keeps_discarded: keeps_discarded(options.discard_no_unref, &header)?,
-        file_align: node.traits().request_align.into(),
         header: ImageHeader::new(header),
         snapshots: snapshots::State::new(snapshots, geometry.external_data),
         bitmaps,

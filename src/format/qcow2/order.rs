@@ -6,11 +6,11 @@
 //! something written since.
 //!
 //! * **Reserve**: clusters are taken out of the refcounts many at a time, and the refcounts are
-//!   *durable* before the first of them is used ([`super::alloc`]). What a crash leaves of a
+//!   *durable* before the first of them is used ([`super::space`]). What a crash leaves of a
 //!   reservation is leaked. What was reserved past the end of the file reads as zeroes, durably.
 //! * **Leaked**: a kill leaves counted what was reserved, what was taken for requests under way, and what waited to be freed:
 //!   one reservation, and the clusters of one flush. Where memory outlives the process, the next one takes all of that
-//!   back, however often it happens ([`super::take_back`]): what the kernel has is *durable* before a count is lowered.
+//!   back, however often it happens ([`super::space`]): what the kernel has is *durable* before a count is lowered.
 //!   Nothing in the image says that it was not closed. So where no memory outlives the process, and after a crash of the
 //!   host, as much is leaked each time, until a check gives it back.
 //! * **Allocate**: the guest's data, and every byte that was copied or zeroed around it, is written;
@@ -20,11 +20,11 @@
 //!   entry is kept there, shown and answered first, and the rest follows ([`super::journal`]). So is an entry that
 //!   shows more of a cluster that is the guest's already; one flush covers what all of them show.
 //! * **Compressed**: the references to every host cluster that the stream touches are durable, and so
-//!   is the stream, before the L2 entry ([`super::packed`]).
+//!   is the stream, before the L2 entry ([`super::space`]).
 //! * **Tables**: a new L2 table or refcount block is durable before the entry that names it. A table
 //!   that moves is copied, made durable, named by one write of a sector, durable, and freed.
 //! * **Free**: the entry that dropped the reference is durable before the refcount is lowered, and
-//!   nothing that may still have I/O under way is reused or discarded ([`super::freed`]). All that one flush covers is
+//!   nothing that may still have I/O under way is reused or discarded ([`super::space`]). All that one flush covers is
 //!   lowered together, and written before any of it is discarded.
 //! * **Lazy refcounts**, if asked for: the dirty bit is durable before the first reservation, and
 //!   reservations then need not be, unless the file becomes longer for them: a repair cannot make up for

@@ -190,7 +190,7 @@ impl Qcow2 {
         let failed = |what: &'static str| move |errno| Error::os(what, errno);
         let discarding = failed("Failed to discard cropped clusters");
         let sizing = failed("Failed to update the image size");
-        let counted = self.refcounts().await.and_then(|counts| counts.check_table(self));
+        let counted = self.space.check_table(self.metadata()).await;
         counted.map_err(failed("Failed to discard unused refblocks"))?;
         let shows = self.shows_backing(new..self.size());
         match (shows, self.geometry.zero_flag) {
@@ -283,19 +283,6 @@ impl Qcow2 {
     pub(super) async fn cut_to_use(&self) -> IoResult {
         self.flush_all().await?;
         epoch::synchronize(&self.data().members()).await;
-        let mut refcounts = self.refcounts().await?;
-        self.reap(&mut refcounts).await;
-        let unused = self.space.pool.lock().drain();
-        refcounts.unreserve(self, &unused).await?;
-        let file = self.file();
-        let end = self.geometry.clusters(file.driver().len());
-        let used = refcounts.end_of_use(self, end).await?;
-        if used < end
-            && let Some(image) = file.driver().image()
-        {
-            // A longer file does no harm, and a device keeps its length.
-            let _ = image.resize(used << self.geometry.cluster_bits, true).await;
-        }
-        Ok(())
+        self.space.cut_to_use(self.metadata()).await
     }
 }

@@ -26,7 +26,8 @@ impl Qcow2 {
         if index >= self.mapping.l1_entries() {
             return Err(Errno::EIO);
         }
-        let (taken, _claim) = self.take_for_table().await?;
+        let (unnamed, _claim) = self.space.take_for_table(self.metadata()).await?;
+        let taken = self.hold(unnamed.keep());
         let host = taken.host();
         self.fill_table(guest, old, host, taken.run.is_fresh).await?;
         let entry = L1Entry::new(host, true);
@@ -104,7 +105,7 @@ impl Qcow2 {
                 let clusters = self.geometry.clusters(len);
                 self.event(Event::L1GrowAllocTable).await;
                 self.event(Event::ClusterAlloc).await;
-                let (run, claim) = self.refcounts().await?.reserve_run(self, clusters).await?;
+                let (run, claim) = self.space.reserve_run(self.metadata(), clusters).await?;
                 self.event(Event::L1GrowWriteTable).await;
                 let place = run.first << bits;
                 let entries = (0..(clusters << bits) / 8)
@@ -112,7 +113,7 @@ impl Qcow2 {
                 let table = entries.collect::<Vec<_>>().concat();
                 if let Err(errno) = self.write_table(place, &table).await {
                     // It is leaked at worst.
-                    let _ = self.refcounts().await?.release(self, &[run]).await;
+                    let _ = self.space.release(self.metadata(), &[run]).await;
                     return Err(errno);
                 }
                 (place, Some(claim))
@@ -129,7 +130,7 @@ impl Qcow2 {
         if place != now.l1_table_offset && held > 0 {
             let first = now.l1_table_offset >> bits;
             let run = Run { first, count: held, is_fresh: false };
-            self.refcounts().await?.release(self, &[run]).await?;
+            self.space.release(self.metadata(), &[run]).await?;
         }
         Ok(())
     }

@@ -5,9 +5,23 @@ use super::layout::{BadEntry, Cluster, L2Entry};
 use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{Need, Release, Run, Writer};
+use crate::cow::{Allocator, Need, Release, Run, Taken, Writer};
 use crate::io::{IoResult, IoVec};
 use std::ops::Range;
+
+impl Allocator for Qcow2 {
+    async fn take(&self, most: u64) -> IoResult<Taken<'_, Qcow2>> {
+        Ok(self.hold(self.space.take(self.metadata(), most).await?.keep()))
+    }
+
+    fn put_back(&self, run: Run) {
+        self.space.put_back(run);
+    }
+
+    async fn release(&self, releases: &[Release]) {
+        self.free(releases).await;
+    }
+}
 
 impl Writer for Qcow2 {
     async fn ensure_table(&self, guest: u64) -> IoResult {
@@ -103,6 +117,11 @@ impl Writer for Qcow2 {
 }
 
 impl Qcow2 {
+    /// Clusters that were taken in another way, and go back to what is reserved if they are not kept.
+    pub(super) fn hold(&self, run: Run) -> Taken<'_, Qcow2> {
+        Taken::new(self, run, run.offset(self.geometry.cluster_bits))
+    }
+
     fn need_of(&self, entry: L2Entry, cluster: Cluster) -> Need {
         let own = entry.is_copied() || self.geometry.external_data;
         match cluster {

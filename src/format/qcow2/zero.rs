@@ -73,7 +73,7 @@ impl Zeroing for Qcow2 {
         let mut clusters: Vec<u64> =
             hosts.iter().map(|host| host >> self.geometry.cluster_bits).collect();
         clusters.sort_unstable();
-        self.discard_clusters(&clusters).await;
+        self.space.discard_clusters(self.metadata(), &clusters).await;
         Ok(())
     }
 

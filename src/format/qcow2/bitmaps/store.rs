@@ -5,12 +5,12 @@ use super::{BitmapFlags, Stored, StoredBitmap, TableEntry, decode_table_entry};
 use crate::block::{Bitmap, BitmapStore, Bitmaps, Error, Event, LocalFuture, WriteFlags};
 use crate::cow::{Allocator, Run, Taken, begin_rest};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::Claim;
 use crate::format::qcow2::extensions::BitmapsPointer;
 use crate::format::qcow2::hand_over::has_bitmaps;
 use crate::format::qcow2::header_cluster::with_bitmaps;
 use crate::format::qcow2::header_steps;
 use crate::format::qcow2::layout;
+use crate::format::qcow2::space::Claim;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -163,11 +163,11 @@ impl Qcow2 {
         &'a self,
         mut bytes: Vec<u8>,
         taken: &mut Vec<Taken<'a, Qcow2>>,
-    ) -> IoResult<(u64, Claim<'a>)> {
+    ) -> IoResult<(u64, Claim)> {
         let clusters = self.geometry.clusters(bytes.len() as u64).max(1);
         bytes.resize((clusters << self.geometry.cluster_bits) as usize, 0);
         self.event(Event::ClusterAlloc).await;
-        let (run, claim) = self.take_run(clusters).await?;
+        let (run, claim) = self.space.take_run(self.metadata(), clusters).await?;
         let place = self.hold(run);
         let at = place.host();
         taken.push(place);
@@ -207,11 +207,8 @@ impl Qcow2 {
         self.bitmaps.shown.lock().clone_from(&entries);
         *stored = Stored { entries, directory };
         named?;
-        let mut refcounts = self.refcounts().await.map_err(failed)?;
-        if let Err(errno) = refcounts.release(self, &old).await {
-            // They are leaked at worst.
-            log::debug!("{}: freeing clusters of bitmaps: {errno}", self.name);
-        }
+        // What fails is leaked at worst.
+        self.space.give_back(self.metadata(), &old).await;
         Ok(())
     }
 

@@ -5,9 +5,9 @@ use super::{Snapshot, Table};
 use crate::block::{Error, Event, NewSnapshot, SnapshotInfo, WriteFlags};
 use crate::cow::{RangeGuard, Run, without_fast_writes};
 use crate::format::qcow2::Qcow2;
-use crate::format::qcow2::alloc::Claim;
 use crate::format::qcow2::layout::{L1Entry, MAX_SNAPSHOTS};
-use crate::format::qcow2::refcounts::Change;
+use crate::format::qcow2::space::Change;
+use crate::format::qcow2::space::Claim;
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
 use std::sync::atomic::Ordering;
@@ -60,7 +60,7 @@ impl Qcow2 {
         list.push(snapshot);
         match self.share_and_name(&l1, copy, &table, list).await {
             Ok(old) => {
-                self.give_back(&[old]).await;
+                self.space.give_back(self.metadata(), &[old]).await;
                 Ok(info)
             }
             Err(errno) => Err(failed(errno)),
@@ -104,7 +104,7 @@ impl Qcow2 {
         if let Err(errno) = self.unshare(l1, raised).await {
             self.leave_to_repair("taking back a snapshot that could not be made", errno);
         }
-        self.give_back(&[copy]).await;
+        self.space.give_back(self.metadata(), &[copy]).await;
         Err(errno)
     }
 
@@ -116,7 +116,7 @@ impl Qcow2 {
         self.unsettle().await.map_err(|errno| (0, errno))?;
         self.change_references(l1, Change::Raise, u64::MAX).await?;
         let all = |errno| (u64::MAX, errno);
-        self.write_refcounts().await.map_err(all)?;
+        self.space.write(self.metadata()).await.map_err(all)?;
         self.clear_copied(l1).await.map_err(all)?;
         let bytes: Vec<u8> =
             l1.iter().flat_map(|entry| entry.with_copied(false).0.to_be_bytes()).collect();
@@ -140,7 +140,7 @@ impl Qcow2 {
     }
 
     /// Clusters for an L1 table of so many entries.
-    pub(super) async fn take_l1(&self, entries: usize) -> IoResult<(Run, Claim<'_>)> {
-        self.take_run(self.geometry.clusters(entries as u64 * 8)).await
+    pub(super) async fn take_l1(&self, entries: usize) -> IoResult<(Run, Claim)> {
+        self.space.take_run(self.metadata(), self.geometry.clusters(entries as u64 * 8)).await
     }
 }

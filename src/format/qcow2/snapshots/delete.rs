@@ -6,7 +6,7 @@ use crate::block::{Error, SnapshotInfo, SnapshotKey};
 use crate::cow::{Run, settle_journal};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::layout::L1Entry;
-use crate::format::qcow2::refcounts::Change;
+use crate::format::qcow2::space::Change;
 use crate::io::IoResult;
 
 impl Qcow2 {
@@ -53,7 +53,7 @@ impl Qcow2 {
     pub(super) async fn take_back(&self, l1: &[L1Entry], tables: &[Run]) -> IoResult {
         let lowered = self.change_references(l1, Change::Lower, u64::MAX).await;
         lowered.map_err(|(_, errno)| errno)?;
-        self.give_back(tables).await;
+        self.space.give_back(self.metadata(), tables).await;
         self.end_lowering().await
     }
 }

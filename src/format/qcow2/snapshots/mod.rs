@@ -160,7 +160,7 @@ impl Qcow2 {
 
     /// Makes the refcounts durable, and says that they are right again.
     async fn settle(&self) -> IoResult {
-        self.write_refcounts().await?;
+        self.space.write(self.metadata()).await?;
         self.metadata().change_header(|header| self.settled(header)).await?;
         self.mapping.tables().journal.close(false);
         Ok(())
@@ -169,13 +169,13 @@ impl Qcow2 {
     /// Takes one reference of each cluster back; no entry on disk has it any more.
     pub(super) async fn drop_references(&self, runs: &[Run]) -> IoResult {
         self.unsettle().await?;
-        self.refcounts().await?.release(self, runs).await?;
+        self.space.release(self.metadata(), runs).await?;
         self.end_lowering().await
     }
 
     /// Writes lowered references, and then what follows from them.
     async fn end_lowering(&self) -> IoResult {
-        self.write_refcounts().await?;
+        self.space.write(self.metadata()).await?;
         self.set_copied().await?;
         self.settle().await
     }

@@ -5,7 +5,7 @@ use crate::block::{Event, WriteFlags};
 use crate::cow::{Run, change_entries, pin, read_padded};
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
 use crate::format::qcow2::mapping::L1Turn;
-use crate::format::qcow2::refcounts::{Change, Refcounts};
+use crate::format::qcow2::space::Change;
 use crate::format::qcow2::{Qcow2, corrupt};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
@@ -18,7 +18,7 @@ impl Qcow2 {
 
     /// One reference more, or one less, to each thing that the L1 table names and that its L2 tables
     /// name, in an order that is always the same; no more than the first `most`. Raised refcounts are
-    /// in memory then ([`Qcow2::write_refcounts`]).
+    /// in memory then ([`Space::write`](crate::format::qcow2::space::Space::write)).
     ///
     /// Nothing else may change the tables meanwhile, and lowered references must be gone, durably.
     ///
@@ -37,12 +37,8 @@ impl Qcow2 {
             }
             let clusters = self.named_by(index as u64, entry).await.map_err(|e| (done, e))?;
             let some = &clusters[..clusters.len().min((most - done) as usize)];
-            let mut refcounts = self.refcounts().await.map_err(|errno| (done, errno))?;
-            let mut free = Vec::new();
-            let changed = refcounts.change(self, some, change, &mut free).await;
-            if !free.is_empty() {
-                self.return_freed(&mut refcounts, free).await.map_err(|e| (done, e))?;
-            }
+            let discard = self.passes_snapshot_discards;
+            let changed = self.space.change(self.metadata(), some, change, discard).await;
             changed.map_err(|(n, errno)| (done + n, errno))?;
             done += some.len() as u64;
         }
@@ -57,22 +53,7 @@ impl Qcow2 {
     ) -> IoResult {
         for (index, entry) in entries.filter(|(_, entry)| entry.l2_table() != 0) {
             let clusters = self.named_by(index, entry).await?;
-            let mut refcounts = self.refcounts().await?;
-            for cluster in clusters {
-                if refcounts.get(self, cluster).await? == 0 {
-                    return Err(corrupt::bad_refcount(self.metadata(), cluster));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the storage of clusters that are free now.
-    async fn return_freed(&self, refcounts: &mut Refcounts, mut free: Vec<u64>) -> IoResult {
-        refcounts.write(self).await?;
-        if self.passes_snapshot_discards {
-            free.sort_unstable();
-            self.discard_clusters(&free).await;
+            self.space.check_counted(self.metadata(), &clusters).await?;
         }
         Ok(())
     }
@@ -120,14 +101,6 @@ impl Qcow2 {
         // One block of refcounts after the other.
         clusters[1..].sort_unstable();
         Ok(clusters)
-    }
-
-    /// Makes all refcounts durable.
-    pub(super) async fn write_refcounts(&self) -> IoResult {
-        let mut refcounts = self.refcounts().await?;
-        refcounts.write(self).await?;
-        drop(refcounts);
-        self.file().flush().await
     }
 
     /// Clears the COPIED flags of all entries of the disk, whose references have been raised. The
@@ -231,7 +204,7 @@ impl Qcow2 {
     /// Whether a host cluster has one reference.
     async fn is_sole(&self, host: u64) -> IoResult<bool> {
         let cluster = host >> self.geometry.cluster_bits;
-        Ok(self.refcounts().await?.get(self, cluster).await? == 1)
+        Ok(self.space.references(self.metadata(), cluster).await? == 1)
     }
 
     /// Guest offsets of the slices of an L2 table.

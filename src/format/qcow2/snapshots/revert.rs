@@ -5,7 +5,7 @@ use crate::block::{BitmapStore, Error, SECTOR, SnapshotKey, WriteFlags};
 use crate::cow::Run;
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::layout::{L1Entry, MAX_L1_BYTES};
-use crate::format::qcow2::refcounts::Change;
+use crate::format::qcow2::space::Change;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
 
@@ -73,7 +73,7 @@ impl Qcow2 {
             Err((raised, errno)) => {
                 let lowered = self.change_references(theirs, Change::Lower, raised).await;
                 let lowered = lowered.map_err(|(_, errno)| errno);
-                self.give_back(&[place]).await;
+                self.space.give_back(self.metadata(), &[place]).await;
                 let settled = match lowered {
                     Ok(()) => self.settle().await,
                     failed => failed,
@@ -95,7 +95,7 @@ impl Qcow2 {
     ) -> Result<(), (u64, Errno)> {
         self.change_references(theirs, Change::Raise, u64::MAX).await?;
         let all = |errno| (u64::MAX, errno);
-        self.write_refcounts().await.map_err(all)?;
+        self.space.write(self.metadata()).await.map_err(all)?;
         self.clear_stale_flags(theirs).await.map_err(all)?;
         let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
         let at = place.first << self.geometry.cluster_bits;

@@ -101,9 +101,10 @@ impl Qcow2 {
         }
         let clusters = self.geometry.clusters(new.bytes);
         self.event(Event::ClusterAlloc).await;
-        let (run, _claim) = self.take_run(clusters).await.map_err(|errno| (false, errno))?;
+        let (run, _claim) =
+            self.space.take_run(self.metadata(), clusters).await.map_err(|errno| (false, errno))?;
         if let Err(errno) = self.write_table(run.first << bits, &bytes).await {
-            self.give_back(&[run]).await;
+            self.space.give_back(self.metadata(), &[run]).await;
             return Err((false, errno));
         }
         let mut header = self.metadata().lock_header().await;
@@ -138,7 +139,7 @@ impl Qcow2 {
         self.prepare_snapshots().await?;
         let replaced = self.replace_table(&table, table.list.clone(), |_| {}).await;
         let old = replaced.map_err(|(_, errno)| errno)?;
-        self.give_back(&[old]).await;
+        self.space.give_back(self.metadata(), &[old]).await;
         Ok(())
     }
 
@@ -148,16 +149,5 @@ impl Qcow2 {
             file.write(at, &IoVec::from_ref(bytes), WriteFlags::empty()).await?;
         }
         file.flush().await
-    }
-
-    /// Gives back clusters that nothing on disk names, durably. What fails is leaked.
-    pub(super) async fn give_back(&self, runs: &[Run]) {
-        let result = match self.refcounts().await {
-            Ok(mut refcounts) => refcounts.release(self, runs).await.map(drop),
-            Err(errno) => Err(errno),
-        };
-        if let Err(errno) = result {
-            log::debug!("{}: giving back clusters of tables: {errno}", self.name);
-        }
     }
 }

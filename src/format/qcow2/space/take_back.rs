@@ -17,11 +17,11 @@
 //! The search begins when nothing was counted in another way since the image was opened, or when it is at rest. If it has
 //! not come to its end when the image is closed, it is made again then, whole.
 
-use super::Qcow2;
-use super::check::unused::Walk;
 use super::refcounts::Refcounts;
+use super::{Metadata, Space};
 use crate::block::Error;
-use crate::cow::{Lock, References, Stop};
+use crate::cow::{References, Stop};
+use crate::format::qcow2::check::unused::Walk;
 use crate::io::IoResult;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -73,78 +73,82 @@ impl Search {
     }
 }
 
-impl Qcow2 {
+impl Space {
     /// Begins to take back what another process has left, and does so as far as it is quick.
-    pub(super) async fn begin_taking_back(&self) {
-        self.space.taking_back.was_due.store(true, Ordering::SeqCst);
-        self.space.taking_back.is_due.store(true, Ordering::SeqCst);
-        let Some(counts) = &self.space.counts else { return };
+    pub async fn begin_taking_back(&self, image: Metadata<'_>) {
+        self.taking_back.was_due.store(true, Ordering::SeqCst);
+        self.taking_back.is_due.store(true, Ordering::SeqCst);
+        let Some(counts) = &self.counts else { return };
         let mut refcounts = counts.lock().await;
         if refcounts.is_untouched() {
-            self.begin_search(&mut refcounts, false).await;
-            self.search_on(&mut refcounts, AT_FIRST).await;
+            self.begin_search(image, &mut refcounts, false).await;
+            self.search_on(image, &mut refcounts, AT_FIRST).await;
         }
     }
 
     /// Goes on looking, a part.
-    pub(super) async fn take_back_some(&self, refcounts: &mut Refcounts) {
-        self.search_on(refcounts, AT_ONCE).await;
+    pub(super) async fn take_back_some(&self, image: Metadata<'_>, refcounts: &mut Refcounts) {
+        self.search_on(image, refcounts, AT_ONCE).await;
     }
 
     /// The same, if nobody has the refcounts.
-    pub(super) async fn take_back_if_idle(&self) {
-        if self.space.taking_back.is_searching.load(Ordering::Relaxed)
-            && let Some(mut refcounts) = self.space.counts.as_deref().and_then(Lock::try_lock)
+    pub(super) async fn take_back_if_idle(&self, image: Metadata<'_>) {
+        if self.taking_back.is_searching.load(Ordering::Relaxed)
+            && let Some(mut refcounts) = self.try_counts()
         {
-            self.take_back_some(&mut refcounts).await;
+            self.take_back_some(image, &mut refcounts).await;
         }
     }
 
     /// Takes back all that there is, of an image at rest. False if there was nothing to look for since it was opened.
-    pub(super) async fn take_back_all(&self, refcounts: &mut Refcounts) -> bool {
-        if !self.space.taking_back.was_due.load(Ordering::SeqCst) {
+    pub(super) async fn take_back_all(
+        &self,
+        image: Metadata<'_>,
+        refcounts: &mut Refcounts,
+    ) -> bool {
+        if !self.taking_back.was_due.load(Ordering::SeqCst) {
             return false;
         }
-        self.search_on(refcounts, u64::MAX).await;
-        if self.space.taking_back.is_due.load(Ordering::SeqCst) {
+        self.search_on(image, refcounts, u64::MAX).await;
+        if self.taking_back.is_due.load(Ordering::SeqCst) {
             self.end_search(refcounts);
-            self.begin_search(refcounts, true).await;
-            self.search_on(refcounts, u64::MAX).await;
+            self.begin_search(image, refcounts, true).await;
+            self.search_on(image, refcounts, u64::MAX).await;
         }
         true
     }
 
     /// Whether unused clusters may be left.
-    pub(super) fn has_to_take_back(&self) -> bool {
-        self.space.taking_back.is_due.load(Ordering::SeqCst)
+    pub fn has_to_take_back(&self) -> bool {
+        self.taking_back.is_due.load(Ordering::SeqCst)
     }
 
     fn end_search(&self, refcounts: &mut Refcounts) {
         refcounts.search = None;
-        self.space.freed.end_watching();
-        self.space.taking_back.is_searching.store(false, Ordering::SeqCst);
+        self.freed.end_watching();
+        self.taking_back.is_searching.store(false, Ordering::SeqCst);
     }
 
-    async fn begin_search(&self, refcounts: &mut Refcounts, is_rest: bool) {
-        let is_counted = !self.has_lazy_refcounts && !self.snapshots.needs_repair();
-        if !is_counted || self.corruption.is_fatal() || !self.space.freed.watch(is_rest) {
+    async fn begin_search(&self, image: Metadata<'_>, refcounts: &mut Refcounts, is_rest: bool) {
+        let is_counted = !refcounts.is_lazy() && !image.snapshots.needs_repair();
+        if !is_counted || image.corruption.is_fatal() || !self.freed.watch(is_rest) {
             return;
         }
-        let begun =
-            match (self.mapping.tables().failures_settled(), self.metadata().settle_header().await)
-            {
-                (Some(failures), Ok(())) => {
-                    let walk = Walk::begin(&self.file(), &self.active_l1()).await;
-                    walk.map(|walk| (walk, failures))
-                }
-                _ => Err(Error::new("tables are in doubt")),
-            };
+        let begun = match (image.mapping.tables().failures_settled(), image.settle_header().await) {
+            (Some(failures), Ok(())) => {
+                let entries = u64::from(image.header.now().l1_size);
+                let l1: Vec<_> = (0..entries).map(|index| image.mapping.l1_at(index)).collect();
+                let walk = Walk::begin(&image.file(), &l1).await;
+                walk.map(|walk| (walk, failures))
+            }
+            _ => Err(Error::new("tables are in doubt")),
+        };
         match begun {
             Ok((walk, failures)) => {
                 let (touched, stage) = (References::default(), Stage::Reading);
                 let search = Search { walk, touched, stage, is_void: false, failures, freed: 0 };
                 refcounts.search = Some(Box::new(search));
-                self.space.taking_back.is_searching.store(true, Ordering::SeqCst);
+                self.taking_back.is_searching.store(true, Ordering::SeqCst);
             }
             Err(error) => self.give_up(refcounts, &error),
         }
@@ -156,11 +160,11 @@ impl Qcow2 {
     }
 
     /// Goes on until so many bytes were read, or there is nothing to do for now.
-    async fn search_on(&self, refcounts: &mut Refcounts, most: u64) {
+    async fn search_on(&self, image: Metadata<'_>, refcounts: &mut Refcounts, most: u64) {
         let mut left = most;
         while left > 0 {
             let Some(mut search) = refcounts.search.take() else { return };
-            let went = self.search_step(&mut search, refcounts).await;
+            let went = self.search_step(image, &mut search, refcounts).await;
             let is_over = matches!(search.stage, Stage::Comparing { index } if index == usize::MAX);
             let freed = search.freed;
             // Nobody else has changed anything: the refcounts are held.
@@ -169,7 +173,7 @@ impl Qcow2 {
                 Err(error) => return self.give_up(refcounts, &error),
                 Ok(_) if is_over => {
                     self.end_search(refcounts);
-                    self.space.taking_back.is_due.store(false, Ordering::SeqCst);
+                    self.taking_back.is_due.store(false, Ordering::SeqCst);
                     if freed > 0 {
                         log::info!(
                             "node '{}': {freed} clusters are free that a killed daemon had taken",
@@ -187,36 +191,38 @@ impl Qcow2 {
     /// Reads one table, or compares one block. False if nothing can be done for now.
     async fn search_step(
         &self,
+        image: Metadata<'_>,
         search: &mut Search,
         refcounts: &mut Refcounts,
     ) -> Result<bool, Error> {
-        for run in self.space.freed.take_watched() {
+        for run in self.freed.take_watched() {
             (run.first..run.first + run.count).for_each(|cluster| search.touch(cluster, 1));
         }
-        let has_failed = self.mapping.tables().failures_settled() != Some(search.failures);
+        let has_failed = image.mapping.tables().failures_settled() != Some(search.failures);
         let is_ours =
-            self.mapping.tables().stopped.get() != Stop::ForGood && !self.corruption.is_fatal();
+            image.mapping.tables().stopped.get() != Stop::ForGood && !image.corruption.is_fatal();
         if search.is_void || has_failed || !is_ours {
             return Err(Error::new("the image has changed meanwhile"));
         }
         let failed = |errno| Error::os("Could not read a table", errno);
         match search.stage {
             Stage::Reading => {
-                if !search.walk.step(&self.file()).await? {
-                    search.stage = Stage::Ending { moment: self.mapping.tables().visits.moment() };
+                if !search.walk.step(&image.file()).await? {
+                    search.stage = Stage::Ending { moment: image.mapping.tables().visits.moment() };
                 }
                 Ok(true)
             }
             Stage::Ending { moment } => {
-                if !self.mapping.tables().visits.passed(moment) {
+                if !image.mapping.tables().visits.passed(moment) {
                     return Ok(false);
                 }
-                self.file().flush().await.map_err(failed)?;
+                image.file().flush().await.map_err(failed)?;
                 search.stage = Stage::Comparing { index: 0 };
                 Ok(true)
             }
             Stage::Comparing { index } => {
-                let next = self.compare_block(search, refcounts, index).await.map_err(failed)?;
+                let next =
+                    self.compare_block(image, search, refcounts, index).await.map_err(failed)?;
                 search.stage = Stage::Comparing { index: next.unwrap_or(usize::MAX) };
                 Ok(true)
             }
@@ -225,6 +231,7 @@ impl Qcow2 {
     /// Lowers the counts of unused clusters in the next refcount block from `index` on. Returns which one comes then.
     async fn compare_block(
         &self,
+        image: Metadata<'_>,
         search: &mut Search,
         refcounts: &mut Refcounts,
         index: usize,
@@ -234,12 +241,12 @@ impl Qcow2 {
             0 => walk.lower_count(cluster, stored),
             _ => None,
         };
-        let Some((index, free)) = refcounts.lower_in_block(self, index, lower).await? else {
+        let Some((index, free)) = refcounts.lower_in_block(image, index, lower).await? else {
             return Ok(None);
         };
-        refcounts.write(self).await?;
+        refcounts.write(image).await?;
         if self.passes_discards {
-            self.discard_clusters(&free).await;
+            self.discard_clusters(image, &free).await;
         }
         search.freed += free.len() as u64;
         Ok(Some(index + 1))

@@ -1,10 +1,9 @@
 //! Clusters that have to lie side by side: tables of several clusters, and the refcounts' own; and
 //! where the last cluster in use is.
 
-use super::{Block, Qcow2, Refcounts};
+use super::{Block, Claim, Metadata, Refcounts};
 use crate::block::{Event, WriteFlags};
 use crate::cow::Run;
-use crate::format::qcow2::alloc::Claim;
 use crate::format::qcow2::layout;
 use crate::format::qcow2::overlap::Kinds;
 use crate::io::{Errno, IoResult, IoVec};
@@ -13,11 +12,7 @@ use std::ops::Range;
 impl Refcounts {
     /// Takes `count` free clusters side by side: counted, durably, and inside the file. They hold
     /// anything. The claim is for whoever puts metadata there, until it can be found.
-    pub async fn reserve_run<'a>(
-        &mut self,
-        image: &'a Qcow2,
-        count: u64,
-    ) -> IoResult<(Run, Claim<'a>)> {
+    pub async fn reserve_run(&mut self, image: Metadata<'_>, count: u64) -> IoResult<(Run, Claim)> {
         image.event(Event::RefblockAlloc).await;
         self.write(image).await?;
         let Some(first) = self.find_run(image, count).await? else {
@@ -27,10 +22,10 @@ impl Refcounts {
             return self.extend(image, at, count).await;
         };
         let run = self.run(image, first, count);
-        let claim = image.claim(vec![run]);
-        image.metadata().check_reserved(&claim.runs).await?;
+        let claim = self.pool.claim(vec![run]);
+        image.check_reserved(&claim.runs).await?;
         let is_longer = first + count > self.geometry.clusters(image.file().len());
-        image.nodes.grow_file((first + count) << self.geometry.cluster_bits).await?;
+        image.grow_file((first + count) << self.geometry.cluster_bits).await?;
         let clusters: Vec<u64> = (first..first + count).collect();
         if let Err(errno) = self.count_reserved(image, &clusters, is_longer).await {
             for cluster in clusters {
@@ -43,7 +38,7 @@ impl Refcounts {
     }
 
     /// The first of `count` free clusters side by side, as far as there are blocks.
-    async fn find_run(&mut self, image: &Qcow2, count: u64) -> IoResult<Option<u64>> {
+    async fn find_run(&mut self, image: Metadata<'_>, count: u64) -> IoResult<Option<u64>> {
         let order = self.geometry.refcount_order;
         let per_block = self.geometry.refcount_block_entries();
         let (from, mut first) = self.place(self.hint);
@@ -72,12 +67,12 @@ impl Refcounts {
     /// Makes the blocks that count the clusters from `at` on, which has no block yet and nothing in
     /// use behind it, and themselves; behind them a longer table, if that is needed, and `more`
     /// clusters, which are taken, and claimed with all the others.
-    pub(super) async fn extend<'a>(
+    pub(super) async fn extend(
         &mut self,
-        image: &'a Qcow2,
+        image: Metadata<'_>,
         at: u64,
         more: u64,
-    ) -> IoResult<(Run, Claim<'a>)> {
+    ) -> IoResult<(Run, Claim)> {
         let (index, inside) = self.place(at);
         let per_block = self.geometry.refcount_block_entries();
         let mut blocks = 1;
@@ -121,7 +116,12 @@ impl Refcounts {
     }
 
     /// Puts new blocks, which are durable, into the table where it is.
-    async fn name_blocks(&mut self, image: &Qcow2, index: usize, entries: Vec<u64>) -> IoResult {
+    async fn name_blocks(
+        &mut self,
+        image: Metadata<'_>,
+        index: usize,
+        entries: Vec<u64>,
+    ) -> IoResult {
         let named = index..index + entries.len();
         self.table[named.clone()].copy_from_slice(&entries);
         self.unwritten = match self.unwritten.is_empty() {
@@ -135,7 +135,7 @@ impl Refcounts {
 
     /// Hands to the kernel the entries of the table that may not have reached it: what they name
     /// would not count.
-    pub(super) async fn write_entries(&mut self, image: &Qcow2) -> IoResult {
+    pub(super) async fn write_entries(&mut self, image: Metadata<'_>) -> IoResult {
         let Range { start, end } = self.unwritten;
         if start == end {
             return Ok(());
@@ -151,7 +151,7 @@ impl Refcounts {
     /// Moves the table to a larger place, `clusters` at `first`, with new blocks in it.
     async fn move_table(
         &mut self,
-        image: &Qcow2,
+        image: Metadata<'_>,
         index: usize,
         entries: Vec<u64>,
         (first, clusters): (u64, u64),
@@ -168,7 +168,7 @@ impl Refcounts {
         file.write(offset, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         file.flush().await?;
         image.event(Event::RefblockAllocSwitchTable).await;
-        let mut header = image.metadata().lock_header().await;
+        let mut header = image.lock_header().await;
         let mut new = header.clone();
         let old = new.refcount_table_offset;
         new.refcount_table_offset = offset;
@@ -189,7 +189,7 @@ impl Refcounts {
     }
 
     /// The cluster behind the last one in use, of those below `end`.
-    pub async fn end_of_use(&mut self, image: &Qcow2, mut end: u64) -> IoResult<u64> {
+    pub async fn end_of_use(&mut self, image: Metadata<'_>, mut end: u64) -> IoResult<u64> {
         let order = self.geometry.refcount_order;
         while end > 0 {
             let (index, at) = self.place(end - 1);

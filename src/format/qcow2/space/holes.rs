@@ -5,10 +5,9 @@
 //! the file has clearly less on its storage than there are clusters in use. QEMU draws the line at the same place,
 //! and `map` shows holes where its does.
 
-use super::Qcow2;
-use super::layout;
-use crate::block::{Precision, Status};
-use crate::cow::{read_padded, stored_status};
+use super::{Metadata, Space};
+use crate::cow::read_padded;
+use crate::format::qcow2::layout;
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -22,47 +21,35 @@ const SOME: u8 = 2;
 /// Bytes of the refcount table that are looked at together.
 const TABLE_PART: u64 = 4096;
 
-impl Qcow2 {
-    /// What is known of data of the guest at `host` of its file: it may be a hole there.
-    pub(super) async fn status_of_data(
-        &self,
-        host: u64,
-        len: u64,
-        precision: Precision,
-    ) -> IoResult<(u64, Status)> {
-        if precision == Precision::Allocation || !self.may_have_holes().await {
-            return Ok((len, Status::DATA | Status::ALLOCATED));
-        }
-        stored_status(&self.data(), host, len, precision).await
-    }
-
-    async fn may_have_holes(&self) -> bool {
-        match self.space.holes.0.load(Ordering::Relaxed) {
+impl Space {
+    /// Whether the file is likely to have holes where clusters are in use.
+    pub async fn may_have_holes(&self, image: Metadata<'_>) -> bool {
+        match self.holes.0.load(Ordering::Relaxed) {
             0 => {
                 // What cannot be counted is no reason to fail: the answer without is right, too.
-                let found = self.has_more_clusters_than_blocks().await.unwrap_or(false);
-                self.space.holes.0.store(if found { SOME } else { NONE }, Ordering::Relaxed);
+                let found = self.has_more_clusters_than_blocks(image).await.unwrap_or(false);
+                self.holes.0.store(if found { SOME } else { NONE }, Ordering::Relaxed);
                 found
             }
             known => known == SOME,
         }
     }
 
-    async fn has_more_clusters_than_blocks(&self) -> IoResult<bool> {
-        let file = self.file();
-        let image = file.driver().image().ok_or(Errno::ENOTSUP)?;
-        let stored = image.allocated().await? >> self.geometry.cluster_bits;
+    async fn has_more_clusters_than_blocks(&self, image: Metadata<'_>) -> IoResult<bool> {
+        let file = image.file();
+        let stored = file.driver().image().ok_or(Errno::ENOTSUP)?;
+        let stored = stored.allocated().await? >> self.geometry.cluster_bits;
         let many = (stored * 10 / 9).max(stored + 2);
         if self.geometry.clusters(file.len()) < many {
             return Ok(false);
         }
-        Ok(self.clusters_in_use(many).await? >= many)
+        Ok(self.clusters_in_use(image, many).await? >= many)
     }
 
     /// How many clusters of the file are counted as in use; not on when there are so `many`.
-    async fn clusters_in_use(&self, many: u64) -> IoResult<u64> {
-        let (file, geometry) = (self.file(), &self.geometry);
-        let header = self.header.now();
+    async fn clusters_in_use(&self, image: Metadata<'_>, many: u64) -> IoResult<u64> {
+        let (file, geometry) = (image.file(), &self.geometry);
+        let header = image.header.now();
         let table_end = header.refcount_table_offset
             + (u64::from(header.refcount_table_clusters) << geometry.cluster_bits);
         let size = geometry.cluster_size() as usize;

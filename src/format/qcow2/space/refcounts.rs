@@ -2,23 +2,31 @@
 //!
 //! Used by one at a time ([`crate::cow::Lock`]); what is in memory counts, and what of it has not
 //! reached the file is written before anything else is done. The orders are those of
-//! [`super::order`]. `run` has what needs clusters side by side.
+//! [`order`](crate::format::qcow2::order). `run` has what needs clusters side by side.
 
 mod run;
 
-use super::alloc::Claim;
-use super::layout::{self, Geometry};
-use super::overlap::Kinds;
+use super::Metadata;
+use super::alloc::{Claim, Pool};
 use super::take_back::Search;
-use super::{Qcow2, corrupt};
 use crate::block::{Event, Node, WriteFlags};
 use crate::cow::{Run, read_padded};
+use crate::format::qcow2::corrupt;
+use crate::format::qcow2::layout::{self, Geometry};
+use crate::format::qcow2::overlap::Kinds;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 pub struct Refcounts {
     geometry: Geometry,
+    /// Lazy: they need not be durable before what they count is used.
+    is_lazy: bool,
+    /// Of requests to the file, in bytes.
+    align: u64,
+    /// Where clusters are claimed on their way out of here.
+    pool: Arc<Pool>,
     /// Where each block is, in bytes; 0 where there is none.
     table: Vec<u64>,
     /// Entries of the table that have not reached the file, or may not have.
@@ -58,6 +66,7 @@ impl Refcounts {
         geometry: Geometry,
         (offset, clusters): (u64, u32),
         cache_bytes: u64,
+        is_lazy: bool,
     ) -> IoResult<Refcounts> {
         let len = u64::from(clusters) << geometry.cluster_bits;
         if offset >= file.len() {
@@ -68,6 +77,9 @@ impl Refcounts {
         let entry = |word: &[u8]| word.iter().fold(0u64, |n, &byte| n << 8 | u64::from(byte));
         Ok(Refcounts {
             geometry,
+            is_lazy,
+            align: file.traits().request_align.into(),
+            pool: Arc::default(),
             table: bytes.chunks_exact(8).map(entry).collect(),
             unwritten: 0..0,
             blocks: BTreeMap::new(),
@@ -87,8 +99,14 @@ impl Refcounts {
         place: (u64, u32),
         cache_bytes: u64,
     ) -> IoResult {
-        *self = Refcounts::load(file, self.geometry, place, cache_bytes).await?;
+        let read = Refcounts::load(file, self.geometry, place, cache_bytes, self.is_lazy).await?;
+        *self = Refcounts { pool: self.pool.clone(), ..read };
         Ok(())
+    }
+
+    /// Where clusters are claimed on their way out of here.
+    pub fn pool(&self) -> Arc<Pool> {
+        self.pool.clone()
     }
 
     /// Where the blocks are that the table names, in bytes.
@@ -97,7 +115,7 @@ impl Refcounts {
     }
 
     /// Whether all blocks that the table names can be where it says.
-    pub fn check_table(&self, image: &Qcow2) -> IoResult {
+    pub fn check_table(&self, image: Metadata<'_>) -> IoResult {
         (0..self.table.len()).try_for_each(|index| self.block_offset(image, index).map(drop))
     }
 
@@ -107,27 +125,27 @@ impl Refcounts {
     }
 
     /// The block's own place; none where there is no block.
-    fn block_offset(&self, image: &Qcow2, index: usize) -> IoResult<Option<u64>> {
+    fn block_offset(&self, image: Metadata<'_>, index: usize) -> IoResult<Option<u64>> {
         match self.table.get(index) {
             None | Some(0) => Ok(None),
             Some(&entry) => {
                 let offset = entry & layout::REFTABLE_OFFSET_MASK;
                 if offset != entry || !self.geometry.is_cluster_start(offset) {
-                    return Err(corrupt::bad_refcount_table(image.metadata(), index, entry));
+                    return Err(corrupt::bad_refcount_table(image, index, entry));
                 }
                 Ok(Some(offset))
             }
         }
     }
 
-    async fn block(&mut self, image: &Qcow2, index: usize) -> IoResult<Option<&mut Block>> {
+    async fn block(&mut self, image: Metadata<'_>, index: usize) -> IoResult<Option<&mut Block>> {
         let Some(offset) = self.block_offset(image, index)? else { return Ok(None) };
         self.clock += 1;
         if !self.blocks.contains_key(&index) {
             self.evict();
             let file = image.file();
             if offset >= file.len() {
-                return Err(corrupt::outside(image.metadata(), "Refcount block", offset));
+                return Err(corrupt::outside(image, "Refcount block", offset));
             }
             let size = self.geometry.cluster_size() as usize;
             let mut bytes = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
@@ -156,7 +174,7 @@ impl Refcounts {
         self.blocks.retain(|_, block| block.dirty.is_some() || block.used > since);
     }
 
-    pub async fn get(&mut self, image: &Qcow2, cluster: u64) -> IoResult<u64> {
+    pub async fn get(&mut self, image: Metadata<'_>, cluster: u64) -> IoResult<u64> {
         let (index, at) = self.place(cluster);
         let order = self.geometry.refcount_order;
         let block = self.block(image, index).await?;
@@ -164,7 +182,7 @@ impl Refcounts {
     }
 
     /// Sets a refcount whose block is there, in memory.
-    async fn set(&mut self, image: &Qcow2, cluster: u64, value: u64) -> IoResult {
+    async fn set(&mut self, image: Metadata<'_>, cluster: u64, value: u64) -> IoResult {
         let (index, at) = self.place(cluster);
         let order = self.geometry.refcount_order;
         let block = self.block(image, index).await?.ok_or(Errno::EIO)?;
@@ -181,6 +199,11 @@ impl Refcounts {
         }
     }
 
+    /// Whether the refcounts are right when the image is closed, and need not be before.
+    pub fn is_lazy(&self) -> bool {
+        self.is_lazy
+    }
+
     /// Whether no count has changed since the refcounts were loaded.
     pub fn is_untouched(&self) -> bool {
         !self.is_touched
@@ -190,7 +213,7 @@ impl Refcounts {
     /// count. Returns which block that was, and the clusters that are free now; none if there is no block.
     pub async fn lower_in_block(
         &mut self,
-        image: &Qcow2,
+        image: Metadata<'_>,
         from: usize,
         lower: impl Fn(u64, u64) -> Option<u64>,
     ) -> IoResult<Option<(usize, Vec<u64>)>> {
@@ -223,15 +246,15 @@ impl Refcounts {
     }
 
     /// Hands to the kernel what has changed.
-    pub async fn write(&mut self, image: &Qcow2) -> IoResult {
-        image.metadata().settle_header().await?;
+    pub async fn write(&mut self, image: Metadata<'_>) -> IoResult {
+        image.settle_header().await?;
         self.write_entries(image).await?;
         let dirty: Vec<usize> = self
             .blocks
             .iter()
             .filter_map(|(&index, block)| block.dirty.is_some().then_some(index))
             .collect();
-        let align = image.file_align as usize;
+        let align = self.align as usize;
         for index in dirty {
             let Some(offset) = self.block_offset(image, index)? else { continue };
             let Some(block) = self.blocks.get_mut(&index) else { continue };
@@ -240,7 +263,7 @@ impl Refcounts {
             let range = range.start / align * align..range.end.next_multiple_of(align).min(len);
             let bytes = IoVec::from_ref(&block.bytes[range.clone()]);
             let at = offset + range.start as u64;
-            image.metadata().check_write(at, bytes.len(), Kinds::REFCOUNT_BLOCK)?;
+            image.check_write(at, bytes.len(), Kinds::REFCOUNT_BLOCK)?;
             image.event(Event::RefblockUpdatePart).await;
             image.file().write(at, &bytes, WriteFlags::empty()).await?;
             block.dirty = None;
@@ -250,15 +273,15 @@ impl Refcounts {
 
     /// Takes up to `want` free clusters, at least one, in order: counted, durably, and inside the
     /// file.
-    pub async fn reserve<'a>(&mut self, image: &'a Qcow2, want: u64) -> IoResult<Claim<'a>> {
+    pub async fn reserve(&mut self, image: Metadata<'_>, want: u64) -> IoResult<Claim> {
         image.event(Event::RefblockAlloc).await;
         self.write(image).await?;
         let end = self.geometry.clusters(image.file().len());
-        let found = image.claim(self.find(image, want, end).await?);
-        let mut runs = found.runs.clone();
+        let mut runs = self.find(image, want, end).await?;
+        let _found = self.pool.claim(runs.clone());
         self.fit(image, &mut runs, end).await?;
-        let claim = image.claim(runs);
-        image.metadata().check_reserved(&claim.runs).await?;
+        let claim = self.pool.claim(runs);
+        image.check_reserved(&claim.runs).await?;
         let runs = claim.runs.iter();
         let clusters: Vec<u64> = runs.flat_map(|run| run.first..run.first + run.count).collect();
         let is_longer = claim.runs.iter().any(|run| run.is_fresh);
@@ -278,14 +301,14 @@ impl Refcounts {
     ///
     /// # Errors
     /// Why the file cannot grow by a single cluster.
-    async fn fit(&self, image: &Qcow2, runs: &mut Vec<Run>, end: u64) -> IoResult {
+    async fn fit(&self, image: Metadata<'_>, runs: &mut Vec<Run>, end: u64) -> IoResult {
         let mut refused = Errno::ENOSPC;
         while let Some(last) = runs.last_mut() {
             let stop = last.first + last.count;
             if stop <= end {
                 return Ok(());
             }
-            match image.nodes.grow_file(stop << self.geometry.cluster_bits).await {
+            match image.grow_file(stop << self.geometry.cluster_bits).await {
                 Ok(()) => return Ok(()),
                 Err(errno) => refused = errno,
             }
@@ -299,22 +322,22 @@ impl Refcounts {
 
     /// Counts `more` references to clusters that have some, durably. The caller knows that there is
     /// room for so many.
-    pub async fn raise(&mut self, image: &Qcow2, runs: &[Run], more: u64) -> IoResult {
+    pub async fn raise(&mut self, image: Metadata<'_>, runs: &[Run], more: u64) -> IoResult {
         for cluster in runs.iter().flat_map(|run| run.first..run.first + run.count) {
             let count = self.get(image, cluster).await?;
             if count == 0 || count > self.geometry.refcount_max() - more {
-                return Err(corrupt::bad_refcount(image.metadata(), cluster));
+                return Err(corrupt::bad_refcount(image, cluster));
             }
             self.set(image, cluster, count + more).await?;
         }
         self.write(image).await?;
-        if image.has_lazy_refcounts { Ok(()) } else { image.file().flush().await }
+        if self.is_lazy { Ok(()) } else { image.file().flush().await }
     }
 
     /// `is_longer`: the file has become longer for them.
     async fn count_reserved(
         &mut self,
-        image: &Qcow2,
+        image: Metadata<'_>,
         clusters: &[u64],
         is_longer: bool,
     ) -> IoResult {
@@ -323,12 +346,12 @@ impl Refcounts {
         }
         self.write(image).await?;
         // A table past the end of the file could not be repaired.
-        if image.has_lazy_refcounts && !is_longer { Ok(()) } else { image.file().flush().await }
+        if self.is_lazy && !is_longer { Ok(()) } else { image.file().flush().await }
     }
 
     /// Free clusters from the hint on. Those from `end` on are past the end of the file, so that
     /// they read as zeroes once the file is longer.
-    async fn find(&mut self, image: &Qcow2, want: u64, end: u64) -> IoResult<Vec<Run>> {
+    async fn find(&mut self, image: Metadata<'_>, want: u64, end: u64) -> IoResult<Vec<Run>> {
         let order = self.geometry.refcount_order;
         let per_block = self.geometry.refcount_block_entries();
         let mut runs: Vec<Run> = Vec::new();
@@ -372,16 +395,16 @@ impl Refcounts {
 
     /// Writes `blocks` new blocks from cluster `at` on, which count themselves and `more` clusters
     /// behind them, durably. They are in memory then, but not in the table. `event` names their write.
-    async fn make_blocks<'a>(
+    async fn make_blocks(
         &mut self,
-        image: &'a Qcow2,
+        image: Metadata<'_>,
         (at, blocks, more): (u64, u64, u64),
         event: Event,
-    ) -> IoResult<Claim<'a>> {
+    ) -> IoResult<Claim> {
         let used = at..at + blocks + more;
-        let claim = image.claim(vec![self.run(image, at, blocks + more)]);
-        image.metadata().check_reserved(&claim.runs).await?;
-        image.nodes.grow_file(used.end << self.geometry.cluster_bits).await?;
+        let claim = self.pool.claim(vec![self.run(image, at, blocks + more)]);
+        image.check_reserved(&claim.runs).await?;
+        image.grow_file(used.end << self.geometry.cluster_bits).await?;
         image.event(event).await;
         used.clone().for_each(|cluster| self.touch(cluster, 1));
         let (first, _) = self.place(at);
@@ -409,7 +432,7 @@ impl Refcounts {
     }
 
     /// Free clusters: fresh, if all are past the end of the file.
-    fn run(&self, image: &Qcow2, first: u64, count: u64) -> Run {
+    fn run(&self, image: Metadata<'_>, first: u64, count: u64) -> Run {
         let end = self.geometry.clusters(image.file().len());
         Run { first, count, is_fresh: first >= end }
     }
@@ -417,7 +440,7 @@ impl Refcounts {
     /// Takes one reference of each cluster back. The caller has seen to it that no entry names them
     /// any more, durably, and that nothing is under way to them. Gives the clusters that are free
     /// now.
-    pub async fn release(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
+    pub async fn release(&mut self, image: Metadata<'_>, runs: &[Run]) -> IoResult<Vec<u64>> {
         image.event(Event::ClusterFree).await;
         image.event(Event::RefblockAlloc).await;
         self.unreserve(image, runs).await
@@ -425,7 +448,7 @@ impl Refcounts {
 
     /// As [`Refcounts::release`], of what was counted ahead and not used, or whose end was told when the
     /// entries dropped it.
-    pub async fn unreserve(&mut self, image: &Qcow2, runs: &[Run]) -> IoResult<Vec<u64>> {
+    pub async fn unreserve(&mut self, image: Metadata<'_>, runs: &[Run]) -> IoResult<Vec<u64>> {
         let mut free = Vec::new();
         for &run in runs {
             self.lower(image, run, &mut free).await?;
@@ -436,11 +459,11 @@ impl Refcounts {
 
     /// Takes one reference of each cluster of a run back, and writes only what does not stay in memory. `free` gets the
     /// clusters that are free now.
-    pub async fn lower(&mut self, image: &Qcow2, run: Run, free: &mut Vec<u64>) -> IoResult {
+    pub async fn lower(&mut self, image: Metadata<'_>, run: Run, free: &mut Vec<u64>) -> IoResult {
         for cluster in run.first..run.first + run.count {
             let count = self.get(image, cluster).await?;
             if count == 0 {
-                return Err(corrupt::bad_refcount(image.metadata(), cluster));
+                return Err(corrupt::bad_refcount(image, cluster));
             }
             self.set(image, cluster, count - 1).await?;
             if count == 1 {
@@ -463,7 +486,7 @@ impl Refcounts {
     /// too large.
     pub async fn change(
         &mut self,
-        image: &Qcow2,
+        image: Metadata<'_>,
         clusters: &[u64],
         change: Change,
         free: &mut Vec<u64>,
@@ -477,7 +500,7 @@ impl Refcounts {
 
     async fn change_one(
         &mut self,
-        image: &Qcow2,
+        image: Metadata<'_>,
         cluster: u64,
         change: Change,
         free: &mut Vec<u64>,
@@ -494,7 +517,7 @@ impl Refcounts {
             .filter(|(count, _)| *count > 0)
             .map(|(count, block)| (block, count))
         else {
-            return Err(corrupt::bad_refcount(image.metadata(), cluster));
+            return Err(corrupt::bad_refcount(image, cluster));
         };
         match change {
             Change::Raise if count == max => return Err(Errno::EINVAL),
