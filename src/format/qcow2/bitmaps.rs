@@ -59,11 +59,18 @@ pub(super) struct ImageBitmaps {
     stored: Lock<Stored>,
     /// The directory as it is on disk, for those who only look.
     shown: Mutex<Vec<StoredBitmap>>,
+    /// The image is open for writing.
+    is_writable: bool,
     /// Something was written: there is something to do when the image is closed.
     is_touched: AtomicBool,
 }
 
 impl ImageBitmaps {
+    /// Those in memory.
+    pub fn node(&self) -> &Arc<Bitmaps> {
+        &self.node
+    }
+
     /// The directory as it is on disk.
     pub fn shown(&self) -> Vec<StoredBitmap> {
         self.shown.lock().clone()

@@ -40,7 +40,7 @@ impl Qcow2 {
 
     /// Brings the image to a rest: nothing is in flight.
     pub(super) async fn close_image(&self) -> IoResult {
-        let is_written = self.is_prepared.load(Ordering::Acquire) || self.has_touched_bitmaps();
+        let is_written = self.is_prepared.load(Ordering::Acquire) || self.bitmaps.is_touched();
         // Amending and repairing close the image before they change the file: nothing is left to write.
         let is_ours = self.mapping.tables().stopped.get() != Stop::ForGood;
         if self.is_writable && is_written && is_ours {
@@ -55,6 +55,15 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Stores the bitmaps. No request is in flight.
+    pub(super) async fn store_bitmaps(&self) -> Result<(), Error> {
+        if self.bitmaps.store(self.metadata(), &self.space).await? {
+            // What is written from now on makes them out of date again.
+            self.is_prepared.store(false, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
     async fn close_written(&self) -> IoResult {
         let ready = match self.flush_all().await {
             Ok(()) => check_sound(self).await,
@@ -62,7 +71,7 @@ impl Qcow2 {
         };
         let stored = match ready {
             Ok(()) => self.store_bitmaps().await,
-            Err(errno) if self.has_unstored_bitmaps().await => {
+            Err(errno) if self.bitmaps.has_unstored().await => {
                 Err(Error::os("Failed to flush the image", errno))
             }
             Err(_) => Ok(()),

@@ -153,7 +153,7 @@ impl Qcow2 {
             }
         });
         prepared.await?;
-        self.set_bitmaps_in_use().await?;
+        self.bitmaps.set_in_use(self.metadata()).await?;
         self.mapping.tables().journal.mark_in_use(true);
         self.is_prepared.store(true, Ordering::Release);
         self.mapping.tables().end_rest();

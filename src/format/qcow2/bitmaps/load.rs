@@ -38,6 +38,7 @@ impl ImageBitmaps {
             node,
             shown: Mutex::new(stored.entries.clone()),
             stored: Lock::new(stored),
+            is_writable,
             is_touched: Default::default(),
         })
     }

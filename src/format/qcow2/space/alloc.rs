@@ -47,6 +47,10 @@ pub struct Unnamed<'a> {
 }
 
 impl Unnamed<'_> {
+    pub fn run(&self) -> Run {
+        self.run
+    }
+
     /// Something names them from now on, or may name them, or another owner puts them back.
     pub fn keep(mut self) -> Run {
         let run = self.run;
@@ -149,7 +153,7 @@ impl Reserved {
 impl Space {
     /// Takes up to `most` host clusters side by side, at least one: counted, durably, and inside the file.
     pub async fn take(&self, image: Metadata<'_>, most: u64) -> IoResult<Unnamed<'_>> {
-        self.take_by(image, |reserved| Some(self.unnamed(reserved.take(most)?))).await
+        self.take_by(image, |reserved| Some(self.hold(reserved.take(most)?))).await
     }
 
     /// Takes back clusters that were taken and that no entry names or may name.
@@ -157,7 +161,8 @@ impl Space {
         self.pool.put_back(run);
     }
 
-    fn unnamed(&self, run: Run) -> Unnamed<'_> {
+    /// Clusters that were taken, to go back to what is reserved unless they are kept.
+    pub fn hold(&self, run: Run) -> Unnamed<'_> {
         Unnamed { pool: &self.pool, run }
     }
 
@@ -171,7 +176,7 @@ impl Space {
         self.take_by(image, |reserved| {
             let run = reserved.take(1)?;
             reserved.claimed.push(run);
-            Some((self.unnamed(run), Claim { pool: self.pool.clone(), runs: vec![run] }))
+            Some((self.hold(run), Claim { pool: self.pool.clone(), runs: vec![run] }))
         })
         .await
     }

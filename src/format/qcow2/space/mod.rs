@@ -18,7 +18,7 @@ mod packed;
 mod refcounts;
 mod take_back;
 
-pub use alloc::Claim;
+pub use alloc::{Claim, Unnamed};
 pub use refcounts::{Change, Refcounts};
 
 use super::corrupt;
