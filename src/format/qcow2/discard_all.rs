@@ -7,7 +7,7 @@
 use super::Qcow2;
 use super::layout::L2Entry;
 use crate::block::Event;
-use crate::cow::{Empty, change_entries, pin};
+use crate::cow::{Empty, Release, change_entries, pin};
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
@@ -65,7 +65,8 @@ impl Qcow2 {
             for n in 0..(stop - first) as usize {
                 let old = pinned.get(index + n);
                 is_changed |= old != L2Entry::UNALLOCATED;
-                releases.extend(self.releases_of(old, true));
+                let run = self.geometry.clusters_of(old);
+                releases.extend(run.map(|run| Release { run, discard: true }));
             }
         }
         if is_changed {

@@ -9,6 +9,7 @@
 use super::Qcow2;
 use super::header::Compression;
 use super::layout::{Cluster, L1Entry, L2Entry};
+use super::snapshots::references;
 use crate::block::{Error, WriteFlags};
 use crate::cow::{Allocator, Empty, Found, Run, empty_clusters, lookup, write_zeroes};
 use crate::io::{Errno, IoResult, IoVec};
@@ -31,15 +32,17 @@ impl Qcow2 {
         // What the tables say is on disk.
         self.flush_all().await.map_err(not_expanded)?;
         let mut tables = self.snapshots_l2().await?;
-        self.check_references(tables.values().copied()).await.map_err(not_expanded)?;
+        references::check(self.metadata(), &self.space, tables.values().copied())
+            .await
+            .map_err(not_expanded)?;
         let may_be_unreadable = self.compression != Compression::Zlib;
         if may_be_unreadable {
-            let active = (0u64..).zip(self.active_l1());
+            let active = (0u64..).zip(self.metadata().active_l1());
             tables.extend(active.map(|(index, entry)| (entry.l2_table(), (index, entry))));
         }
         tables.remove(&0);
         for &(index, entry) in tables.values() {
-            let entries = self.stored_l2(index, entry).await.map_err(not_expanded)?;
+            let entries = self.metadata().stored_l2(index, entry).await.map_err(not_expanded)?;
             if may_be_unreadable && entries.iter().any(|entry| entry.is_compressed()) {
                 let kind = self.compression.name();
                 return Err(Error::new(format!(
@@ -115,19 +118,20 @@ impl Qcow2 {
     /// often as they did.
     async fn expand_table(&self, index: u64, entry: L1Entry) -> IoResult<Vec<Run>> {
         let table = entry.l2_table();
-        let mut entries = self.stored_l2(index, entry).await?;
+        let mut entries = self.metadata().stored_l2(index, entry).await?;
         let mut old = Vec::new();
         let mut zeroes = Vec::new();
         for entry in &mut entries {
             if let Ok(Cluster::Zero { host }) = self.geometry.decode(*entry) {
-                old.extend(host.map(|host| self.run_of(host)));
+                old.extend(host.map(|host| self.geometry.run_of(host)));
                 zeroes.push(entry);
             }
         }
         if zeroes.is_empty() {
             return Ok(old);
         }
-        let references = self.space.references(self.metadata(), self.run_of(table).first).await?;
+        let references =
+            self.space.references(self.metadata(), self.geometry.run_of(table).first).await?;
         let hosts = match self.backing().is_some() {
             true => self.zeroed_clusters(zeroes.len() as u64, references).await?,
             false => Vec::new(),

@@ -4,7 +4,7 @@
 //! Names: a *guest* offset is in the disk that a machine sees, a *host* offset in the image file
 //! (or its external data file); both are in bytes. All tables are big-endian.
 
-use crate::cow::{Compressed, Shape, TableEntry, TopEntry};
+use crate::cow::{Compressed, Run, Shape, TableEntry, TopEntry};
 
 /// Cluster sizes from 512 bytes to 2 MiB.
 pub const MIN_CLUSTER_BITS: u32 = 9;
@@ -189,6 +189,30 @@ impl Geometry {
             (true, false) => Cluster::Normal { host },
             (true, true) => Cluster::Zero { host: Some(host) },
         })
+    }
+
+    /// The one cluster at a host offset.
+    pub fn run_of(&self, host: u64) -> Run {
+        Run { first: host >> self.cluster_bits, count: 1, is_fresh: false }
+    }
+
+    /// The clusters of the image's file that an entry refers to.
+    pub fn clusters_of(&self, entry: L2Entry) -> Option<Run> {
+        if self.external_data {
+            return None;
+        }
+        match self.decode(entry).ok()? {
+            Cluster::Normal { host } | Cluster::Zero { host: Some(host) } => {
+                Some(self.run_of(host))
+            }
+            Cluster::Subclusters { host: Some(host), .. } => Some(self.run_of(host)),
+            Cluster::Compressed(place) => {
+                let first = place.host >> self.cluster_bits;
+                let last = (place.host + place.len - 1) >> self.cluster_bits;
+                Some(Run { first, count: last + 1 - first, is_fresh: false })
+            }
+            _ => None,
+        }
     }
 
     fn decode_compressed(&self, word: u64) -> Compressed {

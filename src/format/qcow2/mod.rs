@@ -87,6 +87,7 @@ use mapping::ImageMapping;
 use metadata::Metadata;
 use nodes::Nodes;
 use overlap::Overlaps;
+use snapshots::ImageSnapshots;
 use space::Space;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -144,7 +145,7 @@ pub struct Qcow2 {
     keeps_discarded: bool,
     header: ImageHeader,
     space: Space,
-    snapshots: snapshots::State,
+    snapshots: ImageSnapshots,
     bitmaps: ImageBitmaps,
 }
 

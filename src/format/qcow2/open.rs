@@ -10,8 +10,9 @@ use super::mapping::ImageMapping;
 use super::nodes::Nodes;
 use super::options::Options;
 use super::overlap::{Kinds, Overlaps};
+use super::snapshots::{self, ImageSnapshots};
 use super::space::{Refcounts, Space};
-use super::{Qcow2, check, header_cluster, snapshots};
+use super::{Qcow2, check, header_cluster};
 use crate::block::*;
 use crate::cow::{read_padded, traits_over};
 use crate::io::{AlignedBuf, Budget, Errno, IoVec};
@@ -101,7 +102,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         passes_other_discards: options.pass_discard_other.unwrap_or(false),
         keeps_discarded: keeps_discarded(options.discard_no_unref, &header)?,
         header: ImageHeader::new(header),
-        snapshots: snapshots::State::new(snapshots, geometry.external_data),
+        snapshots: ImageSnapshots::new(snapshots, geometry.external_data),
         bitmaps,
     };
     image.note_metadata().await;

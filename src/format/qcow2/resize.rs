@@ -274,7 +274,7 @@ impl Qcow2 {
         drop(turn);
         written?;
         self.event(Event::L1ShrinkFreeL2Clusters).await;
-        let release = |&table: &u64| Release { run: self.run_of(table), discard: true };
+        let release = |&table: &u64| Release { run: self.geometry.run_of(table), discard: true };
         self.free(&tables.iter().map(release).collect::<Vec<_>>()).await;
         Ok(())
     }

@@ -48,7 +48,7 @@ impl Qcow2 {
         self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
         drop(turn);
         if old.l2_table() != 0 {
-            let run = self.run_of(old.l2_table());
+            let run = self.geometry.run_of(old.l2_table());
             self.free(&[Release { run, discard: self.passes_other_discards }]).await;
         }
         Ok(())
@@ -98,7 +98,7 @@ impl Qcow2 {
                 self.nodes.grow_file(now.l1_table_offset + (held << bits)).await?;
                 let empty = vec![0; (len - old) as usize];
                 self.event(Event::L1GrowWriteTable).await;
-                self.write_table(now.l1_table_offset + old, &empty).await?;
+                self.metadata().write_durably(now.l1_table_offset + old, &empty).await?;
                 (now.l1_table_offset, None)
             }
             false => {
@@ -111,7 +111,7 @@ impl Qcow2 {
                 let entries = (0..(clusters << bits) / 8)
                     .map(|index| self.mapping.l1_at(index).0.to_be_bytes());
                 let table = entries.collect::<Vec<_>>().concat();
-                if let Err(errno) = self.write_table(place, &table).await {
+                if let Err(errno) = self.metadata().write_durably(place, &table).await {
                     // It is leaked at worst.
                     let _ = self.space.release(self.metadata(), &[run]).await;
                     return Err(errno);

@@ -47,7 +47,8 @@ impl Writer for Qcow2 {
     }
 
     fn references(&self, entry: L2Entry) -> Option<Release> {
-        self.releases_of(entry, self.passes_other_discards)
+        let run = self.geometry.clusters_of(entry)?;
+        Some(Release { run, discard: self.passes_other_discards })
     }
 
     async fn write_data(&self, host: u64, from: &IoVec<'_>) -> IoResult {
@@ -131,29 +132,5 @@ impl Qcow2 {
             Cluster::Subclusters { host: Some(host), .. } if own => Need::Fill { host },
             _ => Need::Cluster,
         }
-    }
-
-    /// The references to host clusters that an entry has.
-    pub(super) fn releases_of(&self, entry: L2Entry, discard: bool) -> Option<Release> {
-        if self.geometry.external_data {
-            return None;
-        }
-        let run = match self.geometry.decode(entry).ok()? {
-            Cluster::Normal { host } | Cluster::Zero { host: Some(host) } => self.run_of(host),
-            Cluster::Subclusters { host: Some(host), .. } => self.run_of(host),
-            Cluster::Compressed(place) => {
-                let bits = self.geometry.cluster_bits;
-                let first = place.host >> bits;
-                let last = (place.host + place.len - 1) >> bits;
-                Run { first, count: last + 1 - first, is_fresh: false }
-            }
-            _ => return None,
-        };
-        Some(Release { run, discard })
-    }
-
-    /// The one cluster at a host offset.
-    pub(super) fn run_of(&self, host: u64) -> Run {
-        Run { first: host >> self.geometry.cluster_bits, count: 1, is_fresh: false }
     }
 }

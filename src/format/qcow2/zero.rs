@@ -56,7 +56,8 @@ impl Zeroing for Qcow2 {
     }
 
     fn emptied_references(&self, entry: L2Entry) -> Option<Release> {
-        self.releases_of(entry, self.passes_discards)
+        let run = self.geometry.clusters_of(entry)?;
+        Some(Release { run, discard: self.passes_discards })
     }
 
     fn kept_place(&self, old: L2Entry, new: L2Entry, kind: Empty) -> Option<u64> {

@@ -8,7 +8,7 @@ use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::extensions::BitmapsPointer;
 use crate::format::qcow2::hand_over::has_bitmaps;
 use crate::format::qcow2::header::Header;
-use crate::format::qcow2::header_cluster::{with_bitmaps, write_durably};
+use crate::format::qcow2::header_cluster::with_bitmaps;
 use crate::format::qcow2::header_steps;
 use crate::format::qcow2::layout;
 use crate::format::qcow2::metadata::Metadata;
@@ -50,7 +50,7 @@ impl ImageBitmaps {
         if bytes.len() as u64 != len {
             return Err(Errno::EIO);
         }
-        write_durably(&image.file(), &[(offset, bytes)]).await?;
+        image.write_durably(offset, &bytes).await?;
         self.shown.lock().clone_from(&entries);
         stored.entries = entries;
         Ok(())

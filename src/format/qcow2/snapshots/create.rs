@@ -41,7 +41,7 @@ impl Qcow2 {
         let _frozen = self.freeze().await;
         // All that was answered is on disk as readers see it.
         self.flush_all().await.map_err(failed)?;
-        let l1 = self.active_l1();
+        let l1 = self.metadata().active_l1();
         self.event(Event::ClusterAlloc).await;
         let (copy, _claim) = self.take_l1(l1.len()).await.map_err(failed)?;
         let snapshot = Snapshot {
@@ -89,7 +89,7 @@ impl Qcow2 {
         list: Vec<Snapshot>,
     ) -> IoResult<Run> {
         let raised = match self.share(l1, copy).await {
-            Ok(()) => match self.replace_table(table, list, |header| self.settled(header)).await {
+            Ok(()) => match self.name_snapshots(table, list, |header| self.settled(header)).await {
                 Ok(old) => {
                     self.mapping.tables().journal.close(false);
                     return Ok(old);

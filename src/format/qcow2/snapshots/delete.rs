@@ -1,7 +1,7 @@
 //! Deleting a snapshot, of a disk in use: its references are taken back, and what has one reference
 //! left is the disk's own again.
 
-use super::unsettled;
+use super::{references, unsettled};
 use crate::block::{Error, SnapshotInfo, SnapshotKey};
 use crate::cow::{Run, settle_journal};
 use crate::format::qcow2::Qcow2;
@@ -20,13 +20,15 @@ impl Qcow2 {
         let l1 = table.list[index].read_l1(&self.file(), &self.geometry).await?;
         self.check_own_table(&table, index)?;
         let not_freed = |errno| Error::os("Failed to free the cluster and L1 table", errno);
-        self.check_references((0..).zip(l1.iter().copied())).await.map_err(not_freed)?;
+        references::check(self.metadata(), &self.space, (0..).zip(l1.iter().copied()))
+            .await
+            .map_err(not_freed)?;
         self.prepare_snapshots().await.map_err(failed)?;
         let mut list = table.list.clone();
         let snapshot = list.remove(index);
         self.begin_counting();
         let old = match settle_journal(self).await {
-            Ok(()) => self.replace_table(&table, list, unsettled).await,
+            Ok(()) => self.name_snapshots(&table, list, unsettled).await,
             Err(errno) => Err((false, errno)),
         };
         let old = old.map_err(|(is_named, errno)| {

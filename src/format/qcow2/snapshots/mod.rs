@@ -7,7 +7,7 @@
 //! | file | it holds |
 //! |---|---|
 //! | `entry`, `table` | the snapshot table: its entries, reading it, a new one in its place |
-//! | `references` | the references of all that an L1 table names, and the flags that follow |
+//! | `references`, `flags` | the references of all that an L1 table names, and the flags that follow |
 //! | `create` | making one, while writes wait |
 //! | `delete` | deleting one, while requests go on |
 //! | `revert` | turning the disk back to one, and showing one |
@@ -15,7 +15,8 @@
 mod create;
 mod delete;
 mod entry;
-mod references;
+mod flags;
+pub(super) mod references;
 mod revert;
 mod table;
 
@@ -25,6 +26,7 @@ pub use table::Table;
 use super::Qcow2;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::{Geometry, L1Entry};
+use super::space::Change;
 use crate::block::{Error, LocalFuture, NewSnapshot, Node, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::cow::{Run, check_sound, read_padded, settle_journal};
 use crate::io::sync::Mutex;
@@ -33,7 +35,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What an open image knows of its snapshots.
-pub struct State {
+pub struct ImageSnapshots {
     /// Or why it cannot be read.
     table: Mutex<Result<Table, Error>>,
     /// The disk's data is in another file, which snapshots cannot share.
@@ -46,9 +48,9 @@ pub struct State {
     is_wrong: AtomicBool,
 }
 
-impl State {
-    pub fn new(table: Result<Table, Error>, external_data: bool) -> State {
-        State {
+impl ImageSnapshots {
+    pub fn new(table: Result<Table, Error>, external_data: bool) -> ImageSnapshots {
+        ImageSnapshots {
             table: Mutex::new(table),
             external_data,
             is_frozen: AtomicBool::new(false),
@@ -147,6 +149,17 @@ impl Qcow2 {
         }
         check_sound(self).await?;
         self.metadata().change_header(|header| header.autoclear &= Autoclear::KNOWN).await
+    }
+
+    /// One reference more, or one less, to each thing that an L1 table names ([`references::change`]).
+    async fn change_references(
+        &self,
+        l1: &[L1Entry],
+        change: Change,
+        most: u64,
+    ) -> Result<(), (u64, Errno)> {
+        let own = (self.metadata(), &self.space);
+        references::change(own, l1, change, most, self.passes_snapshot_discards).await
     }
 
     // ---- The dirty bit

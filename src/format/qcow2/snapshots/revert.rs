@@ -1,6 +1,6 @@
 //! Turning the disk back to a snapshot, for good or for a look.
 
-use super::{Snapshot, unsettled};
+use super::{Snapshot, references, unsettled};
 use crate::block::{BitmapStore, Error, SECTOR, SnapshotKey, WriteFlags};
 use crate::cow::Run;
 use crate::format::qcow2::Qcow2;
@@ -29,12 +29,14 @@ impl Qcow2 {
             return invalid("The new size must be a multiple of 512");
         }
         let l1 = self.l1_for(&theirs, size).ok_or_else(|| failed(Errno(libc::EFBIG)))?;
-        self.check_references((0..).zip(theirs.iter().copied())).await.map_err(failed)?;
+        references::check(self.metadata(), &self.space, (0..).zip(theirs.iter().copied()))
+            .await
+            .map_err(failed)?;
         self.prepare_snapshots().await.map_err(failed)?;
         self.prepare_writing().await.map_err(failed)?;
         // What the tables say is on disk.
         self.flush_all().await.map_err(failed)?;
-        let mine = self.active_l1();
+        let mine = self.metadata().active_l1();
         let old = match self.share_and_turn(&theirs, &l1, size).await {
             Ok(old) => old,
             Err(errno) => return Err(failed(errno)),
@@ -96,7 +98,7 @@ impl Qcow2 {
         self.change_references(theirs, Change::Raise, u64::MAX).await?;
         let all = |errno| (u64::MAX, errno);
         self.space.write(self.metadata()).await.map_err(all)?;
-        self.clear_stale_flags(theirs).await.map_err(all)?;
+        references::clear_stale_flags(self.metadata(), theirs).await.map_err(all)?;
         let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
         let at = place.first << self.geometry.cluster_bits;
         let bytes = IoVec::from_ref(&bytes);

@@ -1,13 +1,15 @@
 //! The snapshot table as a whole: reading it, and a new one in its place.
 
-use super::Snapshot;
 use super::entry::MAX_ENTRY;
-use crate::block::{Error, Event, Node, SnapshotKey, WriteFlags};
+use super::{ImageSnapshots, Snapshot};
+use crate::block::{Error, Event, Node, SnapshotKey};
 use crate::cow::{Run, read_padded};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::header::Header;
 use crate::format::qcow2::layout::MAX_SNAPSHOTS;
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::format::qcow2::metadata::Metadata;
+use crate::format::qcow2::space::Space;
+use crate::io::{AlignedBuf, Errno, IoResult};
 
 /// The longest table, in bytes; QEMU opens no image with a longer one.
 const MAX_BYTES: u64 = 1024 * MAX_SNAPSHOTS as u64;
@@ -78,8 +80,8 @@ impl Table {
     }
 }
 
-impl Qcow2 {
-    /// Puts a table of these snapshots in the place of the one that there is, with what else is to
+impl ImageSnapshots {
+    /// Puts a table of these snapshots of a disk of `size` bytes in the place of the one that there is, with what else is to
     /// change in the header: all of it by one write. What had been written before is durable then.
     /// Gives the clusters of the old table.
     ///
@@ -88,43 +90,58 @@ impl Qcow2 {
     /// the new one counts.
     pub(super) async fn replace_table(
         &self,
+        (image, space): (Metadata<'_>, &Space),
+        size: u64,
         old: &Table,
         mut list: Vec<Snapshot>,
         change: impl FnOnce(&mut Header),
     ) -> Result<Run, (bool, Errno)> {
-        let bits = self.geometry.cluster_bits;
-        list.iter_mut().for_each(|snapshot| snapshot.complete(self.size()));
+        let bits = image.geometry.cluster_bits;
+        list.iter_mut().for_each(|snapshot| snapshot.complete(size));
         let bytes: Vec<u8> = list.iter().flat_map(Snapshot::encode).collect();
         let new = Table { list, bytes: bytes.len() as u64 };
         if new.list.len() > MAX_SNAPSHOTS as usize || new.bytes > MAX_BYTES {
             return Err((false, Errno(libc::EFBIG)));
         }
-        let clusters = self.geometry.clusters(new.bytes);
-        self.event(Event::ClusterAlloc).await;
+        let clusters = image.geometry.clusters(new.bytes);
+        image.event(Event::ClusterAlloc).await;
         let (run, _claim) =
-            self.space.take_run(self.metadata(), clusters).await.map_err(|errno| (false, errno))?;
-        if let Err(errno) = self.write_table(run.first << bits, &bytes).await {
-            self.space.give_back(self.metadata(), &[run]).await;
+            space.take_run(image, clusters).await.map_err(|errno| (false, errno))?;
+        if let Err(errno) = image.write_durably(run.first << bits, &bytes).await {
+            space.give_back(image, &[run]).await;
             return Err((false, errno));
         }
-        let mut header = self.metadata().lock_header().await;
+        let mut header = image.lock_header().await;
         let mut changed = header.clone();
         changed.nb_snapshots = new.list.len() as u32;
         changed.snapshots_offset = run.first << bits;
         change(&mut changed);
         let gone = Run {
             first: header.snapshots_offset >> bits,
-            count: self.geometry.clusters(old.bytes),
+            count: image.geometry.clusters(old.bytes),
             is_fresh: false,
         };
         // How long the table is goes with where it is, which counts as soon as it is being written.
-        *self.snapshots.table.lock() = Ok(new);
+        *self.table.lock() = Ok(new);
         let written = header.write(changed).await;
         drop(header);
-        self.metadata().note_header(&self.header.now());
-        self.metadata().note_snapshots().await;
+        image.note_header(&image.header.now());
+        image.note_snapshots().await;
         written.map_err(|errno| (true, errno))?;
         Ok(gone)
+    }
+}
+
+impl Qcow2 {
+    /// As [`ImageSnapshots::replace_table`].
+    pub(super) async fn name_snapshots(
+        &self,
+        old: &Table,
+        list: Vec<Snapshot>,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<Run, (bool, Errno)> {
+        let own = (self.metadata(), &self.space);
+        self.snapshots.replace_table(own, self.size(), old, list, change).await
     }
 
     /// Fills in what version 3 wants of the snapshots' entries.
@@ -137,17 +154,9 @@ impl Qcow2 {
             return Ok(());
         }
         self.prepare_snapshots().await?;
-        let replaced = self.replace_table(&table, table.list.clone(), |_| {}).await;
+        let replaced = self.name_snapshots(&table, table.list.clone(), |_| {}).await;
         let old = replaced.map_err(|(_, errno)| errno)?;
         self.space.give_back(self.metadata(), &[old]).await;
         Ok(())
-    }
-
-    pub(in crate::format::qcow2) async fn write_table(&self, at: u64, bytes: &[u8]) -> IoResult {
-        let file = self.file();
-        if !bytes.is_empty() {
-            file.write(at, &IoVec::from_ref(bytes), WriteFlags::empty()).await?;
-        }
-        file.flush().await
     }
 }
