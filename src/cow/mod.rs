@@ -16,6 +16,7 @@
 //! | [`Allocator`] | where clusters come from and go to | [`Taken`], [`Freed`] |
 //! | [`Appending`] | what has to be done before the file's end holds clusters | [`take_at_end`] |
 //! | [`Writer`] | which clusters may be overwritten, the entry after a write, new tables | [`write_range`], [`map`] |
+//! | [`TwoLevels`] | how a new table of the lower level is made and named | [`ensure_table`] |
 //! | [`Zeroing`] | what an entry becomes when its cluster is emptied | [`zero_range`], [`discard_range`] |
 //! | [`Packing`] | where packed clusters go, and their entries | [`store_packed`] |
 //!
@@ -71,6 +72,7 @@ mod in_place;
 mod journal;
 mod lock;
 mod lookup;
+mod new_table;
 mod packed;
 mod padded;
 mod ranges;
@@ -103,6 +105,7 @@ pub use in_place::{AtRest, begin_rest, map, without_fast_writes};
 pub use journal::{Journal, Journaling, Kept, forget_records, keep_entries, settle_journal};
 pub use lock::{Lock, LockGuard};
 pub use lookup::{BadEntryOf, Compressed, Found, Piece, find, lookup, piece, pin, pin_empty};
+pub use new_table::{NewTable, TwoLevels, ensure_table};
 pub use packed::{Packing, Unpacking, read_packed, store_packed};
 pub use padded::read_padded;
 pub use ranges::{RangeGuard, Ranges};

@@ -7,7 +7,7 @@
 use super::Qcow2;
 use super::layout::L2Entry;
 use crate::block::Event;
-use crate::cow::{Empty, Release, change_entries, pin};
+use crate::cow::{Empty, Release, change_entries, ensure_table, pin};
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
@@ -56,7 +56,7 @@ impl Qcow2 {
         let guest = first << self.geometry.cluster_bits;
         let _range = self.mapping.tables().ranges.lock(first..stop).await;
         let _visit = self.mapping.tables().visits.enter();
-        self.ensure_own_table(guest).await?;
+        ensure_table(self, guest).await?;
         let mut releases = Vec::new();
         let mut is_changed = false;
         {

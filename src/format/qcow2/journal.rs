@@ -3,7 +3,9 @@
 use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
-use crate::cow::{Journaling, Owned, Recovering, forget_records, settle_journal, take_over};
+use crate::cow::{
+    Journaling, Owned, Recovering, TwoLevels, forget_records, settle_journal, take_over,
+};
 use crate::io::IoResult;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -57,7 +59,7 @@ impl Recovering for Qcow2 {
     }
 
     fn has_own_table(&self, guest: u64) -> bool {
-        self.mapping.l1_of(guest).has_own_table()
+        TwoLevels::has_own_table(self, guest)
     }
 
     fn owned(&self, guest: u64, entry: L2Entry) -> Option<Owned> {

@@ -6,7 +6,7 @@
 use super::Qcow2;
 use super::layout::{Cluster, L2Entry};
 use crate::block::{Preallocation, WriteFlags, ZeroFlags};
-use crate::cow::{Allocator, change_entries, pin, write_zeroes};
+use crate::cow::{Allocator, change_entries, ensure_table, pin, write_zeroes};
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::ops::Range;
 
@@ -34,7 +34,7 @@ impl Qcow2 {
         }
         let has_place = {
             let _visit = self.mapping.tables().visits.enter();
-            self.ensure_own_table(start).await?;
+            ensure_table(self, start).await?;
             self.without_place(cluster..cluster + 1).await?.is_empty()
         };
         // Writing copies what the backing file has of the cluster.
@@ -71,7 +71,7 @@ impl Qcow2 {
         let start = clusters.start << bits;
         let _range = self.mapping.tables().ranges.lock(clusters.clone()).await;
         let _visit = self.mapping.tables().visits.enter();
-        self.ensure_own_table(start).await?;
+        ensure_table(self, start).await?;
         let old = self.without_place(clusters.clone()).await?;
         if old.is_empty() {
             return Ok(clusters.start + 1);

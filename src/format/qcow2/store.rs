@@ -3,7 +3,7 @@
 use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{change_entries, pin};
+use crate::cow::{change_entries, ensure_table, pin};
 use crate::io::{Errno, IoResult, IoVec};
 
 impl Qcow2 {
@@ -31,7 +31,7 @@ impl Qcow2 {
         let guest = first << self.geometry.cluster_bits;
         let _range = self.mapping.tables().ranges.lock(first..first + units.len() as u64).await;
         let _visit = self.mapping.tables().visits.enter();
-        self.ensure_own_table(guest).await?;
+        ensure_table(self, guest).await?;
         let free = self.free_entries(guest, units.len()).await?;
         let (units, refused) = units.split_at(free);
         let mut done = 0;

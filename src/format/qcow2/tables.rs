@@ -3,57 +3,56 @@
 
 use super::header::{Autoclear, Incompatible};
 use super::layout::{self, L1Entry};
+use super::mapping::L1Turn;
 use super::overlap::Kinds;
+use super::space::Claim;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{Release, Run, Stop, check_sound, pin_empty, read_padded, write_suspects};
-use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+use crate::cow::{
+    NewTable, Release, Run, Stop, TwoLevels, check_sound, read_padded, write_suspects,
+};
+use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::atomic::Ordering;
 
-impl Qcow2 {
-    /// Sees to it that there is an L2 table for a guest offset, and that it may be changed. The
-    /// caller holds the guest cluster's range.
-    pub(super) async fn ensure_own_table(&self, guest: u64) -> IoResult {
+impl TwoLevels for Qcow2 {
+    type Turn<'a> = L1Turn<'a>;
+    type Claim = Claim;
+
+    fn has_own_table(&self, guest: u64) -> bool {
+        self.mapping.l1_of(guest).has_own_table()
+    }
+
+    async fn lock_upper(&self) -> L1Turn<'_> {
+        self.mapping.lock_l1().await
+    }
+
+    async fn make_table(&self, guest: u64) -> IoResult<NewTable<'_, Qcow2>> {
         let index = self.geometry.l1_index(guest);
-        if self.mapping.l1_at(index).has_own_table() {
-            return Ok(());
-        }
-        let turn = self.mapping.lock_l1().await;
         let old = self.mapping.l1_at(index);
-        if old.has_own_table() {
-            return Ok(());
-        }
         if index >= self.mapping.l1_entries() {
             return Err(Errno::EIO);
         }
-        let (unnamed, _claim) = self.space.take_for_table(self.metadata()).await?;
+        let (unnamed, claim) = self.space.take_for_table(self.metadata()).await?;
         let taken = self.hold(unnamed.keep());
-        let host = taken.host();
-        self.fill_table(guest, old, host, taken.run.is_fresh).await?;
-        let entry = L1Entry::new(host, true);
+        self.fill_table(guest, old, taken.host(), taken.run.is_fresh).await?;
+        let entry = L1Entry::new(taken.host(), true).0.to_be_bytes();
         let place = self.header.now().l1_table_offset + index * 8;
-        let bytes = entry.0.to_be_bytes();
-        self.metadata().check_write(place, bytes.len() as u64, Kinds::ACTIVE_L1)?;
-        let cluster = taken.run.first;
-        self.event(Event::L1Update).await;
-        // Whether the write fails or not, the entry may be there.
-        taken.keep();
-        self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        // What a new table holds need not be read.
-        let _first = match old.l2_table() {
-            0 => Some(pin_empty(self, guest).await?),
-            _ => None,
-        };
-        turn.set(index, entry);
-        self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
-        drop(turn);
-        if old.l2_table() != 0 {
+        self.metadata().check_write(place, entry.len() as u64, Kinds::ACTIVE_L1)?;
+        let replaced = (old.l2_table() != 0).then(|| {
             let run = self.geometry.run_of(old.l2_table());
-            self.free(&[Release { run, discard: self.passes_other_discards }]).await;
-        }
-        Ok(())
+            Release { run, discard: self.passes_other_discards }
+        });
+        Ok(NewTable { taken, claim, entry, place, replaced })
     }
 
+    fn show_table(&self, turn: &L1Turn<'_>, guest: u64, host: u64) {
+        turn.set(self.geometry.l1_index(guest), L1Entry::new(host, true));
+        let cluster = host >> self.geometry.cluster_bits;
+        self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
+    }
+}
+
+impl Qcow2 {
     /// Writes the new table, durably: empty, or as the old one is.
     async fn fill_table(&self, guest: u64, old: L1Entry, host: u64, is_fresh: bool) -> IoResult {
         if old.l2_table() == 0 && is_fresh {

@@ -5,7 +5,7 @@ use super::layout::{BadEntry, Cluster, L2Entry};
 use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{Allocator, Need, Release, Run, Taken, Writer};
+use crate::cow::{Allocator, Need, Release, Run, Taken, Writer, ensure_table};
 use crate::io::{IoResult, IoVec};
 use std::ops::Range;
 
@@ -25,7 +25,7 @@ impl Allocator for Qcow2 {
 
 impl Writer for Qcow2 {
     async fn ensure_table(&self, guest: u64) -> IoResult {
-        self.ensure_own_table(guest).await
+        ensure_table(self, guest).await
     }
 
     fn need(&self, entry: L2Entry) -> Result<Need, BadEntry> {

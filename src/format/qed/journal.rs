@@ -7,7 +7,9 @@
 use super::mapping::{L2Entry, UNALLOCATED, ZERO};
 use super::{Qed, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
-use crate::cow::{Journaling, Owned, Recovering, file, forget_records, settle_journal, take_over};
+use crate::cow::{
+    Journaling, Owned, Recovering, TwoLevels, file, forget_records, settle_journal, take_over,
+};
 use crate::io::IoResult;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -34,7 +36,7 @@ impl Recovering for Qed {
 
     /// No table is ever shared.
     fn has_own_table(&self, guest: u64) -> bool {
-        self.has_l2(guest)
+        TwoLevels::has_own_table(self, guest)
     }
 
     fn owned(&self, _: u64, entry: L2Entry) -> Option<Owned> {

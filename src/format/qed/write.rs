@@ -7,14 +7,15 @@
 //! closed all of that is durable before the image says that it needs no check any more.
 
 use super::header::{Features, Header};
-use super::mapping::{BadEntry, L1Entry, L2Entry, UNALLOCATED, ZERO};
+use super::mapping::{BadEntry, L1Entry, L2Entry, ZERO};
 use super::open::read_l1;
 use super::{Qed, RecordedName, check, space};
 use crate::block::{Error, Event, Node, SECTOR, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Empty, Found, Need, Release, Stop, Writable, Writer, Zeroing, announce, backing, begin_rest,
-    check_ready, check_sound, discard_in_place, file, lookup, pin_empty, settle_journal,
-    take_at_end, write_suspects, zero_in_place, zero_range,
+    Empty, Format, Found, LockGuard, Need, NewTable, Release, Stop, TwoLevels, Writable, Writer,
+    Zeroing, announce, backing, begin_rest, check_ready, check_sound, discard_in_place,
+    ensure_table, file, lookup, settle_journal, take_at_end, write_suspects, zero_in_place,
+    zero_range,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
@@ -55,33 +56,7 @@ pub(super) async fn write_header(file: &Node, header: &Header) -> IoResult {
 
 impl Writer for Qed {
     async fn ensure_table(&self, guest: u64) -> IoResult {
-        if self.has_l2(guest) {
-            return Ok(());
-        }
-        let _turn = self.l1_turn.lock().await;
-        if self.has_l2(guest) {
-            return Ok(());
-        }
-        self.mark().await?;
-        let clusters = u64::from(self.geometry().table_clusters);
-        let taken = take_at_end(self, clusters, clusters).await?;
-        let file = file(self);
-        announce(self, Event::L2AllocWrite).await;
-        if !taken.run.is_fresh {
-            file.zero(taken.host(), self.geometry().table_size(), ZeroFlags::empty()).await?;
-            file.flush().await?;
-        }
-        let (entry, index) = (taken.host(), self.mapping.shape.table_index(guest));
-        announce(self, Event::L1Update).await;
-        // Whether the write fails or not, the entry may be there.
-        taken.keep();
-        let place = self.l1_offset + index * 8;
-        let bytes = entry.to_le_bytes();
-        file.write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        // What a new table holds need not be read.
-        let _first = pin_empty(self, guest).await?;
-        self.l1.set(index, L1Entry(entry));
-        Ok(())
+        ensure_table(self, guest).await
     }
 
     fn need(&self, entry: L2Entry) -> Result<Need, BadEntry> {
@@ -107,6 +82,39 @@ impl Writer for Qed {
 
     fn guest_end(&self, _: u64) -> u64 {
         self.size()
+    }
+}
+
+impl TwoLevels for Qed {
+    type Turn<'a> = LockGuard<'a, ()>;
+    type Claim = ();
+
+    /// No other table refers to it.
+    fn has_own_table(&self, guest: u64) -> bool {
+        self.has_table(guest)
+    }
+
+    async fn lock_upper(&self) -> LockGuard<'_, ()> {
+        self.l1_turn.lock().await
+    }
+
+    async fn make_table(&self, guest: u64) -> IoResult<NewTable<'_, Qed>> {
+        self.mark().await?;
+        let clusters = u64::from(self.geometry().table_clusters);
+        let taken = take_at_end(self, clusters, clusters).await?;
+        let file = file(self);
+        announce(self, Event::L2AllocWrite).await;
+        if !taken.run.is_fresh {
+            file.zero(taken.host(), self.geometry().table_size(), ZeroFlags::empty()).await?;
+            file.flush().await?;
+        }
+        let entry = taken.host().to_le_bytes();
+        let place = self.l1_offset + self.mapping.shape.table_index(guest) * 8;
+        Ok(NewTable { taken, claim: (), entry, place, replaced: None })
+    }
+
+    fn show_table(&self, _: &LockGuard<'_, ()>, guest: u64, host: u64) {
+        self.l1.set(self.mapping.shape.table_index(guest), L1Entry(host));
     }
 }
 
@@ -147,10 +155,6 @@ impl Zeroing for Qed {
 }
 
 impl Qed {
-    pub(super) fn has_l2(&self, guest: u64) -> bool {
-        self.l1.get(self.mapping.shape.table_index(guest)) != L1Entry(UNALLOCATED)
-    }
-
     pub(super) async fn flush_all(&self) -> IoResult {
         if !self.is_prepared.load(Ordering::Acquire) {
             // Nothing has been written.
