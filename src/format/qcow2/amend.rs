@@ -13,7 +13,6 @@ use crate::block::Error;
 use crate::block::create::{CreateOption, ValueType};
 use crate::cow::Stop;
 use crate::options::{Map, Value, bytes};
-use std::sync::atomic::Ordering;
 
 /// In the order in which they are shown.
 pub(super) const OPTIONS: &[CreateOption] = &[
@@ -225,7 +224,7 @@ impl Qcow2 {
         self.close_image().await.map_err(failed)?;
         // From here on the file is not as this node has it in memory.
         self.mapping.tables().stopped.stop(Stop::ForGood);
-        self.is_prepared.store(false, Ordering::SeqCst);
+        self.life.rest();
         // Version 2 has one width only.
         if wanted.version >= old.version {
             self.rewrite_header(&wanted).await?;

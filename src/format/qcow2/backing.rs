@@ -14,10 +14,10 @@ impl Qcow2 {
         format: Option<&str>,
     ) -> Result<(), Error> {
         let refused = |text: &str, errno| Err(Error::new(text).with_errno(errno));
-        if !self.is_writable {
+        if !self.settings.is_writable {
             return refused("Image is read-only", Errno::EPERM);
         }
-        if name.is_some() && self.has_raw_data {
+        if name.is_some() && self.settings.raw_data {
             return refused("A raw data file cannot have a backing file", Errno::EINVAL);
         }
         let failed = |errno: Errno| Error::os("Could not write the header", errno);

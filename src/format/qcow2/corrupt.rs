@@ -47,6 +47,11 @@ impl Corruption {
         }
     }
 
+    /// The node's name, for what is logged.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Nothing is to be written any more.
     pub fn is_fatal(&self) -> bool {
         self.told.load(Ordering::Acquire) == Level::Fatal as u8

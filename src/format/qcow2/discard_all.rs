@@ -12,7 +12,7 @@ use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
     pub(super) async fn discard_all(&self) -> IoResult {
-        if self.has_raw_data {
+        if self.settings.raw_data {
             return Err(Errno::ENOTSUP);
         }
         self.prepare_writing().await?;

@@ -35,7 +35,7 @@ impl Qcow2 {
         references::check(self.metadata(), &self.space, tables.values().copied())
             .await
             .map_err(not_expanded)?;
-        let may_be_unreadable = self.compression != Compression::Zlib;
+        let may_be_unreadable = self.settings.compression != Compression::Zlib;
         if may_be_unreadable {
             let active = (0u64..).zip(self.metadata().active_l1());
             tables.extend(active.map(|(index, entry)| (entry.l2_table(), (index, entry))));
@@ -44,7 +44,7 @@ impl Qcow2 {
         for &(index, entry) in tables.values() {
             let entries = self.metadata().stored_l2(index, entry).await.map_err(not_expanded)?;
             if may_be_unreadable && entries.iter().any(|entry| entry.is_compressed()) {
-                let kind = self.compression.name();
+                let kind = self.settings.compression.name();
                 return Err(Error::new(format!(
                     "Cannot downgrade an image with {kind} compression type and existing \
                      compressed clusters"

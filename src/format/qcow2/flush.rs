@@ -9,12 +9,11 @@ use super::{Qcow2, open};
 use crate::block::Error;
 use crate::cow::{Release, Stop, begin_rest, check_sound, settle_journal, write_suspects};
 use crate::io::{Errno, IoResult};
-use std::sync::atomic::Ordering;
 
 impl Qcow2 {
     pub(super) async fn flush_all(&self) -> IoResult {
         self.metadata().settle_header().await?;
-        if !self.is_prepared.load(Ordering::Acquire) {
+        if !self.life.is_prepared() {
             // Nothing has been written.
             return Ok(());
         }
@@ -40,16 +39,17 @@ impl Qcow2 {
 
     /// Brings the image to a rest: nothing is in flight.
     pub(super) async fn close_image(&self) -> IoResult {
-        let is_written = self.is_prepared.load(Ordering::Acquire) || self.bitmaps.is_touched();
+        let is_written = self.life.is_prepared() || self.bitmaps.is_touched();
         // Amending and repairing close the image before they change the file: nothing is left to write.
         let is_ours = self.mapping.tables().stopped.get() != Stop::ForGood;
-        if self.is_writable && is_written && is_ours {
+        if self.settings.is_writable && is_written && is_ours {
             begin_rest(self).await;
             self.close_written().await?;
         }
         // Version 2 cannot tell whoever opens it next to do it.
-        if self.is_writable && self.snapshots.needs_repair() && !self.corruption.is_fatal() {
-            let repaired = open::repair(&self.name, &self.file()).await;
+        if self.settings.is_writable && self.snapshots.needs_repair() && !self.corruption.is_fatal()
+        {
+            let repaired = open::repair(&self.settings.name, &self.file()).await;
             repaired.map_err(|error| error.errno().unwrap_or(Errno::EIO))?;
         }
         Ok(())
@@ -59,7 +59,7 @@ impl Qcow2 {
     pub(super) async fn store_bitmaps(&self) -> Result<(), Error> {
         if self.bitmaps.store(self.metadata(), &self.space).await? {
             // What is written from now on makes them out of date again.
-            self.is_prepared.store(false, Ordering::SeqCst);
+            self.life.rest();
         }
         Ok(())
     }
@@ -80,7 +80,7 @@ impl Qcow2 {
             // The image says so itself: they are still marked as in use.
             log::error!(
                 "Lost persistent bitmaps during inactivation of node '{}': {error}",
-                self.name
+                self.settings.name
             );
         }
         ready?;

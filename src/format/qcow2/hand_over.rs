@@ -35,7 +35,7 @@ impl Qcow2 {
         self.flush_all().await?;
         epoch::synchronize(&self.data().members()).await;
         self.close_image().await?;
-        self.is_prepared.store(false, Ordering::SeqCst);
+        self.life.rest();
         Ok(())
     }
 
@@ -44,10 +44,10 @@ impl Qcow2 {
         let mut header = open::read_header(&file).await?;
         open::check_counted(&header)?;
         let bad = Incompatible::DIRTY | Incompatible::CORRUPT;
-        if self.is_writable && header.incompatible & bad == Incompatible::DIRTY {
-            header = open::repair(&self.name, &file).await?;
+        if self.settings.is_writable && header.incompatible & bad == Incompatible::DIRTY {
+            header = open::repair(&self.settings.name, &file).await?;
         }
-        if self.is_writable {
+        if self.settings.is_writable {
             open::check_writable(&header)?;
         }
         if has_bitmaps(&header) {
@@ -55,15 +55,15 @@ impl Qcow2 {
         }
         let mut current = self.metadata().lock_header().await;
         let same = header.geometry() == self.geometry
-            && header.compression == self.compression
+            && header.compression == self.settings.compression
             && header.backing_file == current.backing_file;
         if !same {
             return Err(Error::new(
                 "the image has another layout or backing file than when it was opened",
             ));
         }
-        if self.is_writable {
-            open::clear_unknown(&self.name, &file, &mut header).await?;
+        if self.settings.is_writable {
+            open::clear_unknown(&self.settings.name, &file, &mut header).await?;
         }
         self.mapping.replace_l1(&open::load_l1(&file, &header).await?);
         let table = (header.refcount_table_offset, header.refcount_table_clusters);
@@ -75,7 +75,7 @@ impl Qcow2 {
         drop(current);
         self.note_metadata().await;
         self.space.forget();
-        self.is_prepared.store(false, Ordering::SeqCst);
+        self.life.rest();
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ impl Journaling for Qcow2 {
     /// With lazy refcounts, or after a failed snapshot, the next opening of the image counts all references again.
     /// (While they are counted, the journal is closed.)
     fn may_keep(&self) -> bool {
-        !self.has_lazy_refcounts && !self.snapshots.needs_repair()
+        !self.settings.lazy_refcounts && !self.snapshots.needs_repair()
     }
 
     fn refers_to_nothing(&self, entry: L2Entry) -> bool {
@@ -47,11 +47,11 @@ impl Journaling for Qcow2 {
 
 impl Recovering for Qcow2 {
     fn name(&self) -> &str {
-        &self.name
+        &self.settings.name
     }
 
     fn is_writable(&self) -> bool {
-        self.is_writable
+        self.settings.is_writable
     }
 
     fn guest_clusters(&self) -> u64 {

@@ -199,7 +199,7 @@ impl Format for Qcow2 {
     }
 
     async fn read_compressed(&self, at: u64, place: Compressed, into: &IoVec<'_>) -> IoResult {
-        self.unpack_range(at, place, into).await
+        self.unpacker.read(self.metadata(), at, place, into).await
     }
 
     async fn data_status(

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `header`, `extensions` | the header, read and written |
 //! | `layout` | sizes, indices, table entries |
-//! | `options`, `open` | what can be asked for; opening |
+//! | `options`, `settings`, `open` | what can be asked for, and was; opening |
+//! | `life` | whether the image was prepared for writes, and whether it is frozen |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
 //! | `nodes` | the file, the backing file, the external data file |
 //! | `mapping` | the tables in memory; what [`crate::cow`] asks of the format to find and read a guest's bytes |
@@ -49,6 +50,7 @@ mod image_header;
 pub mod info;
 mod journal;
 pub mod layout;
+mod life;
 mod mapping;
 mod measure;
 mod metadata;
@@ -61,6 +63,7 @@ pub mod order;
 mod overlap;
 mod preallocate;
 mod resize;
+mod settings;
 pub mod snapshots;
 mod space;
 mod store;
@@ -76,21 +79,24 @@ use crate::cow::{
     self, Stop, decider, discard_range, fast_read, read_range, settle_journal, status,
     without_fast_writes, write_range, zero_range,
 };
-use crate::io::{Blocking, Budget, InFlight, IoResult, IoVec};
+use crate::io::{InFlight, IoResult, IoVec};
 use crate::options::Map;
 use bitmaps::ImageBitmaps;
 use corrupt::Corruption;
-use header::{Compression, Header};
+use header::Header;
 use image_header::ImageHeader;
 use layout::Geometry;
+use life::Life;
 use mapping::ImageMapping;
 use metadata::Metadata;
 use nodes::Nodes;
 use overlap::Overlaps;
+use settings::Settings;
 use snapshots::ImageSnapshots;
 use space::Space;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use unpack::Unpacker;
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing, Role::DataFile],
@@ -110,43 +116,20 @@ pub static ENTRY: DriverEntry = DriverEntry {
 /// change the L1 table, the turn to settle the journal and the turn to write a slice (all of `mapping`), those of `space`,
 /// the turn to make a child longer (`nodes`), the turn to change the header.
 pub struct Qcow2 {
-    /// The node's, for what is logged.
-    name: String,
+    settings: Settings,
     geometry: Geometry,
-    compression: Compression,
     /// Of the disk, in bytes.
     size: AtomicU64,
+    life: Life,
     nodes: Nodes,
-    /// Whether others may write to an external data file that is only read here.
-    readers_share: bool,
-    mapping: ImageMapping,
-    corruption: Corruption,
-    overlaps: Overlaps,
-    /// Unpacking, which takes longer than a worker may be kept,
-    blocking: Blocking,
-    /// and the memory for it. Whoever has some waits for nothing but the file below and the processor.
-    unpacking: Arc<Budget>,
-
-    is_writable: bool,
-    /// What has to be on disk before the first write is.
-    is_prepared: AtomicBool,
-    /// Nothing is written any more ([`Driver::freeze`]).
-    is_frozen: AtomicBool,
-    has_lazy_refcounts: bool,
-    /// The external data file is to be a disk image by itself.
-    has_raw_data: bool,
-    /// The storage is told of clusters that a guest's discard has freed.
-    passes_discards: bool,
-    /// And of those that a snapshot's end has freed.
-    passes_snapshot_discards: bool,
-    /// And of what becomes free otherwise.
-    passes_other_discards: bool,
-    /// What a guest discards keeps its host cluster.
-    keeps_discarded: bool,
     header: ImageHeader,
+    mapping: ImageMapping,
     space: Space,
     snapshots: ImageSnapshots,
     bitmaps: ImageBitmaps,
+    overlaps: Overlaps,
+    corruption: Corruption,
+    unpacker: Unpacker,
 }
 
 impl Qcow2 {
@@ -189,7 +172,7 @@ impl Driver for Qcow2 {
     }
 
     fn traits(&self) -> Traits {
-        open::traits(self.data().traits(), &self.geometry, self.is_writable)
+        open::traits(self.data().traits(), &self.geometry, self.settings.is_writable)
     }
 
     /// Unpacking is bounded by itself.
@@ -254,21 +237,21 @@ impl Driver for Qcow2 {
 
     fn freeze(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(async move {
-            if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
+            if self.settings.is_writable && !self.life.is_frozen() {
                 self.marked(self.bring_to_rest().await).await?;
-                self.is_frozen.store(true, Ordering::SeqCst);
+                self.life.freeze();
             }
             Ok(())
         })
     }
 
     fn thaw(&self) {
-        self.is_frozen.store(false, Ordering::SeqCst);
+        self.life.thaw();
     }
 
     fn close(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(async move {
-            match self.is_frozen.load(Ordering::SeqCst) {
+            match self.life.is_frozen() {
                 true => Ok(()),
                 false => self.marked(self.close_image().await).await,
             }
@@ -284,11 +267,14 @@ impl Driver for Qcow2 {
             return Perms::backing(own);
         }
         let mut perms = Perms::format(own);
-        if self.nodes.is_data_file(child) && !self.is_writable && self.readers_share {
+        if self.nodes.is_data_file(child)
+            && !self.settings.is_writable
+            && self.settings.readers_share
+        {
             // It has nothing but the guest's data, as a raw image does.
             perms.shared |= own.shared & Perm::WRITE;
         }
-        if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
+        if self.settings.is_writable && !self.life.is_frozen() {
             // Closing writes, too, when all users are gone.
             perms.held |= Perm::WRITE | Perm::RESIZE;
         }
@@ -326,7 +312,7 @@ impl Compress for Qcow2 {
     }
 
     fn packer(&self) -> Packer {
-        let kind = self.compression;
+        let kind = self.settings.compression;
         Arc::new(move |cluster| compressed::pack(kind, cluster))
     }
 
@@ -366,10 +352,10 @@ impl Image for Qcow2 {
                 settle_journal(self).await.map_err(failed)?;
                 return check::check(&self.file(), fix, say).await;
             }
-            if !self.is_writable {
+            if !self.settings.is_writable {
                 return Err(Error::new("Image is read-only"));
             }
-            if self.is_prepared.load(Ordering::Acquire) {
+            if self.life.is_prepared() {
                 return Err(Error::new(
                     "The image was written since it was opened: repair it first",
                 ));

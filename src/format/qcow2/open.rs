@@ -6,16 +6,19 @@ use super::extensions::{self, Extension, FeatureKind};
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
 use super::image_header::ImageHeader;
 use super::layout::L1Entry;
+use super::life::Life;
 use super::mapping::ImageMapping;
 use super::nodes::Nodes;
 use super::options::Options;
 use super::overlap::{Kinds, Overlaps};
+use super::settings::{Discards, Settings};
 use super::snapshots::{self, ImageSnapshots};
 use super::space::{Refcounts, Space};
+use super::unpack::Unpacker;
 use super::{Qcow2, check, header_cluster};
 use crate::block::*;
 use crate::cow::{read_padded, traits_over};
-use crate::io::{AlignedBuf, Budget, Errno, IoVec};
+use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
 
 pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
@@ -79,31 +82,34 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     let mapping = ImageMapping::new(geometry, &l1, caches.l2, caches.l2_slice)
         .map_err(|_| Error::new("Could not allocate metadata caches"))?;
     let passes_discards = options.pass_discard_request.unwrap_or(opening.options().discard);
-    let image = Qcow2 {
+    let settings = Settings {
         name: opening.name().to_owned(),
-        geometry,
         compression: header.compression,
-        size: header.size.into(),
-        nodes: Nodes::new(file, backing, data_file),
+        is_writable,
         readers_share: opening.policy().readers_share,
+        lazy_refcounts: lazy,
+        raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
+        discards: Discards {
+            guest: passes_discards,
+            snapshot: options.pass_discard_snapshot.unwrap_or(true),
+            other: options.pass_discard_other.unwrap_or(false),
+            keeps: keeps_discarded(options.discard_no_unref, &header)?,
+        },
+    };
+    let image = Qcow2 {
+        settings,
+        geometry,
+        size: header.size.into(),
+        life: Life::default(),
+        nodes: Nodes::new(file, backing, data_file),
         mapping,
         space: Space::new(opening.name(), geometry, counts, caches.refcounts, passes_discards),
-        corruption: Corruption::new(opening.name(), is_writable, opening.notices()),
-        overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
-        blocking: opening.blocking(),
-        unpacking: Budget::of_disk(),
-        is_writable,
-        is_prepared: Default::default(),
-        is_frozen: Default::default(),
-        has_lazy_refcounts: lazy,
-        has_raw_data: header.autoclear.contains(Autoclear::RAW_DATA_FILE) && geometry.external_data,
-        passes_discards,
-        passes_snapshot_discards: options.pass_discard_snapshot.unwrap_or(true),
-        passes_other_discards: options.pass_discard_other.unwrap_or(false),
-        keeps_discarded: keeps_discarded(options.discard_no_unref, &header)?,
-        header: ImageHeader::new(header),
         snapshots: ImageSnapshots::new(snapshots, geometry.external_data),
         bitmaps,
+        overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
+        corruption: Corruption::new(opening.name(), is_writable, opening.notices()),
+        unpacker: Unpacker::new(opening.blocking(), header.compression),
+        header: ImageHeader::new(header),
     };
     image.note_metadata().await;
     if let Some(interval) = clean_interval {

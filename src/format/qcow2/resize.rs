@@ -51,7 +51,7 @@ impl Qcow2 {
             && let Err(errno) = self.undo_growth(old, data_len).await
         {
             // What is left beyond the end does no harm there, but takes room.
-            log::debug!("{}: giving back what a resize took: {errno}", self.name);
+            log::debug!("{}: giving back what a resize took: {errno}", self.settings.name);
         }
         grown
     }
@@ -80,7 +80,7 @@ impl Qcow2 {
         preallocation: Preallocation,
     ) -> Result<(), Error> {
         let refused = |text: &str| Err(Error::new(text));
-        if !self.is_writable {
+        if !self.settings.is_writable {
             return refused("Image is read-only");
         }
         if !len.is_multiple_of(SECTOR) {
@@ -134,7 +134,7 @@ impl Qcow2 {
         }
         let mode = match mode {
             // Every byte of the data file is the disk's from the start.
-            Preallocation::Off if self.has_raw_data => Preallocation::Metadata,
+            Preallocation::Off if self.settings.raw_data => Preallocation::Metadata,
             mode => mode,
         };
         if mode != Preallocation::Off {
@@ -179,7 +179,7 @@ impl Qcow2 {
         let there = data.len();
         self.nodes.grow(&data, new).await?;
         let stale = old..new.min(there);
-        if self.has_raw_data && !stale.is_empty() {
+        if self.settings.raw_data && !stale.is_empty() {
             data.zero(stale.start, stale.end - stale.start, ZeroFlags::UNMAP).await?;
             return Ok(old);
         }

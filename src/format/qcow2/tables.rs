@@ -12,7 +12,6 @@ use crate::cow::{
     NewTable, Release, Run, Stop, TwoLevels, check_sound, read_padded, write_suspects,
 };
 use crate::io::{AlignedBuf, Errno, IoResult};
-use std::sync::atomic::Ordering;
 
 impl TwoLevels for Qcow2 {
     type Turn<'a> = L1Turn<'a>;
@@ -40,7 +39,7 @@ impl TwoLevels for Qcow2 {
         self.metadata().check_write(place, entry.len() as u64, Kinds::ACTIVE_L1)?;
         let replaced = (old.l2_table() != 0).then(|| {
             let run = self.geometry.run_of(old.l2_table());
-            Release { run, discard: self.passes_other_discards }
+            Release { run, discard: self.settings.discards.other }
         });
         Ok(NewTable { taken, claim, entry, place, replaced })
     }
@@ -141,20 +140,21 @@ impl Qcow2 {
             write_suspects(self).await?;
         }
         check_sound(self).await?;
-        if self.is_prepared.load(Ordering::Acquire) {
+        if self.life.is_prepared() {
             self.mapping.tables().end_rest();
             return Ok(());
         }
         let prepared = self.metadata().change_header(|header| {
             header.autoclear &= Autoclear::KNOWN;
-            if self.has_lazy_refcounts {
+            if self.settings.lazy_refcounts {
                 header.incompatible |= Incompatible::DIRTY;
             }
         });
         prepared.await?;
         self.bitmaps.set_in_use(self.metadata()).await?;
+        self.bitmaps.set_in_use(self.metadata()).await?;
         self.mapping.tables().journal.mark_in_use(true);
-        self.is_prepared.store(true, Ordering::Release);
+        self.life.prepare();
         self.mapping.tables().end_rest();
         Ok(())
     }

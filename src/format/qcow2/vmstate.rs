@@ -28,7 +28,7 @@ impl Qcow2 {
 
     pub(super) async fn write_vmstate(&self, at: u64, from: &IoVec<'_>) -> IoResult {
         let place = self.state_place(at, from.len())?;
-        if !self.is_writable {
+        if !self.settings.is_writable {
             return Err(Errno::EPERM);
         }
         self.event(Event::VmstateSave).await;

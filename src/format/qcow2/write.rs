@@ -48,7 +48,7 @@ impl Writer for Qcow2 {
 
     fn references(&self, entry: L2Entry) -> Option<Release> {
         let run = self.geometry.clusters_of(entry)?;
-        Some(Release { run, discard: self.passes_other_discards })
+        Some(Release { run, discard: self.settings.discards.other })
     }
 
     async fn write_data(&self, host: u64, from: &IoVec<'_>) -> IoResult {

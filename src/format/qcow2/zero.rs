@@ -57,11 +57,11 @@ impl Zeroing for Qcow2 {
 
     fn emptied_references(&self, entry: L2Entry) -> Option<Release> {
         let run = self.geometry.clusters_of(entry)?;
-        Some(Release { run, discard: self.passes_discards })
+        Some(Release { run, discard: self.settings.discards.guest })
     }
 
     fn kept_place(&self, old: L2Entry, new: L2Entry, kind: Empty) -> Option<u64> {
-        let is_told = self.passes_discards && self.keeps(old, kind);
+        let is_told = self.settings.discards.guest && self.keeps(old, kind);
         is_told.then(|| self.unused_place(new)).flatten()
     }
 
@@ -80,7 +80,7 @@ impl Zeroing for Qcow2 {
 
     /// A raw data file says itself what reads as zeroes.
     async fn before_emptying(&self, range: Range<u64>, kind: Empty) -> IoResult {
-        if !self.has_raw_data {
+        if !self.settings.raw_data {
             return Ok(());
         }
         let flags = if kind == Empty::Zero { ZeroFlags::empty() } else { ZeroFlags::UNMAP };
@@ -88,7 +88,7 @@ impl Zeroing for Qcow2 {
     }
 
     async fn after_emptying(&self, range: Range<u64>, kind: Empty) -> IoResult {
-        if !self.geometry.external_data || self.has_raw_data || !self.passes_discards {
+        if !self.geometry.external_data || self.settings.raw_data || !self.settings.discards.guest {
             return Ok(());
         }
         match kind {
@@ -128,7 +128,7 @@ impl Qcow2 {
 
     /// Whether a guest cluster keeps its host cluster although its contents do not matter.
     fn keeps(&self, old: L2Entry, kind: Empty) -> bool {
-        self.keeps_discarded
+        self.settings.discards.keeps
             && matches!(kind, Empty::Discard | Empty::Unmap)
             && old.is_copied()
             && !self.geometry.external_data

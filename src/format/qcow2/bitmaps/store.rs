@@ -332,7 +332,7 @@ impl BitmapStore for Qcow2 {
 
     fn begin_change(&self) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
-            if !self.is_writable {
+            if !self.settings.is_writable {
                 return Ok(());
             }
             let prepared = self.prepare_writing().await;

@@ -144,7 +144,7 @@ impl Qcow2 {
     /// What has to be on disk before the snapshots change. The disk does not, so that bitmaps stay
     /// true.
     async fn prepare_snapshots(&self) -> IoResult {
-        if !self.is_writable {
+        if !self.settings.is_writable {
             return Err(Errno::EPERM);
         }
         check_sound(self).await?;
@@ -159,7 +159,7 @@ impl Qcow2 {
         most: u64,
     ) -> Result<(), (u64, Errno)> {
         let own = (self.metadata(), &self.space);
-        references::change(own, l1, change, most, self.passes_snapshot_discards).await
+        references::change(own, l1, change, most, self.settings.discards.snapshot).await
     }
 
     // ---- The dirty bit
@@ -196,7 +196,7 @@ impl Qcow2 {
     fn settled(&self, header: &mut Header) {
         self.end_counting();
         // With lazy refcounts they are right when the image is closed, after guests' writes.
-        let lazy = self.has_lazy_refcounts && self.is_prepared.load(Ordering::SeqCst);
+        let lazy = self.settings.lazy_refcounts && self.life.is_prepared();
         if !lazy && !self.snapshots.needs_repair() {
             header.incompatible -= Incompatible::DIRTY;
         }
@@ -219,7 +219,7 @@ impl Qcow2 {
         log::error!(
             "{}: qcow2: {what}: {errno}; clusters are leaked until the image is repaired, which closing \
              it does, or opening it anew",
-            self.name
+            self.settings.name
         );
     }
 }

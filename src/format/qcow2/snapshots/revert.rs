@@ -134,7 +134,7 @@ impl Qcow2 {
     }
 
     pub(super) async fn load_snapshot(&self, which: SnapshotKey<'_>) -> Result<(), Error> {
-        if self.is_writable {
+        if self.settings.is_writable {
             return Err(Error::new("Device is not readonly"));
         }
         let table = self.snapshots.shareable()?;
