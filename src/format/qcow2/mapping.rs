@@ -4,14 +4,12 @@
 use super::layout::{BadEntry, Cluster, Geometry, L1Entry, L2Entry, MAX_L1_BYTES};
 use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
-use crate::block::{Access, Child, Event, Node, Precision, Status};
-use crate::cow;
+use crate::block::{Access, Child, Precision, Status};
 use crate::cow::{
     Compressed, Format, Found, Lock, LockGuard, Piece, SliceNo, TableCache, Tables, TopTable,
     Writable, stored_status,
 };
 use crate::io::{Errno, IoResult, IoVec};
-use std::sync::Arc;
 
 /// L1 entries that an image can have.
 const MAX_L1_ENTRIES: u64 = MAX_L1_BYTES / 8;
@@ -211,7 +209,7 @@ impl Format for Qcow2 {
         if precision == Precision::Allocation || !self.space.may_have_holes(self.metadata()).await {
             return Ok((len, Status::DATA | Status::ALLOCATED));
         }
-        stored_status(&self.data(), host, len, precision).await
+        stored_status(&self.nodes.data(), host, len, precision).await
     }
 }
 
@@ -235,25 +233,5 @@ impl Writable for Qcow2 {
 
     fn check_table_write(&self, offset: u64, len: u64) -> IoResult {
         self.metadata().check_write(offset, len, Kinds::ACTIVE_L2 | Kinds::INACTIVE_L2)
-    }
-}
-
-impl Qcow2 {
-    /// Tells debugging filters below what is about to be done to the image.
-    pub(super) async fn event(&self, event: Event) {
-        self.nodes.event(event).await;
-    }
-
-    pub(super) fn file(&self) -> Arc<Node> {
-        self.nodes.file()
-    }
-
-    /// The node that holds the guest's data.
-    pub(super) fn data(&self) -> Arc<Node> {
-        self.nodes.data()
-    }
-
-    pub(super) fn backing(&self) -> Option<Arc<Node>> {
-        cow::backing(self)
     }
 }

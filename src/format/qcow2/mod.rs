@@ -110,11 +110,16 @@ pub static ENTRY: DriverEntry = DriverEntry {
     })
 };
 
-/// An open image: its header, mapping, space, snapshots and bitmaps, and what was asked for when it was opened.
+/// An open image: parts that own their state. The image decides what they do and when.
 ///
-/// Locks that are held across waits are taken in this order: a range of guest clusters, the turn to
-/// change the L1 table, the turn to settle the journal and the turn to write a slice (all of `mapping`), those of `space`,
-/// the turn to make a child longer (`nodes`), the turn to change the header.
+/// Locks that are held across waits are taken in this order:
+///
+/// 1. a range of guest clusters, the turn to change the L1 table, the turn to settle the journal and the turn to write a
+///    slice (`mapping`);
+/// 2. the directory on disk (`bitmaps`);
+/// 3. the places of compressed clusters, then the refcounts (`space`);
+/// 4. the turn to make a child longer (`nodes`);
+/// 5. the turn to change the header (`header`).
 pub struct Qcow2 {
     settings: Settings,
     geometry: Geometry,
@@ -135,6 +140,24 @@ pub struct Qcow2 {
 impl Qcow2 {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
+    }
+
+    /// Tells debugging filters below what is about to be done to the image.
+    async fn event(&self, event: Event) {
+        self.nodes.event(event).await;
+    }
+
+    fn file(&self) -> Arc<Node> {
+        self.nodes.file()
+    }
+
+    /// The node that holds the guest's data.
+    fn data(&self) -> Arc<Node> {
+        self.nodes.data()
+    }
+
+    fn backing(&self) -> Option<Arc<Node>> {
+        self.nodes.backing_child().map(Child::node)
     }
 
     /// What a part looks at besides its own.

@@ -1,6 +1,7 @@
 //! Opening an image: the header, the tables that are kept in memory, the children.
 
 use super::bitmaps::ImageBitmaps;
+use super::clean::clean_every;
 use super::corrupt::Corruption;
 use super::extensions::{self, Extension, FeatureKind};
 use super::header::{self, Autoclear, CRYPT_NONE, Header, Incompatible};
@@ -113,7 +114,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
     };
     image.note_metadata().await;
     if let Some(interval) = clean_interval {
-        image.clean_every(interval);
+        clean_every(interval, &image.mapping, &image.space);
     }
     Ok(Box::new(image))
 }
