@@ -237,7 +237,7 @@ fn an_image_that_is_emptied_shows_its_backing_file_after_every_crash() {
     });
     let from = receiver.recv().unwrap();
     let log = disk.log();
-    for crash in log.crashes(seed, crashes(8)).into_iter().filter(|crash| crash.prefix >= from) {
+    for crash in log.crashes(seed, crashes(8)).filter(|crash| crash.prefix >= from) {
         let found = reopened(&log.image(&crash), Some(&backing));
         assert!(found.iter().all(|&byte| byte == BELOW), "after {} changes", crash.prefix);
     }

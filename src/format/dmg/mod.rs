@@ -21,7 +21,6 @@ use crate::cow::read_padded;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use crate::options::Map;
 use resources::{tables_of_fork, tables_of_list};
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use table::{Chunk, Kind, chunks_of};
 use trailer::{Resources, Trailer, read_trailer};
@@ -50,13 +49,16 @@ struct Dmg {
     has_reported: AtomicBool,
 }
 
+/// Finds the tables of chunks among the resources.
+type FindTables = fn(&[u8]) -> Result<Vec<Vec<u8>>, Error>;
+
 async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let file = open_file(opening, map).await?;
     let node = file.node();
     let Trailer { data_fork, resources, size } = read_trailer(&node).await?;
-    let (range, find): (Range<u64>, fn(&[u8]) -> Result<Vec<Vec<u8>>, Error>) = match resources {
-        Resources::Fork(range) => (range, tables_of_fork),
-        Resources::List(range) => (range, tables_of_list),
+    let (range, find) = match resources {
+        Resources::Fork(range) => (range, tables_of_fork as FindTables),
+        Resources::List(range) => (range, tables_of_list as FindTables),
     };
     let len = (range.end - range.start) as usize;
     let failed = |errno| Error::os("Could not read the resources", errno);

@@ -63,7 +63,8 @@ impl Locator {
             };
             let text = |place: Range<usize>| -> Result<String, Error> {
                 let bytes = bytes.get(place.clone());
-                let bytes = bytes.filter(|_| place.start >= HEAD_LEN && place.len() % 2 == 0);
+                let bytes =
+                    bytes.filter(|_| place.start >= HEAD_LEN && place.len().is_multiple_of(2));
                 let bytes = bytes.ok_or_else(|| {
                     invalid(format_args!("text at {:#x} of {} bytes", place.start, place.len()))
                 })?;
