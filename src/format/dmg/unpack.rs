@@ -88,8 +88,12 @@ mod tests {
                 to.finish().unwrap();
             }
             Packing::Lzfse => drop(lzfse_rust::encode_bytes(bytes, &mut stored).unwrap()),
-            // There is no packer among our crates; the tests of the tools have images.
-            Packing::Lzma => unreachable!(),
+            Packing::Lzma => {
+                let options = lzma_rust2::XzOptions::with_preset(6);
+                let mut to = lzma_rust2::XzWriter::new(&mut stored, options).unwrap();
+                to.write_all(bytes).unwrap();
+                to.finish().unwrap();
+            }
         }
         stored
     }

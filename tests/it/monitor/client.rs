@@ -109,3 +109,14 @@ impl Client {
         reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{command}: {reply}")).to_owned()
     }
 }
+
+/// Whether two replies say the same: advice may follow QEMU's sentence in the first.
+pub fn is_same_but_for_advice(ours: &Value, theirs: &Value) -> bool {
+    let sentence = |reply: &Value| reply["error"]["desc"].as_str().map(str::to_owned);
+    match (sentence(ours), sentence(theirs)) {
+        (Some(said), Some(wanted)) => {
+            ours["error"]["class"] == theirs["error"]["class"] && said.starts_with(&wanted)
+        }
+        _ => ours == theirs,
+    }
+}

@@ -21,7 +21,7 @@ mod threshold;
 mod transaction;
 
 use crate::vhost_user::Daemon;
-pub use client::Client;
+pub use client::{Client, is_same_but_for_advice};
 
 pub const MONITOR: [&str; 4] = [
     "--chardev",
