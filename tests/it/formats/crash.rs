@@ -58,7 +58,7 @@ const VHDX: Kind = Kind {
     format: "vhdx",
     options: "block_size=1M",
     most: 26 * MIB,
-    crashes: 3,
+    crashes: 1,
     unclean: "",
     ..VDI
 };
