@@ -165,12 +165,9 @@ impl Driver for Qcow {
         if child > 0 {
             return Perms::backing(own);
         }
-        let mut perms = Perms::format(own);
-        if self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
-            // Closing cuts the file when all users are gone.
-            perms.held |= Perm::WRITE | Perm::RESIZE;
-        }
-        perms
+        // Closing cuts the file when all users are gone.
+        let ends_with_writes = self.is_writable && !self.is_frozen.load(Ordering::SeqCst);
+        Perms::format_with_end(own, ends_with_writes)
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {

@@ -14,8 +14,8 @@ use super::header::{self, Cluster, Header};
 use super::mapping::{BadEntry, L1Entry, L2Entry};
 use crate::block::{Error, Event, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Journaling, Need, Release, Writable, Writer, announce, begin_rest, check_ready, check_sound,
-    file, lengthen, pin_empty, take_at_end, write_suspects,
+    Format, Journaling, LockGuard, Need, NewTable, Release, TwoLevels, Writable, Writer, announce,
+    begin_rest, check_ready, check_sound, ensure_table, file, lengthen, take_at_end, write_suspects,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
@@ -57,32 +57,7 @@ impl Journaling for Qcow {
 
 impl Writer for Qcow {
     async fn ensure_table(&self, guest: u64) -> IoResult {
-        if self.has_l2(guest) {
-            return Ok(());
-        }
-        let _turn = self.l1_turn.lock().await;
-        if self.has_l2(guest) {
-            return Ok(());
-        }
-        let clusters = self.geometry.table_clusters();
-        let taken = take_at_end(self, clusters, clusters).await?;
-        let file = file(self);
-        announce(self, Event::L2AllocWrite).await;
-        if !taken.run.is_fresh {
-            file.zero(taken.host(), self.geometry.table_size(), ZeroFlags::empty()).await?;
-            file.flush().await?;
-        }
-        let (entry, index) = (taken.host(), self.mapping.shape.table_index(guest));
-        announce(self, Event::L1Update).await;
-        // Whether the write fails or not, the entry may be there.
-        taken.keep();
-        let bytes = entry.to_be_bytes();
-        let place = self.l1_offset + index * 8;
-        file.write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        // What a new table holds need not be read.
-        let _first = pin_empty(self, guest).await?;
-        self.l1.set(index, L1Entry(entry));
-        Ok(())
+        ensure_table(self, guest).await
     }
 
     fn need(&self, entry: L2Entry) -> Result<Need, BadEntry> {
@@ -111,11 +86,39 @@ impl Writer for Qcow {
     }
 }
 
-impl Qcow {
-    fn has_l2(&self, guest: u64) -> bool {
-        self.l1.get(self.mapping.shape.table_index(guest)) != L1Entry(0)
+impl TwoLevels for Qcow {
+    type Turn<'a> = LockGuard<'a, ()>;
+    type Claim = ();
+
+    /// No other table refers to it.
+    fn has_own_table(&self, guest: u64) -> bool {
+        self.has_table(guest)
     }
 
+    async fn lock_upper(&self) -> LockGuard<'_, ()> {
+        self.l1_turn.lock().await
+    }
+
+    async fn make_table(&self, guest: u64) -> IoResult<NewTable<'_, Qcow>> {
+        let clusters = self.geometry.table_clusters();
+        let taken = take_at_end(self, clusters, clusters).await?;
+        let file = file(self);
+        announce(self, Event::L2AllocWrite).await;
+        if !taken.run.is_fresh {
+            file.zero(taken.host(), self.geometry.table_size(), ZeroFlags::empty()).await?;
+            file.flush().await?;
+        }
+        let entry = taken.host().to_be_bytes();
+        let place = self.l1_offset + self.mapping.shape.table_index(guest) * 8;
+        Ok(NewTable { taken, claim: (), entry, place, replaced: None })
+    }
+
+    fn show_table(&self, _: &LockGuard<'_, ()>, guest: u64, host: u64) {
+        self.l1.set(self.mapping.shape.table_index(guest), L1Entry(host));
+    }
+}
+
+impl Qcow {
     pub(super) async fn flush_all(&self) -> IoResult {
         if !self.is_prepared.load(Ordering::Acquire) {
             // Nothing has been written.
