@@ -121,7 +121,6 @@ impl Graph {
         }
         drop((task, done));
         release_locks(&mut self.0.state.lock(), claim);
-        self.end_changed_in_time(drained).await;
         Ok(())
     }
 

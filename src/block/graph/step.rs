@@ -92,8 +92,9 @@ impl Drained {
         Err(Error::new(format!("{what} has not ended within {seconds} s")))
     }
 
-    /// Does `work`, the rest of the change, as a task of its own. `work` asks its second argument before it makes
-    /// anything final: true means that it has not ended in time, and has to take everything back.
+    /// Does `work`, the rest of the change, as a task of its own, and then closes what the change no longer uses. `work`
+    /// asks its second argument before it makes anything final: true means that it has not ended in time, and has to
+    /// take everything back.
     ///
     /// # Errors
     /// Those of `work`, and that it has not ended in time. `what` begins that error: `Opening node 'a' again`.
@@ -108,8 +109,12 @@ impl Drained {
         let theirs = shared.clone();
         let task = apart(async move {
             let result = work(&self, &theirs.0).await;
-            drop(self);
+            let is_whole = result.is_ok();
+            // What the caller is told no longer depends on how long closing takes.
             *theirs.1.borrow_mut() = Some(result);
+            if is_whole {
+                self.graph().end_changed_in_time(&self).await;
+            }
         });
         // It may have ended at the very end of its time.
         let _ended = io::in_time(limit, task).await;

@@ -15,7 +15,8 @@ use super::mapping::{BadEntry, L1Entry, L2Entry};
 use crate::block::{Error, Event, WriteFlags, ZeroFlags};
 use crate::cow::{
     Format, Journaling, LockGuard, Need, NewTable, Release, TwoLevels, Writable, Writer, announce,
-    begin_rest, check_ready, check_sound, ensure_table, file, lengthen, take_at_end, write_suspects,
+    begin_rest, check_ready, check_sound, ensure_table, file, lengthen, take_at_end,
+    write_suspects,
 };
 use crate::io::{Errno, IoResult, IoVec};
 use crate::options::bytes;
