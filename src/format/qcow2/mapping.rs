@@ -3,11 +3,11 @@
 
 use super::layout::{BadEntry, Cluster, Geometry, L1Entry, L2Entry, MAX_L1_BYTES};
 use super::overlap::Kinds;
-use super::{Qcow2, corrupt};
+use super::{Qcow2, compressed, corrupt};
 use crate::block::{Access, Child, Precision, Status};
 use crate::cow::{
     Compressed, Format, Found, Lock, LockGuard, Piece, SliceNo, TableCache, Tables, TopTable,
-    Writable, stored_status,
+    Writable, read_packed, stored_status,
 };
 use crate::io::{Errno, IoResult, IoVec};
 
@@ -197,7 +197,21 @@ impl Format for Qcow2 {
     }
 
     async fn read_compressed(&self, at: u64, place: Compressed, into: &IoVec<'_>) -> IoResult {
-        self.unpacker.read(self.metadata(), at, place, into).await
+        if place.host >= self.file().len() || self.geometry.external_data {
+            return Err(corrupt::data_outside(self.metadata(), "Compressed cluster", place.host));
+        }
+        let (kind, host) = (self.settings.compression, place.host);
+        let name = self.corruption.name().to_owned();
+        let unpack = move |stored: &[u8], len: usize| {
+            compressed::unpack(kind, stored, len).inspect_err(|_| {
+                // A guest can ask as often as it likes.
+                log::debug!(
+                    "{name}: the compressed cluster of guest offset {at:#x}, at {host:#x}, cannot be \
+                     unpacked"
+                );
+            })
+        };
+        read_packed(self, &self.unpacking, at, place, into, unpack).await
     }
 
     async fn data_status(

@@ -9,7 +9,7 @@
 //! | `order` | the order in which things reach the disk, and who waits for whom |
 //! | `nodes` | the file, the backing file, the external data file |
 //! | `mapping` | the tables in memory; what [`crate::cow`] asks of the format to find and read a guest's bytes |
-//! | `compressed`, `store`, `unpack` | compressed clusters: packing, storing, reading |
+//! | `compressed` | compressed clusters: packing and unpacking them |
 //! | `clean` | memory of cached tables that were not used is given back |
 //! | `create`, `new_image`, `amend`, `downgrade` | making images, and making them others |
 //! | `measure` | how long the file of a new image has to be |
@@ -66,9 +66,7 @@ mod resize;
 mod settings;
 pub mod snapshots;
 mod space;
-mod store;
 mod tables;
-mod unpack;
 mod vmstate;
 mod write;
 mod zero;
@@ -76,10 +74,10 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    self, Stop, decider, discard_range, fast_read, read_range, settle_journal, status,
-    without_fast_writes, write_range, zero_range,
+    self, Stop, Unpacking, decider, discard_range, fast_read, read_range, settle_journal, status,
+    store_packed, without_fast_writes, write_range, zero_range,
 };
-use crate::io::{InFlight, IoResult, IoVec};
+use crate::io::{Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
 use bitmaps::ImageBitmaps;
 use corrupt::Corruption;
@@ -96,7 +94,6 @@ use snapshots::ImageSnapshots;
 use space::Space;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use unpack::Unpacker;
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing, Role::DataFile],
@@ -134,7 +131,7 @@ pub struct Qcow2 {
     bitmaps: ImageBitmaps,
     overlaps: Overlaps,
     corruption: Corruption,
-    unpacker: Unpacker,
+    unpacking: Unpacking,
 }
 
 impl Qcow2 {
@@ -313,7 +310,7 @@ impl Driver for Qcow2 {
     }
 
     fn hand_over(&self) -> Option<&dyn HandOver> {
-        // Bitmaps in memory would have to be loaded anew.
+        // Bitmaps in memory would have to be loaded again.
         match hand_over::has_bitmaps(&self.header.now()) {
             true => None,
             false => Some(self),
@@ -340,7 +337,13 @@ impl Compress for Qcow2 {
     }
 
     fn store<'a>(&'a self, at: u64, units: &'a [&'a [u8]]) -> LocalFuture<'a, IoResult> {
-        Box::pin(async move { self.marked(self.store_units(at, units).await).await })
+        Box::pin(async move {
+            let stored = match self.geometry.external_data {
+                true => Err(Errno::ENOTSUP),
+                false => store_packed(self, at, units).await,
+            };
+            self.marked(stored).await
+        })
     }
 }
 

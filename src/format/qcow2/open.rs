@@ -15,10 +15,9 @@ use super::overlap::{Kinds, Overlaps};
 use super::settings::{Discards, Settings};
 use super::snapshots::{self, ImageSnapshots};
 use super::space::{Refcounts, Space};
-use super::unpack::Unpacker;
 use super::{Qcow2, check, header_cluster};
 use crate::block::*;
-use crate::cow::{read_padded, traits_over};
+use crate::cow::{Unpacking, read_padded, traits_over};
 use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
 
@@ -109,7 +108,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         bitmaps,
         overlaps: Overlaps::new(if is_writable { overlap_check } else { Kinds::empty() }),
         corruption: Corruption::new(opening.name(), is_writable, opening.notices()),
-        unpacker: Unpacker::new(opening.blocking(), header.compression),
+        unpacking: Unpacking::new(opening.blocking()),
         header: ImageHeader::new(header),
     };
     image.note_metadata().await;
@@ -149,7 +148,7 @@ pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<L1Entry>
     Ok(L1Entry::parse_all(&table[..len]))
 }
 
-/// Counts the references of an image anew that was not closed cleanly; the header afterwards.
+/// Counts the references of an image again that was not closed cleanly; the header afterwards.
 pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
     log::info!("{name}: qcow2: repairing the refcounts");
     let mut say = |line: &str| log::debug!("{name}: {line}");

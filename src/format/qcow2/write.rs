@@ -5,7 +5,7 @@ use super::layout::{BadEntry, Cluster, L2Entry};
 use super::overlap::Kinds;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
-use crate::cow::{Allocator, Need, Release, Run, Taken, Writer, ensure_table};
+use crate::cow::{Allocator, Compressed, Need, Packing, Release, Run, Taken, Writer, ensure_table};
 use crate::io::{IoResult, IoVec};
 use std::ops::Range;
 
@@ -114,6 +114,16 @@ impl Writer for Qcow2 {
             }
             _ => false,
         }
+    }
+}
+
+impl Packing for Qcow2 {
+    async fn place(&self, units: &[&[u8]]) -> IoResult<(u64, usize)> {
+        self.space.place(self.metadata(), units).await
+    }
+
+    fn packed_entry(&self, place: Compressed) -> Option<L2Entry> {
+        self.geometry.encode_compressed(place.host, place.len)
     }
 }
 

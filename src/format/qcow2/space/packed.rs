@@ -10,7 +10,6 @@
 //! The bytes are *durable* before the entry that names them: what was there before is no stream.
 
 use super::{Metadata, Space};
-use crate::block::Event;
 use crate::cow::Run;
 use crate::io::IoResult;
 use std::collections::VecDeque;
@@ -74,7 +73,6 @@ impl Space {
     /// A place for as many units as there is one for side by side, at least one, counted; how many.
     pub async fn place(&self, image: Metadata<'_>, units: &[&[u8]]) -> IoResult<(u64, usize)> {
         let bits = self.geometry.cluster_bits;
-        image.event(Event::ClusterAllocBytes).await;
         let mut packing = self.packing.lock().await;
         let first = units[0].len() as u64;
         self.make_room(image, &mut packing, first).await?;
