@@ -3,6 +3,7 @@
 use crate::block::DriverEntry;
 
 pub mod bochs;
+mod children;
 mod chunks;
 pub mod cloop;
 mod deflate;

@@ -24,6 +24,7 @@ use crate::cow::{
     self, Lock, Tables, TopTable, Unpacking, decider, fast_read, read_range, status, store_packed,
     traits_over, write_range,
 };
+use crate::format::children;
 use crate::format::deflate;
 use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
@@ -35,7 +36,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
-    options: open::HELP,
+    options: children::HELP,
     features: Features::COMPRESSION,
     growth: Growth::Own(&[]),
     create: Some(&create::CREATE),

@@ -6,31 +6,14 @@ use super::space::Space;
 use super::{Qcow, mapping};
 use crate::block::*;
 use crate::cow::{Lock, TopTable, Unpacking, read_padded};
+use crate::format::children::FileAndBacking;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
-use crate::options::node_ref::NodeRefOrNull;
-use crate::options::{Map, NodeRef, bytes};
-use serde::Deserialize;
+use crate::options::{Map, bytes};
 use std::sync::atomic::AtomicBool;
 
-pub(super) static HELP: &[OptionHelp] = &[
-    OptionHelp { name: "file", value: "node", help: "The node that holds the image" },
-    OptionHelp {
-        name: "backing",
-        value: "node",
-        help: "The node to read where the image has no data; null for none",
-    },
-];
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Options {
-    file: NodeRef,
-    backing: Option<NodeRefOrNull>,
-}
-
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
-    let options: Options = opening.parse(map)?;
+    let options: FileAndBacking = opening.parse(map)?;
     let during = Perms::format(Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();

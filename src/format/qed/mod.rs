@@ -30,6 +30,7 @@ use crate::cow::{
     self, FileEnd, Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range,
     status, traits_over, without_fast_writes, write_range, zero_range,
 };
+use crate::format::children;
 use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
 use header::{Geometry, Header, Layout};
@@ -39,7 +40,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
-    options: open::HELP,
+    options: children::HELP,
     create: Some(&create::CREATE),
     features: Features::CHECKS.union(Features::REPAIRS),
     growth: Growth::Own(&[Preallocation::Off]),

@@ -5,32 +5,15 @@ use super::mapping::L1Entry;
 use super::{Qed, RecordedName, check, idle, mapping, space};
 use crate::block::*;
 use crate::cow::{Lock, TopTable, read_padded};
+use crate::format::children::FileAndBacking;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
-use crate::options::node_ref::NodeRefOrNull;
-use crate::options::{Map, NodeRef, bytes};
-use serde::Deserialize;
+use crate::options::{Map, bytes};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-pub(super) static HELP: &[OptionHelp] = &[
-    OptionHelp { name: "file", value: "node", help: "The node that holds the image" },
-    OptionHelp {
-        name: "backing",
-        value: "node",
-        help: "The node to read where the image has no data; null for none",
-    },
-];
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Options {
-    file: NodeRef,
-    backing: Option<NodeRefOrNull>,
-}
-
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
-    let options: Options = opening.parse(map)?;
+    let options: FileAndBacking = opening.parse(map)?;
     let mut held = Perm::CONSISTENT_READ;
     if opening.is_active() && !opening.options().read_only && !opening.auto_read_only() {
         // An image that was not closed is repaired.

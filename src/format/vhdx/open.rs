@@ -10,11 +10,11 @@ use super::regions::{self, Regions};
 use super::{Parent, State, Vhdx, mapping, space};
 use crate::block::*;
 use crate::cow::{FileEnd, Lock, read_padded};
+use crate::format::children::FileAndBacking;
 use crate::io::IoVec;
 use crate::io::sync::Mutex;
+use crate::options::Map;
 use crate::options::node_ref::NodeRefOrNull;
-use crate::options::{Map, NodeRef};
-use serde::Deserialize;
 use std::sync::atomic::AtomicBool;
 use uuid::Uuid;
 
@@ -26,13 +26,6 @@ pub(super) static HELP: &[OptionHelp] = &[
         help: "The parent of a differencing image, to read where it has no data; null for none",
     },
 ];
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Options {
-    file: NodeRef,
-    backing: Option<NodeRefOrNull>,
-}
 
 /// What a file says of itself.
 pub(super) struct Read {
@@ -51,7 +44,7 @@ pub(super) struct Contents {
 }
 
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
-    let options: Options = opening.parse(map)?;
+    let options: FileAndBacking = opening.parse(map)?;
     let mut held = Perm::CONSISTENT_READ;
     if opening.is_active() && !opening.options().read_only && !opening.auto_read_only() {
         // The log is replayed.
