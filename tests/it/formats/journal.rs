@@ -3,9 +3,9 @@
 
 use crate::disks::{seed, simulated};
 use crate::qcow2::journal::{Memory, attach, detach};
-use crate::qcow2::judge::{assert_allowed, orderly, request};
+use crate::qcow2::judge::{Round, assert_allowed, orderly, request};
 use crate::qcow2::sim::{Image, below, disk};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
@@ -59,30 +59,13 @@ fn run(format: &'static str, image: &[u8], records: usize, seed: u64) -> Vec<Kil
         let allowed = Rc::new(RefCell::new(vec![vec![BELOW]; SECTORS]));
         let mut rng = fastrand::Rng::with_seed(seed);
         for round in 0..12u8 {
-            let lanes = rng.usize(1..=4);
-            let per_lane = SECTORS / lanes;
-            let done = Rc::new(Cell::new(0));
-            for lane in 0..lanes {
-                let number = round * 4 + lane as u8 + 1;
-                let first = lane * per_lane + rng.usize(0..per_lane);
-                let count = rng.usize(1..=((lane + 1) * per_lane - first).min(12));
-                let sectors = first..first + count;
-                let kind = rng.u8(0..8);
-                let value = if kind >= 6 { 0 } else { number };
-                for sector in &mut allowed.borrow_mut()[sectors.clone()] {
-                    sector.push(value);
-                }
-                let (node, done, allowed) = (image.node.clone(), done.clone(), allowed.clone());
-                io::current().spawn(async move {
-                    request(&node, kind, first as u64 * SECTOR, count as u64 * SECTOR, value).await;
-                    // From here on it is answered.
-                    for sector in &mut allowed.borrow_mut()[sectors] {
-                        *sector = vec![value];
-                    }
-                    done.set(done.get() + 1);
-                });
-            }
-            while done.get() < lanes {
+            let mut number = round * 4;
+            let next = || {
+                number += 1;
+                number
+            };
+            let requests = Round::begin(&image.node, &allowed, &mut rng, 12, next);
+            while requests.is_under_way() {
                 let now = Killed {
                     image: file.bytes(),
                     memory: memory.copy(),

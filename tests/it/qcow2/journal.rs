@@ -2,7 +2,7 @@
 //! next one has all that was answered. (Hosts that crash are in [`super::crash`].)
 
 use super::consistency;
-use super::judge::{assert_allowed, may_be_wrong, orderly, request};
+use super::judge::{Round, assert_allowed, may_be_wrong, orderly, request};
 use super::sim::{DATA, Image, below, disk, image};
 use crate::disks::{seed, simulated};
 use std::cell::{Cell, RefCell};
@@ -131,30 +131,12 @@ fn run(create: &str, records: usize, seed: u64) -> Vec<Killed> {
         let mut rng = fastrand::Rng::with_seed(seed ^ 1);
         let mut number = 0;
         for round in 0..14 {
-            let lanes = rng.usize(1..=4);
-            let per_lane = SECTORS / lanes;
-            let done = Rc::new(Cell::new(0));
-            for lane in 0..lanes {
+            let next = || {
                 number += 1;
-                let first = lane * per_lane + rng.usize(0..per_lane);
-                let count = rng.usize(1..=((lane + 1) * per_lane - first).min(12));
-                let sectors = first..first + count;
-                let kind = rng.u8(0..8);
-                let value = if kind >= 6 { 0 } else { number };
-                for sector in &mut allowed.borrow_mut()[sectors.clone()] {
-                    sector.push(value);
-                }
-                let (node, done, allowed) = (image.node.clone(), done.clone(), allowed.clone());
-                io::current().spawn(async move {
-                    request(&node, kind, first as u64 * SECTOR, count as u64 * SECTOR, value).await;
-                    // From here on it is answered.
-                    for sector in &mut allowed.borrow_mut()[sectors] {
-                        *sector = vec![value];
-                    }
-                    done.set(done.get() + 1);
-                });
-            }
-            while done.get() < lanes {
+                number
+            };
+            let requests = Round::begin(&image.node, &allowed, &mut rng, 12, next);
+            while requests.is_under_way() {
                 io::sleep(Duration::from_micros(20)).await;
             }
             match rng.u8(0..6) {

@@ -4,10 +4,13 @@ use super::consistency;
 use super::sim::{Image, below, check, passing};
 use crate::disks::simulated;
 use std::borrow::Cow;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use vublk::block::*;
-use vublk::io::IoVec;
 use vublk::io::sim::Disorder;
+use vublk::io::{self, IoVec};
 
 const SECTOR: usize = 512;
 /// What a repair may add to a file, in bytes.
@@ -73,5 +76,56 @@ pub async fn request(node: &Node, kind: u8, at: u64, len: u64, value: u8) {
             let bytes = vec![value; len as usize];
             node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await.unwrap();
         }
+    }
+}
+
+/// What each sector of a disk may hold.
+pub type Allowed = Rc<RefCell<Vec<Vec<u8>>>>;
+
+/// Requests side by side, each on sectors of its own.
+pub struct Round {
+    lanes: usize,
+    done: Rc<Cell<usize>>,
+}
+
+impl Round {
+    /// Begins up to four requests of up to `most` sectors; `next` gives the bytes that writes have. Meanwhile a sector
+    /// may hold what it held and what is written to it.
+    pub fn begin(
+        node: &Arc<Node>,
+        allowed: &Allowed,
+        rng: &mut fastrand::Rng,
+        most: usize,
+        mut next: impl FnMut() -> u8,
+    ) -> Round {
+        let lanes = rng.usize(1..=4);
+        let per_lane = allowed.borrow().len() / lanes;
+        let done = Rc::new(Cell::new(0));
+        for lane in 0..lanes {
+            let number = next();
+            let first = lane * per_lane + rng.usize(0..per_lane);
+            let count = rng.usize(1..=((lane + 1) * per_lane - first).min(most));
+            let sectors = first..first + count;
+            let kind = rng.u8(0..8);
+            let value = if kind >= 6 { 0 } else { number };
+            for sector in &mut allowed.borrow_mut()[sectors.clone()] {
+                sector.push(value);
+            }
+            let (node, done, allowed) = (node.clone(), done.clone(), allowed.clone());
+            io::current().spawn(async move {
+                let (at, len) = ((first * SECTOR) as u64, (count * SECTOR) as u64);
+                request(&node, kind, at, len, value).await;
+                // From here on it is answered.
+                for sector in &mut allowed.borrow_mut()[sectors] {
+                    *sector = vec![value];
+                }
+                done.set(done.get() + 1);
+            });
+        }
+        Round { lanes, done }
+    }
+
+    pub fn is_under_way(&self) -> bool {
+        self.done.get() < self.lanes
     }
 }

@@ -3,7 +3,7 @@
 
 use super::consistency;
 use super::journal::{Memory, attach};
-use super::judge::{assert_allowed, orderly, request};
+use super::judge::{Round, assert_allowed, orderly, request};
 use super::sim::{Image, below, check, disk, image};
 use crate::disks::{seed, simulated};
 use std::cell::{Cell, RefCell};
@@ -82,29 +82,12 @@ fn live(before: Killed, seed: u64, close: bool) -> (Killed, Vec<u8>) {
         let mut rng = fastrand::Rng::with_seed(seed ^ 1);
         let mut value = 0;
         while is_looking.get() {
-            let lanes = rng.usize(1..=4);
-            let per_lane = SECTORS / lanes;
-            let done = Rc::new(Cell::new(0));
-            for lane in 0..lanes {
+            let next = || {
                 value = value % 200 + 1;
-                let first = lane * per_lane + rng.usize(0..per_lane);
-                let count = rng.usize(1..=((lane + 1) * per_lane - first).min(100));
-                let sectors = first..first + count;
-                let kind = rng.u8(0..8);
-                let value = if kind >= 6 { 0 } else { value };
-                for sector in &mut allowed.borrow_mut()[sectors.clone()] {
-                    sector.push(value);
-                }
-                let (node, done, allowed) = (image.node.clone(), done.clone(), allowed.clone());
-                io::current().spawn(async move {
-                    request(&node, kind, first as u64 * SECTOR, count as u64 * SECTOR, value).await;
-                    for sector in &mut allowed.borrow_mut()[sectors] {
-                        *sector = vec![value];
-                    }
-                    done.set(done.get() + 1);
-                });
-            }
-            while done.get() < lanes {
+                value
+            };
+            let requests = Round::begin(&image.node, &allowed, &mut rng, 100, next);
+            while requests.is_under_way() {
                 io::sleep(Duration::from_micros(20)).await;
             }
             if rng.u8(0..4) == 0 {

@@ -8,5 +8,6 @@
 #![allow(dead_code, clippy::duplicate_mod)]
 
 pub mod cow;
+pub mod fixture;
 pub mod io;
 pub mod shuttled;

@@ -4,27 +4,8 @@ use loom::future::block_on;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
-use vublk_models::cow::table_cache::{SliceNo, TableCache, TableEntry};
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Pair(u64, u64);
-
-impl TableEntry for Pair {
-    fn from_words(first: u64, second: u64) -> Pair {
-        Pair(first, second)
-    }
-
-    fn words(self) -> [u64; 2] {
-        [self.0, self.1]
-    }
-}
-
-/// Explores all executions with up to `preemptions` switches away from a thread that could go on.
-fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(model);
-}
+use vublk_models::cow::table_cache::{SliceNo, TableCache};
+use vublk_models::fixture::{Pair, explore};
 
 /// One set of slots, one entry of two words to a slice.
 fn cache() -> Arc<TableCache<Pair>> {

@@ -9,14 +9,8 @@ use vublk_models::cow::ranges::Ranges;
 use vublk_models::cow::record::{
     Left, RECORD, clear_record, mark_record, read_records, write_record,
 };
-use vublk_models::cow::table_cache::TableEntry;
 use vublk_models::cow::visits::Visits;
-
-fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(model);
-}
+use vublk_models::fixture::{Pair, explore};
 
 /// What a range guards: loom reports two threads that are in it at once.
 #[derive(Default)]
@@ -71,19 +65,6 @@ fn a_cluster_is_reused_after_the_visits_that_may_have_looked_it_up() {
         is_reused.store(true, Ordering::Release);
         visitor.join().unwrap();
     });
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Pair(u64, u64);
-
-impl TableEntry for Pair {
-    fn from_words(first: u64, second: u64) -> Pair {
-        Pair(first, second)
-    }
-
-    fn words(self) -> [u64; 2] {
-        [self.0, self.1]
-    }
 }
 
 #[test]
