@@ -94,7 +94,7 @@ impl Clock {
             return now;
         }
         if now - kernel > TOO_FAST {
-            // The counter is not what it was: its speed is measured anew.
+            // The counter is not what it was: its speed is measured again.
             self.first.set(None);
             self.speed.set(0);
         }

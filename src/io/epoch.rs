@@ -1,4 +1,4 @@
-//! Who is on the fast path: known without a lock and without a write to shared memory per request.
+//! Epochs: which queues are on the fast path, known without a lock and without a write to shared memory per request.
 //!
 //! Each queue has an [`Announcer`]. Before the first look at the graph in a turn it announces the
 //! current epoch, and it keeps the announcement up until the turn is over and every request begun

@@ -49,7 +49,7 @@ pub fn find(registry: &Registry, top: &Arc<Node>, name: &str) -> Option<usize> {
     None
 }
 
-/// Opens a chain anew, `base` images below its top to be written to. `top` is closed first.
+/// Opens a chain again, `base` images below its top to be written to. `top` is closed first.
 pub async fn open_for_commit(
     images: &Images,
     top: Opened,

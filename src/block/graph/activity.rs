@@ -8,7 +8,7 @@
 //!
 //! * An active node stands on active nodes only.
 //! * A node is activated with all below it: all their locks are taken, or none is; then each driver
-//!   looks at its storage anew, children first.
+//!   looks at its storage again, children first.
 //! * A node is inactive when the last of its users says so. Drivers bring everything to the storage,
 //!   parents first, and only then locks are given up. What cannot be brought there stays ours.
 

@@ -100,7 +100,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Asks a node anew what it needs of its children.
+    /// Asks a node again what it needs of its children.
     pub(super) fn settle_again(&mut self, node: u64) {
         self.uses_mut(node);
     }

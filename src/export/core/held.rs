@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(delays, [1, 2, 4, 8, 16, 30, 30]);
         held.succeeded();
         assert_eq!(held.hold(1, true, now).1, Some(SECOND));
-        // Another that fails for the first time begins anew, too.
+        // Another that fails for the first time begins again, too.
         held.tick(u64::MAX);
         held.hold(1, true, now);
         held.tick(u64::MAX);

@@ -336,7 +336,7 @@ impl Tracking for Tracker {
         let left = || entries.iter().any(|entry| entry.inflight.load(Relaxed) != 0);
         let recorded = header.used_idx.load(Relaxed);
         let batch = used_index.wrapping_sub(recorded);
-        // A ring that was laid out anew begins at zero; then nothing can have been left.
+        // A ring that was laid out again begins at zero; then nothing can have been left.
         if batch > ring_size && left() {
             return Err(format!(
                 "the inflight region holds requests and ends at used index {recorded}, the ring at \

@@ -226,7 +226,7 @@ impl Session {
     }
 
     /// Goes over to another table of memory: rings that run are stopped, and started again with
-    /// their addresses looked up anew.
+    /// their addresses looked up again.
     fn change_memory(&mut self, regions: Vec<Arc<Region>>) -> Result<()> {
         let memory = Memory::new(regions).or_else(refuse)?;
         let running = self.running();

@@ -1,4 +1,4 @@
-//! Unpacking a chunk. What is stored is hostile: it fills the chunk exactly or is an error, and takes a bounded amount of
+//! Unpacking a chunk. Stored bytes are hostile: they fill the chunk exactly or are an error, and take a bounded amount of
 //! memory beside it.
 
 use super::adc;

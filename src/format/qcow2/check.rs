@@ -27,7 +27,7 @@ use refcounts::Refcounts;
 
 /// Checks the image in `file`, with no other request in flight, and repairs what `fix` names.
 ///
-/// Everything is read anew. After a repair the header on disk may name other tables than before.
+/// Everything is read again. After a repair the header on disk may name other tables than before.
 ///
 /// # Errors
 /// The header makes no sense, I/O failed, or what was asked cannot be repaired.
@@ -38,7 +38,7 @@ pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<C
     Ok(check.report)
 }
 
-/// Counts the references of a sound image anew, in refcounts of `1 << order` bits; no other request is
+/// Counts the references of a sound image again, in refcounts of `1 << order` bits; no other request is
 /// in flight.
 ///
 /// # Errors

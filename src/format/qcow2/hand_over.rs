@@ -2,7 +2,7 @@
 //!
 //! Giving it up is what closing does: everything is written, nothing is reserved any more, and the
 //! image says so. Nothing that was known of it holds when it comes: header, tables and refcounts are
-//! read anew, and what can only be the same is compared.
+//! read again, and what can only be the same is compared.
 
 use super::extensions::Extension;
 use super::header::{Header, Incompatible};

@@ -30,7 +30,7 @@
 //!   reservations then need not be, unless the file becomes longer for them: a repair cannot make up for
 //!   a table past the end of the file. An image's own lazy bit alone does not make them so: reserving
 //!   many at once costs next to nothing, and leaves nothing to repair.
-//! * **Snapshots**: while references are counted anew, the dirty bit says that they may be wrong.
+//! * **Snapshots**: while references are counted again, the dirty bit says that they may be wrong.
 //!   *Made*: the refcounts of all that the disk refers to are raised and durable, then the COPIED
 //!   flags are cleared, and these, the copy of the L1 table and the new snapshot table are durable
 //!   before one write of the header names the table. *Deleted*: one write of the header names the

@@ -136,7 +136,7 @@ pub enum Emptied {
 /// Makes header and map agree, durably, with nothing but reads in flight. Blocks that nothing names go off the end of the
 /// file, or to parts of the disk that have none, where they read as zeroes.
 ///
-/// The order: what is named anew reads as zeroes, durably; the map names what it is to name, durably; the header says
+/// The order: what is named again reads as zeroes, durably; the map names what it is to name, durably; the header says
 /// so, durably; the file is cut. A crash in between leaves an image whose header counts no block too few.
 ///
 /// # Errors

@@ -127,7 +127,7 @@ impl Claim {
                     return Ok(claim);
                 }
                 Some(Err(error)) => return Err(error),
-                // On its way out; what comes next has it anew.
+                // On its way out; what comes next has it again.
                 None if began.elapsed() < PATIENCE => io::sleep(PAUSE).await,
                 None => {
                     let text = format!("{address}: still being closed");

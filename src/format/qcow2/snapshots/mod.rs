@@ -42,7 +42,7 @@ pub struct ImageSnapshots {
     external_data: bool,
     /// One is being made: nothing is written over, and no mapping changes.
     is_frozen: AtomicBool,
-    /// References are being counted anew, or that was given up.
+    /// References are being counted again, or that was given up.
     is_counting: AtomicBool,
     /// It has failed halfway.
     is_wrong: AtomicBool,
@@ -164,7 +164,7 @@ impl Qcow2 {
 
     // ---- The dirty bit
 
-    /// Before references are counted anew: says that the refcounts may be wrong, durably.
+    /// Before references are counted again: says that the refcounts may be wrong, durably.
     async fn unsettle(&self) -> IoResult {
         self.begin_counting();
         settle_journal(self).await?;
@@ -213,7 +213,7 @@ impl Qcow2 {
         self.snapshots.is_counting.store(false, Ordering::SeqCst);
     }
 
-    /// Counting anew has failed in such a way that it stays wrong.
+    /// Counting again has failed in such a way that it stays wrong.
     fn leave_to_repair(&self, what: &str, errno: Errno) {
         self.snapshots.is_wrong.store(true, Ordering::SeqCst);
         log::error!(

@@ -1,6 +1,6 @@
 //! Host clusters for what is new: taken from a reservation, which is refilled from the refcounts.
 //!
-//! What is reserved is counted already, durably, so that taking a cluster is a matter of memory. The
+//! Reserved clusters are counted already, durably, so that taking one is a matter of memory. The
 //! more was taken, the more is reserved at once: a reservation costs a flush, and a crash leaks what
 //! is left of it. The task that takes the first cluster of the second half reserves more before it goes on,
 //! while the others have what is left. Closing gives back what is left.
