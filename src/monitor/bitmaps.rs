@@ -1,6 +1,6 @@
 //! Dirty bitmaps: the commands that add, remove and change them, and what listings tell.
 
-use super::commands::{CommandError, Outcome, done, object};
+use super::reply::{CommandError, Outcome, done, object};
 use crate::block::{BitmapInfo, Error, NewBitmap, Node};
 use crate::options::{self, Map, Value};
 use crate::service::Service;

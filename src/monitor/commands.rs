@@ -3,8 +3,9 @@
 //! The rule held here: a command that is listed does all that its QEMU namesake does of what this
 //! program has; one that is not there is not listed.
 
+use super::reply::{CommandError, Outcome, done, object};
+use super::slow::export_id;
 use super::{jobs, slow};
-use crate::block::Error;
 use crate::export::core::{Failure, IoError};
 use crate::io::Errno;
 use crate::job::Job;
@@ -12,54 +13,6 @@ use crate::options::{self, Map, Value, similar};
 use crate::service::{Pending, Service};
 use serde::Deserialize;
 
-/// Why a command failed.
-#[derive(Debug)]
-pub struct CommandError {
-    class: &'static str,
-    text: String,
-    advice: Option<String>,
-}
-
-impl CommandError {
-    pub fn new(text: impl Into<String>) -> CommandError {
-        CommandError { class: "GenericError", text: text.into(), advice: None }
-    }
-
-    pub fn not_found(text: impl Into<String>) -> CommandError {
-        CommandError { class: "CommandNotFound", text: text.into(), advice: None }
-    }
-
-    /// The same with advice, which follows QEMU's sentence.
-    fn with_advice(self, advice: Option<String>) -> CommandError {
-        CommandError { advice, ..self }
-    }
-
-    /// As replies carry it.
-    pub fn into_value(self) -> Value {
-        let text = match self.advice {
-            Some(advice) => format!("{}. {advice}", self.text),
-            None => self.text,
-        };
-        object([("class", Value::from(self.class)), ("desc", Value::from(text))])
-    }
-}
-
-impl From<Error> for CommandError {
-    fn from(error: Error) -> CommandError {
-        let advice = error.advice().map(str::to_owned);
-        CommandError::new(error.to_string()).with_advice(advice)
-    }
-}
-
-impl From<options::Error> for CommandError {
-    fn from(error: options::Error) -> CommandError {
-        let advice = error.advice().map(str::to_owned);
-        CommandError::new(error.to_string()).with_advice(advice)
-    }
-}
-
-/// What a command comes to.
-pub type Outcome = Result<Value, CommandError>;
 type Act = fn(&Service, Map) -> Outcome;
 
 /// What [`run`] does at once, by name: these look at what is in memory, or start what goes on by itself.
@@ -119,16 +72,6 @@ pub fn version() -> Value {
     object([("qemu", qemu), ("package", Value::from(package))])
 }
 
-pub fn object<const N: usize>(members: [(&str, Value); N]) -> Value {
-    Value::Map(Map::from_iter(members))
-}
-
-/// The outcome of what returns nothing.
-pub fn done(result: Result<(), Error>) -> Outcome {
-    result?;
-    Ok(Value::Map(Map::new()))
-}
-
 fn block_set_write_threshold(service: &Service, arguments: Map) -> Outcome {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -184,16 +127,6 @@ pub fn block_io_error(error: IoError) -> Value {
         ("reason", Value::from(failure.errno.to_string())),
         ("x-export", Value::from(export)),
     ])
-}
-
-pub(super) fn export_id(arguments: Map) -> Result<String, CommandError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        id: String,
-    }
-    let Arguments { id } = options::from_map(arguments)?;
-    Ok(id)
 }
 
 fn query_commands(_: &Service, arguments: Map) -> Outcome {

@@ -2,6 +2,7 @@
 
 use super::chardev::{Chardev, Endpoint, MonitorOptions};
 use super::poll::{Polled, accept, poll, polled};
+use super::reply::object;
 use super::session::{Session, Step};
 use super::{commands, events, jobs};
 use crate::block::Error;
@@ -175,7 +176,7 @@ impl Control {
 
     fn tell_ended(&mut self, service: &Service) {
         for id in service.take_ended() {
-            self.tell("BLOCK_EXPORT_DELETED", &commands::object([("id", Value::from(id))]));
+            self.tell("BLOCK_EXPORT_DELETED", &object([("id", Value::from(id))]));
         }
     }
 

@@ -1,6 +1,6 @@
 //! Events that nodes are the cause of, as QEMU's schema has them.
 
-use super::commands::object;
+use super::reply::object;
 use crate::block::{Corrupted, Notice, ThresholdExceeded};
 use crate::options::Value;
 

@@ -1,7 +1,7 @@
 //! The commands for jobs, and `blockdev-create`, which starts one.
 
-use super::commands::{CommandError, Outcome, done, object};
-use super::slow::explained;
+use super::kept_out::explained;
+use super::reply::{CommandError, Outcome, done, object};
 use crate::drivers;
 use crate::job::{Job, JobInfo, Kind, NewJob, Progress, Status};
 use crate::options::{self, Map, Value};

@@ -8,6 +8,8 @@
 //! | `framing` | where one JSON value ends and the next begins |
 //! | `commands` | what each command does |
 //! | `slow` | those that wait for storage or guests |
+//! | `reply` | what a command comes to |
+//! | `kept_out` | errors that the sandbox causes |
 //! | `nodes`, `events` | what is told of nodes, asked for or not |
 //! | `jobs` | those for jobs |
 //! | `snapshots` | those for internal snapshots |
@@ -23,9 +25,11 @@ mod control;
 mod events;
 mod framing;
 mod jobs;
+mod kept_out;
 mod nodes;
 mod overlays;
 mod poll;
+mod reply;
 mod session;
 mod slow;
 mod snapshots;

@@ -5,7 +5,7 @@ mod stats;
 
 pub use stats::query_blockstats;
 
-use super::commands::{Outcome, object};
+use super::reply::{Outcome, object};
 use crate::block::graph::NodeInfo;
 use crate::block::node::DetectZeroes;
 use crate::block::{Kind, Listed};

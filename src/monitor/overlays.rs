@@ -1,7 +1,7 @@
 //! The commands for external snapshots. Each is a transaction of one step.
 
-use super::commands::{Outcome, done};
-use super::slow::explained;
+use super::kept_out::explained;
+use super::reply::{Outcome, done};
 use crate::options::{self, Map};
 use crate::service::{NewOverlay, Service, Step};
 use serde::Deserialize;

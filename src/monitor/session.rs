@@ -4,8 +4,9 @@
 //! a command is under way are read ahead, because `quit` is obeyed even then. Follows QEMU's
 //! QMP specification (docs/interop/qmp-spec). The capability `oob` is not offered.
 
-use super::commands::{self, Begun, CommandError, Outcome};
+use super::commands::{self, Begun};
 use super::framing::Framing;
+use super::reply::{CommandError, Outcome, object};
 use crate::options::{self, Map, Value, json};
 use crate::service::{Pending, Service};
 use serde::Deserialize;
@@ -69,11 +70,9 @@ impl Session {
             ahead: VecDeque::new(),
             read_ahead: 0,
         };
-        let greeting = commands::object([
-            ("version", commands::version()),
-            ("capabilities", Value::List(Vec::new())),
-        ]);
-        session.say(&commands::object([("QMP", greeting)]));
+        let greeting =
+            object([("version", commands::version()), ("capabilities", Value::List(Vec::new()))]);
+        session.say(&object([("QMP", greeting)]));
         session
     }
 
@@ -192,15 +191,11 @@ impl Session {
             return;
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let timestamp = commands::object([
+        let timestamp = object([
             ("seconds", Value::from(now.as_secs())),
             ("microseconds", Value::from(u64::from(now.subsec_micros()))),
         ]);
-        self.say(&commands::object([
-            ("timestamp", timestamp),
-            ("event", Value::from(name)),
-            ("data", data),
-        ]));
+        self.say(&object([("timestamp", timestamp), ("event", Value::from(name)), ("data", data)]));
     }
 
     fn dispatch(

@@ -2,19 +2,17 @@
 //! the monitors' thread serves other clients meanwhile.
 
 use super::bitmaps;
-use super::commands::{CommandError, Outcome, done, export_id};
+use super::kept_out::explained;
 use super::nodes;
 use super::overlays;
+use super::reply::{CommandError, Outcome, done};
 use super::snapshots;
 use super::transaction;
 use crate::block::{Error, LocalFuture};
-use crate::io::{self, Errno};
-use crate::options::{self, Map, Value, bytes};
-use crate::sandbox::files;
+use crate::io;
+use crate::options::{self, Map, Value};
 use crate::service::{Service, is_locked};
 use serde::Deserialize;
-use std::borrow::Cow;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 type Task = for<'a> fn(&'a Service, Map) -> LocalFuture<'a, Outcome>;
@@ -68,47 +66,6 @@ async fn with_grace(mut attempt: impl AsyncFnMut() -> Result<(), Error>) -> Resu
 async fn blockdev_add(service: &Service, arguments: Map) -> Outcome {
     let attempt = async || service.blockdev_add(arguments.clone()).await.map(drop);
     done(explained(with_grace(attempt).await, &arguments))
-}
-
-/// Says of what was refused for want of permission that it was the sandbox, if it was.
-pub(super) fn explained(result: Result<(), Error>, arguments: &Map) -> Result<(), Error> {
-    let Err(error) = &result else { return result };
-    if error.errno() != Some(Errno(libc::EACCES)) {
-        return result;
-    }
-    let mut paths = Vec::new();
-    paths_in(arguments, &mut paths);
-    let kept_out = paths.into_iter().find(|(path, is_socket)| {
-        let place = if *is_socket { path.parent().unwrap_or(path) } else { &**path };
-        files::keeps_out(place, true, *is_socket)
-    });
-    let Some((path, _)) = kept_out else { return result };
-    let place = path.parent().unwrap_or(&path).display();
-    Err(Error::new(format!(
-        "{error}: the sandbox keeps it out, unless --sandbox-path {place} is given"
-    )))
-}
-
-/// The files that arguments name, and whether each is a socket.
-fn paths_in<'a>(arguments: &'a Map, found: &mut Vec<(Cow<'a, Path>, bool)>) {
-    for (key, value) in arguments.iter() {
-        match value {
-            Value::Map(map) => paths_in(map, found),
-            Value::List(list) => {
-                let maps = list.iter().filter_map(|one| match one {
-                    Value::Map(map) => Some(map),
-                    _ => None,
-                });
-                maps.for_each(|map| paths_in(map, found));
-            }
-            Value::Str(path) | Value::Text(path)
-                if ["filename", "snapshot-file", "path"].contains(&key) =>
-            {
-                found.push((bytes::path_of(path), key == "path"));
-            }
-            _ => {}
-        }
-    }
 }
 
 async fn block_export_add(service: &Service, arguments: Map) -> Outcome {
@@ -199,4 +156,15 @@ async fn object_del(service: &Service, arguments: Map) -> Outcome {
     }
     let Arguments { id } = options::from_map(arguments)?;
     done(service.object_del(&id).await)
+}
+
+/// The export that arguments name.
+pub(super) fn export_id(arguments: Map) -> Result<String, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        id: String,
+    }
+    let Arguments { id } = options::from_map(arguments)?;
+    Ok(id)
 }

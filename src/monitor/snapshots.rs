@@ -1,6 +1,6 @@
 //! The commands for internal snapshots.
 
-use super::commands::{CommandError, Outcome, done};
+use super::reply::{CommandError, Outcome, done};
 use crate::block::Node;
 use crate::options::{self, Map};
 use crate::service::Service;

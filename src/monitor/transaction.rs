@@ -1,8 +1,8 @@
 //! `transaction`: several commands at one moment, or none of them.
 
 use super::bitmaps::{self, Merge, Named};
-use super::commands::{CommandError, Outcome, done};
-use super::slow::explained;
+use super::kept_out::explained;
+use super::reply::{CommandError, Outcome, done};
 use super::{overlays, snapshots};
 use crate::options::{self, Map, Value};
 use crate::service::{Service, Step};

@@ -2,7 +2,7 @@
 //!
 //! Everything that leaves [`Header::parse`] is inside the limits below, and the L1 table lies inside the file.
 
-use super::mapping::L2Entry;
+use super::entries::L2Entry;
 use crate::block::{Error, SECTOR};
 use crate::cow::Compressed;
 

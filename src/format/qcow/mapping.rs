@@ -1,11 +1,10 @@
 //! How an image maps a guest's clusters: two levels of tables with big-endian entries of 64 bits.
 
 use super::Qcow;
+use super::entries::{BadEntry, L1Entry, L2Entry};
 use super::header::{Cluster, Geometry};
 use crate::block::{Access, Child, SECTOR};
-use crate::cow::{
-    Compressed, Format, Found, Piece, Shape, TableCache, TableEntry, Tables, TopEntry, read_packed,
-};
+use crate::cow::{Compressed, Format, Found, Piece, Shape, TableCache, Tables, read_packed};
 use crate::format::deflate;
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::atomic::Ordering;
@@ -14,38 +13,6 @@ use std::sync::atomic::Ordering;
 const SLICE: u64 = 4096;
 /// Bytes of L2 tables that are kept.
 const CACHE: u64 = 32 << 20;
-
-/// The offset of an L2 table in the file; 0 is none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct L1Entry(pub u64);
-
-/// The place of a cluster in the file; 0 is none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct L2Entry(pub u64);
-
-/// An entry that leads to no place where data can be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadEntry;
-
-impl TopEntry for L1Entry {
-    fn from_word(word: u64) -> L1Entry {
-        L1Entry(word)
-    }
-
-    fn word(self) -> u64 {
-        self.0
-    }
-}
-
-impl TableEntry for L2Entry {
-    fn from_words(first: u64, _: u64) -> L2Entry {
-        L2Entry(first)
-    }
-
-    fn words(self) -> [u64; 2] {
-        [self.0, 0]
-    }
-}
 
 /// The mapping of an image that was just opened, of a disk of `size` bytes.
 ///

@@ -5,6 +5,7 @@
 //! | `header` | the header and the entries of tables, read and written |
 //! | `create` | new images |
 //! | `open` | opening an image: the header, the L1 table, the children |
+//! | `entries` | the entries of its tables |
 //! | `mapping` | how an image maps a guest's clusters |
 //! | `space` | host clusters for what is new, and places for packed ones |
 //! | `write` | writing, flushing, closing, emptying, and in which order |
@@ -12,6 +13,7 @@
 //! Zeroes are written as data: the format has no way to say them. Nothing is given back before the image is emptied.
 
 mod create;
+mod entries;
 mod header;
 mod mapping;
 mod open;
@@ -28,8 +30,8 @@ use crate::format::children;
 use crate::format::deflate;
 use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
+use entries::{L1Entry, L2Entry};
 use header::{Geometry, Header};
-use mapping::{L1Entry, L2Entry};
 use space::Space;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

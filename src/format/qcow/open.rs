@@ -1,7 +1,7 @@
 //! Opening an image: the header, the L1 table, the children.
 
+use super::entries::L1Entry;
 use super::header::{self, Header};
-use super::mapping::L1Entry;
 use super::space::Space;
 use super::{Qcow, mapping};
 use crate::block::*;

@@ -5,8 +5,8 @@
 //! Closing the image cuts off what was not used.
 
 use super::Qcow;
+use super::entries::L2Entry;
 use super::header::{Geometry, Header};
-use super::mapping::L2Entry;
 use crate::cow::{
     Allocator, Appending, Compressed, FileEnd, FileExtent, Lock, Packing, Run, Taken, cut, file,
     lengthen, take_at_end,

@@ -10,8 +10,8 @@
 //! * emptying the image ends all L1 entries, durably, before the file is cut and its clusters are used again.
 
 use super::Qcow;
+use super::entries::{BadEntry, L1Entry, L2Entry};
 use super::header::{self, Cluster, Header};
-use super::mapping::{BadEntry, L1Entry, L2Entry};
 use crate::block::{Error, Event, WriteFlags, ZeroFlags};
 use crate::cow::{
     Format, Journaling, LockGuard, Need, NewTable, Release, TwoLevels, Writable, Writer, announce,

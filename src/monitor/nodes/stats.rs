@@ -7,7 +7,7 @@ use super::{Nodes, listed};
 use crate::block::graph::NodeInfo;
 use crate::export::core::ExportMetrics;
 use crate::export::core::metrics::OperationMetrics;
-use crate::monitor::commands::{Outcome, object};
+use crate::monitor::reply::{Outcome, object};
 use crate::options::{self, Map, Value};
 use crate::service::Service;
 use serde::Deserialize;
