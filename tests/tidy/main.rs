@@ -1,6 +1,8 @@
 //! The source tree's own rules: which folder may use which, how long a file may be, what it opens
 //! with, where unsafe code may be and that it says why it is sound.
 
+mod circles;
+
 use std::path::{Path, PathBuf};
 
 /// What the modules of the library may use of each other. `lib.rs` and `main.rs` join everything.
