@@ -4,7 +4,7 @@
 //! extent) implements the trait for each of them.
 
 use super::lookup::{Compressed, Piece};
-use super::table_cache::{SliceNo, TableEntry};
+use super::table_cache::TableEntry;
 use super::tables::Tables;
 use crate::block::{Access, Child, Event, Node, Precision, Status, event};
 use crate::io::{Errno, IoResult, IoVec};
@@ -73,9 +73,6 @@ pub trait Format {
     fn sort_out(&self, _at: u64, _want: u64, _host: u64) -> impl Future<Output = IoResult<Piece>> {
         ready(Err(Errno::EIO))
     }
-
-    /// Changes what was read of a slice to what readers are to see: entries that wait to be written.
-    fn overlay(&self, _slice: SliceNo, _entries: &mut [Self::Entry]) {}
 
     /// Looks at the entries of a slice before one of them can be followed.
     fn examine(&self, _entries: &[Self::Entry]) {}

@@ -184,6 +184,7 @@ async fn load_slice<F: Format>(image: &F, guest: u64) -> IoResult<Vec<F::Entry>>
     let mut entries = Vec::with_capacity(tables.cache.entries());
     entries.extend(bytes[..len].chunks_exact(tables.shape.entry_bytes as usize).map(F::parse));
     entries.resize(tables.cache.entries(), F::Entry::from_words(0, 0));
-    image.overlay(tables.slice_of(guest).0, &mut entries);
+    // Readers see entries that wait to be written.
+    tables.journal.show(tables.slice_of(guest).0, &mut entries);
     Ok(entries)
 }

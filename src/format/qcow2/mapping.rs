@@ -6,8 +6,8 @@ use super::overlap::Kinds;
 use super::{Qcow2, compressed, corrupt};
 use crate::block::{Access, Child, Precision, Status};
 use crate::cow::{
-    Compressed, Format, Found, Lock, LockGuard, Piece, SliceNo, TableCache, Tables, TopTable,
-    Writable, read_packed, stored_status,
+    Compressed, Format, Found, Lock, LockGuard, Piece, TableCache, Tables, TopTable, Writable,
+    read_packed, stored_status,
 };
 use crate::io::{Errno, IoResult, IoVec};
 
@@ -175,10 +175,6 @@ impl Format for Qcow2 {
             }
         };
         Ok(Piece { len: want, found })
-    }
-
-    fn overlay(&self, slice: SliceNo, entries: &mut [L2Entry]) {
-        self.mapping.tables.journal.show(slice, entries);
     }
 
     fn examine(&self, entries: &[L2Entry]) {
