@@ -313,7 +313,7 @@ impl Shared {
             Kind::Compared => self.compare(piece, buffer).await?,
             _ => self.move_data(piece, buffer).await?,
         }
-        self.tell(piece);
+        self.report(piece);
         Ok(())
     }
 
@@ -332,7 +332,7 @@ impl Shared {
     }
 
     /// Tells how much is done with a piece.
-    fn tell(&self, piece: &Piece) {
+    fn report(&self, piece: &Piece) {
         let step = self.copy.planned_unit().unwrap_or(plan::STEP);
         let mut left = piece.told;
         while left > 0 {

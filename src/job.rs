@@ -1,7 +1,7 @@
 //! Jobs: work on disks that goes on while others are served, and that can be watched, held up and ended.
 //!
 //! The rules held here: a job goes through QEMU's states, and each change is told once, in its order; a job that
-//! has a name keeps it until it is dismissed; and the work of a job rests, or ends early, only where it says so
+//! has a name keeps it until it is dismissed; and the work of a job is_resting, or ends early, only where it says so
 //! itself, at the gates of its [`Control`].
 
 mod status;
@@ -262,13 +262,13 @@ impl Job {
         }
     }
 
-    /// Runs the work, and says meanwhile whether it rests.
+    /// Runs the work, and says meanwhile whether it is_resting.
     async fn watch(&self, work: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
         let mut work = pin!(work);
         let done = loop {
-            let rests = self.control.is_resting();
-            self.enter(if rests { Status::Paused } else { Status::Running });
-            let changed = self.control.until(|control| control.is_resting() != rests);
+            let is_resting = self.control.is_resting();
+            self.enter(if is_resting { Status::Paused } else { Status::Running });
+            let changed = self.control.until(|control| control.is_resting() != is_resting);
             if let Either::First(done) = either(work.as_mut(), changed).await {
                 break done;
             }

@@ -17,7 +17,7 @@
 //! * [`metrics`]: what watchers of a service are told.
 //! * [`tools`]: what the image tools do, whoever calls them.
 //! * [`sandbox`]: what the process gives up when it has started.
-//! * [`options`]: every source of options as one tree, and the typed door to it.
+//! * [`options`]: every source of options as one tree, and the typed interface to it.
 //!
 //! Arrows go one way: `cli → monitor → service → export → block → io`, `service → job → copy`, `cli → tools → copy → block`,
 //! `format → cow → block`, `filter, protocol → block, io`. A test reads the `use` lines and holds this.

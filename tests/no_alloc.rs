@@ -1,4 +1,4 @@
-//! The warm fast road allocates nothing and takes no lock: counted, in a process of its own, on
+//! The warm fast path allocates nothing and takes no lock: counted, in a process of its own, on
 //! requests that go through a graph to a leaf and back, and on requests of a guest's, from its ring
 //! through an export and back.
 
@@ -178,7 +178,7 @@ impl Source for Load {
                         unsafe { leaf.start(io, op, Token { source: me, tag }) }
                     }
                     Target::Zero => Started::Done(Ok(())),
-                    Target::Slow => panic!("the road is slow"),
+                    Target::Slow => panic!("the path is slow"),
                 };
                 match started {
                     Started::Done(result) => at_once[tag as usize] = Some(result),

@@ -27,7 +27,7 @@
 //!
 //! Requests come on every worker that serves a user of the node, and a driver is shared by all of them. If
 //! it needs something that each worker has for itself (a queue pair, a connection), it declares a
-//! [`PerWorker`](crate::io::PerWorker). The first request of the slow road on a worker makes the state;
+//! [`PerWorker`](crate::io::PerWorker). The first request of the slow path on a worker makes the state;
 //! [`Driver::map`] asks whether there is one, and the leaf finds it by its index. A driver closes its slot
 //! in [`Driver::close`], before what the states stand on goes, and waits until the workers have let go.
 //! A worker that ends lets go of its state before.
@@ -78,7 +78,7 @@ pub trait Driver: Send + Sync + 'static {
         &[]
     }
 
-    /// Where do the bytes from `at` on live? On the way of every request of the fast road, so:
+    /// Where do the bytes from `at` on live? On the way of every request of the fast path, so:
     /// no I/O, no lock, no allocation, no write to memory that workers share.
     ///
     /// What it answers holds as long as `inflight` does, or longer.

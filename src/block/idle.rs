@@ -72,7 +72,7 @@ impl IdleClock {
         let is_idle = state.changed.elapsed() >= self.after;
         if is_idle {
             state.is_watched = false;
-            self.signal.tell();
+            self.signal.notify();
         }
         is_idle
     }

@@ -42,7 +42,7 @@ impl Notices {
         let _ = self.wake.set(Box::new(wake));
     }
 
-    pub fn tell(&self, notice: Notice) {
+    pub fn notify(&self, notice: Notice) {
         let mut waiting = self.waiting.lock();
         if waiting.len() >= WAITING {
             return;

@@ -20,7 +20,7 @@ impl Signal {
     }
 
     /// There may be something to do, or the driver is gone.
-    pub fn tell(&self) {
+    pub fn notify(&self) {
         self.told.store(true, Ordering::SeqCst);
         // Full means that it is readable already.
         let _ = self.event.write(1);

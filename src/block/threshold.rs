@@ -118,7 +118,11 @@ impl Node {
         if let Some(threshold) = self.marks().take(end) {
             let node = self.name().to_owned();
             let exceeded = end - threshold;
-            self.notices().tell(Notice::Exceeded(ThresholdExceeded { node, threshold, exceeded }));
+            self.notices().notify(Notice::Exceeded(ThresholdExceeded {
+                node,
+                threshold,
+                exceeded,
+            }));
         }
     }
 }

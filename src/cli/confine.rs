@@ -74,7 +74,7 @@ impl Wanted<'_> {
             (None, true) => false,
             (Some(Switch::Off), _) | (None, false) => {
                 return match user {
-                    Some(user) => user.become_it().map_err(|e| at("--user", e)),
+                    Some(user) => user.drop_privileges().map_err(|e| at("--user", e)),
                     None => Ok(()),
                 };
             }

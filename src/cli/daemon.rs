@@ -148,9 +148,9 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     confine(&matches, &service, &control, metrics.as_ref(), pid_file.as_ref())?;
     pid_file.as_mut().map(PidFile::write).transpose()?;
     background.map(Background::ready).transpose()?;
-    manager.tell(Manager::READY);
+    manager.notify(Manager::READY);
     control.serve(&service, startup.stop().as_raw_fd());
-    manager.tell(Manager::STOPPING);
+    manager.notify(Manager::STOPPING);
     drop(metrics);
     control.finish(&service);
     drop((service, startup));

@@ -160,7 +160,7 @@ impl Manager {
         Outlet::start("sd_notify", socket, |_| Vec::new())
     }
 
-    pub fn tell(&self, state: &str) {
+    pub fn notify(&self, state: &str) {
         if let Some(outlet) = &self.0 {
             outlet.push(state);
         }

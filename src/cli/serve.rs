@@ -178,14 +178,14 @@ impl Serve {
         let manager = Manager::find();
         self.confine(&service, metrics.as_ref())?;
         let printed = self.print_attach_lines()?;
-        manager.tell(Manager::READY);
+        manager.notify(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();
         while left > 0 && wait_unless_ended(startup.stop(), service.ended_notice(), None) {
             left -= service.take_ended().len();
             sandbox::tell_refused();
         }
-        manager.tell(Manager::STOPPING);
+        manager.notify(Manager::STOPPING);
         drop(metrics);
         drop((service, startup));
         sandbox::tell_refused();

@@ -18,7 +18,7 @@ const SCHEDULES: usize = 1000;
 struct Model {
     is_frozen: AtomicBool,
     is_at_rest: AtomicBool,
-    is_met: AtomicBool,
+    has_bad_entry: AtomicBool,
     /// The entry: the cluster is shared.
     is_shared: AtomicBool,
     /// The entry: it leads to metadata.
@@ -39,8 +39,8 @@ impl Model {
         self.is_at_rest.load(Ordering::SeqCst)
     }
 
-    fn is_met(&self) -> bool {
-        self.is_met.load(Ordering::SeqCst)
+    fn has_bad_entry(&self) -> bool {
+        self.has_bad_entry.load(Ordering::SeqCst)
     }
 }
 
@@ -53,12 +53,20 @@ fn entry(model: &Model) -> (bool, bool) {
 
 /// As the image does it.
 fn in_order(model: &Model) -> ((bool, bool), bool) {
-    look_between(|| !model.is_frozen() && !model.is_at_rest(), || entry(model), || !model.is_met())
+    look_between(
+        || !model.is_frozen() && !model.is_at_rest(),
+        || entry(model),
+        || !model.has_bad_entry(),
+    )
 }
 
 /// The other way round.
 fn turned_round(model: &Model) -> ((bool, bool), bool) {
-    look_between(|| !model.is_met(), || entry(model), || !model.is_frozen() && !model.is_at_rest())
+    look_between(
+        || !model.has_bad_entry(),
+        || entry(model),
+        || !model.is_frozen() && !model.is_at_rest(),
+    )
 }
 
 impl Model {
@@ -162,14 +170,14 @@ fn bring_to_rest_before_it_is_said(model: &Model) {
 
 fn meet_bad_entry(model: &Model) {
     model.kept.store(NOTHING, Ordering::SeqCst);
-    model.is_met.store(true, Ordering::SeqCst);
+    model.has_bad_entry.store(true, Ordering::SeqCst);
     model.is_bad.store(true, Ordering::SeqCst);
 }
 
 fn meet_bad_entry_too_late(model: &Model) {
     model.kept.store(NOTHING, Ordering::SeqCst);
     model.is_bad.store(true, Ordering::SeqCst);
-    model.is_met.store(true, Ordering::SeqCst);
+    model.has_bad_entry.store(true, Ordering::SeqCst);
 }
 
 #[test]

@@ -37,13 +37,13 @@ struct Part<E> {
     old: Entries<E>,
 }
 
-/// What the host clusters of a write show beside the data.
+/// What a write copied into its host clusters beside the data.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Copied {
-    /// The same as before the write, durably.
+    /// Nothing: the rest of the clusters shows what it showed before, durably.
     Nothing,
-    /// Bytes that were written with it.
-    Something,
+    /// Bytes that must be durable before the entries are.
+    NeedsFlush,
 }
 
 /// What the ends of copies are aligned to that do not reach to the ends of their clusters.
@@ -203,7 +203,7 @@ async fn write_around<F: Writer>(
     let all = IoVec::concat(&[&before, from, &after]);
     image.write_data(host + (start - part.start), &all).await?;
     let is_more = copy_apart(image, part, host, &shown).await?;
-    Ok(if was_zero && !is_more { Copied::Nothing } else { Copied::Something })
+    Ok(if was_zero && !is_more { Copied::Nothing } else { Copied::NeedsFlush })
 }
 
 /// What of the bytes that are shown is written together with the data: so much on both sides that memory is bounded.
@@ -248,7 +248,7 @@ async fn copy_apart<F: Writer>(
         let mut at = range.start / unit * unit;
         while at < range.end {
             let start = at;
-            while at < range.end && image.moves(old, at) {
+            while at < range.end && image.must_relocate(old, at) {
                 at += unit;
             }
             if let Some(copy) = copy_of(image, start..at).await? {
@@ -276,10 +276,10 @@ fn shown<F: Writer>(image: &F, part: &Part<F::Entry>) -> Range<u64> {
         end = end.next_multiple_of(unit);
     }
     // Parts that have to move and lie beside it go with it.
-    while start > part.start && image.moves(first, start - 1) {
+    while start > part.start && image.must_relocate(first, start - 1) {
         start -= unit;
     }
-    while image.tables().shape.offset_in_cluster(end) > 0 && image.moves(last, end) {
+    while image.tables().shape.offset_in_cluster(end) > 0 && image.must_relocate(last, end) {
         end += unit;
     }
     start..end
@@ -338,7 +338,7 @@ async fn map_part<F: Writer>(
 ) -> IoResult {
     let entries = new_entries(image, part, host);
     let is_new = taken.is_some();
-    let is_copied = copied == Copied::Something;
+    let is_copied = copied == Copied::NeedsFlush;
     let kept = keep_entries(image, part.start, &part.old, &entries, is_copied).await?;
     if kept != Kept::No {
         if let Some(taken) = taken {

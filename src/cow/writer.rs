@@ -68,7 +68,7 @@ pub trait Writer: Journaling + Allocator {
 
     /// Whether the part that a guest offset is in has to be copied when another part of its cluster gets a new host
     /// cluster, although the rest may stay with the backing file.
-    fn moves(&self, _entry: Self::Entry, _guest: u64) -> bool {
+    fn must_relocate(&self, _entry: Self::Entry, _guest: u64) -> bool {
         false
     }
 

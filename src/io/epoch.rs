@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn synchronize_passes_at_once_when_nobody_is_on_the_road() {
+    fn synchronize_passes_at_once_when_no_reader_is_announced() {
         let a = Announcer::default();
         drop(a.enter());
         assert!(poll_once(pin!(synchronize(&[a.member().clone()]))));

@@ -45,15 +45,15 @@ pub trait Source: Any {
         false
     }
 
-    /// Whether the worker may end while the source is attached, because nothing is in flight and nobody
-    /// but the worker's own tasks brings anything.
-    fn may_be_left(&self) -> bool {
+    /// Whether the worker may end while the source is attached: nothing is in flight, and only the worker's own
+    /// tasks submit requests.
+    fn is_detachable(&self) -> bool {
         false
     }
 
-    /// Whether `poll` finds nothing until a message or a completion has come, so that a source
-    /// without kicks need not be looked at.
-    fn rests(&self) -> bool {
+    /// Whether `poll` finds nothing until a message or a completion arrives. The worker does not poll an idle source
+    /// that has no kicks.
+    fn is_idle(&self) -> bool {
         false
     }
 }

@@ -81,12 +81,12 @@ impl Job for Operation {
         };
         // One transfer moves less than 2 GiB.
         let result = result.map_or_else(|errno| -errno.0, |count| count as i32);
-        done.tell(Completion { user_data, result, more: false });
+        done.notify(Completion { user_data, result, more: false });
     }
 }
 
 impl Done {
-    fn tell(&self, completion: Completion) {
+    fn notify(&self, completion: Completion) {
         self.list.lock().push(completion);
         self.any.store(true, Ordering::SeqCst);
         if self.asleep.load(Ordering::SeqCst) {

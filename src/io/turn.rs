@@ -318,7 +318,7 @@ impl Local {
     fn may_stop(&self) -> bool {
         self.io.shared.stopping.load(Ordering::Relaxed)
             && self.io.tasks.get() == 0
-            && self.sources.iter().flatten().all(|entry| entry.source.may_be_left())
+            && self.sources.iter().flatten().all(|entry| entry.source.is_detachable())
             && !self.io.shared.mail.load(Ordering::SeqCst)
             && !self.io.leave_all()
     }

@@ -106,7 +106,7 @@ impl Control {
                 return;
             }
             service.clear_task_notice();
-            self.tell_events(service);
+            self.send_events(service);
             for (index, polled) in fds[3..].iter().enumerate() {
                 self.monitors[index].transfer(polled.revents);
                 // One request of each in turn.
@@ -154,15 +154,15 @@ impl Control {
         step
     }
 
-    fn tell_events(&mut self, service: &Service) {
+    fn send_events(&mut self, service: &Service) {
         self.tell_changes(service);
         sandbox::tell_refused();
         for error in service.take_io_errors() {
-            self.tell("BLOCK_IO_ERROR", &commands::block_io_error(error));
+            self.send_event("BLOCK_IO_ERROR", &commands::block_io_error(error));
         }
         for notice in service.take_notices() {
             let (event, data) = events::of_notice(notice);
-            self.tell(event, &data);
+            self.send_event(event, &data);
         }
     }
 
@@ -170,13 +170,13 @@ impl Control {
     fn tell_changes(&mut self, service: &Service) {
         self.tell_ended(service);
         for (id, status) in service.jobs().take_events() {
-            self.tell("JOB_STATUS_CHANGE", &jobs::status_change(id, status));
+            self.send_event("JOB_STATUS_CHANGE", &jobs::status_change(id, status));
         }
     }
 
     fn tell_ended(&mut self, service: &Service) {
         for id in service.take_ended() {
-            self.tell("BLOCK_EXPORT_DELETED", &object([("id", Value::from(id))]));
+            self.send_event("BLOCK_EXPORT_DELETED", &object([("id", Value::from(id))]));
         }
     }
 
@@ -190,7 +190,7 @@ impl Control {
             if end.is_none() && exports.take().is_some() {
                 end = Some(Instant::now() + FAREWELL);
             }
-            self.tell_events(service);
+            self.send_events(service);
             for index in 0..self.monitors.len() {
                 self.finish_commands(index, service);
             }
@@ -223,7 +223,7 @@ impl Control {
         }
     }
 
-    fn tell(&mut self, event: &str, data: &Value) {
+    fn send_event(&mut self, event: &str, data: &Value) {
         let clients = self.monitors.iter_mut().filter_map(|monitor| monitor.client.as_mut());
         for client in clients {
             client.session.event(event, data.clone());

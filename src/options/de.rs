@@ -1,4 +1,4 @@
-//! A serde `Deserializer` over the option tree: the one door through which drivers read options.
+//! A serde `Deserializer` over the option tree: the only way drivers read options.
 //!
 //! A driver declares what it takes and never looks at the tree:
 //!

@@ -1,5 +1,5 @@
 //! Options: every source of them becomes one ordered tree, and every driver reads that tree
-//! through one typed door.
+//! through one typed interface.
 //!
 //! | file | it holds |
 //! |---|---|

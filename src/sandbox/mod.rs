@@ -38,7 +38,7 @@ pub fn confine(plan: &Plan) -> Result<Vec<String>, String> {
     io::budget::Pool::of_process();
     let ruleset = files::ruleset(plan);
     if let Some(user) = &plan.user {
-        user.become_it()?;
+        user.drop_privileges()?;
     }
     let confined = match ruleset {
         Ok(ruleset) => threads::restrict_all(ruleset)?,

@@ -78,11 +78,11 @@ impl User {
             .map_err(|e| format!("cannot give '{}' to user {}: {e}", file.display(), self.id))
     }
 
-    /// Makes the process, all its threads, that user's. There is no way back.
+    /// Switches all threads of the process to this user, for good.
     ///
     /// # Errors
-    /// It may not become that user. The process is not to go on.
-    pub fn become_it(&self) -> Result<(), String> {
+    /// The process may not switch to the user. It must exit then.
+    pub fn drop_privileges(&self) -> Result<(), String> {
         let (id, group) = (self.id, self.group);
         let failed = || Err(format!("cannot become user {id}, group {group}: {}", Errno::last()));
         // The C library does each for all threads. Groups first: later it may not be done.

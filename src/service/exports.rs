@@ -214,7 +214,7 @@ impl Service {
         let parts = Parts { name, node: served, disk, workers, first_worker, metrics: counted };
         // The front end is let in last: by then all permissions are held.
         let export = io::offload(move || transport.create(parts)).await?;
-        export.tell(self.0.io_errors.clone());
+        export.notify(self.0.io_errors.clone());
         let attachment = match self.attach(&id, &node, writable, &*export).await {
             Ok(attachment) => attachment,
             Err(error) => {
@@ -288,7 +288,7 @@ impl Service {
         export.follow(attachment.activity());
         let (name, ended) = (id.clone(), self.0.ended.clone());
         let started = io::offload(move || {
-            let result = export.start(Box::new(move || ended.tell(name)));
+            let result = export.start(Box::new(move || ended.notify(name)));
             (Running(export, attachment), result)
         });
         let (running, started) = started.await;
@@ -314,7 +314,7 @@ impl Service {
     async fn end(&self, id: String, running: Running) {
         running.end().await;
         self.state().exports.remove(&id);
-        self.0.ended.tell(id);
+        self.0.ended.notify(id);
     }
 
     /// All exports, newest first.

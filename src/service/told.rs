@@ -22,7 +22,7 @@ impl Ended {
         Ok(Arc::new(Ended { ids: Mutex::default(), notice }))
     }
 
-    pub(super) fn tell(&self, id: String) {
+    pub(super) fn notify(&self, id: String) {
         self.ids.lock().push(id);
         let _ = self.notice.write(1);
     }

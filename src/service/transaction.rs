@@ -227,7 +227,7 @@ impl Step {
             }
             Step::PutOver { base, overlay } => {
                 let base = graph.find(&base).map_err(|_| no_device(&base, &base))?;
-                Undo::Over(graph.put_over(drained, &base, &overlay).await?)
+                Undo::Over(graph.insert_overlay(drained, &base, &overlay).await?)
             }
             Step::AddOver { device, base, new } => {
                 let base = graph.find(&base).map_err(|_| no_device(&device, &base))?;

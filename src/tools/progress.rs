@@ -65,7 +65,7 @@ impl Progress {
             let seconds = self.began.elapsed().as_secs_f64().max(0.001);
             bar.set_message(format!(", {:.0} MB/s", state.parts as f64 / seconds / 1e6));
         }
-        self.tell(&mut state);
+        self.report(&mut state);
     }
 
     /// `part` of `whole` more is done; of nothing, all. Its percents are rounded before they are added, as
@@ -74,17 +74,17 @@ impl Progress {
         let mut state = self.state.lock();
         let percent = if whole == 0 { 100.0 } else { part as f32 / whole as f32 * 100.0 };
         state.done = (state.done + percent).min(100.0);
-        self.tell(&mut state);
+        self.report(&mut state);
     }
 
     /// So many percents are done.
     pub fn set(&self, percent: f32) {
         let mut state = self.state.lock();
         state.done = percent;
-        self.tell(&mut state);
+        self.report(&mut state);
     }
 
-    fn tell(&self, state: &mut State) {
+    fn report(&self, state: &mut State) {
         if let Some(bar) = &self.bar {
             bar.set_position((state.done * FINE) as u64);
         }

@@ -1,7 +1,7 @@
 //! Dirty bitmaps against a model: whatever path a write takes, it is recorded, and nothing else is.
 
 use crate::disks::{open, open_holding, seed, sim_disk, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use std::cell::RefCell;
 use std::rc::Rc;
 use vublk::block::*;
@@ -74,7 +74,7 @@ async fn change(node: &Node, model: &mut Model, rng: &mut fastrand::Rng) {
 }
 
 /// Random requests and changes, some side by side, checked when all is at rest.
-async fn work(node: std::sync::Arc<Node>, road: FastRoad, seed: u64) {
+async fn work(node: std::sync::Arc<Node>, fast_path: FastPath, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut models = Vec::new();
     for granularity in GRANULARITIES {
@@ -104,14 +104,14 @@ async fn work(node: std::sync::Arc<Node>, road: FastRoad, seed: u64) {
                 models.iter_mut().for_each(|model| model.mark(at, len));
             }
             *running.borrow_mut() += 1;
-            let (node, road, running, fast) =
-                (node.clone(), road.clone(), running.clone(), fast.clone());
+            let (node, fast_path, running, fast) =
+                (node.clone(), fast_path.clone(), running.clone(), fast.clone());
             io::current().spawn(async move {
                 let mut buf = AlignedBuf::new(len as usize, 4096).unwrap();
                 buf.fill(1);
                 match kind {
                     0..4 => {
-                        let (buf, done) = road.transfer(Access::Write, at, buf).await;
+                        let (buf, done) = fast_path.transfer(Access::Write, at, buf).await;
                         match done {
                             Some(done) => {
                                 *fast.borrow_mut() += 1;
@@ -141,11 +141,11 @@ async fn work(node: std::sync::Arc<Node>, road: FastRoad, seed: u64) {
         change(&node, &mut models[index], &mut rng).await;
         models.iter().for_each(|model| model.check(&node));
     }
-    assert!(*fast.borrow() > 0, "nothing went on the fast road");
+    assert!(*fast.borrow() > 0, "nothing went on the fast path");
 }
 
 #[test]
-fn every_write_zero_and_discard_is_recorded_on_either_road_and_nothing_else_is() {
+fn every_write_zero_and_discard_is_recorded_on_either_path_and_nothing_else_is() {
     let seed = seed();
     for align in [1, 512, 4096] {
         let mut options = SimOptions::new(LEN);
@@ -155,12 +155,12 @@ fn every_write_zero_and_discard_is_recorded_on_either_road_and_nothing_else_is()
         let (_disk, options) = sim_disk(options);
         let options = format!("driver=raw,discard=unmap,file.discard=unmap,{}", below(&options));
         simulated(Disorder::wild(seed), move |local| {
-            let road = FastRoad::attach(local);
+            let fast_path = FastPath::attach(local);
             async move {
                 let opened = open(&options).await;
-                road.serve(&opened.node);
-                work(opened.node.clone(), road.clone(), seed).await;
-                road.close();
+                fast_path.serve(&opened.node);
+                work(opened.node.clone(), fast_path.clone(), seed).await;
+                fast_path.close();
             }
         });
     }

@@ -1,12 +1,12 @@
 //! One suite for every driver, in every configuration that can be built here.
 //!
-//! Requests of all alignments against the bytes that they should leave; `status`, the fast road and
+//! Requests of all alignments against the bytes that they should leave; `status`, the fast path and
 //! `read` say the same of every byte; what is outside the disk or not permitted is refused.
 
 use crate::disks::{
     REGISTRY, file_on_disk, new_image, nvme_disk, open, open_holding, sim_disk, simulated,
 };
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use crate::qcow2;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -274,12 +274,12 @@ fn all_drivers_keep_the_contract_on_a_real_worker() {
 }
 
 fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output = ()> + use<> {
-    let road = FastRoad::attach(local);
+    let fast_path = FastPath::attach(local);
     async move {
         let opened = open(&options).await;
-        road.serve(&opened.node);
+        fast_path.serve(&opened.node);
         let expected = vec![0; LEN as usize];
-        let mut disk = Disk { node: opened.node.clone(), road, expected, keeps, options };
+        let mut disk = Disk { node: opened.node.clone(), fast_path, expected, keeps, options };
         disk.check_traits();
         disk.check_facts().await;
         disk.agree().await;
@@ -287,10 +287,10 @@ fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output 
         disk.zero_and_discard().await;
         disk.refuse_what_is_outside().await;
         disk.node.flush().await.unwrap();
-        disk.road.close();
+        disk.fast_path.close();
         let (node, options) = (std::sync::Arc::downgrade(&disk.node), disk.options.clone());
         drop((disk, opened));
-        // The road lets go of it, and of its file's locks, in its own time.
+        // The fast path releases it, and of its file's locks, in its own time.
         while node.strong_count() > 0 {
             vublk::io::sleep(Duration::from_micros(50)).await;
         }
@@ -300,7 +300,7 @@ fn suite(local: &mut Local, options: String, keeps: bool) -> impl Future<Output 
 
 struct Disk {
     node: std::sync::Arc<Node>,
-    road: FastRoad,
+    fast_path: FastPath,
     expected: Vec<u8>,
     keeps: bool,
     options: String,
@@ -399,7 +399,7 @@ impl Disk {
         bytes
     }
 
-    /// `read`, `status` and the fast road tell of the bytes that are expected, and of no others.
+    /// `read`, `status` and the fast path tell of the bytes that are expected, and of no others.
     async fn agree(&self) {
         let read = self.read(0, LEN).await;
         if let Some(at) = (0..LEN as usize).find(|&at| read[at] != self.expected[at]) {
@@ -415,7 +415,7 @@ impl Disk {
             for at in (0..LEN).step_by(block as usize) {
                 let mut buf = AlignedBuf::new(block as usize, 4096).unwrap();
                 buf.fill(0x55);
-                let (buf, result) = self.road.transfer(Access::Read, at, buf).await;
+                let (buf, result) = self.fast_path.transfer(Access::Read, at, buf).await;
                 if let Some(result) = result {
                     assert_eq!(result, Ok(()), "{}", self.options);
                     let wanted = &self.expected[at as usize..(at + block) as usize];
@@ -456,7 +456,7 @@ impl Disk {
             for access in [Access::Write, Access::DurableWrite] {
                 let mut buf = AlignedBuf::new(len as usize, 4096).unwrap();
                 buf.fill(0x80 | n as u8 | (access == Access::Write) as u8);
-                let (buf, result) = self.road.transfer(access, at, buf).await;
+                let (buf, result) = self.fast_path.transfer(access, at, buf).await;
                 if let Some(result) = result {
                     assert_eq!(result, Ok(()), "{}", self.options);
                     self.expect(at, &buf);

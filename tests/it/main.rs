@@ -10,7 +10,7 @@ mod crash;
 mod disks;
 mod docs;
 mod failing;
-mod fast_road;
+mod fast_path;
 mod file;
 mod filter;
 mod flat;

@@ -5,7 +5,7 @@
 //! its end has ended itself. Each write's bytes say which write they are and where they belong.
 
 use crate::disks::{Opened, open, seed, sim_disk, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
@@ -196,7 +196,7 @@ impl Run {
     }
 
     /// One client: one request after the other.
-    async fn client(self, road: FastRoad, seed: u64, requests: u64) -> Result<(), String> {
+    async fn client(self, fast_path: FastPath, seed: u64, requests: u64) -> Result<(), String> {
         let mut rng = fastrand::Rng::with_seed(seed);
         for n in 0..requests {
             // Numbers that no other request has.
@@ -206,8 +206,8 @@ impl Run {
             let count = rng.u64(1..=(LEN / unit - start).min(if unit == SECTOR { 12 } else { 4 }));
             let range = start * unit..(start + count) * unit;
             match rng.u8(0..20) {
-                0..8 => self.read(&road, range).await?,
-                8..16 => self.write(&road, range, number, rng.u8(0..8) == 0).await?,
+                0..8 => self.read(&fast_path, range).await?,
+                8..16 => self.write(&fast_path, range, number, rng.u8(0..8) == 0).await?,
                 16 => self.zero(range, rng.bool()).await?,
                 17 => self.discard(range).await?,
                 18 => self.status(range).await?,
@@ -229,10 +229,10 @@ impl Run {
         self.model.lock().unwrap()
     }
 
-    async fn read(&self, road: &FastRoad, range: Range<u64>) -> Result<(), String> {
+    async fn read(&self, fast_path: &FastPath, range: Range<u64>) -> Result<(), String> {
         let began = self.model().begin_read();
         let buf = buffer(&range);
-        let (mut buf, fast) = road.transfer(Access::Read, range.start, buf).await;
+        let (mut buf, fast) = fast_path.transfer(Access::Read, range.start, buf).await;
         let result = match fast {
             Some(result) => result,
             None => self.node.read(range.start, &buf.io_vec()).await,
@@ -249,7 +249,7 @@ impl Run {
 
     async fn write(
         &self,
-        road: &FastRoad,
+        fast_path: &FastPath,
         range: Range<u64>,
         number: u64,
         durable: bool,
@@ -264,7 +264,7 @@ impl Run {
             true => (Access::DurableWrite, WriteFlags::FUA),
             false => (Access::Write, WriteFlags::empty()),
         };
-        let (mut buf, fast) = road.transfer(access, range.start, buf).await;
+        let (mut buf, fast) = fast_path.transfer(access, range.start, buf).await;
         let result = match fast {
             Some(result) => result,
             None => self.node.write(range.start, &buf.io_vec(), flags).await,
@@ -313,20 +313,25 @@ impl Run {
     }
 
     /// All clients of one worker at once.
-    pub async fn clients(self, road: FastRoad, seed: u64, requests: u64) -> Result<(), String> {
-        road.serve(&self.node);
+    pub async fn clients(
+        self,
+        fast_path: FastPath,
+        seed: u64,
+        requests: u64,
+    ) -> Result<(), String> {
+        fast_path.serve(&self.node);
         let results: Rc<RefCell<Vec<Result<(), String>>>> = Rc::default();
         for client in 0..CLIENTS {
-            let (run, road, results) = (self.clone(), road.clone(), results.clone());
+            let (run, fast_path, results) = (self.clone(), fast_path.clone(), results.clone());
             io::current().spawn(async move {
-                let result = run.client(road, seed.wrapping_add(client), requests).await;
+                let result = run.client(fast_path, seed.wrapping_add(client), requests).await;
                 results.borrow_mut().push(result);
             });
         }
         while results.borrow().len() < CLIENTS as usize {
             io::sleep(Duration::from_micros(300)).await;
         }
-        road.close();
+        fast_path.close();
         results.take().into_iter().collect()
     }
 }
@@ -365,12 +370,12 @@ fn any_order_of_completions_agrees_with_the_model() {
         for round in 0..3 {
             let seed = seed.wrapping_add((n as u64 * 3 + round) << 32);
             let result = simulated(Disorder::wild(seed), |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 async move {
                     let (_disk, options) = sim_disk(sim_options());
                     let opened = open(&within(stack, &options)).await;
                     let run = Run::new(&opened.node, Value::Write(0), false);
-                    run.clients(road, seed, 150).await
+                    run.clients(fast_path, seed, 150).await
                 }
             });
             result.unwrap_or_else(|error| panic!("{stack:?} (seed {seed}): {error}"));
@@ -397,7 +402,7 @@ const STACKS: &[&[&str]] = &[
 fn failing_and_torn_requests_agree_with_the_model() {
     let seed = seed();
     let result = simulated(Disorder::wild(seed), |local| {
-        let road = FastRoad::attach(local);
+        let fast_path = FastPath::attach(local);
         async move {
             let mut options = SimOptions { seed, ..sim_options() };
             // And a discard leaves garbage.
@@ -412,7 +417,7 @@ fn failing_and_torn_requests_agree_with_the_model() {
             disk.inject(Fault::new(Kinds::all(), delay).with_probability(0.1));
             let opened = open(&within(&["raw"], &options)).await;
             let run = Run::new(&opened.node, Value::Anything, true);
-            run.clients(road, seed, 300).await
+            run.clients(fast_path, seed, 300).await
         }
     });
     result.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
@@ -433,9 +438,9 @@ pub fn on_real_workers(options: String, seed: u64, requests: u64) {
         let (run, sender) = (run.clone(), sender.clone());
         let seed = seed.wrapping_add(n as u64 * CLIENTS);
         worker.send(move |local| {
-            let road = FastRoad::attach(local);
+            let fast_path = FastPath::attach(local);
             local.io().spawn(async move {
-                let _ = sender.send(run.clients(road, seed, requests).await);
+                let _ = sender.send(run.clients(fast_path, seed, requests).await);
             });
         });
     }
@@ -477,12 +482,12 @@ fn a_file_on_a_simulated_ring_agrees_with_the_model() {
         let file = crate::disks::file_on_disk(LEN);
         let path = file.path().to_owned();
         let result = simulated(Disorder::wild(seed), |local| {
-            let road = FastRoad::attach(local);
+            let fast_path = FastPath::attach(local);
             async move {
                 let disk = format!("driver=file,filename={}", path.display());
                 let opened =
                     open(&format!("{},cache.direct={direct}", within(&["raw"], &disk))).await;
-                Run::new(&opened.node, Value::Write(0), false).clients(road, seed, 150).await
+                Run::new(&opened.node, Value::Write(0), false).clients(fast_path, seed, 150).await
             }
         });
         result.unwrap_or_else(|error| panic!("direct={direct} (seed {seed}): {error}"));

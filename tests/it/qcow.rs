@@ -2,7 +2,7 @@
 //! sector holds what was last flushed or something written since, and no cluster has two owners.
 
 use crate::disks::{crashes, seed, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use crate::model::{self, CLIENTS, Run, Value};
 use crate::qcow2::sim::{Image, below, disk, passing};
 use std::collections::BTreeMap;
@@ -269,11 +269,11 @@ fn any_order_of_completions_agrees_with_the_model() {
         // Where a transfer can be cut anywhere, none is: two writes side by side would share a word.
         let short = if align == 1 { 0.0 } else { 0.2 };
         let result = simulated(Disorder { short, ..Disorder::wild(seed) }, |local| {
-            let road = FastRoad::attach(local);
+            let fast_path = FastPath::attach(local);
             async move {
                 let image = Image::open(&options).await;
                 let run = Run::new(&image.node, Value::Write(0), false);
-                let result = run.clients(road, seed, 150).await;
+                let result = run.clients(fast_path, seed, 150).await;
                 image.close().await;
                 result
             }
@@ -292,7 +292,7 @@ fn failing_requests_agree_with_the_model_and_leave_a_sound_image() {
         let options = over(&name, has_backing.then_some(&*backing));
         let faulty = file.clone();
         let result = simulated(Disorder::wild(seed), |local| {
-            let road = FastRoad::attach(local);
+            let fast_path = FastPath::attach(local);
             async move {
                 let image = Image::open(&options).await;
                 let (writes, all) = (Kinds::WRITE | Kinds::ZERO, Kinds::all());
@@ -301,7 +301,7 @@ fn failing_requests_agree_with_the_model_and_leave_a_sound_image() {
                 let fail = Effect::Fail(Errno::EIO);
                 faulty.inject(Fault::new(all, fail).with_probability(0.02));
                 let run = Run::new(&image.node, Value::Anything, true);
-                let result = run.clients(road, seed, 150).await;
+                let result = run.clients(fast_path, seed, 150).await;
                 faulty.heal();
                 image.close().await;
                 result
@@ -327,9 +327,9 @@ fn two_workers_agree_with_the_model() {
             let (run, sender) = (run.clone(), sender.clone());
             let seed = seed.wrapping_add(n as u64 * CLIENTS);
             worker.send(move |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 local.io().spawn(async move {
-                    let _ = sender.send(run.clients(road, seed, 200).await);
+                    let _ = sender.send(run.clients(fast_path, seed, 200).await);
                 });
             });
         }

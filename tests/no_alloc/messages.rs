@@ -101,7 +101,7 @@ impl Source for Messages {
 
     fn disarm(&mut self) {}
 
-    fn rests(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.pending > 0
     }
 }

@@ -38,14 +38,14 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Where unsafe code may be, and why it has to be there.
 const UNSAFE: &[(&str, &str)] = &[
     ("src/io/", "the kernel's interfaces and memory shared with the guest"),
-    ("src/block/bitmap/recorders.rs", "the list that the fast road reads without a lock"),
-    ("src/block/child.rs", "the edge that the fast road reads without a lock"),
+    ("src/block/bitmap/recorders.rs", "the list that the fast path reads without a lock"),
+    ("src/block/child.rs", "the edge that the fast path reads without a lock"),
     ("src/block/memory.rs", "the promise that guest memory stays mapped"),
     ("src/block/driver/mapping.rs", "the promise that `Leaf::start` asks for"),
     ("src/block/graph/tests.rs", "implements `Leaf::start`"),
     ("src/protocol/null.rs", "implements `Leaf::start`"),
     ("src/protocol/nvme/mod.rs", "implements `Leaf::start`; memory for a device"),
-    ("src/protocol/nvme/way.rs", "memory that a request borrows, for a device"),
+    ("src/protocol/nvme/submit.rs", "memory that a request borrows, for a device"),
     ("src/protocol/sim/", "implements `Leaf::start`"),
     ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
     ("src/export/core/", "sockets of ours, and poll(2) on them"),

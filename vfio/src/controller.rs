@@ -276,7 +276,7 @@ impl Inner {
         if lock(&self.pairs).links[usize::from(link.id()) - 1].take().is_none() {
             return;
         }
-        link.tell(State::Halted);
+        link.notify(State::Halted);
         let deleted = delete(AdminOpcode::DeleteSubmissionQueue)
             .and_then(|()| delete(AdminOpcode::DeleteCompletionQueue));
         match deleted {

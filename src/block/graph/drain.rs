@@ -256,7 +256,7 @@ impl Graph {
             let mut state = self.0.state.lock();
             let (from, to) = (state.id(parent)?, state.id(node)?);
             let mut plan = Plan::new(&mut state);
-            plan.turn_edge(from, index, to);
+            plan.retarget_edge(from, index, to);
             plan.apply_keeping_locks(drained.claim.id)?;
         }
         let len = parent.len();

@@ -1,5 +1,4 @@
-//! Following the signals of nodes: what a driver tells from any thread is heard on the worker that its node was opened
-//! on.
+//! Sources that carry the signals of drivers, from any thread, to the worker that opened the node.
 
 use super::{Graph, Inner};
 use crate::block::{LocalFuture, Node, Signal};
@@ -7,12 +6,12 @@ use crate::io::{self, Io, IoResult, Polled, Source, SourceId};
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
-/// What is done about a signal.
+/// The reaction to a signal.
 type Work = fn(Graph, Arc<Node>) -> LocalFuture<'static, ()>;
 
 impl Graph {
-    /// Has this worker do `work` whenever the node's driver tells the signal.
-    pub(super) fn hear(&self, node: &Arc<Node>, signal: Arc<Signal>, work: Work) {
+    /// Makes this worker run `work` whenever the node's driver raises the signal.
+    pub(super) fn on_signal(&self, node: &Arc<Node>, signal: Arc<Signal>, work: Work) {
         let event = signal.event();
         let (graph, node) = (Arc::downgrade(&self.0), Arc::downgrade(node));
         let follower = Follower { graph, node, signal, work };
@@ -20,7 +19,7 @@ impl Graph {
     }
 }
 
-/// Waits for signals on the worker that the node was opened on. Keeps neither it nor the graph.
+/// Waits for a node's signal on the worker that opened the node. Keeps neither node nor graph alive.
 struct Follower {
     graph: Weak<Inner>,
     node: Weak<Node>,
@@ -54,7 +53,7 @@ impl Source for Follower {
 
     fn disarm(&mut self) {}
 
-    fn may_be_left(&self) -> bool {
+    fn is_detachable(&self) -> bool {
         true
     }
 }

@@ -9,7 +9,7 @@ impl Graph {
     /// alone.
     pub(in crate::block) fn follow_idleness(&self, node: &Arc<Node>) {
         let Some(signal) = node.driver().idle().and_then(|idle| idle.signal()) else { return };
-        self.hear(node, signal, |graph, node| {
+        self.on_signal(node, signal, |graph, node| {
             Box::pin(async move {
                 if let Err(error) = graph.let_rest(&node).await {
                     log::warn!("{}: left alone: {error}", node.name());

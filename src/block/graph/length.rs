@@ -10,7 +10,7 @@ impl Graph {
     /// Has this worker follow the length of a node that has just been opened, if that has one of its own.
     pub(in crate::block) fn follow_length(&self, node: &Arc<Node>) {
         let Some(own) = node.driver().own_length() else { return };
-        self.hear(node, own.signal(), |graph, node| {
+        self.on_signal(node, own.signal(), |graph, node| {
             Box::pin(async move {
                 if let Err(error) = graph.take_length(&node).await {
                     log::error!(

@@ -30,7 +30,7 @@ impl Graph {
     /// # Errors
     /// In QEMU's words: one of the two does not suit, or cannot be had; the users have `base` then, as
     /// before.
-    pub async fn put_over(
+    pub async fn insert_overlay(
         &self,
         drained: &Drained,
         base: &Arc<Node>,
@@ -73,7 +73,7 @@ impl Graph {
     /// have `base` as what is below it.
     ///
     /// # Errors
-    /// As [`Graph::put_over`]; nothing has changed then.
+    /// As [`Graph::insert_overlay`]; nothing has changed then.
     pub async fn open_over(
         &self,
         drained: &Drained,

@@ -72,7 +72,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Turns the edge from a node to its child at an index to another node.
-    pub(super) fn turn_edge(&mut self, parent: u64, child: usize, to: u64) {
+    pub(super) fn retarget_edge(&mut self, parent: u64, child: usize, to: u64) {
         if self.stands_on(to, parent) {
             self.in_loop = Some(parent);
             return;
@@ -94,7 +94,7 @@ impl<'a> Plan<'a> {
             uses.extract_if(.., |one| !by_other(&one.by) && which(&one.by)).collect();
         for one in moved {
             match one.by {
-                By::Node { id, child } => self.turn_edge(id, child, to),
+                By::Node { id, child } => self.retarget_edge(id, child, to),
                 _ => self.add(to, one),
             }
         }

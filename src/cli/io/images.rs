@@ -82,14 +82,14 @@ impl Session {
                     true => String::new(),
                     false => format!(" device {}", wanted.name),
                 };
-                self.tell(&error, &wanted, &format!("can't open{device}: "));
+                self.report(&error, &wanted, &format!("can't open{device}: "));
                 None
             }
         }
     }
 
     /// Tells why an image was not opened, without its name.
-    pub(super) fn tell(&self, error: &Error, wanted: &ToOpen, before: &str) {
+    pub(super) fn report(&self, error: &Error, wanted: &ToOpen, before: &str) {
         let text = error.to_string();
         let outer = format!("Could not open '{}': ", wanted.name);
         let inner = text.strip_prefix(&outer).unwrap_or(&text);

@@ -32,7 +32,7 @@ impl Session {
         drop(image);
         self.close().await;
         let Err(error) = self.try_open(&wanted).await else { return Some(()) };
-        self.tell(&error, &wanted, "");
+        self.report(&error, &wanted, "");
         self.open(now).await?;
         None
     }

@@ -83,8 +83,8 @@ pub trait Export: Send + Sync {
     }
 
     /// Requests that the storage fails are told there from now on.
-    fn tell(&self, to: Arc<IoErrors>) {
-        self.disk().failures.tell(self.name(), to);
+    fn notify(&self, to: Arc<IoErrors>) {
+        self.disk().failures.notify(self.name(), to);
     }
 
     /// Requests that are held, requests that the storage has failed, and the last of these.

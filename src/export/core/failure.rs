@@ -145,7 +145,7 @@ struct Teller {
 
 impl Failures {
     /// Failures are told there from now on, as those of this export.
-    pub fn tell(&self, export: &str, to: std::sync::Arc<IoErrors>) {
+    pub fn notify(&self, export: &str, to: std::sync::Arc<IoErrors>) {
         let teller = Teller { export: export.to_owned(), to };
         // Once, when the export is made.
         let _ = self.teller.set(teller);
@@ -275,7 +275,7 @@ mod tests {
         let errors = Arc::new(IoErrors::new(notice.try_clone().unwrap()));
         let export = |name: &str| {
             let failures = Failures::default();
-            failures.tell(name, errors.clone());
+            failures.notify(name, errors.clone());
             failures
         };
         let (a, b) = (export("a"), export("b"));
@@ -311,7 +311,7 @@ mod tests {
         let errors = Arc::new(IoErrors::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
         for export in 0..1000 {
             let failures = Failures::default();
-            failures.tell(&export.to_string(), errors.clone());
+            failures.notify(&export.to_string(), errors.clone());
             failures.note("node", failure(Operation::Read, Errno::EIO), Action::Report);
         }
         assert_eq!(errors.take().len(), EVENTS);

@@ -102,20 +102,20 @@ impl Losses {
     pub async fn note(&self, export: &str, node: &Arc<Node>) {
         let Some(files) = self.note_in_memory(export, node) else { return };
         let failures = io::offload(move || write(&files)).await;
-        tell(export, &failures);
+        log_failures(export, &failures);
     }
 
     /// The same, not on a worker. Blocks.
     pub fn note_at_the_end(&self, export: &str, node: &Arc<Node>) {
         if let Some(files) = self.note_in_memory(export, node) {
-            tell(export, &write(&files));
+            log_failures(export, &write(&files));
         }
     }
 
     /// The disk is on another image now. Blocks.
     pub fn follow(&self, export: &str, node: &Arc<Node>) {
         if self.any() {
-            tell(export, &write(&written(node)));
+            log_failures(export, &write(&written(node)));
         }
     }
 
@@ -172,7 +172,7 @@ impl Losses {
     }
 }
 
-fn tell(export: &str, failures: &[String]) {
+fn log_failures(export: &str, failures: &[String]) {
     for failure in failures {
         log::error!(
             export;

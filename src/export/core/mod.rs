@@ -8,19 +8,19 @@
 //! * [`write_cache`]: the guest's choice of a write cache.
 //! * [`hand_over`]: which daemon has the disk while a guest moves.
 //! * [`kept`]: memory that outlives the process. [`journal`]: what the image keeps there.
-//! * [`address`], [`door`]: where front ends come from; [`socket`]: the files of sockets.
+//! * [`address`], [`listener`]: where front ends come from; [`socket`]: the files of sockets.
 //! * [`notices`]: what front ends are told unasked. [`metrics`]: what is counted for those who watch.
 
 pub mod address;
 pub mod cut_off;
 pub mod disk;
-pub mod door;
 pub mod export;
 pub mod failure;
 pub mod hand_over;
 pub mod held;
 pub mod journal;
 pub mod kept;
+pub mod listener;
 pub mod loss;
 pub mod metrics;
 pub mod notices;

@@ -82,7 +82,7 @@ impl<'a> Channel<'a> {
                 return None;
             }
             if ready == 0 && due {
-                self.tell();
+                self.notify();
             } else if ready == 0 && most >= 0 {
                 return None;
             }
@@ -109,7 +109,7 @@ impl<'a> Channel<'a> {
         }
     }
 
-    fn tell(&mut self) {
+    fn notify(&mut self) {
         let Some(socket) = &self.socket else { return };
         self.notices.take();
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;

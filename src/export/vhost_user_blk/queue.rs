@@ -72,11 +72,11 @@ pub struct Queue<R: Ring = SplitRing> {
     slots: Vec<Slot>,
     in_flight: usize,
     /// Segments of the requests in flight.
-    held: usize,
+    segments_in_flight: usize,
     /// Segments that slots have room for.
     room: usize,
     /// Requests that the storage has failed and that are tried again; they are not in flight.
-    on_hold: Held,
+    held: Held,
     /// Slow requests that wait for memory; they are in flight.
     parked: Parked,
     /// What tasks of the slow path have finished.
@@ -154,9 +154,9 @@ impl<R: Ring> Queue<R> {
             announcer,
             slots,
             in_flight: 0,
-            held: 0,
+            segments_in_flight: 0,
             room: 0,
-            on_hold: Held::carried(held),
+            held: Held::carried(held),
             parked: Parked::new(start.size),
             finished: Rc::new(RefCell::new(Vec::with_capacity(start.size as usize))),
             call: start.call,
@@ -237,7 +237,7 @@ impl<R: Ring> Queue<R> {
 
     /// Whether another request's segments may be held; if not, the end of one makes room.
     fn has_room(&self) -> bool {
-        self.held < HELD_SEGMENTS
+        self.segments_in_flight < HELD_SEGMENTS
     }
 
     /// How many chains are to be taken again now: those of a daemon that has died, which belong to the
@@ -248,7 +248,7 @@ impl<R: Ring> Queue<R> {
             return 0;
         }
         let died = self.inflight.as_ref().map_or(0, Tracking::to_replay);
-        died + if self.stop.is_none() { self.on_hold.due() } else { 0 }
+        died + if self.stop.is_none() { self.held.due() } else { 0 }
     }
 
     /// The guest broke the rules: this queue takes no more, what is in flight completes.
@@ -319,7 +319,7 @@ impl<R: Ring> Source for Queue<R> {
             if let Some(recorder) = &mut self.recorder {
                 recorder.settle(io.now());
             }
-            let held = self.on_hold.take_all();
+            let held = self.held.take_all();
             self.disk.failures.let_go(held.len());
             if let Some((stopped, _)) = &self.stop {
                 // Whoever asked may have given up waiting. The sender stays: its end tells that the
@@ -353,13 +353,13 @@ impl<R: Ring> Source for Queue<R> {
     }
 
     fn tick(&mut self, io: &Rc<Io>, now: u64) -> bool {
-        if let Some(at) = self.on_hold.tick(now) {
+        if let Some(at) = self.held.tick(now) {
             io.tick_by(at);
         }
         if self.watch.is_due(io, now, self.in_flight > 0) {
             self.age();
         }
-        self.on_hold.due() > 0
+        self.held.due() > 0
     }
 
     fn publish(&mut self) {
@@ -367,7 +367,7 @@ impl<R: Ring> Source for Queue<R> {
         self.show_used();
         self.call();
         if let Some(recorder) = &self.recorder {
-            recorder.show(self.in_flight, self.on_hold.count(), self.parked.count());
+            recorder.show(self.in_flight, self.held.count(), self.parked.count());
         }
     }
 
@@ -380,7 +380,7 @@ impl<R: Ring> Source for Queue<R> {
         self.ring.no_kick();
     }
 
-    fn rests(&self) -> bool {
+    fn is_idle(&self) -> bool {
         !self.may_take() && self.to_replay() == 0
     }
 }

@@ -88,7 +88,7 @@ impl Device {
         let mut state = self.queues.state.lock();
         state.all.push(queue);
         if state.paused == 0 {
-            self.tell(workers, queue, Queue::resume);
+            self.notify(workers, queue, Queue::resume);
         }
     }
 
@@ -100,10 +100,10 @@ impl Device {
     /// Has every queue do something, soon. Waits for nobody.
     pub fn tell_queues(self: &Arc<Device>, workers: &[Arc<Worker>], work: fn(&mut Queue)) {
         let state = self.queues.state.lock();
-        state.all.iter().for_each(|&queue| self.tell(workers, queue, work));
+        state.all.iter().for_each(|&queue| self.notify(workers, queue, work));
     }
 
-    fn tell(
+    fn notify(
         self: &Arc<Device>,
         workers: &[Arc<Worker>],
         (worker, source): Place,
@@ -130,7 +130,7 @@ impl Device {
         for &queue in &state.all.clone() {
             state.busy += 1;
             let busy = Busy(self.clone());
-            self.tell(workers, queue, move |queue| queue.pause(Box::new(move || drop(busy))));
+            self.notify(workers, queue, move |queue| queue.pause(Box::new(move || drop(busy))));
         }
     }
 
@@ -141,7 +141,7 @@ impl Device {
         if state.paused > 0 {
             return;
         }
-        state.all.iter().for_each(|&queue| self.tell(workers, queue, Queue::resume));
+        state.all.iter().for_each(|&queue| self.notify(workers, queue, Queue::resume));
         let waiting = state.waiting.take();
         drop(state);
         waiting.wake();

@@ -15,7 +15,7 @@ use super::options::Options;
 use super::queue::Queue;
 use crate::block::Error;
 use crate::block::graph::User;
-use crate::export::core::door::Door;
+use crate::export::core::listener::Listener;
 use crate::export::core::notices::Notices;
 use crate::export::core::{Disk, Export, Parts};
 use crate::io::Worker;
@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// A disk that front ends can connect to, until it is dropped.
 pub struct Server {
     shared: Arc<Shared>,
-    door: Option<Door>,
+    listener: Option<Listener>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -52,7 +52,7 @@ impl Server {
     /// # Errors
     /// The socket or a descriptor cannot be had.
     pub fn new(parts: Parts, options: Options) -> Result<Server, Error> {
-        let door = Door::new(options.address)?;
+        let listener = Listener::new(options.address)?;
         let Parts { name, node, disk, workers, first_worker, metrics } = parts;
         let disk = Disk::new(&name, node, disk, options.logical_block_size as u32, metrics);
         let device = Arc::new(Device::new(disk, options.device));
@@ -69,7 +69,7 @@ impl Server {
             notices,
             front_end: Mutex::default(),
         });
-        Ok(Server { shared, door: Some(door), thread: None })
+        Ok(Server { shared, listener: Some(listener), thread: None })
     }
 }
 
@@ -87,12 +87,12 @@ impl Export for Server {
     }
 
     fn start(&mut self, ended: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
-        let Some(door) = self.door.take() else { return Ok(()) };
+        let Some(listener) = self.listener.take() else { return Ok(()) };
         let theirs = self.shared.clone();
         let thread = std::thread::Builder::new()
             .name("export".into())
             .stack_size(256 << 10)
-            .spawn(move || theirs.serve(door, ended))
+            .spawn(move || theirs.serve(listener, ended))
             .map_err(|e| Error::os("cannot start an export's thread", e))?;
         self.thread = Some(thread);
         Ok(())

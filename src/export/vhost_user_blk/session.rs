@@ -60,9 +60,9 @@ fn refuse<T>(why: impl Into<String>) -> Result<T> {
     Err(Error::ReqHandlerError(io::Error::other(why.into())))
 }
 
-/// Makes sure that no write to a descriptor of the front end's waits: one that is full would hold
-/// up a worker, and with it the disks of others.
-fn for_words(file: File) -> Result<Arc<File>> {
+/// Makes an eventfd of the front end non-blocking. A write to a full one would otherwise block the worker, and with
+/// it every disk that the worker serves.
+fn set_nonblocking(file: File) -> Result<Arc<File>> {
     let fd = file.as_raw_fd();
     // SAFETY: names no memory, and the descriptor is open.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
@@ -177,7 +177,7 @@ impl Session {
     fn apply_log(&self, indices: impl Iterator<Item = usize>) {
         for index in indices {
             let log = self.log_of(index);
-            self.tell(index as u32, move |queue| queue.set_log(log));
+            self.notify(index as u32, move |queue| queue.set_log(log));
         }
     }
 
@@ -242,7 +242,7 @@ impl Session {
     }
 
     /// Runs `work` on a ring's queue, if it is running.
-    fn tell(&self, index: u32, work: impl FnOnce(&mut Queue) + Send + 'static) {
+    fn notify(&self, index: u32, work: impl FnOnce(&mut Queue) + Send + 'static) {
         if let Some((worker, source)) = self.rings[index as usize].running {
             self.workers[worker].call(move |local| {
                 if let Some(queue) = local.source::<Queue>(source) {
@@ -265,7 +265,7 @@ mod tests {
         full.write(u64::MAX - 1).unwrap();
         // SAFETY: the descriptor is taken from its only owner.
         let file = unsafe { File::from_raw_fd(full.into_raw_fd()) };
-        let call = for_words(file).unwrap();
+        let call = set_nonblocking(file).unwrap();
         let error = (&*call).write(&1u64.to_ne_bytes()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }

@@ -58,15 +58,15 @@ impl Corruption {
     }
 
     fn fatal(&self, message: String) -> Errno {
-        self.tell(true, None, message)
+        self.report(true, None, message)
     }
 
     fn not_fatal(&self, message: String) -> Errno {
-        self.tell(false, None, message)
+        self.report(false, None, message)
     }
 
     /// Tells of it, unless as much was told. `place`: offset and length in the file, in bytes.
-    fn tell(&self, is_fatal: bool, place: Option<(u64, u64)>, message: String) -> Errno {
+    fn report(&self, is_fatal: bool, place: Option<(u64, u64)>, message: String) -> Errno {
         let is_fatal = is_fatal && self.is_writable;
         let level = if is_fatal { Level::Fatal } else { Level::NotFatal } as u8;
         if self.told.fetch_max(level, Ordering::SeqCst) < level {
@@ -74,7 +74,7 @@ impl Corruption {
             log::error!("{name}: {}", line(is_fatal, &message));
             let node = name.clone();
             let corrupted = Corrupted { node, message, place, is_fatal };
-            self.notices.tell(Notice::Corrupted(corrupted));
+            self.notices.notify(Notice::Corrupted(corrupted));
         }
         Errno::EIO
     }
@@ -213,7 +213,7 @@ pub fn bad_refcount(image: Metadata<'_>, cluster: u64) -> Errno {
 /// Something that would be written over metadata: `len` bytes at `offset` of the file.
 pub fn overlaps(image: Metadata<'_>, offset: u64, len: u64, kind: Kinds) -> Errno {
     let message = format!("Preventing invalid write on metadata (overlaps with {})", kind.name());
-    image.corruption.tell(true, Some((offset, len)), message)
+    image.corruption.report(true, Some((offset, len)), message)
 }
 
 /// A cluster that counts no references, but that an entry names: it would belong to two.
@@ -221,7 +221,7 @@ pub fn in_use(image: Metadata<'_>, cluster: u64) -> Errno {
     let size = image.geometry.cluster_size();
     let offset = cluster << image.geometry.cluster_bits;
     let message = format!("Preventing invalid allocation of cluster {offset:#x}, which is in use");
-    image.corruption.tell(true, Some((offset, size)), message)
+    image.corruption.report(true, Some((offset, size)), message)
 }
 
 /// As C prints it: nothing before a zero.

@@ -1,10 +1,10 @@
 //! Overlap checks: nothing that is not metadata of the same kind is written over metadata.
 //!
-//! What is looked at costs the fast road nothing. An entry comes into the cache of L2 tables only
+//! What is looked at costs the fast path nothing. An entry comes into the cache of L2 tables only
 //! through [`Metadata::check_slice`], and a cluster into use only through [`Metadata::check_reserved`]:
 //!
 //! * An entry that names a cluster where metadata is, or that is reserved, or that lies past the end of
-//!   the file, ends the fast road for writes, for the whole image; from then on each write is looked
+//!   the file, ends the fast path for writes, for the whole image; from then on each write is looked
 //!   at before it reaches the file. Reading goes on.
 //! * What is reserved is neither metadata nor named by an entry in the cache. So metadata that is made
 //!   later lies where no cached entry points.
@@ -77,21 +77,21 @@ pub struct Overlaps {
     kinds: Kinds,
     map: Mutex<MetadataMap>,
     /// An entry was seen that writes must not follow.
-    is_met: AtomicBool,
+    has_bad_entry: AtomicBool,
 }
 
 impl Overlaps {
     pub fn new(kinds: Kinds) -> Overlaps {
-        Overlaps { kinds, map: Mutex::default(), is_met: AtomicBool::new(false) }
+        Overlaps { kinds, map: Mutex::default(), has_bad_entry: AtomicBool::new(false) }
     }
 
     pub fn looks_for(&self, kind: Kinds) -> bool {
         self.kinds.contains(kind)
     }
 
-    /// Writes have to be looked at one by one.
-    pub fn is_met(&self) -> bool {
-        self.is_met.load(Ordering::Acquire)
+    /// Whether an entry points at metadata. Each write is checked on its own then.
+    pub fn has_bad_entry(&self) -> bool {
+        self.has_bad_entry.load(Ordering::Acquire)
     }
 
     /// Metadata is there, or is about to be.
@@ -267,7 +267,7 @@ impl Metadata<'_> {
         reserves: impl FnOnce(&mut [u64]) -> bool,
     ) {
         let is_off = self.overlaps.kinds.is_empty();
-        if is_off || self.geometry.external_data || self.overlaps.is_met() {
+        if is_off || self.geometry.external_data || self.overlaps.has_bad_entry() {
             return;
         }
         // First the file's end, then what is claimed, then what metadata is: in the order in which
@@ -278,13 +278,13 @@ impl Metadata<'_> {
             let places = self.overlaps.map.lock();
             hosts.iter().copied().filter(|&host| !places.at(host).is_empty()).collect::<Vec<_>>()
         };
-        let is_met = hosts.iter().any(|&host| host >= end)
+        let has_bad_entry = hosts.iter().any(|&host| host >= end)
             || reserves(&mut hosts)
             || hits(&hosts)
                 .into_iter()
                 .any(|host| self.metadata_in(host..host + 1, Kinds::empty()).is_some());
-        if is_met {
-            self.overlaps.is_met.store(true, Ordering::Release);
+        if has_bad_entry {
+            self.overlaps.has_bad_entry.store(true, Ordering::Release);
         }
     }
 

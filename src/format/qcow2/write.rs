@@ -53,7 +53,7 @@ impl Writer for Qcow2 {
 
     async fn write_data(&self, host: u64, from: &IoVec<'_>) -> IoResult {
         let data = self.data();
-        if self.overlaps.is_met() {
+        if self.overlaps.has_bad_entry() {
             self.metadata().check_write(host, from.len(), Kinds::empty())?;
         }
         let end = host + from.len();
@@ -83,7 +83,7 @@ impl Writer for Qcow2 {
     /// An entry that points at metadata was seen, or the image was found to be corrupt. Writes that had the permission go
     /// on: the entries that they found point at data.
     fn may_follow(&self) -> bool {
-        !self.overlaps.is_met() && !self.corruption.is_fatal()
+        !self.overlaps.has_bad_entry() && !self.corruption.is_fatal()
     }
 
     fn fixed_host(&self, guest: u64) -> Option<u64> {
@@ -95,7 +95,7 @@ impl Writer for Qcow2 {
     }
 
     /// Compressed data has to move, and subclusters that are allocated in a cluster of others.
-    fn moves(&self, entry: L2Entry, guest: u64) -> bool {
+    fn must_relocate(&self, entry: L2Entry, guest: u64) -> bool {
         match self.geometry.decode(entry) {
             Ok(cluster @ Cluster::Subclusters { host: Some(_), allocated, .. }) => {
                 allocated >> self.geometry.subcluster_index(guest) & 1 == 1

@@ -362,7 +362,7 @@ impl Source for Started {
 
     fn disarm(&mut self) {}
 
-    fn rests(&self) -> bool {
+    fn is_idle(&self) -> bool {
         true
     }
 }

@@ -172,7 +172,7 @@ impl Local {
             match self.sources[self.active[at] as usize].as_mut() {
                 Some(entry)
                     if entry.idle_turns > LAZY_TURNS
-                        && (entry.watch.is_some() || entry.source.rests()) =>
+                        && (entry.watch.is_some() || entry.source.is_idle()) =>
                 {
                     if entry.source.arm() {
                         entry.active = false;
@@ -198,7 +198,7 @@ impl Local {
                 self.active.swap_remove(at);
                 continue;
             };
-            if entry.watch.is_none() && !entry.source.rests() {
+            if entry.watch.is_none() && !entry.source.is_idle() {
                 at += 1;
                 continue;
             }

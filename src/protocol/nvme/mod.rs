@@ -5,16 +5,16 @@
 //! |---|---|
 //! | `entry` | options, the name `nvme://…`, the entry in the list of drivers |
 //! | `shared` | the controllers of this process, shared by the nodes on them |
-//! | `lane` | a worker's queue pair: starting, polling, sleeping, ending |
-//! | `way` | requests of the slow road: by this worker's queue pair or another's |
+//! | `worker_queue` | a worker's queue pair: starting, polling, sleeping, ending |
+//! | `submit` | requests of the slow path: by this worker's queue pair or another's |
 //!
-//! The fast road ends here as it ends at a file, once the worker has a queue pair. A guest's memory is
+//! The fast path ends here as it ends at a file, once the worker has a queue pair. A guest's memory is
 //! reached by the device where it is; what it does not reach, or NVMe cannot name, is copied.
 
 mod entry;
-mod lane;
 mod shared;
-mod way;
+mod submit;
+mod worker_queue;
 
 pub use entry::{ENTRY, NvmeOptions};
 pub use shared::adopt;
@@ -80,7 +80,7 @@ impl Nvme {
         };
         let length = Signal::new()?;
         let theirs = length.clone();
-        let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || theirs.tell());
+        let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || theirs.notify());
         // Before the length is asked for: what changes later is told.
         controller.listen(&listener);
         Ok(Nvme {
@@ -132,15 +132,15 @@ impl Driver for Nvme {
     }
 
     fn map<'a>(&'a self, _: &'a InFlight, at: u64, want: u64, _: Access) -> Mapping<'a> {
-        // A worker gets its queue pair with its first request of the slow road.
-        if !self.shared().lanes().is_here() {
+        // A worker gets its queue pair with its first request of the slow path.
+        if !self.shared().worker_queues().is_here() {
             return Mapping::slow(want);
         }
         Mapping { len: want, target: Target::Data { leaf: self, offset: at } }
     }
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
-        Box::pin(way::read(self.shared(), into, move |segments, token| {
+        Box::pin(submit::read(self.shared(), into, move |segments, token| {
             self.namespace.read(at, into.len() as u32, segments, token)
         }))
     }
@@ -152,7 +152,7 @@ impl Driver for Nvme {
         flags: WriteFlags,
     ) -> LocalFuture<'a, IoResult> {
         let durable = flags.contains(WriteFlags::FUA) && !self.no_flush;
-        Box::pin(way::write(self.shared(), from, move |segments, token| {
+        Box::pin(submit::write(self.shared(), from, move |segments, token| {
             self.namespace.write(at, from.len() as u32, segments, durable, token)
         }))
     }
@@ -160,7 +160,7 @@ impl Driver for Nvme {
     fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
         let durable = flags.contains(ZeroFlags::FUA) && !self.no_flush;
         let unmap = flags.contains(ZeroFlags::UNMAP);
-        Box::pin(way::run_without_data(self.shared(), move |token| {
+        Box::pin(submit::run_without_data(self.shared(), move |token| {
             self.namespace.zero(at, len, unmap, durable, token)
         }))
     }
@@ -168,7 +168,7 @@ impl Driver for Nvme {
     fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
             let range = self.namespace.discard_range(at, len).map(u64::to_le_bytes).concat();
-            way::write(self.shared(), &IoVec::from_ref(&range), |segments, token| {
+            submit::write(self.shared(), &IoVec::from_ref(&range), |segments, token| {
                 self.namespace.discard(segments, 1, token)
             })
             .await
@@ -181,7 +181,7 @@ impl Driver for Nvme {
         if !self.has_cache {
             return Box::pin(std::future::ready(Ok(())));
         }
-        Box::pin(way::run_without_data(self.shared(), |token| self.namespace.flush(token)))
+        Box::pin(submit::run_without_data(self.shared(), |token| self.namespace.flush(token)))
     }
 
     fn status(&self, at: u64, len: u64, _: Precision) -> LocalFuture<'_, IoResult<Extent>> {
@@ -228,7 +228,7 @@ impl Driver for Nvme {
 impl Leaf for Nvme {
     unsafe fn start(&self, io: &Io, op: Op, token: Token) -> Started {
         // `map` has answered that there is one.
-        let Some(lane) = self.shared().lanes().get(io) else {
+        let Some(worker_queue) = self.shared().worker_queues().get(io) else {
             return Started::Done(Err(Errno::EIO));
         };
         // SAFETY: the caller keeps the list in place and the memory mapped until the completion.
@@ -245,7 +245,7 @@ impl Leaf for Nvme {
             }
             _ => return Started::Done(Err(Errno::ENOTSUP)),
         };
-        lane.submit(io, request);
+        worker_queue.submit(io, request);
         Started::Pending
     }
 }
@@ -287,7 +287,7 @@ impl OwnLength for Nvme {
 impl Drop for Nvme {
     fn drop(&mut self) {
         // Who follows the length sees that there is none any more.
-        self.length.tell();
+        self.length.notify();
     }
 }
 

@@ -2,7 +2,7 @@
 //! when the last of them is closed.
 
 use super::entry::{NvmeOptions, from_driver};
-use super::lane::{Host, Lane};
+use super::worker_queue::{Host, WorkerQueue};
 use crate::block::{Drive, DriveHealth, Error};
 use crate::io::sync::Mutex;
 use crate::io::{self, Errno, IoResult, PerWorker};
@@ -35,7 +35,7 @@ pub struct Shared {
     claimed: Mutex<BTreeSet<u32>>,
     /// The queue pair of each worker, as far as the controller has so many. Closed when no node is on it
     /// any more.
-    lanes: PerWorker<Lane>,
+    worker_queues: PerWorker<WorkerQueue>,
     /// Workers that have a queue pair, for those that get none.
     hosts: Mutex<Vec<Host>>,
     next_host: AtomicUsize,
@@ -50,8 +50,8 @@ impl Shared {
         controller.ok_or_else(|| Error::new(format!("{}: it is being closed", self.address)))
     }
 
-    pub fn lanes(&self) -> &PerWorker<Lane> {
-        &self.lanes
+    pub fn worker_queues(&self) -> &PerWorker<WorkerQueue> {
+        &self.worker_queues
     }
 
     /// A worker has a queue pair now.
@@ -140,7 +140,7 @@ impl Claim {
     /// None if the controller is being let go of.
     fn join(shared: Arc<Shared>, namespace: u32) -> Option<Result<Claim, Error>> {
         let mut claimed = shared.claimed.lock();
-        if shared.lanes.is_closed() {
+        if shared.worker_queues.is_closed() {
             return None;
         }
         let is_new = claimed.insert(namespace);
@@ -176,7 +176,7 @@ impl Claim {
         let last = claimed.is_empty();
         if last {
             // Under the lock: nobody joins a controller that is about to go.
-            self.shared.lanes.close();
+            self.shared.worker_queues.close();
         }
         last
     }
@@ -187,7 +187,7 @@ impl Claim {
         if !self.release() {
             return Ok(());
         }
-        if !self.shared.lanes.left_within(PATIENCE).await {
+        if !self.shared.worker_queues.left_within(PATIENCE).await {
             log::error!("{}: its queues are still in use", self.shared.address);
             return Err(Errno(libc::ETIMEDOUT));
         }
@@ -217,7 +217,7 @@ impl Shared {
             address,
             controller: Mutex::default(),
             claimed: Mutex::default(),
-            lanes: PerWorker::default(),
+            worker_queues: PerWorker::default(),
             hosts: Mutex::default(),
             next_host: AtomicUsize::new(0),
             registered: Mutex::default(),

@@ -144,7 +144,7 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
         event_idx: !cli.no_event_idx,
         awake: !cli.let_halt,
     };
-    introduce(&plan);
+    print_header(&plan);
     let mut verdicts = Vec::new();
     if chosen(Group::Null) {
         headline("Null disk (null-co)");
@@ -314,7 +314,7 @@ fn headline(text: &str) {
     println!("\n## {text}\n");
 }
 
-fn introduce(plan: &Plan) {
+fn print_header(plan: &Plan) {
     println!("# vublk-bench, {}\n", machine::date());
     println!("- {}", machine::describe());
     println!("- load average before: {}", machine::load_average());

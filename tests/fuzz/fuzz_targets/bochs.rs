@@ -1,4 +1,4 @@
-//! The fuzzer's door to `bochs`: images that make no sense.
+//! The fuzz target of `bochs`: images that make no sense.
 
 #![no_main]
 

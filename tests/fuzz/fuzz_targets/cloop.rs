@@ -1,4 +1,4 @@
-//! The fuzzer's door to `cloop`: images that make no sense.
+//! The fuzz target of `cloop`: images that make no sense.
 
 #![no_main]
 

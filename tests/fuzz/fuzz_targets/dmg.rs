@@ -1,4 +1,4 @@
-//! The fuzzer's door to `dmg`: images that make no sense.
+//! The fuzz target of `dmg`: images that make no sense.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `nvme`: a hostile controller against its driver.
+//! The fuzz target of `nvme`: a hostile controller against its driver.
 
 #![no_main]
 

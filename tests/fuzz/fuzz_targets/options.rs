@@ -1,4 +1,4 @@
-//! The fuzzer's door to `options`: hostile text against the option parsers.
+//! The fuzz target of `options`: hostile text against the option parsers.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `qcow`: images that make no sense.
+//! The fuzz target of `qcow`: images that make no sense.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `qcow2_bitmaps`: stored bitmaps with bytes changed, loaded, changed, stored.
+//! The fuzz target of `qcow2_bitmaps`: stored bitmaps with bytes changed, loaded, changed, stored.
 
 #![no_main]
 

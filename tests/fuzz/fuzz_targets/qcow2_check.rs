@@ -1,4 +1,4 @@
-//! The fuzzer's door to `qcow2_check`: images with bytes changed, checked and repaired.
+//! The fuzz target of `qcow2_check`: images with bytes changed, checked and repaired.
 
 #![no_main]
 

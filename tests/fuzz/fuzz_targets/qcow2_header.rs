@@ -1,4 +1,4 @@
-//! The fuzzer's door to `qcow2_header`: hostile first clusters and table entries.
+//! The fuzz target of `qcow2_header`: hostile first clusters and table entries.
 
 #![no_main]
 

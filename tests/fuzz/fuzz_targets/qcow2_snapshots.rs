@@ -1,4 +1,4 @@
-//! The fuzzer's door to `qcow2_snapshots`: images with snapshots and bytes changed, worked on.
+//! The fuzz target of `qcow2_snapshots`: images with snapshots and bytes changed, worked on.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `vhdx`: images with fields and the log changed, opened, used and checked.
+//! The fuzz target of `vhdx`: images with fields and the log changed, opened, used and checked.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `vhost_user_messages`: hostile messages against a real session.
+//! The fuzz target of `vhost_user_messages`: hostile messages against a real session.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `virtqueue`: hostile rings against a real queue.
+//! The fuzz target of `virtqueue`: hostile rings against a real queue.
 
 #![no_main]
 

@@ -161,8 +161,8 @@ impl Source for Watched {
         }
     }
 
-    fn rests(&self) -> bool {
-        self.0.queue.borrow().as_ref().is_none_or(Queue::rests)
+    fn is_idle(&self) -> bool {
+        self.0.queue.borrow().as_ref().is_none_or(Queue::is_idle)
     }
 
     fn arm(&mut self) -> bool {

@@ -1,7 +1,7 @@
 //! copy-on-read, over a test format of which every cluster can be looked at.
 
 use crate::disks::{Opened, open, open_holding, seed, sim_disk, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use crate::file::Bench;
 use crate::layer::CLUSTER;
 use std::cell::RefCell;
@@ -83,16 +83,16 @@ async fn allocated(opened: &Opened) -> Vec<(u64, u64)> {
 #[test]
 fn what_is_read_is_copied_in_whole_clusters_and_read_from_the_copy() {
     simulated(Disorder::wild(1), |local| {
-        let road = FastRoad::attach(local);
+        let fast_path = FastPath::attach(local);
         async move {
             let Chain { top, options, _lower } = chain(&[LEN / 2]);
             let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
-            road.serve(&opened.node);
+            fast_path.serve(&opened.node);
             let mut wanted = pattern(LEN / 2);
             wanted.resize(LEN as usize, 0);
             assert_eq!(allocated(&opened).await, []);
             let buf = || AlignedBuf::new(4096, 4096).unwrap();
-            let (_, fast) = road.transfer(Access::Read, COPIED, buf()).await;
+            let (_, fast) = fast_path.transfer(Access::Read, COPIED, buf()).await;
             assert_eq!(fast, None, "the backing file's bytes were read past the filter");
 
             assert!(
@@ -103,7 +103,7 @@ fn what_is_read_is_copied_in_whole_clusters_and_read_from_the_copy() {
             assert!(copy == &wanted[COPIED as usize..2 * COPIED as usize]);
 
             // It comes from the copy from now on, without the slow path.
-            let (bytes, fast) = road.transfer(Access::Read, COPIED, buf()).await;
+            let (bytes, fast) = fast_path.transfer(Access::Read, COPIED, buf()).await;
             assert_eq!(fast, Some(Ok(())));
             assert!(bytes[..] == wanted[COPIED as usize..][..4096]);
 
@@ -115,7 +115,7 @@ fn what_is_read_is_copied_in_whole_clusters_and_read_from_the_copy() {
             assert!(top.bytes()[(LEN - COPIED) as usize..].iter().all(|&byte| byte == 0));
             assert!(read(&opened.node, 0, LEN).await == wanted);
             assert_eq!(allocated(&opened).await, [(0, LEN)]);
-            road.close();
+            fast_path.close();
         }
     });
 }
@@ -227,11 +227,11 @@ fn writes_and_copies_of_the_same_clusters_wait_for_each_other() {
     for round in 0..30 {
         let seed = seed.wrapping_add(round);
         simulated(Disorder::wild(seed), move |local| {
-            let road = FastRoad::attach(local);
+            let fast_path = FastPath::attach(local);
             async move {
                 let Chain { options, _lower, .. } = chain(&[LEN]);
                 let opened = open(&options).await;
-                road.serve(&opened.node);
+                fast_path.serve(&opened.node);
                 let mut rng = fastrand::Rng::with_seed(seed);
                 let mut expected = pattern(LEN);
                 let left = Rc::new(RefCell::new(0));
@@ -246,7 +246,7 @@ fn writes_and_copies_of_the_same_clusters_wait_for_each_other() {
                     let (left_too, left) = (left.clone(), left.clone());
                     let node = opened.node.clone();
                     let from = at.saturating_sub(rng.u64(0..20_000)) / 512 * 512;
-                    let (road, fast) = (road.clone(), rng.bool());
+                    let (fast_path, fast) = (fast_path.clone(), rng.bool());
                     *left.borrow_mut() += 1;
                     io::current().spawn(async move {
                         io::sleep(delay).await;
@@ -257,7 +257,7 @@ fn writes_and_copies_of_the_same_clusters_wait_for_each_other() {
                         assert!(read(&node, at, 512).await == bytes, "its own write is gone");
                         if fast {
                             let buf = AlignedBuf::new(4096, 4096).unwrap();
-                            road.transfer(Access::Read, at / 4096 * 4096, buf).await;
+                            fast_path.transfer(Access::Read, at / 4096 * 4096, buf).await;
                         }
                         *left.borrow_mut() -= 1;
                     });
@@ -275,7 +275,7 @@ fn writes_and_copies_of_the_same_clusters_wait_for_each_other() {
                 }
                 assert!(read(&opened.node, 0, LEN).await == expected, "seed {seed}");
                 assert_eq!(allocated(&opened).await, [(0, LEN)]);
-                road.close();
+                fast_path.close();
             }
         });
     }

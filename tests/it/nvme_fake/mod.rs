@@ -140,7 +140,7 @@ fn a_change_that_no_event_tells_of_is_known_once_a_resize_has_asked_for_it() {
 }
 
 #[test]
-fn the_fast_road_ends_at_the_controller_once_the_worker_has_a_queue() {
+fn the_fast_path_ends_at_the_controller_once_the_worker_has_a_queue() {
     let (_fake, options) = nvme_disk(Config::default());
     let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
     let node = open_on(&graph, &worker, "disk", &options).unwrap();

@@ -4,7 +4,7 @@
 use super::consistency;
 use super::sim::{DATA, Image, below, check, disk, image};
 use crate::disks::{seed, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use crate::model::{CLIENTS, LEN, Run, Value};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -110,11 +110,11 @@ fn any_order_of_completions_agrees_with_the_model() {
             println!("{what}");
             let (disks, options) = setup(kind, ground, seed);
             let result = simulated(disorder(ground, seed), |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 async move {
                     let image = Image::open(&options).await;
                     let run = Run::new(&image.node, Value::Write(0), false);
-                    let result = run.clients(road, seed, 120).await;
+                    let result = run.clients(fast_path, seed, 120).await;
                     image.close().await;
                     result
                 }
@@ -136,7 +136,7 @@ fn failing_and_torn_requests_agree_with_the_model() {
             let (disks, options) = setup(kind, ground, seed);
             let faulty = disks[0].clone();
             let result = simulated(disorder(ground, seed), |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 async move {
                     let image = Image::open(&options).await;
                     let errno = vublk::io::Errno::EIO;
@@ -149,7 +149,7 @@ fn failing_and_torn_requests_agree_with_the_model() {
                     faulty.inject(Fault::new(writes, tear).with_probability(0.02));
                     faulty.inject(Fault::new(all, Effect::Fail(errno)).with_probability(0.02));
                     let run = Run::new(&image.node, Value::Anything, true);
-                    let result = run.clients(road, seed, 150).await;
+                    let result = run.clients(fast_path, seed, 150).await;
                     faulty.heal();
                     image.close().await;
                     result
@@ -177,9 +177,9 @@ fn two_workers_agree_with_the_model() {
             let (run, sender) = (run.clone(), sender.clone());
             let seed = seed.wrapping_add(n as u64 * CLIENTS);
             worker.send(move |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 local.io().spawn(async move {
-                    let _ = sender.send(run.clients(road, seed, 300).await);
+                    let _ = sender.send(run.clients(fast_path, seed, 300).await);
                 });
             });
         }

@@ -2,7 +2,7 @@
 
 use super::images::{Images, random_commands};
 use crate::disks::{open_holding, seed, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use std::path::Path;
 use vublk::block::*;
 use vublk::io::sim::Disorder;
@@ -45,12 +45,12 @@ pub fn cluster_size(options: &str) -> u64 {
 /// Opens the image as the daemon would, and reads it in every way.
 fn read_everything(options: String, wanted: Vec<u8>, seed: u64) {
     simulated(Disorder::wild(seed), |local| {
-        let road = FastRoad::attach(local);
+        let fast_path = FastPath::attach(local);
         async move {
             let opened = open_holding(&options, Perm::CONSISTENT_READ).await;
             let opened = opened.unwrap_or_else(|error| panic!("{options}: {error}"));
             let node = &opened.node;
-            road.serve(node);
+            fast_path.serve(node);
             assert_eq!(node.len(), wanted.len() as u64, "{options}");
             let mut rng = fastrand::Rng::with_seed(seed);
             let len = node.len();
@@ -65,7 +65,7 @@ fn read_everything(options: String, wanted: Vec<u8>, seed: u64) {
                 let (at, n) = (first * unit, count * unit);
                 let mut buf = AlignedBuf::new(n as usize, 4096).unwrap();
                 buf.fill(0x55);
-                let (mut buf, fast) = road.transfer(Access::Read, at, buf).await;
+                let (mut buf, fast) = fast_path.transfer(Access::Read, at, buf).await;
                 fast_ones += u32::from(fast.is_some());
                 match fast {
                     Some(result) => result.unwrap(),
@@ -78,7 +78,7 @@ fn read_everything(options: String, wanted: Vec<u8>, seed: u64) {
             }
             assert!(fast_ones > 10, "{options}: {fast_ones} reads were fast");
             zeroes_are_zeroes(node, &wanted).await;
-            road.close();
+            fast_path.close();
         }
     });
 }

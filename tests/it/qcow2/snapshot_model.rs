@@ -6,7 +6,7 @@ use super::consistency;
 use super::model::{Ground, disorder, setup};
 use super::sim::{Image, check};
 use crate::disks::{open_holding, seed, simulated};
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use crate::model::{CLIENTS, LEN, Run, Value};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -103,11 +103,11 @@ fn snapshots_made_among_requests_show_one_moment_and_do_not_change() {
             let (disks, options) = setup(kind, ground, seed);
             let all = options.clone();
             let (run, kept) = simulated(disorder(ground, seed), |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 async move {
                     let image = Image::open(&all).await;
                     let run = Run::new(&image.node, Value::Write(0), false);
-                    let kept = beside(&run, &image.node, road, seed, false).await;
+                    let kept = beside(&run, &image.node, fast_path, seed, false).await;
                     image.close().await;
                     (run, kept)
                 }
@@ -118,7 +118,13 @@ fn snapshots_made_among_requests_show_one_moment_and_do_not_change() {
 }
 
 /// Clients, and snapshots beside them.
-async fn beside(run: &Run, node: &Arc<Node>, road: FastRoad, seed: u64, faulty: bool) -> Vec<Kept> {
+async fn beside(
+    run: &Run,
+    node: &Arc<Node>,
+    fast_path: FastPath,
+    seed: u64,
+    faulty: bool,
+) -> Vec<Kept> {
     let kept: Rc<RefCell<Option<Vec<Kept>>>> = Rc::default();
     let (result, snapshots) =
         (kept.clone(), change_snapshots(run.clone(), node.clone(), seed, faulty));
@@ -126,7 +132,7 @@ async fn beside(run: &Run, node: &Arc<Node>, road: FastRoad, seed: u64, faulty: 
         let kept = snapshots.await;
         *result.borrow_mut() = Some(kept);
     });
-    let clients = run.clone().clients(road, seed, 120).await;
+    let clients = run.clone().clients(fast_path, seed, 120).await;
     clients.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     loop {
         if let Some(kept) = kept.take() {
@@ -147,14 +153,14 @@ fn snapshots_of_failing_storage_are_whole_or_not_there() {
             let (disks, options) = setup(kind, ground, seed);
             let (all, faulty) = (options.clone(), disks[0].clone());
             let (run, kept) = simulated(disorder(ground, seed), |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 async move {
                     let image = Image::open(&all).await;
                     let errno = io::Errno::EIO;
                     let fail = Fault::new(Kinds::all(), Effect::Fail(errno)).with_probability(0.01);
                     faulty.inject(fail);
                     let run = Run::new(&image.node, Value::Anything, true);
-                    let kept = beside(&run, &image.node, road, seed, true).await;
+                    let kept = beside(&run, &image.node, fast_path, seed, true).await;
                     faulty.heal();
                     image.close().await;
                     (run, kept)
@@ -185,9 +191,9 @@ fn snapshots_made_under_two_workers_show_one_moment() {
             let (run, sender) = (run.clone(), sender.clone());
             let seed = seed.wrapping_add(n as u64 * CLIENTS);
             worker.send(move |local| {
-                let road = FastRoad::attach(local);
+                let fast_path = FastPath::attach(local);
                 local.io().spawn(async move {
-                    let _ = sender.send(run.clients(road, seed, 400).await);
+                    let _ = sender.send(run.clients(fast_path, seed, 400).await);
                 });
             });
         }

@@ -2,7 +2,7 @@
 
 use super::{Place, assert_same, assert_same_contents, fixture};
 use crate::disks::open_holding;
-use crate::fast_road::FastRoad;
+use crate::fast_path::FastPath;
 use vublk::block::{Access, Perm};
 use vublk::io::{AlignedBuf, IoVec, Worker, WorkerOptions};
 
@@ -338,10 +338,10 @@ fn what_the_fast_path_reads_is_what_the_slow_path_reads() {
     let worker = Worker::start("qed", WorkerOptions::default()).unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
     worker.send(move |local| {
-        let road = FastRoad::attach(local);
+        let fast_path = FastPath::attach(local);
         local.io().spawn(async move {
             let opened = open_holding(&options, Perm::CONSISTENT_READ).await.unwrap();
-            road.serve(&opened.node);
+            fast_path.serve(&opened.node);
             let mut fast = 0;
             for at in (0..3 << 20).step_by(16384) {
                 let mut slow = vec![0; 16384];
@@ -350,7 +350,7 @@ fn what_the_fast_path_reads_is_what_the_slow_path_reads() {
                 for (step, part) in slow.chunks(4096).enumerate() {
                     let buf = AlignedBuf::new(4096, 4096).unwrap();
                     let at = at + step as u64 * 4096;
-                    let (buf, result) = road.transfer(Access::Read, at, buf).await;
+                    let (buf, result) = fast_path.transfer(Access::Read, at, buf).await;
                     if let Some(result) = result {
                         result.unwrap();
                         fast += 1;
@@ -358,7 +358,7 @@ fn what_the_fast_path_reads_is_what_the_slow_path_reads() {
                     }
                 }
             }
-            road.close();
+            fast_path.close();
             let _ = sender.send(fast);
         });
     });

@@ -127,7 +127,7 @@ fn a_stalled_disk_holds_its_share_of_memory_and_others_go_on() {
     assert!((32..=64).contains(&(in_flight() - waiting())), "{} wait", waiting());
     assert!(export.memory.held() <= Limits::DISK.most);
 
-    // The other disk of the same worker works, on both roads.
+    // The other disk of the same worker works, on both paths.
     flood(&mut second, 0);
     wait_until("the other disk", || done(&mut second, 0) == ENTRIES);
     second.queue(1).flush().unwrap();

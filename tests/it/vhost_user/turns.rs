@@ -45,7 +45,7 @@ impl io::Source for Telling {
     fn disarm(&mut self) {
         self.queue.disarm();
     }
-    fn may_be_left(&self) -> bool {
+    fn is_detachable(&self) -> bool {
         true
     }
 }

@@ -115,7 +115,7 @@ impl Link {
     }
 
     /// For the controller. What is dead stays so.
-    pub fn tell(&self, state: State) {
+    pub fn notify(&self, state: State) {
         let mut now = self.state.load(Ordering::Acquire);
         while now != State::Dead as u8 {
             let order = (Ordering::AcqRel, Ordering::Acquire);

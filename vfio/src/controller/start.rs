@@ -199,11 +199,11 @@ impl Inner {
                 timeout.as_secs_f32()
             )));
         }
-        self.introduce()
+        self.identify_controller()
     }
 
-    /// What is asked of a controller that has just become ready.
-    fn introduce(&self) -> Result<(), Error> {
+    /// Identifies a controller that has just become ready, and asks it for queues.
+    fn identify_controller(&self) -> Result<(), Error> {
         let data =
             self.identify(0, cns::CONTROLLER, 0, true).map_err(|f| f.error("identifying it"))?;
         let identity = ControllerIdentity::parse(&data);
@@ -265,7 +265,7 @@ impl Inner {
             self.create_queues(&link, true).map_err(|failure| failure.error(&what()))?;
         }
         self.life.store(RUNNING, Ordering::Release);
-        self.links().iter().for_each(|link| link.tell(State::Restart));
+        self.links().iter().for_each(|link| link.notify(State::Restart));
         Ok(())
     }
 

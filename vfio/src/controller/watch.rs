@@ -119,7 +119,7 @@ impl Watch {
         if status == registers::GONE || !inner.is_there() {
             let since = *self.absent.get_or_insert_with(Instant::now);
             if since.elapsed() >= inner.options.absence {
-                inner.lose("the device is gone");
+                inner.declare_dead("the device is gone");
             }
             return;
         }
@@ -136,7 +136,7 @@ impl Watch {
         for (queue, command) in wants.aborts {
             inner.abort(queue, command);
         }
-        inner.hear();
+        inner.poll_events();
         if wants.health {
             inner.sample_health();
         }
@@ -149,7 +149,7 @@ impl Watch {
         }
         (self.row, self.last) = (self.row + 1, Some(now));
         if self.row > RESETS {
-            return inner.lose("it keeps failing, whatever is done");
+            return inner.declare_dead("it keeps failing, whatever is done");
         }
         log::warn!("{}: resetting the controller: {why}", inner.name);
         match inner.halt() {
@@ -175,7 +175,7 @@ impl Watch {
 
     fn reset_failed(&self, inner: &Inner, error: Error) {
         if self.row == RESETS {
-            return inner.lose(&error.to_string());
+            return inner.declare_dead(&error.to_string());
         }
         // Somebody else may have reset it in the middle of this, or be at it still.
         log::warn!("{}: {error}", inner.name);
@@ -188,7 +188,7 @@ impl Inner {
     fn halt(&self) -> Result<(), Error> {
         self.life.store(STARTING, Ordering::Release);
         self.resets.fetch_add(1, Ordering::Relaxed);
-        self.links().iter().for_each(|link| link.tell(State::Halt));
+        self.links().iter().for_each(|link| link.notify(State::Halt));
         self.disable()
     }
 
@@ -201,19 +201,18 @@ impl Inner {
         Ok(())
     }
 
-    /// The device is gone or of no more use: it is kept from reaching any memory first, and then
-    /// everybody is told.
-    fn lose(&self, why: &str) {
+    /// Marks the device as dead. Revokes its access to memory first, and then notifies all queue pairs and listeners.
+    fn declare_dead(&self, why: &str) {
         log::error!("{}: {why}: every request fails from now on", self.name);
         let _ = self.function.set_bus_master(false);
         if let Err(error) = self.space.cut() {
-            // Nothing keeps it from writing to memory that is somebody else's by then.
+            // The device could still write to memory that has another owner by then.
             log::error!("{}: taking its memory away: {error}", self.name);
             log::logger().flush();
             std::process::abort();
         }
         self.life.store(DEAD, Ordering::Release);
-        self.links().iter().for_each(|link| link.tell(State::Dead));
+        self.links().iter().for_each(|link| link.notify(State::Dead));
         self.tell_listeners();
     }
 
@@ -230,8 +229,8 @@ impl Inner {
         }
     }
 
-    /// Looks at the admin queue, and does what events ask for.
-    fn hear(&self) {
+    /// Polls the admin queue, and handles its events.
+    fn poll_events(&self) {
         for _ in 0..EVENTS {
             let events = {
                 let mut admin = lock(&self.admin);
@@ -241,13 +240,13 @@ impl Inner {
             if events.is_empty() {
                 return;
             }
-            events.into_iter().for_each(|event| self.heard(event));
+            events.into_iter().for_each(|event| self.handle_event(event));
             lock(&self.admin).ask_for_event(self);
         }
     }
 
-    /// One event. Reading its log page lets the controller tell of the next of the kind.
-    fn heard(&self, event: u32) {
+    /// Handles one event. The controller reports no other of its kind until its log page is read.
+    fn handle_event(&self, event: u32) {
         let (kind, information, page) = (event & 7, event >> 8 & 0xff, (event >> 16) as u8);
         let len = if page == log_page::CHANGED_NAMESPACES { 4096 } else { 512 };
         let read = self.log_page(page, len);

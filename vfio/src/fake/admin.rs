@@ -230,7 +230,7 @@ impl Device {
     }
 
     /// Tells of an event, now or when it is asked for.
-    pub fn tell(&mut self, event: u32) {
+    pub fn raise_event(&mut self, event: u32) {
         self.event_waiting = Some(event);
         self.send_event();
     }

@@ -453,7 +453,7 @@ impl Device {
             media.set_blocks(blocks);
         }
         // Notice, namespace attribute changed, log page 4.
-        self.tell(2 | 4 << 16);
+        self.raise_event(2 | 4 << 16);
     }
 }
 

@@ -34,7 +34,7 @@ impl Rogue {
         for _ in 0..self.below(3) {
             match self.below(8) {
                 0 => self.post_anything(device),
-                1 => device.tell(self.below(1 << 24) as u32),
+                1 => device.raise_event(self.below(1 << 24) as u32),
                 2 => drop(self.take(device)),
                 3 => {
                     if let Some(Held { queue, command }) = self.take(device) {

@@ -37,7 +37,7 @@ fn what_was_written_is_read_through_bounce_buffers_and_from_registered_memory() 
 
 /// How the data of a command gets to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Road {
+enum Route {
     /// It is reached where it is, by pages.
     Pages,
     /// By pages or, with this alignment, by a scatter gather list.
@@ -46,26 +46,26 @@ enum Road {
 }
 
 /// What a controller whose SGLS has `sgls` makes of data that is `best` reached so.
-fn road(best: Road, sgls: u32) -> Road {
+fn route(best: Route, sgls: u32) -> Route {
     match (best, sgls) {
-        (Road::List(_), 1) => best,
-        (Road::List(4), 2) => best,
-        (Road::List(_), _) => Road::Bounce,
+        (Route::List(_), 1) => best,
+        (Route::List(4), 2) => best,
+        (Route::List(_), _) => Route::Bounce,
         (best, _) => best,
     }
 }
 
 #[test]
 fn scattered_memory_of_any_alignment_is_read_and_written_whole() {
-    let cases: &[(&[(usize, usize)], Road)] = &[
-        (&[(0, 4096), (0x8000, 4096), (0x4000, 512)], Road::Pages),
-        (&[(0x0e00, 512), (0x3000, 4096), (0x9000, 1024)], Road::Pages),
-        (&[(0, 512), (0x200, 512), (0x400, 7168)], Road::Pages),
-        (&[(0, 512), (0x8000, 512)], Road::List(4)),
-        (&[(0x204, 1020), (0x8000, 4), (0x9000, 1024)], Road::List(4)),
-        (&[(1, 1023), (0x8000, 1), (0x9003, 4096 - 1024)], Road::List(1)),
-        (&[(0x10002, 512)], Road::List(1)),
-        (&[(0x10000, 100), (0, 0), (0x20000, 412)], Road::List(4)),
+    let cases: &[(&[(usize, usize)], Route)] = &[
+        (&[(0, 4096), (0x8000, 4096), (0x4000, 512)], Route::Pages),
+        (&[(0x0e00, 512), (0x3000, 4096), (0x9000, 1024)], Route::Pages),
+        (&[(0, 512), (0x200, 512), (0x400, 7168)], Route::Pages),
+        (&[(0, 512), (0x8000, 512)], Route::List(4)),
+        (&[(0x204, 1020), (0x8000, 4), (0x9000, 1024)], Route::List(4)),
+        (&[(1, 1023), (0x8000, 1), (0x9003, 4096 - 1024)], Route::List(1)),
+        (&[(0x10002, 512)], Route::List(1)),
+        (&[(0x10000, 100), (0, 0), (0x20000, 412)], Route::List(4)),
     ];
     for sgls in [0, 1, 2, 3] {
         let mut disk = Disk::new(Config { sgls, ..Config::default() });
@@ -75,12 +75,12 @@ fn scattered_memory_of_any_alignment_is_read_and_written_whole() {
         for (seed, (parts, best)) in (10..).zip(cases) {
             let before = disk.pair.counts();
             goes_and_comes_back(&mut disk, &guest, parts, seed);
-            let (counts, road) = (disk.pair.counts(), road(*best, sgls));
+            let (counts, route) = (disk.pair.counts(), route(*best, sgls));
             let told = (counts.bounced - before.bounced, counts.scattered - before.scattered);
-            let wanted = match road {
-                Road::Pages => (0, 0),
-                Road::List(_) => (0, 2),
-                Road::Bounce => (2, 0),
+            let wanted = match route {
+                Route::Pages => (0, 0),
+                Route::List(_) => (0, 2),
+                Route::Bounce => (2, 0),
             };
             assert_eq!(told, wanted, "SGLS {sgls}: {parts:x?}");
         }

@@ -39,9 +39,9 @@ impl<R: Ring> Queue<R> {
             recorder.ended(operation, status == Status::Ok, slot.taken_at, slot.len);
         }
         if std::mem::take(&mut slot.again) && status == Status::Ok {
-            self.on_hold.succeeded();
+            self.held.succeeded();
         }
-        self.held -= slot.segments.len();
+        self.segments_in_flight -= slot.segments.len();
         let room = slot.segments.capacity();
         if room > KEEP_ALWAYS && (room > KEEP_SEGMENTS || self.room > KEEP_IN_ALL) {
             slot.segments = Vec::new();

@@ -32,12 +32,12 @@ pub struct Stopped<I = u16> {
 impl<R: Ring> Queue<R> {
     /// Tries all held requests again now.
     pub fn retry_held(&mut self) {
-        self.on_hold.retry_now();
+        self.held.retry_now();
     }
 
     /// Fails all held requests to the guest.
     pub fn fail_held(&mut self) {
-        for head in self.on_hold.take_all() {
+        for head in self.held.take_all() {
             self.disk.failures.let_go(1);
             self.slots[head as usize].again = true;
             // For the place of the status byte, wherever it lies by now.
@@ -59,7 +59,7 @@ impl<R: Ring> Queue<R> {
 
     /// The next of the held requests that is due.
     pub(super) fn next_held(&mut self) -> Option<u16> {
-        let head = self.on_hold.next_due()?;
+        let head = self.held.next_due()?;
         self.disk.failures.let_go(1);
         self.slots[head as usize].again = true;
         Some(head)
@@ -90,7 +90,7 @@ impl<R: Ring> Queue<R> {
     fn hold(&mut self, io: &Io, head: u16) {
         let slot = &mut self.slots[head as usize];
         slot.status = None;
-        self.held -= slot.segments.len();
+        self.segments_in_flight -= slot.segments.len();
         slot.segments.clear();
         self.room -= slot.segments.capacity();
         slot.segments.shrink_to(KEEP_ALWAYS);
@@ -98,7 +98,7 @@ impl<R: Ring> Queue<R> {
         let again = std::mem::take(&mut slot.again);
         self.in_flight -= 1;
         self.disk.failures.hold(1);
-        let (at, first) = self.on_hold.hold(head, again, io.now());
+        let (at, first) = self.held.hold(head, again, io.now());
         io.tick_by(at);
         if let Some(delay) = first {
             let seconds = delay / 1_000_000_000;

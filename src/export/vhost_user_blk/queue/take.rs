@@ -166,7 +166,7 @@ impl<R: Ring> Queue<R> {
             slot.taken_at = recorder.taken_at(slot.again.then_some(slot.taken_at));
         }
         self.in_flight += 1;
-        self.held += slot.segments.len();
+        self.segments_in_flight += slot.segments.len();
         Ok(Chain {
             // At most 1024 descriptors, each in at most 509 regions.
             readable: readable as u32,

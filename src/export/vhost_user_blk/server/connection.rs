@@ -6,8 +6,8 @@ use super::super::session::Session;
 use super::Shared;
 use crate::block::Error;
 use crate::export::core::cut_off::CutOff;
-use crate::export::core::door::Door;
 use crate::export::core::hand_over::{Taking, Turns};
+use crate::export::core::listener::Listener;
 use crate::io::descriptors::{self, Reserve};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
@@ -27,15 +27,15 @@ const IN_PASSING: usize = 2;
 const OF_QUEUE: usize = 3;
 
 impl Shared {
-    /// The door closes with the last front end.
-    pub(super) fn serve(&self, mut door: Door, ended: impl FnOnce()) {
+    /// Serves front ends one after another until no more can come.
+    pub(super) fn serve(&self, mut listener: Listener, ended: impl FnOnce()) {
         while let Some((stream, reserve)) =
-            door.next(&self.disk.name, self.descriptors_to_reserve(), self.stop.as_raw_fd())
+            listener.next(&self.disk.name, self.descriptors_to_reserve(), self.stop.as_raw_fd())
         {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            self.serve_one(stream, reserve, door.listener());
+            self.serve_one(stream, reserve, listener.socket());
         }
         if !self.stopping.load(Ordering::SeqCst) {
             ended();
@@ -68,7 +68,7 @@ impl Shared {
         let mut channel = Channel::new(&self.disk.name, &self.notices, others);
         let notices = self.notices.clone();
         let mut turns = Turns::new(&self.disk, &self.workers[0], move || notices.wake());
-        let end = self.hear(&session, &mut handler, &mut channel, &mut reserve, &mut turns);
+        let end = self.poll_events(&session, &mut handler, &mut channel, &mut reserve, &mut turns);
         turns.finish();
         lock(&session).stop_all();
         *self.front_end.lock() = None;
@@ -102,11 +102,11 @@ impl Shared {
         Ok(handler)
     }
 
-    /// Does what the front end says until it goes, or until the export ends.
+    /// Handles messages of the front end until it disconnects or the export ends.
     ///
     /// # Errors
-    /// It has said something wrong, or what it wants cannot be done.
-    fn hear(
+    /// A message is invalid, or its request cannot be carried out.
+    fn poll_events(
         &self,
         session: &Mutex<Session>,
         handler: &mut Handler,

@@ -6,7 +6,7 @@ use super::super::inflight;
 use super::super::memory::{MAX_REGIONS, Region};
 use super::super::ring::{Addresses, MAX_SIZE};
 use super::rings::Kick;
-use super::{Session, for_words, refuse};
+use super::{Session, refuse, set_nonblocking};
 use crate::export::core::kept::Kept;
 use std::fs::File;
 use std::io::Write;
@@ -191,10 +191,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let call = file.map(for_words).transpose()?;
+        let call = file.map(set_nonblocking).transpose()?;
         self.ring(index as u32)?.call = call.clone();
         let theirs = call.clone();
-        self.tell(index as u32, move |queue| queue.set_call(theirs));
+        self.notify(index as u32, move |queue| queue.set_call(theirs));
         // What was completed before had nobody to tell, or told a descriptor that nobody reads any
         // more. One word too many does no harm.
         if let Some(call) = call {
@@ -204,9 +204,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let err = file.map(for_words).transpose()?;
+        let err = file.map(set_nonblocking).transpose()?;
         self.ring(index as u32)?.err = err.clone();
-        self.tell(index as u32, move |queue| queue.set_err(err));
+        self.notify(index as u32, move |queue| queue.set_err(err));
         Ok(())
     }
 

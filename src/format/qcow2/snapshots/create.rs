@@ -72,7 +72,7 @@ impl Qcow2 {
         // Allocations, zeroes and discards.
         let all = self.mapping.tables().ranges.lock(0..u64::MAX).await;
         let frozen = Frozen { image: self, _all: all };
-        // What is written over, on the fast road and on the slow one.
+        // What is written over, on the fast path and on the slow path.
         without_fast_writes(self, || self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
         self.mapping.tables().visits.older().await;
         frozen
@@ -113,7 +113,7 @@ impl Qcow2 {
     /// # Errors
     /// How many references were raised, and what was not possible.
     async fn share(&self, l1: &[L1Entry], copy: Run) -> Result<(), (u64, Errno)> {
-        self.unsettle().await.map_err(|errno| (0, errno))?;
+        self.mark_dirty().await.map_err(|errno| (0, errno))?;
         self.change_references(l1, Change::Raise, u64::MAX).await?;
         let all = |errno| (u64::MAX, errno);
         self.space.write(self.metadata()).await.map_err(all)?;

@@ -1,7 +1,7 @@
 //! Deleting a snapshot, of a disk in use: its references are taken back, and what has one reference
 //! left is the disk's own again.
 
-use super::{references, unsettled};
+use super::{references, set_dirty_bit};
 use crate::block::{Error, SnapshotInfo, SnapshotKey};
 use crate::cow::{Run, settle_journal};
 use crate::format::qcow2::Qcow2;
@@ -28,7 +28,7 @@ impl Qcow2 {
         let snapshot = list.remove(index);
         self.begin_counting();
         let old = match settle_journal(self).await {
-            Ok(()) => self.name_snapshots(&table, list, unsettled).await,
+            Ok(()) => self.name_snapshots(&table, list, set_dirty_bit).await,
             Err(errno) => Err((false, errno)),
         };
         let old = old.map_err(|(is_named, errno)| {

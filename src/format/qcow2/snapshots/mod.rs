@@ -164,11 +164,11 @@ impl Qcow2 {
 
     // ---- The dirty bit
 
-    /// Before references are counted again: says that the refcounts may be wrong, durably.
-    async fn unsettle(&self) -> IoResult {
+    /// Marks the refcounts as possibly wrong, durably, before references are counted again.
+    async fn mark_dirty(&self) -> IoResult {
         self.begin_counting();
         settle_journal(self).await?;
-        self.metadata().change_header(unsettled).await
+        self.metadata().change_header(set_dirty_bit).await
     }
 
     /// Makes the refcounts durable, and says that they are right again.
@@ -181,7 +181,7 @@ impl Qcow2 {
 
     /// Takes one reference of each cluster back; no entry on disk has it any more.
     pub(super) async fn drop_references(&self, runs: &[Run]) -> IoResult {
-        self.unsettle().await?;
+        self.mark_dirty().await?;
         self.space.release(self.metadata(), runs).await?;
         self.end_lowering().await
     }
@@ -224,8 +224,8 @@ impl Qcow2 {
     }
 }
 
-/// Version 2 cannot say it.
-fn unsettled(header: &mut Header) {
+/// Sets the dirty bit in the header. Version 2 has none.
+fn set_dirty_bit(header: &mut Header) {
     if header.version >= 3 {
         header.incompatible |= Incompatible::DIRTY;
     }

@@ -1,6 +1,6 @@
 //! Turning the disk back to a snapshot, for good or for a look.
 
-use super::{Snapshot, references, unsettled};
+use super::{Snapshot, references, set_dirty_bit};
 use crate::block::{BitmapStore, Error, SECTOR, SnapshotKey, WriteFlags};
 use crate::cow::Run;
 use crate::format::qcow2::Qcow2;
@@ -62,7 +62,7 @@ impl Qcow2 {
     /// Raises the snapshot's references and makes `l1` the disk's table; the clusters of the old one.
     /// Undone if it fails, unless the header may already name the new one.
     async fn share_and_turn(&self, theirs: &[L1Entry], l1: &[L1Entry], size: u64) -> IoResult<Run> {
-        self.unsettle().await?;
+        self.mark_dirty().await?;
         let (place, _claim) = match self.take_l1(l1.len()).await {
             Ok(taken) => taken,
             Err(errno) => {
@@ -114,7 +114,7 @@ impl Qcow2 {
         new.l1_table_offset = place.first << bits;
         new.l1_size = l1.len() as u32;
         new.size = size;
-        unsettled(&mut new);
+        set_dirty_bit(&mut new);
         let old = Run {
             first: header.l1_table_offset >> bits,
             count: self.geometry.clusters(u64::from(header.l1_size) * 8),

@@ -1,4 +1,4 @@
-//! Where front ends come from: they connect to a socket of ours, or we to one of theirs.
+//! Accepts front ends on a listening socket, or connects to theirs.
 
 use super::address::Address;
 use super::socket::{self, SocketFile};
@@ -13,63 +13,63 @@ use std::time::Duration;
 /// The first wait for a front end that does not listen, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// How often it is looked whether there are descriptors again.
+/// The interval between checks for free descriptors.
 const SHORT_RETRY: Duration = Duration::from_millis(100);
 
-/// A place where one front end after the other is met.
-pub struct Door {
-    /// Goes before the listener does.
+/// A source of front ends, which come one after another.
+pub struct Listener {
+    /// Removed before the listening socket closes.
     _own_file: Option<SocketFile>,
-    way: Way,
+    kind: Kind,
 }
 
-enum Way {
+enum Kind {
     Listen(UnixListener),
     Once(Option<UnixStream>),
     Connect(PathBuf),
 }
 
-impl Door {
-    /// Makes the sockets that are to be made. Nobody is met yet.
-    pub fn new(address: Address) -> Result<Door, Error> {
+impl Listener {
+    /// Creates the listening socket where there is one. Accepts no front end yet.
+    pub fn new(address: Address) -> Result<Listener, Error> {
         let mut own_file = None;
-        let way = match address {
+        let kind = match address {
             Address::Path { path, mode, owner } => {
                 let (listener, file) = socket::listen(&path, mode, owner)?;
                 own_file = Some(file);
-                Way::Listen(listener)
+                Kind::Listen(listener)
             }
-            Address::Listening(fd) => Way::Listen(UnixListener::from(fd)),
-            Address::Connected(fd) => Way::Once(Some(UnixStream::from(fd))),
+            Address::Listening(fd) => Kind::Listen(UnixListener::from(fd)),
+            Address::Connected(fd) => Kind::Once(Some(UnixStream::from(fd))),
             Address::Connect(path) => {
                 socket::check_path(&path)?;
-                Way::Connect(path)
+                Kind::Connect(path)
             }
         };
-        Ok(Door { _own_file: own_file, way })
+        Ok(Listener { _own_file: own_file, kind })
     }
 
-    /// The next front end, waited for until `stop` is readable, and the `count` descriptors that are set aside
-    /// for it. None then, and when no more come.
+    /// Waits for the next front end, and reserves `count` descriptors for it. Returns None once `stop` is readable, or
+    /// when no more front ends can come.
     pub fn next(&mut self, name: &str, count: usize, stop: RawFd) -> Option<(UnixStream, Reserve)> {
-        match &mut self.way {
-            Way::Once(stream) => Some((stream.take()?, Reserve::take(count).unwrap_or_default())),
-            Way::Listen(listener) => accept(listener, name, count, stop),
-            Way::Connect(path) => connect(path, name, count, stop),
+        match &mut self.kind {
+            Kind::Once(stream) => Some((stream.take()?, Reserve::take(count).unwrap_or_default())),
+            Kind::Listen(listener) => accept(listener, name, count, stop),
+            Kind::Connect(path) => connect(path, name, count, stop),
         }
     }
 
-    /// The socket of ours that front ends come to.
-    pub fn listener(&self) -> Option<RawFd> {
-        match &self.way {
-            Way::Listen(listener) => Some(listener.as_raw_fd()),
+    /// The listening socket, if there is one.
+    pub fn socket(&self) -> Option<RawFd> {
+        match &self.kind {
+            Kind::Listen(listener) => Some(listener.as_raw_fd()),
             _ => None,
         }
     }
 }
 
-/// Sets descriptors aside for a front end, which is kept waiting until so many are left: one that is let in
-/// and then cut off in the middle loses its disk. None once `stop` is readable.
+/// Reserves descriptors for a front end, and makes it wait until enough are free: a front end that runs out of them
+/// later loses its disk. Returns None once `stop` is readable.
 fn set_aside(count: usize, name: &str, stop: RawFd) -> Option<Reserve> {
     let mut told = false;
     loop {
@@ -111,7 +111,7 @@ fn accept(
                 if told.replace(error.kind()) != Some(error.kind()) {
                     log::error!(export = name; "accept: {}", descriptors::explain(&error));
                 }
-                // The listener stays readable, and its front end is not to be waited for in a loop.
+                // The socket stays readable: pause, or this loop spins.
                 if wait_readable(&[stop], Some(SHORT_RETRY)).is_some() {
                     return None;
                 }
@@ -124,7 +124,7 @@ fn connect(path: &Path, name: &str, count: usize, stop: RawFd) -> Option<(UnixSt
     let (mut wait, longest) = RETRY;
     let mut told = None;
     loop {
-        // A front end that hangs up at once is met again at the same pace as one that is not there.
+        // The pause also limits how often a front end that hangs up at once is tried.
         if wait_readable(&[stop], Some(wait)).is_some() {
             return None;
         }

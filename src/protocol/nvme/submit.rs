@@ -2,8 +2,8 @@
 //! fewer than there are workers, over that of another.
 
 use super::entry::from_driver;
-use super::lane::{Host, Lane, Remote, result};
 use super::shared::Shared;
+use super::worker_queue::{Host, Remote, WorkerQueue, result};
 use crate::io::sync::{Mutex, Waiters};
 use crate::io::{self, Errno, Held, Io, IoResult, IoVec};
 use std::future::poll_fn;
@@ -15,24 +15,24 @@ use vublk_vfio::{Request, Segments};
 
 const PAUSE: Duration = Duration::from_micros(50);
 
-enum Way {
-    Here(Rc<Lane>),
+enum Route {
+    Here(Rc<WorkerQueue>),
     There(Host),
 }
 
 /// How this worker's requests reach the controller. Made with the first.
-async fn find(shared: &Arc<Shared>) -> IoResult<Way> {
-    match shared.lanes().get_or_make(async |io| make(io, shared).await).await {
-        Ok(lane) => Ok(Way::Here(lane)),
-        Err(errno @ Errno(libc::EBUSY)) => shared.host().map(Way::There).ok_or(errno),
+async fn find(shared: &Arc<Shared>) -> IoResult<Route> {
+    match shared.worker_queues().get_or_make(async |io| make(io, shared).await).await {
+        Ok(worker_queue) => Ok(Route::Here(worker_queue)),
+        Err(errno @ Errno(libc::EBUSY)) => shared.host().map(Route::There).ok_or(errno),
         Err(errno) => Err(errno),
     }
 }
 
-async fn make(io: &Rc<Io>, shared: &Arc<Shared>) -> IoResult<Rc<Lane>> {
+async fn make(io: &Rc<Io>, shared: &Arc<Shared>) -> IoResult<Rc<WorkerQueue>> {
     let controller = shared.controller().map_err(|_| Errno(libc::ENODEV))?;
     match io::offload(move || controller.queue_pair()).await {
-        Ok(pair) => Ok(Lane::attach(io, shared, pair)),
+        Ok(pair) => Ok(WorkerQueue::attach(io, shared, pair)),
         Err(error) if error.errno() == libc::EBUSY => Err(Errno(libc::EBUSY)),
         Err(error) => {
             let error = from_driver(error);
@@ -77,30 +77,30 @@ async fn run(
 /// Runs a request that names no memory.
 pub async fn run_without_data(shared: &Arc<Shared>, make: impl FnOnce(u64) -> Request) -> IoResult {
     let status = match find(shared).await? {
-        Way::Here(lane) => here(lane, make).await,
-        Way::There(host) => there(&host, make).await?,
+        Route::Here(worker_queue) => here(worker_queue, make).await,
+        Route::There(host) => there(&host, make).await?,
     };
     result(status)
 }
 
-async fn here(lane: Rc<Lane>, make: impl FnOnce(u64) -> Request) -> Status {
+async fn here(worker_queue: Rc<WorkerQueue>, make: impl FnOnce(u64) -> Request) -> Status {
     /// A request that is waited for to its end even if nobody wants to know.
     struct Running {
         io: Rc<Io>,
-        lane: Rc<Lane>,
+        worker_queue: Rc<WorkerQueue>,
         slot: Option<u32>,
     }
     impl Drop for Running {
         fn drop(&mut self) {
             if let Some(slot) = self.slot {
-                self.lane.drain_task(&self.io, slot);
+                self.worker_queue.drain_task(&self.io, slot);
             }
         }
     }
     let io = io::current();
-    let slot = lane.submit_task(&io, make);
-    let mut running = Running { io, lane, slot: Some(slot) };
-    let status = poll_fn(|cx| running.lane.poll_task(slot, cx)).await;
+    let slot = worker_queue.submit_task(&io, make);
+    let mut running = Running { io, worker_queue, slot: Some(slot) };
+    let status = poll_fn(|cx| running.worker_queue.poll_task(slot, cx)).await;
     running.slot = None;
     status
 }

@@ -14,7 +14,7 @@ use vublk::io::{
 
 /// Starts transfers on the fast path of one node. Clones are the same queue.
 #[derive(Clone)]
-pub struct FastRoad(Rc<RefCell<Inbox>>);
+pub struct FastPath(Rc<RefCell<Inbox>>);
 
 #[derive(Default)]
 struct Inbox {
@@ -33,27 +33,27 @@ struct Request {
 
 #[derive(Default)]
 struct End {
-    /// The buffer back, and the result; no result if the road was not open.
+    /// The buffer back, and the result; no result if the path was not open.
     done: Option<(AlignedBuf, Option<IoResult>)>,
     waker: Option<Waker>,
 }
 
-impl FastRoad {
+impl FastPath {
     /// A queue on this worker.
-    pub fn attach(local: &mut Local) -> FastRoad {
+    pub fn attach(local: &mut Local) -> FastPath {
         let inbox = Rc::new(RefCell::new(Inbox::default()));
-        let source = Road { inbox: inbox.clone(), announcer: None, slots: Vec::new() };
+        let source = PathSource { inbox: inbox.clone(), announcer: None, slots: Vec::new() };
         let me = local.attach(Box::new(source), None);
         inbox.borrow_mut().me = Some(me);
-        FastRoad(inbox)
+        FastPath(inbox)
     }
 
-    /// Says whose road it is. Once.
+    /// Sets the node whose fast path this is. Called once.
     pub fn serve(&self, node: &Arc<Node>) {
         self.0.borrow_mut().node = Some(node.clone());
     }
 
-    /// Transfers the whole buffer, unless the road is slow somewhere.
+    /// Transfers the whole buffer, unless a layer takes the slow path.
     pub async fn transfer(
         &self,
         access: Access,
@@ -83,7 +83,7 @@ impl FastRoad {
     }
 }
 
-struct Road {
+struct PathSource {
     inbox: Rc<RefCell<Inbox>>,
     announcer: Option<(Arc<Node>, Announcer)>,
     slots: Vec<Option<Slot>>,
@@ -106,7 +106,7 @@ fn finish(request: Request, result: Option<IoResult>) {
     }
 }
 
-impl Road {
+impl PathSource {
     fn begin(&mut self, io: &Io, me: SourceId, mut request: Request) {
         let Some((node, announcer)) = &self.announcer else {
             return finish(request, None);
@@ -162,7 +162,7 @@ impl Road {
     }
 }
 
-impl Source for Road {
+impl Source for PathSource {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let (new, closed) = {
             let mut inbox = self.inbox.borrow_mut();

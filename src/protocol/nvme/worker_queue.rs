@@ -51,7 +51,7 @@ pub struct Host {
     pub waker: PairWaker,
 }
 
-pub struct Lane {
+pub struct WorkerQueue {
     shared: Arc<Shared>,
     queue: u16,
     /// None once it has ended.
@@ -117,13 +117,13 @@ pub fn result(status: Status) -> IoResult {
     }
 }
 
-impl Lane {
+impl WorkerQueue {
     /// Gives the worker a queue pair.
-    pub fn attach(io: &Io, shared: &Arc<Shared>, pair: QueuePair) -> Rc<Lane> {
+    pub fn attach(io: &Io, shared: &Arc<Shared>, pair: QueuePair) -> Rc<WorkerQueue> {
         let (sender, remotes) = mpsc::channel();
         let host = Host { queue: pair.id(), requests: sender, waker: pair.waker() };
         let event = pair.event();
-        let lane = Rc::new(Lane {
+        let worker_queue = Rc::new(WorkerQueue {
             shared: shared.clone(),
             queue: pair.id(),
             pair: RefCell::new(Some(pair)),
@@ -134,9 +134,9 @@ impl Lane {
             due: Cell::new(None),
             end: RefCell::default(),
         });
-        io.attach_device(Box::new(LaneSource(lane.clone())), Some(event));
+        io.attach_device(Box::new(WorkerQueueSource(worker_queue.clone())), Some(event));
         shared.add_host(host);
-        lane
+        worker_queue
     }
 
     /// Starts a request. The controller hears of it at the end of the turn.
@@ -249,14 +249,14 @@ impl Lane {
     }
 }
 
-struct LaneSource(Rc<Lane>);
+struct WorkerQueueSource(Rc<WorkerQueue>);
 
-impl LaneSource {
+impl WorkerQueueSource {
     fn in_flight(&self) -> usize {
         self.0.pair.borrow().as_ref().map_or(0, QueuePair::in_flight)
     }
 
-    /// Whether the lane is to end, and nothing keeps it.
+    /// Whether the worker_queue is to end, and nothing keeps it.
     fn has_ended(&self) -> bool {
         if self.in_flight() > 0 {
             return false;
@@ -269,15 +269,15 @@ impl LaneSource {
     }
 }
 
-impl Source for LaneSource {
+impl Source for WorkerQueueSource {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
-        let lane = &self.0;
-        lane.me.set(Some(me));
+        let worker_queue = &self.0;
+        worker_queue.me.set(Some(me));
         let mut told = 0;
-        if let Some(pair) = &mut *lane.pair.borrow_mut() {
-            told = pair.reap(|done| lane.end(io, done));
+        if let Some(pair) = &mut *worker_queue.pair.borrow_mut() {
+            told = pair.reap(|done| worker_queue.end(io, done));
         }
-        let any = lane.take_remotes(io);
+        let any = worker_queue.take_remotes(io);
         if self.has_ended() {
             return Polled::Ended;
         }
@@ -310,31 +310,31 @@ impl Source for LaneSource {
     }
 
     fn tick(&mut self, io: &Rc<Io>, now: u64) -> bool {
-        let lane = &self.0;
-        let Some(due) = lane.due.get() else { return false };
+        let worker_queue = &self.0;
+        let Some(due) = worker_queue.due.get() else { return false };
         if now < due {
             io.tick_by(due);
             return false;
         }
-        lane.due.set(None);
-        if let Some(pair) = &mut *lane.pair.borrow_mut()
+        worker_queue.due.set(None);
+        if let Some(pair) = &mut *worker_queue.pair.borrow_mut()
             && pair.in_flight() > 0
         {
-            pair.tick(|done| lane.end(io, done));
-            lane.ask_for_tick(io, pair, now);
+            pair.tick(|done| worker_queue.end(io, done));
+            worker_queue.ask_for_tick(io, pair, now);
             return true;
         }
         false
     }
 
-    fn may_be_left(&self) -> bool {
+    fn is_detachable(&self) -> bool {
         self.in_flight() == 0
     }
 }
 
-impl WorkerState for Lane {
+impl WorkerState for WorkerQueue {
     /// Waits for what is in flight, and gives the queue pair back: elsewhere, because that blocks.
-    fn leave(self: Rc<Lane>) -> LocalFuture<'static, ()> {
+    fn leave(self: Rc<WorkerQueue>) -> LocalFuture<'static, ()> {
         self.shared.remove_host(self.queue);
         *self.end.borrow_mut() = End::Asked(None);
         self.wake(&io::current());
