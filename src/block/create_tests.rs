@@ -1,4 +1,4 @@
-//! Tests of creation: options, and what is left after an error.
+//! Tests of creation: options, and the files that remain after an error.
 
 use super::*;
 use crate::io::{Worker, WorkerOptions};

@@ -1,4 +1,4 @@
-//! How deep a graph and how long a backing chain may be.
+//! Limits on the depth of a graph and the length of a backing chain.
 
 use super::{Error, Role};
 

@@ -1,4 +1,4 @@
-//! What a drive that a driver works on itself tells of its health, to those who watch.
+//! Health reports of a drive that a driver controls itself, for monitoring.
 
 use std::sync::Arc;
 

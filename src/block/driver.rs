@@ -1,4 +1,4 @@
-//! The contract between the block layer and what implements it: formats, filters and protocols.
+//! The contract between the block layer and its drivers: formats, filters and protocols.
 //!
 //! Callers hold a [`Node`](super::Node), which checks every request once; a [`Driver`] can rely on
 //! what is promised here, and its first line is its real work.

@@ -1,4 +1,4 @@
-//! The named graph: which nodes there are, who uses them, and how that changes.
+//! The named graph: its nodes, their users, and changes to both.
 //!
 //! The rule held here: a change happens whole or not at all. Changes of the same nodes are made one at a
 //! time (`claims`); the list of nodes has a mutex, which is never held across an await. The data path asks

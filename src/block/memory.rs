@@ -1,4 +1,4 @@
-//! Guest memory for drivers whose devices reach it themselves.
+//! Guest memory for drivers whose devices access it directly.
 //!
 //! Whoever maps a guest's memory admits it to the nodes that the guest's requests go to
 //! ([`Node::admit`]). It is an offer: a driver serves requests on memory that was not admitted, or not

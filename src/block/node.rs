@@ -1,4 +1,4 @@
-//! A node of the block graph: what callers hold.
+//! A node of the block graph, as its users hold it.
 //!
 //! A node does once what no driver should do again: range, permission, overlap, the ladder of ways to write
 //! zeroes (`requests`), alignment with bounce buffers and splitting to limits (`pieces`). Its driver is

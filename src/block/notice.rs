@@ -1,4 +1,4 @@
-//! Notices: what befalls a node and concerns whoever watches the graph, not the request that met it.
+//! Notices: events of a node that concern observers of the graph rather than one request.
 //!
 //! The rule held here: nobody has to listen. What is not taken does not pile up.
 

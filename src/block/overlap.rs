@@ -1,4 +1,4 @@
-//! Which writes of a node overlap, and who waits for whom.
+//! Detection of overlapping writes to a node, and the order in which they wait.
 //!
 //! Most writes may run side by side. A *serialising* one (a read-modify-write, whose read and write
 //! must not have another write between them) waits for every older overlapping write, and younger

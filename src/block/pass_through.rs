@@ -1,4 +1,4 @@
-//! Drivers that pass requests on to one child: what a filter does not change is written here, once.
+//! Drivers that pass requests on to one child: the defaults for all that a filter leaves unchanged.
 //!
 //! A filter implements [`PassThrough`] with what it changes, and is a [`Driver`] by that. On the fast path nothing is
 //! added: every method is known when the filter is compiled.

@@ -1,4 +1,4 @@
-//! Permissions: what each user of a node does with it, and what it lets others do.
+//! Permissions: the access that each user of a node takes, and the access that it shares.
 //!
 //! The four permissions and their numbers are QEMU's, because they become lock bytes on image files
 //! that QEMU locks too.

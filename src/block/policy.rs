@@ -1,7 +1,7 @@
-//! What may be opened: which drivers at all, and what of that which an image names itself.
+//! The policy for opening: permitted drivers, and permitted references from images.
 //!
-//! Whoever made an image is not the one who opens it. So what an image says of other files is
-//! followed only as far as the policy of its graph allows.
+//! An image may come from an untrusted author. References from it to other files are followed only as far as the
+//! policy of its graph allows.
 
 use super::Error;
 

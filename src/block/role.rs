@@ -1,4 +1,4 @@
-//! What a child is to its parent, and what follows from that.
+//! The roles of children, and their consequences.
 
 use super::Perms;
 use super::registry::Kind;

@@ -1,4 +1,4 @@
-//! How a driver tells the graph to look at its node, from any thread.
+//! Signals, with which a driver asks the graph from any thread to look at its node.
 
 use super::Error;
 use std::os::fd::{AsRawFd, RawFd};

@@ -1,4 +1,4 @@
-//! How disks leave the process: one folder for each transport, and the core that they share.
+//! Exports: one folder for each transport, and the core that they share.
 //!
 //! A new transport is a folder, its `mod` line, and its entry in [`LIST`].
 

@@ -1,4 +1,4 @@
-//! What `--export` and `block-export-add` say, read into a disk to serve.
+//! Options of `--export` and `block-export-add`, parsed into a disk to serve.
 
 use super::{NewExport, Service};
 use crate::block::Error;

@@ -1,4 +1,4 @@
-//! How the next process knows that the I/O of a killed one has ended.
+//! Fences, which tell the next process that the I/O of a killed one has ended.
 
 use std::fs::File;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What requests ask for besides their range, and what is known of a range.
+//! Flags of requests, and the status of ranges.
 
 bitflags::bitflags! {
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

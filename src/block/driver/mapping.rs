@@ -1,4 +1,4 @@
-//! The fast path: where bytes live, and how a transfer there begins.
+//! The fast path: mappings of guest offsets to leaves, and the start of transfers there.
 
 use crate::block::Node;
 use crate::io::{Durable, Io, Op, Segments, Started, Token};

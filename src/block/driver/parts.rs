@@ -1,4 +1,4 @@
-//! What some drivers do besides requests: hand-over, memory that outlives the process, locks.
+//! Optional parts of drivers: hand-over, memory that outlives the process, locks.
 
 use crate::block::{Error, Perms};
 use crate::io::IoResult;

@@ -1,4 +1,4 @@
-//! What a driver can do, and what its requests must look like.
+//! The abilities of a driver, and its limits on requests.
 
 /// What a driver can do and what its requests must look like. Constant but for changes of what it stands on, which are
 /// made while nothing is in flight ([`crate::block::current_traits`]).

@@ -1,4 +1,4 @@
-//! Active and inactive nodes: whose an image is while a guest moves from one host to another.
+//! Active and inactive nodes: the ownership of an image while its guest migrates between hosts.
 //!
 //! An inactive node stands for an image that another process owns. It is open and has its users and
 //! permissions, but no locks on its storage, nothing can be written to it, and what is known of the

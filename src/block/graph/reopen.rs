@@ -1,4 +1,4 @@
-//! Nodes that are opened again with other options, under those who use them.
+//! Reopening nodes with other options while they are in use.
 //!
 //! The rules held here:
 //!

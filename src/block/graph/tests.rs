@@ -1,4 +1,4 @@
-//! The graph over drivers that do nothing but tell what was asked of them.
+//! Tests of the graph over drivers that only record their calls.
 
 mod activity_tests;
 mod change_tests;

@@ -1,4 +1,4 @@
-//! The slow path of a node: what its users may ask for, whatever its driver can do of that.
+//! The slow path of a node: every request, with fallbacks for drivers that lack one.
 //!
 //! Range, permission, overlap and the ladder of ways to write zeroes are seen to here.
 

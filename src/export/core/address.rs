@@ -1,4 +1,4 @@
-//! How an export meets its front ends: by a socket that it makes, or is given, or connects to.
+//! Addresses of exports: a socket to create, an inherited one, or one to connect to.
 
 use crate::block::Error;
 use crate::options;

@@ -1,4 +1,4 @@
-//! Cutting a front end off from where its requests are served: on a worker, which must not wait.
+//! Disconnecting a front end from a worker, which must not block.
 //!
 //! The connection's own thread finds it closed, and ends the session as if the front end had gone.
 

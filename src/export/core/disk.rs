@@ -1,4 +1,4 @@
-//! A disk that is exported: its node, what its requests rely on, and how they are carried out on the slow path.
+//! An exported disk: its node, the guarantees that requests need, and the slow path of requests.
 //!
 //! The rule held here: after a failed fsync no flush succeeds until an operator accepts the loss. A transport
 //! sends every flush through [`Disk::run`].

@@ -1,4 +1,4 @@
-//! What an export is to those who make, list and end it, whatever its transport.
+//! The interface of an export, the same for every transport.
 
 use super::disk::{Counters, Disk, DiskOptions};
 use super::failure::{Failure, IoErrors};

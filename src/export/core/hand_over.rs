@@ -1,4 +1,4 @@
-//! Which daemon has the disk while its guest moves to another host, and when that changes.
+//! Hand-over: the daemon that owns the disk while its guest migrates, and the moments when that changes.
 //!
 //! Two daemons have the image open: the one that the guest leaves, and the one that it comes to,
 //! whose image is opened inactive (`--incoming`, `active=off`). The rules, all of them:

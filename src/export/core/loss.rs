@@ -1,4 +1,4 @@
-//! What a failed fsync leaves behind, and the operator's answer to it.
+//! The state after a failed fsync, and the operator's commands to clear it.
 //!
 //! After a failed fsync the kernel forgets the data that did not reach the disk, and the next fsync succeeds.
 //! A daemon that starts again would therefore report durable what is lost. The rule, in one place:

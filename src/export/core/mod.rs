@@ -1,4 +1,4 @@
-//! What every export stands on, whatever its transport. Nothing in here names one.
+//! The base of every export. Nothing in here names a transport.
 //!
 //! * [`export`]: an export to those who make, list and end it.
 //! * [`disk`]: what its requests rely on, and their slow path.

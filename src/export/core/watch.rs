@@ -1,4 +1,4 @@
-//! Requests that the kernel does not finish: their deadline, and what is left of them.
+//! Requests that the kernel does not finish: their deadline, and the reaction to it.
 //!
 //! After the deadline one line tells what hangs, and the connection is closed. The queue stays on its
 //! worker, and the memory mapped, until the I/O has ended: then only do the rings of the front end that

@@ -1,6 +1,6 @@
-//! What the guest has made of its write cache, and who is believed of it.
+//! The write cache mode, as the front end and the guest set it.
 //!
-//! A guest says it once, when its driver starts; front ends do not repeat it. So the choice outlives
+//! A guest sets it once, when its driver starts; front ends do not repeat it. So the choice outlives
 //! the connection, and, in the memory that a front end keeps, the daemon.
 
 use super::kept::Kept;

@@ -1,4 +1,4 @@
-//! When to tell the guest of results in the middle of a turn: where that costs less.
+//! The choice between notifying the guest in the middle of a turn and at its end, by cost.
 //!
 //! A guest that has just kicked goes to sleep next. Told of its first results at once, while we work
 //! on the others, one with a processor of its own is caught before it sleeps and need not be woken,

@@ -1,4 +1,4 @@
-//! A disk as a virtio block device: what guests are told of it besides its data.
+//! A disk as a virtio block device: its features and configuration.
 
 use super::config;
 use super::queues::Queues;

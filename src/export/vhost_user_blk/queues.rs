@@ -1,4 +1,4 @@
-//! The queues of a disk, on their workers, and what all of them are told: above all to pause.
+//! The queues of a disk on their workers, and broadcasts to all of them, such as a pause.
 //!
 //! A queue belongs to them from its start until nothing of it is in flight, also while it stops and when nobody
 //! waits for its end any more. So the pause of a disk covers all that the disk has in flight, whatever its front

@@ -1,4 +1,4 @@
-//! Block requests (virtio 1.2, section 5.2.6): what the guest asks for, checked, and what it is told of the end.
+//! Block requests (virtio 1.2, section 5.2.6): parsing, validation and status.
 
 use super::config::MAX_DISCARD_SECTORS;
 use crate::block::{SECTOR, WriteFlags, ZeroFlags};

@@ -47,7 +47,7 @@ pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<C
 pub async fn set_refcount_width(file: &Node, order: u32) -> Result<(), Error> {
     let mut header = read_header(file).await?;
     header.refcount_order = order;
-    let mut say = |line: &str| log::debug!("counting references anew: {line}");
+    let mut say = |line: &str| log::debug!("counting references again: {line}");
     let mut check = Check::new(file, header, Fix::All, &mut say);
     let geometry = check.geometry;
     let mut references = check.count_references().await?;

@@ -1,4 +1,4 @@
-//! How deep a graph may be, wherever it grows.
+//! Tests of the depth limit, for each change that makes a graph deeper.
 
 use super::*;
 use crate::block::depth::DEPTH_LIMIT;

@@ -1,4 +1,4 @@
-//! Permissions: conflicts, the locks that follow them, and what is taken back.
+//! Tests of permissions: conflicts, the locks that follow them, and rollback.
 
 use super::*;
 

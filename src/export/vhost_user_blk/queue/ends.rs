@@ -1,4 +1,4 @@
-//! From the leaf to the used ring: how requests end, and when the guest sees it.
+//! The completion of requests: from the leaf to the used ring, and to the guest.
 
 use super::super::request::{Kind, Status};
 use super::super::ring::{Ring, Tracking};

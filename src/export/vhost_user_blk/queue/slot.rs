@@ -1,4 +1,4 @@
-//! What a queue keeps of each request in flight.
+//! Slots, the state of each request in flight.
 
 use super::super::dirty_log::DirtyLog;
 use super::super::memory::Memory;

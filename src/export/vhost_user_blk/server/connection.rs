@@ -1,4 +1,4 @@
-//! Front ends, one after the other: how one is met, heard, and let go.
+//! Connections of front ends, one after another: setup, messages, and teardown.
 
 use super::super::channel::Channel;
 use super::super::handler::{self, Handler};

@@ -1,4 +1,4 @@
-//! What the graph tells of changes below the disk: to pause, to go over to another node, to have another size.
+//! Reactions to graph changes below the disk: pause, switch to another node, resize.
 
 use super::Shared;
 use crate::block::graph::User;

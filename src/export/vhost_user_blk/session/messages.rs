@@ -1,4 +1,4 @@
-//! What each vhost-user message does (QEMU's vhost-user protocol text).
+//! The handlers of vhost-user messages (QEMU's vhost-user protocol text).
 
 use super::super::config::{self, CONFIG_SIZE, F_LOG_ALL, WCE_OFFSET};
 use super::super::dirty_log::DirtyLog;

@@ -1,4 +1,4 @@
-//! The rings of a connection: what the front end says of them, and how they start.
+//! The rings of a connection: their configuration and their start.
 
 use super::super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
 use super::super::memory_loss::LossWatch;

@@ -1,4 +1,4 @@
-//! How the rings of a connection pause and stop: they take nothing more, and what is in flight ends first.
+//! Pausing and stopping the rings of a connection: requests in flight end, and none starts.
 
 use super::super::config::F_LOG_ALL;
 use super::super::queue::{AtStop, Queue, Stopped};
