@@ -1,4 +1,4 @@
-//! What an image looks like, said to the user who serves it without naming its format.
+//! The error for an image that is served without a format, with a hint at what the image looks like.
 //!
 //! The format is never guessed for a guest's disk, because a guest can write any format's header to a
 //! raw disk. But a hint that names the wrong format destroys the image of a user who follows it.
@@ -6,7 +6,7 @@
 use crate::block::Error;
 use crate::block::registry::Guess;
 
-/// Why an image is not served whose format was not given. `len` is how many bytes it has.
+/// The error for an image whose format was not given. `len` is its length in bytes.
 pub fn unnamed(image: &str, len: u64, looks: Option<Guess>) -> Error {
     let never = "never guessed, because a guest can forge headers";
     let text = match looks {

@@ -1,4 +1,4 @@
-//! What man pages say beside the options: examples, exit codes, other pages.
+//! Texts of the man pages besides the options: examples, exit codes, references.
 
 /// The texts of one page.
 pub struct Page {

@@ -1,4 +1,4 @@
-//! What is left to copy, dealt out piece by piece.
+//! The plan of a copy: the remaining ranges, handed out piece by piece.
 
 use super::control::Member;
 use super::{Copy, Part, Trouble};

@@ -1,4 +1,4 @@
-//! Which sectors of what was read are zero.
+//! Detection of zero sectors in data that was read.
 
 use crate::block::SECTOR;
 

@@ -1,4 +1,4 @@
-//! How long an idle worker spins before it sleeps.
+//! The time that an idle worker spins before it sleeps.
 
 /// How long to spin: as long as work came lately within the time that spinning may take, not at
 /// all when it did not.

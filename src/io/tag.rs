@@ -1,4 +1,4 @@
-//! What the user data of operations means: the kind in the low byte, 24 bits of its own, and a number.
+//! The user data of operations: the kind in the low byte, 24 bits of its own, and a number.
 
 pub(super) const OP: u8 = 1;
 pub(super) const KICK: u8 = 2;

@@ -1,4 +1,4 @@
-//! What a panic means on a thread that serves guests: the end of the process.
+//! Panics on threads that serve guests: they end the process.
 //!
 //! The rule it guards: memory that the kernel transfers to is never freed by unwinding, and no guest
 //! waits for ever for a thread that is gone while the process looks alive.

@@ -1,4 +1,4 @@
-//! What those who watch a service are told: Prometheus's text over HTTP.
+//! Metrics in Prometheus's text format over HTTP.
 //!
 //! | file | it holds |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! The worker that answers those who ask for metrics: one task that accepts clients, and one for each of them.
+//! The worker that serves metrics: one task accepts clients, and each client has one task.
 
 use super::Address;
 use super::http;

@@ -1,4 +1,4 @@
-//! Where one JSON value ends and the next begins in a stream that has no other framing.
+//! The boundaries of JSON values in a stream without other framing.
 //!
 //! The rule held here: whatever a client sends, what is kept of it is bounded, and after a mistake
 //! the next value is found again. The values themselves are read by [`crate::options::json`].

@@ -1,4 +1,4 @@
-//! What somebody may have meant who misspelt a word.
+//! Suggestions for misspelt words.
 
 /// Longest word that is looked at, in characters.
 const LONGEST: usize = 64;

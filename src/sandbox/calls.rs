@@ -1,4 +1,4 @@
-//! Which system calls the confined process can make: a seccomp filter.
+//! The system calls that the confined process may make: a seccomp filter.
 //!
 //! The rule held here: no call that starts a program or a process, makes a socket for another host
 //! (unless a driver that is open works over the network), changes who the process is or what it may do, looks into other processes, makes memory executable,

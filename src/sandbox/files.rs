@@ -1,4 +1,4 @@
-//! Which paths the confined process can open, make or remove: Landlock rules.
+//! The paths that the confined process may open, create or remove: Landlock rules.
 //!
 //! What is open stays usable whatever the rules say. They name what may be opened again: the images
 //! themselves, and where nodes may be added their folders, to be written to only if an image there is.

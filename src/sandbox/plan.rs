@@ -1,4 +1,4 @@
-//! What a process still needs when it is confined.
+//! The resources that a confined process still needs.
 
 use super::user::User;
 use std::os::fd::RawFd;

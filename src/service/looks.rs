@@ -1,4 +1,4 @@
-//! What an image looks like that is opened as raw bytes: a warning to those who gave the wrong format.
+//! The warning about an image that is opened as raw and looks like another format.
 
 use crate::block::registry::Guess;
 use crate::block::{Kind, Node, Registry, probe};

@@ -1,4 +1,4 @@
-//! What a device can reach: our own memory, and that of others, which comes and goes.
+//! The address space of a device: our own memory, and memory of guests, which comes and goes.
 //!
 //! Memory of others (a guest's) is pinned in the background, piece by piece. What is not mapped yet is
 //! not found by [`Table::find`], and goes through bounce buffers. It is found from the moment it is

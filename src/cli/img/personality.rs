@@ -1,4 +1,4 @@
-//! What stands in front of a subcommand: the program's own options, its version and its help.
+//! Options in front of a subcommand: the program's own options, its version and its help.
 
 use super::{Context, Failed, TOOLS, Tool, find, run, wrong};
 use crate::block::Kind;

@@ -1,4 +1,4 @@
-//! What `vublk top` shows: the difference between two scrapes, as a table and as JSON.
+//! The output of `vublk top`: the difference between two scrapes, as a table and as JSON.
 
 use crate::cli::columns;
 use crate::metrics::Sample;

@@ -1,4 +1,4 @@
-//! What requests to a file or device must look like, and what it can do.
+//! The limits and abilities of a file or device.
 //!
 //! Sizes of transfers are not limited by the queue limits of a block device (`max_sectors_kb`,
 //! `max_segments`): the kernel splits for less than a second request costs here, and a request that

@@ -1,4 +1,4 @@
-//! Which parts of a file are holes, as far as the file system tells.
+//! The holes of a file, as the file system reports them.
 //!
 //! The answer may be old when it is given, because others write too; and it may be wrong about data,
 //! never about holes: calling a hole data costs time, calling data a hole loses it. So everything

@@ -1,4 +1,4 @@
-//! What reached a simulated disk, in order, and what a crash may leave of it.
+//! The log of writes to a simulated disk, and the states that a crash may leave.
 //!
 //! The rule: a change is durable when it was asked to be, or when a flush that began after it has
 //! completed. Of the others, a crash keeps any subset, and of each write any 512-byte sectors.

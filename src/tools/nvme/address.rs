@@ -1,4 +1,4 @@
-//! Where a function sits on the PCI bus, as `lspci -D` writes it.
+//! The PCI address of a function, as `lspci -D` writes it.
 
 use std::fmt;
 use std::str::FromStr;

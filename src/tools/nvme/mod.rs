@@ -1,4 +1,4 @@
-//! This machine's NVMe controllers: who has each of them, and giving them to vfio-pci and back.
+//! This machine's NVMe controllers: their current users, and binding to vfio-pci and back.
 //!
 //! * [`address`]: where a function sits on the PCI bus.
 //! * [`machine`]: the kernel's files, below a root that may be another one for tests.

@@ -1,4 +1,4 @@
-//! What keeps a controller from being used through vfio-pci, besides its users; each with what to do.
+//! Obstacles to using a controller through vfio-pci, besides its users, with remedies.
 
 use super::machine::text;
 use super::{Address, Controller, Function, Machine, VFIO_PCI};

@@ -1,4 +1,4 @@
-//! What a queue pair's thread and the controller's share: whether the pair may be used, and its rings.
+//! The state that a queue pair's thread and the controller's thread share: usability and rings.
 //!
 //! A controller is reset by one thread while others use their queue pairs. A doorbell that one of them
 //! rings too late would make the controller read old commands of a new queue, so every pair first says

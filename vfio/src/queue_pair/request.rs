@@ -1,4 +1,4 @@
-//! What a queue pair takes, and what it tells of its end.
+//! Requests to a queue pair, and their completions.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! What Identify (section 5.17) says.
+//! Data structures of Identify (section 5.17).
 
 use super::{le, text};
 

@@ -1,4 +1,4 @@
-//! What log pages (section 5.16.1) say.
+//! Log pages (section 5.16.1).
 
 use super::{Status, le};
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What registers, commands and data structures look like: numbers and layouts, no behaviour.
+//! Layouts and numbers of registers, commands and data structures; no behaviour.
 //!
 //! Sections are of the NVM Express Base Specification 2.0; "NVM" marks the NVM Command Set
 //! Specification 1.0, "PCIe" the NVMe over PCIe Transport Specification 1.0.
