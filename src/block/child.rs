@@ -1,9 +1,7 @@
-//! The edge to a node from what stands on it, a node or an export, which graph changes can turn to another
-//! node.
+//! The edge from a node or an export to a node below it. Graph changes can retarget it.
 //!
-//! The fast path reads the edge without a lock or a count: the in-flight record that it must show
-//! keeps the node alive, because whoever replaces a node drops the old one only after all workers
-//! have passed ([`crate::io::epoch`]).
+//! The fast path reads the edge without a lock or a reference count. Its in-flight record keeps the node alive: a change
+//! drops the old node only after all workers have passed an epoch ([`crate::io::epoch`]).
 
 use super::{Node, Role};
 use crate::io::InFlight;

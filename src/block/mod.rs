@@ -1,29 +1,29 @@
-//! The block layer: the contract between those who use disks (exports, tools, jobs) and those who
-//! implement them (formats, filters, protocols).
+//! The block layer: the contract between users of disks (exports, tools, jobs) and drivers (formats, filters,
+//! protocols).
 //!
-//! * [`node`]: what users hold. Checks, aligns, splits, orders.
-//! * [`driver`], [`image`], [`snapshot`]: what formats and protocols implement, and what they can rely on.
-//! * [`child`], [`role`], [`perm`]: the edges of the graph, and what each user may do.
-//! * [`pass_through`]: what filters do not change.
-//! * [`bitmap`]: which parts of a node were written.
-//! * [`extents`]: what is stored where, through a whole backing chain.
-//! * [`compress`]: storing data compressed.
-//! * [`overlap`]: which writes wait for which. `members`: whose fast requests there may be.
-//! * `current_traits`: what requests should look like, which follows what a node stands on.
-//! * [`graph`]: the nodes by name, who uses them, and how that changes.
-//! * [`registry`], [`open`], [`create`]: what drivers there are, and how nodes and images are made.
-//! * [`features`]: what the images of a driver can do.
-//! * [`name`]: what opens the same disk again; [`named`]: options that meet a file name.
-//! * [`temporary`]: disks whose changes are thrown away.
-//! * [`policy`], [`probe`]: what may be opened, and what a file's first bytes say it is.
+//! * [`node`]: the users' handle on a disk. Checks, aligns, splits and orders requests.
+//! * [`driver`], [`image`], [`snapshot`]: the interfaces of formats and protocols, and the guarantees they get.
+//! * [`child`], [`role`], [`perm`]: the edges of the graph, and the permissions of each user.
+//! * [`pass_through`]: the defaults of filters.
+//! * [`bitmap`]: records of written ranges.
+//! * [`extents`]: block status through a whole backing chain.
+//! * [`compress`]: compressed writes.
+//! * [`overlap`]: the order of overlapping writes. `members`: users that may have fast requests in flight.
+//! * `current_traits`: the current limits on requests, which depend on the nodes below.
+//! * [`graph`]: the nodes by name, their users, and changes to both.
+//! * [`registry`], [`open`], [`create`]: the list of drivers, and how they open nodes and create images.
+//! * [`features`]: the features of a driver's images.
+//! * [`name`]: file names that open the same disk again; [`named`]: options combined with a file name.
+//! * [`temporary`]: disks that discard their changes on close.
+//! * [`policy`], [`probe`]: the limits on what may be opened, and format detection by a file's first bytes.
 //! * [`length`]: storage whose length changes by itself.
-//! * [`flush_record`]: what lies beside an image whose flush has failed.
+//! * [`flush_record`]: the file beside an image that records a failed flush.
 //! * [`drive`]: the health of drives.
-//! * [`working_memory`]: how much memory of ours a request may take.
-//! * [`memory`]: guest memory that devices reach themselves.
-//! * [`event`]: what is about to happen, for debugging filters.
-//! * [`notice`]: what befalls nodes, for whoever watches the graph; [`threshold`]: writes beyond an offset.
-//! * [`error`]: one line for whoever opened the disk.
+//! * [`working_memory`]: bounds on the memory that a request may use.
+//! * [`memory`]: guest memory that devices access directly.
+//! * [`event`]: events for debugging filters.
+//! * [`notice`]: events for observers of the graph; [`threshold`]: writes beyond an offset.
+//! * [`error`]: errors of one line.
 //!
 //! Nothing here names a format, a protocol or a transport.
 

@@ -1,8 +1,7 @@
 //! Changes below running users: pausing them, turning an edge to another node, resizing.
 //!
-//! The rule held here: a request runs on the graph that it was mapped on. Users are asked to pause,
-//! and whoever is on the fast path without having registered is waited for
-//! ([`crate::io::epoch`]) before anything that it may still use is given up.
+//! The invariant: a request runs on the graph that it was mapped on. A change asks registered users to pause, and waits
+//! for unregistered requests on the fast path ([`crate::io::epoch`]) before it releases anything that they may use.
 
 use super::claims::{Claim, Part};
 use super::permissions::{Plan, release_locks};
@@ -249,8 +248,7 @@ impl Graph {
                 "Active node '{parent}' cannot stand on inactive node '{node}'"
             )));
         }
-        // Whoever may have fast requests through the parent has them through the new node from
-        // now on.
+        // Fast requests through the parent go through the new node from now on.
         parent.members().iter().for_each(|member| node.add_member(member));
         {
             let mut state = self.0.state.lock();
@@ -347,7 +345,7 @@ impl Graph {
             change(node).await
         };
         self.undisturbed(node, sources, changed).await??;
-        // Storage that does not answer holds up only who waits for it.
+        // Storage that does not answer delays only the requests that wait for it.
         node.settle_bitmaps().await;
         Ok(())
     }

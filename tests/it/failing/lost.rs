@@ -193,7 +193,7 @@ fn the_daemon_whose_fsync_failed_goes_on_when_the_loss_is_accepted() {
 }
 
 #[test]
-fn an_image_that_is_put_over_one_whose_flush_failed_is_recorded_too() {
+fn an_overlay_of_an_image_whose_flush_failed_is_recorded_too() {
     let (_full, record, mut daemon, mut disk) = failed(false);
     // The next daemon can flush it, and knows from the record alone what that is worth.
     end(&mut daemon, libc::SIGKILL);
