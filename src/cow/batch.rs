@@ -271,7 +271,7 @@ async fn write_batch<F: Writable>(
     let bytes = encode(image, slice, pinned, range, changes)?;
     image.check_table_write(at + start, bytes.len() as u64)?;
     announce(image, Event::L2Update).await;
-    image.write_table(at + start, &bytes).await?;
+    image.write_table(guest, at + start, &bytes).await?;
     image.tables().journal.handed_over(slice, changes);
     pinned.publish(changes);
     Ok(())
@@ -288,7 +288,7 @@ async fn write_slice<F: Writable>(
     let len = stored_len(image, guest);
     let bytes = encode(image, slice, pinned, 0..len, &Changes::new())?;
     image.check_table_write(at, len)?;
-    image.write_table(at, &bytes).await
+    image.write_table(guest, at, &bytes).await
 }
 
 /// Bytes of a slice on the disk.

@@ -38,6 +38,12 @@ pub trait Format {
         None
     }
 
+    /// Where the first byte of the mapping lies in the backing file. A disk may have several mappings, each of which
+    /// begins where the one before it ends.
+    fn backing_start(&self) -> u64 {
+        0
+    }
+
     /// Unallocated bytes from this guest offset on read as zeroes, whatever the backing file has there.
     fn backing_end(&self) -> u64 {
         u64::MAX

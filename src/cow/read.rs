@@ -44,6 +44,7 @@ async fn read_backing<F: Format>(image: &F, at: u64, into: &IoVec<'_>) -> IoResu
         return Ok(());
     };
     announce(image, Event::ReadBackingAio).await;
+    let at = image.backing_start() + at;
     let mut done = 0;
     while done < into.len() {
         let (layer, len) = decided(&backing, at + done, into.len() - done).await?;

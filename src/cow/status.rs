@@ -56,6 +56,7 @@ async fn status_of_backing<F: Format>(
     precision: Precision,
 ) -> IoResult<Extent> {
     let backing = backing(image);
+    let at = image.backing_start() + at;
     let there = backing.as_ref().map_or(0, |backing| backing.len().saturating_sub(at));
     match backing {
         Some(backing) if there > 0 => {

@@ -23,9 +23,14 @@ pub trait Writable: Format + Sized {
         ready(Ok(()))
     }
 
-    /// Hands a part of a mapping table to the kernel. When it returns, the disk has what the order of the format wants
-    /// it to have before readers are shown the entries.
-    fn write_table(&self, at: u64, bytes: &AlignedBuf) -> impl Future<Output = IoResult> {
+    /// Hands a part of a mapping table to the kernel: bytes at `at`, of the table that maps guest offset `guest`. When
+    /// it returns, the disk has what the order of the format wants it to have before readers are shown the entries.
+    fn write_table(
+        &self,
+        _guest: u64,
+        at: u64,
+        bytes: &AlignedBuf,
+    ) -> impl Future<Output = IoResult> {
         async move { file(self).write(at, &bytes.source(), WriteFlags::empty()).await }
     }
 

@@ -316,7 +316,9 @@ pub async fn reads_zero<F: Writer>(image: &F, guest: Range<u64>) -> IoResult<boo
         let piece = lookup(image, at, guest.end - at).await?;
         let is_zero = match piece.found {
             Found::Zero { .. } => true,
-            Found::Unallocated { .. } => backing(image).is_none_or(|backing| backing.len() <= at),
+            Found::Unallocated { .. } => {
+                backing(image).is_none_or(|backing| backing.len() <= image.backing_start() + at)
+            }
             _ => false,
         };
         if !is_zero {

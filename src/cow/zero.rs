@@ -164,12 +164,13 @@ async fn shows_zeroes<F: Zeroing>(image: &F, guest: Range<u64>) -> IoResult<bool
     while at < guest.end {
         let piece = lookup(image, at, guest.end - at).await?;
         let mut len = piece.len;
-        let below = backing(image).filter(|backing| at < backing.len());
+        let in_backing = image.backing_start() + at;
+        let below = backing(image).filter(|backing| in_backing < backing.len());
         let is_zero = match (piece.found, below) {
             (Found::Zero { .. }, _) | (Found::Unallocated { .. }, None) => true,
             (Found::Unallocated { .. }, Some(below)) => {
-                let there = len.min(below.len() - at);
-                let run = extents::look(&below, at, there, Precision::Zeroes, None).await?;
+                let there = len.min(below.len() - in_backing);
+                let run = extents::look(&below, in_backing, there, Precision::Zeroes, None).await?;
                 len = run.len;
                 run.has(Status::ZERO)
             }

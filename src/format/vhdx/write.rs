@@ -60,7 +60,7 @@ impl Writable for Vhdx {
         Ok(())
     }
 
-    async fn write_table(&self, at: u64, bytes: &AlignedBuf) -> IoResult {
+    async fn write_table(&self, _: u64, at: u64, bytes: &AlignedBuf) -> IoResult {
         self.write_logged(at, bytes).await
     }
 }
