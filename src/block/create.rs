@@ -372,17 +372,34 @@ impl Creation {
         &self,
         work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let (graph, hold) = self.open_file().await?;
+        let mut file = self.file.clone();
+        file.insert("driver", self.protocol.name);
+        self.with_node(file, work).await
+    }
+
+    /// Does the same with another file that [`Creation::create_other`] made.
+    pub async fn with_other(
+        &self,
+        name: &str,
+        work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.with_node(self.registry.new_file(name)?, work).await
+    }
+
+    async fn with_node(
+        &self,
+        file: Map,
+        work: impl AsyncFnOnce(&Arc<Node>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (graph, hold) = self.open_file(file).await?;
         let result = work(hold.node()).await;
         hold.detach().await;
         graph.close().await;
         result
     }
 
-    async fn open_file(&self) -> Result<(Graph, Attachment), Error> {
+    async fn open_file(&self, mut file: Map) -> Result<(Graph, Attachment), Error> {
         let graph = Graph::new(self.registry);
-        let mut file = self.file.clone();
-        file.insert("driver", self.protocol.name);
         file.insert("node-name", "new-image");
         let node = graph.open(file).await?;
         let held = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;

@@ -5,7 +5,7 @@
 //! `json:{…}` with the options that do, in QEMU's order; how the node is cached, locked and the like is not
 //! in it.
 
-use super::{Error, Kind, Node, Registry, Role, extents};
+use super::{Child, Error, Kind, Node, Registry, Role, extents};
 use crate::options::{Map, Value, bytes, filename, json};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -92,7 +92,8 @@ impl<'a> Names<'a> {
         let driver = node.driver();
         let mut options = driver.own_options();
         options.insert("driver", driver.name());
-        for child in driver.children().iter().filter(|child| !child.is_backing()) {
+        let is_told = |child: &&Child| child.role().is_given() && !child.is_backing();
+        for child in driver.children().iter().filter(is_told) {
             options.insert(child.role().name(), self.options_of(&child.node()));
         }
         if let Some(backing) = backing {

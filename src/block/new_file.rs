@@ -67,6 +67,24 @@ pub async fn make_in_file(
     written
 }
 
+/// Makes another file of the image, of `len` bytes and by its name, as [`make_in_file`] makes the image's own.
+///
+/// # Errors
+/// The file cannot be made, or those of `write`; then there is no new file.
+pub async fn make_in_other(
+    creation: &Creation,
+    name: &str,
+    mut options: Map,
+    len: u64,
+    write: impl AsyncFnOnce(&Node, bool) -> Result<(), Error>,
+) -> Result<(), Error> {
+    options.insert("size", Value::from(len));
+    let new = NewFile::before(creation, name);
+    let file = new.remove_unmade(creation.create_other(name, &options).await)?;
+    let write = async |node: &Arc<Node>| write(node, file.reads_zeroes).await;
+    new.remove_unmade(creation.with_other(name, write).await)
+}
+
 /// Makes an image of so many bytes on a node, as `blockdev-create` does, which `write` fills.
 ///
 /// # Errors

@@ -13,6 +13,8 @@ pub enum Role {
     Image,
     /// The data of a format whose `File` has only metadata.
     DataFile,
+    /// A part of the disk in a file of its own; a format may have any number of them. No option gives it.
+    Extent,
     /// Another image, which the parent reads where it has no data.
     Backing,
     /// The node that a user uses who is no node: no option gives it.
@@ -29,9 +31,15 @@ impl Role {
             Role::File => "file",
             Role::Image => "image",
             Role::DataFile => "data-file",
+            Role::Extent => "extents",
             Role::Backing => "backing",
             Role::Root => "root",
         }
+    }
+
+    /// Whether options can give the child; others follow from the image.
+    pub fn is_given(self) -> bool {
+        Role::GIVEN.contains(&self)
     }
 
     /// Whether the child is another image, which the parent reads where it has no data and never writes.

@@ -38,6 +38,13 @@ pub fn split_protocol(name: &str) -> Option<(&str, &str)> {
     (name.as_bytes()[at] == b':').then(|| (&name[..at], &name[at + 1..]))
 }
 
+/// Whether a name is relative and never leads up: no `..`, no protocol.
+pub fn is_below(name: &str) -> bool {
+    let has_up = || name.split('/').any(|part| part == "..");
+    let is_plain = !name.is_empty() && !name.starts_with('/') && !name.contains('\0');
+    is_plain && split_protocol(name).is_none() && !has_up()
+}
+
 /// The name of a file that `base` names relative to itself, such as a backing file: absolute
 /// names and names with a protocol stand as they are, others are taken from `base`'s directory.
 ///

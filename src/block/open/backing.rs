@@ -2,6 +2,7 @@
 //! are given in the options, or recorded in the image and then opened as far as the graph's policy allows.
 
 use super::Opening;
+use crate::block::name::name_of;
 use crate::block::policy::FollowBacking;
 use crate::block::{Child, Error, Perm, Perms, Role, named, probe};
 use crate::options::{Map, NodeRef, NodeRefOrNull, Value, bytes, filename};
@@ -48,6 +49,13 @@ impl Chain {
             }
         }
     }
+}
+
+fn not_near(filename: &str) -> Error {
+    Error::new(format!(
+        "'{}' does not lie below the folder of the image that names it, and the open policy wants that",
+        filename.escape_debug()
+    ))
 }
 
 impl Opening {
@@ -102,6 +110,64 @@ impl Opening {
             _ => self.graph.registry().recorded_file_options(filename, given)?,
         };
         Ok(NodeRef::Inline(options))
+    }
+
+    /// The options of a file that holds a part of the image's data and that the image records by a path, which is
+    /// relative to the folder of the image. `file` is the child that the image itself is in; errors call it `what`.
+    ///
+    /// # Errors
+    /// The policy does not allow it, or it is the image's own file.
+    pub fn recorded_extent(
+        &self,
+        filename: &str,
+        file: &Child,
+        what: &str,
+    ) -> Result<NodeRef, Error> {
+        self.check_named(filename)?;
+        self.check_near(filename)?;
+        let own = file.node().driver().filename();
+        let own = own.filter(|own| !own.starts_with("json:"));
+        let path = match own.as_deref() {
+            _ if filename.starts_with('/') => filename.to_owned(),
+            Some(own) => format!("{}{filename}", &own[..own.rfind('/').map_or(0, |at| at + 1)]),
+            None => {
+                return Err(Error::new(format!(
+                    "Cannot use relative paths with {what} '{}'",
+                    name_of(&file.node(), self.graph.registry()).escape_debug()
+                )));
+            }
+        };
+        let real = |path: &str| std::fs::canonicalize(bytes::path_of(path)).ok();
+        let (own, found) = (own.as_deref().and_then(real), real(&path));
+        if own.is_some() && own == found {
+            return Err(Error::new(format!(
+                "The image names its own file '{}' as one with a part of its data",
+                filename.escape_debug()
+            )));
+        }
+        let is_near = || match (own.as_deref().and_then(Path::parent), &found) {
+            (Some(folder), Some(found)) => found.starts_with(folder) && found.is_file(),
+            // Opening the file reports that it is missing.
+            _ => true,
+        };
+        if self.graph.policy().backing != FollowBacking::Probe && !is_near() {
+            return Err(not_near(filename));
+        }
+        let options = self.graph.registry().recorded_file_options(&path, Map::new())?;
+        Ok(NodeRef::Inline(options))
+    }
+
+    /// Checks that the policy allows a name that only the image has: unless the policy allows all names, the name
+    /// has to lead below the folder of the image.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn check_near(&self, filename: &str) -> Result<(), Error> {
+        let is_near = filename::is_below(filename);
+        match self.graph.policy().backing {
+            FollowBacking::Recorded if !is_near => Err(not_near(filename)),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the policy allows to open what only the image names.

@@ -100,7 +100,7 @@ impl Locator {
             return Err(invalid(format_args!("there is no {RELATIVE}: {hint}")));
         };
         let name = path.replace('\\', "/");
-        match is_below(&name) {
+        match filename::is_below(&name) {
             true => Ok(name),
             false => Err(invalid(format_args!(
                 "'{}' does not lie below the folder of the image: {hint}",
@@ -113,13 +113,6 @@ impl Locator {
     pub fn means(&self, data_write: Uuid) -> bool {
         self.linkage == data_write || self.linkage_too == Some(data_write)
     }
-}
-
-/// Whether a name is a relative one that leads down only.
-fn is_below(name: &str) -> bool {
-    let has_up = || name.split('/').any(|part| part == "..");
-    let is_plain = !name.is_empty() && !name.starts_with('/') && !name.contains('\0');
-    is_plain && filename::split_protocol(name).is_none() && !has_up()
 }
 
 /// A GUID as the text that locators have.
@@ -136,7 +129,7 @@ fn utf16(text: &str) -> Vec<u8> {
 /// # Errors
 /// The name is not one that would be followed.
 pub fn encode(name: &str, data_write: Uuid) -> Result<Vec<u8>, Error> {
-    if !is_below(name) || name.contains('\\') {
+    if !filename::is_below(name) || name.contains('\\') {
         return Err(Error::new(format!(
             "A VHDX image names its parent by a path below its own folder, and '{}' is none",
             name.escape_debug()
