@@ -89,8 +89,9 @@ pub trait Image: Send + Sync {
     }
 
     /// Records another backing file, by the name and the format that the image is to hold; none for no
-    /// backing file. What the node stands on stays as it is. Durable when it is done, and a crash leaves
-    /// the old record or the new one.
+    /// backing file. `node` is what the name stands for, where that is known: some images also record which
+    /// contents it has. What the node stands on stays as it is. Durable when it is done, and a crash leaves the
+    /// old record or the new one.
     ///
     /// # Errors
     /// ENOTSUP where an image cannot have one, ENOSPC where there is no room for the name.
@@ -98,8 +99,9 @@ pub trait Image: Send + Sync {
         &'a self,
         name: Option<&'a str>,
         format: Option<&'a str>,
+        node: Option<&'a Arc<Node>>,
     ) -> LocalFuture<'a, Result<(), Error>> {
-        let _ = (name, format);
+        let _ = (name, format, node);
         Box::pin(std::future::ready(Err(unsupported())))
     }
 

@@ -383,7 +383,10 @@ impl Disk {
         }
         let amends = entry.create.is_some_and(|create| !create.amend.is_empty());
         assert!(amends || image.amend(Map::new()).await.is_err(), "{what}");
-        assert!(entry.has_backing() || image.set_backing(None, None).await.is_err(), "{what}");
+        assert!(
+            entry.has_backing() || image.set_backing(None, None, None).await.is_err(),
+            "{what}"
+        );
         assert!(entry.has_backing() || image.make_empty().await.is_err(), "{what}");
     }
 

@@ -91,8 +91,9 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Arc<Progres
     };
     // Only an image that can stand on another is written to.
     let unfiltered = image.node().below_filters();
+    let mut new = None;
     if !line.has("u") {
-        let new = match base {
+        new = match base {
             Some(base) => {
                 let own = unfiltered.driver().filename().unwrap_or_default();
                 let full = filename::resolve(&own, base).map_err(|e| e.to_string())?;
@@ -103,22 +104,28 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Arc<Progres
         if unfiltered.driver().entry().has_backing() && (base.is_none() || format.is_some()) {
             keep_contents(&image, new.as_ref(), compress, progress).await?;
         }
-        if let Some(new) = new {
-            images.close(new).await?;
-        }
     }
     progress.set(100.0);
     if base.is_some() && format.is_none() {
         drop(unfiltered);
+        if let Some(new) = new {
+            images.close(new).await?;
+        }
         images.close(image).await?;
         return Err(refused("backing format must be specified"));
     }
     let unsupported = || Error::new("Operation not supported");
     let changed = match unfiltered.driver().image() {
-        Some(driver) => driver.set_backing(base, format).await,
+        Some(driver) => {
+            let node = new.as_ref().map(|new| new.node().below_filters());
+            driver.set_backing(base, format, node.as_ref()).await
+        }
         None => Err(unsupported()),
     };
     drop(unfiltered);
+    if let Some(new) = new {
+        images.close(new).await?;
+    }
     images.close(image).await?;
     changed.map_err(|error| match error.errno() {
         Some(Errno::ENOSPC) => refused("No space left in the file header"),

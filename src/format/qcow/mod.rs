@@ -214,6 +214,7 @@ impl Image for Qcow {
         &'a self,
         name: Option<&'a str>,
         _: Option<&'a str>,
+        _: Option<&'a Arc<Node>>,
     ) -> LocalFuture<'a, Result<(), Error>> {
         Box::pin(self.change_backing(name))
     }

@@ -401,6 +401,7 @@ impl Image for Qcow2 {
         &'a self,
         name: Option<&'a str>,
         format: Option<&'a str>,
+        _: Option<&'a Arc<Node>>,
     ) -> LocalFuture<'a, Result<(), Error>> {
         let changed = self.change_backing(name, format);
         Box::pin(async move { self.marked(changed.await).await })

@@ -270,6 +270,7 @@ impl Image for Qed {
         &'a self,
         name: Option<&'a str>,
         format: Option<&'a str>,
+        _: Option<&'a Arc<Node>>,
     ) -> LocalFuture<'a, Result<(), Error>> {
         Box::pin(self.change_backing(name, format))
     }

@@ -184,14 +184,14 @@ fn a_header_that_could_not_be_written_is_the_old_one_or_the_new_one_and_can_be_c
             let driver = image.node.driver().image().unwrap();
             let fault = Fault::new(Kinds::WRITE, Effect::Fail(Errno::EIO));
             faulty.inject(fault.within(0..1 << 16).after(spare).once());
-            let failed = driver.set_backing(Some(&wanted), Some("raw")).await.is_err();
+            let failed = driver.set_backing(Some(&wanted), Some("raw"), None).await.is_err();
             assert!([&was, &wanted].contains(&&name(&faulty.bytes())), "write {spare}");
             // Whatever relies on the header comes after it.
             let data = [7; 512];
             image.node.write(0, &IoVec::from_ref(&data), WriteFlags::empty()).await.unwrap();
             let found = name(&faulty.bytes());
             assert_eq!(driver.info().backing_filename.as_deref(), Some(&*found), "write {spare}");
-            driver.set_backing(Some(&wanted), Some("raw")).await.unwrap();
+            driver.set_backing(Some(&wanted), Some("raw"), None).await.unwrap();
             image.close().await;
             u32::from(failed)
         });

@@ -202,7 +202,7 @@ async fn change(options: &str, change: Change) {
         }
         Rebase(len, format) => {
             let name = (len > 0).then(|| name(len));
-            driver().set_backing(name.as_deref(), format).await.unwrap();
+            driver().set_backing(name.as_deref(), format, None).await.unwrap();
         }
         AddBitmap(name) => {
             let (name, granularity) = (name.into(), Some(4096));
