@@ -124,7 +124,9 @@ impl Copy {
 
     /// What is compressed as one, in bytes: a power of two, no longer than a chunk.
     fn unit(&self) -> Option<u64> {
-        self.target.node().compression_unit().filter(|_| self.compress)
+        let node = self.target.node();
+        let is_packed = self.compress || node.stores_only_compressed();
+        node.compression_unit().filter(|_| is_packed)
     }
 
     /// The unit that all pieces are made of, if there is one: a rebase finds units inside its pieces.

@@ -27,6 +27,11 @@ pub trait Compress: Send + Sync {
     /// EIO where something is stored already: what is compressed is written once. ENOTSUP if this
     /// image keeps nothing compressed.
     fn store<'a>(&'a self, at: u64, units: &'a [&'a [u8]]) -> LocalFuture<'a, IoResult>;
+
+    /// Whether the image stores nothing in any other way, so that all writes have to be whole units.
+    fn is_only_way(&self) -> bool {
+        false
+    }
 }
 
 /// Packs one whole unit; none if that does not make it smaller.
@@ -54,6 +59,11 @@ impl Node {
     /// What is stored compressed as one, in bytes; none where nothing is.
     pub fn compression_unit(&self) -> Option<u64> {
         self.driver().compress().map(|compress| compress.unit())
+    }
+
+    /// Whether the image stores all that is written compressed, in whole units.
+    pub fn stores_only_compressed(&self) -> bool {
+        self.driver().compress().is_some_and(Compress::is_only_way)
     }
 
     /// Writes whole units, and the rest of the disk's last one, compressed; what does not become
