@@ -1,5 +1,5 @@
 //! Clusters that are compressed as qcow and qcow2 do it: a raw deflate stream with a window of 4 KiB, which every
-//! QEMU reads.
+//! QEMU reads; and zlib streams, which other formats have.
 //!
 //! The rule: what is stored is hostile. Unpacking ends when a cluster is full, takes no more memory than a cluster and a
 //! bounded window, and a stream that gives less than a cluster is an error.
@@ -34,6 +34,23 @@ pub fn pack(cluster: &[u8]) -> Option<Vec<u8>> {
     // They are kept until they are written, many of them.
     stored.shrink_to_fit();
     Some(stored)
+}
+
+/// Packs bytes into a zlib stream, which may be longer than they are.
+pub fn pack_zlib(bytes: &[u8]) -> Vec<u8> {
+    thread_local! {
+        static STREAM: RefCell<flate2::Compress> =
+            RefCell::new(flate2::Compress::new(flate2::Compression::new(LEVEL), true));
+    }
+    // Blocks that are stored as they are have a few bytes each, and so has the stream.
+    let mut stored = Vec::with_capacity(bytes.len() + bytes.len() / 1000 + 64);
+    STREAM.with_borrow_mut(|stream| {
+        stream.reset();
+        // There is room for all of it.
+        let _ = stream.compress_vec(bytes, &mut stored, flate2::FlushCompress::Finish);
+    });
+    stored.shrink_to_fit();
+    stored
 }
 
 /// Unpacks one cluster of `len` bytes. `stored` may have other bytes behind the stream.

@@ -16,6 +16,7 @@ pub mod raw;
 mod read_only;
 pub mod vdi;
 pub mod vhdx;
+pub mod vmdk;
 
 /// All formats.
 pub static LIST: &[&DriverEntry] = &[
@@ -28,4 +29,5 @@ pub static LIST: &[&DriverEntry] = &[
     &raw::ENTRY,
     &vdi::ENTRY,
     &vhdx::ENTRY,
+    &vmdk::ENTRY,
 ];

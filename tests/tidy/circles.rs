@@ -47,6 +47,10 @@ const CIRCLES: &[(&str, &str)] = &[
         "an unclean image is checked when it is opened, and a check reads what opening reads",
     ),
     (
+        "src/format/vmdk/",
+        "the content ID of a parent is read as opening reads it, and a sparse extent owns the space that it takes from",
+    ),
+    (
         "src/io/",
         "a worker owns its ring, sources, timers and tasks, and each of them is used through the worker's handle",
     ),

@@ -48,7 +48,7 @@ fn an_image_whose_format_is_not_given_is_refused_with_what_it_looks_like() {
     let dir = directory_of_looks();
     for (image, wanted) in [
         ("q.qcow2", "q.qcow2 looks like qcow2: use -f qcow2 (never guessed, because a guest can"),
-        ("v.vmdk", "v.vmdk looks like vmdk, which vublk does not support: convert it"),
+        ("v.vmdk", "v.vmdk looks like vmdk: use -f vmdk (never guessed, because a guest can"),
         ("v.vdi", "v.vdi looks like vdi: use -f vdi (never guessed, because a guest can"),
         ("luks", "luks looks like luks, which vublk does not support: convert it"),
         ("plain", "plain looks like no format but plain bytes: use -f raw (never guessed"),

@@ -63,13 +63,27 @@ const VHDX: Kind = Kind {
     ..VDI
 };
 
-const KINDS: [Kind; 6] = [
+/// Of grains of 64 KiB, little around their borders is used.
+const VMDK: Kind = Kind {
+    format: "vmdk",
+    options: "zeroed_grain=on",
+    len: 4 * 64 * KIB + 8 * KIB,
+    most: 4 * MIB,
+    areas: &[0, 60 * KIB, 124 * KIB, 188 * KIB, 256 * KIB],
+    area: 8 * KIB,
+    crashes: 3,
+    unclean: "",
+};
+
+const KINDS: [Kind; 8] = [
     Kind { options: "cluster_size=4k,table_size=2", ..QED },
     Kind { options: "cluster_size=8k,table_size=2", ..QED },
     VDI,
     Kind { options: "static=on", ..VDI },
     VHDX,
     Kind { options: "block_size=1M,subformat=fixed,block_state_zero=off", ..VHDX },
+    VMDK,
+    Kind { options: "zeroed_grain=off", ..VMDK },
 ];
 
 impl Kind {

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use std::fmt::Write;
 
 /// A format, how its images are created, the size of their disks in KiB, and of their clusters in bytes.
-const KINDS: [(&str, &str, u64, u64); 8] = [
+const KINDS: [(&str, &str, u64, u64); 12] = [
     ("qed", "", 3000, 64 << 10),
     ("qed", "-o cluster_size=4k,table_size=2", 1500, 4 << 10),
     ("qed", "-o cluster_size=128k,table_size=16", 3000, 128 << 10),
@@ -16,6 +16,10 @@ const KINDS: [(&str, &str, u64, u64); 8] = [
     ("vdi", "", 6000, 1 << 20),
     ("vdi", "", 2048, 1 << 20),
     ("vdi", "-o static=on", 5001, 1 << 20),
+    ("vmdk", "", 3000, 64 << 10),
+    ("vmdk", "-o zeroed_grain=on", 3000, 64 << 10),
+    ("vmdk", "-o subformat=twoGbMaxExtentSparse", 3000, 64 << 10),
+    ("vmdk", "-o subformat=monolithicFlat", 3000, 64 << 10),
 ];
 
 /// How many lines a script has.

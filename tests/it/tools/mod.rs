@@ -34,6 +34,9 @@ mod unheard;
 mod vdi;
 mod vhdx;
 mod vhdx_parents;
+mod vmdk;
+mod vmdk_esx;
+mod vmdk_writing;
 
 pub use deep::chain_of;
 

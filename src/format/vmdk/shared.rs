@@ -1,0 +1,204 @@
+//! What the extents of a disk have in common: the children, whether it is written, and the descriptor, in which the content
+//! ID says which contents it has.
+//!
+//! The content ID changes, durably, before the first write since the image was opened, so that an image that stands on this
+//! one can tell. An image goes on naming its parent when that has changed below it as data was committed to it.
+
+use super::descriptor::{self, Descriptor, Edit};
+use super::open;
+use crate::block::{Child, Error, Node, WriteFlags};
+use crate::cow::{Lock, cut};
+use crate::format::chunks::Chunks;
+use crate::io::sync::Mutex;
+use crate::io::{Blocking, Errno, IoResult, IoVec};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use uuid::Uuid;
+
+/// See the module's text.
+pub struct Shared {
+    /// The node's, for what is logged.
+    pub name: String,
+    /// `file`, then the extents in files of their own, then `backing` if there is one.
+    pub children: Vec<Child>,
+    pub backing: Option<usize>,
+    pub is_writable: bool,
+    /// The content ID has changed since the image was opened.
+    pub is_marked: AtomicBool,
+    /// Nothing is written until it is thawed ([`Driver::freeze`](crate::block::Driver::freeze)).
+    pub is_frozen: AtomicBool,
+    /// Something that makes no sense was reported.
+    pub has_reported: AtomicBool,
+    /// The content ID of the parent was that of the image it stands on.
+    pub knows_parent: AtomicBool,
+    pub text: Lock<Text>,
+    /// What the text says.
+    pub says: Mutex<Descriptor>,
+    /// Unpacked grains.
+    pub chunks: Chunks,
+    pub blocking: Blocking,
+}
+
+/// The descriptor as it is on the disk.
+#[derive(Clone, Debug)]
+pub struct Text {
+    pub bytes: Vec<u8>,
+    /// Where it begins in the file, in bytes; none if it is not there.
+    pub place: Option<u64>,
+    /// What it may be long; none in a file of its own.
+    pub room: Option<u64>,
+}
+
+impl Shared {
+    pub fn backing_child(&self) -> Option<&Child> {
+        self.backing.map(|index| &self.children[index])
+    }
+
+    fn file(&self) -> Arc<Node> {
+        self.children[0].node()
+    }
+
+    /// # Errors
+    /// EPERM: nothing may be written.
+    pub fn check_writable(&self) -> IoResult {
+        match self.is_writable && !self.is_frozen.load(Ordering::SeqCst) {
+            true => Ok(()),
+            false => Err(Errno::EPERM),
+        }
+    }
+
+    /// Gives the image another content ID, durably, unless that was done since it was opened.
+    pub async fn mark_changed(&self) -> IoResult {
+        if self.is_marked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut text = self.text.lock().await;
+        if self.is_marked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let id = new_id(self.says.lock().cid, descriptor::id_digits(&text.bytes));
+        let edit = descriptor::set_id(&text.bytes, "CID", id);
+        self.change(&mut text, &edit).await?;
+        self.says.lock().cid = id;
+        self.is_marked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Changes the descriptor, durably: an ID in its place, or else all of the text in one write.
+    async fn change(&self, text: &mut Text, edit: &Edit) -> IoResult {
+        let Some(place) = text.place else { return Ok(()) };
+        let file = self.file();
+        let mut new = edit.apply(&text.bytes);
+        if edit.text.len() == edit.place.len() {
+            let at = place + edit.place.start as u64;
+            file.write(at, &IoVec::from_ref(&edit.text), WriteFlags::empty()).await?;
+        } else {
+            let old = text.bytes.len();
+            match text.room {
+                // What was behind it goes, or becomes a part of what the text has room for.
+                Some(room) => {
+                    if used_len(&new) as u64 > room {
+                        return Err(Errno::ENOSPC);
+                    }
+                    new.resize(room as usize, 0);
+                }
+                None => new.resize(new.len().max(old), 0),
+            }
+            file.write(place, &IoVec::from_ref(&new), WriteFlags::empty()).await?;
+        }
+        file.flush().await?;
+        if text.room.is_none() {
+            // The NUL bytes at its end go.
+            let used = used_len(&new);
+            if used < new.len() && cut(&file, place + used as u64).await {
+                new.truncate(used);
+            }
+        }
+        text.bytes = new;
+        Ok(())
+    }
+
+    /// Follows the parent, if that has changed below this image.
+    pub async fn keep_parent(&self) -> IoResult {
+        let Some(backing) = self.backing_child() else {
+            return Ok(());
+        };
+        if self.check_writable().is_err() || !self.knows_parent.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let found = content_id(&backing.node()).await;
+        let found = found.map_err(|error| error.errno().unwrap_or(Errno::EIO))?;
+        match found {
+            Some(id) if id != self.says.lock().parent_cid => self.set_parent_id(id).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn set_parent_id(&self, id: u32) -> IoResult {
+        let mut text = self.text.lock().await;
+        let edit = descriptor::set_id(&text.bytes, "parentCID", id);
+        self.change(&mut text, &edit).await?;
+        self.says.lock().parent_cid = id;
+        Ok(())
+    }
+
+    /// Records another parent, by its name, and by the content ID that the file of that name has now.
+    pub async fn change_parent(&self, name: Option<&str>, id: u32) -> Result<(), Error> {
+        let failed = |errno| Error::os("Could not change the backing file", errno);
+        self.check_writable().map_err(failed)?;
+        if name.is_some_and(|name| name.contains(['"', '\n', '\r', '\0'])) {
+            return Err(Error::new("A VMDK descriptor cannot hold the name of the backing file"));
+        }
+        let mut text = self.text.lock().await;
+        let named = descriptor::set_parent(&text.bytes, name);
+        let renamed = named.apply(&text.bytes);
+        let edit = descriptor::set_id(&renamed, "parentCID", id);
+        // Both at once.
+        let mut new = edit.apply(&renamed);
+        new.truncate(used_len(&new));
+        let whole = Edit { place: 0..text.bytes.len(), text: new };
+        self.change(&mut text, &whole).await.map_err(failed)?;
+        // It is not the one below any more.
+        self.knows_parent.store(false, Ordering::Release);
+        let mut says = self.says.lock();
+        says.parent_cid = id;
+        says.parent = name.map(str::to_owned);
+        Ok(())
+    }
+
+    /// Logs the first thing in the image that makes no sense: a guest must not fill the log.
+    pub fn report(&self, what: std::fmt::Arguments<'_>) {
+        if !self.has_reported.swap(true, Ordering::Relaxed) {
+            log::info!("{}: vmdk: {what}", self.name);
+        }
+    }
+}
+
+/// Bytes of a text without the NUL bytes at its end.
+fn used_len(text: &[u8]) -> usize {
+    text.iter().rposition(|&byte| byte != 0).map_or(0, |at| at + 1)
+}
+
+/// A content ID that differs from this one and has no more digits, unless these are too few to tell images apart.
+pub fn new_id(old: u32, digits: usize) -> u32 {
+    let mask = if (4..8).contains(&digits) { (1 << (4 * digits)) - 1 } else { u32::MAX };
+    loop {
+        let [a, b, c, d, ..] = Uuid::new_v4().into_bytes();
+        let id = u32::from_le_bytes([a, b, c, d]) & mask;
+        // The last two have a meaning of their own.
+        if id != old && id < descriptor::NO_PARENT - 1 {
+            return id;
+        }
+    }
+}
+
+/// The content ID of a disk, if its node is an image of this format.
+pub async fn content_id(disk: &Arc<Node>) -> Result<Option<u32>, Error> {
+    let image = disk.below_filters();
+    if !std::ptr::eq(image.driver().entry(), &super::ENTRY) {
+        return Ok(None);
+    }
+    let Some(file) = image.driver().children().first().map(Child::node) else { return Ok(None) };
+    let (kind, text) = open::read(&file).await?;
+    Ok(text.place.is_some().then_some(open::said(&kind, &text)?.cid))
+}
