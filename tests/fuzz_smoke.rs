@@ -101,6 +101,7 @@ fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
     with_kept("cloop", targets::cloop::run);
     with_kept("dmg", targets::dmg::run);
     with_kept("vhdx", targets::vhdx::run);
+    with_kept("vmdk", targets::vmdk::run);
 }
 
 #[test]
@@ -182,6 +183,7 @@ fn images_of_small_formats_that_make_no_sense_are_refused_or_read() {
         targets::bochs::run(input);
         targets::cloop::run(input);
         targets::dmg::run(input);
+        targets::vmdk::run(input);
     });
 }
 

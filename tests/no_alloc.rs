@@ -318,6 +318,8 @@ fn requests_to_allocated_clusters_of_images_allocate_nothing_and_lock_nothing() 
         ("qcow", "encryption=off"),
         ("qed", "cluster_size=4k"),
         ("vdi", "static=off"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=twoGbMaxExtentFlat"),
     ] {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = file.path().to_str().unwrap();

@@ -24,4 +24,5 @@ mod scribbler;
 pub mod vhdx;
 pub mod vhost_user_messages;
 pub mod virtqueue;
+pub mod vmdk;
 mod worker;

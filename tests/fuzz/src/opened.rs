@@ -5,9 +5,9 @@ use super::image::disk_name;
 use super::input::Input;
 use super::worker::worker;
 use std::time::Duration;
-use vublk::block::{Error, Graph, Perm, Perms, Registry, WriteFlags};
+use vublk::block::{Error, Fix, Graph, Perm, Perms, Registry, WriteFlags, ZeroFlags};
 use vublk::io::sim::Disorder;
-use vublk::io::{IoResult, IoVec};
+use vublk::io::{Errno, IoResult, IoVec};
 use vublk::options::keyval;
 use vublk::protocol::sim::{SimDisk, SimOptions};
 
@@ -15,6 +15,15 @@ use vublk::protocol::sim::{SimDisk, SimOptions};
 const ROOM: u64 = 1 << 20;
 /// Requests to an image that can be opened.
 const REQUESTS: u8 = 6;
+
+/// What a request does.
+#[derive(Clone, Copy)]
+enum What {
+    Read,
+    Write,
+    Zero,
+    Discard,
+}
 
 /// Changes some of an image's words, mostly near its beginning or its end, and cuts it at times. Numbers are of either
 /// order of bytes.
@@ -33,15 +42,20 @@ pub fn damage(image: &mut Vec<u8>, input: &mut Input) {
     }
 }
 
-/// Opens an image, reads parts of it, and writes some if that is asked for. An error is one line.
+/// Opens an image, reads parts of it, changes some if that is asked for, and checks it. An error is one line.
 pub fn work(registry: &'static Registry, driver: &'static str, image: &[u8], input: &mut Input) {
-    let writes = driver == "qcow";
+    let writes = ["qcow", "vmdk"].contains(&driver);
     let options = SimOptions { at_once: true, ..SimOptions::new(image.len() as u64) };
     let options = SimOptions { max_len: image.len() as u64 + ROOM, ..options };
     let name = disk_name();
     SimDisk::holding(options, image).publish(&name);
-    let requests: Vec<(bool, u64, u64)> = (0..input.u8() % REQUESTS)
-        .map(|_| (writes && input.one_in(2), input.edgy(), input.below(9000)))
+    let kinds = if writes {
+        &[What::Read, What::Write, What::Zero, What::Discard][..]
+    } else {
+        &[What::Read]
+    };
+    let requests: Vec<(What, u64, u64)> = (0..input.u8() % REQUESTS)
+        .map(|_| (input.pick(kinds), input.edgy(), input.below(9000)))
         .collect();
     let calm =
         Disorder { seed: 1, max_delay: Duration::from_micros(50), short: 0.0, interrupted: 0.0 };
@@ -51,9 +65,12 @@ pub fn work(registry: &'static Registry, driver: &'static str, image: &[u8], inp
     });
     SimDisk::withdraw(&name);
     if let Err(error) = result {
-        let shown = error.to_string();
-        assert!(!shown.contains('\n') && shown.len() < 2000, "{shown:?}");
+        assert_line(&error.to_string());
     }
+}
+
+fn assert_line(shown: &str) {
+    assert!(!shown.contains('\n') && shown.len() < 2000, "{shown:?}");
 }
 
 async fn open_and_work(
@@ -61,11 +78,11 @@ async fn open_and_work(
     driver: &str,
     writes: bool,
     disk: &str,
-    requests: Vec<(bool, u64, u64)>,
+    requests: Vec<(What, u64, u64)>,
 ) -> Result<(), Error> {
     let read_only = if writes { "off" } else { "on" };
     let options = format!(
-        "driver={driver},read-only={read_only},file.driver=sim,file.disk={disk},node-name=image"
+        "driver={driver},read-only={read_only},discard=unmap,file.driver=sim,file.disk={disk},node-name=image"
     );
     let options = keyval::parse(&options, None).expect("well-formed options").options;
     let graph = Graph::new(registry);
@@ -73,20 +90,29 @@ async fn open_and_work(
     let written = if writes { Perm::WRITE } else { Perm::empty() };
     let perms = Perms { held: Perm::CONSISTENT_READ | written, shared: Perm::all() };
     let hold = graph.attach(&node, "a fuzz target", perms, None)?;
-    for (is_write, at, len) in requests {
+    for (what, at, len) in requests {
         let at = at % node.len().max(1);
         let len = len.min(node.len() - at);
         let mut bytes = vec![7; len as usize];
         // A damaged image may fail all of them.
-        let _: IoResult = match is_write {
-            true => node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await,
-            false => node.read(at, &IoVec::from_mut(&mut bytes)).await,
+        let _: IoResult = match what {
+            What::Read => node.read(at, &IoVec::from_mut(&mut bytes)).await,
+            What::Write => node.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await,
+            What::Zero => node.zero(at, len, ZeroFlags::UNMAP).await,
+            What::Discard => node.discard(at, len).await,
         };
     }
+    let checked = match node.driver().image() {
+        Some(image) => image.check(Fix::Nothing, &mut assert_line).await.map(drop),
+        None => Ok(()),
+    };
     drop(node);
     hold.detach().await;
     graph.close().await;
-    Ok(())
+    match checked {
+        Err(error) if error.errno() != Some(Errno::ENOTSUP) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// A zlib stream that has these bytes as they are.
