@@ -81,7 +81,7 @@ pub fn se_sparse(bytes: &[u8; SE_LEN], file_len: u64) -> Result<(Layout, u64), E
         })
     };
     // Sectors of a table, with entries of eight bytes.
-    let entries = field(4).checked_mul(SECTOR / 8).unwrap_or(u64::MAX);
+    let entries = field(4).saturating_mul(SECTOR / 8);
     let (capacity, grain_bits, table_bits) = Layout::sizes(field(2), field(3), entries)?;
     let tables = Layout::tables_for(capacity, grain_bits, table_bits);
     let directory_len = field(17).saturating_mul(SECTOR);

@@ -139,7 +139,7 @@ pub(super) async fn read(file: &Node) -> Result<(File, Text), Error> {
         let kind = if has_others { File::Descriptor } else { File::Hosted(header) };
         return Ok((kind, Text { bytes, place: Some(place), room: Some(room) }));
     }
-    if file.len() == 0 {
+    if file.is_empty() {
         return Err(Error::new("File is too small, not a valid image"));
     }
     if file.len() > descriptor::LIMIT && !descriptor::probe(&head[..]) {
