@@ -135,6 +135,12 @@ impl DriverEntry {
     pub fn has_backing(&self) -> bool {
         self.children.contains(&Role::Backing)
     }
+
+    /// Whether new images can record what they stand on. Others are told by options whenever they are opened.
+    pub fn records_backing(&self) -> bool {
+        self.create
+            .is_some_and(|create| create.options.iter().any(|option| option.name == "backing_file"))
+    }
 }
 
 /// One of a driver's options, as `--blockdev driver=NAME,help` shows it.

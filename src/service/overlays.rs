@@ -31,7 +31,8 @@ pub(super) async fn prepare(
     let Some(entry) = registry.get(format) else {
         return Err(Error::new(format!("Unknown file format '{}'", format.escape_debug())));
     };
-    if !entry.has_backing() {
+    let can = if *exists { entry.has_backing() } else { entry.records_backing() };
+    if !can {
         return Err(Error::new(match *exists {
             true => "The overlay does not support backing images".to_owned(),
             false => format!("Backing file not supported for file format '{format}'"),

@@ -347,7 +347,7 @@ async fn open_target(
             [("B", "backing_file", "Backing file"), ("F", "backing_fmt", "Backing file format")]
         {
             if let Some(value) = line.get(option) {
-                if !driver.has_backing() {
+                if !driver.records_backing() {
                     return Err(format!("{what} not supported for file format '{format}'").into());
                 }
                 options.insert(key, Value::Text(value.to_owned()));

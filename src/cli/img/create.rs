@@ -61,7 +61,7 @@ async fn run(context: &Context, line: Line) -> Ended {
         [("b", "backing_file", "Backing file"), ("F", "backing_fmt", "Backing file format")]
     {
         let Some(value) = line.get(option) else { continue };
-        if entry.is_some_and(|entry| !entry.has_backing()) {
+        if entry.is_some_and(|entry| !entry.records_backing()) {
             return Err(
                 format!("{filename}: {what} not supported for file format '{format}'").into()
             );
