@@ -12,7 +12,6 @@ use crate::block::registry::Foreign;
 pub static FOREIGN: &[Foreign] = &[
     // LUKS on-disk format, version 1.
     Foreign { name: "luks", probe: |head, _| magic(head, 0, b"LUKS\xba\xbe\0\x01") },
-    Foreign { name: "parallels", probe: |head, _| parallels(head) },
     // The copy of the footer that images of dynamic size begin with.
     Foreign { name: "vpc", probe: |head, _| magic(head, 0, b"conectix") },
 ];
@@ -21,9 +20,4 @@ pub static FOREIGN: &[Foreign] = &[
 fn magic(head: &[u8], at: usize, wanted: &[u8]) -> u32 {
     let found = head.get(at..).is_some_and(|head| head.starts_with(wanted));
     if found { 100 } else { 0 }
-}
-
-/// Both kinds; the second is for disks of more sectors than 32 bits count.
-fn parallels(head: &[u8]) -> u32 {
-    magic(head, 0, b"WithoutFreeSpace").max(magic(head, 0, b"WithouFreSpacExt"))
 }

@@ -9,6 +9,7 @@ pub mod cloop;
 mod deflate;
 pub mod dmg;
 pub mod foreign;
+pub mod parallels;
 pub mod qcow;
 pub mod qcow2;
 pub mod qed;
@@ -23,6 +24,7 @@ pub static LIST: &[&DriverEntry] = &[
     &bochs::ENTRY,
     &cloop::ENTRY,
     &dmg::ENTRY,
+    &parallels::ENTRY,
     &qcow::ENTRY,
     &qcow2::ENTRY,
     &qed::ENTRY,

@@ -1,0 +1,158 @@
+//! Checking an image, and repairing it: each cluster that the catalogue names lies in the file and has one owner, and
+//! the file ends with the last of them. Texts and counts are those of `qemu-img check`.
+//!
+//! A repair takes away entries that lead outside, gives the second owner of a cluster a copy of it, durably, before its
+//! entry names the copy, and cuts off what nothing names at the end of the file.
+
+use super::catalogue::for_each_named;
+use super::header::{self, Header, STATE_AT};
+use super::open::read_header;
+use crate::block::{CheckReport, Error, Fix, Node, WriteFlags};
+use crate::cow::{cut, lengthen, read_padded};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
+
+/// Bytes that are copied at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Checks the image in `file`, with no other request in flight, and repairs what `fix` says, telling `say` what is found.
+///
+/// # Errors
+/// The header makes no sense, or I/O failed.
+pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<CheckReport, Error> {
+    let header = read_header(file).await?;
+    let end = header.data_start();
+    let report = CheckReport { total_clusters: header.entries.into(), ..CheckReport::default() };
+    let mut check = Check { file, header, fix, say, report, end };
+    check.run().await.map_err(|errno| Error::os("Check failed", errno))?;
+    check.report.image_end_offset = check.end;
+    Ok(check.report)
+}
+
+/// A check on its way.
+struct Check<'a> {
+    file: &'a Node,
+    header: Header,
+    fix: Fix,
+    say: &'a mut dyn FnMut(&str),
+    report: CheckReport,
+    /// Where the last cluster ends, in bytes.
+    end: u64,
+}
+
+impl Check<'_> {
+    async fn run(&mut self) -> IoResult {
+        if self.header.state.is_in_use() {
+            self.corrupt("image was not closed correctly");
+        }
+        let mut named = Vec::new();
+        let see = |index: u32, entry: u32| named.push((index, entry));
+        for_each_named(self.file, &self.header, see).await?;
+        let named = self.check_places(named).await?;
+        self.check_owners(named).await?;
+        self.file.flush().await?;
+        self.check_end().await;
+        if self.fix == Fix::All && self.header.state.is_in_use() && self.report.corruptions == 0 {
+            let state = self.header.encode_state(&self.header.state.written(false));
+            self.file.write(STATE_AT, &IoVec::from_ref(&state), WriteFlags::empty()).await?;
+        }
+        if self.fix != Fix::Nothing { self.file.flush().await } else { Ok(()) }
+    }
+
+    /// Counts a mistake. Returns whether it is to be repaired.
+    fn corrupt(&mut self, what: &str) -> bool {
+        let repairs = self.fix == Fix::All;
+        let count = match repairs {
+            true => &mut self.report.corruptions_fixed,
+            false => &mut self.report.corruptions,
+        };
+        *count += 1;
+        self.say(repairs, what);
+        repairs
+    }
+
+    fn say(&mut self, repairs: bool, what: &str) {
+        let word = if repairs { "Repairing" } else { "ERROR" };
+        (self.say)(&format!("{word} {what}"));
+    }
+
+    async fn set_entry(&self, index: u32, entry: u32) -> IoResult {
+        let at = header::LEN as u64 + u64::from(index) * 4;
+        let bytes = entry.to_le_bytes();
+        self.file.write(at, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
+    }
+
+    /// Looks whether clusters lie in the file: returns the places of those that do, with the entries that name them.
+    async fn check_places(&mut self, named: Vec<(u32, u32)>) -> IoResult<Vec<(u64, u32)>> {
+        let (cluster, file_len) = (self.header.cluster_size(), self.file.driver().len());
+        let mut places = Vec::with_capacity(named.len());
+        let mut last = None;
+        for (index, entry) in named {
+            let place = self.header.offset_of(entry);
+            let inside = place.filter(|&place| place < file_len);
+            if inside.is_none() && self.corrupt(&format!("cluster {index} is outside image")) {
+                self.set_entry(index, 0).await?;
+                continue;
+            }
+            self.report.allocated_clusters += 1;
+            let Some(place) = place else { continue };
+            let follows = last.is_none_or(|last: u64| place == last + cluster);
+            self.report.fragmented_clusters += u64::from(!follows);
+            last = Some(place);
+            self.end = self.end.max(place + cluster);
+            places.extend(inside.map(|place| (place, index)));
+        }
+        Ok(places)
+    }
+
+    /// Looks whether clusters have one owner each.
+    async fn check_owners(&mut self, mut places: Vec<(u64, u32)>) -> IoResult {
+        places.sort_unstable();
+        let mut free_from = 0;
+        for (place, index) in places {
+            let is_shared = place < free_from;
+            if is_shared && self.corrupt(&format!("duplicate offset in BAT entry {index}")) {
+                self.copy(place, index).await?;
+                continue;
+            }
+            free_from = free_from.max(place + self.header.cluster_size());
+        }
+        Ok(())
+    }
+
+    /// Gives an entry a copy of the cluster that it names.
+    async fn copy(&mut self, from: u64, index: u32) -> IoResult {
+        let place = self.header.place_of(self.header.clusters_before(self.end));
+        let (cluster, end) = (self.header.cluster_size(), place + self.header.cluster_size());
+        if self.header.clusters_before(end) > self.header.most_clusters() {
+            return Err(Errno::ENOSPC);
+        }
+        if self.file.driver().len() < end {
+            lengthen(self.file, end).await?;
+        }
+        let mut buffer = AlignedBuf::new(cluster.min(CHUNK) as usize, 4096).ok_or(Errno::ENOMEM)?;
+        for at in (0..cluster).step_by(CHUNK as usize) {
+            let len = (cluster - at).min(CHUNK);
+            read_padded(self.file, from + at, &buffer.io_vec().slice(0, len)).await?;
+            let bytes = buffer.source().slice(0, len);
+            self.file.write(place + at, &bytes, WriteFlags::empty()).await?;
+        }
+        self.file.flush().await?;
+        self.end = end;
+        self.set_entry(index, self.header.entry_at(place)).await
+    }
+
+    /// Looks whether the file ends where it should. Where the bitmaps of an extension are is not known here.
+    async fn check_end(&mut self) {
+        let lost = self.file.driver().len().saturating_sub(self.end);
+        if lost == 0 || self.header.state.extension != 0 {
+            return;
+        }
+        let clusters = lost.div_ceil(self.header.cluster_size());
+        let repairs = self.fix != Fix::Nothing;
+        self.say(repairs, &format!("space leaked at the end of the image {lost}"));
+        match repairs && cut(self.file, self.end).await {
+            true => self.report.leaks_fixed += clusters,
+            false => self.report.leaks += clusters,
+        }
+    }
+}

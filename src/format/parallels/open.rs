@@ -1,0 +1,135 @@
+//! Opening an image: the header, the children, and which clusters of the file are in use.
+
+use super::catalogue::{self, Named};
+use super::header::{self, Header};
+use super::mapping::Stretch;
+use super::space::{self, Preallocating};
+use super::{Parallels, mapping};
+use crate::block::*;
+use crate::cow::{FileEnd, Lock, cut, read_padded};
+use crate::io::IoVec;
+use crate::options::node_ref::NodeRefOrNull;
+use crate::options::{Map, NodeRef, Size};
+use serde::Deserialize;
+
+pub(super) static HELP: &[OptionHelp] = &[
+    OptionHelp { name: "file", value: "node", help: "The node that holds the image" },
+    OptionHelp {
+        name: "backing",
+        value: "node",
+        help: "The node to read where the image has no data; null for none",
+    },
+    OptionHelp {
+        name: "prealloc-mode",
+        value: "falloc|truncate",
+        help: "Whether new space of the file is allocated (default) or a hole",
+    },
+    OptionHelp {
+        name: "prealloc-size",
+        value: "size",
+        help: "How much longer the file gets at once (default: 128M)",
+    },
+];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Options {
+    file: NodeRef,
+    backing: Option<NodeRefOrNull>,
+    #[serde(default)]
+    prealloc_mode: space::Mode,
+    prealloc_size: Option<Size>,
+}
+
+pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
+    let options: Options = opening.parse(map)?;
+    let mut held = Perm::CONSISTENT_READ;
+    if opening.is_active() && !opening.options().read_only && !opening.auto_read_only() {
+        // Space that an image has lost that was not closed is given back.
+        held |= Perm::WRITE | Perm::RESIZE;
+    }
+    let during = Perms::format(Perms { held, shared: Perm::all() });
+    let file = opening.child(Role::File, options.file, during).await?;
+    let node = file.node();
+    let is_writable = opening.is_writable_over(&node);
+    let header = read_header(&node).await?;
+    let stretch = Stretch::new(&header);
+    // Nothing is recorded in the image.
+    let backing = opening.backing(options.backing, None, &file).await?;
+    if backing.is_some() && stretch.has_gaps() {
+        return Err(Error::new(format!(
+            "An image with clusters of {} bytes, which is no power of two, can have no backing file",
+            header.cluster_size()
+        )));
+    }
+    let may_look = opening.is_active() && !opening.policy().for_check;
+    let named = match is_writable && may_look {
+        true => used(opening.name(), &node, &header, held.contains(Perm::WRITE)).await?,
+        false => Named::default(),
+    };
+    let mapping = mapping::tables(&header);
+    let mapping = mapping.map_err(|errno| Error::os("Could not allocate the catalogue", errno))?;
+    let mut children = vec![file];
+    children.extend(backing);
+    Ok(Box::new(Parallels {
+        name: opening.name().to_owned(),
+        stretch,
+        children,
+        mapping,
+        space: space::space(&header, named, node.driver().len()),
+        preallocating: Preallocating::new(options.prealloc_mode, options.prealloc_size),
+        is_writable,
+        // One that was not closed has its mark, which closing takes back.
+        is_prepared: (is_writable && may_look && header.state.is_in_use()).into(),
+        is_frozen: Default::default(),
+        state: Lock::new(header.state.clone()),
+        header,
+        has_reported: Default::default(),
+    }))
+}
+
+/// The clusters of an image that is about to be written. What nothing names at the end of one that was not closed is cut off,
+/// if it may be changed already.
+pub(super) async fn used(
+    name: &str,
+    file: &Node,
+    header: &Header,
+    may_change: bool,
+) -> Result<Named, Error> {
+    let found = catalogue::scan(file, header).await?;
+    if header.state.is_in_use() {
+        log::info!("{name}: parallels: the image was not closed correctly: its catalogue is sound");
+        if may_change {
+            cut(file, header.place_of(found.end)).await;
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the header, and checks that the file has the catalogue.
+pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
+    let mut head = [0; header::LEN];
+    let read = read_padded(file, 0, &IoVec::from_mut(&mut head)).await;
+    read.map_err(|errno| Error::os("Could not read Parallels header", errno))?;
+    let header = Header::parse(&head)?;
+    if header.catalogue_end() > file.len() {
+        return Err(Error::new(format!(
+            "The Parallels catalogue ends at {:#x}, past the end of the file ({:#x})",
+            header.catalogue_end(),
+            file.len()
+        )));
+    }
+    Ok(header)
+}
+
+impl Parallels {
+    /// Forgets what is known of the clusters of the file.
+    pub(super) fn forget_clusters(&self, named: Named, file_len: u64) {
+        replace(&self.space, &self.header, named, file_len);
+    }
+}
+
+fn replace(space: &FileEnd, header: &Header, named: Named, file_len: u64) {
+    space.replace(space::extent(header, named.end, file_len));
+    named.gaps.into_iter().for_each(|gap| space.put_back(gap));
+}
