@@ -97,6 +97,7 @@ fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
     with_kept("qcow2_snapshots", targets::qcow2_snapshots::run);
     with_kept("qcow2_bitmaps", targets::qcow2_bitmaps::run);
     with_kept("qcow", targets::qcow::run);
+    with_kept("parallels", targets::parallels::run);
     with_kept("bochs", targets::bochs::run);
     with_kept("cloop", targets::cloop::run);
     with_kept("dmg", targets::dmg::run);
@@ -180,6 +181,7 @@ fn damaged_bitmaps_of_a_qcow2_image_are_refused_or_kept() {
 fn images_of_small_formats_that_make_no_sense_are_refused_or_read() {
     with_seeds(300, bytes, |input, _| {
         targets::qcow::run(input);
+        targets::parallels::run(input);
         targets::bochs::run(input);
         targets::cloop::run(input);
         targets::dmg::run(input);

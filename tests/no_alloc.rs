@@ -320,6 +320,7 @@ fn requests_to_allocated_clusters_of_images_allocate_nothing_and_lock_nothing() 
         ("vdi", "static=off"),
         ("vmdk", "subformat=monolithicSparse"),
         ("vmdk", "subformat=twoGbMaxExtentFlat"),
+        ("parallels", "cluster_size=64k"),
     ] {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = file.path().to_str().unwrap();

@@ -5,9 +5,9 @@
 //! entry names the copy, and cuts off what nothing names at the end of the file.
 
 use super::catalogue::for_each_named;
-use super::header::{self, Header, STATE_AT};
-use super::open::read_header;
-use crate::block::{CheckReport, Error, Fix, Node, WriteFlags};
+use super::header::{self, Header};
+use super::open::{read_header, write_state};
+use crate::block::{CheckReport, Error, Fix, Node, SECTOR, WriteFlags};
 use crate::cow::{cut, lengthen, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 
@@ -49,13 +49,17 @@ impl Check<'_> {
         for_each_named(self.file, &self.header, see).await?;
         let named = self.check_places(named).await?;
         self.check_owners(named).await?;
-        self.file.flush().await?;
+        if self.fix != Fix::Nothing {
+            self.file.flush().await?;
+        }
         self.check_end().await;
         if self.fix == Fix::All && self.header.state.is_in_use() && self.report.corruptions == 0 {
-            let state = self.header.encode_state(&self.header.state.written(false));
-            self.file.write(STATE_AT, &IoVec::from_ref(&state), WriteFlags::empty()).await?;
+            write_state(self.file, &self.header, &self.header.state.written(false)).await?;
         }
-        if self.fix != Fix::Nothing { self.file.flush().await } else { Ok(()) }
+        match self.fix {
+            Fix::Nothing => Ok(()),
+            _ => self.file.flush().await,
+        }
     }
 
     /// Counts a mistake. Returns whether it is to be repaired.
@@ -95,9 +99,12 @@ impl Check<'_> {
             }
             self.report.allocated_clusters += 1;
             let Some(place) = place else { continue };
-            let follows = last.is_none_or(|last: u64| place == last + cluster);
+            // As QEMU counts: of neighbours on the disk.
+            let follows = last.is_none_or(|(before, last): (u32, u64)| {
+                before + 1 != index || place == last + cluster
+            });
             self.report.fragmented_clusters += u64::from(!follows);
-            last = Some(place);
+            last = Some((index, place));
             self.end = self.end.max(place + cluster);
             places.extend(inside.map(|place| (place, index)));
         }
@@ -143,7 +150,9 @@ impl Check<'_> {
 
     /// Looks whether the file ends where it should. Where the bitmaps of an extension are is not known here.
     async fn check_end(&mut self) {
-        let lost = self.file.driver().len().saturating_sub(self.end);
+        // As QEMU counts: in whole sectors.
+        let file_end = self.file.driver().len().next_multiple_of(SECTOR);
+        let lost = file_end.saturating_sub(self.end);
         if lost == 0 || self.header.state.extension != 0 {
             return;
         }

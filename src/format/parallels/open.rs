@@ -1,13 +1,13 @@
 //! Opening an image: the header, the children, and which clusters of the file are in use.
 
 use super::catalogue::{self, Named};
-use super::header::{self, Header};
+use super::header::{self, Header, State};
 use super::mapping::Stretch;
 use super::space::{self, Preallocating};
 use super::{Parallels, mapping};
 use crate::block::*;
 use crate::cow::{FileEnd, Lock, cut, read_padded};
-use crate::io::IoVec;
+use crate::io::{IoResult, IoVec};
 use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{Map, NodeRef, Size};
 use serde::Deserialize;
@@ -52,7 +52,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
     let is_writable = opening.is_writable_over(&node);
-    let header = read_header(&node).await?;
+    let mut header = read_header(&node).await?;
     let stretch = Stretch::new(&header);
     // Nothing is recorded in the image.
     let backing = opening.backing(options.backing, None, &file).await?;
@@ -64,7 +64,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     }
     let may_look = opening.is_active() && !opening.policy().for_check;
     let named = match is_writable && may_look {
-        true => used(opening.name(), &node, &header, held.contains(Perm::WRITE)).await?,
+        true => used(opening.name(), &node, &mut header, held.contains(Perm::WRITE)).await?,
         false => Named::default(),
     };
     let mapping = mapping::tables(&header);
@@ -79,8 +79,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         space: space::space(&header, named, node.driver().len()),
         preallocating: Preallocating::new(options.prealloc_mode, options.prealloc_size),
         is_writable,
-        // One that was not closed has its mark, which closing takes back.
-        is_prepared: (is_writable && may_look && header.state.is_in_use()).into(),
+        is_prepared: Default::default(),
         is_frozen: Default::default(),
         state: Lock::new(header.state.clone()),
         header,
@@ -88,20 +87,25 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     }))
 }
 
-/// The clusters of an image that is about to be written. What nothing names at the end of one that was not closed is cut off,
-/// if it may be changed already.
+/// The clusters of an image that is about to be written. One that was not closed is brought to order, if it may be changed
+/// already: what nothing names at its end is cut off, durably, and then it is not in use.
 pub(super) async fn used(
     name: &str,
     file: &Node,
-    header: &Header,
+    header: &mut Header,
     may_change: bool,
 ) -> Result<Named, Error> {
     let found = catalogue::scan(file, header).await?;
-    if header.state.is_in_use() {
+    if header.state.is_in_use() && may_change {
         log::info!("{name}: parallels: the image was not closed correctly: its catalogue is sound");
-        if may_change {
+        let closed = header.state.written(false);
+        let settle = async || {
             cut(file, header.place_of(found.end)).await;
-        }
+            file.flush().await?;
+            write_state(file, header, &closed).await
+        };
+        settle().await.map_err(|errno| Error::os("Could not bring the image to order", errno))?;
+        header.state = closed;
     }
     Ok(found)
 }
@@ -120,6 +124,13 @@ pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
         )));
     }
     Ok(header)
+}
+
+/// Has the header say, durably, in which state the image is.
+pub(super) async fn write_state(file: &Node, header: &Header, state: &State) -> IoResult {
+    let bytes = header.encode_state(state);
+    file.write(header::STATE_AT, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
+    file.flush().await
 }
 
 impl Parallels {

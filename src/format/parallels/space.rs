@@ -49,7 +49,9 @@ pub(super) fn space(header: &Header, named: Named, file_len: u64) -> FileEnd {
 /// What an image has whose clusters before `end` may be named.
 pub(super) fn extent(header: &Header, end: u64, file_len: u64) -> FileExtent {
     let fresh_from = header.clusters_before(file_len);
-    FileExtent { used: end, fresh_from, limit: header.most_clusters() }
+    // Clusters that are not named yet, behind those that are.
+    let limit = (end + u64::from(header.entries)).min(header.most_clusters());
+    FileExtent { used: end, fresh_from, limit }
 }
 
 /// Makes a file at least so long, durably; it may get up to `wanted` bytes.

@@ -8,16 +8,16 @@
 //!   past the end, and no cluster is given away twice, although nothing counts clusters.
 //! * Data is written before the entry that names its cluster. A flush makes both durable.
 //! * Clusters stay where they are: zeroing and discarding empty them in their place.
-//! * Closing the image makes all of that durable, cuts off what was not used at the end of the file, and then takes the mark
-//!   back.
+//! * Closing the image makes all of that durable, cuts off what was not used at the end of the file, durably, and then takes
+//!   the mark back.
 //!
 //! A crash at any moment leaves what was flushed, the mark, and clusters that nothing names. The next opening for writing
 //! finds them by the catalogue and uses them again.
 
 use super::Parallels;
-use super::header::STATE_AT;
 use super::mapping::{BeforeData, Entry};
-use super::open::{read_header, used};
+use super::open::{read_header, used, write_state};
+use super::space::extent;
 use crate::block::{Error, Event, HandOver, LocalFuture, WriteFlags, ZeroFlags};
 use crate::cow::{
     Found, Journaling, Need, Release, Stop, Writable, Writer, announce, backing, begin_rest,
@@ -95,16 +95,15 @@ impl Parallels {
     /// Has the header say, durably, whether the image is in use. An image that is has all of its last cluster.
     async fn mark(&self, is_open: bool) -> IoResult {
         let mut state = self.state.lock().await;
+        if is_open && self.is_prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let new = state.written(is_open);
         let file = file(self);
         if is_open && file.driver().len() < self.header.place_of(self.space.end()) {
             lengthen(&file, self.header.place_of(self.space.end())).await?;
         }
-        if *state != new {
-            let bytes = self.header.encode_state(&new);
-            file.write(STATE_AT, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
-        }
-        file.flush().await?;
+        write_state(&file, &self.header, &new).await?;
         if state.extension != 0 {
             log::warn!(
                 "{}: parallels: the image is written: its dirty bitmaps are dropped",
@@ -197,24 +196,29 @@ impl Parallels {
         begin_rest(self).await;
         self.flush_all().await?;
         check_sound(self).await?;
-        cut(&file(self), self.header.place_of(self.space.cut())).await;
+        let (file, end) = (file(self), self.space.cut());
+        if !cut(&file, self.header.place_of(end)).await {
+            // What is still there does not read as zeroes.
+            self.space.replace(extent(&self.header, end, file.driver().len()));
+        }
+        file.flush().await?;
         self.mark(false).await
     }
 
     /// Reads again what another process may have changed.
     async fn look_again(&self) -> Result<(), Error> {
         let file = file(self);
-        let new = read_header(&file).await?;
+        let mut new = read_header(&file).await?;
         if !new.is_same_disk(&self.header) {
             return Err(Error::new("the image has another layout than when it was opened"));
         }
         let mut state = self.state.lock().await;
         if self.is_writable {
-            let named = used(&self.name, &file, &new, true).await?;
+            let named = used(&self.name, &file, &mut new, true).await?;
             self.forget_clusters(named, file.driver().len());
         }
         self.mapping.cache.forget(|_| true);
-        self.is_prepared.store(self.is_writable && new.state.is_in_use(), Ordering::SeqCst);
+        self.is_prepared.store(false, Ordering::SeqCst);
         *state = new.state;
         Ok(())
     }

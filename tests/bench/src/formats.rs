@@ -26,6 +26,7 @@ const FORMATS: &[Format] = &[
     Format { name: "qcow2", over_raw: 1.15, first_writes: 4.0 },
     Format { name: "qed", over_raw: 1.15, first_writes: 4.0 },
     Format { name: "vdi", over_raw: 1.15, first_writes: 3.0 },
+    Format { name: "parallels", over_raw: 1.2, first_writes: 3.0 },
     Format { name: "vhdx", over_raw: 1.15, first_writes: 1.2 },
 ];
 

@@ -15,6 +15,7 @@ mod mapped;
 pub mod nvme;
 mod opened;
 pub mod options;
+pub mod parallels;
 pub mod qcow;
 pub mod qcow2_bitmaps;
 pub mod qcow2_check;

@@ -44,7 +44,7 @@ pub fn damage(image: &mut Vec<u8>, input: &mut Input) {
 
 /// Opens an image, reads parts of it, changes some if that is asked for, and checks it. An error is one line.
 pub fn work(registry: &'static Registry, driver: &'static str, image: &[u8], input: &mut Input) {
-    let writes = ["qcow", "vmdk"].contains(&driver);
+    let writes = ["parallels", "qcow", "vmdk"].contains(&driver);
     let options = SimOptions { at_once: true, ..SimOptions::new(image.len() as u64) };
     let options = SimOptions { max_len: image.len() as u64 + ROOM, ..options };
     let name = disk_name();

@@ -136,7 +136,7 @@ fn a_guest_on_an_overlay_notices_nothing_when_its_daemon_is_killed_and_started_a
 
 #[test]
 fn a_guest_on_an_image_of_another_format_notices_nothing_when_its_daemon_is_killed() {
-    for format in ["qed", "vdi", "vhdx"] {
+    for format in ["qed", "vdi", "vhdx", "parallels"] {
         killed_under_load(Disk::Image(format));
     }
 }

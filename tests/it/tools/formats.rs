@@ -7,7 +7,7 @@ use fastrand::Rng;
 use std::fmt::Write;
 
 /// A format, how its images are created, the size of their disks in KiB, and of their clusters in bytes.
-const KINDS: [(&str, &str, u64, u64); 12] = [
+const KINDS: [(&str, &str, u64, u64); 15] = [
     ("qed", "", 3000, 64 << 10),
     ("qed", "-o cluster_size=4k,table_size=2", 1500, 4 << 10),
     ("qed", "-o cluster_size=128k,table_size=16", 3000, 128 << 10),
@@ -20,6 +20,10 @@ const KINDS: [(&str, &str, u64, u64); 12] = [
     ("vmdk", "-o zeroed_grain=on", 3000, 64 << 10),
     ("vmdk", "-o subformat=twoGbMaxExtentSparse", 3000, 64 << 10),
     ("vmdk", "-o subformat=monolithicFlat", 3000, 64 << 10),
+    ("parallels", "", 6000, 1 << 20),
+    ("parallels", "-o cluster_size=4k", 1500, 4 << 10),
+    // No power of two, as in images of old programs.
+    ("parallels", "-o cluster_size=32256", 3000, 32256),
 ];
 
 /// How many lines a script has.

@@ -22,6 +22,7 @@ mod names;
 mod newer;
 mod no_text;
 mod options;
+mod parallels;
 mod progress;
 mod qcow;
 mod qed;
