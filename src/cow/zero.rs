@@ -260,7 +260,7 @@ async fn empty_slice<F: Zeroing>(image: &F, range: Range<u64>, kind: Empty) -> I
             is_changed |= new != old;
             entries.push(new);
             if frees {
-                releases.extend(image.emptied_references(old));
+                releases.extend(image.emptied_references(old, kind));
             } else if new != old {
                 kept.extend(image.kept_place(old, new, kind));
             }

@@ -42,8 +42,8 @@ pub trait Zeroing: Writer {
         kind: Empty,
     ) -> Result<(Self::Entry, bool), Self::Bad>;
 
-    /// The references that an emptied entry had, as [`Writer::references`], for what a guest gives back.
-    fn emptied_references(&self, entry: Self::Entry) -> Option<Release> {
+    /// The references that an emptied entry had, as [`Writer::references`], for what was emptied like this.
+    fn emptied_references(&self, entry: Self::Entry, _kind: Empty) -> Option<Release> {
         self.references(entry)
     }
 

@@ -1,13 +1,12 @@
 //! Discards all data of an image, so that its backing file shows.
 //!
-//! It goes cluster by cluster, in the order of every change of the mapping ([`super::order`]): an entry that a
+//! It goes slice by slice, in the order of every change of the mapping ([`super::order`]): an entry that a
 //! crash finds removed shows the backing file, which has the same contents by then. Empty tables are freed
 //! last, and the file is cut to what is left.
 
 use super::Qcow2;
-use super::layout::L2Entry;
 use crate::block::Event;
-use crate::cow::{Empty, Release, change_entries, ensure_table, pin};
+use crate::cow::{Empty, Format, empty_clusters};
 use crate::io::{Errno, IoResult};
 
 impl Qcow2 {
@@ -17,28 +16,11 @@ impl Qcow2 {
         }
         self.prepare_writing().await?;
         self.event(Event::EmptyImagePrepare).await;
-        let bits = self.geometry.cluster_bits;
-        let end = self.geometry.clusters(self.size());
-        let entries = self.mapping.tables().cache.entries() as u64;
-        let mut first = 0;
-        let mut discarded = Vec::new();
-        while first < end {
-            let guest = first << bits;
-            let index = self.geometry.l1_index(guest);
-            if self.mapping.l1_at(index).l2_table() == 0 {
-                first = (index + 1) * self.geometry.l2_entries();
-                continue;
-            }
-            let stop = end.min((first | (entries - 1)) + 1);
-            if self.discard_clusters_of(first, stop).await? && self.geometry.external_data {
-                discarded.push(guest..stop << bits);
-            }
-            first = stop;
-        }
+        let end = self.size().next_multiple_of(self.geometry.cluster_size());
+        empty_clusters(self, 0..end, Empty::Crop).await?;
         self.flush_all().await?;
-        // No entry that a crash can bring back shows these parts of an external data file.
-        for range in discarded {
-            self.give_back_data(range).await;
+        if self.geometry.external_data {
+            self.give_back_mapped(end).await;
         }
         // The state of a virtual machine behind the end of the disk goes with it.
         self.unmap(self.size(), Empty::Crop).await?;
@@ -51,29 +33,14 @@ impl Qcow2 {
         self.cut_to_use().await
     }
 
-    /// Removes the entries of guest clusters of one slice, whose L2 table exists. Returns whether any were set.
-    async fn discard_clusters_of(&self, first: u64, stop: u64) -> IoResult<bool> {
-        let guest = first << self.geometry.cluster_bits;
-        let _range = self.mapping.tables().ranges.lock(first..stop).await;
-        let _visit = self.mapping.tables().visits.enter();
-        ensure_table(self, guest).await?;
-        let mut releases = Vec::new();
-        let mut is_changed = false;
-        {
-            let pinned = pin(self, guest).await?;
-            let (_, index) = self.mapping.tables().slice_of(guest);
-            for n in 0..(stop - first) as usize {
-                let old = pinned.get(index + n);
-                is_changed |= old != L2Entry::UNALLOCATED;
-                let run = self.geometry.clusters_of(old);
-                releases.extend(run.map(|run| Release { run, discard: true }));
+    /// Gives back what an external data file has below guest offset `end` where there are L2 tables. No entry that a crash
+    /// can bring back shows it.
+    async fn give_back_mapped(&self, end: u64) {
+        let coverage = self.geometry.l2_coverage();
+        for start in (0..end).step_by(coverage as usize) {
+            if self.has_table(start) {
+                self.give_back_data(start..end.min(start + coverage)).await;
             }
         }
-        if is_changed {
-            let empty = vec![L2Entry::UNALLOCATED; (stop - first) as usize];
-            change_entries(self, guest, &empty).await?;
-            self.free(&releases).await;
-        }
-        Ok(is_changed)
     }
 }

@@ -55,9 +55,11 @@ impl Zeroing for Qcow2 {
         })
     }
 
-    fn emptied_references(&self, entry: L2Entry) -> Option<Release> {
+    /// The storage is always told of what lies beyond the end of the disk.
+    fn emptied_references(&self, entry: L2Entry, kind: Empty) -> Option<Release> {
         let run = self.geometry.clusters_of(entry)?;
-        Some(Release { run, discard: self.settings.discards.guest })
+        let is_beyond = matches!(kind, Empty::Crop | Empty::Cut);
+        Some(Release { run, discard: is_beyond || self.settings.discards.guest })
     }
 
     fn kept_place(&self, old: L2Entry, new: L2Entry, kind: Empty) -> Option<u64> {

@@ -4,6 +4,7 @@ use super::images::{Images, random_commands};
 use super::read::{KINDS, cluster_size};
 use crate::cli::VUBLK;
 use crate::disks::seed;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 /// Runs `resize` in the images' folder; what it printed, and how it ended.
@@ -25,6 +26,23 @@ fn map(images: &Images, name: &str) -> Vec<(u64, bool)> {
         vec![is; run["length"].as_u64().unwrap() as usize / 512]
     });
     runs.collect::<Vec<_>>().concat()
+}
+
+#[test]
+fn a_shrink_gives_the_storage_back_what_it_frees_inside_the_file() {
+    let blocks = [false, true].map(|ours| {
+        let images = Images::new();
+        images.run("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
+        // The end of the disk lies before its start in the file.
+        images.run("qemu-io", &["-c", "write 8M 8M", "-c", "write 0 8M", "a.qcow2"]);
+        let image =
+            "driver=qcow2,discard=ignore,file.driver=file,file.filename=a.qcow2,file.discard=unmap";
+        let line = ["-q", "--shrink", "--image-opts", image, "8M"].map(str::to_owned);
+        assert_eq!(resize(&images, ours, &line), (Some(0), String::new()));
+        assert!(is_sound(&images));
+        std::fs::metadata(images.path("a.qcow2")).unwrap().blocks()
+    });
+    assert!(blocks[1] <= blocks[0] + 256, "{blocks:?}");
 }
 
 fn is_sound(images: &Images) -> bool {
