@@ -1,7 +1,8 @@
 //! Host clusters of formats that count none: they come from the end of the file, which moves on in steps.
 //!
 //! Clusters that no entry names are free. A step makes the file longer by several clusters, which read as zeroes, and
-//! taking one of them is a matter of memory. Closing the image cuts off what was not used.
+//! taking one of them is a matter of memory. The task that takes the first cluster of a step's second half makes the next
+//! step before it goes on, while the others have what is left. Closing the image cuts off what was not used.
 
 use super::allocator::{Allocator, Run, Taken};
 use super::lock::Lock;
@@ -60,6 +61,8 @@ struct Pool {
     fresh_from: u64,
     /// Of the next step, in clusters.
     step: u64,
+    /// When `next` comes here, half of the last step is used.
+    half_at: Option<u64>,
 }
 
 impl FileEnd {
@@ -114,7 +117,7 @@ impl FileEnd {
 impl Pool {
     fn new(FileExtent { used, fresh_from, .. }: FileExtent, most: u64) -> Pool {
         let step = FIRST_STEP.min(most);
-        Pool { returned: Vec::new(), next: used, end: used, fresh_from, step }
+        Pool { returned: Vec::new(), next: used, end: used, fresh_from, step, half_at: None }
     }
 
     /// Up to `most` clusters side by side, at least `least`, if the file has them.
@@ -140,7 +143,20 @@ impl Pool {
         Some(Run { first, count, is_fresh })
     }
 
+    /// The file has become longer.
+    fn grow(&mut self, end: u64, most: u64) {
+        self.end = end;
+        self.step = (2 * self.step).min(most);
+        self.half_at = Some(self.next + (end - self.next) / 2);
+    }
+
+    /// Whether somebody should make the file longer although it has clusters left: it is said once.
+    fn is_half_used(&mut self) -> bool {
+        self.half_at.take_if(|at| self.next >= *at).is_some()
+    }
+
     fn cut(&mut self) -> u64 {
+        self.half_at = None;
         self.returned.sort_by_key(|run| run.first);
         while let Some(&last) = self.returned.last()
             && last.first + last.count == self.next
@@ -161,27 +177,45 @@ impl Pool {
 pub async fn take_at_end<F: Appending>(image: &F, least: u64, most: u64) -> IoResult<Taken<'_, F>> {
     let space = image.file_end();
     loop {
-        if let Some(run) = space.pool.lock().take(least, most) {
-            return Ok(Taken::new(image, run, image.place_of(run.first)));
+        let (taken, is_half_used) = {
+            let mut pool = space.pool.lock();
+            (pool.take(least, most), pool.is_half_used())
+        };
+        if let Some(run) = taken {
+            let taken = Taken::new(image, run, image.place_of(run.first));
+            if is_half_used && let Some(_turn) = space.growing.try_lock() {
+                // If it fails there is something left, and the task that finds nothing is told.
+                let _ = grow(image, 1).await;
+            }
+            return Ok(taken);
         }
         let _turn = space.growing.lock().await;
-        let (next, end, step) = {
+        let (next, end) = {
             let pool = space.pool.lock();
-            (pool.next, pool.end, pool.step)
+            (pool.next, pool.end)
         };
-        if end - next >= least {
-            continue;
+        if end - next < least {
+            grow(image, least).await?;
         }
-        let new = (next.max(end) + step.max(least)).min(space.limit);
-        if new < next + least {
-            return Err(Errno::ENOSPC);
-        }
-        image.extend(new).await?;
-        space.end.store(new, Ordering::Release);
-        let mut pool = space.pool.lock();
-        pool.end = new;
-        pool.step = (2 * step).min(space.most);
     }
+}
+
+/// Makes the file longer by a step, and by so much that it has `least` clusters that were never taken. The caller has the
+/// turn.
+async fn grow<F: Appending>(image: &F, least: u64) -> IoResult {
+    let space = image.file_end();
+    let (next, end, step) = {
+        let pool = space.pool.lock();
+        (pool.next, pool.end, pool.step)
+    };
+    let new = (end + step.max(least)).min(space.limit);
+    if new <= end || new < next + least {
+        return Err(Errno::ENOSPC);
+    }
+    image.extend(new).await?;
+    space.end.store(new, Ordering::Release);
+    space.pool.lock().grow(new, space.most);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -202,6 +236,23 @@ mod tests {
         pool.returned.push(Run { first: 11, count: 2, is_fresh: false });
         assert_eq!(pool.take(3, 3), Some(Run { first: 15, count: 3, is_fresh: true }));
         assert_eq!(pool.take(1, 1), Some(Run { first: 11, count: 1, is_fresh: false }));
+    }
+
+    #[test]
+    fn it_is_told_once_when_half_of_a_step_is_used() {
+        let mut pool = pool(10, 10);
+        assert!(!pool.is_half_used());
+        pool.grow(26, 64);
+        pool.take(1, 7);
+        assert!(!pool.is_half_used());
+        pool.take(1, 1);
+        assert!(pool.is_half_used() && !pool.is_half_used());
+        pool.grow(58, 64);
+        assert_eq!(pool.step, 64);
+        pool.take(1, 19);
+        assert!(!pool.is_half_used());
+        pool.take(1, 1);
+        assert!(pool.is_half_used());
     }
 
     #[test]
