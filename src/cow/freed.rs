@@ -10,8 +10,9 @@ use crate::io::sync::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// So many clusters wait for the guest's next flush, before the format flushes by itself.
-const WAITING_LIMIT: u64 = 2048;
+/// So many clusters wait for the guest's next flush, before the format flushes by itself: 1 GiB of clusters of 64 KiB, and
+/// 512 KiB of memory.
+const WAITING_LIMIT: u64 = 16 << 10;
 
 /// See the module's text.
 #[derive(Default)]
