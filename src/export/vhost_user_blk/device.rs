@@ -5,6 +5,7 @@ use super::queues::Queues;
 use crate::export::core::Disk;
 use crate::io::Worker;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 /// What only this type of export is configured with.
 #[derive(Clone, Debug)]
@@ -31,15 +32,16 @@ impl Device {
         Device { disk: Arc::new(disk), options, features, queues: Queues::default() }
     }
 
-    /// Has the image hand over what it keeps in the front end's memory. Blocks: not to be called on a worker.
-    pub fn detach_journal(self: &Arc<Device>, worker: &Worker) {
+    /// Has the image hand over what it keeps in the front end's memory, which is told through the channel; none if it keeps
+    /// nothing.
+    pub fn detach_journal(self: &Arc<Device>, worker: &Worker) -> Option<Receiver<()>> {
         if self.disk.journal.is_unused() {
-            return;
+            return None;
         }
         let device = self.clone();
-        worker.block_on(move || async move {
+        Some(worker.spawn(move || async move {
             let _busy = device.begin().await;
             device.disk.journal.detach(&device.disk.name).await;
-        });
+        }))
     }
 }

@@ -19,6 +19,7 @@ use crate::export::core::listener::Listener;
 use crate::export::core::notices::Notices;
 use crate::export::core::{Disk, Export, Parts};
 use crate::io::Worker;
+use crate::io::driven::receive;
 use crate::io::sync::Mutex;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -118,7 +119,9 @@ impl Drop for Server {
         let disk = &self.shared.disk;
         // Whoever may open the image next relies on it.
         disk.lingering.wait(&disk.name);
-        self.shared.device.detach_journal(&self.shared.workers[0]);
+        if let Some(detached) = self.shared.device.detach_journal(&self.shared.workers[0]) {
+            let _ = receive(&detached);
+        }
         disk.losses.note_at_the_end(&disk.name, &disk.node());
         disk.log_end();
     }

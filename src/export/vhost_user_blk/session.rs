@@ -218,13 +218,6 @@ impl Session {
         Ok(())
     }
 
-    /// The memory that holds the image's journal goes. If I/O may still land, the next session sees to it.
-    fn let_journal_go(&self) {
-        if !self.disk.lingering.any() {
-            self.device.detach_journal(&self.workers[0]);
-        }
-    }
-
     /// Goes over to another table of memory: rings that run are stopped, and started again with
     /// their addresses looked up again.
     fn change_memory(&mut self, regions: Vec<Arc<Region>>) -> Result<()> {

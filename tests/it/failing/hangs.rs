@@ -77,6 +77,26 @@ fn a_ring_that_is_to_stop_is_not_waited_for_without_end() {
 }
 
 #[test]
+fn a_connection_ends_although_what_the_guest_has_written_cannot_be_handed_over() {
+    let stage = Stage::with_image("io-timeout=1");
+    let mut disk = stage.open(true);
+    disk.write(8, &block(1)).unwrap();
+    // The entry is in the front end's memory alone.
+    hang(&stage, Kinds::WRITE);
+    disk.reconnect().unwrap();
+    submit_write(&mut disk, 2);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(disk.queue(0).reap().unwrap().is_none(), "nothing begins before it has ended");
+    stage.sim.release();
+    assert_eq!(disk.queue(0).wait().unwrap().status, status::OK);
+    for number in 1..3 {
+        let mut found = [0; 4096];
+        disk.read(number * 8, &mut found).unwrap();
+        assert!(found[..] == block(number));
+    }
+}
+
+#[test]
 fn an_export_ends_when_its_last_request_has() {
     let mut stage = Stage::new("io-timeout=1");
     let mut disk = stage.open(true);

@@ -30,7 +30,8 @@ use crate::vhost_user::LIMIT;
 pub struct Stage {
     pub service: Option<Owned>,
     pub sim: SimDisk,
-    name: String,
+    /// Of the disk's node.
+    options: String,
     export: String,
     dir: tempfile::TempDir,
 }
@@ -39,10 +40,23 @@ impl Stage {
     /// `export`: more options of it, such as its policies.
     pub fn new(export: &str) -> Stage {
         let sim = SimDisk::new(SimOptions { max_len: 2 << 20, ..SimOptions::new(1 << 20) });
+        Stage::on(sim, export, |disk| format!("driver=sim,disk={disk}"))
+    }
+
+    /// The same with a new qcow2 image on the disk.
+    pub fn with_image(export: &str) -> Stage {
+        let image = crate::qcow2::sim::image(1 << 20, "cluster_size=4k");
+        let options = SimOptions { max_len: 2 << 20, ..SimOptions::new(image.len() as u64) };
+        let sim = SimDisk::holding(options, &image);
+        Stage::on(sim, export, |disk| format!("driver=qcow2,file.driver=sim,file.disk={disk}"))
+    }
+
+    fn on(sim: SimDisk, export: &str, node: impl Fn(&str) -> String) -> Stage {
         let name = unique();
         sim.publish(&name);
         let dir = tempfile::tempdir().unwrap();
-        let mut stage = Stage { service: None, sim, name, export: export.to_owned(), dir };
+        let (options, export) = (node(&name), export.to_owned());
+        let mut stage = Stage { service: None, sim, options, export, dir };
         stage.start();
         stage
     }
@@ -54,7 +68,7 @@ impl Stage {
         let parse = |text: &str| keyval::parse(text, None).unwrap().options;
         let service = Service::start(&REGISTRY, OpenPolicy::default()).unwrap();
         let object = parse("qom-type=iothread,id=io0");
-        let disk = parse(&format!("driver=sim,disk={},node-name=d0,discard=unmap", self.name));
+        let disk = parse(&format!("{},node-name=d0,discard=unmap", self.options));
         let path = self.dir.path().join("e0.sock");
         let export = format!(
             "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={},writable=on,\

@@ -3,12 +3,13 @@
 use super::super::config::{F_LOG_ALL, F_PROTOCOL_FEATURES};
 use super::super::memory_loss::LossWatch;
 use super::super::queue::{Queue, QueueLog, QueueStart};
+use super::super::queues::Busy;
 use super::super::ring::{Addresses, MAX_SIZE, Ring, SplitRing, Tracking};
 use super::{Session, refuse};
 use crate::block::{Error, Fence};
 use crate::export::core::kept::Kept;
 use crate::export::core::loss::GIVE_UP;
-use crate::export::core::watch::Watch;
+use crate::export::core::watch::{Watch, linger};
 use crate::io::SourceId;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -81,11 +82,11 @@ impl Session {
             return Ok(());
         }
         let may_begin = !self.disk.lingering.any() && self.disk.hand_over.is_active();
-        let Some(_busy) = self.device.try_begin().filter(|_| may_begin) else {
+        let Some(busy) = self.device.try_begin().filter(|_| may_begin) else {
             self.is_kept_back = true;
             return Ok(());
         };
-        self.attach_journal()?;
+        let _busy = self.attach_journal(busy)?;
         let ring = &self.rings[index];
         let start = self.lay_out::<SplitRing>(index, at, ring.base)?;
         let kick = match &ring.kick {
@@ -114,14 +115,18 @@ impl Session {
         Ok(())
     }
 
-    /// Has the image keep its journal in the front end's memory, if there is any.
-    fn attach_journal(&self) -> Result<()> {
-        let Some(region) = self.inflight.clone() else { return Ok(()) };
+    /// Has the image keep its journal in the front end's memory, if there is any. The disk is busy until then.
+    ///
+    /// # Errors
+    /// What a killed daemon has left cannot be taken up, or that does not end. It is left to itself then, and the
+    /// connection is closed.
+    fn attach_journal(&self, busy: Busy) -> Result<Busy> {
+        let Some(region) = self.inflight.clone() else { return Ok(busy) };
         let disk = self.disk.clone();
-        let attached = self.workers[0].block_on(move || async move {
+        let attached = self.workers[0].spawn(move || async move {
             let kept: Arc<dyn Kept> = region;
             let attached = disk.journal.attach(&disk.name, &disk.node(), &kept).await;
-            match attached {
+            let attached = match attached {
                 // What I/O errors have kept from being taken up may be taken up later.
                 Err(error) if error.errno().is_none() && disk.options.writable => {
                     match disk.losses.are_accepted() {
@@ -133,9 +138,19 @@ impl Session {
                     }
                 }
                 attached => attached,
-            }
+            };
+            (attached, busy)
         });
-        attached.or_else(|error| refuse(error.to_string()))
+        let what = "taking up what was written before";
+        match self.wait_for(what, &attached) {
+            Some(Some((Ok(()), busy))) => Ok(busy),
+            Some(Some((Err(error), _))) => refuse(error.to_string()),
+            Some(None) => refuse(format!("{what}: the worker has ended")),
+            None => {
+                linger(&self.disk, attached, || {});
+                self.give_up(what)
+            }
+        }
     }
 
     /// The queue of a ring that lies at these addresses, and what of it is to be begun again.

@@ -85,8 +85,23 @@ impl Session {
         Ok(())
     }
 
+    /// Has the image hand over what it keeps in the front end's memory, which goes. If I/O may still land, or this does
+    /// not end, the next session sees to it.
+    pub(super) fn let_journal_go(&self) {
+        if self.disk.lingering.any() {
+            return;
+        }
+        let Some(detached) = self.device.detach_journal(&self.workers[0]) else { return };
+        let what = "handing over what the guest has written";
+        if self.wait_for(what, &detached).is_none() {
+            linger(&self.disk, detached, || {});
+            // The session ends, or is told when its next ring starts.
+            let _ = self.give_up::<()>(what);
+        }
+    }
+
     /// Closes the connection because of I/O that does not end.
-    fn give_up(&self, what: &str) -> Result<()> {
+    pub(super) fn give_up<T>(&self, what: &str) -> Result<T> {
         if let Some(cut_off) = &self.cut_off {
             cut_off.cut("I/O in flight does not end");
         }
@@ -95,7 +110,11 @@ impl Session {
 
     /// The word of what is ending its I/O, which is `Some(None)` if it has ended without one; none if it is
     /// given up on.
-    fn wait_for<T>(&self, what: &str, receiver: &mpsc::Receiver<T>) -> Option<Option<T>> {
+    pub(super) fn wait_for<T>(
+        &self,
+        what: &str,
+        receiver: &mpsc::Receiver<T>,
+    ) -> Option<Option<T>> {
         let timeout = self.disk.options.failures.io_timeout;
         // The queue's own watch tells a little later than the deadline, so that this is for those
         // who cannot tell: a worker that hangs itself.
