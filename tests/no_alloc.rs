@@ -16,6 +16,7 @@ use std::time::Duration;
 use vublk::block::{
     Access, Attachment, Graph, NewBitmap, Node, Perm, Perms, Registry, Target, WriteFlags,
 };
+use vublk::export::core::metrics::Serves;
 use vublk::export::core::{Address, DiskOptions, Export, ExportMetrics, Parts};
 use vublk::export::vhost_user_blk::{DeviceOptions, Options as ServerOptions, Server};
 use vublk::io::epoch::{Announcer, Generation};
@@ -440,8 +441,9 @@ fn a_watched_guest_costs_nothing(options: &str, chains: Chains, watched: bool) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.sock");
     let disk = DiskOptions { writable: true, write_through: false, failures: Default::default() };
-    let metrics =
-        watched.then(|| Arc::new(ExportMetrics::new("disk", ("top", node.len()), true, 1, true)));
+    let metrics = watched.then(|| {
+        Arc::new(ExportMetrics::new("disk", (Serves::of(&node), node.len()), true, 1, true))
+    });
     let counted = metrics.clone();
     let workers = vec![worker.clone()];
     let parts = Parts { name: "disk".into(), node, disk, workers, first_worker: 0, metrics };

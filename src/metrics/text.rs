@@ -2,7 +2,9 @@
 
 use crate::block::DriveHealth;
 use crate::export::core::ExportMetrics;
-use crate::export::core::metrics::{BUCKETS, OPERATIONS, OperationMetrics, QueueMetrics, bound};
+use crate::export::core::metrics::{
+    BUCKETS, OPERATIONS, OperationMetrics, QueueMetrics, Serves, bound,
+};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -112,11 +114,18 @@ impl Page {
     }
 
     fn exports(&mut self, exports: &[Arc<ExportMetrics>]) {
-        self.family("vublk_export_info", "gauge", "The node that an export serves.");
+        let help = "The node and the image that an export serves, and its socket.";
+        self.family("vublk_export_info", "gauge", help);
         for export in exports {
             let writable = if export.writable { "on" } else { "off" };
-            let (name, node) = (&*export.name, &**export.node.lock());
-            let labels = [("export", name), ("node", node), ("writable", writable)];
+            let Serves { node, image } = export.serves.lock().clone();
+            let labels = [
+                ("export", &*export.name),
+                ("node", &*node),
+                ("image", &*image),
+                ("socket", &*export.socket),
+                ("writable", writable),
+            ];
             self.sample("vublk_export_info", &labels, 1);
         }
         let mut each = |name: &str, kind: &str, help: &str, of: fn(&ExportMetrics) -> u64| {
@@ -294,9 +303,12 @@ fn bound_text(ns: u64) -> String {
 mod tests {
     use super::super::parse;
     use super::*;
+    use std::path::Path;
 
     fn export(name: &str) -> Arc<ExportMetrics> {
-        Arc::new(ExportMetrics::new(name, ("node", 1 << 20), true, 2, true))
+        let serves = Serves { node: "node".to_owned(), image: "disk.qcow2".to_owned() };
+        let metrics = ExportMetrics::new(name, (serves, 1 << 20), true, 2, true);
+        Arc::new(metrics.at(Some(Path::new("disk.sock"))))
     }
 
     #[test]

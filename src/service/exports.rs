@@ -7,6 +7,7 @@ use super::executor::{Pending, within};
 use super::{Service, handover};
 use crate::block::graph::Attachment;
 use crate::block::{Error, Node, Perm, Perms};
+use crate::export::core::metrics::Serves;
 use crate::export::core::{DiskOptions, Export, ExportMetrics, Failure, Parts, Transport};
 use crate::io::sync::Waiters;
 use crate::io::{self, Worker};
@@ -174,8 +175,9 @@ impl Service {
             let first_worker = state.exports.list.len();
             let is_timed = state.observed.is_some();
             let metrics = (is_timed || state.counts).then(|| {
-                let of = (node.name(), node.len());
-                Arc::new(ExportMetrics::new(&id, of, disk.writable, queues, is_timed))
+                let of = (Serves::of(node), node.len());
+                let metrics = ExportMetrics::new(&id, of, disk.writable, queues, is_timed);
+                Arc::new(metrics.at(socket.as_deref()))
             });
             let begins = Served {
                 id: id.clone(),

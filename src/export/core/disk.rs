@@ -7,7 +7,7 @@ use super::failure::{Action, Failure, FailureOptions, Failures, Operation};
 use super::hand_over::HandOver;
 use super::journal::Journal;
 use super::loss::Losses;
-use super::metrics::ExportMetrics;
+use super::metrics::{ExportMetrics, Serves};
 use super::watch::Lingering;
 use super::write_cache::WriteCache;
 use crate::block::{Child, Node, Role, SECTOR, WriteFlags, ZeroFlags};
@@ -125,7 +125,7 @@ impl Disk {
     pub fn change_node(&self, node: &Arc<Node>) {
         drop(self.root.replace(node.clone()));
         if let Some(metrics) = &self.metrics {
-            node.name().clone_into(&mut metrics.node.lock());
+            *metrics.serves.lock() = Serves::of(node);
         }
     }
 

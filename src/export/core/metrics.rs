@@ -11,8 +11,10 @@
 //! before it and all that are taken after it.
 
 use super::failure::Operation;
+use crate::block::Node;
 use crate::io::sync::Mutex;
 use crate::io::{Budget, Io};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -36,11 +38,27 @@ fn bucket_of(ns: u64) -> usize {
     ((u64::BITS - above.leading_zeros()) as usize).min(BUCKETS - 1)
 }
 
+/// What an export serves now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Serves {
+    pub node: String,
+    /// The file that the disk is in; empty if it is in none, or in several.
+    pub image: String,
+}
+
+impl Serves {
+    pub fn of(node: &Node) -> Serves {
+        let image = node.driver().filename().unwrap_or_default();
+        Serves { node: node.name().to_owned(), image }
+    }
+}
+
 /// An export as it can be watched. It holds nothing of the export alive.
 pub struct ExportMetrics {
     pub name: String,
-    /// The name of what it serves now.
-    pub node: Mutex<String>,
+    pub serves: Mutex<Serves>,
+    /// The path of its socket; empty if it was handed a descriptor.
+    pub socket: String,
     pub writable: bool,
     /// Bytes.
     pub size: AtomicU64,
@@ -59,10 +77,10 @@ pub struct ExportMetrics {
 }
 
 impl ExportMetrics {
-    /// Of an export of `node`, which has `size` bytes.
+    /// Of an export of a disk of `size` bytes.
     pub fn new(
         name: &str,
-        (node, size): (&str, u64),
+        (serves, size): (Serves, u64),
         writable: bool,
         queues: u16,
         is_timed: bool,
@@ -70,7 +88,8 @@ impl ExportMetrics {
         ExportMetrics {
             is_timed,
             name: name.to_owned(),
-            node: Mutex::new(node.to_owned()),
+            serves: Mutex::new(serves),
+            socket: String::new(),
             writable,
             size: AtomicU64::new(size),
             connected: AtomicBool::new(false),
@@ -79,6 +98,12 @@ impl ExportMetrics {
             memory: Budget::of_disk(),
             queues: std::iter::repeat_with(OnceLock::new).take(queues.into()).collect(),
         }
+    }
+
+    /// The same, reached through this socket.
+    pub fn at(self, socket: Option<&Path>) -> ExportMetrics {
+        let socket = socket.map(|path| path.display().to_string()).unwrap_or_default();
+        ExportMetrics { socket, ..self }
     }
 
     /// The queues that were ever started, with their numbers.
@@ -287,7 +312,7 @@ mod tests {
 
     #[test]
     fn requests_that_end_in_their_turn_are_booked_when_the_clock_is_read_next() {
-        let export = ExportMetrics::new("e", ("n", 0), true, 1, true);
+        let export = ExportMetrics::new("e", (Serves::default(), 0), true, 1, true);
         let mut recorder = export.recorder(0).unwrap();
         let counts = || {
             let (_, queue) = export.queues().next().unwrap();

@@ -82,7 +82,7 @@ impl Nodes<'_> {
     fn stats_of_nodes(&self, exports: &[Arc<ExportMetrics>]) -> Vec<Value> {
         let mut sums = Sums::new();
         for export in exports {
-            sums.entry(export.node.lock().clone()).or_default().add(export);
+            sums.entry(export.serves.lock().node.clone()).or_default().add(export);
         }
         // Oldest first, as QEMU has them here.
         let all = self.list.iter().rev();
@@ -92,7 +92,7 @@ impl Nodes<'_> {
     /// Ours alone: qemu-storage-daemon has no devices.
     fn stats_of_exports(&self, exports: &[Arc<ExportMetrics>]) -> Vec<Value> {
         let of = |export: &Arc<ExportMetrics>| {
-            let node = export.node.lock().clone();
+            let node = export.serves.lock().node.clone();
             let info = self.by_name(&node)?;
             let mut counts = Counts::default();
             counts.add(export);

@@ -24,6 +24,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 use vublk::export::core::ExportMetrics;
 use vublk::export::core::failure::{FailureOptions, ReadErrors, WriteErrors};
+use vublk::export::core::metrics::Serves;
 use vublk::export::vhost_user_blk::queue::{AtStop, Queue, QueueLog, QueueStart, Stopped};
 use vublk::export::vhost_user_blk::ring::{Addresses, Ring, SplitRing, Tracking};
 use vublk::io::sim::Disorder;
@@ -96,7 +97,7 @@ fn run_beside(data: &[u8], scribble: Option<u64>) -> Shown {
 
 thread_local! {
     /// The thread's, which counts all that its runs do.
-    static METRICS: ExportMetrics = ExportMetrics::new("fuzz", ("node", 0), true, 1, true);
+    static METRICS: ExportMetrics = ExportMetrics::new("fuzz", (Serves::default(), 0), true, 1, true);
 }
 
 /// The way to the queue.

@@ -8,6 +8,8 @@ use super::{Scrape, daemon};
 use crate::monitor::Client;
 use crate::vhost_user::{LIMIT, export_of};
 use serde_json::json;
+use std::process::Command;
+use vublk::metrics::Sample;
 
 const FILE: &str = "driver=file,node-name=d0,filename=DIR/disk.img,discard=unmap";
 
@@ -67,8 +69,12 @@ fn a_scrape_tells_what_a_guest_has_done() {
         assert!(queue("polls_total", index) >= queue("batches_total", index));
     }
     assert_eq!(scrape.sum("vublk_export_connected", &[("export", "e0")]), 1.0);
-    let info = [("export", "e0"), ("node", "d0"), ("writable", "on")];
-    assert_eq!(scrape.sum("vublk_export_info", &info), 1.0);
+    let path = |name| daemon.path(name).display().to_string();
+    let (image, socket) = (path("disk.img"), path("e0.sock"));
+    let info = [("export", "e0"), ("node", "d0"), ("writable", "on"), ("socket", &*socket)];
+    let info =
+        |image: &str| scrape.sum("vublk_export_info", &[&info[..], &[("image", image)]].concat());
+    assert_eq!(info(&image), 1.0);
     assert!(scrape.sum("process_resident_memory_bytes", &[]) > 1e6);
     assert!(scrape.sum("process_cpu_seconds_total", &[]) > 0.0);
     assert!(scrape.sum("process_start_time_seconds", &[]) > 1.6e9);
@@ -124,4 +130,28 @@ fn what_the_storage_fails_and_what_is_held_shows() {
     }
     let scrape = Scrape::until(&daemon, |s| held(s) == 0.0);
     assert_eq!(scrape.operations("errors_total", "write"), 3.0);
+}
+
+#[test]
+fn the_image_is_the_one_that_is_written_now() {
+    let export = format!("{},writable=on", export_of("d0", 0));
+    let daemon = daemon(&["--blockdev", FILE, "--export", &export]);
+    let image = || {
+        let info = |sample: &&Sample| sample.name == "vublk_export_info";
+        let Scrape(samples) = Scrape::of(&daemon);
+        samples.iter().find(info).and_then(|info| info.label("image")).map(str::to_owned)
+    };
+    let path = |name| Some(daemon.path(name).display().to_string());
+    assert_eq!(image(), path("disk.img"));
+    let top = daemon.path("top.qcow2");
+    let mut client = Client::connect(&daemon.path("m.sock"));
+    let mut made = Command::new("qemu-img");
+    made.args(["create", "-q", "-f", "qcow2"]);
+    made.arg(&top).arg("8M");
+    assert!(made.status().unwrap().success());
+    let file = json!({"driver": "file", "filename": top});
+    let top = json!({"driver": "qcow2", "node-name": "top", "file": file, "backing": null});
+    client.run("blockdev-add", top);
+    client.run("blockdev-snapshot", json!({"node": "d0", "overlay": "top"}));
+    assert_eq!(image(), path("top.qcow2"));
 }
