@@ -103,6 +103,7 @@ fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
     with_kept("dmg", targets::dmg::run);
     with_kept("vhdx", targets::vhdx::run);
     with_kept("vmdk", targets::vmdk::run);
+    with_kept("vpc", targets::vpc::run);
 }
 
 #[test]
@@ -192,6 +193,11 @@ fn images_of_small_formats_that_make_no_sense_are_refused_or_read() {
 #[test]
 fn a_damaged_vhdx_image_is_refused_or_used() {
     with_seeds(600, bytes, |input, _| targets::vhdx::run(input));
+}
+
+#[test]
+fn a_damaged_vpc_image_is_refused_or_used() {
+    with_seeds(600, bytes, |input, _| targets::vpc::run(input));
 }
 
 #[test]

@@ -322,6 +322,8 @@ fn requests_to_allocated_clusters_of_images_allocate_nothing_and_lock_nothing() 
         ("vmdk", "subformat=monolithicSparse"),
         ("vmdk", "subformat=twoGbMaxExtentFlat"),
         ("parallels", "cluster_size=64k"),
+        ("vpc", "force_size=on"),
+        ("vpc", "force_size=on,subformat=fixed"),
     ] {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = file.path().to_str().unwrap();

@@ -2,8 +2,7 @@
 //! takes a container for the disk in it because the format was guessed.
 //!
 //! The rule: what QEMU 7.2 takes for one of these is one of these here; where its tests are narrower
-//! than the format (a version, a kind), ours take the whole format. Not known are what has no mark at
-//! its start (vpc images of fixed size, whose only mark is in their last sector) and LUKS version 2,
+//! than the format (a version, a kind), ours take the whole format. Not known is LUKS version 2,
 //! which QEMU takes for raw, too: guests make such disks.
 
 use crate::block::registry::Foreign;
@@ -12,8 +11,6 @@ use crate::block::registry::Foreign;
 pub static FOREIGN: &[Foreign] = &[
     // LUKS on-disk format, version 1.
     Foreign { name: "luks", probe: |head, _| magic(head, 0, b"LUKS\xba\xbe\0\x01") },
-    // The copy of the footer that images of dynamic size begin with.
-    Foreign { name: "vpc", probe: |head, _| magic(head, 0, b"conectix") },
 ];
 
 /// The score for a magic number at an offset, in bytes.

@@ -10,6 +10,7 @@ mod deflate;
 pub mod dmg;
 pub mod foreign;
 pub mod parallels;
+mod parent_name;
 pub mod qcow;
 pub mod qcow2;
 pub mod qed;
@@ -18,6 +19,7 @@ mod read_only;
 pub mod vdi;
 pub mod vhdx;
 pub mod vmdk;
+pub mod vpc;
 
 /// All formats.
 pub static LIST: &[&DriverEntry] = &[
@@ -32,4 +34,5 @@ pub static LIST: &[&DriverEntry] = &[
     &vdi::ENTRY,
     &vhdx::ENTRY,
     &vmdk::ENTRY,
+    &vpc::ENTRY,
 ];

@@ -13,7 +13,7 @@ use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
 use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{IoResult, IoVec, Local, Worker, WorkerOptions, run_local};
-use vublk::options::{Map, NodeRef, keyval};
+use vublk::options::{Map, NodeRef, Value, keyval};
 use vublk::protocol::nvme;
 use vublk::protocol::sim::{self, SimDisk, SimOptions, Tries};
 use vublk_vfio::PciAddress;
@@ -178,13 +178,23 @@ pub fn file_on_disk(len: u64) -> tempfile::NamedTempFile {
     file
 }
 
+/// The program whose check judges an image of a format, and is given `check`, `-f` and the format: QEMU has none for vpc.
+pub fn judge(format: &str) -> &'static str {
+    if format == "vpc" { env!("CARGO_BIN_EXE_vublk") } else { "qemu-img" }
+}
+
 /// A new image of a format, made as its entry says, and the options that open it. The disk has `len` zero bytes.
 pub fn new_image(entry: &'static DriverEntry, len: u64) -> (tempfile::NamedTempFile, String) {
     let file = file_on_disk(0);
     let path = file.path().to_str().unwrap().to_owned();
     let options = REGISTRY.new_file(&path).unwrap();
+    let mut given = Map::new();
+    if entry.create.is_some_and(|create| create.options.iter().any(|o| o.name == "force_size")) {
+        // Otherwise the disk is as large as a geometry can say.
+        given.insert("force_size", Value::Bool(true));
+    }
     let creation =
-        Creation::new(&REGISTRY, entry.name, (&path, options), Map::new(), Some(len)).unwrap();
+        Creation::new(&REGISTRY, entry.name, (&path, options), given, Some(len)).unwrap();
     let worker = Worker::start("new image", WorkerOptions::default()).unwrap();
     let made = worker.block_on(move || async move { creation.run().await }).unwrap();
     assert!(made.reads_zeroes, "{}", entry.name);

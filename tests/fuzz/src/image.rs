@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use vublk::block::{Attachment, Creation, Error, Graph, Node, Perm, Perms, Registry};
-use vublk::format::{qcow2, raw, vhdx};
+use vublk::format::{qcow2, raw, vhdx, vpc};
 use vublk::io::sim::Disorder;
 use vublk::options::{Map, keyval, qemuopts};
 use vublk::protocol::file;
@@ -21,12 +21,13 @@ const QCOW2: &str = "qcow2,l2-cache-size=32768,refcount-cache-size=65536";
 
 /// The drivers that open an image: none of files or servers, so that names in damaged images lead nowhere. A short list
 /// lets the linker drop the other drivers and their counters, which libFuzzer reads after each input.
-static REGISTRY: LazyLock<Registry> =
-    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &raw::ENTRY, &vhdx::ENTRY, &sim::ENTRY]]));
+static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
+    Registry::new(&[&[&qcow2::ENTRY, &raw::ENTRY, &vhdx::ENTRY, &vpc::ENTRY, &sim::ENTRY]])
+});
 
 /// The drivers that make one.
 static MAKERS: LazyLock<Registry> =
-    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &vhdx::ENTRY, &file::FILE]]));
+    LazyLock::new(|| Registry::new(&[&[&qcow2::ENTRY, &vhdx::ENTRY, &vpc::ENTRY, &file::FILE]]));
 
 /// The disk of one image.
 #[derive(Clone)]

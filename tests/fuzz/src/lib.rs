@@ -26,4 +26,5 @@ pub mod vhdx;
 pub mod vhost_user_messages;
 pub mod virtqueue;
 pub mod vmdk;
+pub mod vpc;
 mod worker;

@@ -4,6 +4,7 @@
 use super::boot::{Guest, fio_on_disk, until_told};
 use super::server::{self, output_of, vublk_serve_as};
 use super::{images, overlay};
+use crate::disks::judge;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -62,7 +63,7 @@ impl Disk {
         }
         // Clusters may leak, no more: who was killed had some in reserve.
         let format = self.format();
-        let check = Command::new("qemu-img").args(["check", "-f", format]).arg(image).output();
+        let check = Command::new(judge(format)).args(["check", "-f", format]).arg(image).output();
         let check = check.unwrap();
         assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
         let converted = image.with_extension("raw");
@@ -136,7 +137,7 @@ fn a_guest_on_an_overlay_notices_nothing_when_its_daemon_is_killed_and_started_a
 
 #[test]
 fn a_guest_on_an_image_of_another_format_notices_nothing_when_its_daemon_is_killed() {
-    for format in ["qed", "vdi", "vhdx", "parallels"] {
+    for format in ["qed", "vdi", "vhdx", "parallels", "vpc"] {
         killed_under_load(Disk::Image(format));
     }
 }

@@ -38,6 +38,8 @@ mod vhdx_parents;
 mod vmdk;
 mod vmdk_esx;
 mod vmdk_writing;
+mod vpc;
+mod vpc_parents;
 
 pub use deep::chain_of;
 

@@ -10,6 +10,7 @@ use vublk_testkit::{DirtyLog, Disk, MemoryLayout, Options};
 
 use super::daemon::{LIMIT, export_of, new_image};
 use super::{Daemon, SIZE, pattern};
+use crate::disks::judge;
 use crate::monitor::client::Client;
 
 const ACTIVE: bool = true;
@@ -295,7 +296,11 @@ fn requests_in_flight_are_tracked_at_the_destination_too() {
 
 /// Runs one of QEMU's tools.
 fn qemu_img(arguments: &[&str]) -> String {
-    let output = std::process::Command::new("qemu-img").args(arguments).output().unwrap();
+    output_of("qemu-img", arguments)
+}
+
+fn output_of(program: &str, arguments: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(arguments).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {text}{error}");
@@ -308,6 +313,7 @@ fn an_image_goes_with_the_guest_and_each_finds_what_the_other_wrote() {
     goes_and_comes("qed", "cluster_size=4k", true);
     goes_and_comes("vdi", "static=off", false);
     goes_and_comes("parallels", "cluster_size=64k", false);
+    goes_and_comes("vpc", "force_size=on", false);
 }
 
 /// An image of a format goes from one daemon to another again and again. `grows`: its disk gets longer on the way.
@@ -334,7 +340,7 @@ fn goes_and_comes(format: &str, options_of_image: &str, grows: bool) {
         disk.stop().unwrap();
         daemons[here].wait_log("the disk is given up", usize::from(round) / 2 + 1);
         assert!(!is_locked(&image));
-        let said = qemu_img(&["check", "-f", format, name]);
+        let said = output_of(judge(format), &["check", "-f", format, name]);
         assert!(said.contains("No errors were found"), "{said}");
         if round == 3 && grows {
             let vublk = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"))
