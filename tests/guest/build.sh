@@ -82,6 +82,8 @@ build() {
     (cd "$work" && apt-get -qq -o Acquire::Retries=3 download "$package") >"$work/log" 2>&1 ||
         { cat "$work/log" >&2; fail "apt-get download $package failed (its output is above)"; }
     dpkg -x "$work"/linux-image-*.deb "$work/kernel"
+    # Debian 13 has the modules in /usr/lib, and depmod and modprobe look for them in /lib.
+    [ -e "$work/kernel/lib" ] || ln -s usr/lib "$work/kernel/lib"
     release=${package#linux-image-}
     unpack_kernel "$work/kernel/boot/vmlinuz-$release" "$work/vmlinux"
     depmod -b "$work/kernel" "$release"
