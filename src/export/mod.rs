@@ -7,14 +7,14 @@ pub mod vhost_user_blk;
 
 use self::core::Transport;
 use crate::block::Error;
-use crate::options::Map;
+use crate::options::{Map, similar};
 
 /// One type of export.
 pub struct ExportEntry {
     /// As options and listings name it.
     pub name: &'static str,
-    /// Reads the options that only this type has.
-    pub parse: fn(Map) -> Result<Box<dyn Transport>, Error>,
+    /// Reads the options that only this type has. The names of those that all types have help with misspelt ones.
+    pub parse: fn(Map, &[&str]) -> Result<Box<dyn Transport>, Error>,
 }
 
 /// All types that can be served.
@@ -33,7 +33,11 @@ pub fn by_name(name: &str) -> Result<&'static ExportEntry, Error> {
         None if NOT_AVAILABLE.contains(&name) => {
             Err(Error::new(format!("exports of type '{name}' are not available")))
         }
-        None => Err(Error::new(format!("Parameter 'type' does not accept value '{name}'"))),
+        None => {
+            let names = LIST.iter().map(|entry| entry.name);
+            let unknown = Error::new(format!("Parameter 'type' does not accept value '{name}'"));
+            Err(unknown.with_advice(similar::did_you_mean(name, names)))
+        }
     }
 }
 

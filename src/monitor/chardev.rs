@@ -3,7 +3,7 @@
 use super::poll;
 use crate::block::Error;
 use crate::export::core::socket::{self, SocketFile};
-use crate::options::{self, Map, bytes, is_identifier, keyval, qemuopts};
+use crate::options::{self, Map, bytes, is_identifier, keyval, qemuopts, similar};
 use serde::Deserialize;
 use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -64,8 +64,9 @@ impl Chardev {
                 Err(Error::new(format!("character devices of type '{other}' are not available")))
             }
             Some(other) => {
-                let other = other.escape_debug();
-                Err(Error::new(format!("'{other}' is not a valid char driver name")))
+                let shown = other.escape_debug();
+                let unknown = Error::new(format!("'{shown}' is not a valid char driver name"));
+                Err(unknown.with_advice(similar::did_you_mean(other, ["socket"])))
             }
             None => Err(Error::new(format!("chardev: \"{id}\" missing backend"))),
         }
@@ -77,13 +78,14 @@ impl Chardev {
     }
 
     fn socket(id: String, mut options: Map, stop: RawFd) -> Result<Chardev, Error> {
+        let known = ["path", "fd", "host", "port", "server", "wait"];
         let path = options.take_str("path")?;
         let fd = options.take_str("fd")?;
         let host = options.take_str("host")?;
         let port = options.take_str("port")?;
         let server = options.take_opt_bool("server")?.unwrap_or(false);
         let wait = options.take_opt_bool("wait")?;
-        options.finish_known()?;
+        options.finish_known().map_err(|e| e.meant(known))?;
         if wait.is_some() && !server {
             return Err(Error::new(
                 "'wait' option is incompatible with socket in client connect mode",

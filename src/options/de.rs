@@ -52,7 +52,8 @@ pub fn from_map<T: DeserializeOwned>(map: Map) -> Result<T, Error> {
 
 /// Reads the keys of a struct out of an object, and gives the rest.
 pub fn split_map<T: DeserializeOwned>(mut map: Map) -> Result<(T, Map), Error> {
-    let value = T::deserialize(Part(&mut map))?;
+    let value = T::deserialize(Part(&mut map));
+    let value = value.map_err(|e| e.misspelt(map.iter().map(|(key, _)| key)))?;
     Ok((value, map))
 }
 

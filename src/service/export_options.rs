@@ -36,6 +36,21 @@ struct CommonOptions {
     io_timeout: Option<u32>,
 }
 
+impl CommonOptions {
+    const NAMES: [&str; 10] = [
+        "id",
+        "node-name",
+        "writable",
+        "writethrough",
+        "iothread",
+        "allow-inactive",
+        "werror",
+        "rerror",
+        "accept-loss",
+        "io-timeout",
+    ];
+}
+
 /// One name, or a list of them.
 type Iothreads = options::Value;
 
@@ -44,7 +59,7 @@ impl Service {
     pub async fn export_add(&self, mut options: Map) -> Result<(), Error> {
         let entry = export::by_name(&options.take_required_str("type")?)?;
         let (options, own): (CommonOptions, Map) = options::split_map(options)?;
-        let transport = (entry.parse)(own)?;
+        let transport = (entry.parse)(own, &CommonOptions::NAMES)?;
         let id = options.id;
         if !options::is_identifier(&id) {
             return Err(Error::new("Invalid block export id"));

@@ -3,7 +3,7 @@
 use super::Service;
 use crate::block::Error;
 use crate::io::{self, Worker, WorkerOptions};
-use crate::options::{self, Map};
+use crate::options::{self, Map, similar};
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,7 +44,8 @@ impl Service {
                 Err(Error::new(format!("objects of type '{other}' are not available")))
             }
             other => {
-                Err(Error::new(format!("Parameter 'qom-type' does not accept value '{other}'")))
+                let text = format!("Parameter 'qom-type' does not accept value '{other}'");
+                Err(Error::new(text).with_advice(similar::did_you_mean(other, ["iothread"])))
             }
         }
     }

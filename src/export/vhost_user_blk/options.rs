@@ -33,8 +33,9 @@ struct Given {
 }
 
 /// Reads the options of one export.
-pub(super) fn parse(map: Map) -> Result<Box<dyn Transport>, Error> {
-    let Given { addr, num_queues, logical_block_size } = options::from_map(map)?;
+pub(super) fn parse(map: Map, common: &[&str]) -> Result<Box<dyn Transport>, Error> {
+    let given = options::from_map(map).map_err(|e| e.meant(common.iter().copied()))?;
+    let Given { addr, num_queues, logical_block_size } = given;
     let address = Address::read(addr)?;
     let logical_block_size = match logical_block_size {
         // Zero is how scripts say that they have no wish.

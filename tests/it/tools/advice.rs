@@ -43,6 +43,18 @@ fn a_misspelt_word_is_answered_with_what_may_have_been_meant() {
             "daemon --export vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=s,num-queue=1",
             "Did you mean 'num-queues'?\n",
         ),
+        (
+            "daemon --export vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=s,writeable=on",
+            "Did you mean 'writable'?\n",
+        ),
+        (
+            "daemon --export vhost-user-blk,id=e,nodename=n,addr.type=unix,addr.path=s",
+            "Did you mean 'node-name' by 'nodename'?\n",
+        ),
+        ("daemon --export vhost-user-block,id=e,node-name=n", "Did you mean 'vhost-user-blk'?\n"),
+        ("daemon --chardev socket,id=c,pth=x", "'pth'\nDid you mean 'path'?\n"),
+        ("daemon --chardev soket,id=c,path=x", "Did you mean 'socket'?\n"),
+        ("daemon --object iothred,id=x", "Did you mean 'iothread'?\n"),
     ] {
         let said = said(&place, line);
         assert!(said.contains(told), "{line}: {said}");
