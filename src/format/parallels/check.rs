@@ -1,10 +1,11 @@
 //! Checking an image, and repairing it: each cluster that the catalogue names lies in the file and has one owner, and
-//! the file ends with the last of them. Texts and counts are those of `qemu-img check`.
+//! the file ends with the last of them, or with the extension. Texts and counts are those of `qemu-img check`.
 //!
 //! A repair takes away entries that lead outside, gives the second owner of a cluster a copy of it, durably, before its
-//! entry names the copy, and cuts off what nothing names at the end of the file.
+//! entry names the copy, drops an extension that makes no sense, and cuts off what nothing names at the end of the file.
 
 use super::catalogue::for_each_named;
+use super::extension::{self, Extension};
 use super::header::{self, Header};
 use super::open::{read_header, write_state};
 use crate::block::{CheckReport, Error, Fix, Node, SECTOR, WriteFlags};
@@ -22,7 +23,7 @@ pub async fn check(file: &Node, fix: Fix, say: &mut dyn FnMut(&str)) -> Result<C
     let header = read_header(file).await?;
     let end = header.data_start();
     let report = CheckReport { total_clusters: header.entries.into(), ..CheckReport::default() };
-    let mut check = Check { file, header, fix, say, report, end };
+    let mut check = Check { file, header, fix, say, report, end, knows_end: true };
     check.run().await.map_err(|errno| Error::os("Check failed", errno))?;
     check.report.image_end_offset = check.end;
     Ok(check.report)
@@ -37,6 +38,8 @@ struct Check<'a> {
     report: CheckReport,
     /// Where the last cluster ends, in bytes.
     end: u64,
+    /// No cluster lies behind it.
+    knows_end: bool,
 }
 
 impl Check<'_> {
@@ -44,11 +47,19 @@ impl Check<'_> {
         if self.header.state.is_in_use() {
             self.corrupt("image was not closed correctly");
         }
+        // Copies are made behind its clusters.
+        let extension = extension::read(self.file, &self.header).await;
+        if let Ok(Some(extension)) = &extension {
+            let ends = extension.places.iter().map(|at| at + self.header.cluster_size());
+            self.end = ends.fold(self.end, u64::max);
+            self.knows_end = !extension.has_unknown;
+        }
         let mut named = Vec::new();
         let see = |index: u32, entry: u32| named.push((index, entry));
         for_each_named(self.file, &self.header, see).await?;
         let named = self.check_places(named).await?;
-        self.check_owners(named).await?;
+        let owned = self.check_owners(named).await?;
+        self.check_extension(extension, &owned).await?;
         if self.fix != Fix::Nothing {
             self.file.flush().await?;
         }
@@ -111,9 +122,10 @@ impl Check<'_> {
         Ok(places)
     }
 
-    /// Looks whether clusters have one owner each.
-    async fn check_owners(&mut self, mut places: Vec<(u64, u32)>) -> IoResult {
+    /// Looks whether clusters have one owner each; returns where they are, in order.
+    async fn check_owners(&mut self, mut places: Vec<(u64, u32)>) -> IoResult<Vec<u64>> {
         places.sort_unstable();
+        let mut owned = Vec::with_capacity(places.len());
         let mut free_from = 0;
         for (place, index) in places {
             let is_shared = place < free_from;
@@ -122,6 +134,36 @@ impl Check<'_> {
                 continue;
             }
             free_from = free_from.max(place + self.header.cluster_size());
+            owned.push(place);
+        }
+        Ok(owned)
+    }
+
+    /// Looks whether the extension makes sense, and its clusters hold nothing else.
+    async fn check_extension(
+        &mut self,
+        extension: Result<Option<Extension>, Error>,
+        owned: &[u64],
+    ) -> IoResult {
+        let cluster = self.header.cluster_size();
+        let is_owned = |&at: &u64| {
+            let after = owned.partition_point(|&place| place + cluster <= at);
+            owned.get(after).is_some_and(|&place| place < at + cluster)
+        };
+        let wrong = match extension {
+            Ok(Some(extension)) if extension.places.iter().any(is_owned) => {
+                "its clusters hold data of the disk".to_owned()
+            }
+            Ok(_) => return Ok(()),
+            Err(error) => match error.errno() {
+                Some(errno) => return Err(errno),
+                None => error.to_string(),
+            },
+        };
+        self.knows_end = self.corrupt(&format!("Format Extension: {wrong}"));
+        if self.knows_end {
+            self.header.state.extension = 0;
+            write_state(self.file, &self.header, &self.header.state).await?;
         }
         Ok(())
     }
@@ -148,12 +190,12 @@ impl Check<'_> {
         self.set_entry(index, self.header.entry_at(place)).await
     }
 
-    /// Looks whether the file ends where it should. Where the bitmaps of an extension are is not known here.
+    /// Looks whether the file ends where it should. Where an extension is that makes no sense is not known.
     async fn check_end(&mut self) {
         // As QEMU counts: in whole sectors.
         let file_end = self.file.driver().len().next_multiple_of(SECTOR);
         let lost = file_end.saturating_sub(self.end);
-        if lost == 0 || self.header.state.extension != 0 {
+        if lost == 0 || !self.knows_end {
             return;
         }
         let clusters = lost.div_ceil(self.header.cluster_size());

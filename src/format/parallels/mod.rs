@@ -10,11 +10,13 @@
 //! | `catalogue` | the whole catalogue: which clusters it names |
 //! | `space` | clusters for what is new |
 //! | `write` | writing, zeroing, flushing, closing, and in which order |
+//! | `extension` | the extension, and the dirty bitmaps in it |
 //! | `check` | checking and repairing |
 
 mod catalogue;
 mod check;
 mod create;
+mod extension;
 mod header;
 mod mapping;
 mod open;
@@ -27,7 +29,10 @@ use crate::cow::{
     self, FileEnd, Lock, Stop, Tables, decider, fast_read, read_range, status, traits_over,
     without_fast_writes,
 };
+use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
+use crate::options::{Map, Value};
+use extension::Bitmap;
 use header::{Header, State};
 use mapping::{Entry, Stretch};
 use space::Preallocating;
@@ -67,6 +72,8 @@ pub struct Parallels {
     is_frozen: AtomicBool,
     /// As it is on the disk.
     state: Lock<State>,
+    /// The dirty bitmaps that the image has, until it is written.
+    bitmaps: Mutex<Vec<Bitmap>>,
     /// An entry that makes no sense was reported.
     has_reported: AtomicBool,
 }
@@ -234,8 +241,19 @@ impl Image for Parallels {
         })
     }
 
-    /// QEMU's driver tells nothing, either.
+    /// QEMU 7.2 tells nothing.
     fn has_info(&self) -> bool {
         false
+    }
+
+    /// The bitmaps, under the names that qcow2 has for them.
+    fn info(&self) -> ImageInfo {
+        let bitmaps: Vec<Value> = self.bitmaps.lock().iter().map(Bitmap::to_value).collect();
+        if bitmaps.is_empty() {
+            return ImageInfo::default();
+        }
+        let data = Map::from_iter([("bitmaps", Value::List(bitmaps))]);
+        let specific = [("type", Value::from(ENTRY.name)), ("data", Value::Map(data))];
+        ImageInfo { specific: Some(Value::Map(Map::from_iter(specific))), ..ImageInfo::default() }
     }
 }

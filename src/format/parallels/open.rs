@@ -1,13 +1,15 @@
 //! Opening an image: the header, the children, and which clusters of the file are in use.
 
 use super::catalogue::{self, Named};
+use super::extension::Extension;
 use super::header::{self, Header, State};
 use super::mapping::Stretch;
 use super::space::{self, Preallocating};
-use super::{Parallels, mapping};
+use super::{Parallels, extension, mapping};
 use crate::block::*;
 use crate::cow::{FileEnd, Lock, cut, read_padded};
-use crate::io::{IoResult, IoVec};
+use crate::io::sync::Mutex;
+use crate::io::{Errno, IoResult, IoVec};
 use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{Map, NodeRef, Size};
 use serde::Deserialize;
@@ -51,8 +53,15 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let during = Perms::format(Perms { held, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
-    let is_writable = opening.is_writable_over(&node);
+    let mut is_writable = opening.is_writable_over(&node);
     let mut header = read_header(&node).await?;
+    let extension = read_extension(opening.name(), &node, &header).await;
+    if let Some(feature) = extension.needed {
+        if !opening.options().read_only && !opening.auto_read_only() {
+            return Err(must_not_change(feature));
+        }
+        is_writable = false;
+    }
     let stretch = Stretch::new(&header);
     // Nothing is recorded in the image.
     let backing = opening.backing(options.backing, None, &file).await?;
@@ -84,7 +93,33 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         state: Lock::new(header.state.clone()),
         header,
         has_reported: Default::default(),
+        bitmaps: Mutex::new(extension.bitmaps),
     }))
+}
+
+pub(super) fn must_not_change(feature: u64) -> Error {
+    Error::new(format!(
+        "The image has a feature ({feature:#x}) that must be understood by what changes it: open it with read-only=on"
+    ))
+    .with_errno(Errno(libc::EACCES))
+}
+
+/// The extension of an image; nothing, with a warning, if it makes no sense: it is dropped then.
+pub(super) async fn read_extension(name: &str, file: &Node, header: &Header) -> Extension {
+    match extension::read(file, header).await {
+        Ok(extension) => {
+            let mut extension = extension.unwrap_or_default();
+            if header.state.is_in_use() {
+                // They do not know what was written last.
+                extension.bitmaps.clear();
+            }
+            extension
+        }
+        Err(error) => {
+            log::warn!("{name}: parallels: {error}: the image's dirty bitmaps are not read");
+            Extension::default()
+        }
+    }
 }
 
 /// The clusters of an image that is about to be written. One that was not closed is brought to order, if it may be changed

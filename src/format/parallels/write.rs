@@ -16,7 +16,7 @@
 
 use super::Parallels;
 use super::mapping::{BeforeData, Entry};
-use super::open::{read_header, used, write_state};
+use super::open::{must_not_change, read_extension, read_header, used, write_state};
 use super::space::extent;
 use crate::block::{Error, Event, HandOver, LocalFuture, WriteFlags, ZeroFlags};
 use crate::cow::{
@@ -110,6 +110,7 @@ impl Parallels {
                 self.name
             );
         }
+        self.bitmaps.lock().clear();
         *state = new;
         self.is_prepared.store(is_open, Ordering::Release);
         Ok(())
@@ -212,11 +213,16 @@ impl Parallels {
         if !new.is_same_disk(&self.header) {
             return Err(Error::new("the image has another layout than when it was opened"));
         }
+        let extension = read_extension(&self.name, &file, &new).await;
+        if let Some(feature) = extension.needed.filter(|_| self.is_writable) {
+            return Err(must_not_change(feature));
+        }
         let mut state = self.state.lock().await;
         if self.is_writable {
             let named = used(&self.name, &file, &mut new, true).await?;
             self.forget_clusters(named, file.driver().len());
         }
+        *self.bitmaps.lock() = extension.bitmaps;
         self.mapping.cache.forget(|_| true);
         self.is_prepared.store(false, Ordering::SeqCst);
         *state = new.state;

@@ -272,3 +272,90 @@ fn a_backing_file_shows_where_the_image_has_nothing_and_its_growth_is_an_option(
         assert!(ended.code == Some(1) && ended.stderr.contains(wanted), "{ended:?}");
     }
 }
+
+/// Gives an image of 5 MiB in clusters of 1 MiB, of which the file has three, an extension with one feature, and a cluster
+/// that belongs to it.
+fn extend(place: &Place, feature: u64, flags: u64, data: &[u8]) {
+    let path = place.path().join("x.parallels");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let mut rest = [feature, flags, data.len() as u64].map(u64::to_le_bytes).concat();
+    rest.extend(data);
+    rest.resize((1 << 20) - 24, 0);
+    bytes.resize(3 << 20, 0);
+    bytes.extend(0xab23_4cef_23dc_ea87_u64.to_le_bytes());
+    bytes.extend(<md5::Md5 as md5::Digest>::digest(&rest));
+    bytes.extend(rest);
+    bytes.resize(5 << 20, 5);
+    bytes[56..64].copy_from_slice(&6144_u64.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+}
+
+/// A dirty bitmap of a disk of 5 MiB, whose bits are in a cluster at this sector.
+fn bitmap(sector: u64) -> Vec<u8> {
+    let id: Vec<u8> = (1..=16).collect();
+    let fields = [128_u32, 1].map(u32::to_le_bytes).concat();
+    [&10240_u64.to_le_bytes()[..], &id, &fields, &sector.to_le_bytes()].concat()
+}
+
+const BITMAP: u64 = 0x2038_5fae_252c_b34a;
+
+#[test]
+fn dirty_bitmaps_are_shown_until_the_image_is_written() {
+    let place = damaged(true, &[], 0);
+    extend(&place, BITMAP, 0, &bitmap(8192));
+    let theirs = place.run_theirs("qemu-img info x.parallels");
+    let shown = "    bitmaps:\n        [0]:\n            name: 01020304-0506-0708-090a-0b0c0d0e0f10\n            \
+                 granularity: 65536\n";
+    let info = place.run("qemu-img info x.parallels");
+    assert_eq!(info.stdout, format!("{}Format specific information:\n{shown}", theirs.stdout));
+    // Their clusters are in use.
+    let checked = place.run("qemu-img check x.parallels");
+    assert!(
+        checked.code == Some(0) && checked.stdout.contains("end offset: 5242880"),
+        "{checked:?}"
+    );
+    let written = place.run("qemu-io -c 'write -P 3 0 4k' -c 'read -P 1 1M 4k' x.parallels");
+    assert!(written.code == Some(0) && !written.stdout.contains("failed"), "{written:?}");
+    for line in ["qemu-img info x.parallels", "qemu-img check x.parallels"] {
+        assert_eq!(place.run(line), place.run_theirs(line), "{line}");
+    }
+}
+
+#[test]
+fn an_extension_that_makes_no_sense_costs_the_bitmaps_alone() {
+    let place = damaged(true, &[], 0);
+    extend(&place, BITMAP, 0, &bitmap(1 << 40));
+    let info = place.run("qemu-img info x.parallels");
+    assert!(info.code == Some(0) && !info.stdout.contains("bitmaps"), "{info:?}");
+    let checked = place.run("qemu-img check x.parallels");
+    assert!(
+        checked.stderr.contains("ERROR Format Extension: A cluster of the bitmap"),
+        "{checked:?}"
+    );
+    assert_eq!(place.run("qemu-img check -r all x.parallels").code, Some(0));
+    assert_eq!(place.run_theirs("qemu-img check x.parallels").code, Some(0));
+    // Bitmaps in clusters of the disk are not cut off with it.
+    extend(&place, BITMAP, 0, &bitmap(2048));
+    let checked = place.run("qemu-img check -r all x.parallels");
+    assert!(checked.stderr.contains("its clusters hold data of the disk"), "{checked:?}");
+    let read = place.run_theirs("qemu-io -r -c 'read -P 1 1M 4k' -c 'read -P 2 3M 1k' x.parallels");
+    assert!(read.code == Some(0) && !read.stdout.contains("failed"), "{read:?}");
+}
+
+#[test]
+fn an_image_with_a_feature_that_must_be_understood_is_not_changed() {
+    let place = damaged(true, &[], 0);
+    extend(&place, 9, 1, b"abc");
+    let before = std::fs::read(place.path().join("x.parallels")).unwrap();
+    for (line, code) in [
+        ("qemu-io -c 'write 0 4k' x.parallels", 1),
+        ("qemu-img check -r all x.parallels", 1),
+        ("qemu-img check x.parallels", 0),
+        ("qemu-io -r -c 'read -P 1 1M 4k' x.parallels", 0),
+    ] {
+        let ended = place.run(line);
+        assert_eq!(ended.code, Some(code), "{line}: {ended:?}");
+        assert!(code == 0 || ended.stderr.contains("must be understood"), "{ended:?}");
+    }
+    assert!(std::fs::read(place.path().join("x.parallels")).unwrap() == before);
+}
