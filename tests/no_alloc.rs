@@ -322,6 +322,7 @@ fn requests_to_allocated_clusters_of_images_allocate_nothing_and_lock_nothing() 
         ("vmdk", "subformat=monolithicSparse"),
         ("vmdk", "subformat=twoGbMaxExtentFlat"),
         ("parallels", "cluster_size=64k"),
+        ("vhdx", "block_size=1M"),
         ("vpc", "force_size=on"),
         ("vpc", "force_size=on,subformat=fixed"),
     ] {

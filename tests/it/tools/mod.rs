@@ -28,6 +28,7 @@ mod qcow;
 mod qed;
 mod random;
 mod read_only;
+mod second_judges;
 mod served;
 mod snapshots;
 mod targets;
