@@ -41,7 +41,7 @@ mod traits;
 pub use crate::io::task::LocalFuture;
 pub use fence::Fence;
 pub use flags::{Extent, Place, Precision, Status, WriteFlags, ZeroFlags};
-pub use mapping::{Access, Decider, Leaf, Mapping, Target, Way};
+pub use mapping::{Access, Decider, Leaf, Mapping, ReadMapping, Target};
 pub use parts::{HandOver, Journaled, Locks, Survivor};
 pub use traits::{Abilities, Scratch, Traits};
 
@@ -78,10 +78,10 @@ pub trait Driver: Send + Sync + 'static {
         &[]
     }
 
-    /// Where do the bytes from `at` on live? On the way of every request of the fast path, so:
-    /// no I/O, no lock, no allocation, no write to memory that workers share.
+    /// Where the bytes from `at` on are stored. Every request of the fast path calls this, so it does
+    /// no I/O, takes no lock, allocates nothing and writes no memory that workers share.
     ///
-    /// What it answers holds as long as `inflight` does, or longer.
+    /// The answer is valid until `inflight` is dropped, or longer.
     fn map<'a>(
         &'a self,
         inflight: &'a InFlight,
@@ -93,10 +93,10 @@ pub trait Driver: Send + Sync + 'static {
         Mapping::slow(want)
     }
 
-    /// [`Driver::map`] for reads. Drivers with backing files leave those that they have nothing for to the
-    /// node, which goes down the chain without recursion.
-    fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
-        Way::Here(self.map(inflight, at, want, Access::Read))
+    /// [`Driver::map`] for reads. A driver with a backing file returns [`ReadMapping::Below`] for ranges that it
+    /// does not store; the node then walks down the chain without recursion.
+    fn map_read<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> ReadMapping<'a> {
+        ReadMapping::Here(self.map(inflight, at, want, Access::Read))
     }
 
     /// The backing file that decides what the first bytes of a range are, or none if the driver decides itself;

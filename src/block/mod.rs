@@ -73,8 +73,8 @@ pub use create::{CreateEntry, CreateOption, Creation, Measurement, ValueType, cr
 pub use drive::{Drive, DriveHealth};
 pub use driver::{
     Abilities, Access, Decider, Driver, Extent, Fence, HandOver, Journaled, Leaf, LocalFuture,
-    Locks, Mapping, Place, Precision, Scratch, Status, Survivor, Target, Traits, Way, WriteFlags,
-    ZeroFlags,
+    Locks, Mapping, Place, Precision, ReadMapping, Scratch, Status, Survivor, Target, Traits,
+    WriteFlags, ZeroFlags,
 };
 pub use error::{Error, LockedFile};
 pub use event::{Debugger, Event};

@@ -9,7 +9,7 @@ mod requests;
 
 use super::bitmap::Bitmaps;
 use super::current_traits::{self, CurrentTraits};
-use super::driver::{Abilities, Access, Driver, Mapping, Target, Way};
+use super::driver::{Abilities, Access, Driver, Mapping, ReadMapping, Target};
 use super::event::Unflushed;
 use super::overlap::Overlap;
 use super::threshold::WriteMarks;
@@ -326,9 +326,9 @@ impl Node {
             if !layer.takes(at, want) {
                 return Mapping::slow(want);
             }
-            match layer.driver.way(inflight, at, want) {
-                Way::Here(mapping) => return mapping,
-                Way::Below(below, len) => (layer, want) = (below, len),
+            match layer.driver.map_read(inflight, at, want) {
+                ReadMapping::Here(mapping) => return mapping,
+                ReadMapping::Below(below, len) => (layer, want) = (below, len),
             }
         }
     }

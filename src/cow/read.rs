@@ -4,7 +4,7 @@ use super::format::{Format, announce, backing, data};
 use super::lookup::{Found, Piece, lookup, piece};
 use super::read_padded;
 use crate::block::extents::decided;
-use crate::block::{Access, Child, Decider, Event, Mapping, Node, Target, Way};
+use crate::block::{Access, Child, Decider, Event, Mapping, Node, ReadMapping, Target};
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use std::sync::Arc;
 
@@ -78,20 +78,20 @@ pub async fn decider<F: Format>(image: &F, at: u64, len: u64) -> IoResult<Decide
 
 // ---- The fast path
 
-/// Where a read on the fast path goes, as [`Driver::way`](crate::block::Driver::way) asks.
+/// Maps a read on the fast path, for [`Driver::map_read`](crate::block::Driver::map_read).
 pub fn fast_read<'a, F: Format>(
     image: &'a F,
     inflight: &'a InFlight,
     at: u64,
     want: u64,
-) -> Way<'a> {
+) -> ReadMapping<'a> {
     let Some(Ok(Piece { len, found })) = piece(image, at, want) else {
-        return Way::Here(Mapping::slow(want));
+        return ReadMapping::Here(Mapping::slow(want));
     };
-    Way::Here(match (found, image.backing_child()) {
+    ReadMapping::Here(match (found, image.backing_child()) {
         (Found::Data { host, .. }, _) => map_data(image, inflight, host, len, Access::Read),
         (Found::Unallocated { .. }, Some(backing)) => {
-            return Way::Below(Child::fast(backing, inflight), len);
+            return ReadMapping::Below(Child::fast(backing, inflight), len);
         }
         (Found::Zero { .. } | Found::Unallocated { .. }, _) => {
             Mapping { len, target: Target::Zero }
@@ -108,8 +108,8 @@ pub fn fast_read_through<'a, F: Format>(
     want: u64,
 ) -> Mapping<'a> {
     match fast_read(image, inflight, at, want) {
-        Way::Here(mapping) => mapping,
-        Way::Below(backing, len) => backing.map_chain(inflight, at, len),
+        ReadMapping::Here(mapping) => mapping,
+        ReadMapping::Below(backing, len) => backing.map_chain(inflight, at, len),
     }
 }
 

@@ -38,17 +38,17 @@ pub enum Target<'a> {
     Data { leaf: &'a dyn Leaf, offset: u64 },
     /// Nowhere: the bytes read as zeroes.
     Zero,
-    /// Not to be told without I/O, locks or allocation: take the slow path.
+    /// Unknown without I/O, locks or allocation: take the slow path.
     Slow,
 }
 
-/// Another node than the one that was asked, if one decides, and for how many bytes.
+/// The node below that decides, or none if the driver itself does; and for how many bytes.
 pub type Decider = (Option<Arc<Node>>, u64);
 
-/// What one node says to a read on the fast path.
-pub enum Way<'a> {
+/// One node's answer to a read on the fast path.
+pub enum ReadMapping<'a> {
     Here(Mapping<'a>),
-    /// The first bytes, this many, are those that the node's backing file has in the same place.
+    /// The given number of bytes are the backing file's, at the same offset.
     Below(&'a Node, u64),
 }
 

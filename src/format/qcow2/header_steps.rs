@@ -4,7 +4,7 @@
 //! writing it leaves alone all that the other relies on behind the first sector, or if the two differ in
 //! a single sector. Where the wanted header cannot follow at once, there are layouts between the two:
 //! with the backing file's name elsewhere, without the feature names, which are for people, or with the
-//! extensions behind a gap. [`steps`] looks for the shortest way.
+//! extensions behind a gap. [`steps`] looks for the shortest path.
 
 use super::extensions::{self, Extension};
 use super::header::Header;
@@ -56,11 +56,11 @@ pub(super) fn steps(old: &Header, disk: &[u8], mut new: Header) -> Result<Vec<St
         layouts.extend(places.of(&header));
     }
     layouts.extend([old, new].into_iter().filter_map(|header| places.behind_a_gap(header)));
-    let way = shortest_way(&layouts, goals).ok_or_else(|| {
+    let path = shortest_path(&layouts, goals).ok_or_else(|| {
         Error::new("The header's cluster has no room to change it so that no crash can tear it")
             .with_errno(Errno(libc::ENOSPC))
     })?;
-    Ok(way.into_iter().filter_map(|index| layouts[index].step(&mut disk)).collect())
+    Ok(path.into_iter().filter_map(|index| layouts[index].step(&mut disk)).collect())
 }
 
 /// Whether there are steps from `old` to `new`.
@@ -77,7 +77,7 @@ pub(super) fn check(old: &Header, new: Header) -> Result<(), Error> {
 }
 
 /// The layouts that lead from the first to one of `goals`, without the first.
-fn shortest_way(layouts: &[Layout], goals: Range<usize>) -> Option<Vec<usize>> {
+fn shortest_path(layouts: &[Layout], goals: Range<usize>) -> Option<Vec<usize>> {
     let mut before = vec![None; layouts.len()];
     let mut next = VecDeque::from([0]);
     while let Some(from) = next.pop_front() {
@@ -87,12 +87,12 @@ fn shortest_way(layouts: &[Layout], goals: Range<usize>) -> Option<Vec<usize>> {
             }
             before[to] = Some(from);
             if goals.contains(&to) {
-                let mut way = vec![to];
-                way.extend(std::iter::successors(before[to], |&index| before[index]));
+                let mut path = vec![to];
+                path.extend(std::iter::successors(before[to], |&index| before[index]));
                 // The first is there already.
-                way.pop();
-                way.reverse();
-                return Some(way);
+                path.pop();
+                path.reverse();
+                return Some(path);
             }
             next.push_back(to);
         }

@@ -2,8 +2,8 @@
 
 use super::{Extent, Part, Vmdk};
 use crate::block::{
-    Abilities, Access, Child, Decider, Error, Mapping, Node, Place, Precision, Status, Target,
-    Traits, Way, WriteFlags, ZeroFlags,
+    Abilities, Access, Child, Decider, Error, Mapping, Node, Place, Precision, ReadMapping, Status,
+    Target, Traits, WriteFlags, ZeroFlags,
 };
 use crate::cow::{
     decider, fast_read, map, read_padded, read_range, status, stored_status, traits_over,
@@ -69,9 +69,10 @@ impl Vmdk {
         let Some(part) = self.part_at(at) else { return Mapping::slow(want) };
         let (inside, len) = (at - part.start, want.min(part.end - at));
         match (&part.extent, access) {
-            (Extent::Sparse(_), Access::Read) => match self.way_to(inflight, at, want) {
-                Way::Here(mapping) => mapping,
-                Way::Below(backing, len) => backing.map_chain(inflight, at, len),
+            (Extent::Sparse(_), Access::Read) => match self.map_read_in_extents(inflight, at, want)
+            {
+                ReadMapping::Here(mapping) => mapping,
+                ReadMapping::Below(backing, len) => backing.map_chain(inflight, at, len),
             },
             (Extent::Sparse(sparse), _) => map(&**sparse, inflight, inside, len, access),
             (Extent::Flat { child, offset }, _) => {
@@ -91,12 +92,17 @@ impl Vmdk {
         }
     }
 
-    pub(super) fn way_to<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
+    pub(super) fn map_read_in_extents<'a>(
+        &'a self,
+        inflight: &'a InFlight,
+        at: u64,
+        want: u64,
+    ) -> ReadMapping<'a> {
         match self.part_at(at) {
             Some(Part { start, end, extent: Extent::Sparse(sparse), .. }) => {
                 fast_read(&**sparse, inflight, at - start, want.min(end - at))
             }
-            _ => Way::Here(self.map_extent(inflight, at, want, Access::Read)),
+            _ => ReadMapping::Here(self.map_extent(inflight, at, want, Access::Read)),
         }
     }
 

@@ -158,8 +158,8 @@ impl Driver for Vmdk {
         self.map_extent(inflight, at, want, access)
     }
 
-    fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
-        self.way_to(inflight, at, want)
+    fn map_read<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> ReadMapping<'a> {
+        self.map_read_in_extents(inflight, at, want)
     }
 
     fn decider(&self, at: u64, len: u64) -> LocalFuture<'_, IoResult<Decider>> {

@@ -133,17 +133,17 @@ impl FileDriver {
 
     /// Moves bytes in place, between here and the page cache, where that may be waited for. Whether
     /// all were moved; if not, the ring is to do it, which knows what to make of a short transfer.
-    fn moved_in_place(&self, at: u64, memory: &IoVec<'_>, way: sys::Way) -> bool {
+    fn moved_in_place(&self, at: u64, memory: &IoVec<'_>, direction: sys::Direction) -> bool {
         if !self.is_cached || !io::may_block() {
             return false;
         }
         // The storage is waited for by the ring, so that others can be asked meanwhile.
-        let way = match way {
-            sys::Way::Read if !self.in_memory => sys::Way::ReadCached,
-            way => way,
+        let direction = match direction {
+            sys::Direction::Read if !self.in_memory => sys::Direction::ReadCached,
+            direction => direction,
         };
         // SAFETY: the list's memory stays mapped as long as it is borrowed.
-        let moved = unsafe { sys::transfer(self.fd, at, memory.as_raw(), way) };
+        let moved = unsafe { sys::transfer(self.fd, at, memory.as_raw(), direction) };
         moved as u64 == memory.len()
     }
 
@@ -282,7 +282,7 @@ impl Driver for FileDriver {
 
     fn read<'a>(&'a self, at: u64, into: &'a IoVec<'a>) -> LocalFuture<'a, IoResult> {
         Box::pin(async move {
-            match self.moved_in_place(at, into, sys::Way::Read) {
+            match self.moved_in_place(at, into, sys::Direction::Read) {
                 true => Ok(()),
                 false => io::read(self.fd, at, into).await,
             }
@@ -303,7 +303,7 @@ impl Driver for FileDriver {
             }
             if flags.contains(WriteFlags::FUA) && !self.no_flush {
                 self.write_durable(at, from).await?;
-            } else if !self.moved_in_place(at, from, sys::Way::Write) {
+            } else if !self.moved_in_place(at, from, sys::Direction::Write) {
                 io::write(self.fd, at, from, Durable::No).await?;
             }
             if grow { Ok(()) } else { self.grown(at + from.len()).await }
@@ -369,19 +369,19 @@ impl Driver for FileDriver {
 
 impl Leaf for FileDriver {
     unsafe fn start(&self, io: &Io, mut op: Op, token: Token) -> Started {
-        let (offset, segments, way) = match &mut op {
-            Op::Read { offset, segments } => (*offset, *segments, sys::Way::Read),
+        let (offset, segments, direction) = match &mut op {
+            Op::Read { offset, segments } => (*offset, *segments, sys::Direction::Read),
             Op::Write { offset, segments, durable } => {
                 if self.no_flush {
                     *durable = Durable::No;
                 }
-                (*offset, *segments, sys::Way::Write)
+                (*offset, *segments, sys::Direction::Write)
             }
             _ => return Started::Done(Err(Errno::ENOTSUP)),
         };
         if self.in_memory && segments.len() <= COPY_LIMIT {
             // SAFETY: the caller keeps the list in place and the segments mapped.
-            let moved = unsafe { sys::transfer(self.fd, offset, segments.as_slice(), way) };
+            let moved = unsafe { sys::transfer(self.fd, offset, segments.as_slice(), direction) };
             if moved as u64 == segments.len() {
                 return Started::Done(Ok(()));
             }

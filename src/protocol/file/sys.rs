@@ -156,7 +156,7 @@ pub fn is_in_memory(file: &File) -> bool {
 
 /// What [`transfer`] does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Direction {
     Read,
     /// Only what is in memory: nothing, where the storage or the file system cannot tell.
     ReadCached,
@@ -167,20 +167,25 @@ pub enum Way {
 ///
 /// # Safety
 /// The segments must be mapped, for a read writable.
-pub unsafe fn transfer(fd: libc::c_int, offset: u64, segments: &[libc::iovec], way: Way) -> usize {
+pub unsafe fn transfer(
+    fd: libc::c_int,
+    offset: u64,
+    segments: &[libc::iovec],
+    direction: Direction,
+) -> usize {
     let (Ok(offset), Ok(count)) = (signed(offset), libc::c_int::try_from(segments.len())) else {
         return 0;
     };
     // SAFETY: the caller's promise, and the list is as long as is said.
     let moved = unsafe {
-        match (segments, way) {
-            ([one], Way::Read) => libc::pread64(fd, one.iov_base, one.iov_len, offset),
-            ([one], Way::Write) => libc::pwrite64(fd, one.iov_base, one.iov_len, offset),
-            (many, Way::Read) => libc::preadv64(fd, many.as_ptr(), count, offset),
-            (many, Way::ReadCached) => {
+        match (segments, direction) {
+            ([one], Direction::Read) => libc::pread64(fd, one.iov_base, one.iov_len, offset),
+            ([one], Direction::Write) => libc::pwrite64(fd, one.iov_base, one.iov_len, offset),
+            (many, Direction::Read) => libc::preadv64(fd, many.as_ptr(), count, offset),
+            (many, Direction::ReadCached) => {
                 libc::preadv64v2(fd, many.as_ptr(), count, offset, libc::RWF_NOWAIT)
             }
-            (many, Way::Write) => libc::pwritev64(fd, many.as_ptr(), count, offset),
+            (many, Direction::Write) => libc::pwritev64(fd, many.as_ptr(), count, offset),
         }
     };
     usize::try_from(moved).unwrap_or(0)

@@ -13,10 +13,10 @@ use crate::block::ZeroFlags;
 use crate::io::{self, Errno, IoResult};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// A way that a file may turn out not to have.
+/// A system call that zeroes or discards, which a file may not support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Way {
+pub enum Method {
     Punch = 1,
     ZeroRange = 1 << 1,
     Allocate = 1 << 2,
@@ -24,32 +24,32 @@ pub enum Way {
     Discard = 1 << 4,
 }
 
-/// The ways that a file was found not to have.
+/// The methods that a file was found not to support.
 #[derive(Default)]
 pub struct Missing(AtomicU8);
 
 impl Missing {
-    fn has(&self, way: Way) -> bool {
-        self.0.load(Ordering::Relaxed) & way as u8 != 0
+    fn has(&self, method: Method) -> bool {
+        self.0.load(Ordering::Relaxed) & method as u8 != 0
     }
 
-    /// Runs `call` unless `way` is known to be missing; remembers it if it is.
-    async fn attempt(&self, way: Way, call: impl Future<Output = IoResult>) -> IoResult {
-        if self.has(way) {
+    /// Runs `call` unless `method` is known to be missing; remembers it if it is.
+    async fn attempt(&self, method: Method, call: impl Future<Output = IoResult>) -> IoResult {
+        if self.has(method) {
             return Err(Errno::ENOTSUP);
         }
         let result = call.await;
         if let Err(errno) = result
             && is_missing(errno)
         {
-            self.0.fetch_or(way as u8, Ordering::Relaxed);
+            self.0.fetch_or(method as u8, Ordering::Relaxed);
             return Err(Errno::ENOTSUP);
         }
         result
     }
 }
 
-/// Whether this is how the kernel says that a file has no such way.
+/// Whether this is how the kernel says that a file does not support a method.
 fn is_missing(errno: Errno) -> bool {
     errno.is_unsupported() || errno.0 == libc::ENODEV
 }
@@ -70,12 +70,12 @@ impl FileDriver {
         // write behind meanwhile.
         let grow = flags.contains(ZeroFlags::GROW);
         if flags.contains(ZeroFlags::UNMAP) && !grow {
-            match self.fallocate(Way::Punch, PUNCH, at, len).await {
+            match self.fallocate(Method::Punch, PUNCH, at, len).await {
                 Err(Errno::ENOTSUP) => {}
                 result => return result,
             }
         }
-        match self.fallocate(Way::ZeroRange, libc::FALLOC_FL_ZERO_RANGE, at, len).await {
+        match self.fallocate(Method::ZeroRange, libc::FALLOC_FL_ZERO_RANGE, at, len).await {
             Err(Errno::ENOTSUP) => self.punch_and_allocate(at, len).await?,
             result => result?,
         }
@@ -87,22 +87,22 @@ impl FileDriver {
     }
 
     async fn punch_and_allocate(&self, at: u64, len: u64) -> IoResult {
-        if self.missing.has(Way::Allocate) {
+        if self.missing.has(Method::Allocate) {
             return Err(Errno::ENOTSUP);
         }
         if at < self.length() {
-            self.fallocate(Way::Punch, PUNCH, at, len).await?;
+            self.fallocate(Method::Punch, PUNCH, at, len).await?;
         }
-        self.fallocate(Way::Allocate, 0, at, len).await
+        self.fallocate(Method::Allocate, 0, at, len).await
     }
 
-    async fn fallocate(&self, way: Way, mode: i32, at: u64, len: u64) -> IoResult {
-        self.missing.attempt(way, io::fallocate(self.fd, mode, at, len)).await
+    async fn fallocate(&self, method: Method, mode: i32, at: u64, len: u64) -> IoResult {
+        self.missing.attempt(method, io::fallocate(self.fd, mode, at, len)).await
     }
 
     async fn zero_device(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
         if flags.contains(ZeroFlags::UNMAP) {
-            match self.fallocate(Way::Punch, PUNCH, at, len).await {
+            match self.fallocate(Method::Punch, PUNCH, at, len).await {
                 Err(Errno::ENOTSUP) => {}
                 result => return result,
             }
@@ -112,22 +112,22 @@ impl FileDriver {
             return Err(Errno::ENOTSUP);
         }
         let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-        match self.fallocate(Way::ZeroRange, mode, at, len).await {
+        match self.fallocate(Method::ZeroRange, mode, at, len).await {
             Err(Errno::ENOTSUP) => {}
             result => return result,
         }
         let file = self.file.clone();
         let call = self.blocking.run(move || sys::zero_out(&file, at, len));
-        self.missing.attempt(Way::ZeroOut, call).await
+        self.missing.attempt(Method::ZeroOut, call).await
     }
 
     pub(super) async fn discard_range(&self, at: u64, len: u64) -> IoResult {
         match self.kind {
-            Kind::Regular => self.fallocate(Way::Punch, PUNCH, at, len).await,
+            Kind::Regular => self.fallocate(Method::Punch, PUNCH, at, len).await,
             Kind::BlockDevice => {
                 let file = self.file.clone();
                 let call = self.blocking.run(move || sys::discard(&file, at, len));
-                self.missing.attempt(Way::Discard, call).await
+                self.missing.attempt(Method::Discard, call).await
             }
             Kind::CharacterDevice => Err(Errno::ENOTSUP),
         }
@@ -151,11 +151,11 @@ mod tests {
     #[test]
     fn a_missing_way_is_tried_once_and_a_failing_one_again() {
         let missing = Missing::default();
-        let attempt = |way, result| now(missing.attempt(way, ready(result)));
-        assert_eq!(attempt(Way::Punch, Err(Errno::ENOSPC)), Err(Errno::ENOSPC));
-        assert_eq!(attempt(Way::Punch, Ok(())), Ok(()));
-        assert_eq!(attempt(Way::Punch, Err(Errno(libc::ENODEV))), Err(Errno::ENOTSUP));
-        assert_eq!(attempt(Way::Punch, Ok(())), Err(Errno::ENOTSUP));
-        assert_eq!(attempt(Way::ZeroRange, Ok(())), Ok(()));
+        let attempt = |method, result| now(missing.attempt(method, ready(result)));
+        assert_eq!(attempt(Method::Punch, Err(Errno::ENOSPC)), Err(Errno::ENOSPC));
+        assert_eq!(attempt(Method::Punch, Ok(())), Ok(()));
+        assert_eq!(attempt(Method::Punch, Err(Errno(libc::ENODEV))), Err(Errno::ENOTSUP));
+        assert_eq!(attempt(Method::Punch, Ok(())), Err(Errno::ENOTSUP));
+        assert_eq!(attempt(Method::ZeroRange, Ok(())), Ok(()));
     }
 }

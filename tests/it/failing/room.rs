@@ -157,7 +157,7 @@ fn bitmaps_that_find_no_room_when_a_tool_closes_their_image_are_told() {
 
 #[test]
 fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_told() {
-    for way in ["SIGTERM", "blockdev-del", "blockdev-snapshot-sync"] {
+    for ending in ["SIGTERM", "blockdev-del", "blockdev-snapshot-sync"] {
         let place = Place::new();
         with_bitmaps(&place);
         place.leave(130);
@@ -174,7 +174,7 @@ fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_told() {
         disk.write(8192, &[5; 64 << 10]).unwrap();
         disk.flush().unwrap();
         let mut client = Client::connect(&daemon.path("m.sock"));
-        match way {
+        match ending {
             "SIGTERM" => {}
             "blockdev-del" => {
                 drop(disk);
@@ -193,9 +193,9 @@ fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_told() {
         drop(client);
         let log = daemon.end();
         let told = log.lines().filter(|line| line.contains(LOST)).count();
-        assert_eq!(told, 1, "{way}: {log}");
+        assert_eq!(told, 1, "{ending}: {log}");
         assert!(log.contains("'d0'") && log.contains("No space left on device"), "{log}");
-        assert_lost(&place, way);
+        assert_lost(&place, ending);
         place.good("qemu-io", &["-c", "read -q -P 5 4M 64k", "a.qcow2"]);
     }
 }

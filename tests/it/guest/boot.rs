@@ -208,13 +208,13 @@ fn monitor(dir: &Path, moves: usize) -> PathBuf {
 }
 
 /// On which way it comes.
-fn way(dir: &Path, moves: usize) -> PathBuf {
-    dir.join(format!("way{moves}.sock"))
+fn migration_socket(dir: &Path, moves: usize) -> PathBuf {
+    dir.join(format!("migration{moves}.sock"))
 }
 
 /// The same as QEMU has it.
 fn uri(dir: &Path, moves: usize) -> String {
-    format!("unix:{}", way(dir, moves).display())
+    format!("unix:{}", migration_socket(dir, moves).display())
 }
 
 /// A booted guest. Ended with the value, by force if it still runs.
@@ -286,8 +286,8 @@ impl RunningGuest {
         let mut with_plugged = guest.clone();
         with_plugged.qemu_options.extend(self.plugged.iter().cloned());
         let (mut qemu, lines) = with_plugged.start(self.dir.path(), self.moves + 1);
-        let way = way(self.dir.path(), self.moves + 1);
-        while !way.exists() {
+        let socket = migration_socket(self.dir.path(), self.moves + 1);
+        while !socket.exists() {
             assert_eq!(qemu.try_wait().unwrap(), None, "{:?}", lines.iter().collect::<Vec<_>>());
             assert!(Instant::now() < self.end, "the destination does not listen");
             std::thread::sleep(Duration::from_millis(10));
@@ -332,7 +332,7 @@ impl RunningGuest {
         let _ = qemu.kill();
         qemu.wait().unwrap();
         let (dir, moves) = (self.dir.path(), self.moves + 1);
-        for file in [way(dir, moves), monitor(dir, moves)] {
+        for file in [migration_socket(dir, moves), monitor(dir, moves)] {
             let _ = fs::remove_file(file);
         }
         here.run("migrate-set-parameters", json!({"max-bandwidth": 1 << 30}));
