@@ -2,18 +2,18 @@
 //! at a time, on several workers.
 //!
 //! The rules held here: what reads as zeroes is not read, and what is zero where the target has
-//! zeroes is not written; memory, and what is on its way, is at most a chunk for each lane, or two where contents
+//! zeroes is not written; memory, and what is on its way, is at most a chunk for each copier, or two where contents
 //! are compared; a failure ends all, and of those that the pieces on their way meet, the one at the lowest offset is reported; between two
 //! pieces a copy can be paused, slowed down and ended ([`control`]).
 //!
-//! `plan` deals the pieces out, `turns` keeps writes in order where that is asked for, `rebase` compares before it
-//! writes. What is to be compressed goes in whole units of the target, packed by each lane before its turn to write.
+//! `plan` deals the pieces out, `write_order` keeps writes in order where that is asked for, `rebase` compares before it
+//! writes. What is to be compressed goes in whole units of the target, packed by each copier before its turn to write.
 
 pub mod control;
 mod disk;
 mod plan;
 mod rebase;
-mod turns;
+mod write_order;
 pub mod zeroes;
 
 pub use control::Control;
@@ -27,10 +27,10 @@ use control::{Cancelled, Member};
 use plan::{Kind, Piece, Plan};
 use std::fmt;
 use std::sync::Arc;
-use turns::Turns;
+use write_order::WriteOrder;
 use zeroes::{is_zero, zero_prefix};
 
-/// The most that one lane reads at once, in bytes, from the storage itself.
+/// The most that one copier reads at once, in bytes, from the storage itself.
 const CHUNK: u64 = 2 << 20;
 /// The same through the host's page cache: the processor moves it there and back, and its own caches
 /// should still hold it when it is written.
@@ -44,7 +44,7 @@ pub struct Copy {
     pub sources: Vec<Source>,
     pub target: Disk,
     /// Pieces on their way at the same time. Not 0.
-    pub lanes: usize,
+    pub parallel: usize,
     /// Writes reach the target in the order of their offsets.
     pub in_order: bool,
     /// The target stores it compressed: it must be able to ([`crate::block::Compress`]).
@@ -93,7 +93,7 @@ pub struct Hooks {
 }
 
 impl Copy {
-    /// The most that one lane reads at once, in bytes.
+    /// The most that one copier reads at once, in bytes.
     fn chunk(&self) -> u64 {
         if self.is_rebase() {
             return plan::STEP;
@@ -105,7 +105,7 @@ impl Copy {
         chunk.max(self.unit().unwrap_or(0))
     }
 
-    /// The memory that one lane needs, in bytes.
+    /// The memory that one copier needs, in bytes.
     fn memory(&self) -> u64 {
         if self.is_rebase() { 2 * self.chunk() } else { self.chunk() }
     }
@@ -210,42 +210,42 @@ pub type Progress = Box<dyn Fn(u64, u64) + Send + Sync>;
 /// Told of what could not be read and became zeroes: the offset in the target.
 pub type Salvaged = Box<dyn Fn(u64, Errno) + Send + Sync>;
 
-/// What all lanes share.
+/// What all copiers share.
 struct Shared {
     copy: Copy,
     plan: Plan,
-    turns: Turns,
+    write_order: WriteOrder,
     hooks: Hooks,
     trouble: Mutex<Option<Trouble>>,
 }
 
-/// The lanes that have not ended.
-struct Lanes {
+/// The copiers that have not ended.
+struct Copiers {
     running: Mutex<usize>,
     ended: Mutex<Waiters>,
 }
 
-/// Copies. Runs on a worker; `helpers` are others that lanes are dealt to.
+/// Copies. Runs on a worker; `helpers` are others that copiers are dealt to.
 pub async fn copy(copy: Copy, helpers: &[Worker], hooks: Hooks) -> Result<(), Trouble> {
     let planner = hooks.control.join();
     let plan = Plan::new(&copy, &planner).await?;
-    let count = copy.lanes;
-    let (turns, trouble) = (Turns::default(), Mutex::default());
-    let shared = Arc::new(Shared { plan, copy, turns, hooks, trouble });
-    let lanes = Arc::new(Lanes { running: Mutex::new(count), ended: Mutex::default() });
-    for lane in 0..count {
-        let (theirs, lanes) = (shared.clone(), lanes.clone());
+    let count = copy.parallel;
+    let (write_order, trouble) = (WriteOrder::default(), Mutex::default());
+    let shared = Arc::new(Shared { plan, copy, write_order, hooks, trouble });
+    let copiers = Arc::new(Copiers { running: Mutex::new(count), ended: Mutex::default() });
+    for run_copier in 0..count {
+        let (clone, copiers) = (shared.clone(), copiers.clone());
         let member = shared.hooks.control.join();
         // This worker is the first of them.
-        match (lane % (helpers.len() + 1)).checked_sub(1) {
-            None => current().spawn(theirs.lane(member, lanes)),
+        match (run_copier % (helpers.len() + 1)).checked_sub(1) {
+            None => current().spawn(clone.run_copier(member, copiers)),
             Some(helper) => {
-                helpers[helper].send(|local| local.io().spawn(theirs.lane(member, lanes)));
+                helpers[helper].send(|local| local.io().spawn(clone.run_copier(member, copiers)));
             }
         }
     }
     drop(planner);
-    lanes.ended.wait_until(|| *lanes.running.lock() == 0).await;
+    copiers.ended.wait_until(|| *copiers.running.lock() == 0).await;
     match shared.trouble.lock().take() {
         Some(trouble) => Err(trouble),
         None => Ok(()),
@@ -255,14 +255,14 @@ pub async fn copy(copy: Copy, helpers: &[Worker], hooks: Hooks) -> Result<(), Tr
 impl Shared {
     /// Moves pieces until there are none left, or something fails. The disks are let go before it counts as
     /// ended.
-    async fn lane(self: Arc<Shared>, member: Member, lanes: Arc<Lanes>) {
+    async fn run_copier(self: Arc<Shared>, member: Member, copiers: Arc<Copiers>) {
         let mut buffer = None;
         while self.trouble.lock().is_none() {
             match self.next(&member).await {
                 Ok(None) => break,
                 Ok(Some(piece)) => {
                     let moved = self.move_piece(&piece, &mut buffer).await;
-                    self.turns.done(piece.ticket);
+                    self.write_order.done(piece.ticket);
                     if let Err(trouble) = moved {
                         self.fail(trouble);
                     }
@@ -274,8 +274,8 @@ impl Shared {
             }
         }
         drop((self, member));
-        *lanes.running.lock() -= 1;
-        lanes.ended.wake_all();
+        *copiers.running.lock() -= 1;
+        copiers.ended.wake_all();
     }
 
     /// The next piece, when it may begin.
@@ -303,7 +303,7 @@ impl Shared {
         buffer: &mut Option<AlignedBuf>,
     ) -> Result<(), Trouble> {
         if piece.kind == Kind::Zeroes {
-            self.await_turn(piece).await;
+            self.await_order(piece).await;
             return self.zero(piece.at, piece.len).await;
         }
         let buffer = match buffer {
@@ -327,7 +327,7 @@ impl Shared {
         match self.copy.unit() {
             Some(unit) => self.write_packed(piece, buffer, unit).await,
             None => {
-                self.await_turn(piece).await;
+                self.await_order(piece).await;
                 self.write(piece, buffer).await
             }
         }
@@ -336,16 +336,16 @@ impl Shared {
     /// Tells how much is done with a piece.
     fn report(&self, piece: &Piece) {
         let step = self.copy.planned_unit().unwrap_or(plan::STEP);
-        let mut left = piece.told;
+        let mut left = piece.reported;
         while left > 0 {
             (self.hooks.progress)(left.min(step), self.plan.total());
             left -= left.min(step);
         }
     }
 
-    async fn await_turn(&self, piece: &Piece) {
+    async fn await_order(&self, piece: &Piece) {
         if self.copy.in_order {
-            self.turns.wait(piece.ticket).await;
+            self.write_order.wait(piece.ticket).await;
         }
     }
 
@@ -406,7 +406,7 @@ impl Shared {
             parts.push((to, len, packed));
             at += len;
         }
-        self.await_turn(piece).await;
+        self.await_order(piece).await;
         for (to, len, packed) in parts {
             let Some(packed) = packed else {
                 self.zero(to, len).await?;

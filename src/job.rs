@@ -57,7 +57,7 @@ struct Board {
     /// Changes that were not asked for yet.
     events: Mutex<Vec<(String, Status)>>,
     /// Called when there is something to ask for.
-    notice: Box<dyn Fn() + Send + Sync>,
+    notify: Box<dyn Fn() + Send + Sync>,
 }
 
 /// One of them.
@@ -95,10 +95,10 @@ pub struct JobInfo {
 }
 
 impl Jobs {
-    /// `notice` is called from any thread when [`Jobs::take_events`] has something to give.
-    pub fn new(notice: impl Fn() + Send + Sync + 'static) -> Jobs {
+    /// `notify` is called from any thread when [`Jobs::take_events`] has something to give.
+    pub fn new(notify: impl Fn() + Send + Sync + 'static) -> Jobs {
         let (jobs, events) = (Mutex::default(), Mutex::default());
-        Jobs(Arc::new(Board { jobs, events, notice: Box::new(notice) }))
+        Jobs(Arc::new(Board { jobs, events, notify: Box::new(notify) }))
     }
 
     /// Starts a job: `spawn` has to run the task on a worker.
@@ -309,7 +309,7 @@ impl Job {
             // Under the lock, so that changes are told in their order.
             board.events.lock().push((self.new.id.clone(), next));
             drop(state);
-            (board.notice)();
+            (board.notify)();
         }
         true
     }

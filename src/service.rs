@@ -14,6 +14,7 @@
 //!
 //! Only the first is held across a wait for I/O, for a guest, or for a thread.
 
+mod events;
 mod executor;
 mod export_options;
 mod exports;
@@ -27,7 +28,6 @@ mod observed;
 mod overlays;
 mod patience;
 mod snapshots;
-mod told;
 mod transaction;
 
 pub use executor::Pending;
@@ -45,13 +45,13 @@ use crate::export::core::IoErrors;
 use crate::io::Worker;
 use crate::io::sync::Mutex;
 use crate::job::Jobs;
+use events::Ended;
 use executor::Executor;
 use exports::Exports;
 use std::ops::Deref;
 use std::os::fd::RawFd;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
-use told::Ended;
 
 /// A running service. Clones are the same one.
 #[derive(Clone)]
@@ -163,14 +163,14 @@ impl Service {
         })
     }
 
-    /// Readable once a task has ended, until [`Service::clear_task_notice`].
-    pub fn task_notice(&self) -> RawFd {
-        self.0.executor.notice()
+    /// Readable once a task has ended, until [`Service::clear_tasks_event`].
+    pub fn tasks_descriptor(&self) -> RawFd {
+        self.0.executor.descriptor()
     }
 
     /// To be called before the results of tasks are looked at.
-    pub fn clear_task_notice(&self) {
-        self.0.executor.clear_notice();
+    pub fn clear_tasks_event(&self) {
+        self.0.executor.clear_event();
     }
 }
 

@@ -266,16 +266,16 @@ fn an_export_of_another_type_is_served_drained_watched_and_ended() {
     assert_eq!(bytes, [512, 512]);
 
     // A change of the graph waits for it, and it waits for the change.
-    let (at_rest, told) = mpsc::channel();
+    let (at_rest, sender) = mpsc::channel();
     let (go_on, gate) = mpsc::channel::<()>();
-    let theirs = node.clone();
+    let clone = node.clone();
     let change = service.spawn("change", async move |service| {
-        let drained = service.graph().drain(&theirs).await.unwrap();
+        let drained = service.graph().drain(&clone).await.unwrap();
         at_rest.send(()).unwrap();
         io::offload(move || gate.recv().unwrap()).await;
         drop(drained);
     });
-    told.recv().unwrap();
+    sender.recv().unwrap();
     let waits = write(&worker, &front_end, 512, 8);
     assert_eq!(worker.call(|_| 1), 1);
     assert!(waits.try_recv().is_err() && front_end.state().in_flight == 0);
@@ -284,8 +284,8 @@ fn an_export_of_another_type_is_served_drained_watched_and_ended() {
     waits.recv().unwrap().unwrap();
 
     // Another size.
-    let theirs = node.clone();
-    service.wait(async move |service| service.resize(&theirs, 2 << 20).await).unwrap();
+    let clone = node.clone();
+    service.wait(async move |service| service.resize(&clone, 2 << 20).await).unwrap();
     assert_eq!(front_end.disk.transfer_range(4095, 512), Some(4095 * 512));
 
     // A write that fails is held until it works.

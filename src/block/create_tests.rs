@@ -96,8 +96,11 @@ fn what_cannot_be_made_is_refused_in_qemus_words() {
 #[test]
 fn the_protocol_gets_its_own_options_and_the_name() {
     let worker = Worker::start("create", WorkerOptions::default()).unwrap();
-    let told = worker.block_on(|| async {
+    let reported = worker.block_on(|| async {
         creation("fmt", "store", "fast=off,cluster=4k", Some(512)).unwrap().run().await
     });
-    assert_eq!(told.unwrap_err().to_string(), r#"{"filename": "x", "fast": false, "size": 512}"#);
+    assert_eq!(
+        reported.unwrap_err().to_string(),
+        r#"{"filename": "x", "fast": false, "size": 512}"#
+    );
 }

@@ -116,8 +116,8 @@ mod tests {
             Error::os_at("x", Errno(libc::ENOENT), &path).advice().map(str::to_owned)
         };
         let missing = dir.path().join("a");
-        let told = Some(format!("There is no folder '{}'.", missing.display()));
-        assert_eq!((advice("a/b/c"), advice("a/b")), (told.clone(), told));
+        let reported = Some(format!("There is no folder '{}'.", missing.display()));
+        assert_eq!((advice("a/b/c"), advice("a/b")), (reported.clone(), reported));
         assert_eq!(advice("a"), None);
         let denied = Error::os_at("x", Errno(libc::EACCES), &dir.path().join("a/b"));
         assert_eq!(denied.advice(), None);

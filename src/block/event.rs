@@ -134,7 +134,7 @@ impl Drop for Hearing {
 }
 
 /// Whether anybody wants to hear events.
-pub fn are_heard() -> bool {
+pub fn has_listeners() -> bool {
     DEBUGGERS.load(Ordering::Relaxed) != 0
 }
 
@@ -144,7 +144,7 @@ pub(super) struct Unflushed(AtomicBool);
 
 impl Unflushed {
     fn note(&self) {
-        if are_heard() {
+        if has_listeners() {
             self.0.store(true, Ordering::Relaxed);
         }
     }
@@ -162,7 +162,7 @@ impl Drop for Writing<'_> {
 impl Node {
     /// Tells a debugging filter, if this node is one, what is about to be done; waits as long as it wants.
     pub async fn event(&self, event: Event) {
-        if are_heard() {
+        if has_listeners() {
             self.raise(event).await;
         }
     }
@@ -171,7 +171,7 @@ impl Node {
     /// stands on, whose blocks they are, and a filter there hears of it.
     pub(super) async fn rounding_event(&self, event: Option<Event>) {
         if let Some(event) = event
-            && are_heard()
+            && has_listeners()
         {
             let below = match self.driver().debugger() {
                 Some(_) => None,
@@ -195,7 +195,7 @@ impl Node {
 
     /// A flush with its events. Those of the storage are raised, and a debugger makes it fail, only if there is
     /// something to make durable.
-    pub(super) async fn flush_heard(&self) -> IoResult {
+    pub(super) async fn flush_announced(&self) -> IoResult {
         self.event_below(Event::FlushToOs).await;
         if !self.unflushed().0.swap(false, Ordering::Relaxed) {
             return self.driver().flush().await;

@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn a_clock_tells_its_signal_when_nothing_changes_any_more() {
         let clock = IdleClock::new(Duration::from_millis(1)).unwrap();
-        assert!(!clock.signal.is_told());
+        assert!(!clock.signal.is_raised());
         for _ in 0..2 {
             clock.touch();
             let end = Instant::now() + Duration::from_secs(60);

@@ -92,8 +92,8 @@ impl<'a> Names<'a> {
         let driver = node.driver();
         let mut options = driver.own_options();
         options.insert("driver", driver.name());
-        let is_told = |child: &&Child| child.role().is_given() && !child.is_backing();
-        for child in driver.children().iter().filter(is_told) {
+        let is_listed = |child: &&Child| child.role().is_given() && !child.is_backing();
+        for child in driver.children().iter().filter(is_listed) {
             options.insert(child.role().name(), self.options_of(&child.node()));
         }
         if let Some(backing) = backing {

@@ -325,10 +325,10 @@ fn join(path: &str, role: &str) -> String {
 
 impl From<options::Error> for Error {
     fn from(error: options::Error) -> Error {
-        let told = Error::new(error.to_string()).with_advice(error.advice().map(str::to_owned));
+        let reported = Error::new(error.to_string()).with_advice(error.advice().map(str::to_owned));
         match error.hint() {
-            Some(hint) => told.with_hint(hint),
-            None => told,
+            Some(hint) => reported.with_hint(hint),
+            None => reported,
         }
     }
 }

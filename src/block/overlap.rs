@@ -123,14 +123,14 @@ mod tests {
     fn who_joins_while_a_barrier_goes_up_is_waited_for_or_sees_it() {
         let overlap = Overlap::default();
         let joined = epoch::Announcer::default();
-        let turn = joined.enter();
+        let guard = joined.enter();
         let mut serialising = pin!(overlap.serialise(0..512, || {
             assert!(overlap.has_barrier(), "a member that joins now would go past it");
             vec![joined.member().clone()]
         }));
         let mut cx = Context::from_waker(Waker::noop());
         assert!(serialising.as_mut().poll(&mut cx).is_pending());
-        drop(turn);
+        drop(guard);
         assert!(serialising.as_mut().poll(&mut cx).is_ready());
     }
 }

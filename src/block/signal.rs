@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Tells the graph to look at a node. Its thread-safe half is the driver's.
 pub struct Signal {
-    told: AtomicBool,
+    raised: AtomicBool,
     event: EventFd,
 }
 
@@ -16,31 +16,31 @@ impl Signal {
     pub fn new() -> Result<Arc<Signal>, Error> {
         let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
         let event = event.map_err(|e| Error::os("eventfd", e))?;
-        Ok(Arc::new(Signal { told: AtomicBool::new(false), event }))
+        Ok(Arc::new(Signal { raised: AtomicBool::new(false), event }))
     }
 
     /// There may be something to do, or the driver is gone.
     pub fn notify(&self) {
-        self.told.store(true, Ordering::SeqCst);
+        self.raised.store(true, Ordering::SeqCst);
         // Full means that it is readable already.
         let _ = self.event.write(1);
     }
 
     /// Whether it was told since [`Signal::take`].
-    pub(super) fn is_told(&self) -> bool {
-        self.told.load(Ordering::SeqCst)
+    pub(super) fn is_raised(&self) -> bool {
+        self.raised.load(Ordering::SeqCst)
     }
 
     /// The same, and it is heard now.
     pub(super) fn take(&self) -> bool {
-        self.is_told() && self.told.swap(false, Ordering::SeqCst)
+        self.is_raised() && self.raised.swap(false, Ordering::SeqCst)
     }
 
     /// Makes the event tell of what comes from now on. False if something has come already.
     pub(super) fn arm(&self) -> bool {
-        // `told` is set before it is written to, so what is read away here is seen.
+        // `raised` is set before it is written to, so what is read away here is seen.
         let _ = self.event.read();
-        !self.is_told()
+        !self.is_raised()
     }
 
     pub(super) fn event(&self) -> RawFd {

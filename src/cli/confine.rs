@@ -103,7 +103,7 @@ pub fn plan(service: &Service) -> Plan {
         files: service.files().into_iter().map(place).collect(),
         network: service.uses_network(),
         own: service.sockets().iter().map(|path| absolute(path)).collect(),
-        notice: Some(service.ended_notice()),
+        wakeup: Some(service.events_descriptor()),
         ..Plan::default()
     }
 }

@@ -155,7 +155,7 @@ pub fn run(program: &str, arguments: Vec<OsString>) -> super::Outcome {
     control.finish(&service);
     drop((service, startup));
     drop(pid_file);
-    sandbox::tell_refused();
+    sandbox::report_refused();
     manager.drain();
     Ok(())
 }

@@ -67,8 +67,8 @@ impl Opt {
     }
 
     fn has_letter(&self, letter: char) -> bool {
-        let is_it = |name: &str| name.chars().eq([letter]);
-        is_it(self.short) || self.newer.iter().any(|name| is_it(name))
+        let is_match = |name: &str| name.chars().eq([letter]);
+        is_match(self.short) || self.newer.iter().any(|name| is_match(name))
     }
 
     /// All its letters and long names.
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_options_are_told_as_getopt_points_at_them() {
+    fn wrong_options_are_reported_as_getopt_points_at_them() {
         for (text, wrong) in [
             ("-x", "-x"),
             ("a -qx", "-qx"),

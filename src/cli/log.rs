@@ -95,17 +95,17 @@ pub fn dropped() -> u64 {
 }
 
 /// Tells why the program ends: its name, the error, and lines of advice.
-pub fn tell_failure(program: &str, lines: impl Iterator<Item = String>) {
-    let told: Vec<String> = lines.collect();
+pub fn report_failure(program: &str, lines: impl Iterator<Item = String>) {
+    let messages: Vec<String> = lines.collect();
     match LINES.get() {
         Some(lines) if lines.format == LogFormat::Json => {
-            lines.write(Level::Error, "vublk", None, &told.join(" "));
+            lines.write(Level::Error, "vublk", None, &messages.join(" "));
         }
         Some(lines) => {
-            let text = format!("{program}: {}\n", told.join("\n"));
+            let text = format!("{program}: {}\n", messages.join("\n"));
             lines.outlet.push(bytes::bytes_of(&text));
         }
-        None => errln!("{program}: {}", told.join("\n")),
+        None => errln!("{program}: {}", messages.join("\n")),
     }
     drain();
 }
@@ -170,14 +170,17 @@ struct Lines {
 
 impl Lines {
     fn start(format: LogFormat) -> std::io::Result<Lines> {
-        let notice = move |dropped| {
+        let missing_line = move |dropped| {
             let message = match dropped {
                 1 => "1 log line was dropped".to_owned(),
                 _ => format!("{dropped} log lines were dropped"),
             };
             line(format, Level::Warn, "vublk", None, &message)
         };
-        Ok(Lines { format, outlet: Outlet::start("log", standard(libc::STDERR_FILENO), notice)? })
+        Ok(Lines {
+            format,
+            outlet: Outlet::start("log", standard(libc::STDERR_FILENO), missing_line)?,
+        })
     }
 
     fn write(&self, level: Level, target: &str, export: Option<&str>, message: &str) {
@@ -368,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_told_in_the_form_of_the_log_and_ends_the_process() {
+    fn a_panic_is_reported_in_the_form_of_the_log_and_ends_the_process() {
         use crate::io::{Worker, WorkerOptions};
         use std::os::unix::process::ExitStatusExt;
         if let Ok(format) = std::env::var("VUBLK_TEST_PANIC") {

@@ -172,7 +172,7 @@ fn report(program: &str, outcome: Outcome) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { line, hint, advice }) => {
             let advice = advice.filter(|_| program.starts_with("vublk"));
-            log::tell_failure(program, [Some(line), hint, advice].into_iter().flatten());
+            log::report_failure(program, [Some(line), hint, advice].into_iter().flatten());
             ExitCode::FAILURE
         }
     }

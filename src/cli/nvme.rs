@@ -114,17 +114,17 @@ struct Found {
     uses: Vec<Use>,
     obstacles: Vec<Obstacle>,
     /// What it tells of its health, where it was asked and somebody has it who could.
-    told: Option<Result<health::Told, String>>,
+    reported: Option<Result<health::Report, String>>,
 }
 
 impl Found {
     fn new(machine: &Machine, controller: Controller, verbose: bool) -> Found {
         let uses = nvme::uses(machine, &controller);
         let obstacles = nvme::obstacles(machine, &controller, &[]);
-        let mut found = Found { controller, uses, obstacles, told: None };
+        let mut found = Found { controller, uses, obstacles, reported: None };
         if verbose {
             let is_used = found.state() != "ready";
-            found.told = health::ask(machine, &found.controller, is_used).transpose();
+            found.reported = health::ask(machine, &found.controller, is_used).transpose();
         }
         found
     }
@@ -184,8 +184,8 @@ impl Found {
         if let Some(driver) = driver_override {
             outln!("    driver_override: {driver}");
         }
-        match &self.told {
-            Some(Ok(told)) => print_health(told),
+        match &self.reported {
+            Some(Ok(reported)) => print_health(reported),
             Some(Err(error)) => outln!("    health: {error}"),
             None => {}
         }
@@ -224,8 +224,8 @@ impl Found {
             map.insert("serial", identity.serial.clone());
             map.insert("firmware", identity.firmware.clone());
         }
-        if let Some(Ok(told)) = &self.told {
-            map.insert("health", Value::Map(health_json(told)));
+        if let Some(Ok(reported)) = &self.reported {
+            map.insert("health", Value::Map(health_json(reported)));
         }
         map.insert("driver", text(driver));
         map.insert("driver-override", text(driver_override));
@@ -263,8 +263,8 @@ impl Found {
 /// Errors of its log that are shown.
 const ERRORS: usize = 4;
 
-fn print_health(told: &health::Told) {
-    let health = &told.health;
+fn print_health(reported: &health::Report) {
+    let health = &reported.health;
     outln!("    health: {health}");
     let bytes =
         |units: u128| size::human(units.saturating_mul(512_000).min(u64::MAX.into()) as u64);
@@ -275,16 +275,16 @@ fn print_health(told: &health::Told) {
         health.power_on_hours,
         health.error_entries
     );
-    for error in told.errors.iter().take(ERRORS) {
+    for error in reported.errors.iter().take(ERRORS) {
         outln!("    {error}");
     }
 }
 
-fn health_json(told: &health::Told) -> Map {
-    let health = &told.health;
+fn health_json(reported: &health::Report) -> Map {
+    let health = &reported.health;
     let number = |number: u128| Value::from(number.min(u64::MAX.into()) as u64);
     let small = |number: u8| Value::from(u64::from(number));
-    let errors = told.errors.iter().map(|error| {
+    let errors = reported.errors.iter().map(|error| {
         Value::Map(Map::from_iter([
             ("number", Value::from(error.number)),
             ("queue", u64::from(error.queue).into()),

@@ -53,7 +53,7 @@ struct Waiting {
 }
 
 impl Outlet {
-    /// Starts the thread, which writes to `file`, each piece in one call. `notice` makes the piece that says how
+    /// Starts the thread, which writes to `file`, each piece in one call. `missing_line` makes the piece that says how
     /// many were dropped. To be called after any fork, and with the signals blocked that end the program.
     ///
     /// # Errors
@@ -61,15 +61,15 @@ impl Outlet {
     pub fn start<F>(
         name: &str,
         file: F,
-        notice: impl Fn(u64) -> Vec<u8> + Send + 'static,
+        missing_line: impl Fn(u64) -> Vec<u8> + Send + 'static,
     ) -> std::io::Result<Outlet>
     where
         F: Deref<Target = File> + Send + 'static,
     {
         let shared = Arc::new(Shared::default());
-        let theirs = shared.clone();
+        let clone = shared.clone();
         let thread = std::thread::Builder::new().name(name.into()).stack_size(256 << 10);
-        thread.spawn(move || theirs.write_all(&file, notice))?;
+        thread.spawn(move || clone.write_all(&file, missing_line))?;
         Ok(Outlet(shared))
     }
 
@@ -133,10 +133,10 @@ impl Waiting {
 
 impl Shared {
     /// The thread.
-    fn write_all(&self, file: &File, notice: impl Fn(u64) -> Vec<u8>) {
+    fn write_all(&self, file: &File, missing_line: impl Fn(u64) -> Vec<u8>) {
         let mut missing = 0;
         let tell = |missing: &mut u64| {
-            if *missing > 0 && write(file, &notice(*missing)).is_ok() {
+            if *missing > 0 && write(file, &missing_line(*missing)).is_ok() {
                 *missing = 0;
             }
         };
@@ -207,14 +207,14 @@ mod tests {
     use std::io::Read;
     use std::os::fd::OwnedFd;
 
-    fn notice(count: u64) -> Vec<u8> {
+    fn missing_line(count: u64) -> Vec<u8> {
         format!("{count} missing\n").into()
     }
 
     fn outlet() -> (std::io::PipeReader, Outlet) {
         let (reader, writer) = std::io::pipe().unwrap();
         let file = Box::new(File::from(OwnedFd::from(writer)));
-        (reader, Outlet::start("test", file, notice).unwrap())
+        (reader, Outlet::start("test", file, missing_line).unwrap())
     }
 
     #[test]
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn pieces_that_cannot_be_written_are_counted() {
         let file = File::options().write(true).open("/dev/full").unwrap();
-        let outlet = Outlet::start("test", Box::new(file), notice).unwrap();
+        let outlet = Outlet::start("test", Box::new(file), missing_line).unwrap();
         outlet.push("a");
         outlet.push("b");
         outlet.drain();
@@ -273,7 +273,7 @@ mod tests {
         // SAFETY: names no memory, and the descriptor is open.
         unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
         let file = Box::new(File::from(OwnedFd::from(writer)));
-        let outlet = Outlet::start("test", file, notice).unwrap();
+        let outlet = Outlet::start("test", file, missing_line).unwrap();
         let piece = "x".repeat(1 << 18);
         outlet.push(&*piece);
         drop(outlet);

@@ -181,14 +181,14 @@ impl Serve {
         manager.notify(Manager::READY);
         // A connection that was passed to us is the only one of its disk.
         let mut left = self.images.len();
-        while left > 0 && wait_unless_ended(startup.stop(), service.ended_notice(), None) {
+        while left > 0 && wait_unless_ended(startup.stop(), service.events_descriptor(), None) {
             left -= service.take_ended().len();
-            sandbox::tell_refused();
+            sandbox::report_refused();
         }
         manager.notify(Manager::STOPPING);
         drop(metrics);
         drop((service, startup));
-        sandbox::tell_refused();
+        sandbox::report_refused();
         printed.drain();
         manager.drain();
         Ok(())

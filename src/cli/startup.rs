@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const END: Duration = Duration::from_secs(90);
 
 /// When the log says what an end waits for.
-const TELL: Duration = Duration::from_secs(5);
+const REPORT_AFTER: Duration = Duration::from_secs(5);
 
 /// A service that is being set up.
 pub struct Startup {
@@ -52,15 +52,15 @@ impl Startup {
         work: impl AsyncFnOnce(Service) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let task = self.service().spawn(name, work);
-        let notice = self.service().task_notice();
+        let tasks = self.service().tasks_descriptor();
         let mut end = None;
         loop {
-            self.service().clear_task_notice();
+            self.service().clear_tasks_event();
             if let Some(result) = task.take() {
                 return result;
             }
             match end {
-                None if wait_unless_ended(&self.stop, notice, None) => {}
+                None if wait_unless_ended(&self.stop, tasks, None) => {}
                 None => end = Some(Instant::now() + PATIENCE),
                 Some(end) => {
                     let left = end.saturating_duration_since(Instant::now());
@@ -68,7 +68,7 @@ impl Startup {
                         self.is_stuck = true;
                         return Err(Error::new("ended by a signal before it was done"));
                     }
-                    readable_within(notice, left);
+                    readable_within(tasks, left);
                 }
             }
         }
@@ -89,9 +89,9 @@ impl Drop for Startup {
 fn end(service: Owned, stop: &OwnedFd) {
     take_signals(stop);
     let ended = service.begin_end();
-    let (mut nodes, mut since, mut is_told) = (usize::MAX, Instant::now(), false);
+    let (mut nodes, mut since, mut is_reported) = (usize::MAX, Instant::now(), false);
     loop {
-        service.clear_task_notice();
+        service.clear_tasks_event();
         if ended.take().is_some() {
             return;
         }
@@ -99,14 +99,14 @@ fn end(service: Owned, stop: &OwnedFd) {
         if left < nodes {
             (nodes, since) = (left, Instant::now());
         }
-        if since.elapsed() >= TELL && !is_told {
-            is_told = true;
+        if since.elapsed() >= REPORT_AFTER && !is_reported {
+            is_reported = true;
             log::warn!(
                 "{left} nodes are still to be closed; another signal ends the program at once"
             );
         }
         let is_late = since.elapsed() >= END;
-        if is_late || !wait_unless_ended(stop, service.task_notice(), Some(PATIENCE)) {
+        if is_late || !wait_unless_ended(stop, service.tasks_descriptor(), Some(PATIENCE)) {
             return service.leave();
         }
     }

@@ -33,7 +33,7 @@ struct State {
     waiting: usize,
 }
 
-/// Part of some work, such as one lane of a copy.
+/// Part of some work, such as one copier of a copy.
 pub struct Member(Arc<Control>);
 
 impl Control {
@@ -196,26 +196,26 @@ mod tests {
     fn a_paused_member_waits_at_the_gate_until_it_was_resumed_as_often() {
         let control = Arc::new(Control::default());
         let worker = Worker::start("control", WorkerOptions::default()).unwrap();
-        let theirs = control.clone();
+        let clone = control.clone();
         worker.block_on(|| async move {
-            let member = theirs.join();
-            theirs.pause();
-            theirs.pause();
-            assert!(!theirs.is_resting(), "the member has not come to the gate");
+            let member = clone.join();
+            clone.pause();
+            clone.pause();
+            assert!(!clone.is_resting(), "the member has not come to the gate");
             let passed = Arc::new(Mutex::new(Waiters::new()));
             let done = Arc::new(Mutex::new(false));
-            let (told, so) = (passed.clone(), done.clone());
+            let (reported, so) = (passed.clone(), done.clone());
             current().spawn(async move {
                 assert_eq!(member.gate(1).await, Ok(()));
                 *so.lock() = true;
-                told.wake_all();
+                reported.wake_all();
             });
-            theirs.until(Control::is_resting).await;
-            theirs.resume();
-            assert!(theirs.is_resting(), "one of two wants it to go on");
-            theirs.resume();
+            clone.until(Control::is_resting).await;
+            clone.resume();
+            assert!(clone.is_resting(), "one of two wants it to go on");
+            clone.resume();
             passed.wait_until(|| *done.lock()).await;
-            assert!(!theirs.is_resting());
+            assert!(!clone.is_resting());
         });
     }
 
@@ -230,10 +230,10 @@ mod tests {
                 if is_paused {
                     control.pause();
                 }
-                let theirs = control.clone();
+                let clone = control.clone();
                 current().spawn(async move {
-                    theirs.until(|control| control.state.lock().waiting == 1).await;
-                    theirs.cancel();
+                    clone.until(|control| control.state.lock().waiting == 1).await;
+                    clone.cancel();
                 });
                 assert_eq!(member.gate(1).await, Err(Cancelled));
             }
@@ -247,10 +247,10 @@ mod tests {
             let control = Arc::new(Control::with_rate(Some(1)));
             let member = control.join();
             assert_eq!(member.gate(1 << 40).await, Ok(()));
-            let theirs = control.clone();
+            let clone = control.clone();
             current().spawn(async move {
-                theirs.until(|control| control.state.lock().waiting == 1).await;
-                theirs.set_rate(None);
+                clone.until(|control| control.state.lock().waiting == 1).await;
+                clone.set_rate(None);
             });
             assert_eq!(member.gate(1).await, Ok(()));
         });

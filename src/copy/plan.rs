@@ -21,7 +21,7 @@ pub enum Kind {
     Compared,
 }
 
-/// A range that one lane moves.
+/// A range that one copier moves.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece {
     /// Counts pieces from 0, in the order of their offsets.
@@ -32,7 +32,7 @@ pub struct Piece {
     pub len: u64,
     /// How many bytes more of the copy are done with it, told in steps that people know from QEMU: of
     /// several pieces, the last tells for all.
-    pub told: u64,
+    pub reported: u64,
 }
 
 /// The longest step in which progress is told, in bytes. What is compressed tells of each unit.
@@ -115,12 +115,12 @@ impl Place {
             let at = self.at;
             self.at += len;
             let Some(kind) = kind else { continue };
-            let told = match kind {
+            let reported = match kind {
                 Kind::Zeroes => 0,
                 Kind::Compared => len,
                 Kind::Data | Kind::WrittenZeroes => self.tell(len, unit.is_some() || len == run),
             };
-            let piece = Piece { ticket: self.ticket, kind, at, len, told };
+            let piece = Piece { ticket: self.ticket, kind, at, len, reported };
             self.ticket += 1;
             return Ok(Some(piece));
         }

@@ -66,7 +66,7 @@ impl Comparison<'_> {
                     let written = match is_past {
                         true => self.zero(place, &kept).await,
                         false => {
-                            self.await_turn().await;
+                            self.await_order().await;
                             self.shared.copy.target.write(place, &kept, WriteFlags::empty()).await
                         }
                     };
@@ -95,7 +95,7 @@ impl Comparison<'_> {
                 let written = match is_zero(alike[0]) {
                     true => self.zero(place, &kept).await,
                     false => {
-                        self.await_turn().await;
+                        self.await_order().await;
                         self.shared.copy.target.write_compressed(place, &kept).await
                     }
                 };
@@ -111,8 +111,8 @@ impl Comparison<'_> {
         self.memory.source().slice(part.start as u64, part.len() as u64)
     }
 
-    async fn await_turn(&self) {
-        self.shared.await_turn(self.piece).await;
+    async fn await_order(&self) {
+        self.shared.await_order(self.piece).await;
     }
 
     /// For how many bytes the mappings tell the same, and whether contents have to be compared.
@@ -162,7 +162,7 @@ impl Comparison<'_> {
     /// Zeroes what `kept` is of, all zeroes. Where the old file shows zeroes too, an image may leave it at that
     /// (version 2 of qcow2): there they are written, because the new file may show something else.
     async fn zero(&self, at: u64, kept: &IoVec<'_>) -> IoResult {
-        self.await_turn().await;
+        self.await_order().await;
         let target = &self.shared.copy.target;
         target.zero(at, kept.len(), ZeroFlags::empty()).await?;
         let mut done = 0;

@@ -183,13 +183,13 @@ pub async fn take_at_end<F: Appending>(image: &F, least: u64, most: u64) -> IoRe
         };
         if let Some(run) = taken {
             let taken = Taken::new(image, run, image.place_of(run.first));
-            if is_half_used && let Some(_turn) = space.growing.try_lock() {
+            if is_half_used && let Some(_lock) = space.growing.try_lock() {
                 // If it fails there is something left, and the task that finds nothing is told.
                 let _ = grow(image, 1).await;
             }
             return Ok(taken);
         }
-        let _turn = space.growing.lock().await;
+        let _lock = space.growing.lock().await;
         let (next, end) = {
             let pool = space.pool.lock();
             (pool.next, pool.end)
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_told_once_when_half_of_a_step_is_used() {
+    fn it_is_reported_once_when_half_of_a_step_is_used() {
         let mut pool = pool(10, 10);
         assert!(!pool.is_half_used());
         pool.grow(26, 64);

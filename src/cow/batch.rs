@@ -69,8 +69,8 @@ struct Member<'a, E> {
     end: Arc<Mutex<End>>,
 }
 
-/// The turn to write a batch.
-struct Turn<'a, E> {
+/// The task that writes a batch.
+struct Leader<'a, E> {
     batches: &'a Batches<E>,
     slice: SliceNo,
     batch: Batch<E>,
@@ -93,22 +93,22 @@ impl<E: TableEntry> Batches<E> {
         Member { batches: self, slice, end: state.next.end.clone() }
     }
 
-    /// A turn for a task without changes of its own. As long as the member exists, other tasks take turns with
+    /// Makes a task without changes of its own the leader. While the member exists, other tasks alternate with
     /// it.
-    async fn own_turn(&self, slice: SliceNo) -> (Member<'_, E>, Turn<'_, E>) {
+    async fn lead(&self, slice: SliceNo) -> (Member<'_, E>, Leader<'_, E>) {
         loop {
             let member = self.join(slice, std::iter::empty());
             // Otherwise another task has written, but only the changes of its batch.
-            if let Ok(turn) = member.turn().await {
-                return (member, turn);
+            if let Ok(leader) = member.lead().await {
+                return (member, leader);
             }
         }
     }
 }
 
 impl<'a, E> Member<'a, E> {
-    /// Waits for the end of the batch, or for the turn to write it.
-    async fn turn(&self) -> Result<Turn<'a, E>, IoResult> {
+    /// Waits for the end of the batch, or until this task is to write it.
+    async fn lead(&self) -> Result<Leader<'a, E>, IoResult> {
         poll_fn(|cx| {
             let mut slices = self.batches.slices.lock();
             let mut end = self.end.lock();
@@ -124,7 +124,7 @@ impl<'a, E> Member<'a, E> {
             }
             state.is_writing = true;
             let batch = std::mem::take(&mut state.next);
-            Poll::Ready(Ok(Turn { batches: self.batches, slice: self.slice, batch }))
+            Poll::Ready(Ok(Leader { batches: self.batches, slice: self.slice, batch }))
         })
         .await
     }
@@ -146,7 +146,7 @@ impl<E> Drop for Member<'_, E> {
     }
 }
 
-impl<E> Turn<'_, E> {
+impl<E> Leader<'_, E> {
     /// Ends the batch for all tasks that are part of it.
     fn end(self, result: IoResult) -> IoResult {
         self.batch.end.lock().result = Some(result);
@@ -154,7 +154,7 @@ impl<E> Turn<'_, E> {
     }
 }
 
-impl<E> Drop for Turn<'_, E> {
+impl<E> Drop for Leader<'_, E> {
     /// Ends the turn; if it was cancelled, the batch has failed.
     fn drop(&mut self) {
         let mut end = self.batch.end.lock();
@@ -162,7 +162,7 @@ impl<E> Drop for Turn<'_, E> {
             self.batches.was_cancelled.store(true, Ordering::SeqCst);
             end.result = Some(Err(Errno::EIO));
         }
-        let told = end.waiting.take();
+        let waiting = end.waiting.take();
         drop(end);
         let mut slices = self.batches.slices.lock();
         if let Some(state) = slices.get_mut(&self.slice) {
@@ -171,7 +171,7 @@ impl<E> Drop for Turn<'_, E> {
             drop(slices);
             next.lock().waiting.wake_one();
         }
-        told.wake();
+        waiting.wake();
     }
 }
 
@@ -186,15 +186,15 @@ pub async fn change_entries<F: Writable>(image: &F, guest: u64, entries: &[F::En
     let pinned = pin(image, guest).await?;
     let changes = entries.iter().enumerate().map(|(n, &entry)| (first + n, entry));
     let member = tables.batches.join(slice, changes);
-    match member.turn().await {
+    match member.lead().await {
         Err(result) => result,
-        Ok(turn) => {
-            let changes = &turn.batch.changes;
+        Ok(leader) => {
+            let changes = &leader.batch.changes;
             let result = write_changes(image, guest, &pinned, changes, changes).await;
             if result.is_err() {
                 tables.suspect(slice, guest, pinned);
             }
-            turn.end(result)
+            leader.end(result)
         }
     }
 }
@@ -206,13 +206,13 @@ pub(super) async fn rewrite_slice<F: Writable>(
     guest: u64,
     pinned: &Pinned<'_, F::Entry>,
 ) -> IoResult {
-    let (_member, turn) = image.tables().batches.own_turn(slice).await;
-    let changes = &turn.batch.changes;
+    let (_member, leader) = image.tables().batches.lead(slice).await;
+    let changes = &leader.batch.changes;
     let mut result = write_slice(image, slice, guest, pinned).await;
     if result.is_ok() {
         result = write_changes(image, guest, pinned, changes, changes).await;
     }
-    turn.end(result)
+    leader.end(result)
 }
 
 /// Hands over the entries of a slice that `due` returns ([journal](super::journal)), and the changes that wait
@@ -225,14 +225,14 @@ pub(super) async fn settle_slice<F: Writable>(
 ) -> IoResult {
     let tables = image.tables();
     let pinned = pin(image, guest).await?;
-    let (_member, turn) = tables.batches.own_turn(slice).await;
+    let (_member, leader) = tables.batches.lead(slice).await;
     let mut all = due();
-    all.extend_from_slice(&turn.batch.changes);
-    let result = write_changes(image, guest, &pinned, &turn.batch.changes, &all).await;
+    all.extend_from_slice(&leader.batch.changes);
+    let result = write_changes(image, guest, &pinned, &leader.batch.changes, &all).await;
     if result.is_err() {
         tables.suspect(slice, guest, pinned);
     }
-    turn.end(result)
+    leader.end(result)
 }
 
 /// Writes all of these changes, if there are any. `newer` are the changes that may be newer than what waits in

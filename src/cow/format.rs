@@ -131,7 +131,7 @@ pub fn backing<F: Format>(image: &F) -> Option<Arc<Node>> {
 
 /// Tells debugging filters below what is about to be done to the image.
 pub async fn announce<F: Format>(image: &F, event: Event) {
-    if event::are_heard() {
+    if event::has_listeners() {
         file(image).event(event).await;
     }
 }

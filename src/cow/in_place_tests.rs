@@ -16,7 +16,7 @@ const SCHEDULES: usize = 1000;
 /// An image of one cluster, and the queues that may be on the fast path to it.
 #[derive(Default)]
 struct Model {
-    is_frozen: AtomicBool,
+    are_writes_stopped: AtomicBool,
     is_at_rest: AtomicBool,
     has_bad_entry: AtomicBool,
     /// The entry: the cluster is shared.
@@ -31,8 +31,8 @@ struct Model {
 }
 
 impl Model {
-    fn is_frozen(&self) -> bool {
-        self.is_frozen.load(Ordering::SeqCst)
+    fn are_writes_stopped(&self) -> bool {
+        self.are_writes_stopped.load(Ordering::SeqCst)
     }
 
     fn is_at_rest(&self) -> bool {
@@ -54,7 +54,7 @@ fn entry(model: &Model) -> (bool, bool) {
 /// As the image does it.
 fn in_order(model: &Model) -> ((bool, bool), bool) {
     look_between(
-        || !model.is_frozen() && !model.is_at_rest(),
+        || !model.are_writes_stopped() && !model.is_at_rest(),
         || entry(model),
         || !model.has_bad_entry(),
     )
@@ -65,7 +65,7 @@ fn turned_round(model: &Model) -> ((bool, bool), bool) {
     look_between(
         || !model.has_bad_entry(),
         || entry(model),
-        || !model.is_frozen() && !model.is_at_rest(),
+        || !model.are_writes_stopped() && !model.is_at_rest(),
     )
 }
 
@@ -79,12 +79,12 @@ impl Model {
         let announcer = Announcer::default();
         self.members.lock().unwrap().push(announcer.member().clone());
         for _ in 0..2 {
-            let turn = announcer.enter();
+            let guard = announcer.enter();
             let ((is_shared, is_bad), is_allowed) = look(self);
             if is_allowed && !is_shared {
                 assert!(!is_bad, "a write has followed an entry that leads to metadata");
-                let generation = turn.begin();
-                drop(turn);
+                let generation = guard.begin();
+                drop(guard);
                 self.written.fetch_add(1, Ordering::SeqCst);
                 announcer.end(generation);
                 announcer.settle();
@@ -137,23 +137,26 @@ fn share(model: &Model) {
 }
 
 fn make_snapshot(model: &Model) {
-    wait_for(withdraw(|| model.is_frozen.store(true, Ordering::SeqCst), || model.members()));
+    wait_for(withdraw(
+        || model.are_writes_stopped.store(true, Ordering::SeqCst),
+        || model.members(),
+    ));
     share(model);
-    model.is_frozen.store(false, Ordering::SeqCst);
+    model.are_writes_stopped.store(false, Ordering::SeqCst);
 }
 
 fn make_snapshot_without_waiting(model: &Model) {
-    model.is_frozen.store(true, Ordering::SeqCst);
+    model.are_writes_stopped.store(true, Ordering::SeqCst);
     share(model);
-    model.is_frozen.store(false, Ordering::SeqCst);
+    model.are_writes_stopped.store(false, Ordering::SeqCst);
 }
 
 /// The queues that are asked are those of before.
 fn make_snapshot_of_known_queues(model: &Model) {
     let members = model.members();
-    wait_for(withdraw(|| model.is_frozen.store(true, Ordering::SeqCst), || members));
+    wait_for(withdraw(|| model.are_writes_stopped.store(true, Ordering::SeqCst), || members));
     share(model);
-    model.is_frozen.store(false, Ordering::SeqCst);
+    model.are_writes_stopped.store(false, Ordering::SeqCst);
 }
 
 /// What is stored, such as bitmaps, tells of all that was written.
@@ -189,7 +192,7 @@ fn no_fast_write_goes_into_a_snapshot_that_is_made_beside_it() {
 }
 
 #[test]
-fn what_is_stored_when_an_image_comes_to_rest_tells_of_all_fast_writes() {
+fn what_is_stored_when_an_image_comes_to_rest_reports_all_fast_writes() {
     assert!(holds(in_order, bring_to_rest));
     assert!(!holds(in_order, bring_to_rest_before_it_is_said), "the fault is not found");
 }

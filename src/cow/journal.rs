@@ -431,7 +431,7 @@ pub async fn settle_journal<F: Writable>(image: &F) -> IoResult {
     if tables.journal.is_empty() {
         return Ok(());
     }
-    let _turn = tables.journal.settling.lock().await;
+    let _lock = tables.journal.settling.lock().await;
     let (moment, _settling) = tables.journal.begin_settling();
     let (slices, is_copied) = tables.journal.slices_before(moment);
     if is_copied {

@@ -14,7 +14,7 @@ use std::future::Future;
 /// A format with two levels of tables.
 pub trait TwoLevels: Writer {
     /// The turn to change the upper table.
-    type Turn<'a>
+    type UpperLock<'a>
     where
         Self: 'a;
 
@@ -25,13 +25,13 @@ pub trait TwoLevels: Writer {
     fn has_own_table(&self, guest: u64) -> bool;
 
     /// Waits for the turn to change the upper table.
-    fn lock_upper(&self) -> impl Future<Output = Self::Turn<'_>>;
+    fn lock_upper(&self) -> impl Future<Output = Self::UpperLock<'_>>;
 
     /// Writes a table, durably, to clusters of its own: empty, or as the one that others refer to, too.
     fn make_table(&self, guest: u64) -> impl Future<Output = IoResult<NewTable<'_, Self>>>;
 
     /// Shows readers the table at `host`, where the caller has written the entry.
-    fn show_table(&self, turn: &Self::Turn<'_>, guest: u64, host: u64);
+    fn show_table(&self, lock: &Self::UpperLock<'_>, guest: u64, host: u64);
 }
 
 /// A table that nothing names yet.
@@ -52,7 +52,7 @@ pub async fn ensure_table<F: TwoLevels>(image: &F, guest: u64) -> IoResult {
     if image.has_own_table(guest) {
         return Ok(());
     }
-    let turn = image.lock_upper().await;
+    let lock = image.lock_upper().await;
     // Another task may have made it.
     if image.has_own_table(guest) {
         return Ok(());
@@ -69,8 +69,8 @@ pub async fn ensure_table<F: TwoLevels>(image: &F, guest: u64) -> IoResult {
         true => Some(pin_empty(image, guest).await?),
         false => None,
     };
-    image.show_table(&turn, guest, host);
-    drop(turn);
+    image.show_table(&lock, guest, host);
+    drop(lock);
     if let Some(replaced) = replaced {
         image.release(&[replaced]).await;
     }

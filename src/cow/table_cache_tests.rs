@@ -123,15 +123,15 @@ fn looking_at_all_slices_lets_others_have_their_turns_and_ends_with_what_it_find
         looks.set(looks.get() + 1);
         (entries[0][0] == 5).then_some(5)
     }));
-    let mut turns = 1;
+    let mut polls = 1;
     let mut cx = Context::from_waker(Waker::noop());
     let found = loop {
         match future.as_mut().poll(&mut cx) {
             Poll::Ready(found) => break found,
-            Poll::Pending => turns += 1,
+            Poll::Pending => polls += 1,
         }
     };
-    assert_eq!((found, looks.get(), turns), (Some(5), 6, 6));
+    assert_eq!((found, looks.get(), polls), (Some(5), 6, 6));
 }
 
 #[test]

@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_type_that_we_lack_is_told_from_one_that_nobody_has() {
+    fn a_type_that_we_lack_is_reported_from_one_that_nobody_has() {
         for entry in LIST {
             assert_eq!(by_name(entry.name).map(|found| found.name).ok(), Some(entry.name));
         }

@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn where_bytes_are_is_told_in_the_files_terms() {
+    fn where_bytes_are_is_reported_in_the_files_terms() {
         let bench = Bench::new(10240);
         let node = bench.raw(",offset=1024,size=2048").unwrap();
         let extent = bench.worker.block_on(move || async move {

@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn room_in_the_pool_is_told_of_to_those_that_wait_for_it() {
+    fn room_in_the_pool_is_reported_of_to_those_that_wait_for_it() {
         struct Flag(std::sync::atomic::AtomicBool);
         impl std::task::Wake for Flag {
             fn wake(self: Arc<Flag>) {

@@ -65,13 +65,13 @@ impl Worker {
     {
         let driven = find(self.shared()).expect("a worker that this thread runs");
         let result = Rc::new(RefCell::new(None));
-        let theirs = result.clone();
+        let clone = result.clone();
         driven.with(|local| {
             driven.reorder.set(disorder);
             let future = make(local);
             local.io().spawn(async move {
                 let value = future.await;
-                *theirs.borrow_mut() = Some(value);
+                *clone.borrow_mut() = Some(value);
             });
         });
         loop {
@@ -84,8 +84,8 @@ impl Worker {
 }
 
 fn find(shared: &Arc<Shared>) -> Option<Rc<Driven>> {
-    let is_it = |driven: &&Rc<Driven>| Arc::ptr_eq(&driven.io.shared, shared);
-    DRIVEN.with_borrow(|all| all.iter().find(is_it).cloned())
+    let is_match = |driven: &&Rc<Driven>| Arc::ptr_eq(&driven.io.shared, shared);
+    DRIVEN.with_borrow(|all| all.iter().find(is_match).cloned())
 }
 
 /// Gives each worker that this thread runs one round. False if there is none.

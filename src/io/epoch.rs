@@ -1,7 +1,7 @@
 //! Epochs: which queues are on the fast path, known without a lock and without a write to shared memory per request.
 //!
-//! Each queue has an [`Announcer`]. Before the first look at the graph in a turn it announces the
-//! current epoch, and it keeps the announcement up until the turn is over and every request begun
+//! Each queue has an [`Announcer`]. Before the first look at the graph in a guard it announces the
+//! current epoch, and it keeps the announcement up until the guard is over and every request begun
 //! under that epoch has completed. Whoever changes something that fast requests rely on (raises a
 //! barrier, replaces a node) makes the change first, and then waits with [`synchronize`] until
 //! every announcement older than the change has ended. Requests announced later see the change.
@@ -31,7 +31,7 @@ static WAITERS: Mutex<Waiters> = Mutex::new(Waiters::new());
 
 /// A queue's announcement, as others see it.
 pub struct Member {
-    /// The oldest epoch that a turn or a request of this member still stands in.
+    /// The oldest epoch that a guard or a request of this member still stands in.
     oldest: CachePadded<AtomicU64>,
 }
 
@@ -41,20 +41,20 @@ pub struct Announcer {
     /// Epochs with requests in flight, oldest first, and how many. Usually one.
     generations: RefCell<VecDeque<(u64, u32)>>,
     announced: Cell<u64>,
-    /// Turns that have not ended. While there are any the announcement stays up, so that one that is
+    /// Guards that are not dropped. While there are any the announcement stays up, so that one that is
     /// forgotten keeps it up for ever, and does no other harm.
-    turns: Cell<u32>,
+    guards: Cell<u32>,
     witness: InFlight,
 }
 
 /// The proof, which the fast path asks for, that an announcement is up which everybody waits for who changes
-/// the graph: only the turn of an announcer that is listed there has one ([`Announcer::new`]).
+/// the graph: only the guard of an announcer that is listed there has one ([`Announcer::new`]).
 pub struct InFlight {
     not_send: PhantomData<*const ()>,
 }
 
-/// A turn on the fast path. Ends when dropped.
-pub struct Turn<'a> {
+/// Keeps the announcement up while the fast path reads shared state, until it is dropped.
+pub struct Guard<'a> {
     announcer: &'a Announcer,
     epoch: u64,
 }
@@ -78,15 +78,15 @@ impl Announcer {
     /// An announcer that is in no list yet.
     ///
     /// # Safety
-    /// Before its first turn its [`Announcer::member`] is listed with all that is looked at with the
-    /// turns' [`InFlight`], so that [`synchronize`] is told of it by whoever changes that. For a graph
+    /// Before its first guard its [`Announcer::member`] is listed with all that is looked at with the
+    /// guards' [`InFlight`], so that [`synchronize`] is told of it by whoever changes that. For a graph
     /// [`Node::announcer`](crate::block::Node::announcer) sees to it.
     pub unsafe fn new() -> Announcer {
         Announcer {
             member: Arc::new(Member { oldest: CachePadded::new(AtomicU64::new(OFFLINE)) }),
             generations: RefCell::new(VecDeque::with_capacity(16)),
             announced: Cell::new(OFFLINE),
-            turns: Cell::new(0),
+            guards: Cell::new(0),
             witness: InFlight { not_send: PhantomData },
         }
     }
@@ -95,17 +95,17 @@ impl Announcer {
         &self.member
     }
 
-    /// Begins a turn: what is looked up in the graph from here on stays true for the requests that
-    /// the turn begins.
-    pub fn enter(&self) -> Turn<'_> {
+    /// Begins a guard: what is looked up in the graph from here on stays true for the requests that
+    /// the guard begins.
+    pub fn enter(&self) -> Guard<'_> {
         let epoch = EPOCH.load(Ordering::Acquire);
         if self.announced.get() == OFFLINE {
             self.announced.set(epoch);
             self.member.oldest.store(epoch, Ordering::Relaxed);
             fence(Ordering::SeqCst);
         }
-        self.turns.set(self.turns.get() + 1);
-        Turn { announcer: self, epoch }
+        self.guards.set(self.guards.get() + 1);
+        Guard { announcer: self, epoch }
     }
 
     /// Ends a request. Those who wait learn of it when the worker calls [`Announcer::settle`].
@@ -116,9 +116,9 @@ impl Announcer {
         }
     }
 
-    /// Brings the announcement up to date. Within a turn it stays as it is.
+    /// Brings the announcement up to date. Within a guard it stays as it is.
     pub fn settle(&self) {
-        if self.turns.get() > 0 {
+        if self.guards.get() > 0 {
             return;
         }
         let mut generations = self.generations.borrow_mut();
@@ -136,13 +136,13 @@ impl Announcer {
     }
 }
 
-impl Turn<'_> {
+impl Guard<'_> {
     /// What [`map`](crate::block::Driver::map) asks for.
     pub fn in_flight(&self) -> &InFlight {
         &self.announcer.witness
     }
 
-    /// Keeps the announcement up beyond the turn, until [`Announcer::end`].
+    /// Keeps the announcement up beyond the guard, until [`Announcer::end`].
     pub fn begin(&self) -> Generation {
         let mut generations = self.announcer.generations.borrow_mut();
         match generations.back_mut() {
@@ -153,9 +153,9 @@ impl Turn<'_> {
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        self.announcer.turns.set(self.announcer.turns.get() - 1);
+        self.announcer.guards.set(self.announcer.guards.get() - 1);
         self.announcer.settle();
     }
 }
@@ -171,7 +171,7 @@ fn wake_waiters() {
     WAITERS.wake_all();
 }
 
-/// Waits until every turn and request that `members` had announced before the call has ended.
+/// Waits until every guard and request that `members` had announced before the call has ended.
 pub async fn synchronize(members: &[Arc<Member>]) {
     struct Waiting;
     impl Drop for Waiting {
@@ -200,7 +200,7 @@ impl Grace {
         Grace(EPOCH.fetch_add(1, Ordering::SeqCst) + 1)
     }
 
-    /// Whether every turn and request that `members` had announced before has ended.
+    /// Whether every guard and request that `members` had announced before has ended.
     pub fn has_passed(&self, members: &[Arc<Member>]) -> bool {
         fence(Ordering::SeqCst);
         members.iter().all(|member| member.oldest.load(Ordering::SeqCst) >= self.0)
@@ -266,11 +266,11 @@ mod tests {
     #[test]
     fn a_turn_that_has_begun_nothing_is_waited_for_too() {
         let a = Announcer::default();
-        let turn = a.enter();
+        let guard = a.enter();
         let members = [a.member().clone()];
         let mut wait = pin!(synchronize(&members));
         assert!(!poll_once(wait.as_mut()));
-        drop(turn);
+        drop(guard);
         assert!(poll_once(wait.as_mut()));
     }
 }

@@ -62,11 +62,11 @@ impl Blocking {
             return work();
         }
         let slot = Arc::new(Mutex::new((None, Waiters::new())));
-        let theirs = slot.clone();
+        let clone = slot.clone();
         let work = Box::new(move || {
             let result = work();
             let waiting = {
-                let mut slot = theirs.lock();
+                let mut slot = clone.lock();
                 slot.0 = Some(result);
                 slot.1.take()
             };

@@ -290,16 +290,16 @@ mod tests {
     use std::thread::{self, ThreadId};
 
     /// What has happened to states, in order.
-    type Told = Arc<Mutex<Vec<(&'static str, ThreadId)>>>;
+    type Report = Arc<Mutex<Vec<(&'static str, ThreadId)>>>;
 
     struct Counted {
         number: usize,
-        told: Told,
+        reported: Report,
     }
 
     impl Counted {
         fn tell(&self, what: &'static str) {
-            self.told.lock().push((what, thread::current().id()));
+            self.reported.lock().push((what, thread::current().id()));
         }
     }
 
@@ -322,11 +322,11 @@ mod tests {
     static NUMBERS: AtomicUsize = AtomicUsize::new(0);
 
     /// The state of this worker, which takes a while to make.
-    async fn find(slot: &PerWorker<Counted>, told: &Told) -> IoResult<usize> {
+    async fn find(slot: &PerWorker<Counted>, reported: &Report) -> IoResult<usize> {
         let state = slot.get_or_make(async |_| {
             sleep(Duration::from_millis(1)).await;
             let number = NUMBERS.fetch_add(1, Ordering::SeqCst);
-            Ok(Rc::new(Counted { number, told: told.clone() }))
+            Ok(Rc::new(Counted { number, reported: reported.clone() }))
         });
         Ok(state.await?.number)
     }
@@ -338,11 +338,11 @@ mod tests {
     #[test]
     fn each_worker_has_its_own_which_hears_of_the_close_and_goes_where_it_was_made() {
         let slot = Arc::new(PerWorker::<Counted>::default());
-        let told = Told::default();
+        let reported = Report::default();
         let workers = [worker(), worker()];
         let find_on = |worker: &Worker| {
-            let (slot, told) = (slot.clone(), told.clone());
-            worker.block_on(move || async move { find(&slot, &told).await })
+            let (slot, reported) = (slot.clone(), reported.clone());
+            worker.block_on(move || async move { find(&slot, &reported).await })
         };
         let threads = workers.each_ref().map(|worker| worker.call(|_| thread::current().id()));
         let numbers = workers.each_ref().map(|worker| find_on(worker).unwrap());
@@ -354,7 +354,7 @@ mod tests {
             assert!(closed.left_within(Duration::from_secs(60)).await);
         });
         for id in threads {
-            let all = told.lock();
+            let all = reported.lock();
             let its: Vec<_> =
                 all.iter().filter(|(_, at)| *at == id).map(|(what, _)| *what).collect();
             assert_eq!(its, ["told", "left", "dropped"]);
@@ -365,15 +365,15 @@ mod tests {
     #[test]
     fn a_worker_that_ends_lets_go_of_its_state_and_others_keep_theirs() {
         let slot = Arc::new(PerWorker::<Counted>::default());
-        let told = Told::default();
+        let reported = Report::default();
         let (first, second) = (worker(), worker());
         for worker in [&first, &second] {
-            let (slot, told) = (slot.clone(), told.clone());
-            worker.block_on(move || async move { find(&slot, &told).await }).unwrap();
+            let (slot, reported) = (slot.clone(), reported.clone());
+            worker.block_on(move || async move { find(&slot, &reported).await }).unwrap();
         }
         let id = first.call(|_| thread::current().id());
         drop(first);
-        assert_eq!(*told.lock(), [("told", id), ("left", id), ("dropped", id)]);
+        assert_eq!(*reported.lock(), [("told", id), ("left", id), ("dropped", id)]);
         assert_eq!(slot.declared.holders.lock().workers.len(), 1);
     }
 
@@ -381,10 +381,10 @@ mod tests {
     fn tasks_that_come_together_have_one_made_and_one_that_fails_lets_the_next_try() {
         run_on(Box::new(SimRing::new(Disorder::wild(1)).unwrap()), async {
             let slot = Rc::new(PerWorker::<Counted>::default());
-            let told = Told::default();
+            let reported = Report::default();
             let results: Rc<RefCell<Vec<IoResult<usize>>>> = Rc::default();
             for n in 0..4 {
-                let (slot, told, results) = (slot.clone(), told.clone(), results.clone());
+                let (slot, reported, results) = (slot.clone(), reported.clone(), results.clone());
                 current().spawn(async move {
                     let result = match n {
                         0 => {
@@ -394,7 +394,7 @@ mod tests {
                             });
                             failing.await.map(|state| state.number)
                         }
-                        _ => find(&slot, &told).await,
+                        _ => find(&slot, &reported).await,
                     };
                     results.borrow_mut().push(result);
                 });
@@ -411,16 +411,16 @@ mod tests {
     #[test]
     fn a_slot_that_closes_while_a_state_is_made_has_it_leave() {
         run_on(Box::new(SimRing::new(Disorder::wild(2)).unwrap()), async {
-            let (slot, told) = (Rc::new(PerWorker::<Counted>::default()), Told::default());
-            let theirs = slot.clone();
+            let (slot, reported) = (Rc::new(PerWorker::<Counted>::default()), Report::default());
+            let clone = slot.clone();
             let made = slot.get_or_make(async |_| {
-                theirs.close();
+                clone.close();
                 sleep(Duration::from_millis(1)).await;
-                Ok(Rc::new(Counted { number: 0, told: told.clone() }))
+                Ok(Rc::new(Counted { number: 0, reported: reported.clone() }))
             });
             assert_eq!(made.await.map(|_| ()), Err(Errno(libc::ENODEV)));
             assert!(slot.left_within(Duration::from_secs(60)).await);
-            let all: Vec<_> = told.lock().iter().map(|(what, _)| *what).collect();
+            let all: Vec<_> = reported.lock().iter().map(|(what, _)| *what).collect();
             assert_eq!(all, ["told", "left", "dropped"]);
         });
     }
@@ -428,13 +428,13 @@ mod tests {
     #[test]
     fn a_slot_finds_nothing_that_was_another_ones() {
         run_on(Box::new(SimRing::new(Disorder::wild(3)).unwrap()), async {
-            let told = Told::default();
+            let reported = Report::default();
             for _ in 0..8 {
                 let slots: Vec<_> = (0..3).map(|_| PerWorker::<Counted>::default()).collect();
                 for slot in &slots {
                     assert!(!slot.is_here() && slot.get(&current()).is_none());
                 }
-                let number = find(&slots[1], &told).await.unwrap();
+                let number = find(&slots[1], &reported).await.unwrap();
                 assert_eq!(slots[1].get(&current()).unwrap().number, number);
                 assert!(!slots[0].is_here() && !slots[2].is_here());
             }

@@ -208,10 +208,10 @@ impl SimRing {
     }
 
     fn cancel(&mut self, user_data: u64, cancelled: u64) {
-        let is_it = |begun: &Begun| begun.user_data == cancelled && begun.op.waits();
+        let is_match = |begun: &Begun| begun.user_data == cancelled && begun.op.waits();
         let waiting = self.hung.len() + self.due.len();
-        self.hung.retain(|begun| !is_it(begun));
-        self.due.retain(|_, begun| !is_it(begun));
+        self.hung.retain(|begun| !is_match(begun));
+        self.due.retain(|_, begun| !is_match(begun));
         if self.hung.len() + self.due.len() < waiting {
             self.complete(cancelled, -libc::ECANCELED);
             return self.complete(user_data, 0);

@@ -34,7 +34,7 @@ struct Slot {
     /// What it comes to if it is cancelled, once it has been asked to end.
     stop: Option<Errno>,
     /// Tells operations apart that have the slot one after another: a request to cancel one may come late.
-    turn: u32,
+    generation: u32,
 }
 
 pub(super) enum Owner {
@@ -174,11 +174,12 @@ impl Ops {
 
     /// Gives the slot, and the user data of its operation.
     fn insert(&mut self, fd: RawFd, op: Op, owner: Owner, deadline: Deadline) -> (u32, u64) {
-        let mut new = Slot { fd, op, done: 0, tail: None, owner, deadline, stop: None, turn: 0 };
+        let mut new =
+            Slot { fd, op, done: 0, tail: None, owner, deadline, stop: None, generation: 0 };
         let index = match self.free.pop() {
             Some(index) => {
                 let slot = &mut self.slots[index as usize];
-                new.turn = slot.turn.wrapping_add(1);
+                new.generation = slot.generation.wrapping_add(1);
                 *slot = new;
                 index
             }
@@ -210,7 +211,7 @@ enum Outcome {
 
 impl Slot {
     fn user_data(&self, index: u32) -> u64 {
-        tag::pack(tag::OP, self.turn, index)
+        tag::pack(tag::OP, self.generation, index)
     }
 
     /// Whether it is in flight, waits for somebody else, and has not been asked to end.

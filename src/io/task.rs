@@ -17,98 +17,98 @@ use std::task::{Poll, Waker};
 /// A future that stays on the worker it was made on.
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-/// Tasks are run in turns by lane: those of one source are in one lane, with the tasks that they start.
-const LANES: u32 = 64;
+/// Tasks are run round robin by flow: a source's tasks and the tasks that they start are one flow.
+const FLOWS: u32 = 64;
 
-/// The lane of tasks that are no source's.
+/// The flow of tasks that are no source's.
 const COMMON: u32 = 0;
 
-/// The lane of a source's tasks. More sources than lanes share them.
-fn lane_of(source: SourceId) -> u32 {
-    1 + source.0 % (LANES - 1)
+/// The flow of a source's tasks. More sources than flows share them.
+fn flow_of(source: SourceId) -> u32 {
+    1 + source.0 % (FLOWS - 1)
 }
 
 /// The tasks of a worker that are to be run.
 #[derive(Default)]
 pub(super) struct RunQueue {
-    lanes: RefCell<Lanes>,
+    flows: RefCell<Flows>,
     /// What became runnable while tasks were run: for the next turn.
     later: RefCell<Vec<(u32, Runnable)>>,
-    /// The lane of the task that is run now.
+    /// The flow of the task that is run now.
     running: Cell<Option<u32>>,
 }
 
-struct Lanes {
-    tasks: [VecDeque<Runnable>; LANES as usize],
-    /// A bit for each lane with tasks.
+struct Flows {
+    tasks: [VecDeque<Runnable>; FLOWS as usize],
+    /// A bit for each flow with tasks.
     filled: u64,
     /// Where to look first.
     next: u32,
     count: usize,
 }
 
-impl Default for Lanes {
-    fn default() -> Lanes {
-        Lanes { tasks: std::array::from_fn(|_| VecDeque::new()), filled: 0, next: 0, count: 0 }
+impl Default for Flows {
+    fn default() -> Flows {
+        Flows { tasks: std::array::from_fn(|_| VecDeque::new()), filled: 0, next: 0, count: 0 }
     }
 }
 
-impl Lanes {
-    fn push(&mut self, lane: u32, task: Runnable) {
-        self.tasks[lane as usize].push_back(task);
-        self.filled |= 1 << lane;
+impl Flows {
+    fn push(&mut self, flow: u32, task: Runnable) {
+        self.tasks[flow as usize].push_back(task);
+        self.filled |= 1 << flow;
         self.count += 1;
     }
 
-    /// The first task of the next lane that has one.
+    /// The first task of the next flow that has one.
     fn pop(&mut self) -> Option<(u32, Runnable)> {
         if self.filled == 0 {
             return None;
         }
-        let lane = (self.next + self.filled.rotate_right(self.next).trailing_zeros()) % LANES;
-        let tasks = &mut self.tasks[lane as usize];
+        let flow = (self.next + self.filled.rotate_right(self.next).trailing_zeros()) % FLOWS;
+        let tasks = &mut self.tasks[flow as usize];
         let task = tasks.pop_front()?;
         if tasks.is_empty() {
-            self.filled &= !(1 << lane);
+            self.filled &= !(1 << flow);
         }
-        self.next = (lane + 1) % LANES;
+        self.next = (flow + 1) % FLOWS;
         self.count -= 1;
-        Some((lane, task))
+        Some((flow, task))
     }
 }
 
 impl RunQueue {
-    pub(super) fn push(&self, lane: u32, task: Runnable) {
+    pub(super) fn push(&self, flow: u32, task: Runnable) {
         match self.running.get() {
-            Some(_) => self.later.borrow_mut().push((lane, task)),
-            None => self.lanes.borrow_mut().push(lane, task),
+            Some(_) => self.later.borrow_mut().push((flow, task)),
+            None => self.flows.borrow_mut().push(flow, task),
         }
     }
 
-    /// The lane of what is started now.
-    fn current_lane(&self) -> u32 {
+    /// The flow of what is started now.
+    fn current_flow(&self) -> u32 {
         self.running.get().unwrap_or(COMMON)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.lanes.borrow().count == 0
+        self.flows.borrow().count == 0
     }
 
     /// Runs what is runnable now, up to a turn's share; what becomes so meanwhile waits for the next turn.
     pub(super) fn run(&self) {
         let began = moved_so_far();
         for _ in 0..turn_share::TASKS {
-            let next = self.lanes.borrow_mut().pop();
-            let Some((lane, task)) = next else { break };
-            self.running.set(Some(lane));
+            let next = self.flows.borrow_mut().pop();
+            let Some((flow, task)) = next else { break };
+            self.running.set(Some(flow));
             task.run();
             if moved_so_far().wrapping_sub(began) >= turn_share::BYTES {
                 break;
             }
         }
         self.running.set(None);
-        let mut lanes = self.lanes.borrow_mut();
-        self.later.borrow_mut().drain(..).for_each(|(lane, task)| lanes.push(lane, task));
+        let mut flows = self.flows.borrow_mut();
+        self.later.borrow_mut().drain(..).for_each(|(flow, task)| flows.push(flow, task));
     }
 }
 
@@ -148,11 +148,11 @@ pub async fn either<A, B>(
 /// no stack for them then, however many there are.
 pub async fn apart<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
     let slot = Rc::new(RefCell::new((None, None::<Waker>)));
-    let theirs = slot.clone();
+    let clone = slot.clone();
     super::current().spawn(async move {
         let result = future.await;
         let waker = {
-            let mut slot = theirs.borrow_mut();
+            let mut slot = clone.borrow_mut();
             slot.0 = Some(result);
             slot.1.take()
         };
@@ -174,16 +174,16 @@ pub async fn apart<T: 'static>(future: impl Future<Output = T> + 'static) -> T {
 impl Io {
     /// Starts a task on this worker. It has its turns with the task that starts it.
     pub fn spawn(self: &Rc<Io>, future: impl Future<Output = ()> + 'static) {
-        self.spawn_in(self.run_queue.current_lane(), future);
+        self.spawn_in(self.run_queue.current_flow(), future);
     }
 
     /// Starts a task on this worker for a source. Sources' tasks have their turns one by one, however many
     /// each has.
     pub fn spawn_for(self: &Rc<Io>, source: SourceId, future: impl Future<Output = ()> + 'static) {
-        self.spawn_in(lane_of(source), future);
+        self.spawn_in(flow_of(source), future);
     }
 
-    fn spawn_in(self: &Rc<Io>, lane: u32, future: impl Future<Output = ()> + 'static) {
+    fn spawn_in(self: &Rc<Io>, flow: u32, future: impl Future<Output = ()> + 'static) {
         self.tasks.set(self.tasks.get() + 1);
         let io = self.clone();
         let counted = async move {
@@ -192,9 +192,9 @@ impl Io {
         };
         let shared = self.shared.clone();
         let (runnable, task) =
-            async_task::spawn_local(counted, move |task| shared.schedule(lane, task));
+            async_task::spawn_local(counted, move |task| shared.schedule(flow, task));
         task.detach();
-        self.run_queue.push(lane, runnable);
+        self.run_queue.push(flow, runnable);
     }
 }
 

@@ -201,7 +201,7 @@ impl Local {
         for message in messages {
             match message {
                 Message::Run(work) => work(self),
-                Message::Task(lane, task) => self.io.run_queue.push(lane, task),
+                Message::Task(flow, task) => self.io.run_queue.push(flow, task),
             }
         }
         self.wake_ready();

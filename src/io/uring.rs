@@ -315,8 +315,8 @@ impl Ring for Uring {
 
     fn unpin(&mut self, pin: Pin) {
         let fd = pin.file.as_raw_fd();
-        let is_it = |slot: &Option<(RawFd, u32)>| slot.is_some_and(|(pinned, _)| pinned == fd);
-        let Some(at) = self.pinned.iter().position(is_it) else { return };
+        let is_match = |slot: &Option<(RawFd, u32)>| slot.is_some_and(|(pinned, _)| pinned == fd);
+        let Some(at) = self.pinned.iter().position(is_match) else { return };
         match &mut self.pinned[at] {
             Some((_, count)) if *count > 1 => *count -= 1,
             slot => {

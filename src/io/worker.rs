@@ -96,14 +96,14 @@ pub(super) fn replace_current(io: Option<Rc<Io>>) -> Option<Rc<Io>> {
 }
 
 impl Shared {
-    pub(super) fn schedule(&self, lane: u32, task: Runnable) {
+    pub(super) fn schedule(&self, flow: u32, task: Runnable) {
         let here = CURRENT.with_borrow(|io| match io {
             Some(io) if std::ptr::eq(&*io.shared, self) => Some(io.clone()),
             _ => None,
         });
         match here {
-            Some(io) => io.run_queue.push(lane, task),
-            None => self.send(Message::Task(lane, task)),
+            Some(io) => io.run_queue.push(flow, task),
+            None => self.send(Message::Task(flow, task)),
         }
     }
 
@@ -215,7 +215,7 @@ impl Worker {
     pub fn start(name: &str, options: WorkerOptions) -> std::io::Result<Worker> {
         let shared = Shared::new(name, options)?;
         let (sender, receiver) = mpsc::channel();
-        let theirs = shared.clone();
+        let clone = shared.clone();
         // The kernel cuts names at 15 bytes.
         let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(STACK);
         let thread = thread.spawn(move || {
@@ -226,7 +226,7 @@ impl Worker {
             match make_ring() {
                 Ok(ring) => {
                     let _ = sender.send(Ok(()));
-                    let mut local = Local::new(ring, theirs);
+                    let mut local = Local::new(ring, clone);
                     let _guard = AbortOnPanic;
                     while local.round() {}
                     replace_current(None);
@@ -358,9 +358,9 @@ where
     let mut local = Local::new(ring, shared);
     let future = make(&mut local);
     let result = Rc::new(RefCell::new(None));
-    let theirs = result.clone();
+    let clone = result.clone();
     local.io().spawn(async move {
-        *theirs.borrow_mut() = Some(future.await);
+        *clone.borrow_mut() = Some(future.await);
     });
     while result.borrow().is_none() || local.io().leave_all() {
         local.round();

@@ -10,16 +10,16 @@ use std::time::Duration;
 struct Bench {
     jobs: Jobs,
     worker: Worker,
-    notices: mpsc::Receiver<()>,
+    wakeups: mpsc::Receiver<()>,
     seen: Vec<&'static str>,
 }
 
 impl Bench {
     fn new() -> Bench {
-        let (tell, notices) = mpsc::channel();
-        let jobs = Jobs::new(move || tell.send(()).unwrap_or_default());
+        let (sender, wakeups) = mpsc::channel();
+        let jobs = Jobs::new(move || sender.send(()).unwrap_or_default());
         let worker = Worker::start("jobs", WorkerOptions::default()).unwrap();
-        Bench { jobs, worker, notices, seen: Vec::new() }
+        Bench { jobs, worker, wakeups, seen: Vec::new() }
     }
 
     /// A job that passes `gates`, and comes to each by a message.
@@ -57,7 +57,7 @@ impl Bench {
             if self.seen.last() == Some(&status) {
                 return std::mem::take(&mut self.seen);
             }
-            self.notices.recv_timeout(Duration::from_secs(60)).expect("another event");
+            self.wakeups.recv_timeout(Duration::from_secs(60)).expect("another event");
         }
     }
 }

@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_that_are_no_samples_are_told() {
+    fn lines_that_are_no_samples_are_reported() {
         assert_eq!(parse("# HELP a b\n\n").unwrap(), []);
         assert_eq!(parse("a{b=\"c,}\",d=\"\"} 1e3").unwrap()[0].label("b"), Some("c,}"));
         for bad in ["a", "a b", "{} 1", "a{b} 1", "a{b=\"c 1", "a{b=\"c\"}1", "<html>"] {

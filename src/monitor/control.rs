@@ -97,7 +97,7 @@ impl Control {
         // A monitor's client is told at once of a lock that is held.
         service.wait_for_locks(None);
         loop {
-            let mut fds: Vec<_> = [stop, service.ended_notice(), service.task_notice()]
+            let mut fds: Vec<_> = [stop, service.events_descriptor(), service.tasks_descriptor()]
                 .map(|fd| polled(fd, POLLIN))
                 .into();
             fds.extend(self.monitors.iter_mut().map(Monitor::poll));
@@ -105,7 +105,7 @@ impl Control {
             if fds[0].revents != 0 {
                 return;
             }
-            service.clear_task_notice();
+            service.clear_tasks_event();
             self.send_events(service);
             for (index, polled) in fds[3..].iter().enumerate() {
                 self.monitors[index].transfer(polled.revents);
@@ -156,7 +156,7 @@ impl Control {
 
     fn send_events(&mut self, service: &Service) {
         self.tell_changes(service);
-        sandbox::tell_refused();
+        sandbox::report_refused();
         for error in service.take_io_errors() {
             self.send_event("BLOCK_IO_ERROR", &commands::block_io_error(error));
         }
@@ -185,7 +185,7 @@ impl Control {
         let exports = service.end_exports();
         let mut end = None;
         loop {
-            service.clear_task_notice();
+            service.clear_tasks_event();
             // Looked at first, so that the last events are there.
             if end.is_none() && exports.take().is_some() {
                 end = Some(Instant::now() + FAREWELL);
@@ -200,7 +200,7 @@ impl Control {
             if end.is_some() && (is_done || timeout == 0) {
                 return;
             }
-            let notices = [service.ended_notice(), service.task_notice()];
+            let notices = [service.events_descriptor(), service.tasks_descriptor()];
             let mut fds: Vec<_> = notices.map(|fd| polled(fd, POLLIN)).into();
             let clients = self.monitors.iter().filter_map(|monitor| monitor.client.as_ref());
             let unread = clients.filter(|client| !client.session.output().is_empty());

@@ -198,7 +198,7 @@ fn errors_name_the_whole_parameter_in_qemus_words() {
 }
 
 #[test]
-fn a_missing_option_is_told_before_a_superfluous_one() {
+fn a_missing_option_is_reported_before_a_superfluous_one() {
     assert_eq!(read::<UnixAddress>("zz=1"), Err("Parameter 'path' is missing".into()));
     assert_eq!(read::<UnixAddress>("zz=1,path=x"), Err("Parameter 'zz' is unexpected".into()));
 }

@@ -97,6 +97,6 @@ fn depth_and_keys_are_bounded() {
 #[test]
 fn a_tree_of_serde_json_converts_with_exact_integers() {
     let text = r#"{"a": [18446744073709551615, -5, 1.5, "x", null, true]}"#;
-    let theirs: serde_json::Value = serde_json::from_str(text).unwrap();
-    assert_eq!(Value::from(theirs), parse(text).unwrap());
+    let parsed: serde_json::Value = serde_json::from_str(text).unwrap();
+    assert_eq!(Value::from(parsed), parse(text).unwrap());
 }

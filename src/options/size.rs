@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_told_from_what_is_too_big() {
+    fn what_is_no_size_is_reported_from_what_is_too_big() {
         for text in [
             "", "k", "abc", "-1", "-0", "-1k", ".5k", "0.1", "1.5", "1.5b", "1e3", "1E3", "1e3k",
             "0x", "0xk", "0x1.8k", "1 ", "1 k", "1kk", "1KiB", "1Q", "1,5k", "inf", "nan", "１",

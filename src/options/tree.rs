@@ -224,10 +224,10 @@ impl Map {
         for (key, value) in other.entries {
             match (self.get_mut(&key), value) {
                 (None, value) => self.entries.push((key, value)),
-                (Some(Value::Map(mine)), Value::Map(theirs)) => {
-                    mine.merge(theirs).map_err(|e| e.under(&key))?;
+                (Some(Value::Map(mine)), Value::Map(other)) => {
+                    mine.merge(other).map_err(|e| e.under(&key))?;
                 }
-                (Some(mine), theirs) if *mine == theirs => {}
+                (Some(mine), other) if *mine == other => {}
                 (Some(Value::Map(_) | Value::List(_)), _) | (_, Value::Map(_) | Value::List(_)) => {
                     return Err(Error::new(&key, Kind::Inconsistent));
                 }

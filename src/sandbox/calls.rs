@@ -175,7 +175,7 @@ const NAME_MEMORY: u64 = 0x5356_4d41;
 pub(super) fn restrict(plan: &Plan) -> Result<(), String> {
     let failed = |error: seccompiler::Error| error.to_string();
     let programs = [threads_by_clone(), no_processes(), listed(plan)];
-    refused::handle(plan.notice).map_err(|e| format!("SIGSYS: {e}"))?;
+    refused::handle(plan.wakeup).map_err(|e| format!("SIGSYS: {e}"))?;
     for program in programs {
         apply_filter_all_threads(&program.map_err(|e| failed(e.into()))?).map_err(failed)?;
     }

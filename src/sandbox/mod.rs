@@ -18,7 +18,7 @@ mod threads;
 pub mod user;
 
 pub use plan::{Place, Plan};
-pub use refused::tell_refused;
+pub use refused::report_refused;
 pub use user::User;
 
 use crate::io;

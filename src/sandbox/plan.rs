@@ -22,8 +22,8 @@ pub struct Plan {
     pub grows: bool,
     /// Whose the process is then, if not whose it was.
     pub user: Option<User>,
-    /// Readable by whoever tells what was refused ([`super::tell_refused`]): an eventfd that gets 1 then.
-    pub notice: Option<RawFd>,
+    /// Readable by whoever tells what was refused ([`super::report_refused`]): an eventfd that gets 1 then.
+    pub wakeup: Option<RawFd>,
 }
 
 /// A file or folder, and whether it may be written to.

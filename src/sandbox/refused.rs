@@ -18,10 +18,10 @@ const TOLD: u8 = 2;
 
 /// By the number of the system call.
 static MARKS: [AtomicU8; NUMBERS] = [const { AtomicU8::new(0) }; NUMBERS];
-static NOTICE: AtomicI32 = AtomicI32::new(-1);
+static WAKEUP: AtomicI32 = AtomicI32::new(-1);
 
 /// Logs what was refused since this was last called, and not told before.
-pub fn tell_refused() {
+pub fn report_refused() {
     for (number, mark) in MARKS.iter().enumerate() {
         if mark.load(Ordering::Relaxed) == REFUSED {
             mark.store(TOLD, Ordering::Relaxed);
@@ -35,9 +35,9 @@ pub fn tell_refused() {
 /// Whether refused calls can be made to fail by [`handle`] here.
 pub(super) const CAN_HANDLE: bool = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"));
 
-/// From now on SIGSYS lets the call fail. `notice` is an eventfd that is then written to.
-pub(super) fn handle(notice: Option<RawFd>) -> std::io::Result<()> {
-    NOTICE.store(notice.unwrap_or(-1), Ordering::SeqCst);
+/// From now on SIGSYS lets the call fail. `wakeup` is an eventfd that is then written to.
+pub(super) fn handle(wakeup: Option<RawFd>) -> std::io::Result<()> {
+    WAKEUP.store(wakeup.unwrap_or(-1), Ordering::SeqCst);
     // SAFETY: all zeroes is a valid value; the handler calls what a handler may.
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -55,9 +55,9 @@ extern "C" fn refuse(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc
     let mark = &MARKS[number.min(NUMBERS - 1)];
     if mark.compare_exchange(0, REFUSED, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
         let one = 1u64;
-        let notice = NOTICE.load(Ordering::Relaxed);
+        let wakeup = WAKEUP.load(Ordering::Relaxed);
         // SAFETY: eight bytes; a descriptor that is none fails.
-        unsafe { libc::write(notice, (&raw const one).cast(), 8) };
+        unsafe { libc::write(wakeup, (&raw const one).cast(), 8) };
     }
 }
 

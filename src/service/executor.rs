@@ -24,7 +24,7 @@ pub(super) struct Executor {
 struct Tasks {
     names: Mutex<BTreeMap<u64, &'static str>>,
     next: AtomicU64,
-    notice: EventFd,
+    event: EventFd,
 }
 
 /// The result of a task. The task goes on if nobody waits for it any more.
@@ -51,9 +51,9 @@ impl Executor {
     pub(super) fn start() -> Result<Executor, Error> {
         let options = WorkerOptions { poll_max: Duration::ZERO, ..WorkerOptions::default() };
         let worker = super::objects::start_worker("control", options)?;
-        let notice = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
-        let notice = notice.map_err(|e| Error::os("eventfd", e))?;
-        let tasks = Tasks { names: Mutex::default(), next: AtomicU64::new(0), notice };
+        let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let event = event.map_err(|e| Error::os("eventfd", e))?;
+        let tasks = Tasks { names: Mutex::default(), next: AtomicU64::new(0), event };
         Ok(Executor { worker, tasks: Arc::new(tasks) })
     }
 
@@ -77,7 +77,7 @@ impl Executor {
                 let result = future.await;
                 tasks.names.lock().remove(&id);
                 let _ = sender.send(result);
-                let _ = tasks.notice.write(1);
+                let _ = tasks.event.write(1);
             });
         });
         Pending(receiver)
@@ -88,14 +88,14 @@ impl Executor {
         self.tasks.names.lock().values().copied().collect()
     }
 
-    /// Readable once a task has ended, until [`Executor::clear_notice`].
-    pub(super) fn notice(&self) -> RawFd {
-        self.tasks.notice.as_raw_fd()
+    /// Readable once a task has ended, until [`Executor::clear_event`].
+    pub(super) fn descriptor(&self) -> RawFd {
+        self.tasks.event.as_raw_fd()
     }
 
     /// To be called before the results are looked at.
-    pub(super) fn clear_notice(&self) {
-        let _ = self.tasks.notice.read();
+    pub(super) fn clear_event(&self) {
+        let _ = self.tasks.event.read();
     }
 }
 

@@ -406,10 +406,10 @@ impl Service {
         let mut state = self.state();
         state.exports.ending = true;
         let all = state.exports.list.iter_mut().rev();
-        let told = all.filter_map(|served| Some((served.id.clone(), served.take()?)));
-        let told: Vec<_> = told.collect();
+        let reported = all.filter_map(|served| Some((served.id.clone(), served.take()?)));
+        let reported: Vec<_> = reported.collect();
         drop(state);
-        for (id, running) in told {
+        for (id, running) in reported {
             self.spawn("end of an export", async move |service| service.end(id, running).await);
         }
     }

@@ -18,11 +18,11 @@ const ASK: Duration = Duration::from_secs(1);
 pub fn wait_for_socket(path: &Path, patience: Duration, give_up: fn() -> bool) {
     let file = || std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino())).ok();
     let end = Instant::now() + patience;
-    while let Some(theirs) = file()
+    while let Some(other) = file()
         && is_listened_on(path).unwrap_or(false)
     {
         let ask = Instant::now() + ASK;
-        while file() == Some(theirs) && Instant::now() < ask {
+        while file() == Some(other) && Instant::now() < ask {
             if Instant::now() > end || give_up() {
                 return;
             }

@@ -94,8 +94,8 @@ impl Service {
         let shown = id.escape_debug();
         let worker = {
             let mut state = self.state();
-            let is_it = |(name, worker): &(String, Option<_>)| name == id && worker.is_some();
-            let found = state.iothreads.iter().position(is_it);
+            let is_match = |(name, worker): &(String, Option<_>)| name == id && worker.is_some();
+            let found = state.iothreads.iter().position(is_match);
             let index = found.ok_or_else(|| Error::new(format!("object '{shown}' not found")))?;
             // Everything that runs on a worker holds a reference to it.
             if state.iothreads[index].1.as_ref().is_some_and(|it| Arc::strong_count(it) > 1) {

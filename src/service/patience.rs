@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(500);
 const TRY: Duration = Duration::from_millis(10);
 
 /// When the log says what is waited for.
-const TELL: Duration = Duration::from_secs(1);
+const REPORT_AFTER: Duration = Duration::from_secs(1);
 
 /// Whether an attempt failed because something is locked, and another may succeed.
 pub fn is_locked(error: &Error) -> bool {
@@ -37,7 +37,7 @@ pub(super) async fn patiently<T>(
     let began = Instant::now();
     let mut next_look = began;
     let mut seen: Option<(Holder, Instant)> = None;
-    let mut told = false;
+    let mut reported = false;
     loop {
         let error = match attempt().await {
             Err(error) if is_locked(&error) => error,
@@ -65,8 +65,8 @@ pub(super) async fn patiently<T>(
                 }
             });
         }
-        if now >= began + TELL && !told {
-            told = true;
+        if now >= began + REPORT_AFTER && !reported {
+            reported = true;
             match &seen {
                 Some((holder, _)) => {
                     log::warn!("{error}: it is held by {holder}, which may be about to end");

@@ -254,8 +254,8 @@ fn step(node: &Arc<Node>, doing: String) -> graph::Step<'_> {
 
 async fn add_bitmap(drained: &Drained, node: &Arc<Node>, new: NewBitmap) -> Result<(), Error> {
     let step = step(node, format!("Adding bitmap '{}' to", new.name));
-    let (name, theirs, late) = (new.name.clone(), node.clone(), node.clone());
-    let add = async move { theirs.add_bitmap(new).await };
+    let (name, clone, late) = (new.name.clone(), node.clone(), node.clone());
+    let add = async move { clone.add_bitmap(new).await };
     let remove = async move |added: Result<(), Error>| {
         if added.is_ok() {
             log_failure(late.remove_bitmap(&name).await);
@@ -267,27 +267,27 @@ async fn add_bitmap(drained: &Drained, node: &Arc<Node>, new: NewBitmap) -> Resu
 /// A bitmap whose removal takes too long is gone when that has ended.
 async fn remove_bitmap(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Removing bitmap '{name}' from"));
-    let (theirs, name) = (node.clone(), name.to_owned());
-    let remove = async move { theirs.remove_bitmap(&name).await };
+    let (clone, name) = (node.clone(), name.to_owned());
+    let remove = async move { clone.remove_bitmap(&name).await };
     drained.step(step, remove, async |removed| log_failure(removed)).await
 }
 
 /// Has the image know that a bitmap changes. The change itself is one of memory then.
 async fn begin_bitmap_change(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Changing bitmap '{name}' of"));
-    let (theirs, name) = (node.clone(), name.to_owned());
-    let begin = async move { theirs.begin_bitmap_change(&name).await };
+    let (clone, name) = (node.clone(), name.to_owned());
+    let begin = async move { clone.begin_bitmap_change(&name).await };
     drained.step(step, begin, async |_| ()).await
 }
 
 async fn make_snapshot(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Making snapshot '{name}' of"));
-    let (theirs, late) = (node.clone(), node.clone());
+    let (clone, late) = (node.clone(), node.clone());
     let (name, made_name) = (name.to_owned(), name.to_owned());
     let make = async move {
-        let work = async |all: &dyn Snapshots| snapshots::make(all, &theirs, &name).await;
-        let made = graph::with_snapshots(&theirs, work).await;
-        made.unwrap_or_else(|| Err(snapshots::unsupported(&theirs)))
+        let work = async |all: &dyn Snapshots| snapshots::make(all, &clone, &name).await;
+        let made = graph::with_snapshots(&clone, work).await;
+        made.unwrap_or_else(|| Err(snapshots::unsupported(&clone)))
     };
     let delete = async move |made: Result<(), Error>| {
         if made.is_ok() {

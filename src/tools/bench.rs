@@ -36,14 +36,14 @@ struct State {
     offset: Cell<u64>,
     in_flight: Cell<u32>,
     result: Cell<IoResult>,
-    /// Lanes that have not ended.
-    lanes: Cell<u32>,
+    /// Tasks that still send requests.
+    running: Cell<u32>,
     waiting: Mutex<Waiters>,
 }
 
 /// Runs a benchmark to its end, or to the first request that fails.
 pub async fn run(image: &Rc<Opened>, asked: &Bench) -> IoResult {
-    let lanes = asked.depth.min(asked.count);
+    let running = asked.depth.min(asked.count);
     let state = Rc::new(State {
         left: Cell::new(asked.count),
         offset: Cell::new(asked.offset),
@@ -51,27 +51,27 @@ pub async fn run(image: &Rc<Opened>, asked: &Bench) -> IoResult {
         image: image.clone(),
         in_flight: Cell::new(0),
         result: Cell::new(Ok(())),
-        lanes: Cell::new(lanes),
+        running: Cell::new(running),
         waiting: Mutex::default(),
     });
-    for _ in 0..lanes {
+    for _ in 0..running {
         let state = state.clone();
         current().spawn(async move {
-            if let Err(errno) = state.lane().await {
+            if let Err(errno) = state.send_requests().await {
                 state.left.set(0);
                 state.result.set(Err(errno));
             }
-            state.lanes.set(state.lanes.get() - 1);
+            state.running.set(state.running.get() - 1);
             state.wake();
         });
     }
-    state.wait(|state| state.lanes.get() == 0).await;
+    state.wait(|state| state.running.get() == 0).await;
     state.result.get()
 }
 
 impl State {
     /// One request after the other, until there are none left.
-    async fn lane(&self) -> IoResult {
+    async fn send_requests(&self) -> IoResult {
         let size = usize::try_from(self.asked.size).map_err(|_| Errno::ENOMEM)?;
         let mut buffer = AlignedBuf::new(size, 4096).ok_or(Errno::ENOMEM)?;
         buffer.fill(self.asked.pattern);

@@ -63,7 +63,7 @@ pub struct Images {
     /// Of the images opened so far.
     count: Cell<usize>,
     /// Records of failed flushes that the user was told of.
-    told: RefCell<BTreeSet<PathBuf>>,
+    reported: RefCell<BTreeSet<PathBuf>>,
     /// Tells the user of something that is no error.
     warn: Box<dyn Fn(&str)>,
 }
@@ -117,7 +117,7 @@ impl Images {
     ) -> Images {
         let policy = OpenPolicy { backing: FollowBacking::Probe, readers_share: true, ..policy };
         let graph = Graph::with_policy(registry, policy);
-        Images { graph, count: Cell::new(0), told: RefCell::default(), warn: Box::new(warn) }
+        Images { graph, count: Cell::new(0), reported: RefCell::default(), warn: Box::new(warn) }
     }
 
     pub fn graph(&self) -> &Graph {
@@ -208,7 +208,7 @@ impl Images {
                 "WARNING: '{}' says that a flush failed: data written to the image before it may be lost",
                 record.display()
             );
-            if self.told.borrow_mut().insert(record) {
+            if self.reported.borrow_mut().insert(record) {
                 (self.warn)(&text);
             }
         }

@@ -44,7 +44,7 @@ async fn rebase(
     let work = Copy {
         sources: vec![Source::whole(disk.clone())],
         target: disk,
-        lanes: 1,
+        parallel: 1,
         in_order: true,
         compress: false,
         sparse: None,
@@ -54,10 +54,10 @@ async fn rebase(
         salvage: false,
     };
     let pieces = Arc::new(AtomicU64::new(0));
-    let (count, theirs) = (pieces.clone(), control.clone());
+    let (count, clone) = (pieces.clone(), control.clone());
     let progress = Box::new(move |_, _| {
         if count.fetch_add(1, Ordering::Relaxed) == 0 {
-            steer(&theirs);
+            steer(&clone);
         }
     });
     let hooks = Hooks { control, progress, salvaged: Box::new(|_, _| {}) };
@@ -73,10 +73,10 @@ fn a_rebase_that_is_paused_rests_between_two_pieces_and_then_goes_on() {
     let worker = Worker::start("copying", WorkerOptions::default()).unwrap();
     let (ended, pieces) = worker.block_on(|| async move {
         let control = Arc::new(Control::default());
-        let theirs = control.clone();
+        let clone = control.clone();
         current().spawn(async move {
-            theirs.until(Control::is_resting).await;
-            theirs.resume();
+            clone.until(Control::is_resting).await;
+            clone.resume();
         });
         rebase(&path, control, Control::pause).await
     });

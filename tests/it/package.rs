@@ -162,8 +162,8 @@ fn the_package_holds_what_it_should_installs_and_starts() {
     server.wait_socket(&socket, LIMIT).unwrap();
     let mut disk = Disk::open(&socket, &Options::default()).unwrap();
     disk.write(8, &[7; 512]).unwrap();
-    let told = page(connect(&root.join("run/vublk/web.metrics")));
-    assert!(told.contains("vublk_export_connected{export=\"web\"} 1\n"), "{told}");
+    let reported = page(connect(&root.join("run/vublk/web.metrics")));
+    assert!(reported.contains("vublk_export_connected{export=\"web\"} 1\n"), "{reported}");
     drop(disk);
     server.signal(libc::SIGTERM).unwrap();
     assert!(server.wait_exit(LIMIT).unwrap().success(), "{}", server.stderr());

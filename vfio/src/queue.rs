@@ -14,14 +14,14 @@ pub struct SubmissionQueue {
     entries: u32,
     tail: u32,
     /// The tail that the doorbell was last rung with.
-    told: u32,
+    written: u32,
     doorbell: usize,
 }
 
 impl SubmissionQueue {
     /// `ring` holds `entries` entries; `doorbell` is the register.
     pub fn new(ring: HostRange, entries: u32, doorbell: usize) -> SubmissionQueue {
-        SubmissionQueue { ring, entries, tail: 0, told: 0, doorbell }
+        SubmissionQueue { ring, entries, tail: 0, written: 0, doorbell }
     }
 
     /// Writes a command. Whoever calls has seen to it that fewer than `entries - 1` are on their way.
@@ -36,7 +36,7 @@ impl SubmissionQueue {
 
     #[inline]
     pub fn must_ring(&self) -> bool {
-        self.tail != self.told
+        self.tail != self.written
     }
 
     /// Tells the controller of what was pushed, if anything was.
@@ -44,13 +44,13 @@ impl SubmissionQueue {
     pub fn ring(&mut self, registers: &dyn Registers) {
         if self.must_ring() {
             registers.write(self.doorbell, self.tail);
-            self.told = self.tail;
+            self.written = self.tail;
         }
     }
 
     /// The queue was made anew.
     pub fn reset(&mut self) {
-        (self.tail, self.told) = (0, 0);
+        (self.tail, self.written) = (0, 0);
     }
 }
 
@@ -60,7 +60,7 @@ pub struct CompletionQueue {
     ring: HostRange,
     entries: u32,
     head: u32,
-    told: u32,
+    written: u32,
     phase: bool,
     doorbell: usize,
 }
@@ -68,7 +68,7 @@ pub struct CompletionQueue {
 impl CompletionQueue {
     /// `ring` holds `entries` entries, all zero; `doorbell` is the register.
     pub fn new(ring: HostRange, entries: u32, doorbell: usize) -> CompletionQueue {
-        CompletionQueue { ring, entries, head: 0, told: 0, phase: true, doorbell }
+        CompletionQueue { ring, entries, head: 0, written: 0, phase: true, doorbell }
     }
 
     /// Whether there is an entry.
@@ -99,15 +99,15 @@ impl CompletionQueue {
     /// Gives the entries that were taken back to the controller, if any were.
     #[inline]
     pub fn ring(&mut self, registers: &dyn Registers) {
-        if self.head != self.told {
+        if self.head != self.written {
             registers.write(self.doorbell, self.head);
-            self.told = self.head;
+            self.written = self.head;
         }
     }
 
     /// The queue was made anew, and its memory zeroed.
     pub fn reset(&mut self) {
-        (self.head, self.told, self.phase) = (0, 0, true);
+        (self.head, self.written, self.phase) = (0, 0, true);
     }
 }
 
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn one_doorbell_tells_of_all_commands_and_the_tail_wraps() {
+    fn one_doorbell_reports_all_commands_and_the_tail_wraps() {
         let pages = Pages::new(4096, 4096).unwrap();
         let mut queue = SubmissionQueue::new(pages.range(), 4, 0x1008);
         let written = Written(Mutex::default());

@@ -267,11 +267,11 @@ impl QueuePair {
     /// of the controller, or its loss, is taken note of. How many were told.
     #[inline]
     pub fn reap(&mut self, mut done: impl FnMut(Done)) -> usize {
-        let mut told = 0;
+        let mut ended = 0;
         if self.link.state() != State::Running {
-            told = self.follow(&mut done);
+            ended = self.follow(&mut done);
             if self.link.state() != State::Running {
-                return told;
+                return ended;
             }
         }
         let mut taken = 0;
@@ -286,14 +286,14 @@ impl QueuePair {
                 self.stray(entry);
                 continue;
             }
-            told += usize::from(self.completed(entry.id, entry.status, &mut done));
+            ended += usize::from(self.completed(entry.id, entry.status, &mut done));
         }
         if taken > 0 {
             self.completions.ring(&*self.registers);
             self.counts.completion_doorbells += 1;
             self.start_waiting();
         }
-        told
+        ended
     }
 
     /// A command's completion. True if its request is over.
@@ -361,30 +361,30 @@ impl QueuePair {
                 if !self.link.running() {
                     return 0;
                 }
-                let mut told = 0;
+                let mut ended = 0;
                 for id in 0..self.slots.len() as u16 {
                     if self.slots[usize::from(id)].state != SlotState::Free {
-                        told += usize::from(!self.give_again(id, done));
+                        ended += usize::from(!self.give_again(id, done));
                     }
                 }
                 self.start_waiting();
                 self.ring();
-                told
+                ended
             }
             State::Dead => {
-                let mut told = 0;
+                let mut ended = 0;
                 for id in 0..self.slots.len() as u16 {
                     if self.slots[usize::from(id)].state != SlotState::Free {
                         self.slots[usize::from(id)].attempts = ATTEMPTS;
-                        told += usize::from(self.completed(id, Status::GONE, done));
+                        ended += usize::from(self.completed(id, Status::GONE, done));
                     }
                 }
                 self.again.clear();
                 while let Some(request) = self.waiting.pop_front() {
                     done(Done { token: request.token, status: Status::GONE });
-                    told += 1;
+                    ended += 1;
                 }
-                told
+                ended
             }
         }
     }

@@ -84,11 +84,11 @@ mod tests {
     }
 
     #[test]
-    fn one_piece_is_told_in_the_command_and_more_in_a_segment() {
+    fn one_piece_is_reported_in_the_command_and_more_in_a_segment() {
         assert_eq!(built(&[(0x10001, 511)], 1), Some(vec![(0x10001, 511)]));
         let scattered = [(0x10000, 512), (0x50204, 1024), (0x30000, 512)];
-        let told = scattered.map(|(at, len)| (at, len as u64));
-        assert_eq!(built(&scattered, 4), Some(told.to_vec()));
+        let reported = scattered.map(|(at, len)| (at, len as u64));
+        assert_eq!(built(&scattered, 4), Some(reported.to_vec()));
         assert_eq!(built(&[(0x100, 100), (0x164, 412)], 4), Some(vec![(0x100, 512)]), "adjacent");
     }
 

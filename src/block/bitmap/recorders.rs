@@ -76,13 +76,13 @@ mod tests {
         let announcer = Announcer::default();
         let members = [announcer.member().clone()];
         recorders.replace(vec![bits.clone()], &members);
-        let turn = announcer.enter();
-        let seen = recorders.fast(turn.in_flight());
+        let guard = announcer.enter();
+        let seen = recorders.fast(guard.in_flight());
         recorders.replace(Vec::new(), &members);
         seen[0].mark(0, 1);
         assert!(Arc::strong_count(&bits) > 1, "it is in the retired list");
         assert!(recorders.is_idle() && recorders.all().is_empty());
-        drop(turn);
+        drop(guard);
         recorders.replace(Vec::new(), &members);
         assert_eq!((bits.count(), Arc::strong_count(&bits)), (1, 1));
     }

@@ -296,16 +296,16 @@ impl Graph {
         let hold = self.attach(node, "an unnamed block device", perms, None)?;
         let drained = self.drain(node).await?;
         let members = node.members();
-        let (theirs, users) = (node.clone(), drained.users());
+        let (clone, users) = (node.clone(), drained.users());
         let work = async move {
             let _hold = hold;
             epoch::synchronize(&members).await;
             // A device that has grown by more than is asked for is taken as it is.
-            match len > theirs.len() {
-                true => theirs.grow(len, Preallocation::Off).await?,
-                false => theirs.resize(len, true).await?,
+            match len > clone.len() {
+                true => clone.grow(len, Preallocation::Off).await?,
+                false => clone.resize(len, true).await?,
             }
-            theirs.bitmaps().resize(theirs.len(), &members);
+            clone.bitmaps().resize(clone.len(), &members);
             users.iter().for_each(|user| user.resized());
             Ok(())
         };

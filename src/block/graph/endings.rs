@@ -176,9 +176,9 @@ impl State {
 
     /// The node that a user has.
     fn node_of_user(&self, user: u64) -> Option<u64> {
-        let is_it = |one: &Use| matches!(one.by, By::User { id, .. } if id == user);
+        let is_match = |one: &Use| matches!(one.by, By::User { id, .. } if id == user);
         let mut all = self.nodes.iter();
-        all.find(|(_, entry)| entry.uses.iter().any(is_it)).map(|(&id, _)| id)
+        all.find(|(_, entry)| entry.uses.iter().any(is_match)).map(|(&id, _)| id)
     }
 }
 

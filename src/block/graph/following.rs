@@ -40,7 +40,7 @@ impl Source for Follower {
     }
 
     fn has_work(&self) -> bool {
-        self.signal.is_told()
+        self.signal.is_raised()
     }
 
     fn complete(&mut self, _: &Rc<Io>, _: u32, _: IoResult) {}

@@ -237,11 +237,11 @@ impl Graph {
             let what = format!("Turning a user to node '{}'", new.name());
             let step = Step { node: new, what, meanwhile: Meanwhile::Nothing };
             let node = new.clone();
-            let turn = async move {
+            let switch = async move {
                 user.moved(&node).await;
                 Ok(())
             };
-            if let Err(error) = drained.step(step, turn, async |_| ()).await {
+            if let Err(error) = drained.step(step, switch, async |_| ()).await {
                 log::warn!("{error}; until then the node's users wait");
             }
         }

@@ -107,10 +107,10 @@ impl<'a> Plan<'a> {
 
     /// Changes what a user that is no node holds.
     pub(super) fn change_user(&mut self, user: u64, perms: Perms) {
-        let is_it = |by: &By| matches!(by, By::User { id, .. } if *id == user);
+        let is_match = |by: &By| matches!(by, By::User { id, .. } if *id == user);
         let nodes: Vec<u64> = self.state.nodes.keys().copied().collect();
         for node in nodes {
-            if let Some(at) = self.uses(node).iter().position(|one| is_it(&one.by)) {
+            if let Some(at) = self.uses(node).iter().position(|one| is_match(&one.by)) {
                 self.uses_mut(node)[at].perms = perms;
             }
         }

@@ -134,15 +134,15 @@ fn poll(stage: &mut Stage<'_>, cx: &mut Context<'_>) -> bool {
 
 /// What has not ended.
 async fn unended(asked: &[Asked], stages: &[Stage<'_>], waited: Duration) -> Error {
-    let mut told = Vec::new();
+    let mut lines = Vec::new();
     for (Asked { what, node, user }, stage) in asked.iter().zip(stages) {
         if matches!(stage, Stage::Ending(_)) {
             let in_flight = io::in_time(ANSWER, user.in_flight()).await;
             let in_flight = in_flight.unwrap_or_else(|| "requests in flight".to_owned());
-            told.push(format!("{what} (node '{node}') has {in_flight}"));
+            lines.push(format!("{what} (node '{node}') has {in_flight}"));
         }
     }
-    Error::new(format!("I/O has not ended within {} s: {}", waited.as_secs_f32(), told.join("; ")))
+    Error::new(format!("I/O has not ended within {} s: {}", waited.as_secs_f32(), lines.join("; ")))
 }
 
 fn now() -> Duration {

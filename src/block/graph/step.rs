@@ -69,14 +69,14 @@ impl Drained {
         late: impl AsyncFnOnce(Result<T, Error>) + 'static,
     ) -> Result<T, Error> {
         let shared = Rc::new(Shared { result: RefCell::default(), held: RefCell::default() });
-        let theirs = shared.clone();
+        let clone = shared.clone();
         let task = apart(async move {
             let result = work.await;
-            if theirs.held.borrow().is_some() {
+            if clone.held.borrow().is_some() {
                 late(result).await;
-                theirs.held.take();
+                clone.held.take();
             } else {
-                *theirs.result.borrow_mut() = Some(result);
+                *clone.result.borrow_mut() = Some(result);
             }
         });
         let limit = self.patience();
@@ -106,12 +106,12 @@ impl Drained {
         // A step of the rest has one time for itself.
         let limit = self.patience() * 2;
         let shared = Rc::new((Cell::new(false), RefCell::new(None)));
-        let theirs = shared.clone();
+        let clone = shared.clone();
         let task = apart(async move {
-            let result = work(&self, &theirs.0).await;
+            let result = work(&self, &clone.0).await;
             let is_whole = result.is_ok();
             // What the caller is told no longer depends on how long closing takes.
-            *theirs.1.borrow_mut() = Some(result);
+            *clone.1.borrow_mut() = Some(result);
             if is_whole {
                 self.graph().end_changed_in_time(&self).await;
             }

@@ -71,9 +71,9 @@ impl State {
     /// A successor of this name that the change of a claim has opened.
     pub(super) fn coming(&self, claim: u64, name: &str) -> Option<u64> {
         let mut all = self.nodes.iter();
-        let is_it =
+        let is_match =
             |entry: &Entry| entry.stage == Stage::Coming(claim) && entry.node.name() == name;
-        all.find(|(_, entry)| is_it(entry)).map(|(&id, _)| id)
+        all.find(|(_, entry)| is_match(entry)).map(|(&id, _)| id)
     }
 
     /// The node of this name that leaves with the change of a claim.

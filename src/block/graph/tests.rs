@@ -36,7 +36,7 @@ struct StoreState {
     sick: AtomicBool,
     /// Flushes do not end.
     stall: AtomicBool,
-    told: Mutex<Vec<&'static str>>,
+    calls: Mutex<Vec<&'static str>>,
 }
 
 static STORES: LazyLock<Mutex<HashMap<String, Arc<StoreState>>>> = LazyLock::new(Mutex::default);

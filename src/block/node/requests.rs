@@ -181,8 +181,8 @@ impl Node {
         if self.options.no_flush || self.traits.abilities().contains(Abilities::READ_ONLY) {
             return Ok(());
         }
-        match event::are_heard() {
-            true => self.flush_heard().await,
+        match event::has_listeners() {
+            true => self.flush_announced().await,
             false => self.driver.flush().await,
         }
     }

@@ -19,7 +19,7 @@ pub struct RecordedBacking<'a> {
 }
 
 /// An error in a chain says of so many images that their backing file could not be opened.
-const MOST_TOLD: usize = 8;
+const MOST_REPORTED: usize = 8;
 
 /// The files of the images that are being opened, from this one up to the top of its chain.
 pub(super) struct Chain {
@@ -73,12 +73,12 @@ impl Opening {
     ) -> Result<Option<Child>, Error> {
         let during = Perms { held: Perm::CONSISTENT_READ, shared: Perm::all() };
         let guesses = self.graph.policy().backing == FollowBacking::Probe;
-        let mut is_told = true;
+        let mut is_chain_named = true;
         let options = match (given, recorded) {
             (Some(NodeRefOrNull::Null), _) | (None, None) => return Ok(None),
             (Some(NodeRefOrNull::Name(name)), _) => Ok(NodeRef::Name(name)),
             (Some(NodeRefOrNull::Inline(given)), recorded) => {
-                is_told = guesses;
+                is_chain_named = guesses;
                 self.backing_options(given, recorded, file).await
             }
             (None, recorded) => self.backing_options(Map::new(), recorded, file).await,
@@ -87,8 +87,8 @@ impl Opening {
             Ok(options) => self.child(Role::Backing, options, during).await,
             Err(error) => Err(error),
         };
-        is_told &= self.depth.images <= MOST_TOLD;
-        child.map(Some).map_err(|error| match is_told {
+        is_chain_named &= self.depth.images <= MOST_REPORTED;
+        child.map(Some).map_err(|error| match is_chain_named {
             true => error.at("Could not open backing file"),
             // The error names the option, or the images above have said enough.
             false => error,

@@ -11,7 +11,7 @@ use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
 /// Pieces on their way at the same time.
-const LANES: usize = 8;
+const PARALLEL: usize = 8;
 
 pub static TOOL: Tool = Tool {
     name: "commit",
@@ -92,7 +92,7 @@ async fn commit(
     let work = Copy {
         sources: vec![Source::whole(top.disk())],
         target: base.disk(),
-        lanes: LANES,
+        parallel: PARALLEL,
         in_order: false,
         compress: false,
         sparse: Some(4096),
@@ -101,7 +101,7 @@ async fn commit(
         part: Part::Above(base.node().clone()),
         salvage: false,
     };
-    let helpers = convert::helpers(LANES);
+    let helpers = convert::helpers(PARALLEL);
     let copied = copy(work, &helpers, convert::hooks(rate, progress)).await;
     drop(helpers);
     copied.map_err(convert::describe)?;

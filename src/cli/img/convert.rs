@@ -58,7 +58,7 @@ pub static TOOL: Tool = Tool {
 };
 
 /// Most images on their way at the same time.
-const MOST_LANES: u64 = 16;
+const MOST_PARALLEL: u64 = 16;
 /// Longest run that `-S` may ask for, in bytes.
 const MOST_SPARSE: u64 = 16 << 20;
 const NOT_COMPRESSED: &str = "Compression not supported for this file format";
@@ -67,7 +67,7 @@ const NOT_COMPRESSED: &str = "Compression not supported for this file format";
 struct Asked {
     sparse: Option<u64>,
     rate: Option<u64>,
-    lanes: usize,
+    parallel: usize,
     snapshot: Option<arguments::Snapshot>,
     /// Those of `-o`, as text.
     options: Map,
@@ -79,7 +79,7 @@ impl Asked {
         let mut asked = Asked {
             sparse: Some(4096),
             rate: None,
-            lanes: 8,
+            parallel: 8,
             snapshot: None,
             options: Map::new(),
             wants_help: false,
@@ -96,11 +96,11 @@ impl Asked {
                 "S" => asked.sparse = parse_sparse(text)?,
                 "r" => asked.rate = Some(arguments::any_number(text, "rate limit")?),
                 "m" => {
-                    let lanes = text.parse().ok().filter(|n| (1..=MOST_LANES).contains(n));
-                    asked.lanes = lanes.ok_or_else(|| {
+                    let parallel = text.parse().ok().filter(|n| (1..=MOST_PARALLEL).contains(n));
+                    asked.parallel = parallel.ok_or_else(|| {
                         format!(
                             "Invalid number of coroutines. Allowed number of coroutines is \
-                             between 1 and {MOST_LANES}"
+                             between 1 and {MOST_PARALLEL}"
                         )
                     })? as usize;
                 }
@@ -193,7 +193,7 @@ async fn convert(
         }
         snapshot.load(&sources[0]).await?;
     }
-    let Asked { sparse, rate, lanes, options, .. } = asked;
+    let Asked { sparse, rate, parallel, options, .. } = asked;
     let target = open_target(context, images, line, (target, options), len, &sources).await?;
     if line.has("bitmaps") {
         bitmap_copy::check_target(target.image.node())?;
@@ -209,7 +209,7 @@ async fn convert(
     let work = Copy {
         sources: sources.iter().map(|source| Source::whole(source.disk())).collect(),
         target: target.disk(),
-        lanes,
+        parallel,
         in_order: !line.has("W"),
         compress: line.has("c"),
         sparse,
@@ -219,14 +219,14 @@ async fn convert(
         salvage: line.has("salvage"),
     };
     let quiet = line.has("q");
-    let (told, shown) = (context.clone(), progress.clone());
+    let (clone, shown) = (context.clone(), progress.clone());
     let salvaged = Box::new(move |at: u64, errno: crate::io::Errno| {
         if !quiet {
             let text = format!("error while reading offset {at}: {errno}");
-            shown.aside(|| told.warn(&text));
+            shown.aside(|| clone.warn(&text));
         }
     });
-    let helpers = helpers(lanes);
+    let helpers = helpers(parallel);
     let hooks = Hooks { salvaged, ..hooks(rate, &progress) };
     let copied = copy(work, &helpers, hooks).await;
     drop(helpers);
@@ -246,10 +246,10 @@ async fn convert(
 }
 
 /// Workers beside the one that the tool runs on.
-pub(super) fn helpers(lanes: usize) -> Vec<Worker> {
+pub(super) fn helpers(parallel: usize) -> Vec<Worker> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     // One waits for the storage, or for another that writes to the same file; more would wait in turn.
-    let count = (processors + 1).min(lanes) - 1;
+    let count = (processors + 1).min(parallel) - 1;
     let options = WorkerOptions { may_block: true, ..WorkerOptions::default() };
     // Fewer are slower, and that is all.
     (0..count).map_while(|_| Worker::start("convert", options).ok()).collect()

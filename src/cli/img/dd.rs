@@ -28,7 +28,7 @@ pub static TOOL: Tool = Tool {
 };
 
 /// Pieces on their way at the same time.
-const LANES: usize = 8;
+const PARALLEL: usize = 8;
 
 /// What the operands say.
 struct Asked<'a> {
@@ -111,7 +111,7 @@ async fn copy_to_new(
     let work = Copy {
         sources: vec![Source { disk: source.disk(), from: start, len }],
         target: target.disk(),
-        lanes: LANES,
+        parallel: PARALLEL,
         in_order: true,
         compress: false,
         sparse: None,
@@ -120,7 +120,7 @@ async fn copy_to_new(
         part: Part::Whole,
         salvage: false,
     };
-    let (helpers, progress) = (convert::helpers(LANES), Arc::new(context.progress(line)));
+    let (helpers, progress) = (convert::helpers(PARALLEL), Arc::new(context.progress(line)));
     let copied = copy(work, &helpers, convert::hooks(None, &progress)).await;
     drop(helpers);
     progress.end();

@@ -113,7 +113,7 @@ impl About {
     async fn of(image: &Opened) -> About {
         let driver = image.node().driver();
         let (info, actual_size) = match driver.image() {
-            Some(told) => (told.info(), told.allocated().await.ok()),
+            Some(reported) => (reported.info(), reported.allocated().await.ok()),
             None => (ImageInfo::default(), Some(0)),
         };
         let filename = image.filename();

@@ -92,8 +92,8 @@ pub fn print_help(context: &Context, tool: Option<&Tool>) {
         (Some(tool), true) => print_as_qemu_img(&[tool]),
         (None, _) => print_as_qemu_img(TOOLS),
     }
-    let is_told = |kind| kind != Kind::Filter || context.is_qemu_img();
-    let formats = drivers::registry().iter().filter(|entry| is_told(entry.kind));
+    let is_listed = |kind| kind != Kind::Filter || context.is_qemu_img();
+    let formats = drivers::registry().iter().filter(|entry| is_listed(entry.kind));
     let names: Vec<&str> = formats.map(|entry| entry.name).collect();
     outln!("\nSupported formats: {}", names.join(" "));
 }

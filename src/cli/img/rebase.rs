@@ -14,7 +14,7 @@ use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
 /// Pieces on their way at the same time.
-const LANES: usize = 4;
+const PARALLEL: usize = 4;
 
 pub static TOOL: Tool = Tool {
     name: "rebase",
@@ -145,7 +145,7 @@ async fn keep_contents(
     let work = Copy {
         sources: vec![Source::whole(Disk::new(image.node().below_filters()))],
         target: image.disk(),
-        lanes: LANES,
+        parallel: PARALLEL,
         in_order: true,
         compress,
         sparse: None,
@@ -157,9 +157,9 @@ async fn keep_contents(
     // As QEMU tells it: in steps of one size, and none where the image has its own.
     let steps = image.len() / image.len().clamp(1, STEP);
     let shown = progress.clone();
-    let told = Box::new(move |_, _| shown.step(1, steps));
-    let hooks = Hooks { progress: told, ..convert::hooks(None, progress) };
-    let helpers = convert::helpers(LANES);
+    let progress_hook = Box::new(move |_, _| shown.step(1, steps));
+    let hooks = Hooks { progress: progress_hook, ..convert::hooks(None, progress) };
+    let helpers = convert::helpers(PARALLEL);
     let copied = copy(work, &helpers, hooks).await;
     drop(helpers);
     copied.map_err(describe)?;

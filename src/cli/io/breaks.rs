@@ -39,8 +39,8 @@ impl Session {
         let node = self.debugged()?;
         let debugger = node.driver().debugger().ok_or(Errno::ENOTSUP)?;
         let event = Event::parse(event).ok_or(Errno(libc::ENOENT))?;
-        let told = |tag: &str| outln!("blkdebug: Suspended request '{tag}'");
-        debugger.break_at(event, tag, Box::new(told));
+        let reported = |tag: &str| outln!("blkdebug: Suspended request '{tag}'");
+        debugger.break_at(event, tag, Box::new(reported));
         self.tags.insert(tag.to_owned());
         Ok(())
     }

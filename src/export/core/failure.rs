@@ -198,20 +198,20 @@ const EVENTS: usize = 64;
 /// The events of all exports, until somebody takes them.
 pub struct IoErrors {
     state: Mutex<Waiting>,
-    notice: EventFd,
+    wakeup: EventFd,
 }
 
 #[derive(Default)]
 struct Waiting {
     events: Vec<IoError>,
     /// When which was told last; those that count.
-    told: Vec<(Instant, String, &'static str, Action)>,
+    reported: Vec<(Instant, String, &'static str, Action)>,
 }
 
 impl IoErrors {
-    /// `notice` is written to when there is something to take.
-    pub fn new(notice: EventFd) -> IoErrors {
-        IoErrors { state: Mutex::default(), notice }
+    /// `wakeup` is written to when there is something to take.
+    pub fn new(wakeup: EventFd) -> IoErrors {
+        IoErrors { state: Mutex::default(), wakeup }
     }
 
     pub fn take(&self) -> Vec<IoError> {
@@ -222,18 +222,18 @@ impl IoErrors {
     fn push(&self, error: IoError) {
         let now = Instant::now();
         let mut state = self.state.lock();
-        state.told.retain(|(at, ..)| now.duration_since(*at) < EVENT_PERIOD);
+        state.reported.retain(|(at, ..)| now.duration_since(*at) < EVENT_PERIOD);
         let kind = error.failure.operation.kind();
         let is_like = |(_, export, operation, action): &(_, String, _, _)| {
             *export == error.export && *operation == kind && *action == error.action
         };
-        if state.events.len() >= EVENTS || state.told.iter().any(is_like) {
+        if state.events.len() >= EVENTS || state.reported.iter().any(is_like) {
             return;
         }
-        state.told.push((now, error.export.clone(), kind, error.action));
+        state.reported.push((now, error.export.clone(), kind, error.action));
         state.events.push(error);
         drop(state);
-        let _ = self.notice.write(1);
+        let _ = self.wakeup.write(1);
     }
 }
 
@@ -270,9 +270,9 @@ mod tests {
     }
 
     #[test]
-    fn of_many_failures_of_a_kind_one_is_told() {
-        let notice = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let errors = Arc::new(IoErrors::new(notice.try_clone().unwrap()));
+    fn of_many_failures_of_a_kind_one_is_reported() {
+        let wakeup = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let errors = Arc::new(IoErrors::new(wakeup.try_clone().unwrap()));
         let export = |name: &str| {
             let failures = Failures::default();
             failures.notify(name, errors.clone());
@@ -287,10 +287,10 @@ mod tests {
             a.note("node", failure(Operation::Read, Errno::EIO), Action::Report);
             b.note("node", failure(Operation::Read, Errno::EIO), Action::Report);
         }
-        let told = errors.take();
+        let reported = errors.take();
         // On a machine that stood still meanwhile there may be more.
         if began.elapsed() < EVENT_PERIOD {
-            let told: Vec<_> = told
+            let reported: Vec<_> = reported
                 .iter()
                 .map(|e| (&*e.export, e.failure.operation.kind(), e.action.name()))
                 .collect();
@@ -300,9 +300,9 @@ mod tests {
                 ("a", "read", "report"),
                 ("b", "read", "report"),
             ];
-            assert_eq!(told, wanted);
+            assert_eq!(reported, wanted);
         }
-        assert!(notice.read().unwrap() > 0);
+        assert!(wakeup.read().unwrap() > 0);
         assert!(errors.take().is_empty());
     }
 

@@ -6,7 +6,7 @@
 //! * **No request runs on an inactive disk.** Everything else goes on: the front end's messages, other disks,
 //!   the monitor.
 //! * **The disk is activated when the first request could come.** Its locks are tried again and again
-//!   for [`PATIENCE`], with a line in the log after [`TELL_AFTER`]; then the connection ends, and the
+//!   for [`PATIENCE`], with a line in the log after [`REPORT_AFTER`]; then the connection ends, and the
 //!   next one may try again. Once the locks are held the image is read again (another daemon may
 //!   have resized it), the front end is told of a new size, and requests are served.
 //! * **The disk is given up when the transport sees that the guest has gone.** Everything is flushed first; an
@@ -15,7 +15,7 @@
 //! * **A front end that starts again takes the disk back**, by the second rule: the migration
 //!   has failed, or the guest has come home.
 //! * **One at a time**: the disk is taken once it has been given up, and given up once it has been taken. The
-//!   thread of the connection ([`Turns`]) is told when that is done, and hears its front end until then.
+//!   thread of the connection ([`Transitions`]) is told when that is done, and hears its front end until then.
 
 use super::disk::Disk;
 use crate::block::{Activity, Error};
@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 /// How long the locks of other processes are waited for.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// When the log tells of it.
-const TELL_AFTER: Duration = Duration::from_secs(1);
+const REPORT_AFTER: Duration = Duration::from_secs(1);
 /// From one attempt to the next.
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -60,20 +60,20 @@ impl HandOver {
 }
 
 /// What one connection does about whose the disk is. Of the connection's thread.
-pub struct Turns<'a> {
+pub struct Transitions<'a> {
     disk: &'a Disk,
     worker: &'a Worker,
     wake: Arc<dyn Fn() + Send + Sync>,
-    under_way: Option<(Turn, Receiver<Result<(), Error>>)>,
+    under_way: Option<(Transition, Receiver<Result<(), Error>>)>,
     /// When the first of the attempts in vain to take the disk began.
     waits_since: Option<Instant>,
     /// The next attempt comes no earlier.
     next: Option<Instant>,
-    told: bool,
+    is_reported: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
+enum Transition {
     Take,
     GiveUp,
 }
@@ -87,15 +87,23 @@ pub enum Taking {
     Waits(Option<Duration>),
 }
 
-impl<'a> Turns<'a> {
+impl<'a> Transitions<'a> {
     /// `wake` has the thread look at it again; it does not wait.
     pub fn new(
         disk: &'a Disk,
         worker: &'a Worker,
         wake: impl Fn() + Send + Sync + 'static,
-    ) -> Turns<'a> {
+    ) -> Transitions<'a> {
         let (under_way, waits_since, next) = (None, None, None);
-        Turns { disk, worker, wake: Arc::new(wake), under_way, waits_since, next, told: false }
+        Transitions {
+            disk,
+            worker,
+            wake: Arc::new(wake),
+            under_way,
+            waits_since,
+            next,
+            is_reported: false,
+        }
     }
 
     /// Gives the disk up, unless it is given up already. No ring runs, and none starts from now on.
@@ -103,7 +111,7 @@ impl<'a> Turns<'a> {
         let hand_over = &self.disk.hand_over;
         let follows = hand_over.activity.get().is_some();
         if follows && hand_over.active.swap(false, Ordering::SeqCst) {
-            self.begin(Turn::GiveUp);
+            self.begin(Transition::GiveUp);
         }
     }
 
@@ -112,21 +120,21 @@ impl<'a> Turns<'a> {
     /// # Errors
     /// It cannot be had.
     pub fn look(&mut self, is_wanted: bool) -> Result<Taking, Error> {
-        if let Some((turn, result)) = &self.under_way {
-            let turn = *turn;
+        if let Some((transition, result)) = &self.under_way {
+            let transition = *transition;
             let result = match result.try_recv() {
                 Err(TryRecvError::Empty) => return Ok(Taking::Waits(None)),
                 Err(TryRecvError::Disconnected) => Err(Error::new("the worker has ended")),
                 Ok(result) => result,
             };
             self.under_way = None;
-            self.end(turn, result)?;
-            if turn == Turn::Take && self.disk.hand_over.is_active() {
+            self.end(transition, result)?;
+            if transition == Transition::Take && self.disk.hand_over.is_active() {
                 return Ok(Taking::Taken);
             }
         }
         if !is_wanted {
-            (self.waits_since, self.next, self.told) = (None, None, false);
+            (self.waits_since, self.next, self.is_reported) = (None, None, false);
             return Ok(Taking::Waits(None));
         }
         let left =
@@ -134,46 +142,46 @@ impl<'a> Turns<'a> {
         if !left.is_zero() {
             return Ok(Taking::Waits(Some(RETRY)));
         }
-        self.begin(Turn::Take);
+        self.begin(Transition::Take);
         Ok(Taking::Waits(None))
     }
 
     /// Waits until nothing is under way. At the end of the connection.
     pub fn finish(&mut self) {
-        if let Some((turn, result)) = self.under_way.take()
+        if let Some((transition, result)) = self.under_way.take()
             && let Ok(result) = receive(&result)
         {
             // What cannot be had is not wanted any more.
-            let _ = self.end(turn, result);
+            let _ = self.end(transition, result);
         }
     }
 
-    fn begin(&mut self, turn: Turn) {
+    fn begin(&mut self, transition: Transition) {
         let (activity, wake) = (self.disk.hand_over.activity.get().cloned(), self.wake.clone());
         let (sender, result) = mpsc::channel();
         self.worker.send(move |local| {
             local.io().spawn(async move {
-                let result = match (activity, turn) {
+                let result = match (activity, transition) {
                     (None, _) => Ok(()),
-                    (Some(activity), Turn::Take) => activity.activate().await,
-                    (Some(activity), Turn::GiveUp) => activity.inactivate().await,
+                    (Some(activity), Transition::Take) => activity.activate().await,
+                    (Some(activity), Transition::GiveUp) => activity.inactivate().await,
                 };
                 let _ = sender.send(result);
                 wake();
             });
         });
-        self.under_way = Some((turn, result));
+        self.under_way = Some((transition, result));
     }
 
-    fn end(&mut self, turn: Turn, result: Result<(), Error>) -> Result<(), Error> {
+    fn end(&mut self, transition: Transition, result: Result<(), Error>) -> Result<(), Error> {
         let Disk { name, hand_over, .. } = self.disk;
-        match (turn, result) {
-            (Turn::Take, Ok(())) => hand_over.active.store(true, Ordering::SeqCst),
-            (Turn::Take, Err(error)) => return self.wait_on(error),
-            (Turn::GiveUp, Ok(())) => {
+        match (transition, result) {
+            (Transition::Take, Ok(())) => hand_over.active.store(true, Ordering::SeqCst),
+            (Transition::Take, Err(error)) => return self.wait_on(error),
+            (Transition::GiveUp, Ok(())) => {
                 log::info!(export = &**name; "the guest has moved: the disk is given up");
             }
-            (Turn::GiveUp, Err(error)) => {
+            (Transition::GiveUp, Err(error)) => {
                 hand_over.active.store(true, Ordering::SeqCst);
                 log::error!(export = &**name; "the guest has moved, but the disk is kept: {error}");
             }
@@ -188,8 +196,8 @@ impl<'a> Turns<'a> {
         if error.errno() != Some(Errno(libc::EAGAIN)) || waited >= PATIENCE {
             return Err(error);
         }
-        if waited >= TELL_AFTER && !self.told {
-            self.told = true;
+        if waited >= REPORT_AFTER && !self.is_reported {
+            self.is_reported = true;
             let export = &*self.disk.name;
             log::warn!(export; "no ring starts while another process has the disk: {error}");
         }

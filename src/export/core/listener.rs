@@ -71,13 +71,13 @@ impl Listener {
 /// Reserves descriptors for a front end, and makes it wait until enough are free: a front end that runs out of them
 /// later loses its disk. Returns None once `stop` is readable.
 fn set_aside(count: usize, name: &str, stop: RawFd) -> Option<Reserve> {
-    let mut told = false;
+    let mut reported = false;
     loop {
         if let Some(reserve) = Reserve::take(count) {
             return Some(reserve);
         }
-        if !told {
-            told = true;
+        if !reported {
+            reported = true;
             let limit = descriptors::name_limit();
             log::error!(
                 export = name;
@@ -96,7 +96,7 @@ fn accept(
     count: usize,
     stop: RawFd,
 ) -> Option<(UnixStream, Reserve)> {
-    let mut told = None;
+    let mut reported = None;
     // Waiting and accepting are two steps, and the caller may have gone in between.
     let _ = listener.set_nonblocking(true);
     loop {
@@ -108,7 +108,7 @@ fn accept(
             Ok((stream, _)) => return Some((stream, reserve)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                if told.replace(error.kind()) != Some(error.kind()) {
+                if reported.replace(error.kind()) != Some(error.kind()) {
                     log::error!(export = name; "accept: {}", descriptors::explain(&error));
                 }
                 // The socket stays readable: pause, or this loop spins.
@@ -122,7 +122,7 @@ fn accept(
 
 fn connect(path: &Path, name: &str, count: usize, stop: RawFd) -> Option<(UnixStream, Reserve)> {
     let (mut wait, longest) = RETRY;
-    let mut told = None;
+    let mut reported = None;
     loop {
         // The pause also limits how often a front end that hangs up at once is tried.
         if wait_readable(&[stop], Some(wait)).is_some() {
@@ -133,10 +133,10 @@ fn connect(path: &Path, name: &str, count: usize, stop: RawFd) -> Option<(UnixSt
             Ok(stream) => return Some((stream, reserve)),
             Err(error) => error,
         };
-        if told != Some(error.kind()) {
+        if reported != Some(error.kind()) {
             let (path, why) = (path.display(), descriptors::explain(&error));
             log::warn!(export = name; "no front end at '{path}': {why}: trying on");
-            told = Some(error.kind());
+            reported = Some(error.kind());
         }
         wait = (wait * 2).min(longest);
     }

@@ -9,7 +9,7 @@
 //! * [`hand_over`]: which daemon has the disk while a guest moves.
 //! * [`kept`]: memory that outlives the process. [`journal`]: what the image keeps there.
 //! * [`address`], [`listener`]: where front ends come from; [`socket`]: the files of sockets.
-//! * [`notices`]: what front ends are told unasked. [`metrics`]: what is counted for those who watch.
+//! * [`server_events`]: what front ends are told unasked. [`metrics`]: what is counted for those who watch.
 
 pub mod address;
 pub mod cut_off;
@@ -23,7 +23,7 @@ pub mod kept;
 pub mod listener;
 pub mod loss;
 pub mod metrics;
-pub mod notices;
+pub mod server_events;
 pub mod socket;
 pub mod watch;
 pub mod write_cache;

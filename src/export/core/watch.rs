@@ -146,11 +146,11 @@ pub fn linger<T: Send + 'static>(
     ended: impl FnOnce() + Send + 'static,
 ) {
     *disk.lingering.count.lock() += 1;
-    let theirs = disk.clone();
+    let clone = disk.clone();
     let wait = move || {
         while queue.recv().is_ok() {}
         ended();
-        theirs.lingering.end();
+        clone.lingering.end();
     };
     let thread = std::thread::Builder::new().name("lingering".into()).stack_size(256 << 10);
     if let Err(error) = thread.spawn(wait) {

@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct WriteCache {
     on: AtomicBool,
     /// This process has heard it, so that it knows better than any memory that comes later.
-    heard: AtomicBool,
+    is_set: AtomicBool,
 }
 
 impl Default for WriteCache {
     fn default() -> WriteCache {
-        WriteCache { on: AtomicBool::new(true), heard: AtomicBool::new(false) }
+        WriteCache { on: AtomicBool::new(true), is_set: AtomicBool::new(false) }
     }
 }
 
@@ -28,7 +28,7 @@ impl WriteCache {
     /// The guest has said so, or was reset.
     pub fn set(&self, on: bool, region: Option<&dyn Kept>) {
         self.on.store(on, Ordering::Relaxed);
-        self.heard.store(true, Ordering::Relaxed);
+        self.is_set.store(true, Ordering::Relaxed);
         if let Some(region) = region {
             region.set_write_cache(on);
         }
@@ -37,7 +37,7 @@ impl WriteCache {
     /// Memory has come. It may be of a daemon that has died, to whom the guest has said it.
     pub fn meet(&self, region: &dyn Kept) {
         match region.write_cache() {
-            Some(on) if !self.heard.load(Ordering::Relaxed) => {
+            Some(on) if !self.is_set.load(Ordering::Relaxed) => {
                 self.on.store(on, Ordering::Relaxed);
             }
             _ => region.set_write_cache(self.is_on()),

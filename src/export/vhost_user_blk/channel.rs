@@ -11,7 +11,7 @@
 //! over (a guest of QEMU 7.2 once missed a resize that fell into a reconnect).
 
 use super::peek::{HEADER_LEN, Next};
-use crate::export::core::notices::Notices;
+use crate::export::core::server_events::ServerEvents;
 use crate::io::Errno;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 pub struct Channel<'a> {
     /// For the log.
     name: &'a str,
-    notices: &'a Notices,
+    server_events: &'a ServerEvents,
     socket: Option<OwnedFd>,
     /// What comes with the message that is next.
     offered: Option<OwnedFd>,
@@ -42,8 +42,12 @@ pub struct Channel<'a> {
 
 impl<'a> Channel<'a> {
     /// `others`: the socket that front ends come to, if they come to one of ours.
-    pub fn new(name: &'a str, notices: &'a Notices, others: Option<RawFd>) -> Channel<'a> {
-        Channel { name, notices, socket: None, offered: None, others, came: None }
+    pub fn new(
+        name: &'a str,
+        server_events: &'a ServerEvents,
+        others: Option<RawFd>,
+    ) -> Channel<'a> {
+        Channel { name, server_events, socket: None, offered: None, others, came: None }
     }
 
     /// Sleeps until the front end has sent something or has gone; tells it meanwhile what it is to be
@@ -52,11 +56,11 @@ impl<'a> Channel<'a> {
     pub fn wait(&mut self, stream: RawFd, running: bool, most: Option<Duration>) -> Option<Next> {
         let most = most.map_or(-1, |most| most.as_millis() as libc::c_int);
         loop {
-            let due = running && self.socket.is_some() && self.notices.is_due();
+            let due = running && self.socket.is_some() && self.server_events.is_due();
             // The kernel passes over a negative number. The listener stays readable until the next front
             // end is served.
             let others = if self.came.is_none() { self.others.unwrap_or(-1) } else { -1 };
-            let fds = [stream, self.notices.descriptor(), others];
+            let fds = [stream, self.server_events.descriptor(), others];
             let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
             let count = polled.len() as libc::nfds_t;
             let timeouts = [if due { QUIET } else { self.patience() }, most];
@@ -78,7 +82,7 @@ impl<'a> Channel<'a> {
                 );
             }
             if polled[1].revents != 0 {
-                self.notices.seen();
+                self.server_events.seen();
                 return None;
             }
             if ready == 0 && due {
@@ -111,7 +115,7 @@ impl<'a> Channel<'a> {
 
     fn notify(&mut self) {
         let Some(socket) = &self.socket else { return };
-        self.notices.take();
+        self.server_events.take();
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: the message is a local of the length given.
         let sent = unsafe {

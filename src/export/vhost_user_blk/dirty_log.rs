@@ -46,8 +46,8 @@ pub struct DirtyLog {
 impl DirtyLog {
     /// Maps the bitmap that the front end shares. Refuses what its file does not hold, and a file
     /// that could be shrunk: touching what is no longer there would end the process (SIGBUS).
-    pub fn map(name: &str, told: &VhostUserLog, file: File) -> Result<DirtyLog, String> {
-        let VhostUserLog { mmap_size, mmap_offset } = *told;
+    pub fn map(name: &str, announced: &VhostUserLog, file: File) -> Result<DirtyLog, String> {
+        let VhostUserLog { mmap_size, mmap_offset } = *announced;
         let describe = || format!("dirty log of {mmap_size} bytes at {mmap_offset}");
         // SAFETY: the call takes nothing.
         let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };

@@ -152,17 +152,17 @@ impl Region {
         }
         file.write_all_at(&MAGIC.to_ne_bytes(), parts as u64)
             .map_err(|e| format!("inflight region: {e}"))?;
-        let told = VhostUserInflight::new(len as u64, 0, num_queues, queue_size);
+        let announced = VhostUserInflight::new(len as u64, 0, num_queues, queue_size);
         let theirs = file.try_clone();
         let theirs =
             theirs.map_err(|e| format!("inflight region: {}", descriptors::explain(&e)))?;
-        Ok((Region::map(&told, file)?, told, theirs))
+        Ok((Region::map(&announced, file)?, announced, theirs))
     }
 
     /// Memory that the front end has kept. Refuses what cannot have come from [`Region::new`], and a
     /// file that could be shrunk: touching what is no longer there would end the process (SIGBUS).
-    pub fn map(told: &VhostUserInflight, file: File) -> Result<Region, String> {
-        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *told;
+    pub fn map(announced: &VhostUserInflight, file: File) -> Result<Region, String> {
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *announced;
         check(num_queues, queue_size)?;
         let wanted = part_len(queue_size) as u64 * num_queues as u64;
         if mmap_size < wanted {

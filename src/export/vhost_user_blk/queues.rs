@@ -98,7 +98,7 @@ impl Device {
     }
 
     /// Has every queue do something, soon. Waits for nobody.
-    pub fn tell_queues(self: &Arc<Device>, workers: &[Arc<Worker>], work: fn(&mut Queue)) {
+    pub fn notify_queues(self: &Arc<Device>, workers: &[Arc<Worker>], work: fn(&mut Queue)) {
         let state = self.queues.state.lock();
         state.all.iter().for_each(|&queue| self.notify(workers, queue, work));
     }

@@ -16,7 +16,7 @@ use super::queue::Queue;
 use crate::block::Error;
 use crate::block::graph::User;
 use crate::export::core::listener::Listener;
-use crate::export::core::notices::Notices;
+use crate::export::core::server_events::ServerEvents;
 use crate::export::core::{Disk, Export, Parts};
 use crate::io::Worker;
 use crate::io::driven::receive;
@@ -42,7 +42,7 @@ struct Shared {
     first_worker: usize,
     stopping: AtomicBool,
     stop: EventFd,
-    notices: Arc<Notices>,
+    server_events: Arc<ServerEvents>,
     /// The connection that is served, to cut it off.
     front_end: Mutex<Option<Arc<UnixStream>>>,
 }
@@ -58,8 +58,8 @@ impl Server {
         let disk = Disk::new(&name, node, disk, options.logical_block_size as u32, metrics);
         let device = Arc::new(Device::new(disk, options.device));
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(|e| Error::os("eventfd", e))?;
-        let notices = Arc::new(Notices::new().map_err(|e| Error::os("eventfd", e))?);
-        wake_when_rings_may_start(&device, &notices);
+        let server_events = Arc::new(ServerEvents::new().map_err(|e| Error::os("eventfd", e))?);
+        wake_when_rings_may_start(&device, &server_events);
         let shared = Arc::new(Shared {
             disk: device.disk.clone(),
             device,
@@ -67,7 +67,7 @@ impl Server {
             first_worker,
             stopping: AtomicBool::new(false),
             stop,
-            notices,
+            server_events,
             front_end: Mutex::default(),
         });
         Ok(Server { shared, listener: Some(listener), thread: None })
@@ -89,22 +89,22 @@ impl Export for Server {
 
     fn start(&mut self, ended: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
-        let theirs = self.shared.clone();
+        let clone = self.shared.clone();
         let thread = std::thread::Builder::new()
             .name("export".into())
             .stack_size(256 << 10)
-            .spawn(move || theirs.serve(listener, ended))
+            .spawn(move || clone.serve(listener, ended))
             .map_err(|e| Error::os("cannot start an export's thread", e))?;
         self.thread = Some(thread);
         Ok(())
     }
 
     fn retry_held(&self) {
-        self.shared.device.tell_queues(&self.shared.workers, Queue::retry_held);
+        self.shared.device.notify_queues(&self.shared.workers, Queue::retry_held);
     }
 
     fn fail_held(&self) {
-        self.shared.device.tell_queues(&self.shared.workers, Queue::fail_held);
+        self.shared.device.notify_queues(&self.shared.workers, Queue::fail_held);
     }
 }
 
@@ -138,14 +138,14 @@ impl Shared {
 
 /// Has the session look again at its rings once the I/O of earlier connections has ended, and whenever a drain
 /// has ended.
-fn wake_when_rings_may_start(device: &Arc<Device>, notices: &Arc<Notices>) {
-    let theirs = notices.clone();
-    device.when_free(move || theirs.wake());
-    let (theirs, disk) = (notices.clone(), Arc::downgrade(&device.disk));
+fn wake_when_rings_may_start(device: &Arc<Device>, server_events: &Arc<ServerEvents>) {
+    let clone = server_events.clone();
+    device.when_free(move || clone.wake());
+    let (clone, disk) = (server_events.clone(), Arc::downgrade(&device.disk));
     device.disk.lingering.when_none(move || {
         if let Some(disk) = disk.upgrade() {
             log::info!(export = &*disk.name; "I/O of an earlier connection has ended");
         }
-        theirs.wake();
+        clone.wake();
     });
 }

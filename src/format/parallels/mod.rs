@@ -134,7 +134,7 @@ impl Driver for Parallels {
         cow::map(self, inflight, place, len, access)
     }
 
-    fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
+    fn map_read<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> ReadMapping<'a> {
         let (place, len) = self.stretch.first(at, want);
         fast_read(self, inflight, place, len)
     }

@@ -38,7 +38,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         backing_name: Mutex::new(backing_name),
         children,
         l1: TopTable::new(entries.len() as u64, &entries),
-        l1_turn: Lock::new(()),
+        l1_lock: Lock::new(()),
         mapping,
         unpacking: Unpacking::new(opening.blocking()),
         space: Space::new(node.driver().len(), &geometry),

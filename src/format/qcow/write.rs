@@ -88,7 +88,7 @@ impl Writer for Qcow {
 }
 
 impl TwoLevels for Qcow {
-    type Turn<'a> = LockGuard<'a, ()>;
+    type UpperLock<'a> = LockGuard<'a, ()>;
     type Claim = ();
 
     /// No other table refers to it.
@@ -97,7 +97,7 @@ impl TwoLevels for Qcow {
     }
 
     async fn lock_upper(&self) -> LockGuard<'_, ()> {
-        self.l1_turn.lock().await
+        self.l1_lock.lock().await
     }
 
     async fn make_table(&self, guest: u64) -> IoResult<NewTable<'_, Qcow>> {
@@ -148,7 +148,7 @@ impl Qcow {
         self.prepare().await?;
         begin_rest(self).await;
         write_suspects(self).await?;
-        let _turn = self.l1_turn.lock().await;
+        let _lock = self.l1_lock.lock().await;
         let file = file(self);
         announce(self, Event::EmptyImagePrepare).await;
         announce(self, Event::L1Update).await;

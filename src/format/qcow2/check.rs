@@ -256,7 +256,7 @@ impl Check<'_> {
             }
             let last = (first + per_block).min(end);
             if !refcounts.load(self.file, index).await? {
-                self.tell_unaligned_block(index, refcounts.entry(index)).await?;
+                self.report_unaligned_block(index, refcounts.entry(index)).await?;
                 for cluster in first..last {
                     self.report.check_errors += 1;
                     self.say(format!(
@@ -287,7 +287,7 @@ impl Check<'_> {
 
     /// Tells once that a block cannot be where the table says. A repair marks the image before it goes
     /// on, so that nobody allocates in what it leaves if it ends early.
-    async fn tell_unaligned_block(&mut self, index: u64, offset: u64) -> Result<(), Error> {
+    async fn report_unaligned_block(&mut self, index: u64, offset: u64) -> Result<(), Error> {
         if std::mem::replace(&mut self.has_told_corruption, true) {
             return Ok(());
         }

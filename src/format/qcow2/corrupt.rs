@@ -23,7 +23,7 @@ pub struct Corruption {
     is_writable: bool,
     notices: Arc<Notices>,
     /// A [`Level`].
-    told: AtomicU8,
+    reported: AtomicU8,
     /// The header says so, or is not to.
     is_marked: AtomicBool,
 }
@@ -42,7 +42,7 @@ impl Corruption {
             name: name.to_owned(),
             is_writable,
             notices,
-            told: AtomicU8::new(0),
+            reported: AtomicU8::new(0),
             is_marked: AtomicBool::new(false),
         }
     }
@@ -54,7 +54,7 @@ impl Corruption {
 
     /// Nothing is to be written any more.
     pub fn is_fatal(&self) -> bool {
-        self.told.load(Ordering::Acquire) == Level::Fatal as u8
+        self.reported.load(Ordering::Acquire) == Level::Fatal as u8
     }
 
     fn fatal(&self, message: String) -> Errno {
@@ -69,7 +69,7 @@ impl Corruption {
     fn report(&self, is_fatal: bool, place: Option<(u64, u64)>, message: String) -> Errno {
         let is_fatal = is_fatal && self.is_writable;
         let level = if is_fatal { Level::Fatal } else { Level::NotFatal } as u8;
-        if self.told.fetch_max(level, Ordering::SeqCst) < level {
+        if self.reported.fetch_max(level, Ordering::SeqCst) < level {
             let name = &self.name;
             log::error!("{name}: {}", line(is_fatal, &message));
             let node = name.clone();

@@ -19,14 +19,14 @@ pub struct ImageMapping {
     geometry: Geometry,
     l1: TopTable<L1Entry>,
     /// Held while an L1 entry changes.
-    l1_turn: Lock<()>,
+    l1_lock: Lock<()>,
     tables: Tables<L2Entry>,
 }
 
 /// The turn to change the L1 table in memory.
-pub struct L1Turn<'a> {
+pub struct L1Lock<'a> {
     l1: &'a TopTable<L1Entry>,
-    _turn: LockGuard<'a, ()>,
+    _lock: LockGuard<'a, ()>,
 }
 
 impl ImageMapping {
@@ -45,7 +45,7 @@ impl ImageMapping {
         Ok(ImageMapping {
             geometry,
             l1: TopTable::new(MAX_L1_ENTRIES, l1),
-            l1_turn: Lock::new(()),
+            l1_lock: Lock::new(()),
             tables: Tables::new(geometry.shape(), cache),
         })
     }
@@ -76,8 +76,8 @@ impl ImageMapping {
     }
 
     /// Waits for the turn to change L1 entries.
-    pub async fn lock_l1(&self) -> L1Turn<'_> {
-        L1Turn { _turn: self.l1_turn.lock().await, l1: &self.l1 }
+    pub async fn lock_l1(&self) -> L1Lock<'_> {
+        L1Lock { _lock: self.l1_lock.lock().await, l1: &self.l1 }
     }
 
     /// Shows another L1 table, which may be shorter: entries behind its end are empty. No request is in flight.
@@ -96,7 +96,7 @@ impl ImageMapping {
     }
 }
 
-impl L1Turn<'_> {
+impl L1Lock<'_> {
     /// Shows an entry to all readers.
     pub fn set(&self, index: u64, entry: L1Entry) {
         self.l1.set(index, entry);

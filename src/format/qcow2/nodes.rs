@@ -67,7 +67,7 @@ impl Nodes {
 
     /// Tells debugging filters below what is about to be done to the image.
     pub async fn event(&self, event: Event) {
-        if event::are_heard() {
+        if event::has_listeners() {
             self.file().event(event).await;
         }
     }
@@ -80,7 +80,7 @@ impl Nodes {
     /// Makes a child's storage at least so long.
     pub async fn grow(&self, node: &Node, len: u64) -> IoResult {
         // One at a time: a shorter length that comes later must not cut it off again.
-        let _turn = self.growing.lock().await;
+        let _lock = self.growing.lock().await;
         if len <= node.driver().len() {
             return Ok(());
         }

@@ -246,7 +246,7 @@ impl Qcow2 {
 
     /// Drops the L1 entries beyond a disk of `len` bytes, whose tables name no clusters any more.
     pub(super) async fn shrink_l1(&self, len: u64) -> IoResult {
-        let turn = self.mapping.lock_l1().await;
+        let lock = self.mapping.lock_l1().await;
         let first = self.geometry.l1_entries_for(len);
         let tables: Vec<u64> = (first..self.mapping.l1_entries())
             .map(|index| self.mapping.l1_at(index).l2_table())
@@ -266,12 +266,12 @@ impl Qcow2 {
         self.event(Event::L1ShrinkWriteTable).await;
         let written = self.file().write(place, &empty, WriteFlags::empty()).await;
         // Also if it has failed: the disk may have either, and nothing goes to the old tables.
-        (first..self.mapping.l1_entries()).for_each(|index| turn.set(index, L1Entry(0)));
+        (first..self.mapping.l1_entries()).for_each(|index| lock.set(index, L1Entry(0)));
         if written.is_ok() {
             self.mapping.tables().forget_suspects(doubtful);
         }
         self.mapping.tables().cache.forget(is_dropped);
-        drop(turn);
+        drop(lock);
         written?;
         self.event(Event::L1ShrinkFreeL2Clusters).await;
         let release = |&table: &u64| Release { run: self.geometry.run_of(table), discard: true };

@@ -3,7 +3,7 @@
 
 use super::header::{Autoclear, Incompatible};
 use super::layout::{self, L1Entry};
-use super::mapping::L1Turn;
+use super::mapping::L1Lock;
 use super::overlap::Kinds;
 use super::space::Claim;
 use super::{Qcow2, corrupt};
@@ -14,14 +14,14 @@ use crate::cow::{
 use crate::io::{AlignedBuf, Errno, IoResult};
 
 impl TwoLevels for Qcow2 {
-    type Turn<'a> = L1Turn<'a>;
+    type UpperLock<'a> = L1Lock<'a>;
     type Claim = Claim;
 
     fn has_own_table(&self, guest: u64) -> bool {
         self.mapping.l1_of(guest).has_own_table()
     }
 
-    async fn lock_upper(&self) -> L1Turn<'_> {
+    async fn lock_upper(&self) -> L1Lock<'_> {
         self.mapping.lock_l1().await
     }
 
@@ -44,8 +44,8 @@ impl TwoLevels for Qcow2 {
         Ok(NewTable { taken, claim, entry, place, replaced })
     }
 
-    fn show_table(&self, turn: &L1Turn<'_>, guest: u64, host: u64) {
-        turn.set(self.geometry.l1_index(guest), L1Entry::new(host, true));
+    fn show_table(&self, lock: &L1Lock<'_>, guest: u64, host: u64) {
+        lock.set(self.geometry.l1_index(guest), L1Entry::new(host, true));
         let cluster = host >> self.geometry.cluster_bits;
         self.overlaps.note(Kinds::ACTIVE_L2, cluster..cluster + 1);
     }
@@ -79,7 +79,7 @@ impl Qcow2 {
     /// Makes the L1 table so long that it has `entries`: where it is, if its clusters have the room, or
     /// in a larger place. New entries are empty.
     pub(super) async fn grow_l1(&self, entries: u64) -> IoResult {
-        let turn = self.mapping.lock_l1().await;
+        let lock = self.mapping.lock_l1().await;
         let now = self.header.now();
         let (old, len) = (u64::from(now.l1_size) * 8, entries * 8);
         if len <= old {
@@ -121,7 +121,7 @@ impl Qcow2 {
         let mut new = header.clone();
         (new.l1_table_offset, new.l1_size) = (place, entries as u32);
         // The disk may have either from here on, and new entries go to the new place.
-        turn.grow(entries);
+        lock.grow(entries);
         self.event(Event::L1GrowActivateTable).await;
         header.write(new).await?;
         drop(header);

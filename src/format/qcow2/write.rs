@@ -77,7 +77,7 @@ impl Writer for Qcow2 {
 
     /// While a snapshot is made, clusters become shared. Making one waits for the writes that had the permission.
     fn may_overwrite(&self) -> bool {
-        !self.snapshots.is_frozen()
+        !self.snapshots.are_writes_stopped()
     }
 
     /// An entry that points at metadata was seen, or the image was found to be corrupt. Writes that had the permission go

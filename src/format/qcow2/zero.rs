@@ -63,8 +63,8 @@ impl Zeroing for Qcow2 {
     }
 
     fn kept_place(&self, old: L2Entry, new: L2Entry, kind: Empty) -> Option<u64> {
-        let is_told = self.settings.discards.guest && self.keeps(old, kind);
-        is_told.then(|| self.unused_place(new)).flatten()
+        let is_noted = self.settings.discards.guest && self.keeps(old, kind);
+        is_noted.then(|| self.unused_place(new)).flatten()
     }
 
     async fn discard_kept(&self, hosts: &[u64]) -> IoResult {

@@ -52,7 +52,7 @@ pub static ENTRY: DriverEntry = DriverEntry {
 
 /// An open image.
 ///
-/// Locks that are held across waits are taken in this order: a range of guest clusters (`mapping`), `l1_turn`, the turn
+/// Locks that are held across waits are taken in this order: a range of guest clusters (`mapping`), `l1_lock`, the turn
 /// to write a slice (`mapping`), that of `space`, `header`.
 pub struct Qed {
     /// The node's, for what is logged.
@@ -67,7 +67,7 @@ pub struct Qed {
     children: Vec<Child>,
     l1: TopTable<L1Entry>,
     /// Held while an L1 entry changes.
-    l1_turn: Lock<()>,
+    l1_lock: Lock<()>,
     mapping: Tables<L2Entry>,
     space: FileEnd,
     is_writable: bool,

@@ -55,7 +55,7 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         backing: Mutex::new(RecordedName { name: backing_name, format: header.backing_format() }),
         children,
         l1: TopTable::new(mapping::most_l1_entries(&geometry), &entries),
-        l1_turn: Lock::new(()),
+        l1_lock: Lock::new(()),
         mapping,
         space,
         is_writable,

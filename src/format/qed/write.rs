@@ -86,7 +86,7 @@ impl Writer for Qed {
 }
 
 impl TwoLevels for Qed {
-    type Turn<'a> = LockGuard<'a, ()>;
+    type UpperLock<'a> = LockGuard<'a, ()>;
     type Claim = ();
 
     /// No other table refers to it.
@@ -95,7 +95,7 @@ impl TwoLevels for Qed {
     }
 
     async fn lock_upper(&self) -> LockGuard<'_, ()> {
-        self.l1_turn.lock().await
+        self.l1_lock.lock().await
     }
 
     async fn make_table(&self, guest: u64) -> IoResult<NewTable<'_, Qed>> {
@@ -216,7 +216,7 @@ impl Qed {
 
     /// Loads entries of the L1 table that the disk has not needed so far. The table itself is as long as it will ever be.
     async fn load_l1(&self, needed: u64) -> IoResult {
-        let _turn = self.l1_turn.lock().await;
+        let _lock = self.l1_lock.lock().await;
         let old = self.l1.entries();
         if needed > old {
             let more = read_l1(&file(self), self.l1_offset, old..needed).await?;

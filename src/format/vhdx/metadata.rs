@@ -315,11 +315,11 @@ mod tests {
         let bytes = metadata.encode();
         let parse = |bytes: &[u8]| Table::parse(bytes, 1 << 20).map(|table| table.items.len());
         assert_eq!(parse(&bytes).unwrap(), 5);
-        let mut turned = bytes.clone();
+        let mut swapped = bytes.clone();
         let (first, last) = (32..64, 160..192);
-        turned[first.clone()].copy_from_slice(&bytes[last.clone()]);
-        turned[last].copy_from_slice(&bytes[first]);
-        assert_eq!(parse(&turned).unwrap(), 5);
+        swapped[first.clone()].copy_from_slice(&bytes[last.clone()]);
+        swapped[last].copy_from_slice(&bytes[first]);
+        assert_eq!(parse(&swapped).unwrap(), 5);
         let changes: &[(usize, &[u8], &str)] = &[
             (0, b"x", "no signature"),
             (10, &[0, 8], "2048 entries"),

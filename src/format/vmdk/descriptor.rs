@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_make_no_sense_are_told() {
+    fn lines_that_make_no_sense_are_reported() {
         for line in [
             "RW -1 FLAT \"a\" 0",
             "RW 0 FLAT \"a\" 0",

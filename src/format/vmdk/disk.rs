@@ -166,7 +166,7 @@ impl Vmdk {
         let node = child.node();
         if node.len() < at + from.len() {
             // One at a time: a shorter length that comes later must not cut it off again.
-            let _turn = self.shared.text.lock().await;
+            let _lock = self.shared.text.lock().await;
             if node.len() < at + from.len() {
                 crate::cow::lengthen(&node, at + from.len()).await?;
             }

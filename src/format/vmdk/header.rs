@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_outside_their_limits_are_told() {
+    fn fields_outside_their_limits_are_reported() {
         let bytes = New::of(64 << 20, false, false).unwrap().encode();
         for (at, patch) in [
             (0, &b"X"[..]),

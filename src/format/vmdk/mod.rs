@@ -69,7 +69,7 @@ const FLAT_UNIT: u64 = 64 << 10;
 
 /// An open image.
 ///
-/// Locks that are held across waits are taken in this order: a range of grains (a sparse extent's `mapping`), its `turn`,
+/// Locks that are held across waits are taken in this order: a range of grains (a sparse extent's `mapping`), its `lock`,
 /// the turn to write a slice (`mapping`), that of its `space`, the text of the descriptor (`shared`).
 pub struct Vmdk {
     shared: Arc<Shared>,

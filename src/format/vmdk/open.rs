@@ -387,7 +387,7 @@ async fn parts(shared: &Arc<Shared>, found: Vec<Found>) -> Result<Vec<Part>, Err
                     start,
                     directory,
                     copies,
-                    turn: Lock::new(()),
+                    lock: Lock::new(()),
                     mapping: mapping.map_err(failed)?,
                     space: space::space(&layout, file.len()),
                     is_ready: AtomicBool::new(false),

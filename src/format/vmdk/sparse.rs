@@ -65,7 +65,7 @@ pub struct Sparse {
     /// The copy of the directory, if there is one.
     pub copies: Option<TopTable<TableAt>>,
     /// Held while an entry of the directory changes.
-    pub turn: Lock<()>,
+    pub lock: Lock<()>,
     pub mapping: Tables<Grain>,
     pub space: FileEnd,
     /// The file may be written.

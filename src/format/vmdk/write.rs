@@ -36,7 +36,7 @@ impl Writable for Sparse {
         self.shared.mark_changed().await?;
         if !self.is_ready.load(Ordering::Acquire) {
             // Held, so that the file does not grow meanwhile.
-            let _turn = self.turn.lock().await;
+            let _lock = self.lock.lock().await;
             if !self.is_ready.load(Ordering::Acquire) {
                 // Its last grain may be there in part.
                 let file = file(self);
@@ -131,7 +131,7 @@ impl Sparse {
 
     /// Makes a grain table and its copy. Most images are made with all of them.
     async fn make_table(&self, guest: u64) -> IoResult {
-        let _turn = self.turn.lock().await;
+        let _lock = self.lock.lock().await;
         // Another task may have made it.
         if self.has_table(guest) {
             return Ok(());

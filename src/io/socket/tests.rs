@@ -91,8 +91,8 @@ async fn send_all(socket: &Socket, mut bytes: Vec<u8>) -> IoResult<usize> {
 async fn receive_all(socket: &Socket) -> IoResult<Vec<u8>> {
     let mut all = Vec::new();
     let mut buffer = vec![0; 70_000];
-    for turn in 0.. {
-        let into = if turn % 2 == 0 { list(&mut buffer) } else { IoVec::from_mut(&mut buffer) };
+    for round in 0.. {
+        let into = if round % 2 == 0 { list(&mut buffer) } else { IoVec::from_mut(&mut buffer) };
         match socket.receive(&into, NEVER).await? {
             0 => break,
             count => all.extend_from_slice(&buffer[..count as usize]),
@@ -103,16 +103,16 @@ async fn receive_all(socket: &Socket) -> IoResult<Vec<u8>> {
 
 /// Sends and receives it all; gives how often a part was sent.
 async fn all_arrives((a, b): (Socket, Socket)) -> usize {
-    let (sent, theirs) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
-    theirs.set(usize::MAX);
-    let (told, back) = (sent.clone(), theirs.clone());
+    let (sent, received) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+    received.set(usize::MAX);
+    let (clone, back) = (sent.clone(), received.clone());
     io::current().spawn(async move {
-        told.set(send_all(&a, pattern()).await.unwrap());
+        clone.set(send_all(&a, pattern()).await.unwrap());
         a.shut_down();
         back.set(a.receive(&IoVec::from_mut(&mut [0; 1]), NEVER).await.unwrap() as usize);
     });
     assert!(receive_all(&b).await.unwrap() == pattern(), "the bytes are others");
-    while theirs.get() == usize::MAX {
+    while received.get() == usize::MAX {
         sleep(Duration::from_millis(1)).await;
     }
     sent.get()
@@ -245,11 +245,11 @@ fn simulated_listeners_accept_refuse_or_say_nothing() {
         assert_eq!(late.err(), Some(Errno(libc::ETIMEDOUT)), "an hour that takes no time");
         assert!(listener.accept().is_some(), "what is gone again");
         let accepted = Rc::new(RefCell::new(None));
-        let theirs = accepted.clone();
+        let clone = accepted.clone();
         let number = address.clone();
         io::current().spawn(async move {
             sleep(Duration::from_millis(1)).await;
-            *theirs.borrow_mut() = listener.accept();
+            *clone.borrow_mut() = listener.accept();
         });
         let a = Socket::connect(&number, NEVER).await.unwrap();
         let b = accepted.take().unwrap();
@@ -293,11 +293,11 @@ struct Started {
     _buffer: Box<[u8]>,
     list: Vec<libc::iovec>,
     has_begun: bool,
-    heard: Heard,
+    received: Received,
 }
 
 /// The ends of operations, in order.
-type Heard = Rc<RefCell<Vec<(u32, IoResult<u32>)>>>;
+type Received = Rc<RefCell<Vec<(u32, IoResult<u32>)>>>;
 
 const FIRST: u32 = 1;
 const LATE: u32 = 2;
@@ -325,18 +325,18 @@ impl Source for Started {
             self.start(io, me, LATE, Deadline::after(Duration::from_millis(2)));
             return Polled::Busy;
         }
-        let heard = self.heard.borrow().len();
-        match self.heard.borrow().last() {
+        let received = self.received.borrow().len();
+        match self.received.borrow().last() {
             // The deadline ends one of two; a request ends the other.
-            Some((LATE, _)) if heard == 1 => io.cancel(Token { source: me, tag: FIRST }),
+            Some((LATE, _)) if received == 1 => io.cancel(Token { source: me, tag: FIRST }),
             Some((FIRST, _)) => {
                 self.start(io, me, SEND, NEVER);
                 self.start(io, me, SECOND, NEVER);
             }
-            _ if heard == 4 => return Polled::Ended,
+            _ if received == 4 => return Polled::Ended,
             _ => return Polled::Idle,
         }
-        self.heard.borrow_mut().push((0, Ok(0)));
+        self.received.borrow_mut().push((0, Ok(0)));
         Polled::Busy
     }
 
@@ -345,13 +345,13 @@ impl Source for Started {
     }
 
     fn complete(&mut self, _: &Rc<Io>, _: u32, _: IoResult) {
-        unreachable!("it hears of counts");
+        unreachable!("counts are reported");
     }
 
     fn counted(&mut self, _: &Rc<Io>, tag: u32, result: IoResult<u32>) {
-        let mut heard = self.heard.borrow_mut();
-        heard.retain(|(tag, _)| *tag != 0);
-        heard.push((tag, result));
+        let mut received = self.received.borrow_mut();
+        received.retain(|(tag, _)| *tag != 0);
+        received.push((tag, result));
     }
 
     fn publish(&mut self) {}
@@ -373,24 +373,24 @@ fn a_source_starts_operations_that_end_by_deadline_by_request_or_done() {
         let mut buffer = vec![3u8; 100].into_boxed_slice();
         let at = buffer.as_mut_ptr();
         let list = vec![io::iovec::iovec(at, 60), io::iovec::iovec(at.wrapping_add(60), 40)];
-        let heard = Heard::default();
-        let theirs = heard.clone();
+        let received = Received::default();
+        let clone = received.clone();
         run_on(ring, async move {
-            let heard = theirs.clone();
-            let source = Started { a, b, _buffer: buffer, list, has_begun: false, heard };
+            let received = clone.clone();
+            let source = Started { a, b, _buffer: buffer, list, has_begun: false, received };
             io::current().attach_device(Box::new(source), None);
-            while theirs.borrow().iter().filter(|(tag, _)| *tag != 0).count() < 4 {
+            while clone.borrow().iter().filter(|(tag, _)| *tag != 0).count() < 4 {
                 sleep(Duration::from_millis(1)).await;
             }
         });
-        let mut heard = heard.take();
-        heard.retain(|(tag, _)| *tag != 0);
+        let mut received = received.take();
+        received.retain(|(tag, _)| *tag != 0);
         assert_eq!(
-            heard[..2],
+            received[..2],
             [(LATE, Err(Errno(libc::ETIMEDOUT))), (FIRST, Err(Errno(libc::ECANCELED)))]
         );
-        heard[2..].sort_by_key(|(tag, _)| *tag);
-        (heard[2], heard[3])
+        received[2..].sort_by_key(|(tag, _)| *tag);
+        (received[2], received[3])
     };
     for ring in rings() {
         assert_eq!(started(ring, unix_pair()), ((SEND, Ok(100)), (SECOND, Ok(100))));

@@ -27,18 +27,18 @@ struct State {
     waiting: Waiters,
 }
 
-/// This flush's turn to run the fsync for all who wait.
-struct Turn<'a> {
+/// The flush that runs the fsync for all that wait.
+struct Leader<'a> {
     flushes: &'a Flushes,
     result: Option<IoResult>,
 }
 
 impl Flushes {
-    /// Returns when an fsync that started after this call has ended. `fsync` is run if the turn to
-    /// do so comes to this flush.
+    /// Returns when an fsync that started after this call has ended. `fsync` runs if this flush becomes
+    /// the leader.
     pub async fn flush(&self, fsync: impl Future<Output = IoResult>) -> IoResult {
         let wanted = self.state.lock().started + 1;
-        let turn = self.state.wait_for(|state| {
+        let leader = self.state.wait_for(|state| {
             if let Some(errno) = state.failed {
                 return Ok(Err(errno));
             }
@@ -50,11 +50,11 @@ impl Flushes {
             }
             state.running = true;
             state.started += 1;
-            Ok(Ok(Some(Turn { flushes: self, result: None })))
+            Ok(Ok(Some(Leader { flushes: self, result: None })))
         });
-        let Some(mut turn) = turn.await? else { return Ok(()) };
+        let Some(mut leader) = leader.await? else { return Ok(()) };
         let result = fsync.await;
-        turn.result = Some(result);
+        leader.result = Some(result);
         result
     }
 
@@ -78,9 +78,9 @@ impl Flushes {
     }
 }
 
-impl Drop for Turn<'_> {
-    /// Ends the turn; also when the flush was dropped in the middle, which leaves those who wait to
-    /// run another fsync.
+impl Drop for Leader<'_> {
+    /// Ends the leadership. If the flush was dropped before its end, one of the waiting flushes
+    /// runs another fsync.
     fn drop(&mut self) {
         let mut state = self.flushes.state.lock();
         state.running = false;

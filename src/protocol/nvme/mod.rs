@@ -79,8 +79,8 @@ impl Nvme {
             ..Traits::default()
         };
         let length = Signal::new()?;
-        let theirs = length.clone();
-        let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || theirs.notify());
+        let clone = length.clone();
+        let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || clone.notify());
         // Before the length is asked for: what changes later is told.
         controller.listen(&listener);
         Ok(Nvme {

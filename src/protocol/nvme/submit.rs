@@ -121,10 +121,10 @@ async fn there(host: &Host, make: impl FnOnce(u64) -> Request) -> IoResult<Statu
         }
     }
     let answer = Arc::new(Mutex::new(Answer::default()));
-    let theirs = answer.clone();
+    let clone = answer.clone();
     let done = Box::new(move |status| {
         let waiting = {
-            let mut answer = theirs.lock();
+            let mut answer = clone.lock();
             answer.status = Some(status);
             answer.waiting.take()
         };

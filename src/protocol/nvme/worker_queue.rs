@@ -273,15 +273,15 @@ impl Source for WorkerQueueSource {
     fn poll(&mut self, io: &Rc<Io>, me: SourceId) -> Polled {
         let worker_queue = &self.0;
         worker_queue.me.set(Some(me));
-        let mut told = 0;
+        let mut completed = 0;
         if let Some(pair) = &mut *worker_queue.pair.borrow_mut() {
-            told = pair.reap(|done| worker_queue.end(io, done));
+            completed = pair.reap(|done| worker_queue.end(io, done));
         }
         let any = worker_queue.take_remotes(io);
         if self.has_ended() {
             return Polled::Ended;
         }
-        if told > 0 || any { Polled::Busy } else { Polled::Idle }
+        if completed > 0 || any { Polled::Busy } else { Polled::Idle }
     }
 
     fn has_work(&self) -> bool {

@@ -65,7 +65,7 @@ impl SimDisk {
         state.origin.note(&range);
         state.bytes[range.start as usize..range.end as usize].copy_from_slice(bytes);
         for n in range.start / SECTOR..range.end.div_ceil(SECTOR) {
-            state.tell(n as usize, &self.0.sectors);
+            state.update_sector(n as usize, &self.0.sectors);
         }
     }
 
@@ -106,12 +106,12 @@ impl State {
             let old = bytes.get(from..to.min(bytes.len()).max(from)).unwrap_or(&[]);
             self.bytes[from..][..old.len()].copy_from_slice(old);
             self.bytes[from + old.len()..to].fill(0);
-            self.tell(n, sectors);
+            self.update_sector(n, sectors);
         }
     }
 
     /// Tells the fast path what a sector holds.
-    fn tell(&self, n: usize, sectors: &[AtomicU8]) {
+    fn update_sector(&self, n: usize, sectors: &[AtomicU8]) {
         let from = n * SECTOR as usize;
         let to = (from + SECTOR as usize).min(self.bytes.len());
         sectors[n].store(sector::holding(&self.bytes[from..to]), Ordering::SeqCst);

@@ -90,11 +90,11 @@ impl Controller {
         let (mut identity, mut namespaces) = (None, Vec::new());
         for name in names(&folder.join("nvme")) {
             let controller = folder.join("nvme").join(name);
-            let told = |name: &str| text(&controller.join(name)).unwrap_or_default();
+            let reported = |name: &str| text(&controller.join(name)).unwrap_or_default();
             identity = Some(Identity {
-                model: told("model"),
-                serial: told("serial"),
-                firmware: told("firmware_rev"),
+                model: reported("model"),
+                serial: reported("serial"),
+                firmware: reported("firmware_rev"),
             });
             let disks = names(&controller);
             namespaces.extend(disks.iter().filter_map(|name| Namespace::named(machine, name)));

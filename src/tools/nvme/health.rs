@@ -12,7 +12,7 @@ use vublk_vfio::{Options, PciAddress};
 const ENTRIES: usize = 16;
 
 /// What a controller tells.
-pub struct Told {
+pub struct Report {
     pub health: Health,
     /// Newest first.
     pub errors: Vec<ErrorEntry>,
@@ -27,7 +27,7 @@ pub fn ask(
     machine: &Machine,
     controller: &Controller,
     is_used: bool,
-) -> Result<Option<Told>, String> {
+) -> Result<Option<Report>, String> {
     let folder = machine.function(controller.address).join("nvme");
     if let Some(name) = names(&folder).first() {
         return by_kernel(machine, name).map(Some);
@@ -38,7 +38,7 @@ pub fn ask(
     by_vfio(&controller.address.to_string()).map(Some).map_err(|error| error.to_string())
 }
 
-fn by_kernel(machine: &Machine, name: &str) -> Result<Told, String> {
+fn by_kernel(machine: &Machine, name: &str) -> Result<Report, String> {
     let device = machine.path("/dev").join(name);
     let page = |page, len| {
         passthrough::log_page(&device, page, len)
@@ -46,14 +46,14 @@ fn by_kernel(machine: &Machine, name: &str) -> Result<Told, String> {
     };
     let health = page(log_page::HEALTH, Health::LEN)?;
     let errors = page(log_page::ERRORS, ENTRIES * ErrorEntry::LEN)?;
-    Ok(Told { health: Health::parse(&health), errors: ErrorEntry::parse_all(&errors) })
+    Ok(Report { health: Health::parse(&health), errors: ErrorEntry::parse_all(&errors) })
 }
 
-fn by_vfio(address: &str) -> Result<Told, vublk_vfio::Error> {
+fn by_vfio(address: &str) -> Result<Report, vublk_vfio::Error> {
     let address: PciAddress = address.parse()?;
     let function = Arc::new(Vfio::open(address)?);
     let controller = vublk_vfio::Controller::open(function, &Options::default())?;
-    let told = Told { health: controller.health()?, errors: controller.errors()? };
+    let reported = Report { health: controller.health()?, errors: controller.errors()? };
     controller.close();
-    Ok(told)
+    Ok(reported)
 }

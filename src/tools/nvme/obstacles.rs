@@ -118,10 +118,10 @@ fn leaves_viable(function: &Function) -> bool {
 }
 
 fn processor(machine: &Machine) -> Processor {
-    let told = text(&machine.path("/proc/cpuinfo")).unwrap_or_default();
-    if told.contains("GenuineIntel") {
+    let reported = text(&machine.path("/proc/cpuinfo")).unwrap_or_default();
+    if reported.contains("GenuineIntel") {
         Processor::Intel
-    } else if told.contains("AuthenticAMD") {
+    } else if reported.contains("AuthenticAMD") {
         Processor::Amd
     } else {
         Processor::Other

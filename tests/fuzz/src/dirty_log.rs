@@ -29,7 +29,7 @@ struct Kept {
 pub struct Bitmap {
     /// Taken when this is dropped.
     kept: Option<Kept>,
-    told: VhostUserLog,
+    announced: VhostUserLog,
     pub log: Arc<DirtyLog>,
 }
 
@@ -50,17 +50,21 @@ impl Bitmap {
     pub fn new(input: &mut Input<'_>) -> Option<Bitmap> {
         let free = FREE.with_borrow_mut(Vec::pop);
         let kept = free.unwrap_or_else(Kept::new);
-        let mut told = VhostUserLog { mmap_size: 0x28000, mmap_offset: 0x1000 };
+        let mut announced = VhostUserLog { mmap_size: 0x28000, mmap_offset: 0x1000 };
         if input.one_in(4) {
-            told.mmap_size = input.pick(&[0x1000, 1, 7, LEN as u64, 0, u64::MAX]);
-            told.mmap_offset =
+            announced.mmap_size = input.pick(&[0x1000, 1, 7, LEN as u64, 0, u64::MAX]);
+            announced.mmap_offset =
                 input.pick(&[0, 0x1000, (LEN - 0x1000) as u64, 3, LEN as u64, u64::MAX]);
         }
-        match DirtyLog::map("fuzz", &told, kept.file.try_clone().expect("a descriptor")) {
-            Ok(log) => Some(Bitmap { kept: Some(kept), told, log: Arc::new(log) }),
+        match DirtyLog::map("fuzz", &announced, kept.file.try_clone().expect("a descriptor")) {
+            Ok(log) => Some(Bitmap { kept: Some(kept), announced, log: Arc::new(log) }),
             Err(why) => {
                 assert!(!why.is_empty() && !why.contains('\n'), "not one line: {why:?}");
-                assert_ne!((told.mmap_size, told.mmap_offset), (0x28000, 0x1000), "{why}");
+                assert_ne!(
+                    (announced.mmap_size, announced.mmap_offset),
+                    (0x28000, 0x1000),
+                    "{why}"
+                );
                 FREE.with_borrow_mut(|free| free.push(kept));
                 None
             }
@@ -70,8 +74,8 @@ impl Bitmap {
     /// Whether the page of a guest address is marked; that of one without a bit is.
     pub fn is_marked(&self, guest: u64) -> bool {
         let page = guest / PAGE as u64;
-        let at = self.told.mmap_offset + page / 8;
-        if page / 8 >= self.told.mmap_size || at >= LEN as u64 {
+        let at = self.announced.mmap_offset + page / 8;
+        if page / 8 >= self.announced.mmap_size || at >= LEN as u64 {
             return true;
         }
         let Some(kept) = &self.kept else { return true };
@@ -82,8 +86,8 @@ impl Bitmap {
     /// Nobody marks pages any more. Panics if anything beside the bitmap was written.
     pub fn end(mut self) {
         let Some(mut kept) = self.kept.take() else { return };
-        let from = self.told.mmap_offset as usize;
-        let inside = from..from + self.told.mmap_size as usize;
+        let from = self.announced.mmap_offset as usize;
+        let inside = from..from + self.announced.mmap_size as usize;
         for (n, page) in kept.bytes.alone().chunks_mut(PAGE).enumerate() {
             if *page == [0; PAGE] {
                 continue;

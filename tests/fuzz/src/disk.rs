@@ -108,8 +108,8 @@ async fn open_graph(under: Under, writable: bool) -> Opened {
 /// A disk as it is when it is new. On a worker of a thread that has nothing else in flight.
 pub async fn open(wanted: Wanted) -> Arc<Device> {
     let Wanted { graph, writable, .. } = wanted;
-    let is_it = |opened: &&&Opened| opened.under == graph && opened.writable == writable;
-    let found = OPENED.with_borrow(|all| all.iter().find(is_it).copied());
+    let is_match = |opened: &&&Opened| opened.under == graph && opened.writable == writable;
+    let found = OPENED.with_borrow(|all| all.iter().find(is_match).copied());
     let opened = match found {
         Some(opened) => opened,
         None => {

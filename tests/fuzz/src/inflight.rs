@@ -36,25 +36,25 @@ struct Laid {
     new: Vec<u8>,
     file: File,
     bytes: Mapped,
-    told: VhostUserInflight,
+    announced: VhostUserInflight,
 }
 
 impl Laid {
     fn new(num_queues: u16, entries: u16) -> Laid {
-        let is_it = |free: &Laid| (free.num_queues, free.entries) == (num_queues, entries);
+        let is_match = |free: &Laid| (free.num_queues, free.entries) == (num_queues, entries);
         let found = FREE.with_borrow_mut(|free| {
-            let at = free.iter().position(is_it)?;
+            let at = free.iter().position(is_match)?;
             Some(free.swap_remove(at))
         });
         if let Some(mut laid) = found {
             laid.bytes.alone().copy_from_slice(&laid.new);
             return laid;
         }
-        let (region, told, file) = Region::new(num_queues, entries).expect("a new region");
+        let (region, announced, file) = Region::new(num_queues, entries).expect("a new region");
         drop(region);
-        let mut bytes = Mapped::of(&file, told.mmap_size as usize);
+        let mut bytes = Mapped::of(&file, announced.mmap_size as usize);
         let new = bytes.alone().to_vec();
-        Laid { num_queues, entries, new, file, bytes, told }
+        Laid { num_queues, entries, new, file, bytes, announced }
     }
 }
 
@@ -62,7 +62,7 @@ impl Laid {
 pub struct Kept {
     /// Taken when this is dropped.
     laid: Option<Laid>,
-    told: VhostUserInflight,
+    announced: VhostUserInflight,
     queue: u16,
     ring_size: u16,
     /// What must be begun again, if the memory is good.
@@ -89,8 +89,8 @@ impl Kept {
             if honest { ring_size } else { input.pick(&[ring_size, ring_size, 1024, 1, 3]) };
         let laid = Laid::new(num_queues, entries);
         let queue = input.below(u64::from(num_queues)) as u16;
-        let (told, again) = (laid.told, Vec::new());
-        Kept { laid: Some(laid), told, queue, ring_size, expected: None, again, used_index: 0 }
+        let (announced, again) = (laid.announced, Vec::new());
+        Kept { laid: Some(laid), announced, queue, ring_size, expected: None, again, used_index: 0 }
     }
 
     fn laid(&self) -> &Laid {
@@ -99,8 +99,8 @@ impl Kept {
 
     /// Where the queue's part begins.
     fn part(&self) -> u64 {
-        let part_len = (HEADER + u64::from(self.told.queue_size) * ENTRY).next_multiple_of(64);
-        self.told.mmap_offset.wrapping_add(part_len * u64::from(self.queue))
+        let part_len = (HEADER + u64::from(self.announced.queue_size) * ENTRY).next_multiple_of(64);
+        self.announced.mmap_offset.wrapping_add(part_len * u64::from(self.queue))
     }
 
     fn entry(&self, head: u16) -> u64 {
@@ -117,7 +117,7 @@ impl Kept {
 
     fn marked(&self) -> Vec<u16> {
         let is_marked = |head: &u16| self.read(self.entry(*head) + INFLIGHT) != [0];
-        (0..self.told.queue_size).filter(is_marked).collect()
+        (0..self.announced.queue_size).filter(is_marked).collect()
     }
 
     /// A daemon takes some of the chains `offered`, hands some of them back in batches, and dies
@@ -129,7 +129,7 @@ impl Kept {
         used: u16,
     ) -> HandedBack {
         // What earlier requests have left behind means nothing.
-        let entries = self.told.queue_size.min(self.ring_size);
+        let entries = self.announced.queue_size.min(self.ring_size);
         for head in 0..entries.min(32) {
             let stale = input.below(u64::from(entries)) as u16;
             self.write(self.entry(head) + NEXT, &stale.to_le_bytes());
@@ -144,7 +144,7 @@ impl Kept {
         daemon.live(input, offered, &mut flying, &mut back);
         let shown = &back.heads[..back.shown.into()];
         flying.retain(|head| !shown.contains(head));
-        self.expected = (self.told.queue_size >= self.ring_size).then_some(flying);
+        self.expected = (self.announced.queue_size >= self.ring_size).then_some(flying);
         self.used_index = used.wrapping_add(back.shown);
         back
     }
@@ -152,7 +152,7 @@ impl Kept {
     /// Writes over it.
     pub fn scramble(&mut self, input: &mut Input<'_>) {
         for _ in 0..input.below(6) {
-            let head = input.below(u64::from(self.told.queue_size) + 2) as u16;
+            let head = input.below(u64::from(self.announced.queue_size) + 2) as u16;
             let index = if input.one_in(4) { input.u16() } else { head };
             let (part, entry) = (self.part(), self.entry(head));
             match input.u8() % 8 {
@@ -162,13 +162,14 @@ impl Kept {
                 3 => self.write(entry.wrapping_add(COUNTER), &input.edgy().to_le_bytes()),
                 4 | 5 => self.write(entry.wrapping_add(INFLIGHT), &[input.u8()]),
                 6 => {
-                    let (at, len) = (input.below(self.told.mmap_size), usize::from(input.u8()));
+                    let (at, len) =
+                        (input.below(self.announced.mmap_size), usize::from(input.u8()));
                     self.write(at, input.bytes(len));
                 }
                 _ => match input.u8() % 4 {
-                    0 => self.told.mmap_size = input.edgy(),
-                    1 => self.told.mmap_offset = input.edgy(),
-                    2 => self.told.num_queues = input.below(5) as u16,
+                    0 => self.announced.mmap_size = input.edgy(),
+                    1 => self.announced.mmap_offset = input.edgy(),
+                    2 => self.announced.num_queues = input.below(5) as u16,
                     _ => self.queue = input.below(5) as u16,
                 },
             }
@@ -184,7 +185,7 @@ impl Kept {
             self.expected = None;
         }
         let file = self.laid().file.try_clone().expect("a descriptor");
-        let taken = Region::map(&self.told, file).and_then(|region| {
+        let taken = Region::map(&self.announced, file).and_then(|region| {
             let region = Arc::new(region);
             let recover =
                 || Tracker::recover(&region, self.queue.into(), self.ring_size, used_index);

@@ -115,8 +115,8 @@ fn entry(input: &mut Input) {
         let written = snapshot.encode();
         assert_eq!(Snapshot::parse(&written), Some((snapshot.clone(), written.len())));
         assert!(written.len() <= len);
-        let told = snapshot.info();
+        let reported = snapshot.info();
         snapshot.complete(1 << 20);
-        assert_eq!((snapshot.info(), snapshot.is_complete()), (told, true));
+        assert_eq!((snapshot.info(), snapshot.is_complete()), (reported, true));
     }
 }

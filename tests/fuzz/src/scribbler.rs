@@ -14,10 +14,10 @@ impl Scribbler {
     /// Changes `len` bytes from `from` on, in an order that `seed` says.
     pub fn start(memory: &GuestMemory, from: u64, len: u64, seed: u64) -> Scribbler {
         let end = Arc::new(AtomicBool::new(false));
-        let (theirs, memory) = (end.clone(), memory.memory.clone());
+        let (clone, memory) = (end.clone(), memory.memory.clone());
         let thread = std::thread::spawn(move || {
             let mut state = seed | 1;
-            while !theirs.load(Ordering::Relaxed) {
+            while !clone.load(Ordering::Relaxed) {
                 // xorshift
                 state ^= state << 13;
                 state ^= state >> 7;

@@ -25,7 +25,7 @@ use std::time::Duration;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-use vublk::export::core::notices::Notices;
+use vublk::export::core::server_events::ServerEvents;
 use vublk::export::vhost_user_blk::channel::Channel;
 use vublk::export::vhost_user_blk::device::Device;
 use vublk::export::vhost_user_blk::session::Session;
@@ -138,9 +138,9 @@ fn connect(data: &[u8]) {
     let session = Session::new(device, workers.clone(), 0);
     let session = Arc::new(Mutex::new(session));
     let mut handler = BackendReqHandler::from_stream(theirs, session.clone());
-    let notices = Notices::new().expect("an eventfd");
-    notices.resized();
-    let mut channel = Channel::new("fuzz", &notices, None);
+    let server_events = ServerEvents::new().expect("an eventfd");
+    server_events.resized();
+    let mut channel = Channel::new("fuzz", &server_events, None);
     loop {
         if channel.wait(handler.as_raw_fd(), true, None).is_none() {
             continue;
@@ -320,8 +320,8 @@ impl FrontEnd<'_> {
         match code {
             code::SET_MEM_TABLE => {
                 let count = self.input.below(10) as u32;
-                let told = if self.input.one_in(8) { self.input.u32() } else { count };
-                let mut body = pair(told, 0);
+                let announced = if self.input.one_in(8) { self.input.u32() } else { count };
+                let mut body = pair(announced, 0);
                 for _ in 0..count {
                     body.extend(self.region());
                 }

@@ -378,7 +378,7 @@ impl Guest {
             }
             self.request(input).await;
         }
-        self.tell();
+        self.notify();
         let mut kept = Kept::new(input, self.size, self.honest);
         let handed_back = kept.live_and_die(input, &self.offered, self.seen);
         for (n, head) in (0..).zip(&handed_back.heads) {
@@ -401,7 +401,7 @@ impl Guest {
         let used_index = || u16::from_le_bytes(self.memory.get(self.used + 2));
         let (from, mut again) = (kept.used_index, kept.again.clone());
         self.index = from.wrapping_add(again.len() as u16);
-        self.tell();
+        self.notify();
         current().wake_source(self.words.me);
         // Longer than all that is begun again takes, unless that is held.
         sleep(Duration::from_millis(2)).await;
@@ -439,7 +439,7 @@ impl Guest {
                     let event = self.available + 4 + 2 * u64::from(self.size);
                     self.memory.put(event, &input.u16().to_le_bytes());
                 }
-                _ if self.honest => self.tell(),
+                _ if self.honest => self.notify(),
                 12 => self.descriptor(input),
                 13 => {
                     let entry = u64::from(input.u16() % self.size);
@@ -449,7 +449,7 @@ impl Guest {
                 14 => {
                     let by = if input.one_in(8) { input.u16() } else { input.below(9) as u16 };
                     self.index = self.index.wrapping_add(by);
-                    self.tell();
+                    self.notify();
                 }
                 _ => {
                     let (addr, len) = (self.address(input), usize::from(input.u8()) % 64);

@@ -167,7 +167,7 @@ fn threads_are_not_looked_for_in_the_list_of_another_namespace() {
 
 /// A real-time signal is refused when too many wait already: then no thread can be asked.
 #[test]
-fn a_first_thread_that_cannot_be_asked_leaves_files_unconfined_and_told() {
+fn a_first_thread_that_cannot_be_asked_leaves_files_unconfined_and_reported() {
     let dir = directory();
     let program = ["prlimit", "--sigpending=0", VUBLK];
     let serve = ["serve", "-f", "raw", "disk.img", "--socket", "s", "--sandbox", "on"];

@@ -38,7 +38,7 @@ fn status(pid: u32, name: &str) -> String {
 }
 
 #[test]
-fn serve_goes_into_the_sandbox_by_itself_and_not_if_told() {
+fn serve_goes_into_the_sandbox_by_itself_and_not_if_reported() {
     let dir = directory();
     for (more, confined) in
         [(&[][..], true), (&["--sandbox", "on"], true), (&["--sandbox", "off"], false)]
@@ -171,7 +171,7 @@ fn start_without(dir: &Path, call: libc::c_long, more: &[&str]) -> Server {
 }
 
 #[test]
-fn what_the_kernel_does_not_offer_is_told_once_and_is_an_error_if_it_was_asked_for() {
+fn what_the_kernel_does_not_offer_is_reported_once_and_is_an_error_if_it_was_asked_for() {
     let dir = directory();
     for (call, words) in [
         (
@@ -206,7 +206,7 @@ fn fails(dir: &Path, more: &[&str]) -> Output {
 }
 
 #[test]
-fn a_server_becomes_the_user_that_it_is_told_with_its_groups_and_gives_it_the_socket() {
+fn a_server_becomes_the_user_that_it_is_reported_with_its_groups_and_gives_it_the_socket() {
     let dir = directory();
     // SAFETY: takes no arguments and cannot fail.
     if unsafe { libc::geteuid() } != 0 {

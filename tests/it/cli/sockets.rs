@@ -167,9 +167,9 @@ fn under_the_name_of_the_conventions_it_keeps_to_them() {
     let link = link.to_str().unwrap();
     let output = run(dir.path(), &[link], &["--bogus", "--print-capabilities"]);
     assert!(output.status.success());
-    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(told["type"], "block");
-    assert_eq!(told["features"], serde_json::json!(["read-only", "blk-file"]));
+    let reported: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(reported["type"], "block");
+    assert_eq!(reported["features"], serde_json::json!(["read-only", "blk-file"]));
     for (arguments, words) in [
         (&[][..], "--socket-path or --fd is wanted"),
         (&["--socket-path", "s"], "--blk-file is wanted"),

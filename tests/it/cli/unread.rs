@@ -202,7 +202,7 @@ fn fill(path: &Path) {
 }
 
 /// The next thing that the manager is told, not by [`fill`].
-fn told(manager: &UnixDatagram) -> String {
+fn message(manager: &UnixDatagram) -> String {
     let mut text = [0; 256];
     loop {
         let n = manager.recv(&mut text).unwrap();
@@ -213,7 +213,7 @@ fn told(manager: &UnixDatagram) -> String {
 }
 
 #[test]
-fn a_service_manager_that_does_not_read_holds_up_nothing_and_is_told_later() {
+fn a_service_manager_that_does_not_read_holds_up_nothing_and_is_reported_later() {
     let daemon = [
         "daemon",
         "--blockdev",
@@ -236,20 +236,20 @@ fn a_service_manager_that_does_not_read_holds_up_nothing_and_is_told_later() {
         };
         end(start());
         let server = start();
-        assert_eq!(told(&manager), "READY=1");
+        assert_eq!(message(&manager), "READY=1");
         fill(&path);
         end(server);
-        while told_now(&manager).is_some_and(|text| text == "FILL=1") {}
+        while message_now(&manager).is_some_and(|text| text == "FILL=1") {}
         // A manager that reads is told of the end.
         let server = start();
-        assert_eq!(told(&manager), "READY=1");
+        assert_eq!(message(&manager), "READY=1");
         end(server);
-        assert_eq!(told(&manager), "STOPPING=1");
+        assert_eq!(message(&manager), "STOPPING=1");
     }
 }
 
 /// What the manager has been told and not read.
-fn told_now(manager: &UnixDatagram) -> Option<String> {
+fn message_now(manager: &UnixDatagram) -> Option<String> {
     let mut text = [0; 256];
     manager.set_nonblocking(true).unwrap();
     let n = manager.recv(&mut text);

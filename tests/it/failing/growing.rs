@@ -102,7 +102,7 @@ fn nothing_is_lost_on_a_volume_that_is_made_larger_when_it_gets_full() {
         sector: block * BLOCK / 512,
         data: pattern(BLOCK as usize, block as u8),
     };
-    let (mut sent, mut done, mut is_told) = (0, 0, false);
+    let (mut sent, mut done, mut is_notified) = (0, 0, false);
     let end = Instant::now() + LIMIT;
     while done < blocks.len() {
         assert!(Instant::now() < end, "{done} of {sent} at {} bytes", volume.size);
@@ -118,8 +118,8 @@ fn nothing_is_lost_on_a_volume_that_is_made_larger_when_it_gets_full() {
         for event in std::mem::take(&mut client.events) {
             match event["event"].as_str().unwrap() {
                 "BLOCK_WRITE_THRESHOLD" => {
-                    assert!(!is_told, "once");
-                    is_told = true;
+                    assert!(!is_notified, "once");
+                    is_notified = true;
                     let data = &event["data"];
                     assert_eq!(data["node-name"], json!("f0"));
                     assert_eq!(data["write-threshold"], json!(volume.size - MIB));
@@ -132,11 +132,11 @@ fn nothing_is_lost_on_a_volume_that_is_made_larger_when_it_gets_full() {
         }
         // Every other time not before the guest waits.
         let is_late = (volume.grown[0] + volume.grown[1]).is_multiple_of(2);
-        if is_told && (!is_late || held > 0) {
+        if is_notified && (!is_late || held > 0) {
             volume.grown[usize::from(is_late)] += 1;
             volume.grow();
             volume.arm(&mut client);
-            is_told = false;
+            is_notified = false;
             if held > 0 {
                 client.run("x-block-export-retry", json!({"id": "e0"}));
             }

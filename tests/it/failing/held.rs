@@ -16,10 +16,10 @@ const STOP: &str = "werror=stop,rerror=stop";
 /// Every head of queue 0 that is marked in flight.
 pub fn marked(disk: &Disk) -> Vec<usize> {
     use std::os::unix::fs::FileExt;
-    let (told, file) = disk.inflight().expect("it is offered");
-    let mut part = vec![0; 16 + 16 * usize::from(told.queue_size)];
-    file.read_exact_at(&mut part, told.mmap_offset).unwrap();
-    (0..usize::from(told.queue_size)).filter(|n| part[16 + 16 * n] != 0).collect()
+    let (announced, file) = disk.inflight().expect("it is offered");
+    let mut part = vec![0; 16 + 16 * usize::from(announced.queue_size)];
+    file.read_exact_at(&mut part, announced.mmap_offset).unwrap();
+    (0..usize::from(announced.queue_size)).filter(|n| part[16 + 16 * n] != 0).collect()
 }
 
 /// The disk holds the blocks of these numbers.

@@ -125,11 +125,11 @@ fn stop(mut server: Server) {
 }
 
 /// What `query-block-exports` says of a failed flush.
-fn is_told(client: &mut Client) -> bool {
+fn is_reported(client: &mut Client) -> bool {
     let export = client.run("query-block-exports", json!({}))[0].clone();
-    let told = export.get("x-flush-failed");
-    assert!(told.is_none_or(|told| *told == json!(true)), "{export}");
-    told.is_some()
+    let reported = export.get("x-flush-failed");
+    assert!(reported.is_none_or(|reported| *reported == json!(true)), "{export}");
+    reported.is_some()
 }
 
 #[test]
@@ -140,14 +140,14 @@ fn a_qcow2_image_is_right_again_when_the_guest_has_written_once_more_what_a_fail
         disk.write(0, &pattern(64 << 10, 1)).unwrap();
         assert_eq!(flush(&mut disk), 0);
         let mut client = Client::connect(&daemon.path("m.sock"));
-        assert!(!is_told(&mut client));
+        assert!(!is_reported(&mut client));
         let lost = |number: u64| pattern(1 << 20, number as u8 + 2);
         for number in 1..10 {
             // Some need a flush of the image's own, and fail, too.
             let _ = disk.write(number << 11, &lost(number));
         }
         assert_eq!(flush(&mut disk), status::IOERR);
-        assert!(is_told(&mut client) && record.exists());
+        assert!(is_reported(&mut client) && record.exists());
         full.grow();
         if killed {
             end(&mut daemon, libc::SIGKILL);
@@ -155,11 +155,11 @@ fn a_qcow2_image_is_right_again_when_the_guest_has_written_once_more_what_a_fail
             disk.reconnect().unwrap();
             client = Client::connect(&daemon.path("m.sock"));
         }
-        assert!(is_told(&mut client));
+        assert!(is_reported(&mut client));
         let _ = disk.write(2048, &lost(1));
         assert_eq!([flush(&mut disk), flush(&mut disk)], [status::IOERR; 2]);
         client.run("x-block-export-accept-loss", json!({"id": "e0"}));
-        assert!(!is_told(&mut client) && !record.exists());
+        assert!(!is_reported(&mut client) && !record.exists());
         for number in 1..10 {
             disk.write(number << 11, &lost(number)).unwrap();
         }
@@ -214,7 +214,7 @@ fn an_overlay_of_an_image_whose_flush_failed_is_recorded_too() {
 }
 
 #[test]
-fn tools_tell_of_a_failed_flush_that_is_recorded_beside_an_image_in_one_line() {
+fn tools_report_a_failed_flush_that_is_recorded_beside_an_image_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     tool("qemu-img", &["create", "-q", "-f", "qcow2", &path("base"), "1M"]);
@@ -296,9 +296,9 @@ fn whatever_lies_in_the_memory_s_place_of_a_loss_is_a_loss_and_nothing_more() {
         let mut disk = stage.open(true);
         disk.write(0, &block(1)).unwrap();
         stage.service = None;
-        let (told, file) = disk.inflight().unwrap();
-        let trailer = told.mmap_size - BEHIND_TRAILER - 64;
-        file.write_all_at(&[value], told.mmap_offset + trailer + 9).unwrap();
+        let (reported, file) = disk.inflight().unwrap();
+        let trailer = reported.mmap_size - BEHIND_TRAILER - 64;
+        file.write_all_at(&[value], reported.mmap_offset + trailer + 9).unwrap();
         stage.start();
         disk.reconnect().unwrap();
         assert_eq!(flush(&mut disk), status::IOERR);

@@ -100,7 +100,7 @@ fn a_write_of_a_disk_without_write_cache_is_held_where_no_fsync_has_failed() {
 }
 
 #[test]
-fn failures_are_told_in_qemus_event_and_in_the_status() {
+fn failures_are_reported_in_qemus_event_and_in_the_status() {
     let mut stage = Stage::new("werror=enospc,rerror=ignore");
     let mut disk = stage.open(false);
     disk.write(0, &block(9)).unwrap();
@@ -113,7 +113,7 @@ fn failures_are_told_in_qemus_event_and_in_the_status() {
     stage.fails(Kinds::WRITE, ENOSPC);
     super::submit_write(&mut disk, 5);
     stage.wait_held(1);
-    let told: Vec<_> = stage
+    let reported: Vec<_> = stage
         .service()
         .take_io_errors()
         .into_iter()
@@ -123,7 +123,7 @@ fn failures_are_told_in_qemus_event_and_in_the_status() {
         [("read", Action::Ignore), ("write", Action::Report), ("write", Action::Stop)]
     {
         let wanted = ("e0".to_owned(), "d0".to_owned(), operation, action);
-        assert!(told.contains(&wanted), "{told:?}");
+        assert!(reported.contains(&wanted), "{reported:?}");
     }
     let info = stage.info();
     let last = info.last_failure.unwrap();

@@ -136,7 +136,7 @@ fn assert_lost(place: &Place, from: &str) {
 }
 
 #[test]
-fn bitmaps_that_find_no_room_when_a_tool_closes_their_image_are_told() {
+fn bitmaps_that_find_no_room_when_a_tool_closes_their_image_are_reported() {
     for tool in ["io", "commit"] {
         let place = Place::new();
         with_bitmaps(&place);
@@ -156,7 +156,7 @@ fn bitmaps_that_find_no_room_when_a_tool_closes_their_image_are_told() {
 }
 
 #[test]
-fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_told() {
+fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_reported() {
     for ending in ["SIGTERM", "blockdev-del", "blockdev-snapshot-sync"] {
         let place = Place::new();
         with_bitmaps(&place);
@@ -192,8 +192,8 @@ fn bitmaps_that_find_no_room_when_a_daemon_closes_their_image_are_told() {
         }
         drop(client);
         let log = daemon.end();
-        let told = log.lines().filter(|line| line.contains(LOST)).count();
-        assert_eq!(told, 1, "{ending}: {log}");
+        let reported = log.lines().filter(|line| line.contains(LOST)).count();
+        assert_eq!(reported, 1, "{ending}: {log}");
         assert!(log.contains("'d0'") && log.contains("No space left on device"), "{log}");
         assert_lost(&place, ending);
         place.good("qemu-io", &["-c", "read -q -P 5 4M 64k", "a.qcow2"]);

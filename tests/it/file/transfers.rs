@@ -228,7 +228,7 @@ fn a_longer_disk_ends_in_zeroes_and_a_shorter_one_must_be_asked_for() {
 }
 
 #[test]
-fn the_space_that_a_disk_takes_is_told() {
+fn the_space_that_a_disk_takes_is_reported() {
     let dir = on_disk();
     let image = sparse(dir.path(), "a.img", 8 << 20);
     let bench = Bench::new();

@@ -349,7 +349,7 @@ fn requests_stop_at_a_breakpoint_and_go_on_when_they_are_resumed() {
 }
 
 #[test]
-fn permissions_are_taken_and_refused_as_told() {
+fn permissions_are_taken_and_refused_as_reported() {
     let bench = Bench::new();
     bench.node("driver=null-co,node-name=bottom").unwrap();
     let taking = "driver=blkdebug,image=bottom,take-child-perms.0=write,node-name=taking";

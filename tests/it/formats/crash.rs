@@ -272,13 +272,14 @@ fn what_was_flushed_survives_every_crash_of_an_image() {
                 let checked = kind.check(&file);
                 assert!(matches!(checked.status.code(), Some(0 | 3)), "{what}: {checked:?}");
                 if !kind.unclean.is_empty() {
-                    let told = kind.check(&state);
-                    let told =
-                        String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
-                    let mut errors = told.lines().filter(|line| line.starts_with("ERROR"));
+                    let reported = kind.check(&state);
+                    let reported =
+                        String::from_utf8_lossy(&[reported.stdout, reported.stderr].concat())
+                            .into_owned();
+                    let mut errors = reported.lines().filter(|line| line.starts_with("ERROR"));
                     assert!(
                         errors.all(|line| kind.unclean.iter().any(|known| line.contains(known))),
-                        "{what}: {told}"
+                        "{what}: {reported}"
                     );
                 }
             }

@@ -39,7 +39,7 @@ pub struct Guest {
 
 /// A part of a script that says "loading", and runs a command again and again, with "round" after each
 /// time, until a line comes from outside ([`RunningGuest::say`]).
-pub fn until_told(command: &str) -> String {
+pub fn until_stopped(command: &str) -> String {
     format!(
         r#"
         load() {{

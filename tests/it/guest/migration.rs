@@ -1,7 +1,7 @@
 //! A guest under load moves between two QEMU processes, each with a vublk of its own on one shared
 //! image, and the image's locks go with it.
 
-use super::boot::{Guest, RunningGuest, fio_on_disk, until_told};
+use super::boot::{Guest, RunningGuest, fio_on_disk, until_stopped};
 use super::server::{Server, outcome_of, output_of, vublk_serve, vublk_serve_as};
 use super::{WRITE_LOCK, images, overlay};
 use std::path::Path;
@@ -11,7 +11,7 @@ use std::time::Duration;
 fn loaded(server: &Server) -> RunningGuest {
     let guest = Guest::new().with_fio().for_more(Duration::from_secs(180));
     let guest = guest.disk_with_queues(server.socket(0), 2);
-    let script = until_told(&fio_on_disk(2, 2))
+    let script = until_stopped(&fio_on_disk(2, 2))
         + r#"
         dmesg | grep -E 'I/O error|is not a head'
         # What was read by other ways than fio's, too.

@@ -1,6 +1,6 @@
 //! A guest under load goes on across live snapshots of its qcow2 overlay, and is turned back to one.
 
-use super::boot::{Guest, until_told};
+use super::boot::{Guest, until_stopped};
 use super::server::output_of;
 use crate::monitor::{Client, MONITOR};
 use crate::vhost_user::Daemon;
@@ -36,7 +36,7 @@ fn a_guest_under_load_loses_nothing_across_live_snapshots_and_is_turned_back_to_
         dir
     };
     let daemon = serve(links());
-    let load = until_told(
+    let load = until_stopped(
         "fio --name=load --directory=/mnt --size=8m --numjobs=2 --rw=randwrite --bsrange=4k-64k \
          --ioengine=libaio --iodepth=8 --direct=1 --verify=crc32c --verify_fatal=1 --randrepeat=0 \
          --loops=2",

@@ -1,7 +1,7 @@
 //! Guests that write and verify over four queues while their daemon is killed, or replaced by another:
 //! they notice nothing, whatever kind of disk they have.
 
-use super::boot::{Guest, fio_on_disk, until_told};
+use super::boot::{Guest, fio_on_disk, until_stopped};
 use super::server::{self, output_of, vublk_serve_as};
 use super::{images, overlay};
 use crate::disks::judge;
@@ -88,7 +88,7 @@ fn under_load(
     disk.make(&image);
     let mut server = vublk_serve_as(disk.format(), &[&image], &["-v"]).start();
     let guest = Guest::new().cpus(4).with_fio().for_more(kills() as u32 * LONGEST_ABSENCE);
-    let script = until_told(&fio_on_disk(4, 4))
+    let script = until_stopped(&fio_on_disk(4, 4))
         + r#"
         dmesg | grep -E 'I/O error|is not a head'
         echo "sum $(dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | sha256sum)"

@@ -195,9 +195,9 @@ fn persistent_bitmaps_survive_a_restart_and_those_of_a_killed_daemon_are_inconsi
         client.refusal("block_resize", json!({"node-name": "q", "size": 128 << 20})),
         "Bitmap 'p0' is inconsistent and cannot be used"
     );
-    let told = &listed(&mut client)[1];
-    assert_eq!(told.0, "q");
-    assert_eq!(told.1[0]["inconsistent"], json!(true));
+    let reported = &listed(&mut client)[1];
+    assert_eq!(reported.0, "q");
+    assert_eq!(reported.1[0]["inconsistent"], json!(true));
     client.run("block-dirty-bitmap-remove", sum);
     client.run("quit", json!({}));
     daemon.server.wait_exit(LIMIT).unwrap();

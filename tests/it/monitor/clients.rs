@@ -129,7 +129,7 @@ fn garbage_ends_neither_the_daemon_nor_the_connection_for_good() {
 }
 
 #[test]
-fn quit_replies_tells_of_the_exports_and_ends_with_success() {
+fn quit_replies_reports_the_exports_and_ends_with_success() {
     let export = "type=vhost-user-blk,id=e0,node-name=n,addr.type=unix,addr.path=DIR/e0.sock";
     let mut daemon = daemon(&[&NULL[..], &["--export", export]].concat());
     let mut client = Client::connect(&daemon.path("m.sock"));

@@ -43,14 +43,15 @@ fn ctl_leaves_an_exports_socket_and_says_that_it_is_no_monitor() {
     let output = ctl.arg("ctl").arg("--socket").arg(&socket).arg("query-block").output().unwrap();
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");
-    let told = format!("vublk: {} is not a monitor: is it an export's socket?\n", socket.display());
-    assert!(said.contains(&told), "{said}");
+    let reported =
+        format!("vublk: {} is not a monitor: is it an export's socket?\n", socket.display());
+    assert!(said.contains(&reported), "{said}");
     // A guest can connect now.
     daemon.open(&Options::default()).read(0, &mut [0; 512]).unwrap();
 }
 
 #[test]
-fn ctl_does_not_wait_longer_than_it_is_told_to() {
+fn ctl_does_not_wait_longer_than_it_is_reported_to() {
     // It greets, and says no more.
     let dir = directory();
     let monitor = std::os::unix::net::UnixListener::bind(dir.path().join("m.sock")).unwrap();
@@ -61,9 +62,9 @@ fn ctl_does_not_wait_longer_than_it_is_told_to() {
     });
     let arguments = ["ctl", "--socket", "m.sock", "--timeout", "0.5", "query-block"];
     let output = run(dir.path(), &[VUBLK], &arguments);
-    let told =
+    let reported =
         "vublk: m.sock: no reply within 0.5 seconds; the daemon may still do what it was told\n";
-    assert_eq!((output.status.code(), &*stderr(&output)), (Some(1), told));
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(1), reported));
     drop(greets.join());
 }
 

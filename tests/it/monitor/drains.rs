@@ -90,9 +90,9 @@ fn a_drain_that_takes_too_long_names_the_disk_and_what_is_in_flight_and_leaves_a
     let (_daemon, [mut first, _], [_slow, mut healthy]) =
         slow_and_healthy(json!({"io-timeout": 2}));
     let refused = first.refusal("transaction", bitmaps(&["b", "a"]));
-    let told = "I/O has not ended within 2 s: export 'ea' (node 'a') has 1 request in flight, the \
+    let reported = "I/O has not ended within 2 s: export 'ea' (node 'a') has 1 request in flight, the \
                 oldest a read of 512 bytes at 0";
-    assert_eq!(refused, told);
+    assert_eq!(refused, reported);
     let nodes = first.run("query-named-block-nodes", json!({"flat": true}));
     for node in nodes.as_array().unwrap() {
         assert!(node.get("dirty-bitmaps").is_none(), "{node}");

@@ -157,7 +157,7 @@ fn nodes_are_listed_with_all_that_they_stand_on_as_qemu_lists_them() {
 }
 
 #[test]
-fn what_was_written_how_far_and_how_often_is_told_of_each_node() {
+fn what_was_written_how_far_and_how_often_is_reported_of_each_node() {
     let [mut ours, mut theirs] = both();
     let write = |offset: u64, len| Request::Out { sector: offset / 512, data: vec![7; len] };
     let range = |sector, sectors| Range { sector, sectors, flags: 0 };

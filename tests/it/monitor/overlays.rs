@@ -192,8 +192,8 @@ fn what_was_written_before_a_snapshot_is_in_the_base_and_what_comes_after_it_in_
             let refused = client.refusal("block-dirty-bitmap-add", more);
             assert!(refused.contains("'b1' persistent in 'q'"), "{refused}");
         }
-        let told = client.run("query-named-block-nodes", json!({"flat": true}));
-        let base = told.as_array().unwrap().iter().find(|one| one["node-name"] == "q").unwrap();
+        let reported = client.run("query-named-block-nodes", json!({"flat": true}));
+        let base = reported.as_array().unwrap().iter().find(|one| one["node-name"] == "q").unwrap();
         assert_eq!(base["ro"], json!(true));
         let mut again = export(&daemon, "e1", "q");
         assert_eq!(

@@ -22,21 +22,21 @@ fn with(base: &Value, more: Value) -> Value {
 }
 
 /// What listings tell of the options of all nodes that have a name.
-fn told(client: &mut Client) -> Vec<Value> {
+fn reported(client: &mut Client) -> Vec<Value> {
     let nodes = client.run("query-named-block-nodes", json!({"flat": true}));
     let named = nodes
         .as_array()
         .unwrap()
         .iter()
         .filter(|node| !node["node-name"].as_str().unwrap().starts_with('#'));
-    let mut told: Vec<Value> = named
+    let mut reported: Vec<Value> = named
         .map(|node| {
             let keys = ["node-name", "ro", "cache", "detect_zeroes", "backing_file"];
             Value::from(keys.map(|key| node[key].clone()).to_vec())
         })
         .collect();
-    told.sort_by_key(Value::to_string);
-    told
+    reported.sort_by_key(Value::to_string);
+    reported
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn nodes_are_opened_again_with_qemus_replies() {
         let [ours, theirs] = [0, 1].map(|n: usize| {
             let dir = daemons[n].path("").to_str().unwrap().trim_end_matches('/').to_owned();
             let reply = clients[n].ask("blockdev-reopen", options(&daemons[n], step.clone()));
-            let now = told(&mut clients[n]);
+            let now = reported(&mut clients[n]);
             Value::from(vec![reply, Value::from(now)]).to_string().replace(&dir, "DIR")
         });
         if ours != theirs {

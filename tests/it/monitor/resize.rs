@@ -35,7 +35,7 @@ fn give_socket(disk: &mut Disk) -> (UnixStream, UnixStream) {
 }
 
 /// Waits for a message on the socket, and checks that it is VHOST_USER_BACKEND_CONFIG_CHANGE_MSG.
-fn assert_told(mut socket: &UnixStream) {
+fn assert_notified(mut socket: &UnixStream) {
     let mut header = [0; 12];
     socket.read_exact(&mut header).unwrap();
     assert_eq!(header, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
@@ -50,7 +50,7 @@ fn capacity(disk: &mut Disk) -> u64 {
 }
 
 #[test]
-fn a_front_end_without_rings_is_told_once_they_run() {
+fn a_front_end_without_rings_is_reported_once_they_run() {
     let daemon = daemon(&SERVED);
     let mut client = Client::connect(&daemon.path("m.sock"));
     let (mut disk, socket) = open(&daemon);
@@ -64,24 +64,24 @@ fn a_front_end_without_rings_is_told_once_they_run() {
     let base = disk.queue(0).ring().resume_base();
     disk.start_queue(0, base).unwrap();
     disk.connection().enable_queue(0, true).unwrap();
-    assert_told(&socket);
+    assert_notified(&socket);
 }
 
 #[test]
-fn a_front_end_is_told_once_of_each_resize() {
+fn a_front_end_is_reported_once_of_each_resize() {
     let daemon = daemon(&SERVED);
     let mut client = Client::connect(&daemon.path("m.sock"));
     let (mut disk, socket) = open(&daemon);
     for size in [2 * SIZE, SIZE / 2, SIZE] {
         resize(&mut client, size);
-        assert_told(&socket);
+        assert_notified(&socket);
         assert_eq!(capacity(&mut disk), size);
     }
     // A socket that is given later takes the place of the first.
     let (second, copy) = give_socket(&mut disk);
     drop(copy);
     resize(&mut client, 3 * SIZE);
-    assert_told(&second);
+    assert_notified(&second);
     assert_eq!((&socket).read(&mut [0]).unwrap(), 0, "the first one is still open");
     drop(disk);
     assert_eq!((&second).read(&mut [0]).unwrap(), 0, "more was said, or the socket was kept");
@@ -111,7 +111,7 @@ fn a_front_end_that_does_not_read_holds_up_nobody() {
     assert!(emptied.kind() == ErrorKind::WouldBlock && left.iter().all(|byte| *byte == 0xff));
     ours.set_nonblocking(false).unwrap();
     resize(&mut client, SIZE);
-    assert_told(&ours);
+    assert_notified(&ours);
     // One that has gone costs no more than a line.
     drop((ours, theirs));
     resize(&mut client, 2 * SIZE);
@@ -120,7 +120,7 @@ fn a_front_end_that_does_not_read_holds_up_nobody() {
 }
 
 #[test]
-fn a_front_end_that_comes_back_is_told_what_it_missed() {
+fn a_front_end_that_comes_back_is_reported_what_it_missed() {
     let mut daemon = daemon(&SERVED);
     let mut client = Client::connect(&daemon.path("m.sock"));
     let (disk, socket) = open(&daemon);
@@ -130,7 +130,7 @@ fn a_front_end_that_comes_back_is_told_what_it_missed() {
     // One that does not want to be told is none of those that were.
     drop(daemon.open(&Options::default()));
     let (mut disk, socket) = open(&daemon);
-    assert_told(&socket);
+    assert_notified(&socket);
     assert_eq!(capacity(&mut disk), 2 * SIZE);
 }
 

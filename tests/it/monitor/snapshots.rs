@@ -117,11 +117,11 @@ fn internal_snapshots_are_made_and_deleted_with_qemus_replies() {
         let mut nodes = clients[n].run("query-named-block-nodes", json!({}));
         mask(&mut nodes);
         let nodes = nodes.as_array().unwrap().iter();
-        let told =
+        let reported =
             nodes.map(|node| (node["node-name"].clone(), node["image"]["snapshots"].clone()));
         // Of a read-only node, theirs forgets what it could not delete.
         let named =
-            told.filter(|(name, _)| name != "ro" && !name.as_str().unwrap().starts_with('#'));
+            reported.filter(|(name, _)| name != "ro" && !name.as_str().unwrap().starts_with('#'));
         named.collect::<Vec<_>>()
     });
     assert_eq!(ours, theirs);

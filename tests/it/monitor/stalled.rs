@@ -95,7 +95,7 @@ fn other_monitors_are_served_while_a_command_waits_for_a_stalled_disk() {
 }
 
 #[test]
-fn an_export_is_deleted_while_another_that_was_told_to_end_has_not() {
+fn an_export_is_deleted_while_another_that_was_reported_to_end_has_not() {
     let Stalled { daemon, clients: [mut first, mut second, mut third], disk } = stalled();
     // It is answered after a moment, and goes on ending.
     first.run("block-export-del", json!({"id": "ea"}));

@@ -52,7 +52,7 @@ fn transcript(program: &[&str], steps: &[Step]) -> Vec<Value> {
 }
 
 #[test]
-fn who_wants_to_know_of_writes_beyond_an_offset_is_told_once_as_with_qemu() {
+fn who_wants_to_know_of_writes_beyond_an_offset_is_reported_once_as_with_qemu() {
     let steps = [
         set("zz", json!(5)),
         Step::Ask(json!({"node-name": "f0"})),

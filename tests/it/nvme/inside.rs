@@ -81,7 +81,7 @@ impl Loads {
     /// Waits for all that is in flight.
     fn drain(&mut self, disk: &mut Disk) {
         for load in &mut self.0 {
-            while load.lanes.iter().any(|lane| lane.pending.is_some()) {
+            while load.slots.iter().any(|slot| slot.pending.is_some()) {
                 disk.queue(load.queue).ring().wait(LIMIT).unwrap();
                 load.reap(disk);
             }

@@ -31,7 +31,7 @@ fn inside(controllers: &str, tests: &[&str]) -> String {
 }
 
 #[test]
-fn what_befalls_a_controller_costs_no_request_or_is_told() {
+fn what_befalls_a_controller_costs_no_request_or_is_reported() {
     let drives = Drives::new(1, 64);
     let tests = [
         "killed_and_started_again",

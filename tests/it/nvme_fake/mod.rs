@@ -119,7 +119,7 @@ fn a_device_that_goes_costs_errors_and_the_graph_can_be_closed() {
 }
 
 #[test]
-fn a_change_that_no_event_tells_of_is_known_once_a_resize_has_asked_for_it() {
+fn a_change_that_no_event_reports_is_known_once_a_resize_has_asked_for_it() {
     let (fake, options) = nvme_disk(Config::default());
     let (graph, worker) = (Graph::new(&REGISTRY), worker("nvme"));
     let node = open_on(&graph, &worker, "disk", &options).unwrap();
@@ -173,8 +173,8 @@ fn a_namespace_that_is_another_s_is_opened_inactive_and_looked_at_anew_when_it_b
     assert_eq!(fake.counts().commands, 0);
     // Who has it makes it longer.
     fake.resize_silently(1, 1 << 18);
-    let (same, theirs) = (node.clone(), graph.clone());
-    worker.block_on(move || async move { theirs.activate(&same).await }).unwrap();
+    let (same, clone) = (node.clone(), graph.clone());
+    worker.block_on(move || async move { clone.activate(&same).await }).unwrap();
     assert_eq!(node.len(), 128 << 20);
     write(&worker, &node, 100 << 20, 7).unwrap();
     assert_eq!(fake.bytes(1, 100 << 20, 4096), vec![7; 4096]);

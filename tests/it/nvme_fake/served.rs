@@ -67,11 +67,11 @@ impl Served {
 /// Writes, and tells the length of the mapping that the device takes the data from.
 fn write_from(fake: &Fake, disk: &mut Disk, bytes: &[u8]) -> Option<usize> {
     fake.hold();
-    let theirs = fake.clone();
+    let clone = fake.clone();
     let looks = std::thread::spawn(move || {
-        wait_until("the command has come", || theirs.held() == 1);
-        let found = theirs.mapping_len(theirs.held_commands()[0].data().0);
-        theirs.release();
+        wait_until("the command has come", || clone.held() == 1);
+        let found = clone.mapping_len(clone.held_commands()[0].data().0);
+        clone.release();
         found
     });
     disk.write(8, bytes).unwrap();
@@ -119,9 +119,9 @@ fn a_namespace_that_changes_has_its_new_length_for_everybody_above_without_being
     let attached = graph.attach(&node, "export 'disk'", perms(), Some(export.user())).unwrap();
     let protocol = protocol::DEFAULT | protocol::BACKEND_REQ;
     let mut disk = Disk::open(&path, &Options { protocol, ..Options::default() }).unwrap();
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let (mut ours, clone) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    disk.connection().vhost().set_backend_request_fd(&theirs).unwrap();
+    disk.connection().vhost().set_backend_request_fd(&clone).unwrap();
     // Longer, shorter, and back.
     for mib in [128, 16, 64] {
         fake.resize(1, mib << 11);

@@ -136,13 +136,13 @@ const CASES: &[Case] = &[
 struct Work {
     rounds: usize,
     /// Requests side by side, at most.
-    lanes: usize,
+    writers: usize,
     packs: bool,
     /// Entries of an overlay are kept in memory that outlives the process.
     keeps: bool,
 }
 
-const LONG: Work = Work { rounds: 6, lanes: 4, packs: false, keeps: false };
+const LONG: Work = Work { rounds: 6, writers: 4, packs: false, keeps: false };
 
 /// Requests side by side on different sectors, flushes among them.
 async fn work(
@@ -150,7 +150,7 @@ async fn work(
     disks: Rc<Disks>,
     model: Rc<RefCell<Model>>,
     seed: u64,
-    Work { rounds, lanes: most_lanes, packs, .. }: Work,
+    Work { rounds, writers: most_writers, packs, .. }: Work,
 ) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let unit = (node.compression_unit().unwrap() / SECTOR) as usize;
@@ -181,14 +181,14 @@ async fn work(
             node.write_compressed(at, &from, WriteFlags::empty()).await.unwrap();
         }
         // Each of a few at once takes its own part of the disk.
-        let lanes = rng.usize(1..=most_lanes);
-        let per_lane = SECTORS / lanes;
+        let writers = rng.usize(1..=most_writers);
+        let per_writer = SECTORS / writers;
         let done: Rc<RefCell<usize>> = Rc::default();
         let mut begun = Vec::new();
-        for lane in 0..lanes {
+        for writer in 0..writers {
             number += 1;
-            let first = lane * per_lane + rng.usize(0..per_lane);
-            let count = rng.usize(1..=((lane + 1) * per_lane - first).min(20));
+            let first = writer * per_writer + rng.usize(0..per_writer);
+            let count = rng.usize(1..=((writer + 1) * per_writer - first).min(20));
             let sectors = first..first + count;
             let overlaps = |c: usize| c * unit < first + count && first < (c + 1) * unit;
             fresh.retain(|&cluster| !overlaps(cluster));
@@ -207,7 +207,7 @@ async fn work(
             });
             begun.push(sectors);
         }
-        while *done.borrow() < lanes {
+        while *done.borrow() < writers {
             io::sleep(Duration::from_micros(50)).await;
         }
         // A discard may or may not happen: zero, from then on, is one of the values.
@@ -369,7 +369,7 @@ fn no_crash_shows_what_was_not_copied_where_entries_are_kept_in_memory() {
 #[test]
 fn nothing_that_a_crash_of_a_few_requests_can_leave_is_corrupt() {
     let seed = seed();
-    let short = Work { rounds: 3, lanes: 2, packs: false, keeps: false };
+    let short = Work { rounds: 3, writers: 2, packs: false, keeps: false };
     // One that can discard, one that cannot, and two with two disks.
     let two = CASES.iter().filter(|case| case.create.starts_with("cluster_size=4k,data_file=D"));
     for case in CASES[..2].iter().chain(two) {

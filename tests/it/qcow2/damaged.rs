@@ -202,7 +202,7 @@ fn what_would_be_written_over_metadata_marks_an_image_as_corrupt_as_it_does_with
                 theirs.statuses.last() == Some(&status::OK),
                 "{key}: {ours:?} {theirs:?}"
             );
-            let told = |outcome: &Outcome| {
+            let reported = |outcome: &Outcome| {
                 let mut event = outcome.event.clone()?;
                 if what.starts_with("free") {
                     // Of what is reserved, theirs of the one cluster.
@@ -211,7 +211,7 @@ fn what_would_be_written_over_metadata_marks_an_image_as_corrupt_as_it_does_with
                 }
                 Some(event)
             };
-            assert_eq!(told(&ours), told(&theirs), "{key}");
+            assert_eq!(reported(&ours), reported(&theirs), "{key}");
             marked += usize::from(ours.is_marked);
         }
     }
@@ -219,7 +219,7 @@ fn what_would_be_written_over_metadata_marks_an_image_as_corrupt_as_it_does_with
 }
 
 #[test]
-fn what_makes_no_sense_to_a_reader_is_told_once_and_is_fatal_only_where_it_could_be_written() {
+fn what_makes_no_sense_to_a_reader_is_reported_once_and_is_fatal_only_where_it_could_be_written() {
     let damages: [(&str, Damage); 2] = [
         ("data", |image| image.set(image.l2, image.word(image.l2) | 0x200)),
         ("l2", |image| image.set(image.l1, image.word(image.l1) | 0x200)),

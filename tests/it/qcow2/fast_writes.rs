@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 use vublk::block::*;
-use vublk::io::epoch::Turn;
+use vublk::io::epoch::Guard;
 use vublk::io::sim::Disorder;
 use vublk::io::{self, IoVec};
 use vublk::options::{Map, Value};
@@ -42,8 +42,8 @@ impl Change {
     }
 }
 
-fn is_fast(node: &Node, turn: &Turn<'_>) -> bool {
-    let mapping = node.map(turn.in_flight(), 0, 4096, Access::Write);
+fn is_fast(node: &Node, guard: &Guard<'_>) -> bool {
+    let mapping = node.map(guard.in_flight(), 0, 4096, Access::Write);
     matches!(mapping.target, Target::Data { .. })
 }
 
@@ -60,21 +60,21 @@ fn whatever_withdraws_the_permission_of_fast_writes_waits_for_those_under_way() 
             let ones = vec![1; 1 << 16];
             node.write(0, &IoVec::from_ref(&ones), WriteFlags::empty()).await.unwrap();
             let announcer = node.announcer();
-            let turn = announcer.enter();
-            assert!(is_fast(&node, &turn), "{change:?}");
-            let write = turn.begin();
-            drop(turn);
+            let guard = announcer.enter();
+            assert!(is_fast(&node, &guard), "{change:?}");
+            let write = guard.begin();
+            drop(guard);
             let is_made = Rc::new(Cell::new(false));
-            let (theirs, tells) = (node.clone(), is_made.clone());
+            let (clone, setter) = (node.clone(), is_made.clone());
             io::current().spawn(async move {
-                Box::pin(change.make(&theirs)).await;
-                tells.set(true);
+                Box::pin(change.make(&clone)).await;
+                setter.set(true);
             });
             io::sleep(Duration::from_secs(10)).await;
             assert!(!is_made.get(), "{change:?} has not waited");
-            let turn = announcer.enter();
-            assert!(!is_fast(&node, &turn), "{change:?}: a write begins");
-            drop(turn);
+            let guard = announcer.enter();
+            assert!(!is_fast(&node, &guard), "{change:?}: a write begins");
+            drop(guard);
             announcer.end(write);
             announcer.settle();
             while !is_made.get() {

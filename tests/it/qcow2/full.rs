@@ -90,14 +90,14 @@ impl Work {
 
     /// A few at once, on different sectors.
     async fn write(&mut self, len: u64) {
-        let lanes = self.rng.u64(1..4);
+        let writers = self.rng.u64(1..4);
         let done: Rc<RefCell<u64>> = Rc::default();
-        let per_lane = len / SECTOR / lanes;
-        for lane in 0..lanes {
+        let per_writer = len / SECTOR / writers;
+        for writer in 0..writers {
             self.number = self.number % 250 + 1;
             let value = self.number;
-            let first = lane * per_lane + self.rng.u64(0..per_lane);
-            let count = self.rng.u64(1..=((lane + 1) * per_lane - first).min(20));
+            let first = writer * per_writer + self.rng.u64(0..per_writer);
+            let count = self.rng.u64(1..=((writer + 1) * per_writer - first).min(20));
             let (at, len) = (first * SECTOR, count * SECTOR);
             for sector in &mut self.model.borrow_mut()[sectors(at, len)] {
                 sector.push(value);
@@ -120,7 +120,7 @@ impl Work {
                 *done.borrow_mut() += 1;
             });
         }
-        while *done.borrow() < lanes {
+        while *done.borrow() < writers {
             io::sleep(Duration::from_micros(50)).await;
         }
     }

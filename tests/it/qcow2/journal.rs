@@ -258,11 +258,11 @@ fn what_the_memory_says_is_refused_if_it_cannot_be_so() {
         let Disks { image: file, options, .. } = disks(create, state, &[]);
         let (state, memory) = (state.to_vec(), Memory::holding(words));
         let result = Rc::new(RefCell::new(String::new()));
-        let told = result.clone();
+        let clone = result.clone();
         simulated(orderly(), |_| async move {
             let image = Image::open(&options).await;
             if let Err(error) = attach(&image.node, memory.clone()).await {
-                *told.borrow_mut() = error.to_string();
+                *clone.borrow_mut() = error.to_string();
                 assert!(memory.records() > 0, "it stays for whoever can use it");
                 let tables = ..state.len().min(20 << 10);
                 assert!(file.bytes()[tables] == state[tables], "nothing was changed");
@@ -292,13 +292,13 @@ fn what_the_memory_says_is_refused_if_it_cannot_be_so() {
         ("an old entry that refers to something", with(&[(1, 1 << 63 | host)])),
         ("two that name one cluster", with(&[(5, 4), (8, 1 << 63 | host)])),
     ] {
-        let told = take_up(&state, &words);
-        assert!(told.contains("cannot be taken up"), "{what}: {told:?}");
+        let clone = take_up(&state, &words);
+        assert!(clone.contains("cannot be taken up"), "{what}: {clone:?}");
     }
     // Somebody has repaired the image, so that the cluster is free.
     let freed = super::judge::repair(&state);
-    let told = take_up(&freed, &words);
-    assert!(told.contains("have been given to others since"), "{told:?}");
+    let clone = take_up(&freed, &words);
+    assert!(clone.contains("have been given to others since"), "{clone:?}");
 }
 
 #[test]
@@ -384,8 +384,8 @@ fn a_snapshot_that_was_made_before_the_guest_came_back_is_not_written_over() {
         let snapshots = image.node.driver().image().unwrap().snapshots().unwrap();
         let new = NewSnapshot { name: "s", date: Duration::ZERO, icount: None };
         snapshots.create(new).await.unwrap();
-        let told = attach(&image.node, Memory::holding(&left)).await.unwrap_err().to_string();
-        assert!(told.contains("the image has changed since"), "{told}");
+        let clone = attach(&image.node, Memory::holding(&left)).await.unwrap_err().to_string();
+        assert!(clone.contains("the image has changed since"), "{clone}");
         image.close().await;
     });
     consistency::check(&file.bytes(), true).unwrap();

@@ -84,7 +84,7 @@ pub type Allowed = Rc<RefCell<Vec<Vec<u8>>>>;
 
 /// Requests side by side, each on sectors of its own.
 pub struct Round {
-    lanes: usize,
+    writers: usize,
     done: Rc<Cell<usize>>,
 }
 
@@ -98,13 +98,13 @@ impl Round {
         most: usize,
         mut next: impl FnMut() -> u8,
     ) -> Round {
-        let lanes = rng.usize(1..=4);
-        let per_lane = allowed.borrow().len() / lanes;
+        let writers = rng.usize(1..=4);
+        let per_writer = allowed.borrow().len() / writers;
         let done = Rc::new(Cell::new(0));
-        for lane in 0..lanes {
+        for writer in 0..writers {
             let number = next();
-            let first = lane * per_lane + rng.usize(0..per_lane);
-            let count = rng.usize(1..=((lane + 1) * per_lane - first).min(most));
+            let first = writer * per_writer + rng.usize(0..per_writer);
+            let count = rng.usize(1..=((writer + 1) * per_writer - first).min(most));
             let sectors = first..first + count;
             let kind = rng.u8(0..8);
             let value = if kind >= 6 { 0 } else { number };
@@ -122,10 +122,10 @@ impl Round {
                 done.set(done.get() + 1);
             });
         }
-        Round { lanes, done }
+        Round { writers, done }
     }
 
     pub fn is_under_way(&self) -> bool {
-        self.done.get() < self.lanes
+        self.done.get() < self.writers
     }
 }

@@ -82,14 +82,14 @@ impl Work {
         &self,
         rng: &mut fastrand::Rng,
         number: &mut u8,
-        lanes: usize,
+        writers: usize,
     ) -> Rc<RefCell<usize>> {
         let done: Rc<RefCell<usize>> = Rc::default();
-        let per_lane = SECTORS / lanes;
-        for lane in 0..lanes {
+        let per_writer = SECTORS / writers;
+        for writer in 0..writers {
             *number += 1;
-            let first = lane * per_lane + rng.usize(0..per_lane);
-            let count = rng.usize(1..=((lane + 1) * per_lane - first).min(20));
+            let first = writer * per_writer + rng.usize(0..per_writer);
+            let count = rng.usize(1..=((writer + 1) * per_writer - first).min(20));
             let kind = rng.u8(0..8);
             let value = if kind >= 6 { 0 } else { *number };
             self.note(|state| {
@@ -166,14 +166,14 @@ impl Work {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut number = 0;
         for round in 0..rounds {
-            let lanes = rng.usize(1..=3);
+            let writers = rng.usize(1..=3);
             let before = self.last();
-            let done = self.begin_writes(&mut rng, &mut number, lanes);
+            let done = self.begin_writes(&mut rng, &mut number, writers);
             if rng.u8(0..4) > 0 {
                 io::sleep(Duration::from_micros(rng.u64(0..200))).await;
                 self.change_snapshots(&mut rng, format!("s{round}"), &before).await;
             }
-            while *done.borrow() < lanes {
+            while *done.borrow() < writers {
                 io::sleep(Duration::from_micros(50)).await;
             }
             if rng.bool() {

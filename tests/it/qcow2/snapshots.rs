@@ -98,14 +98,14 @@ impl Run {
 
     /// Whether all agree.
     fn compare(&mut self) {
-        let told = self.said.join("\n");
+        let reported = self.said.join("\n");
         let said = self.images.run("qemu-img", &["check", "-f", "qcow2", "a"]);
-        assert!(said.contains("No errors were found"), "{said}{told}");
-        assert!(self.images.contents("a") == self.disk, "another disk:\n{told}");
+        assert!(said.contains("No errors were found"), "{said}{reported}");
+        assert!(self.images.contents("a") == self.disk, "another disk:\n{reported}");
         let lists = [String::from("qemu-img"), self.ours.tool("qemu-img")]
             .map(|tool| self.images.run(&tool, &["snapshot", "-l", "a"]));
         assert_eq!(lists[0], lists[1]);
-        assert_eq!(lists[0].lines().count().saturating_sub(2), self.snapshots.len(), "{told}");
+        assert_eq!(lists[0].lines().count().saturating_sub(2), self.snapshots.len(), "{reported}");
         let info = [String::from("qemu-img"), self.ours.tool("qemu-img")]
             .map(|tool| self.images.run(&tool, &["info", "--output=json", "a"]));
         assert_eq!(info[0], info[1]);
@@ -114,7 +114,7 @@ impl Run {
                 let arguments = ["convert", "-f", "qcow2", "-O", "raw", "-l", name, "a", "s.raw"];
                 self.images.run(&tool, &arguments);
                 let found = std::fs::read(self.images.path("s.raw")).unwrap();
-                assert!(found == *wanted, "{tool}: another snapshot {name}:\n{told}");
+                assert!(found == *wanted, "{tool}: another snapshot {name}:\n{reported}");
             }
         }
     }

@@ -257,11 +257,11 @@ fn with_lazy_refcounts_too_the_file_is_durably_longer_before_a_table_is_put_ther
     });
     let log = file.log();
     let first_write = |cluster: u64| {
-        let is_it = |change: &Change| match change {
+        let is_match = |change: &Change| match change {
             Change::Write { offset, .. } => offset >> 16 == cluster >> 16,
             _ => false,
         };
-        log.changes().iter().position(is_it).expect("it is written")
+        log.changes().iter().position(is_match).expect("it is written")
     };
     let (counted, named) = (first_write(blocks), first_write(l1));
     let between = &log.changes()[counted..named];

@@ -42,10 +42,10 @@ fn assert_same(create: &str, steps: &[&str]) {
         let mut seen = Vec::new();
         for step in steps {
             let arguments = ["amend", "-f", "qcow2", "-o", step, "a.qcow2"];
-            let told = if is_ours { ours(path, &arguments) } else { theirs(path, &arguments) };
+            let outcome = if is_ours { ours(path, &arguments) } else { theirs(path, &arguments) };
             let checked = theirs(path, &["check", "a.qcow2"]);
             assert_eq!(checked.code, Some(0), "{create}: {step}: {checked:?}");
-            seen.push((told, info(path)));
+            seen.push((outcome, info(path)));
         }
         let after = contents(path);
         let both = before.len().min(after.len());
@@ -109,9 +109,9 @@ fn what_qemu_img_would_spoil_is_refused() {
     let dir = crate::file::on_tmpfs();
     make(dir.path(), "");
     qemu_img(dir.path(), &["snapshot", "-c", "s", "a.qcow2"]);
-    let told = ours(dir.path(), &["amend", "-o", "refcount_bits=1", "a.qcow2"]);
+    let outcome = ours(dir.path(), &["amend", "-o", "refcount_bits=1", "a.qcow2"]);
     let found = "Cannot decrease refcount entry width to 1 bits: Cluster at offset";
-    assert!(told.stderr.starts_with(found), "{told:?}");
+    assert!(outcome.stderr.starts_with(found), "{outcome:?}");
     let checked = theirs(dir.path(), &["check", "a.qcow2"]);
     assert_eq!(checked.code, Some(0), "{checked:?}");
 }

@@ -49,9 +49,9 @@ fn check_theirs(path: &Path, fix: Fix) -> Result<Checked, String> {
         Fix::All => arguments.extend(["-r", "all"]),
     }
     arguments.push(path.to_str().unwrap());
-    let told = theirs(path.parent().unwrap(), &arguments);
-    let Ok(json) = serde_json::from_str::<serde_json::Value>(&told.stdout) else {
-        return Err(told.stderr.lines().last().unwrap_or_default().to_owned());
+    let outcome = theirs(path.parent().unwrap(), &arguments);
+    let Ok(json) = serde_json::from_str::<serde_json::Value>(&outcome.stdout) else {
+        return Err(outcome.stderr.lines().last().unwrap_or_default().to_owned());
     };
     let number = |name: &str| json[name].as_u64().unwrap_or(0);
     let report = CheckReport {
@@ -67,7 +67,7 @@ fn check_theirs(path: &Path, fix: Fix) -> Result<Checked, String> {
         compressed_clusters: number("compressed-clusters"),
     };
     // What its end says, which is no finding.
-    let findings = told.stderr.lines().filter(|line| !line.starts_with("qcow2_free_clusters"));
+    let findings = outcome.stderr.lines().filter(|line| !line.starts_with("qcow2_free_clusters"));
     let lines = findings.map(str::to_owned).collect();
     Ok(Checked { lines, report })
 }
@@ -142,7 +142,7 @@ fn q(value: u64) -> [u8; 8] {
 }
 
 #[test]
-fn damaged_entries_are_told_and_repaired_as_qemu_img_does() {
+fn damaged_entries_are_reported_and_repaired_as_qemu_img_does() {
     let (bench, image) = Bench::new("cluster_size=64k", &[]);
     let l2 = word(&image, word(&image, 40)) & !COPIED;
     let (l1, block) = (word(&image, 40), word(&image, word(&image, 48)));
@@ -216,11 +216,11 @@ fn what_qemu_img_gives_up_on_is_repaired() {
         let checked = check_ours(&path, Fix::All).unwrap();
         assert!(checked.report.corruptions_fixed > 0, "{what}: {checked:?}");
         assert_eq!(checked.report.corruptions, 0, "{what}: {checked:?}");
-        let told = qemu_img(bench.0.path(), &["check", "image"]);
-        assert!(told.starts_with("No errors were found on the image."), "{what}: {told}");
+        let outcome = qemu_img(bench.0.path(), &["check", "image"]);
+        assert!(outcome.starts_with("No errors were found on the image."), "{what}: {outcome}");
         let verify = ["-f", "qcow2", "-c", "read -P 0xcd 0 1M", "image"];
         let output = run(bench.0.path(), &["qemu-io"], &verify);
-        assert!(output.status.success() && !told.contains("failed"), "{}", stderr(&output));
+        assert!(output.status.success() && !outcome.contains("failed"), "{}", stderr(&output));
     }
 }
 
@@ -264,8 +264,8 @@ fn snapshots_and_bitmaps_hold_their_clusters() {
     fs::write(&path, &damaged).unwrap();
     let checked = check_ours(&path, Fix::Leaks).unwrap();
     assert!(checked.report.leaks_fixed > 0 && checked.report.leaks == 0, "{checked:?}");
-    let told = qemu_img(bench.0.path(), &["check", "image"]);
-    assert!(told.starts_with("No errors were found on the image."), "{told}");
+    let outcome = qemu_img(bench.0.path(), &["check", "image"]);
+    assert!(outcome.starts_with("No errors were found on the image."), "{outcome}");
 }
 
 #[test]
@@ -299,7 +299,7 @@ fn sound_images_of_every_kind_are_found_sound() {
 }
 
 #[test]
-fn bad_subcluster_bitmaps_are_told() {
+fn bad_subcluster_bitmaps_are_reported() {
     let (bench, image) = Bench::new("cluster_size=64k,extended_l2=on", &[]);
     let l2 = word(&image, word(&image, 40)) & !COPIED;
     for (what, at, value) in [
@@ -336,7 +336,7 @@ fn rebuilds_beyond(wanted: &Result<Checked, String>) -> bool {
 
 /// Entries that are wrong in ways nobody thought of.
 #[test]
-fn random_damage_is_told_as_qemu_img_tells_it_and_its_repair_is_sound() {
+fn random_damage_is_reported_as_qemu_img_tells_it_and_its_repair_is_sound() {
     let seed = crate::disks::seed();
     let mut rng = fastrand::Rng::with_seed(seed);
     let snapshot: &[&str] = &["qemu-img", "snapshot", "-c", "s1", "image"];

@@ -57,9 +57,10 @@ fn images_are_checked_and_repaired_in_qemu_imgs_words() {
                 damage(&mut image, l2);
                 std::fs::write(path.join("a.qcow2"), &image).unwrap();
                 let arguments = [*line, &["a.qcow2"]].concat();
-                let told = if is_ours { ours(path, &arguments) } else { theirs(path, &arguments) };
+                let outcome =
+                    if is_ours { ours(path, &arguments) } else { theirs(path, &arguments) };
                 // The bits that are left.
-                (told, std::fs::read(path.join("a.qcow2")).unwrap()[79])
+                (outcome, std::fs::read(path.join("a.qcow2")).unwrap()[79])
             });
             assert_eq!(both[0], both[1], "{what}: {line:?}");
         }

@@ -20,14 +20,14 @@ impl Pair {
     }
 
     /// What both said: the same, but for advice that follows QEMU's sentence.
-    fn create(&self, arguments: &[&str]) -> Told {
+    fn create(&self, arguments: &[&str]) -> Outcome {
         let arguments = [&["create", "-f", "qcow2"][..], arguments].concat();
-        let told = ours(self.ours.path(), &arguments);
+        let outcome = ours(self.ours.path(), &arguments);
         let wanted = theirs(self.theirs.path(), &arguments);
-        let begins = told.stderr.starts_with(&wanted.stderr);
-        let is_same = begins && told.stdout == wanted.stdout && told.code == wanted.code;
-        assert!(is_same, "{arguments:?}: {told:?} beside {wanted:?}");
-        told
+        let begins = outcome.stderr.starts_with(&wanted.stderr);
+        let is_same = begins && outcome.stdout == wanted.stdout && outcome.code == wanted.code;
+        assert!(is_same, "{arguments:?}: {outcome:?} beside {wanted:?}");
+        outcome
     }
 
     fn read(&self, name: &str) -> [Vec<u8>; 2] {
@@ -80,8 +80,8 @@ fn new_images_are_those_of_qemu_img_to_the_byte() {
         &["-o", "preallocation=metadata,cluster_size=512,refcount_bits=1", "a.qcow2", "30M"],
         &["-o", "preallocation=metadata,extended_l2=on", "-b", "base.raw", "-F", "raw", "a.qcow2"],
     ] {
-        let told = pair.create(options);
-        assert_eq!(told.code, Some(0), "{options:?}: {told:?}");
+        let outcome = pair.create(options);
+        assert_eq!(outcome.code, Some(0), "{options:?}: {outcome:?}");
         let [ours, theirs] = pair.read("a.qcow2");
         assert_eq!(ours.len(), theirs.len(), "{options:?}");
         if ours != theirs {
@@ -170,22 +170,23 @@ fn what_cannot_be_made_is_refused_in_qemu_imgs_words() {
         &[r#"json:{"driver":"qcow2","file.filename":"a.qcow2","file.driver":"file"}"#, "1M"],
         &[r#"json:{"driver":"raw","file.filename":"a.qcow2","file.driver":"file"}"#, "1M"],
     ] {
-        let told = pair.create(options);
-        assert_eq!(told.code, Some(1), "{options:?}: {told:?}");
+        let outcome = pair.create(options);
+        assert_eq!(outcome.code, Some(1), "{options:?}: {outcome:?}");
         assert!(!pair.ours.path().join("a.qcow2").exists(), "{options:?}");
     }
     let long = "x/".repeat(510) + "x";
     let name = ["-u", "-F", "qcow2", "-o", "cluster_size=512", "-b", &long, "a.qcow2", "1M"];
-    let told = pair.create(&name);
-    assert!(told.stderr.ends_with("No space left on device"), "{told:?}");
+    let outcome = pair.create(&name);
+    assert!(outcome.stderr.ends_with("No space left on device"), "{outcome:?}");
     let long = "x/".repeat(511) + "xy";
-    let told = pair.create(&["-u", "-F", "qcow2", "-b", &long, "a.qcow2", "1M"]);
-    assert!(told.stderr.ends_with("Invalid argument"), "{told:?}");
+    let outcome = pair.create(&["-u", "-F", "qcow2", "-b", &long, "a.qcow2", "1M"]);
+    assert!(outcome.stderr.ends_with("Invalid argument"), "{outcome:?}");
 
     let raw = ["create", "-f", "raw", "-b", "base.raw", "-F", "raw", "a.raw", "1M"];
     assert_eq!(ours(pair.ours.path(), &raw), theirs(pair.theirs.path(), &raw));
-    let told = ours(pair.ours.path(), &["create", "-f", "qcow2", "-o", "encryption=on", "e", "1M"]);
-    assert_eq!(told.stderr, "e: Encryption of qcow2 images is not supported");
+    let outcome =
+        ours(pair.ours.path(), &["create", "-f", "qcow2", "-o", "encryption=on", "e", "1M"]);
+    assert_eq!(outcome.stderr, "e: Encryption of qcow2 images is not supported");
 }
 
 #[test]
@@ -193,11 +194,11 @@ fn the_options_are_listed_as_qemu_img_lists_them() {
     let pair = Pair::new();
     for arguments in [&["-o", "help"][..], &["-o", "help", "a.qcow2"]] {
         let arguments = [&["create", "-f", "qcow2"][..], arguments].concat();
-        let mut told = ours(pair.ours.path(), &arguments);
+        let mut outcome = ours(pair.ours.path(), &arguments);
         // Of a later version.
-        let lines = told.stdout.split_inclusive('\n');
-        told.stdout = lines.filter(|line| !line.contains("keep_data_file")).collect();
-        assert_eq!(told, theirs(pair.theirs.path(), &arguments), "{arguments:?}");
+        let lines = outcome.stdout.split_inclusive('\n');
+        outcome.stdout = lines.filter(|line| !line.contains("keep_data_file")).collect();
+        assert_eq!(outcome, theirs(pair.theirs.path(), &arguments), "{arguments:?}");
     }
 }
 
@@ -216,7 +217,7 @@ fn an_image_and_its_data_file_are_two_files() {
     let dir = pair.ours.path();
     fs::write(dir.join("a.qcow2"), "old").unwrap();
     let options = ["create", "-f", "qcow2", "-o", "data_file=./a.qcow2", "a.qcow2", "1M"];
-    let told = ours(dir, &options);
+    let outcome = ours(dir, &options);
     let wanted = "a.qcow2: './a.qcow2' cannot be the image and its data file";
-    assert_eq!((told.stderr.as_str(), told.code), (wanted, Some(1)));
+    assert_eq!((outcome.stderr.as_str(), outcome.code), (wanted, Some(1)));
 }

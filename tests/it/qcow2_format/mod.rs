@@ -14,27 +14,27 @@ use std::process::Output;
 
 /// What a program printed, and how it ended.
 #[derive(Debug, PartialEq, Eq)]
-struct Told {
+struct Outcome {
     stdout: String,
     stderr: String,
     code: Option<i32>,
 }
 
 /// Runs `qemu-img` in a directory.
-fn theirs(dir: &Path, arguments: &[&str]) -> Told {
-    told(&run(dir, &["qemu-img"], arguments), "qemu-img")
+fn theirs(dir: &Path, arguments: &[&str]) -> Outcome {
+    outcome(&run(dir, &["qemu-img"], arguments), "qemu-img")
 }
 
 /// Runs `vublk` with the same arguments.
-fn ours(dir: &Path, arguments: &[&str]) -> Told {
-    told(&run(dir, &[VUBLK], arguments), "vublk")
+fn ours(dir: &Path, arguments: &[&str]) -> Outcome {
+    outcome(&run(dir, &[VUBLK], arguments), "vublk")
 }
 
 /// Without the program's name, and without the blank ends that hints have.
-fn told(output: &Output, name: &str) -> Told {
+fn outcome(output: &Output, name: &str) -> Outcome {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
     let stderr = stderr(output).replace(&format!("{name}: "), "");
-    Told {
+    Outcome {
         stdout: text(&output.stdout),
         stderr: text(stderr.as_bytes()),
         code: output.status.code(),
@@ -43,7 +43,7 @@ fn told(output: &Output, name: &str) -> Told {
 
 /// Runs `qemu-img` to success, and gives what it printed.
 fn qemu_img(dir: &Path, arguments: &[&str]) -> String {
-    let told = theirs(dir, arguments);
-    assert_eq!(told.code, Some(0), "{arguments:?}: {told:?}");
-    told.stdout
+    let outcome = theirs(dir, arguments);
+    assert_eq!(outcome.code, Some(0), "{arguments:?}: {outcome:?}");
+    outcome.stdout
 }

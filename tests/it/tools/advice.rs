@@ -14,7 +14,7 @@ fn said(place: &Place, line: &str) -> String {
 #[test]
 fn a_misspelt_word_is_answered_with_what_may_have_been_meant() {
     let place = Place::new(true);
-    for (line, told) in [
+    for (line, reported) in [
         (
             "create -f qcow2 -o cluster_siz=64k x 1M",
             "'cluster_siz'\nDid you mean 'cluster_size'?\n",
@@ -57,7 +57,7 @@ fn a_misspelt_word_is_answered_with_what_may_have_been_meant() {
         ("daemon --object iothred,id=x", "Did you mean 'iothread'?\n"),
     ] {
         let said = said(&place, line);
-        assert!(said.contains(told), "{line}: {said}");
+        assert!(said.contains(reported), "{line}: {said}");
     }
 }
 
@@ -79,7 +79,7 @@ fn a_file_that_is_missing_is_named_once_and_its_missing_folder_is_named() {
 }
 
 #[test]
-fn an_image_that_is_locked_is_told_of_with_its_holder() {
+fn an_image_that_is_locked_is_reported_of_with_its_holder() {
     let place = Place::new(true);
     assert_eq!(place.run_theirs("qemu-img create -q -f qcow2 d.qcow2 1M").code, Some(0));
     let mut io = Command::new("qemu-io");
@@ -100,9 +100,9 @@ fn an_image_that_is_there_is_not_overwritten_with_no_clobber() {
     let place = Place::new(true);
     let path = place.path().join("d.img");
     std::fs::write(&path, "mine").unwrap();
-    let told = "vublk: d.img: Could not create 'd.img': File exists\n";
+    let reported = "vublk: d.img: Could not create 'd.img': File exists\n";
     for format in ["raw", "qcow2"] {
-        assert_eq!(said(&place, &format!("create --no-clobber -f {format} d.img 1M")), told);
+        assert_eq!(said(&place, &format!("create --no-clobber -f {format} d.img 1M")), reported);
     }
     assert_eq!(std::fs::read(&path).unwrap(), b"mine");
     // A creation that fails leaves no file.

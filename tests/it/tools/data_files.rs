@@ -17,7 +17,7 @@ const PREPARE: &[&str] = &[
 ];
 
 #[test]
-fn what_is_told_of_them_is_the_same() {
+fn what_is_reported_of_them_is_the_same() {
     let mut lines = Vec::new();
     for image in ["d.qcow2", "r.qcow2", "o.qcow2"] {
         for line in [

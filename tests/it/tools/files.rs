@@ -79,9 +79,9 @@ fn interact(place: &Place, input: &str) -> (Option<i32>, String) {
         .unwrap();
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    let told = super::mask(&String::from_utf8_lossy(&output.stdout))
+    let reported = super::mask(&String::from_utf8_lossy(&output.stdout))
         + &String::from_utf8_lossy(&output.stderr);
-    (output.status.code(), told)
+    (output.status.code(), reported)
 }
 
 #[test]

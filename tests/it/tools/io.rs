@@ -8,7 +8,7 @@ const PREPARE: &[&str] = &[
 ];
 
 #[test]
-fn requests_stop_at_breakpoints_until_they_are_told_to_go_on() {
+fn requests_stop_at_breakpoints_until_they_are_reported_to_go_on() {
     let mut lines = Vec::new();
     for event in [
         "write_aio",

@@ -14,7 +14,7 @@ const PREPARE: &[&str] = &[
 ];
 
 #[test]
-fn a_missing_backing_file_is_told_of_in_the_same_words() {
+fn a_missing_backing_file_is_reported_of_in_the_same_words() {
     let mut lines = Vec::new();
     for image in ["lone.qcow2", "top.qcow2"] {
         for line in [
@@ -46,7 +46,7 @@ fn a_missing_backing_file_is_told_of_in_the_same_words() {
 }
 
 #[test]
-fn a_format_that_is_left_out_is_told_of_in_the_same_words() {
+fn a_format_that_is_left_out_is_reported_of_in_the_same_words() {
     assert_same_disks(
         PREPARE,
         &[
@@ -81,7 +81,7 @@ fn what_cannot_be_compressed_is_refused_in_the_same_words() {
 }
 
 #[test]
-fn of_several_writes_that_fail_the_first_in_the_image_is_told() {
+fn of_several_writes_that_fail_the_first_in_the_image_is_reported() {
     let place = Place::new(true);
     std::fs::write(place.path().join("full.raw"), vec![7; 8 << 20]).unwrap();
     let made = place.run("qemu-img create -q -f qcow2 -o data_file=d.raw d.qcow2 8M");

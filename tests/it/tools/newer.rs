@@ -173,18 +173,18 @@ fn a_data_file_that_is_kept_is_the_disk() {
 }
 
 #[test]
-fn the_limits_of_requests_are_told() {
+fn the_limits_of_requests_are_reported() {
     let place = Place::new(true);
     run(&place, &["qemu-img create -q -f qcow2 a.qcow2 1M"]);
     let plain = run(&place, &["qemu-img info a.qcow2"]);
-    let told = run(&place, &["qemu-img info --limits a.qcow2"]);
-    let limits = told.strip_prefix(&*plain).unwrap();
+    let reported = run(&place, &["qemu-img info --limits a.qcow2"]);
+    let limits = reported.strip_prefix(&*plain).unwrap();
     assert!(limits.starts_with("Block limits:\n    request alignment: 1\n"), "{limits}");
     let json =
         |line: &str| -> serde_json::Value { serde_json::from_str(&run(&place, &[line])).unwrap() };
-    let told = json("qemu-img info --limits --output=json a.qcow2");
-    assert_eq!(told["limits"]["request-alignment"], 1);
-    assert_eq!(told["limits"]["opt-transfer"], 65536);
+    let reported = json("qemu-img info --limits --output=json a.qcow2");
+    assert_eq!(reported["limits"]["request-alignment"], 1);
+    assert_eq!(reported["limits"]["opt-transfer"], 65536);
     assert_eq!(json("qemu-img info --output=json a.qcow2").get("limits"), None);
     // Around the page cache the storage's own blocks count.
     let direct = json("qemu-img info -t none --limits --output=json --backing-chain a.qcow2");

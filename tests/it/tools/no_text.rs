@@ -21,7 +21,7 @@ fn run(place: &Place, line: &str) -> (Option<i32>, Vec<u8>, Vec<u8>) {
 }
 
 #[test]
-fn files_whose_names_are_no_text_are_made_read_and_told_as_by_qemu() {
+fn files_whose_names_are_no_text_are_made_read_and_reported_as_by_qemu() {
     let [ours, theirs] = [true, false].map(Place::new);
     for line in [
         "qemu-img create -f raw b?.raw 1M",
@@ -44,12 +44,13 @@ fn files_whose_names_are_no_text_are_made_read_and_told_as_by_qemu() {
         assert_eq!(mine.0, judge.0, "{line}: {}", String::from_utf8_lossy(&mine.2));
         if !line.contains("qemu-io") && !line.contains("not?here") && !line.contains("json:{") {
             // How much of a file is stored is the file system's to say.
-            let told = |text: &[u8]| -> Vec<String> {
+            let compared = |text: &[u8]| -> Vec<String> {
                 let text = String::from_utf8_lossy(text).into_owned();
-                let is_told = |line: &&str| !line.contains("disk size") && !line.contains("actual");
-                text.lines().filter(is_told).map(str::to_owned).collect()
+                let is_compared =
+                    |line: &&str| !line.contains("disk size") && !line.contains("actual");
+                text.lines().filter(is_compared).map(str::to_owned).collect()
             };
-            assert_eq!(told(&mine.1), told(&judge.1), "{line}");
+            assert_eq!(compared(&mine.1), compared(&judge.1), "{line}");
         }
     }
 }

@@ -19,7 +19,7 @@ const PREPARE: &[&str] = &[
 ];
 
 #[test]
-fn lines_of_progress_are_told_as_qemu_tells_them() {
+fn lines_of_progress_are_reported_as_qemu_tells_them() {
     assert_same(
         PREPARE,
         &[

@@ -102,8 +102,8 @@ fn masked(ended: Ended) -> Ended {
 
 /// Whether the image is of version 2 and has no backing file: QEMU forgets its zeroes when it gets one.
 fn stands_alone(place: &Place) -> bool {
-    let told = place.run("qemu-img info top.qcow2").stdout;
-    told.contains("compat: 0.10") && !told.contains("backing file:")
+    let reported = place.run("qemu-img info top.qcow2").stdout;
+    reported.contains("compat: 0.10") && !reported.contains("backing file:")
 }
 
 /// Runs a script in both places. `false`: QEMU's own image is not sound after some line, and there is

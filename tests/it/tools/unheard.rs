@@ -63,7 +63,7 @@ fn a_repair_goes_on_when_nobody_reads_what_it_prints() {
 }
 
 #[test]
-fn an_error_that_cannot_be_printed_is_still_told_by_the_exit_code() {
+fn an_error_that_cannot_be_printed_is_still_reported_by_the_exit_code() {
     let lines: [&[&str]; 5] = [
         &["info", "/nonexistent"],
         &["check", "--nonsense"],

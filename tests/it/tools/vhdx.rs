@@ -237,7 +237,7 @@ fn new_images_say_what_those_of_qemu_say() {
         lines.push(format!("qemu-img create -f vhdx x.vhdx {size}"));
     }
     for line in lines {
-        let told = [true, false].map(|ours| {
+        let reported = [true, false].map(|ours| {
             let place = Place::new(ours);
             let made = place.run(&line);
             // Each is read by the other.
@@ -248,7 +248,7 @@ fn new_images_say_what_those_of_qemu_say() {
             let text = info.stdout.lines().filter(|line| !line.contains("actual-size"));
             (made, info.code, text.collect::<Vec<_>>().join("\n"))
         });
-        assert_eq!(told[0], told[1], "{line}");
+        assert_eq!(reported[0], reported[1], "{line}");
     }
     assert_same(
         &[],

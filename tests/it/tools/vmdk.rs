@@ -225,7 +225,7 @@ fn damaged_headers_are_refused_as_qemu_refuses_them() {
 }
 
 #[test]
-fn grains_that_cannot_be_are_told_by_a_check() {
+fn grains_that_cannot_be_are_reported_by_a_check() {
     let place = with_image("", "8M");
     let original = Bytes::of(&place);
     let directory = original.number(56) * 512;

@@ -5,7 +5,7 @@ use super::{Ended, Place, fixture, mask};
 /// What both programs tell of the images that each has made by the same lines, content IDs left out.
 fn assert_made_alike(lines: &[&str], names: &[&str]) {
     let places = [true, false].map(Place::new);
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     for place in &places {
         fixture(place.path());
         let ended: Vec<Ended> = lines.iter().map(|line| place.run(line)).collect();
@@ -19,9 +19,9 @@ fn assert_made_alike(lines: &[&str], names: &[&str]) {
             let len = bytes.len() * usize::from(bytes.starts_with(b"KDMV"));
             (len, mask(&lines.join("\n")))
         });
-        told.push((ended, texts.collect::<Vec<_>>()));
+        reported.push((ended, texts.collect::<Vec<_>>()));
     }
-    let [ours, theirs] = &told[..] else { unreachable!("there are two places") };
+    let [ours, theirs] = &reported[..] else { unreachable!("there are two places") };
     assert_eq!(ours, theirs, "{lines:?}");
 }
 
@@ -169,7 +169,7 @@ fn grains_of_a_stream_are_written_once_and_whole() {
         "qemu-io -f vmdk -c 'write -P 5 0 64k' -c 'write 0 64k' -c 'write 65k 4k' -c 'write 64k 4k' x.vmdk",
         "qemu-io -f vmdk -c 'write -c -P 6 128k 64k' -c 'write -P 7 1024k 976k' -c 'read -P 5 0 64k' -c map x.vmdk",
     ];
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     for ours in [true, false] {
         let place = Place::new(ours);
         let create = "qemu-img create -q -f vmdk -o subformat=streamOptimized x.vmdk 2000k";
@@ -178,13 +178,13 @@ fn grains_of_a_stream_are_written_once_and_whole() {
         // A line of QEMU's own.
         ended.iter_mut().for_each(|ended| ended.stderr.clear());
         let read = "qemu-io -r -f vmdk -c 'read -P 5 0 64k' -c 'read -P 6 128k 64k' -c 'read -P 7 1024k 976k' x.vmdk";
-        told.push((
+        reported.push((
             ended,
             place.run_theirs(read),
             place.run_theirs("qemu-img map --output=json x.vmdk"),
         ));
     }
-    assert_eq!(told[0], told[1]);
+    assert_eq!(reported[0], reported[1]);
 }
 
 #[test]

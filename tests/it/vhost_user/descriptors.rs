@@ -95,7 +95,7 @@ fn a_front_end_for_which_no_descriptors_are_left_waits_and_is_served_when_anothe
 }
 
 #[test]
-fn a_daemon_whose_front_ends_wait_for_descriptors_ends_when_it_is_told_to() {
+fn a_daemon_whose_front_ends_wait_for_descriptors_ends_when_it_is_reported_to() {
     let mut daemon = limited("100:100", 4, 16);
     let waiting: Vec<UnixStream> =
         (0..4).map(|number| UnixStream::connect(daemon.socket(number)).unwrap()).collect();

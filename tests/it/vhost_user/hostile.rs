@@ -201,7 +201,7 @@ fn watch_errors(disk: &mut Disk) -> EventFd {
 }
 
 /// Waits for the word that a queue has stopped.
-fn is_told(fd: &EventFd) -> bool {
+fn is_signalled(fd: &EventFd) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one valid pollfd, for the duration of the call.
     unsafe { libc::poll(&mut poll, 1, LIMIT.as_millis() as i32) == 1 }
@@ -224,7 +224,7 @@ fn a_ring_that_breaks_a_rule_stops_alone_with_one_line_in_the_log() {
         }
         layout.set_avail_idx(&memory, case.index);
         ring.kick().unwrap();
-        assert!(is_told(&error), "{}:\n{}", case.name, daemon.server.stderr());
+        assert!(is_signalled(&error), "{}:\n{}", case.name, daemon.server.stderr());
         let log = daemon.wait_log("queue 0: stopped: ", number + 1);
         let said = log.lines().rfind(|line| line.contains("queue 0: stopped: ")).unwrap();
         assert!(said.contains(case.says), "{}: {said}", case.name);
@@ -256,7 +256,7 @@ fn a_ring_that_was_stopped_works_again_for_the_next_front_end_and_after_a_restar
     let (layout, memory) = (ring.layout(), ring.memory().clone());
     ring.add_head(999);
     ring.publish().unwrap();
-    assert!(is_told(&error), "{}", daemon.server.stderr());
+    assert!(is_signalled(&error), "{}", daemon.server.stderr());
     assert_eq!(disk.connection().stop_queue(0).unwrap(), 0, "the bad head was not taken");
     put(&memory, &layout, layout.desc, &good());
     memory.write(HEADER, &[0; 16]);
@@ -280,7 +280,7 @@ fn what_was_in_flight_when_a_ring_broke_is_completed() {
     let ring = disk.queue(0).ring();
     ring.add_head(ENTRIES);
     ring.publish().unwrap();
-    assert!(is_told(&error), "{}", daemon.server.stderr());
+    assert!(is_signalled(&error), "{}", daemon.server.stderr());
     assert_eq!(disk.queue(0).drain().unwrap().len(), 4);
     assert_eq!(disk.connection().stop_queue(0).unwrap(), 4);
 }
@@ -296,7 +296,7 @@ fn a_head_that_is_in_flight_cannot_be_made_available_again() {
     ring.add_head(0);
     ring.add_head(0);
     ring.publish().unwrap();
-    assert!(is_told(&error), "{}", daemon.server.stderr());
+    assert!(is_signalled(&error), "{}", daemon.server.stderr());
     ring.wait(LIMIT).unwrap();
     disk.connection().stop_queue(0).unwrap();
     assert_eq!(layout.used_idx(&memory), 1, "the first one was answered, once");
@@ -322,7 +322,7 @@ fn memory_that_was_taken_away_stops_the_queue_that_uses_it() {
     put(&memory, &layout, layout.desc, &with(1, desc(MEMORY, 512, NEXT | WRITE, 2)));
     ring.add_head(0);
     ring.publish().unwrap();
-    assert!(is_told(&error), "{}", daemon.server.stderr());
+    assert!(is_signalled(&error), "{}", daemon.server.stderr());
     disk.queue(1).read(0, &mut [0; 512]).unwrap();
     drop(disk);
     daemon.assert_serves(0);

@@ -50,7 +50,7 @@ fn begun_again(daemon: &Daemon) -> usize {
 }
 
 /// Blocks of 4 KiB that one queue writes and reads back, each with at most one request in flight.
-pub struct Lane {
+pub struct Slot {
     sector: u64,
     /// In every sector of the block: what was written last, or is being written.
     stamp: u64,
@@ -72,36 +72,36 @@ fn stamped(sector: u64, stamp: u64) -> Vec<u8> {
 /// The load of one queue.
 pub struct Load {
     pub queue: usize,
-    pub lanes: Vec<Lane>,
+    pub slots: Vec<Slot>,
     pub done: u64,
 }
 
 impl Load {
     pub fn new(queue: usize) -> Load {
-        let lane = |n: usize| Lane {
+        let slot = |n: usize| Slot {
             sector: ((queue * 48 + n) * BLOCK / 512) as u64,
             stamp: 0,
             pending: None,
         };
-        Load { queue, lanes: (0..48).map(lane).collect(), done: 0 }
+        Load { queue, slots: (0..48).map(slot).collect(), done: 0 }
     }
 
-    /// Begins something on the idle lanes, some of them.
+    /// Begins something on the idle slots, some of them.
     pub fn submit(&mut self, disk: &mut Disk, random: &mut fastrand::Rng) {
         let queue = disk.queue(self.queue);
-        for lane in self.lanes.iter_mut().filter(|lane| lane.pending.is_none()) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.pending.is_none()) {
             if random.u8(..4) == 0 {
                 continue;
             }
-            let read = random.u8(..3) == 0 && lane.stamp > 0;
+            let read = random.u8(..3) == 0 && slot.stamp > 0;
             let request = if read {
-                Request::In { sector: lane.sector, len: BLOCK }
+                Request::In { sector: slot.sector, len: BLOCK }
             } else {
-                lane.stamp += 1;
-                Request::Out { sector: lane.sector, data: stamped(lane.sector, lane.stamp) }
+                slot.stamp += 1;
+                Request::Out { sector: slot.sector, data: stamped(slot.sector, slot.stamp) }
             };
             let token = queue.add(&request, &Shape::indirect()).unwrap();
-            lane.pending = Some((token, read));
+            slot.pending = Some((token, read));
         }
         queue.publish().unwrap();
     }
@@ -110,14 +110,14 @@ impl Load {
     pub fn reap(&mut self, disk: &mut Disk) {
         while let Some(done) = disk.queue(self.queue).reap().unwrap() {
             assert_eq!(done.status, status::OK);
-            let lane = self
-                .lanes
+            let slot = self
+                .slots
                 .iter_mut()
-                .find(|lane| lane.pending.is_some_and(|(token, _)| token == done.token))
+                .find(|slot| slot.pending.is_some_and(|(token, _)| token == done.token))
                 .expect("it was in flight");
-            let (_, read) = lane.pending.take().unwrap();
+            let (_, read) = slot.pending.take().unwrap();
             if read {
-                assert!(done.data == stamped(lane.sector, lane.stamp), "sector {}", lane.sector);
+                assert!(done.data == stamped(slot.sector, slot.stamp), "sector {}", slot.sector);
             }
             self.done += 1;
         }
@@ -144,13 +144,13 @@ fn a_daemon_that_is_killed_under_load_again_and_again_loses_nothing_and_repeats_
         let until = Instant::now() + Duration::from_micros(random.u64(..200));
         while Instant::now() < until {}
         kill(&mut daemon);
-        let (told, file) = disk.inflight().unwrap();
-        kills_in_flight += usize::from(flags(told, file) > 0);
+        let (announced, file) = disk.inflight().unwrap();
+        kills_in_flight += usize::from(flags(announced, file) > 0);
         daemon.restart();
         disk.reconnect().unwrap();
     }
     for load in &mut loads {
-        while load.lanes.iter().any(|lane| lane.pending.is_some()) {
+        while load.slots.iter().any(|slot| slot.pending.is_some()) {
             disk.queue(load.queue).ring().wait(LIMIT).unwrap();
             load.reap(&mut disk);
         }
@@ -180,9 +180,9 @@ fn what_was_acknowledged_before_a_kill_is_in_the_image() {
         let image = daemon.image();
         for load in &mut loads {
             load.reap(&mut disk);
-            for lane in load.lanes.iter().filter(|lane| lane.pending.is_none() && lane.stamp > 0) {
-                let found = &image[lane.sector as usize * 512..][..BLOCK];
-                assert!(found == stamped(lane.sector, lane.stamp), "sector {}", lane.sector);
+            for slot in load.slots.iter().filter(|slot| slot.pending.is_none() && slot.stamp > 0) {
+                let found = &image[slot.sector as usize * 512..][..BLOCK];
+                assert!(found == stamped(slot.sector, slot.stamp), "sector {}", slot.sector);
             }
         }
         daemon.restart();
@@ -201,7 +201,7 @@ fn what_is_in_flight_on_each_of_256_queues_at_a_kill_is_done_again() {
     }
     kill(&mut daemon);
     // As many as the daemon had come to.
-    let left = disk.inflight().map_or(0, |(told, file)| flags(told, file));
+    let left = disk.inflight().map_or(0, |(announced, file)| flags(announced, file));
     daemon.restart();
     disk.reconnect().unwrap();
     for index in 0..256 {
@@ -246,24 +246,24 @@ fn requests_in_flight_at_a_kill_are_begun_again_whatever_base_the_front_end_give
 }
 
 /// The region's flags, over all queues.
-fn flags(told: &VhostUserInflight, file: &File) -> usize {
-    let (queues, entries) = (usize::from(told.num_queues), usize::from(told.queue_size));
-    let mut bytes = vec![0; told.mmap_size as usize];
-    file.read_exact_at(&mut bytes, told.mmap_offset).unwrap();
+fn flags(announced: &VhostUserInflight, file: &File) -> usize {
+    let (queues, entries) = (usize::from(announced.num_queues), usize::from(announced.queue_size));
+    let mut bytes = vec![0; announced.mmap_size as usize];
+    file.read_exact_at(&mut bytes, announced.mmap_offset).unwrap();
     // What follows the queues' parts is the server's own.
     let parts = bytes.chunks((16 + 16 * entries).next_multiple_of(64)).take(queues);
     parts.map(|part| (0..entries).filter(|n| part[16 + 16 * n] != 0).count()).sum()
 }
 
 pub fn wait_in_flight(disk: &Disk, count: usize) {
-    let (told, file) = disk.inflight().expect("it is offered");
-    while flags(told, file) != count {
+    let (announced, file) = disk.inflight().expect("it is offered");
+    while flags(announced, file) != count {
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn a_daemon_that_is_told_to_end_leaves_nothing_in_flight() {
+fn a_daemon_that_is_reported_to_end_leaves_nothing_in_flight() {
     let mut random = fastrand::Rng::with_seed(seed());
     let mut daemon = raw_disk();
     let mut disk = daemon.open(&options(4));
@@ -277,14 +277,14 @@ fn a_daemon_that_is_told_to_end_leaves_nothing_in_flight() {
         }
         daemon.server.signal(libc::SIGTERM).unwrap();
         assert!(daemon.server.wait_exit(LIMIT).unwrap().success());
-        let (told, file) = disk.inflight().unwrap();
-        assert_eq!(flags(told, file), 0);
+        let (announced, file) = disk.inflight().unwrap();
+        assert_eq!(flags(announced, file), 0);
         daemon.restart();
         disk.reconnect().unwrap();
         assert_eq!(begun_again(&daemon), 0);
     }
     for load in &mut loads {
-        while load.lanes.iter().any(|lane| lane.pending.is_some()) {
+        while load.slots.iter().any(|slot| slot.pending.is_some()) {
             disk.queue(load.queue).ring().wait(LIMIT).unwrap();
             load.reap(&mut disk);
         }
@@ -331,8 +331,8 @@ fn a_guest_that_has_switched_its_write_cache_off_has_it_off_after_a_kill() {
     // What the guest says to the daemon that lives counts more than what the memory holds.
     disk.stop().unwrap();
     disk.connection().set_write_cache(true).unwrap();
-    let (told, file) = disk.inflight().unwrap();
-    let trailer = told.mmap_offset + told.mmap_size - BEHIND_QUEUES;
+    let (announced, file) = disk.inflight().unwrap();
+    let trailer = announced.mmap_offset + announced.mmap_size - BEHIND_QUEUES;
     file.write_all_at(&[1], trailer + 8).unwrap();
     disk.reconnect().unwrap();
     assert_eq!(disk.connection().config().unwrap().wce, 1);
@@ -467,11 +467,11 @@ fn memory_of_another_back_end_ends_with_its_queues_and_knows_of_no_write_cache()
     let mut daemon = raw_disk();
     let mut disk = daemon.open(&options(1));
     disk.connection().set_write_cache(false).unwrap();
-    let (told, file) = disk.inflight().unwrap();
-    let (told, file) = (*told, file.try_clone().unwrap());
-    let queues = told.mmap_size - BEHIND_QUEUES;
+    let (announced, file) = disk.inflight().unwrap();
+    let (announced, file) = (*announced, file.try_clone().unwrap());
+    let queues = announced.mmap_size - BEHIND_QUEUES;
     for (size, magic, wce) in
-        [(told.mmap_size, true, 0), (queues, true, 1), (told.mmap_size, false, 1)]
+        [(announced.mmap_size, true, 0), (queues, true, 1), (announced.mmap_size, false, 1)]
     {
         if !magic {
             file.write_all_at(b"somebody", queues).unwrap();
@@ -480,8 +480,9 @@ fn memory_of_another_back_end_ends_with_its_queues_and_knows_of_no_write_cache()
         daemon.restart();
         let mut other = daemon.open(&options(1));
         other.stop().unwrap();
-        let told = VhostUserInflight::new(size, told.mmap_offset, told.num_queues, ENTRIES);
-        other.connection().set_inflight(&told, &file).unwrap();
+        let announced =
+            VhostUserInflight::new(size, announced.mmap_offset, announced.num_queues, ENTRIES);
+        other.connection().set_inflight(&announced, &file).unwrap();
         assert_eq!(other.connection().config().unwrap().wce, wce, "{size} {magic}");
     }
 }
@@ -489,11 +490,11 @@ fn memory_of_another_back_end_ends_with_its_queues_and_knows_of_no_write_cache()
 #[test]
 fn an_inflight_region_that_is_wrong_costs_the_connection_only() {
     let mut daemon = Daemon::null("", "num-queues=2");
-    let good = daemon.open(&options(2)).inflight().map(|(told, _)| *told).unwrap();
+    let good = daemon.open(&options(2)).inflight().map(|(announced, _)| *announced).unwrap();
     let with =
         |size, offset, queues, entries| VhostUserInflight::new(size, offset, queues, entries);
     let len = good.mmap_size;
-    for (times, (told, says)) in [
+    for (times, (announced, says)) in [
         (with(4096, 0, 2, 1024), "2 queues of 1024 take"),
         (with(len, 1 << 40, 2, ENTRIES), "its file ends at"),
         (with(u64::MAX, 0, 2, ENTRIES * 2), "its file ends at"),
@@ -506,7 +507,7 @@ fn an_inflight_region_that_is_wrong_costs_the_connection_only() {
         disk.stop().unwrap();
         let (_, file) = disk.inflight().unwrap();
         let file = file.try_clone().unwrap();
-        disk.connection().set_inflight(&told, &file).unwrap_err();
+        disk.connection().set_inflight(&announced, &file).unwrap_err();
         let log = daemon.wait_log("inflight region", times + 1);
         assert!(log.contains(says), "{log}");
     }

@@ -71,7 +71,7 @@ fn kills_under_load_leave_no_clusters_leaked_behind_the_next_daemon() {
         disk.reconnect().unwrap();
     }
     for load in &mut loads {
-        while load.lanes.iter().any(|lane| lane.pending.is_some()) {
+        while load.slots.iter().any(|slot| slot.pending.is_some()) {
             disk.queue(load.queue).ring().wait(LIMIT).unwrap();
             load.reap(&mut disk);
         }

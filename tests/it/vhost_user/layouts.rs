@@ -51,15 +51,15 @@ fn header_data_and_status_may_be_cut_anywhere_and_lie_anywhere() {
                         };
                         let data = pattern(4096, salt);
                         let sector = 8 * u64::from(salt);
-                        let told = |e| {
+                        let reported = |e| {
                             panic!(
                                 "{e}: {:?}",
                                 queue_shape(readable, writable, indirect, placement)
                             )
                         };
-                        queue.write(sector, &data).unwrap_or_else(told);
+                        queue.write(sector, &data).unwrap_or_else(reported);
                         let mut back = vec![0; data.len()];
-                        queue.read(sector, &mut back).unwrap_or_else(told);
+                        queue.read(sector, &mut back).unwrap_or_else(reported);
                         assert_eq!(back, data, "{:?}", queue.shape);
                     }
                 }

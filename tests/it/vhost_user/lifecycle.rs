@@ -222,7 +222,7 @@ fn a_call_descriptor_may_be_replaced_while_the_ring_runs() {
 }
 
 #[test]
-fn a_call_descriptor_that_comes_after_a_completion_is_told_of_it() {
+fn a_call_descriptor_that_comes_after_a_completion_is_reported_of_it() {
     let daemon = Daemon::file("");
     let mut disk = daemon.open(&Options::default());
     let request = Request::In { sector: 0, len: 512 };
@@ -357,7 +357,7 @@ fn the_daemon_ends_with_a_front_end_connected_and_requests_in_flight() {
 }
 
 #[test]
-fn a_second_front_end_that_has_to_wait_is_told_of_once() {
+fn a_second_front_end_that_has_to_wait_is_reported_of_once() {
     let mut daemon = Daemon::file("");
     let mut disk = daemon.open(&Options::default());
     let waiting = [(); 2].map(|()| UnixStream::connect(daemon.socket(0)).unwrap());

@@ -13,14 +13,14 @@ use super::lone_queue::Lone;
 struct Watched {
     queue: Queue,
     stopper: mpsc::Receiver<Stopped>,
-    told: mpsc::Sender<[Result<Stopped, mpsc::TryRecvError>; 2]>,
+    seen: mpsc::Sender<[Result<Stopped, mpsc::TryRecvError>; 2]>,
 }
 
 impl io::Source for Watched {
     fn poll(&mut self, io: &Rc<io::Io>, me: io::SourceId) -> io::Polled {
         let polled = self.queue.poll(io, me);
         if polled == io::Polled::Ended {
-            let _ = self.told.send([self.stopper.try_recv(), self.stopper.try_recv()]);
+            let _ = self.seen.send([self.stopper.try_recv(), self.stopper.try_recv()]);
         }
         polled
     }
@@ -49,20 +49,20 @@ fn the_stopper_of_a_queue_can_wait_until_the_queue_lets_go_of_the_memory() {
     let opened = worker.block_on(|| async { crate::disks::open("driver=null-co").await.node });
     let lone = Lone::new(1 << 20, 16);
     let (start, memory) = (lone.start(opened), lone.memory);
-    let (told, hears) = mpsc::channel();
+    let (seen, receiver) = mpsc::channel();
     worker.send(move |local| {
         let (sender, stopper) = mpsc::channel();
         let mut queue = Queue::new(start);
         queue.stop(sender, AtStop::Fail);
-        local.attach(Box::new(Watched { queue, stopper, told }), None);
+        local.attach(Box::new(Watched { queue, stopper, seen }), None);
     });
     let empty = Err(mpsc::TryRecvError::Empty);
     assert_eq!(
-        hears.recv_timeout(LIMIT).unwrap(),
+        receiver.recv_timeout(LIMIT).unwrap(),
         [Ok(Stopped::default()), empty],
         "it still holds the memory"
     );
     // The end of the channel is the end of the queue.
-    assert!(hears.recv_timeout(LIMIT).is_err());
+    assert!(receiver.recv_timeout(LIMIT).is_err());
     assert_eq!(Arc::strong_count(&memory), 1);
 }

@@ -18,14 +18,14 @@ const TABLE: u64 = 128 << 10;
 const DATA: u64 = 1 << 20;
 
 /// A queue that tells at the end of each turn how many of its requests have ended.
-struct Telling {
+struct Reporting {
     name: char,
     queue: Queue,
     lone: Lone,
-    tell: mpsc::Sender<(char, u16)>,
+    sender: mpsc::Sender<(char, u16)>,
 }
 
-impl io::Source for Telling {
+impl io::Source for Reporting {
     fn poll(&mut self, io: &Rc<io::Io>, me: io::SourceId) -> io::Polled {
         self.queue.poll(io, me)
     }
@@ -37,7 +37,7 @@ impl io::Source for Telling {
     }
     fn publish(&mut self) {
         self.queue.publish();
-        let _ = self.tell.send((self.name, self.lone.ring.used_idx(&self.lone.guest)));
+        let _ = self.sender.send((self.name, self.lone.ring.used_idx(&self.lone.guest)));
     }
     fn arm(&mut self) -> bool {
         self.queue.arm()
@@ -71,21 +71,21 @@ fn reads(count: u16, segments: u16, len: u32) -> Lone {
 }
 
 /// What two queues on one worker tell, `a` of which comes first, up to the end of both.
-fn told(options: &str, a: Lone, b: Lone) -> Vec<(char, u16)> {
+fn order(options: &str, a: Lone, b: Lone) -> Vec<(char, u16)> {
     let worker = io::Worker::start("worker", io::WorkerOptions::default()).unwrap();
     let disk = format!("driver=null-co,read-zeroes=on{options}");
     let node = worker.block_on(move || async move { crate::disks::open(&disk).await.node });
     let wanted = [&a, &b].map(|lone| lone.ring.avail_idx(&lone.guest));
-    let (tell, told) = mpsc::channel();
+    let (sender, order) = mpsc::channel();
     worker.send(move |local| {
         for (name, lone) in [('a', a), ('b', b)] {
             let queue = Queue::new(lone.start(node.clone()));
-            local.attach(Box::new(Telling { name, queue, lone, tell: tell.clone() }), None);
+            local.attach(Box::new(Reporting { name, queue, lone, sender: sender.clone() }), None);
         }
     });
     let mut all = Vec::new();
     while !(all.contains(&('a', wanted[0])) && all.contains(&('b', wanted[1]))) {
-        all.push(told.recv_timeout(LIMIT).unwrap());
+        all.push(order.recv_timeout(LIMIT).unwrap());
     }
     all
 }
@@ -93,21 +93,21 @@ fn told(options: &str, a: Lone, b: Lone) -> Vec<(char, u16)> {
 #[test]
 fn a_queue_full_of_long_chains_or_long_copies_lets_the_others_of_its_worker_go_on() {
     for (segments, len) in [(1022, 512), (1, MIB), (16, MIB / 16)] {
-        let told = told("", reads(256, segments, len), reads(1, 1, 512));
+        let order = order("", reads(256, segments, len), reads(1, 1, 512));
         // Four chains, the first batch of a turn, are its whole share.
-        assert_eq!(told[..2], [('a', 4), ('b', 1)], "{segments} segments of {len}");
-        assert!(told.contains(&('a', 8)));
+        assert_eq!(order[..2], [('a', 4), ('b', 1)], "{segments} segments of {len}");
+        assert!(order.contains(&('a', 8)));
     }
-    let told = told("", reads(256, 1, 4096), reads(1, 1, 512));
-    assert_eq!(told[0], ('a', 256), "small requests are done in one turn");
+    let order = order("", reads(256, 1, 4096), reads(1, 1, 512));
+    assert_eq!(order[0], ('a', 256), "small requests are done in one turn");
 }
 
 #[test]
 fn a_request_that_is_longer_than_a_turn_goes_in_pieces() {
-    let told = told("", reads(64, 1, 14 * MIB), reads(64, 1, 512));
-    let place = |end| told.iter().position(|&one| one == end).unwrap();
+    let order = order("", reads(64, 1, 14 * MIB), reads(64, 1, 512));
+    let place = |end| order.iter().position(|&one| one == end).unwrap();
     assert!(place(('b', 64)) < place(('a', 64)));
-    let turns = told.iter().filter(|(name, _)| *name == 'a').count();
+    let turns = order.iter().filter(|(name, _)| *name == 'a').count();
     // With the piece that ends it a turn moves less than twice its share.
     assert!(turns >= 64 * 14 / 8, "{turns}");
 }
@@ -115,9 +115,9 @@ fn a_request_that_is_longer_than_a_turn_goes_in_pieces() {
 #[test]
 fn slow_requests_of_one_queue_do_not_delay_those_of_another() {
     // Each takes a task, and zeroes its memory in it.
-    let told = told(",latency-ns=1", reads(256, 1, MIB), reads(1, 1, 512));
-    let place = |end| told.iter().position(|&one| one == end).unwrap();
-    let by_then = told[..place(('b', 1))].iter().filter(|(name, _)| *name == 'a');
+    let order = order(",latency-ns=1", reads(256, 1, MIB), reads(1, 1, 512));
+    let place = |end| order.iter().position(|&one| one == end).unwrap();
+    let by_then = order[..place(('b', 1))].iter().filter(|(name, _)| *name == 'a');
     let ended = by_then.map(|&(_, ended)| ended).max().unwrap_or(0);
     assert!(ended <= 16, "{ended} had ended");
 }

@@ -108,7 +108,7 @@ fn a_flush_makes_durable_what_was_acknowledged_on_every_queue() {
 }
 
 #[test]
-fn flushes_are_counted_and_told_at_the_end() {
+fn flushes_are_counted_and_reported_at_the_end() {
     let daemon = Daemon::file("num-queues=2");
     let mut disk = daemon.open(&Options { num_queues: 2, ..Options::default() });
     for _ in 0..7 {

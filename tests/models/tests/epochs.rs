@@ -32,14 +32,14 @@ struct Graph {
 /// Two turns of a queue, each with a request that ends after the turn.
 fn serve(graph: &Graph, announcer: &Announcer) {
     for _ in 0..2 {
-        let turn = announcer.enter();
+        let guard = announcer.enter();
         let mut begun = None;
         if !graph.is_paused.load(Ordering::SeqCst) {
-            begun = Some(turn.begin());
+            begun = Some(guard.begin());
             assert!(!graph.is_changed.load(Ordering::SeqCst), "the change did not wait");
             graph.in_flight.fetch_add(1, Ordering::SeqCst);
         }
-        drop(turn);
+        drop(guard);
         announcer.settle();
         if let Some(generation) = begun {
             assert!(!graph.is_changed.load(Ordering::SeqCst), "changed under a request");

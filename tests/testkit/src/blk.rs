@@ -291,8 +291,8 @@ impl Disk {
                 let (queues, size) = (self.options.num_queues as u16, self.options.queue_size);
                 self.inflight = Some(self.connection.get_inflight(queues, size)?);
             }
-            if let Some((told, file)) = &self.inflight {
-                self.connection.set_inflight(told, file)?;
+            if let Some((announced, file)) = &self.inflight {
+                self.connection.set_inflight(announced, file)?;
             }
         }
         for index in 0..self.queues.len() {

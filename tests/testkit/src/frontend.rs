@@ -329,9 +329,9 @@ impl Connection {
     }
 
     /// SET_INFLIGHT_FD.
-    pub fn set_inflight(&mut self, told: &VhostUserInflight, file: &File) -> Result<()> {
+    pub fn set_inflight(&mut self, announced: &VhostUserInflight, file: &File) -> Result<()> {
         let fd = file.as_raw_fd();
-        self.acked("SET_INFLIGHT_FD", |v| v.set_inflight_fd(told, fd))
+        self.acked("SET_INFLIGHT_FD", |v| v.set_inflight_fd(announced, fd))
     }
 
     /// RESET_DEVICE.

@@ -229,7 +229,7 @@ impl Inner {
         }
         pairs.granted = granted.max(pairs.granted);
         drop(pairs);
-        if identity.tells_of_namespaces() {
+        if identity.reports_namespaces() {
             let command = Command::admin(AdminOpcode::SetFeatures)
                 .with_dword(10, feature::ASYNC_EVENTS)
                 // Critical warnings of the device's health, and namespaces that change.

@@ -213,7 +213,7 @@ impl Inner {
         }
         self.life.store(DEAD, Ordering::Release);
         self.links().iter().for_each(|link| link.notify(State::Dead));
-        self.tell_listeners();
+        self.notify_listeners();
     }
 
     /// Asks the controller to end a command early (section 5.1). Its own completion tells whether it did.
@@ -293,11 +293,11 @@ impl Inner {
             }
         }
         if changed {
-            self.tell_listeners();
+            self.notify_listeners();
         }
     }
 
-    fn tell_listeners(&self) {
+    fn notify_listeners(&self) {
         let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
         listeners.iter().for_each(|listener| listener());
     }

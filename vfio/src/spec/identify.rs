@@ -78,7 +78,7 @@ impl ControllerIdentity {
     }
 
     /// Whether namespaces that change are told of (OAES bit 8).
-    pub fn tells_of_namespaces(&self) -> bool {
+    pub fn reports_namespaces(&self) -> bool {
         self.async_events & 1 << 8 != 0
     }
 }

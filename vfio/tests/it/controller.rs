@@ -65,7 +65,7 @@ fn a_controller_that_does_not_stop_is_reset_as_a_function_without_bus_mastering(
 }
 
 #[test]
-fn what_a_controller_is_like_is_told() {
+fn what_a_controller_is_like_is_reported() {
     let namespaces = vec![Media::new(1 << 20, 9), Media::new(2 << 20, 12)];
     let config = Config { namespaces, mdts: 3, limits: Some((2, 8)), ..Config::default() };
     let controller = open(&Fake::new(config));
@@ -176,20 +176,20 @@ fn there_are_as_many_queue_pairs_as_the_controller_grants() {
 }
 
 #[test]
-fn a_namespace_that_changes_is_told_of_and_has_its_new_length() {
+fn a_namespace_that_changes_is_reported_of_and_has_its_new_length() {
     let fake = Fake::new(Config::default());
     let controller = open(&fake);
     let namespace = controller.namespace(1).unwrap();
-    let heard = Arc::new(AtomicU64::new(0));
-    let theirs = heard.clone();
+    let called = Arc::new(AtomicU64::new(0));
+    let clone = called.clone();
     let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
-        theirs.fetch_add(1, Ordering::SeqCst);
+        clone.fetch_add(1, Ordering::SeqCst);
     });
     controller.listen(&listener);
     for round in 1..=5 {
         fake.resize(1, 1000 * round);
         wait_until("the length is known", || namespace.len() == 512_000 * round);
-        wait_until("it is told", || heard.load(Ordering::SeqCst) == round);
+        wait_until("it is told", || called.load(Ordering::SeqCst) == round);
     }
     assert_eq!(fake.complaints(), Vec::<String>::new());
 }
@@ -204,7 +204,7 @@ fn a_wish_for_the_device_is_heard() {
 }
 
 #[test]
-fn health_and_errors_are_told_and_who_may_not_wait_is_told_what_was_said_last() {
+fn health_and_errors_are_reported_and_who_may_not_wait_is_reported_what_was_said_last() {
     let mut health = vec![0; 512];
     health[1..6].copy_from_slice(&[0x37, 0x01, 97, 10, 3]);
     let mut errors = vec![0; 2 * 64];
@@ -212,16 +212,19 @@ fn health_and_errors_are_told_and_who_may_not_wait_is_told_what_was_said_last() 
     errors[12..14].copy_from_slice(&(0x281u16 << 1).to_le_bytes());
     let fake = Fake::new(Config { health, errors, ..Config::default() });
     let controller = open(&fake);
-    let told = controller.health().unwrap();
-    assert_eq!((told.temperature, told.spare, told.spare_threshold, told.used), (311, 97, 10, 3));
+    let reported = controller.health().unwrap();
+    assert_eq!(
+        (reported.temperature, reported.spare, reported.spare_threshold, reported.used),
+        (311, 97, 10, 3)
+    );
     let errors: Vec<_> = controller.errors().unwrap().iter().map(ToString::to_string).collect();
     assert_eq!(errors, ["error 1: queue 0, namespace 0, block 0: unrecovered read error (0x281)"]);
     assert_eq!(controller.last_health(), None, "nobody has asked yet");
-    wait_until("the controller has answered", || controller.last_health() == Some(told));
+    wait_until("the controller has answered", || controller.last_health() == Some(reported));
     let asked = || fake.events().iter().filter(|event| **event == Event::Admin(2)).count();
     let before = asked();
-    (0..100).for_each(|_| assert_eq!(controller.last_health(), Some(told)));
+    (0..100).for_each(|_| assert_eq!(controller.last_health(), Some(reported)));
     assert_eq!(asked(), before, "what is fresh is not asked for again");
     fake.break_down(Broken { mute_admin: true, ..Broken::default() });
-    assert_eq!(controller.last_health(), Some(told));
+    assert_eq!(controller.last_health(), Some(reported));
 }

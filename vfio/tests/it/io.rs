@@ -76,13 +76,13 @@ fn scattered_memory_of_any_alignment_is_read_and_written_whole() {
             let before = disk.pair.counts();
             goes_and_comes_back(&mut disk, &guest, parts, seed);
             let (counts, route) = (disk.pair.counts(), route(*best, sgls));
-            let told = (counts.bounced - before.bounced, counts.scattered - before.scattered);
+            let reported = (counts.bounced - before.bounced, counts.scattered - before.scattered);
             let wanted = match route {
                 Route::Pages => (0, 0),
                 Route::List(_) => (0, 2),
                 Route::Bounce => (2, 0),
             };
-            assert_eq!(told, wanted, "SGLS {sgls}: {parts:x?}");
+            assert_eq!(reported, wanted, "SGLS {sgls}: {parts:x?}");
         }
         disk.check();
     }

@@ -133,12 +133,12 @@ fn a_reset_in_the_middle_of_ours_is_followed_by_another_of_ours() {
     disk.fake.break_down(Broken { never_ready: true, ..Broken::default() });
     let before = disk.fake.events().len();
     disk.controller.reset();
-    let theirs = disk.fake.clone();
+    let clone = disk.fake.clone();
     let resets = std::thread::spawn(move || {
-        let enabled = || theirs.events()[before..].contains(&Event::Enabled);
+        let enabled = || clone.events()[before..].contains(&Event::Enabled);
         wait_until("it is started", enabled);
-        theirs.break_down(Broken::default());
-        theirs.reset_from_outside();
+        clone.break_down(Broken::default());
+        clone.reset_from_outside();
     });
     // A reset waits for the pair's thread, which is this one.
     while !resets.is_finished() || disk.controller.resets() < 2 {
@@ -173,7 +173,7 @@ fn a_controller_that_does_not_stop_is_reset_as_a_function_and_goes_on() {
 }
 
 #[test]
-fn nothing_hangs_when_the_device_goes_and_it_reaches_no_memory_before_that_is_told() {
+fn nothing_hangs_when_the_device_goes_and_it_reaches_no_memory_before_that_is_reported() {
     for registers in [u32::MAX, 0] {
         let mut disk = disk();
         let guest = Guest::new(64 << 10);

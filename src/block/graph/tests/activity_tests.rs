@@ -4,8 +4,8 @@ use super::*;
 use crate::io::Errno;
 
 impl Store {
-    fn told(&self, what: &'static str) -> Option<Errno> {
-        self.state.told.lock().push(what);
+    fn calls(&self, what: &'static str) -> Option<Errno> {
+        self.state.calls.lock().push(what);
         self.state.sick.load(Ordering::SeqCst).then_some(Errno(libc::EIO))
     }
 }
@@ -13,12 +13,12 @@ impl Store {
 impl HandOver for Store {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
         assert_ne!(self.state.locked(), Perms::NONE, "locks come first");
-        let sick = self.told("activate").map(|errno| Error::os("sick", errno));
+        let sick = self.calls("activate").map(|errno| Error::os("sick", errno));
         Box::pin(std::future::ready(sick.map_or(Ok(()), Err)))
     }
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
         assert_ne!(self.state.locked(), Perms::NONE, "locks go last");
-        Box::pin(std::future::ready(self.told("inactivate").map_or(Ok(()), Err)))
+        Box::pin(std::future::ready(self.calls("inactivate").map_or(Ok(()), Err)))
     }
 }
 
@@ -53,8 +53,8 @@ fn two(bench: &Bench, tag: &str, more: &str) -> Arc<StoreState> {
     store(tag)
 }
 
-fn told(state: &StoreState) -> Vec<&'static str> {
-    std::mem::take(&mut *state.told.lock())
+fn calls(state: &StoreState) -> Vec<&'static str> {
+    std::mem::take(&mut *state.calls.lock())
 }
 
 #[test]
@@ -67,14 +67,14 @@ fn an_inactive_node_has_users_and_no_locks_until_it_is_activated() {
     assert_eq!(bench.write("top"), Err(Errno(libc::EPERM)));
     assert!(bench.graph.query().iter().all(|info| !info.active));
     bench.activate(&hold.activity()).unwrap();
-    assert_eq!(told(&state), ["activate"]);
+    assert_eq!(calls(&state), ["activate"]);
     assert_eq!(state.locked(), writes());
     assert_eq!(bench.write("top"), Ok(()));
     // Once is enough.
     bench.activate(&hold.activity()).unwrap();
-    assert_eq!(told(&state), [""; 0]);
+    assert_eq!(calls(&state), [""; 0]);
     bench.inactivate(&hold.activity()).unwrap();
-    assert_eq!(told(&state), ["inactivate"]);
+    assert_eq!(calls(&state), ["inactivate"]);
     assert_eq!((state.locked(), bench.write("top")), (Perms::NONE, Err(Errno(libc::EPERM))));
     // What changes above meanwhile is locked when it becomes active.
     hold.change(reads()).unwrap();
@@ -91,7 +91,7 @@ fn an_activation_that_fails_changes_nothing() {
     state.refuse.store(true, Ordering::SeqCst);
     bench.activate(&hold.activity()).unwrap_err();
     assert!(!hold.node().is_active() && !hold.activity().is_active());
-    assert_eq!((told(&state), state.locked()), (vec![], Perms::NONE));
+    assert_eq!((calls(&state), state.locked()), (vec![], Perms::NONE));
     state.refuse.store(false, Ordering::SeqCst);
     state.sick.store(true, Ordering::SeqCst);
     let error = bench.activate(&hold.activity()).unwrap_err();
@@ -131,7 +131,7 @@ fn a_node_stays_active_as_long_as_anybody_needs_it() {
     let holds = [(); 2].map(|()| bench.attach("top", writes()).unwrap());
     bench.inactivate(&holds[0].activity()).unwrap();
     assert!(holds[0].node().is_active() && !holds[0].activity().is_active());
-    assert_eq!((told(&state), state.locked()), (vec![], writes()));
+    assert_eq!((calls(&state), state.locked()), (vec![], writes()));
     bench.inactivate(&holds[1].activity()).unwrap();
     assert!(!holds[0].node().is_active());
     bench.activate(&holds[0].activity()).unwrap();
@@ -160,5 +160,5 @@ fn an_active_node_stands_on_active_nodes_only() {
     assert_eq!(error, "Active node 'top' cannot stand on inactive node 'low'");
     assert_eq!(bench.resize("low", 1 << 21).unwrap_err(), "Node 'low' is inactive");
     bench.delete("low").unwrap();
-    assert!(store("activity-7").told.lock().is_empty());
+    assert!(store("activity-7").calls.lock().is_empty());
 }

@@ -53,11 +53,11 @@ fn fast_requests_keep_the_node_that_they_were_mapped_to() {
                 let announcer = top.announcer();
                 let mut pending = std::collections::VecDeque::new();
                 while !stop.load(Ordering::SeqCst) {
-                    let turn = announcer.enter();
-                    let mapping = top.map(turn.in_flight(), 0, 512, Access::Read);
+                    let guard = announcer.enter();
+                    let mapping = top.map(guard.in_flight(), 0, 512, Access::Read);
                     let Target::Data { offset, .. } = mapping.target else { panic!("not fast") };
-                    pending.push_back((offset >> ID_SHIFT, turn.begin()));
-                    drop(turn);
+                    pending.push_back((offset >> ID_SHIFT, guard.begin()));
+                    drop(guard);
                     if pending.len() > 3 {
                         let (id, generation) = pending.pop_front().unwrap();
                         if store(&format!("load{id}")).is_closed() {

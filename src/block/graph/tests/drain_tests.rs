@@ -6,22 +6,22 @@ use std::task::Poll;
 use std::time::Duration;
 
 #[test]
-fn changes_take_turns() {
+fn changes_are_made_one_after_another() {
     let bench = Bench::new();
     let (graph, names) = (bench.graph.clone(), Arc::new(Mutex::new(Vec::new())));
     bench.open("driver=store,tag=turns,node-name=f").unwrap();
-    let told = names.clone();
+    let changes = names.clone();
     bench.worker.block_on(move || async move {
         let node = graph.find("f").unwrap();
         let drained = graph.drain(&node).await.unwrap();
-        let (theirs, note) = (graph.clone(), told.clone());
+        let (clone, note) = (graph.clone(), changes.clone());
         crate::io::current().spawn(async move {
-            theirs.delete("f").await.unwrap();
+            clone.delete("f").await.unwrap();
             note.lock().push("deleted");
         });
         crate::io::sleep(std::time::Duration::from_millis(1)).await;
         assert!(graph.find("f").is_ok(), "nobody changes a drained graph");
-        told.lock().push("resumed");
+        changes.lock().push("resumed");
         drop(drained);
     });
     while names.lock().len() < 2 {
@@ -89,8 +89,9 @@ fn a_drain_that_takes_too_long_names_the_disk_and_its_requests_and_leaves_all_as
         slow.busy.store(true, Ordering::SeqCst);
         slow.patience.store(500, Ordering::SeqCst);
         let error = graph.drain_all(&[b.clone(), a.clone()]).await.err().unwrap().to_string();
-        let told = "I/O has not ended within 0.5 s: export 'ea' (node 'a') has 1 request in flight";
-        assert_eq!(error, told);
+        let changes =
+            "I/O has not ended within 0.5 s: export 'ea' (node 'a') has 1 request in flight";
+        assert_eq!(error, changes);
         let paused = || [&slow, &healthy].map(|export| export.paused.load(Ordering::SeqCst));
         assert_eq!(paused(), [0, 0]);
         slow.busy.store(false, Ordering::SeqCst);
@@ -110,11 +111,11 @@ fn users_at_rest_go_on_while_a_drain_waits_for_others_and_are_paused_again() {
         let [(a, slow, _hold), (b, healthy, _other)] = two_exports(&graph, "grace").await;
         slow.busy.store(true, Ordering::SeqCst);
         let paused = || [&slow, &healthy].map(|export| export.paused.load(Ordering::SeqCst));
-        let (theirs, nodes) = (graph.clone(), [a.clone(), b.clone()]);
+        let (clone, nodes) = (graph.clone(), [a.clone(), b.clone()]);
         let (ended, is_paused) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
         let (end, then, both) = (ended.clone(), is_paused.clone(), [slow.clone(), healthy.clone()]);
         crate::io::current().spawn(async move {
-            let drained = theirs.drain_all(&nodes).await.unwrap();
+            let drained = clone.drain_all(&nodes).await.unwrap();
             *then.lock() = Some(both.map(|export| export.paused.load(Ordering::SeqCst)));
             drop(drained);
             end.store(true, Ordering::SeqCst);
@@ -142,9 +143,9 @@ fn a_step_that_takes_too_long_fails_and_is_undone_when_it_has_ended() {
         for meanwhile in [Meanwhile::Use, Meanwhile::Requests, Meanwhile::Nothing] {
             let (goes_on, undone) =
                 (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
-            let (theirs, note) = (goes_on.clone(), undone.clone());
+            let (clone, note) = (goes_on.clone(), undone.clone());
             let work = async move {
-                while theirs.load(Ordering::SeqCst) {
+                while clone.load(Ordering::SeqCst) {
                     crate::io::sleep(Duration::from_millis(1)).await;
                 }
                 Ok(7)
@@ -161,12 +162,12 @@ fn a_step_that_takes_too_long_fails_and_is_undone_when_it_has_ended() {
             assert_eq!(paused(), [stays, 0]);
             // Others change the other disk, and this one when the step has ended.
             drop(graph.drain(&b).await.unwrap());
-            let (theirs, node) = (graph.clone(), a.clone());
+            let (clone, node) = (graph.clone(), a.clone());
             let changed = Arc::new(AtomicBool::new(false));
-            let told = changed.clone();
+            let changes = changed.clone();
             crate::io::current().spawn(async move {
-                drop(theirs.drain(&node).await.unwrap());
-                told.store(true, Ordering::SeqCst);
+                drop(clone.drain(&node).await.unwrap());
+                changes.store(true, Ordering::SeqCst);
             });
             crate::io::sleep(Duration::from_millis(5)).await;
             assert!(!changed.load(Ordering::SeqCst) && undone.load(Ordering::SeqCst) == 0);

@@ -73,8 +73,8 @@ impl Guest {
     }
 }
 
-/// A daemon, until it dies after so many stores, or has done `turns` and then all that is left.
-fn daemon(region: &Arc<Region>, guest: &mut Guest, life: Option<u64>, turns: usize) {
+/// A daemon, until it dies after so many stores, or has done `rounds` and then all that is left.
+fn daemon(region: &Arc<Region>, guest: &mut Guest, life: Option<u64>, rounds: usize) {
     LEFT.set(life);
     DEAD.set(false);
     let mut tracker = Tracker::recover(region, 0, SIZE, guest.used_index).unwrap();
@@ -89,10 +89,10 @@ fn daemon(region: &Arc<Region>, guest: &mut Guest, life: Option<u64>, turns: usi
     let mut next = guest.used_index as usize + in_flight.len();
     assert_eq!(next, guest.taken, "where the available ring goes on");
     guest.used.truncate(guest.used_index as usize);
-    let mut turn = 0;
-    while turn < turns || !in_flight.is_empty() || next < guest.available.len() {
-        turn += 1;
-        if turn <= turns {
+    let mut round = 0;
+    while round < rounds || !in_flight.is_empty() || next < guest.available.len() {
+        round += 1;
+        if round <= rounds {
             let most = guest.random.usize(..4);
             guest.act(most);
         }
@@ -152,12 +152,12 @@ fn a_daemon_that_dies_at_any_store_leaves_what_was_in_flight_and_nothing_else() 
 #[test]
 fn the_layout_is_the_specifications() {
     assert_eq!((size_of::<Header>(), size_of::<Entry>()), (16, 16));
-    let (region, told, file) = Region::new(2, 4).unwrap();
-    assert_eq!({ told.mmap_size }, (2 * 128 + OWN_LEN) as u64);
+    let (region, announced, file) = Region::new(2, 4).unwrap();
+    assert_eq!({ announced.mmap_size }, (2 * 128 + OWN_LEN) as u64);
     let mut trailer = [9; 64];
     file.read_exact_at(&mut trailer, 256).unwrap();
     assert_eq!((&trailer[..8], trailer[8..] == [0; 56]), (&b"vublk\0\x02\0"[..], true));
-    assert_eq!(size_of_val(&told), 24);
+    assert_eq!(size_of_val(&announced), 24);
     let mut bytes = [0; 256];
     file.read_exact_at(&mut bytes, 0).unwrap();
     let mut fresh = [0; 128];
@@ -185,18 +185,18 @@ fn the_layout_is_the_specifications() {
     assert_eq!(bytes, [fresh, part].concat()[..]);
 }
 
-fn refused(told: VhostUserInflight, file: &File) -> String {
-    Region::map(&told, file.try_clone().unwrap()).err().expect("it should be refused")
+fn refused(announced: VhostUserInflight, file: &File) -> String {
+    Region::map(&announced, file.try_clone().unwrap()).err().expect("it should be refused")
 }
 
 #[test]
 fn a_region_that_cannot_be_ours_is_refused() {
-    let (_, told, file) = Region::new(2, 16).unwrap();
-    let len = told.mmap_size - OWN_LEN as u64;
-    assert!(Region::map(&told, file.try_clone().unwrap()).is_ok());
+    let (_, announced, file) = Region::new(2, 16).unwrap();
+    let len = announced.mmap_size - OWN_LEN as u64;
+    assert!(Region::map(&announced, file.try_clone().unwrap()).is_ok());
     let with =
         |size, offset, queues, entries| VhostUserInflight::new(size, offset, queues, entries);
-    for (told, why) in [
+    for (announced, why) in [
         (with(len - 1, 0, 2, 16), "2 queues of 16 take"),
         (with(0, 0, 2, 16), "2 queues of 16 take"),
         (with(len, 0, 0, 16), "for 0 queues"),
@@ -208,17 +208,17 @@ fn a_region_that_cannot_be_ours_is_refused() {
         (with(len / 2, 64, 1, 16), "at 64: "),
         (with(len, 0, 2, 8), "16 entries (version 1 and 8 entries"),
     ] {
-        let said = refused(told, &file);
+        let said = refused(announced, &file);
         assert!(said.contains(why), "{said}");
     }
     let plain = tempfile::tempfile().unwrap();
     plain.set_len(len).unwrap();
-    assert!(refused(told, &plain).contains("not sealed"));
+    assert!(refused(announced, &plain).contains("not sealed"));
     file.write_all_at(&[2], len / 2 + 8).unwrap();
-    assert!(refused(told, &file).contains("queue 1 has version 2"));
+    assert!(refused(announced, &file).contains("queue 1 has version 2"));
     // Never used.
     file.write_all_at(&[0; 4], len / 2 + 8).unwrap();
-    let region = Arc::new(Region::map(&told, file.try_clone().unwrap()).unwrap());
+    let region = Arc::new(Region::map(&announced, file.try_clone().unwrap()).unwrap());
     Tracker::recover(&region, 1, 16, 0).unwrap();
     let mut header = [0; 4];
     file.read_exact_at(&mut header, len / 2 + 8).unwrap();
@@ -227,21 +227,21 @@ fn a_region_that_cannot_be_ours_is_refused() {
 
 #[test]
 fn a_trailer_counts_only_if_it_is_ours_and_is_there() {
-    let (region, told, file) = Region::new(2, 16).unwrap();
+    let (region, announced, file) = Region::new(2, 16).unwrap();
     region.set_write_cache(false);
-    let parts = told.mmap_size - OWN_LEN as u64;
+    let parts = announced.mmap_size - OWN_LEN as u64;
     let found = |size| {
-        let told = VhostUserInflight::new(size, 0, 2, 16);
-        Region::map(&told, file.try_clone().unwrap()).unwrap().write_cache()
+        let announced = VhostUserInflight::new(size, 0, 2, 16);
+        Region::map(&announced, file.try_clone().unwrap()).unwrap().write_cache()
     };
-    assert_eq!(found(told.mmap_size), Some(false));
+    assert_eq!(found(announced.mmap_size), Some(false));
     assert_eq!(found(u64::MAX), Some(false));
-    assert_eq!(found(told.mmap_size - 1), None);
+    assert_eq!(found(announced.mmap_size - 1), None);
     assert_eq!(found(parts), None);
     file.write_all_at(&[0xff], parts + 8).unwrap();
-    assert_eq!(found(told.mmap_size), Some(false), "what is not zero is off");
+    assert_eq!(found(announced.mmap_size), Some(false), "what is not zero is off");
     file.write_all_at(b"V", parts).unwrap();
-    assert_eq!(found(told.mmap_size), None);
+    assert_eq!(found(announced.mmap_size), None);
 }
 
 #[test]
@@ -271,8 +271,8 @@ fn a_region_that_contradicts_its_ring_is_refused() {
 fn whatever_a_region_holds_no_chain_is_done_twice_or_lies_outside_the_ring() {
     let mut random = fastrand::Rng::with_seed(7);
     for _ in 0..3000 {
-        let (region, told, file) = Region::new(1, 16).unwrap();
-        let mut bytes = vec![0; told.mmap_size as usize];
+        let (region, announced, file) = Region::new(1, 16).unwrap();
+        let mut bytes = vec![0; announced.mmap_size as usize];
         random.fill(&mut bytes);
         if random.bool() {
             // Likely values, so that more is reached.

@@ -9,7 +9,7 @@ use super::Queue;
 use super::slot::Slot;
 use crate::block::{Access, Target};
 use crate::export::core::Disk;
-use crate::io::epoch::Turn;
+use crate::io::epoch::Guard;
 use crate::io::{Io, Segments, SourceId, Started, Token, iovec, thread_cpu_ns, turn_share};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -67,7 +67,7 @@ impl<R: Ring> Queue<R> {
         // One announcement covers the batch. The record is counted apart from self, so that the
         // requests may change self meanwhile.
         let announcer = self.announcer.clone();
-        let turn = announcer.enter();
+        let guard = announcer.enter();
         let mut batch = FIRST_BATCH;
         let mut share = Share::new();
         self.calls.taken(count as u32, thread_cpu_ns);
@@ -96,7 +96,7 @@ impl<R: Ring> Queue<R> {
                 taken += 1;
             }
             for &(head, readable) in &chains[..taken as usize] {
-                self.start(io, me, &turn, head as u16, readable as usize);
+                self.start(io, me, &guard, head as u16, readable as usize);
             }
             count -= taken;
             match broken {
@@ -177,7 +177,7 @@ impl<R: Ring> Queue<R> {
 
     /// Starts what the chain's header asks for.
     #[inline]
-    fn start(&mut self, io: &Rc<Io>, me: SourceId, turn: &Turn<'_>, head: u16, readable: usize) {
+    fn start(&mut self, io: &Rc<Io>, me: SourceId, guard: &Guard<'_>, head: u16, readable: usize) {
         let slot = &mut self.slots[head as usize];
         let header = Header::parse(Header::read(&slot.segments[..readable]));
         slot.kind = header.kind();
@@ -194,7 +194,7 @@ impl<R: Ring> Queue<R> {
                 return self.go_slow(io, me, head);
             }
         };
-        self.transfer(io, me, turn, head, access, header.sector, readable);
+        self.transfer(io, me, guard, head, access, header.sector, readable);
     }
 
     /// A read or write: on the fast path if the graph allows it.
@@ -204,7 +204,7 @@ impl<R: Ring> Queue<R> {
         &mut self,
         io: &Rc<Io>,
         me: SourceId,
-        turn: &Turn<'_>,
+        guard: &Guard<'_>,
         head: u16,
         access: Access,
         sector: u64,
@@ -236,9 +236,9 @@ impl<R: Ring> Queue<R> {
             return self.go_slow(io, me, head);
         }
         let token = Token { source: me, tag: head as u32 };
-        match start_fast(&self.disk, turn, io, slot, access, token) {
+        match start_fast(&self.disk, guard, io, slot, access, token) {
             Some(Started::Pending) => {
-                slot.generation = Some(turn.begin());
+                slot.generation = Some(guard.begin());
             }
             Some(Started::Done(result)) => self.transferred(io, head, result),
             None => self.go_slow(io, me, head),
@@ -250,14 +250,14 @@ impl<R: Ring> Queue<R> {
 #[inline]
 fn start_fast(
     disk: &Disk,
-    turn: &Turn<'_>,
+    guard: &Guard<'_>,
     io: &Io,
     slot: &Slot,
     access: Access,
     token: Token,
 ) -> Option<Started> {
-    let node = disk.root.fast(turn.in_flight());
-    let mapping = node.map(turn.in_flight(), slot.offset, slot.len as u64, access);
+    let node = disk.root.fast(guard.in_flight());
+    let mapping = node.map(guard.in_flight(), slot.offset, slot.len as u64, access);
     if mapping.len < slot.len as u64 {
         return None;
     }

@@ -6,7 +6,7 @@ use super::super::session::Session;
 use super::Shared;
 use crate::block::Error;
 use crate::export::core::cut_off::CutOff;
-use crate::export::core::hand_over::{Taking, Turns};
+use crate::export::core::hand_over::{Taking, Transitions};
 use crate::export::core::listener::Listener;
 use crate::io::descriptors::{self, Reserve};
 use std::net::Shutdown;
@@ -65,11 +65,13 @@ impl Shared {
             metrics.connections.fetch_add(1, Ordering::Relaxed);
             metrics.connected.store(true, Ordering::Relaxed);
         }
-        let mut channel = Channel::new(&self.disk.name, &self.notices, others);
-        let notices = self.notices.clone();
-        let mut turns = Turns::new(&self.disk, &self.workers[0], move || notices.wake());
-        let end = self.poll_events(&session, &mut handler, &mut channel, &mut reserve, &mut turns);
-        turns.finish();
+        let mut channel = Channel::new(&self.disk.name, &self.server_events, others);
+        let server_events = self.server_events.clone();
+        let mut transitions =
+            Transitions::new(&self.disk, &self.workers[0], move || server_events.wake());
+        let end =
+            self.poll_events(&session, &mut handler, &mut channel, &mut reserve, &mut transitions);
+        transitions.finish();
         lock(&session).stop_all();
         *self.front_end.lock() = None;
         if let Some(metrics) = &self.disk.metrics {
@@ -93,9 +95,9 @@ impl Shared {
         stream.set_nonblocking(false)?;
         let copy = Arc::new(stream.try_clone()?);
         let handler = handler::new(stream, session.clone())?;
-        let theirs = copy.clone();
+        let clone = copy.clone();
         let cut_off = CutOff::new(self.disk.name.clone(), move || {
-            let _ = theirs.shutdown(Shutdown::Both);
+            let _ = clone.shutdown(Shutdown::Both);
         });
         lock(session).set_cut_off(cut_off);
         *self.front_end.lock() = Some(copy);
@@ -112,10 +114,10 @@ impl Shared {
         handler: &mut Handler,
         channel: &mut Channel,
         reserve: &mut Reserve,
-        turns: &mut Turns,
+        transitions: &mut Transitions,
     ) -> Result<(), VhostError> {
         while !self.stopping.load(Ordering::SeqCst) {
-            let again = self.start_waiting(session, turns)?;
+            let again = self.start_waiting(session, transitions)?;
             let running = lock(session).is_running();
             let Some(next) = channel.wait(handler.as_raw_fd(), running, again) else { continue };
             next.check()?;
@@ -132,7 +134,7 @@ impl Shared {
                 reserve.settle(IN_PASSING);
             }
             if session.take_moved() {
-                turns.give_up();
+                transitions.give_up();
             }
         }
         Ok(())
@@ -143,16 +145,16 @@ impl Shared {
     fn start_waiting(
         &self,
         session: &Mutex<Session>,
-        turns: &mut Turns,
+        transitions: &mut Transitions,
     ) -> Result<Option<Duration>, VhostError> {
         let refused =
             |error: Error| VhostError::ReqHandlerError(std::io::Error::other(error.to_string()));
         let mut session = lock(session);
-        let again = match turns.look(session.waits_for_disk()).map_err(refused)? {
+        let again = match transitions.look(session.waits_for_disk()).map_err(refused)? {
             Taking::Waits(again) => again,
             Taking::Taken => {
                 if self.disk.take_size() {
-                    self.notices.resized();
+                    self.server_events.resized();
                 }
                 None
             }

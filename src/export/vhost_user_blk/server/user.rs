@@ -13,7 +13,7 @@ impl Shared {
     ///
     /// # Errors
     /// The front end cannot be served on this node.
-    async fn turn_to(&self, node: &Arc<Node>) -> Result<(), Error> {
+    async fn retarget(&self, node: &Arc<Node>) -> Result<(), Error> {
         self.disk.journal.follow(&self.disk.name, node).await?;
         let kept = self.device.keep_locks_of(&self.workers, node).await;
         kept.map_err(|e| Error::os("the kernel does not keep the image's locks", e))
@@ -51,7 +51,7 @@ impl User for Shared {
     fn moved<'a>(&'a self, node: &'a Arc<Node>) -> LocalFuture<'a, ()> {
         Box::pin(async move {
             self.disk.change_node(node);
-            if let Err(error) = self.turn_to(node).await {
+            if let Err(error) = self.retarget(node).await {
                 log::warn!(export = &*self.disk.name; "connection closed: {error}");
                 self.cut_off();
             }
@@ -64,6 +64,6 @@ impl User for Shared {
 
     fn resized(&self) {
         self.disk.take_size();
-        self.notices.resized();
+        self.server_events.resized();
     }
 }

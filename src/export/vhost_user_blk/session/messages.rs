@@ -193,8 +193,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let call = file.map(set_nonblocking).transpose()?;
         self.ring(index as u32)?.call = call.clone();
-        let theirs = call.clone();
-        self.notify(index as u32, move |queue| queue.set_call(theirs));
+        let clone = call.clone();
+        self.notify(index as u32, move |queue| queue.set_call(clone));
         // What was completed before had nobody to tell, or told a descriptor that nobody reads any
         // more. One word too many does no harm.
         if let Some(call) = call {
@@ -265,12 +265,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         &mut self,
         inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        let (region, told, file) =
+        let (region, announced, file) =
             inflight::Region::new(inflight.num_queues, inflight.queue_size).or_else(refuse)?;
         region.set_write_cache(self.disk.write_cache.is_on());
         // Used from now on, whether it is sent back or not: the next connection may send it.
         self.track_in(region)?;
-        Ok((told, file))
+        Ok((announced, file))
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {

@@ -120,7 +120,7 @@ impl Session {
         // who cannot tell: a worker that hangs itself.
         let most = if timeout.is_zero() { Duration::MAX } else { 2 * timeout };
         let began = Instant::now();
-        let mut told = STOP_PATIENCE;
+        let mut next_warning = STOP_PATIENCE;
         loop {
             match receive_within(receiver, STOP_LOOK) {
                 Ok(word) => return Some(Some(word)),
@@ -129,8 +129,8 @@ impl Session {
                     if self.hung.load(Ordering::SeqCst) || waited > most {
                         return None;
                     }
-                    if waited >= told {
-                        told += STOP_PATIENCE;
+                    if waited >= next_warning {
+                        next_warning += STOP_PATIENCE;
                         log::warn!(
                             export = &*self.disk.name;
                             "{what}: I/O in flight has not ended for {} s",

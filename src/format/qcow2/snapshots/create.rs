@@ -16,14 +16,14 @@ use std::sync::atomic::Ordering;
 const NAME_LIMIT: usize = 255;
 
 /// Nothing is written over and no mapping changes, until this is dropped.
-struct Frozen<'a> {
+struct WritesStopped<'a> {
     image: &'a Qcow2,
     _all: RangeGuard<'a>,
 }
 
-impl Drop for Frozen<'_> {
+impl Drop for WritesStopped<'_> {
     fn drop(&mut self) {
-        self.image.snapshots.is_frozen.store(false, Ordering::SeqCst);
+        self.image.snapshots.are_writes_stopped.store(false, Ordering::SeqCst);
     }
 }
 
@@ -38,7 +38,7 @@ impl Qcow2 {
             return Err(failed(Errno(libc::EFBIG)));
         }
         self.prepare_snapshots().await.map_err(failed)?;
-        let _frozen = self.freeze().await;
+        let _stopped = self.stop_writes().await;
         // All that was answered is on disk as readers see it.
         self.flush_all().await.map_err(failed)?;
         let l1 = self.metadata().active_l1();
@@ -68,14 +68,17 @@ impl Qcow2 {
     }
 
     /// Waits for all writes under way, and keeps others waiting.
-    async fn freeze(&self) -> Frozen<'_> {
+    async fn stop_writes(&self) -> WritesStopped<'_> {
         // Allocations, zeroes and discards.
         let all = self.mapping.tables().ranges.lock(0..u64::MAX).await;
-        let frozen = Frozen { image: self, _all: all };
+        let stopped = WritesStopped { image: self, _all: all };
         // What is written over, on the fast path and on the slow path.
-        without_fast_writes(self, || self.snapshots.is_frozen.store(true, Ordering::SeqCst)).await;
+        without_fast_writes(self, || {
+            self.snapshots.are_writes_stopped.store(true, Ordering::SeqCst)
+        })
+        .await;
         self.mapping.tables().visits.older().await;
-        frozen
+        stopped
     }
 
     /// Makes the disk share all that it has with the new snapshot, the last of `list`, whose L1 table

@@ -4,7 +4,7 @@ use crate::block::WriteFlags;
 use crate::cow::{change_entries, pin};
 use crate::format::qcow2::Qcow2;
 use crate::format::qcow2::layout::{Cluster, L1Entry, L2Entry};
-use crate::format::qcow2::mapping::L1Turn;
+use crate::format::qcow2::mapping::L1Lock;
 use crate::io::{IoResult, IoVec};
 
 impl Qcow2 {
@@ -25,8 +25,8 @@ impl Qcow2 {
         let (Some(first), Some(last)) = (l1.iter().position(own), l1.iter().rposition(own)) else {
             return Ok(());
         };
-        let turn = self.mapping.lock_l1().await;
-        self.write_l1(&turn, first, l1[first..=last].iter().map(|entry| entry.with_copied(false)))
+        let lock = self.mapping.lock_l1().await;
+        self.write_l1(&lock, first, l1[first..=last].iter().map(|entry| entry.with_copied(false)))
             .await
     }
 
@@ -54,11 +54,11 @@ impl Qcow2 {
         for guest in self.slices_of(index) {
             self.set_copied_in_slice(guest).await?;
         }
-        let turn = self.mapping.lock_l1().await;
+        let lock = self.mapping.lock_l1().await;
         match entry.is_copied() {
             true => Ok(()),
             false => {
-                self.write_l1(&turn, index as usize, [entry.with_copied(true)].into_iter()).await
+                self.write_l1(&lock, index as usize, [entry.with_copied(true)].into_iter()).await
             }
         }
     }
@@ -102,7 +102,7 @@ impl Qcow2 {
     /// Writes entries of the disk's L1 table from `first` on, and shows them.
     async fn write_l1(
         &self,
-        turn: &L1Turn<'_>,
+        lock: &L1Lock<'_>,
         first: usize,
         entries: impl Iterator<Item = L1Entry> + Clone,
     ) -> IoResult {
@@ -110,7 +110,7 @@ impl Qcow2 {
         let bytes: Vec<u8> = entries.clone().flat_map(|entry| entry.0.to_be_bytes()).collect();
         self.file().write(place, &IoVec::from_ref(&bytes), WriteFlags::empty()).await?;
         for (n, entry) in entries.enumerate() {
-            turn.set((first + n) as u64, entry);
+            lock.set((first + n) as u64, entry);
         }
         Ok(())
     }

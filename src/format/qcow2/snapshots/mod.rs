@@ -41,7 +41,7 @@ pub struct ImageSnapshots {
     /// The disk's data is in another file, which snapshots cannot share.
     external_data: bool,
     /// One is being made: nothing is written over, and no mapping changes.
-    is_frozen: AtomicBool,
+    are_writes_stopped: AtomicBool,
     /// References are being counted again, or that was given up.
     is_counting: AtomicBool,
     /// It has failed halfway.
@@ -53,7 +53,7 @@ impl ImageSnapshots {
         ImageSnapshots {
             table: Mutex::new(table),
             external_data,
-            is_frozen: AtomicBool::new(false),
+            are_writes_stopped: AtomicBool::new(false),
             is_counting: AtomicBool::new(false),
             is_wrong: AtomicBool::new(false),
         }
@@ -66,8 +66,8 @@ impl ImageSnapshots {
         self.is_wrong.store(false, Ordering::SeqCst);
     }
 
-    pub fn is_frozen(&self) -> bool {
-        self.is_frozen.load(Ordering::SeqCst)
+    pub fn are_writes_stopped(&self) -> bool {
+        self.are_writes_stopped.load(Ordering::SeqCst)
     }
 
     /// Refcounts may be wrong: the dirty bit stays until somebody repairs them.

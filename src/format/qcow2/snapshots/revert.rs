@@ -19,7 +19,7 @@ impl Qcow2 {
         }
         let index = table.find(which).ok_or_else(super::not_found)?;
         let snapshot = &table.list[index];
-        let theirs = snapshot.read_l1(&self.file(), &self.geometry).await?;
+        let entries = snapshot.read_l1(&self.file(), &self.geometry).await?;
         let size = snapshot.disk_size().unwrap_or(self.size());
         let invalid = |text: &str| Err(Error::new(text).with_errno(Errno::EINVAL));
         if size > i64::MAX as u64 {
@@ -28,8 +28,8 @@ impl Qcow2 {
         if !size.is_multiple_of(SECTOR) {
             return invalid("The new size must be a multiple of 512");
         }
-        let l1 = self.l1_for(&theirs, size).ok_or_else(|| failed(Errno(libc::EFBIG)))?;
-        references::check(self.metadata(), &self.space, (0..).zip(theirs.iter().copied()))
+        let l1 = self.l1_for(&entries, size).ok_or_else(|| failed(Errno(libc::EFBIG)))?;
+        references::check(self.metadata(), &self.space, (0..).zip(entries.iter().copied()))
             .await
             .map_err(failed)?;
         self.prepare_snapshots().await.map_err(failed)?;
@@ -37,7 +37,7 @@ impl Qcow2 {
         // What the tables say is on disk.
         self.flush_all().await.map_err(failed)?;
         let mine = self.metadata().active_l1();
-        let old = match self.share_and_turn(&theirs, &l1, size).await {
+        let old = match self.share_and_switch(&entries, &l1, size).await {
             Ok(old) => old,
             Err(errno) => return Err(failed(errno)),
         };
@@ -49,19 +49,24 @@ impl Qcow2 {
     }
 
     /// A snapshot's L1 table as one of a disk of `size` bytes; none if there can be no such disk.
-    fn l1_for(&self, theirs: &[L1Entry], size: u64) -> Option<Vec<L1Entry>> {
-        let needed = self.geometry.l1_entries_for(size).max(theirs.len() as u64).max(1);
+    fn l1_for(&self, entries: &[L1Entry], size: u64) -> Option<Vec<L1Entry>> {
+        let needed = self.geometry.l1_entries_for(size).max(entries.len() as u64).max(1);
         if needed * 8 > MAX_L1_BYTES {
             return None;
         }
-        let mut l1: Vec<_> = theirs.iter().map(|entry| entry.with_copied(false)).collect();
+        let mut l1: Vec<_> = entries.iter().map(|entry| entry.with_copied(false)).collect();
         l1.resize(needed as usize, L1Entry(0));
         Some(l1)
     }
 
     /// Raises the snapshot's references and makes `l1` the disk's table; the clusters of the old one.
     /// Undone if it fails, unless the header may already name the new one.
-    async fn share_and_turn(&self, theirs: &[L1Entry], l1: &[L1Entry], size: u64) -> IoResult<Run> {
+    async fn share_and_switch(
+        &self,
+        entries: &[L1Entry],
+        l1: &[L1Entry],
+        size: u64,
+    ) -> IoResult<Run> {
         self.mark_dirty().await?;
         let (place, _claim) = match self.take_l1(l1.len()).await {
             Ok(taken) => taken,
@@ -70,10 +75,10 @@ impl Qcow2 {
                 return Err(errno);
             }
         };
-        match self.share_snapshot(theirs, l1, place).await {
-            Ok(()) => self.turn_to(l1, place, size).await,
+        match self.share_snapshot(entries, l1, place).await {
+            Ok(()) => self.switch_to(l1, place, size).await,
             Err((raised, errno)) => {
-                let lowered = self.change_references(theirs, Change::Lower, raised).await;
+                let lowered = self.change_references(entries, Change::Lower, raised).await;
                 let lowered = lowered.map_err(|(_, errno)| errno);
                 self.space.give_back(self.metadata(), &[place]).await;
                 let settled = match lowered {
@@ -91,14 +96,14 @@ impl Qcow2 {
     /// Raises what the snapshot refers to, and writes the new table, all of it durably.
     async fn share_snapshot(
         &self,
-        theirs: &[L1Entry],
+        entries: &[L1Entry],
         l1: &[L1Entry],
         place: Run,
     ) -> Result<(), (u64, Errno)> {
-        self.change_references(theirs, Change::Raise, u64::MAX).await?;
+        self.change_references(entries, Change::Raise, u64::MAX).await?;
         let all = |errno| (u64::MAX, errno);
         self.space.write(self.metadata()).await.map_err(all)?;
-        references::clear_stale_flags(self.metadata(), theirs).await.map_err(all)?;
+        references::clear_stale_flags(self.metadata(), entries).await.map_err(all)?;
         let bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
         let at = place.first << self.geometry.cluster_bits;
         let bytes = IoVec::from_ref(&bytes);
@@ -107,7 +112,7 @@ impl Qcow2 {
     }
 
     /// Names the new table in the header, and shows it. The clusters of the old one.
-    async fn turn_to(&self, l1: &[L1Entry], place: Run, size: u64) -> IoResult<Run> {
+    async fn switch_to(&self, l1: &[L1Entry], place: Run, size: u64) -> IoResult<Run> {
         let bits = self.geometry.cluster_bits;
         let mut header = self.metadata().lock_header().await;
         let mut new = header.clone();

@@ -99,7 +99,7 @@ impl Guest {
             self.offer(head, status);
         }
         if !input.one_in(3) {
-            self.tell();
+            self.notify();
         }
     }
 
@@ -126,10 +126,10 @@ impl Guest {
             self.offer(head, status);
             self.must_succeed = Some(head);
         }
-        self.tell();
+        self.notify();
     }
 
-    /// Puts a chain into the available ring; `tell` shows it.
+    /// Puts a chain into the available ring; `notify` shows it.
     pub(super) fn offer(&mut self, head: u16, status: u64) {
         self.flying.insert(head, status);
         self.offered.push(head);

@@ -4,7 +4,7 @@ use super::*;
 
 impl Guest {
     /// Makes available what was laid out.
-    pub(super) fn tell(&self) {
+    pub(super) fn notify(&self) {
         self.memory.put(self.available + 2, &self.index.to_le_bytes());
         if self.words.kicked {
             let _ = (&*self.words.events.kick).write(&1u64.to_ne_bytes());
@@ -21,14 +21,14 @@ impl Guest {
     }
 
     pub(super) async fn wait(&mut self) {
-        self.tell();
+        self.notify();
         sleep(Duration::from_micros(200)).await;
         self.reap();
     }
 
     /// Waits until everything that was made available has come back; of the honest, that is a law.
     pub(super) async fn settle(&mut self) {
-        self.tell();
+        self.notify();
         if !self.honest {
             sleep(Duration::from_millis(1)).await;
             self.flying.clear();

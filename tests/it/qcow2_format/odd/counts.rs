@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_refcount_table_of_no_clusters_is_told_and_built_anew() {
+fn a_refcount_table_of_no_clusters_is_reported_and_built_anew() {
     for version in ["0.10", "1.1"] {
         let mut image = Bytes::new(&format!("compat={version}"), &SNAPSHOTS);
         image.put(56, &[0; 4]);
@@ -26,7 +26,7 @@ fn a_refcount_table_of_no_clusters_is_told_and_built_anew() {
 }
 
 #[test]
-fn an_unaligned_refcount_block_is_told_and_marked_whatever_meets_it() {
+fn an_unaligned_refcount_block_is_reported_and_marked_whatever_meets_it() {
     for version in ["0.10", "1.1"] {
         let mut image = Bytes::new(&format!("compat={version}"), &SNAPSHOTS);
         let table = image.word(48);

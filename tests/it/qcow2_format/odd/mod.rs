@@ -129,33 +129,33 @@ fn plain(text: &str) -> String {
 
 /// Runs command lines on an image, which is their last operand unless they name it; those that begin with
 /// `io` are for qemu-io. What was told, without names of nodes, and the image that is left.
-fn run_all(image: &Bytes, lines: &[&str], is_ours: bool) -> (Vec<Told>, Bytes) {
+fn run_all(image: &Bytes, lines: &[&str], is_ours: bool) -> (Vec<Outcome>, Bytes) {
     let dir = crate::file::on_tmpfs();
     let path = dir.path();
     fs::write(path.join("image"), &image.0).unwrap();
     qemu_img(path, &["create", "-q", "-f", "raw", "base.raw", "4M"]);
     let seen = lines.iter().map(|line| {
-        let mut told = match line.strip_prefix("io ") {
+        let mut outcome = match line.strip_prefix("io ") {
             Some(command) => {
                 let program: &[&str] = if is_ours { &[VUBLK, "io"] } else { &["qemu-io"] };
                 let name = if is_ours { "vublk" } else { "qemu-io" };
-                told(&run(path, program, &["-f", "qcow2", "-c", command, "image"]), name)
+                outcome(&run(path, program, &["-f", "qcow2", "-c", command, "image"]), name)
             }
             None => {
                 let arguments = with_image(line);
                 if is_ours { ours(path, &arguments) } else { theirs(path, &arguments) }
             }
         };
-        told.stdout = match line.starts_with("io ") {
+        outcome.stdout = match line.starts_with("io ") {
             true => String::new(),
-            false => plain(&told.stdout),
+            false => plain(&outcome.stdout),
         };
         let logged =
             |line: &str| line.find("qcow2: ").map_or(line.to_owned(), |at| line[at..].to_owned());
         let closing = |line: &&str| !line.ends_with(": closing: Input/output error");
-        told.stderr =
-            told.stderr.lines().filter(closing).map(logged).collect::<Vec<_>>().join("\n");
-        told
+        outcome.stderr =
+            outcome.stderr.lines().filter(closing).map(logged).collect::<Vec<_>>().join("\n");
+        outcome
     });
     let seen = seen.collect();
     (seen, Bytes(fs::read(path.join("image")).unwrap()))
@@ -168,7 +168,7 @@ fn assert_same(what: &str, image: &Bytes, lines: &[&str]) -> [Bytes; 2] {
     [mine.1, wanted.1]
 }
 
-fn check(image: &Bytes) -> Told {
+fn check(image: &Bytes) -> Outcome {
     run_all(image, &["check"], false).0.remove(0)
 }
 

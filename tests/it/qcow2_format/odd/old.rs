@@ -16,10 +16,10 @@ fn snapshots_as_old_versions_of_qemu_made_them_are_sound_in_version_2() {
             ["amend -o compat=1.1,size=8M", "info", "io read -P 2 0 64k", "snapshot -l", "info"],
         ] {
             for left in assert_same(&what, &image, &lines) {
-                let told = check(&left);
+                let outcome = check(&left);
                 // An image that has version 3 already is amended in nothing.
                 let is_complete = *version == "0.10" || left.word(0) & 0xff == 2;
-                assert!(told.code == Some(0) || !is_complete, "{what}: {told:?}");
+                assert!(outcome.code == Some(0) || !is_complete, "{what}: {outcome:?}");
             }
         }
         let (_, mut left) = run_all(&image, &["amend -o compat=1.1,size=8M"], true);
@@ -29,7 +29,7 @@ fn snapshots_as_old_versions_of_qemu_made_them_are_sound_in_version_2() {
             assert_eq!(sizes, [4 << 20; 2], "{what}");
         }
         let (seen, _) = run_all(left.set(72, 0), &["snapshot -a s1", "io read -P 1 0 64k"], true);
-        assert!(seen.iter().all(|told| told.code == Some(0)), "{what}: {seen:?}");
+        assert!(seen.iter().all(|outcome| outcome.code == Some(0)), "{what}: {seen:?}");
     }
 }
 
@@ -68,8 +68,8 @@ fn an_image_with_snapshots_becomes_one_of_version_2_without_losing_what_they_sho
             [read(&[]), read(&["-l", "s1"]), read(&["-l", "s2"])]
         };
         let before = shown();
-        let told = ours(dir.path(), &["amend", "-o", "compat=0.10", "image"]);
-        assert_eq!((told.code, &*told.stderr), (Some(0), ""), "{options}");
+        let outcome = ours(dir.path(), &["amend", "-o", "compat=0.10", "image"]);
+        assert_eq!((outcome.code, &*outcome.stderr), (Some(0), ""), "{options}");
         assert!(qemu_img(dir.path(), &["info", "image"]).contains("compat: 0.10"));
         assert!(shown() == before, "{options}");
         let checked = theirs(dir.path(), &["check", "image"]);

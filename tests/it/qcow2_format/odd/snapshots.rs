@@ -77,7 +77,7 @@ fn a_damaged_snapshot_is_not_deleted_or_applied() {
 }
 
 #[test]
-fn damaged_snapshots_are_checked_and_told_as_by_qemu_img() {
+fn damaged_snapshots_are_checked_and_reported_as_by_qemu_img() {
     for (what, damage) in DAMAGES {
         let image = damaged(damage);
         // What an L1 table past the end of the file might name is not looked for.

@@ -7,19 +7,19 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// What front ends are still to be told. Outlives connections: the next one is told what the one before it was
 /// not.
-pub struct Notices {
+pub struct ServerEvents {
     resized: AtomicBool,
     wake: EventFd,
 }
 
-impl Notices {
+impl ServerEvents {
     /// None yet.
     ///
     /// # Errors
     /// There are no descriptors left.
-    pub fn new() -> std::io::Result<Notices> {
+    pub fn new() -> std::io::Result<ServerEvents> {
         let wake = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
-        Ok(Notices { resized: AtomicBool::new(false), wake })
+        Ok(ServerEvents { resized: AtomicBool::new(false), wake })
     }
 
     /// The disk has another size from now on. Never waits.

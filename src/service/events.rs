@@ -12,26 +12,26 @@ use vmm_sys_util::eventfd::EventFd;
 /// The exports that have ended, and how that is noticed.
 pub(super) struct Ended {
     ids: Mutex<Vec<String>>,
-    notice: EventFd,
+    event: EventFd,
 }
 
 impl Ended {
     pub(super) fn new() -> Result<Arc<Ended>, Error> {
-        let notice = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
-        let notice = notice.map_err(|e| Error::os("eventfd", e))?;
-        Ok(Arc::new(Ended { ids: Mutex::default(), notice }))
+        let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let event = event.map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(Ended { ids: Mutex::default(), event }))
     }
 
     pub(super) fn notify(&self, id: String) {
         self.ids.lock().push(id);
-        let _ = self.notice.write(1);
+        let _ = self.event.write(1);
     }
 
     /// What makes a sign that there is something to tell.
     pub(super) fn sign(&self) -> Result<impl Fn() + Send + Sync + 'static, Error> {
-        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        let event = self.event.try_clone().map_err(|e| Error::os("eventfd", e))?;
         Ok(move || {
-            let _ = notice.write(1);
+            let _ = event.write(1);
         })
     }
 
@@ -43,8 +43,8 @@ impl Ended {
 
     /// What the storage fails; noticed in the same way.
     pub(super) fn io_errors(&self) -> Result<Arc<IoErrors>, Error> {
-        let notice = self.notice.try_clone().map_err(|e| Error::os("eventfd", e))?;
-        Ok(Arc::new(IoErrors::new(notice)))
+        let event = self.event.try_clone().map_err(|e| Error::os("eventfd", e))?;
+        Ok(Arc::new(IoErrors::new(event)))
     }
 }
 
@@ -52,8 +52,8 @@ impl Service {
     /// The names of the exports that have ended since this was last asked. One whose front end was
     /// the only one that it could have is among them, and is still there.
     pub fn take_ended(&self) -> Vec<String> {
-        let Ended { ids, notice } = &*self.0.ended;
-        let _ = notice.read();
+        let Ended { ids, event } = &*self.0.ended;
+        let _ = event.read();
         std::mem::take(&mut *ids.lock())
     }
 
@@ -69,7 +69,7 @@ impl Service {
 
     /// Readable while [`Service::take_ended`], [`Service::take_io_errors`] or
     /// [`Service::take_notices`] has something to give.
-    pub fn ended_notice(&self) -> RawFd {
-        self.0.ended.notice.as_raw_fd()
+    pub fn events_descriptor(&self) -> RawFd {
+        self.0.ended.event.as_raw_fd()
     }
 }

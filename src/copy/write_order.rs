@@ -1,23 +1,22 @@
-//! Waiting across workers for one's turn.
+//! The order in which copiers on several workers write.
 
 use crate::io::sync::{Mutex, Waiters};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Who may write: the holders of tickets 0, 1, 2, … one after the other. Only the one whose turn has
-/// come is woken.
+/// Lets the holders of tickets 0, 1, 2, … write one after another. Only the next one is woken.
 #[derive(Default)]
-pub struct Turns(Mutex<State>);
+pub struct WriteOrder(Mutex<State>);
 
 #[derive(Default)]
 struct State {
     /// All tickets below it are done.
     next: u64,
-    /// Done already, but not in their turn.
+    /// Done before tickets with lower numbers.
     early: BTreeSet<u64>,
     waiting: BTreeMap<u64, Waiters>,
 }
 
-impl Turns {
+impl WriteOrder {
     /// Waits until all tickets before this one are done.
     pub async fn wait(&self, ticket: u64) {
         self.0
@@ -36,8 +35,8 @@ impl Turns {
             next += 1;
         }
         state.next = next;
-        let turn = state.waiting.remove(&next);
+        let woken = state.waiting.remove(&next);
         drop(state);
-        turn.into_iter().for_each(Waiters::wake);
+        woken.into_iter().for_each(Waiters::wake);
     }
 }
