@@ -364,7 +364,8 @@ mod tests {
     /// Runs this test's program again, in a process that panics with a log in that format.
     fn panicking(format: &str) -> std::process::Command {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        let name = "cli::log::tests::a_panic_is_told_in_the_form_of_the_log_and_ends_the_process";
+        let name =
+            "cli::log::tests::a_panic_is_reported_in_the_form_of_the_log_and_ends_the_process";
         command.args(["--exact", name, "--nocapture"]).env("VUBLK_TEST_PANIC", format);
         command.env("RUST_BACKTRACE", "0");
         command

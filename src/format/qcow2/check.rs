@@ -124,7 +124,7 @@ struct Check<'a> {
     is_incomplete: bool,
     /// References to clusters behind the end of the file, as far as a repair may take clusters there.
     beyond: References,
-    has_told_corruption: bool,
+    has_reported_corruption: bool,
     /// Collects what entries name whose flag tells that they are the only ones ([`unused`]).
     flagged: Option<References>,
     /// Collects L2 tables instead of reading them: where they are, and whether the disk has them now.
@@ -145,7 +145,7 @@ impl<'a> Check<'a> {
             must_rebuild: false,
             is_incomplete: false,
             beyond: References::default(),
-            has_told_corruption: false,
+            has_reported_corruption: false,
             flagged: None,
             put_off: None,
         }
@@ -288,7 +288,7 @@ impl Check<'_> {
     /// Tells once that a block cannot be where the table says. A repair marks the image before it goes
     /// on, so that nobody allocates in what it leaves if it ends early.
     async fn report_unaligned_block(&mut self, index: u64, offset: u64) -> Result<(), Error> {
-        if std::mem::replace(&mut self.has_told_corruption, true) {
+        if std::mem::replace(&mut self.has_reported_corruption, true) {
             return Ok(());
         }
         let message = corrupt::unaligned_refcount_block(index as usize, offset);

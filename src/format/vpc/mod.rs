@@ -155,7 +155,7 @@ impl Driver for Vpc {
         cow::map(self, inflight, at, want, access)
     }
 
-    fn way<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> Way<'a> {
+    fn map_read<'a>(&'a self, inflight: &'a InFlight, at: u64, want: u64) -> ReadMapping<'a> {
         fast_read(self, inflight, at, want)
     }
 

@@ -298,8 +298,12 @@ fn damage_is_named() {
             true => refused(place.run(reads), wanted),
             false => {
                 let checked = place.run("qemu-img check -f vpc x.vpc");
-                let is_told = checked.stdout.contains(wanted) || checked.stderr.contains(wanted);
-                assert!(matches!(checked.code, Some(2 | 3)) && is_told, "{wanted}: {checked:?}");
+                let is_reported =
+                    checked.stdout.contains(wanted) || checked.stderr.contains(wanted);
+                assert!(
+                    matches!(checked.code, Some(2 | 3)) && is_reported,
+                    "{wanted}: {checked:?}"
+                );
             }
         }
     }
