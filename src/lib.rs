@@ -17,6 +17,7 @@
 //! * [`metrics`]: what watchers of a service are told.
 //! * [`tools`]: what the image tools do, whoever calls them.
 //! * [`sandbox`]: what the process gives up when it has started.
+//! * [`nbd`]: the NBD protocol as bytes, for both sides.
 //! * [`options`]: every source of options as one tree, and the typed interface to it.
 //!
 //! Arrows go one way: `cli → monitor → service → export → block → io`, `service → job → copy`, `cli → tools → copy → block`,
@@ -37,6 +38,7 @@ pub mod io;
 pub mod job;
 pub mod metrics;
 pub mod monitor;
+pub mod nbd;
 pub mod options;
 pub mod protocol;
 pub mod sandbox;

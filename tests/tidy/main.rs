@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 const ARROWS: &[(&str, &[&str])] = &[
     ("io", &["io"]),
     ("options", &["options"]),
+    ("nbd", &["nbd", "io"]),
     ("block", &["block", "io", "options"]),
     ("copy", &["copy", "block", "io"]),
     ("job", &["job", "copy", "block", "io", "options"]),
     ("cow", &["cow", "block", "io"]),
     ("format", &["format", "cow", "block", "io", "options"]),
     ("filter", &["filter", "block", "io", "options"]),
-    ("protocol", &["protocol", "block", "io", "options"]),
+    ("protocol", &["protocol", "nbd", "block", "io", "options"]),
     ("drivers", &["format", "filter", "protocol", "block", "options"]),
-    ("export", &["export", "block", "io", "options"]),
+    ("export", &["export", "nbd", "block", "io", "options"]),
     (
         "monitor",
         &["monitor", "service", "job", "sandbox", "export", "drivers", "block", "io", "options"],
