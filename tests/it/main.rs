@@ -20,6 +20,7 @@ mod layer;
 mod metrics;
 mod model;
 mod monitor;
+mod namespace;
 mod node;
 mod nvme;
 mod nvme_fake;

@@ -4,6 +4,7 @@
 use super::process::EndPid;
 use super::{VUBLK, directory, end, run, stderr, use_disk};
 use crate::monitor::Client;
+use crate::namespace;
 use crate::vhost_user::LIMIT;
 use serde_json::json;
 use std::path::PathBuf;
@@ -32,8 +33,9 @@ impl Jail {
     fn vublk(&self, arguments: &[&str]) -> Command {
         let mut root = std::ffi::OsString::from("--root=");
         root.push(self.0.path());
-        let mut command = Command::new("unshare");
-        command.args(["--map-root-user".as_ref(), &*root, "/vublk".as_ref()]).args(arguments);
+        let unshare = namespace::unshare();
+        let mut command = Command::new(unshare[0]);
+        command.args(&unshare[1..]).arg(root).arg("/vublk").args(arguments);
         command.env_remove("RUST_LOG").env("LC_ALL", "C").env("TMPDIR", "/");
         command
     }
@@ -156,7 +158,7 @@ fn tools_work_where_there_is_nothing_but_the_program_and_the_images() {
 #[test]
 fn threads_are_not_looked_for_in_the_list_of_another_namespace() {
     let dir = directory();
-    let program = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", VUBLK];
+    let program = [namespace::unshare(), vec!["--pid", "--fork", "--kill-child", VUBLK]].concat();
     let serve = ["serve", "-f", "raw", "disk.img", "--socket", "s", "--sandbox", "on"];
     let output = run(dir.path(), &program, &serve);
     assert_eq!(output.status.code(), Some(1));

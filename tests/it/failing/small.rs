@@ -2,6 +2,7 @@
 //! test ends, however it ends.
 
 use crate::guest::server::tied_to_this_thread;
+use crate::namespace;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -20,8 +21,10 @@ impl Small {
             "mount -t tmpfs -o size={mib}m none {} && echo mounted && exec sleep infinity",
             path.display()
         );
-        let mut keeper = tied_to_this_thread("unshare")
-            .args(["--map-root-user", "--mount", "sh", "-c", &script])
+        let unshare = namespace::unshare();
+        let mut keeper = tied_to_this_thread(unshare[0])
+            .args(&unshare[1..])
+            .args(["--mount", "sh", "-c", &script])
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -32,10 +35,8 @@ impl Small {
     }
 
     /// What comes before a command to run it there.
-    pub fn enter(&self) -> [String; 6] {
-        let target = self.keeper.id().to_string();
-        ["nsenter", "--target", &target, "--user", "--mount", "--preserve-credentials"]
-            .map(str::to_owned)
+    pub fn enter(&self) -> Vec<String> {
+        namespace::enter_mounts_of(self.keeper.id())
     }
 
     /// A file in it, as processes outside reach it.
