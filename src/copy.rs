@@ -1,5 +1,6 @@
-//! The copy engine: the contents of some disks, one behind the other, to another disk; many pieces
-//! at a time, on several workers.
+//! The copy engine: copies the contents of one or more disks to another disk.
+//!
+//! Many pieces are copied at a time, on several workers.
 //!
 //! The rules held here: what reads as zeroes is not read, and what is zero where the target has
 //! zeroes is not written; memory, and what is on its way, is at most a chunk for each copier, or two where contents

@@ -1,4 +1,4 @@
-//! Jobs: work on disks that goes on while others are served, and that can be watched, held up and ended.
+//! Jobs: long work on disks in the background, which can be watched, paused and cancelled.
 //!
 //! The rules held here: a job goes through QEMU's states, and each change is told once, in its order; a job that
 //! has a name keeps it until it is dismissed; and the work of a job is_resting, or ends early, only where it says so

@@ -1,5 +1,6 @@
-//! What one process serves: its block graph, its workers, its exports. The command lines and the
-//! monitor all act through this, so that a thing is done, refused and worded in one way.
+//! The service of one process: its block graph, its workers, its exports.
+//!
+//! The command lines and the monitor all act through it, so that a thing is done, refused and worded in one way.
 //!
 //! The lives of exports, changes of the graph and the commands of monitors are tasks on the control executor
 //! ([`executor`]). They share the service's state.

@@ -1,5 +1,6 @@
-//! The fuzz targets' laws on stable Rust, in seconds: each target on seeded inputs. `make fuzz` runs
-//! the same functions under libFuzzer for as long as one likes.
+//! The fuzz targets on stable Rust, in seconds: each on seeded inputs.
+//!
+//! `make fuzz` runs the same functions under libFuzzer for as long as one likes.
 //!
 //! A process of its own: what a connection leaves open is counted.
 

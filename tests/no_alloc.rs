@@ -1,5 +1,6 @@
-//! The warm fast path allocates nothing and takes no lock: counted, in a process of its own, on
-//! requests that go through a graph to a leaf and back, and on requests of a guest's, from its ring
+//! The warm fast path allocates nothing and takes no lock: both are counted here.
+//!
+//! The test is a process of its own. Its requests go through a graph to a leaf and back, and, from a guest's ring,
 //! through an export and back.
 
 #[path = "no_alloc/messages.rs"]

@@ -1,5 +1,4 @@
-//! The option syntax against the real `qemu-storage-daemon`: the same arguments are refused, in
-//! the same words.
+//! The option syntax against the real `qemu-storage-daemon`: same refusals, same words.
 //!
 //! `VUBLK_SEED` repeats the random part.
 

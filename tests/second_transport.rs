@@ -1,5 +1,6 @@
-//! An export that is no vhost-user-blk on the same core: its front end is a test in this process. The service,
-//! changes of the graph, policies of failure and what is counted need nothing of a transport.
+//! An export other than vhost-user-blk on the same core, whose front end is a test in this process.
+//!
+//! The service, changes of the graph, failure policies and counters need nothing of a transport.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};

@@ -1,5 +1,6 @@
-//! What a node and all nodes that it stands on answer together. They are visited one after another, however long
-//! the chain is.
+//! Properties that a node and all nodes below it determine together.
+//!
+//! The nodes are visited one after another, without recursion, however long the chain is.
 
 use super::{Child, Fence, Kind, Node};
 use crate::options::bytes;

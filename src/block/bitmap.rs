@@ -1,4 +1,4 @@
-//! Dirty bitmaps: which pieces of a node were written while a bitmap recorded.
+//! Dirty bitmaps, which record the pieces of a node that were written.
 //!
 //! The rules held here:
 //!

@@ -1,5 +1,6 @@
-//! Storing data compressed: packed first, which is work for the processor and for any thread, then
-//! stored, in whatever order the caller wants.
+//! Storing data compressed, in two steps: packing and writing.
+//!
+//! Packing is work for the processor and can run on any thread; the caller chooses the order of the writes.
 //!
 //! Callers use [`Node::write_compressed`], or, to pack many units at once and store them in order,
 //! [`Node::pack`] and [`Node::store_packed`].

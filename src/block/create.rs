@@ -1,5 +1,4 @@
-//! Making new images: the options that a format and the protocol under it take together, what was
-//! given of them, and the order in which the two are asked.
+//! Creation of images: options of the format and the protocol, and the order of the steps.
 
 use super::policy::{FollowBacking, OpenPolicy};
 use super::registry::{DriverEntry, Kind, Registry};

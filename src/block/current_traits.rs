@@ -1,5 +1,4 @@
-//! The traits of a node as they are now. They follow from its options and from what it stands on, and change with
-//! those.
+//! The current traits of a node, which follow from its options and from the nodes below it.
 //!
 //! The rule held here: they change only while nothing is in flight through the node, so readers need no order among
 //! the parts.

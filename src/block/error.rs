@@ -1,5 +1,6 @@
-//! The block layer's rich error, for opening, changing and closing graphs: one line that says where,
-//! what was found and what was wanted.
+//! The block layer's error for opening, changing and closing graphs.
+//!
+//! It is one line that says where the error is, what was found and what was wanted.
 
 use crate::io::Errno;
 use std::fmt;

@@ -1,5 +1,6 @@
-//! Events: what a format, or a node itself, is about to do, told to a debugging filter below it
-//! (blkdebug), which may make the operation fail or hold it up.
+//! Events that formats and nodes announce to a debugging filter below them (blkdebug).
+//!
+//! The filter may make the announced operation fail, or delay it.
 //!
 //! A format raises one with [`Node::event`] on its file's node before the I/O that the event names;
 //! a node raises those of its own requests on itself. The filter hears what is raised on its own node, and

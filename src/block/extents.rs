@@ -1,5 +1,4 @@
-//! What is stored where: block status through a whole backing chain, and in runs as long as they are
-//! alike.
+//! Block status through a whole backing chain, in runs of equal status.
 
 use super::{Decider, Extent, Node, Place, Precision, Status};
 use crate::io::IoResult;

@@ -1,5 +1,7 @@
-//! What the images of a driver can do besides being read and written. Its entry states that, so that it is known
-//! before an image is open, and each open driver answers accordingly: the conformance suite compares them.
+//! The features of a driver's images besides reading and writing.
+//!
+//! The driver's entry states them, so that they are known before an image is open. Each open driver must answer
+//! accordingly: the conformance suite compares the two.
 
 use super::{Error, Preallocation};
 

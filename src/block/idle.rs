@@ -1,4 +1,4 @@
-//! Images that are left alone for a while, of which drivers then take back what writing has made them say.
+//! Idle images, whose drivers then undo marks that writing has left in them.
 
 use super::{Error, LocalFuture, Signal};
 use crate::io::sync::Mutex;

@@ -1,5 +1,4 @@
-//! Operations on a disk as a whole: its length, what it occupies, its health, what it says of
-//! itself.
+//! Operations on a whole disk: its length, its allocation, its health, its description.
 
 use super::{Error, LocalFuture, Node, SnapshotInfo, Snapshots};
 use crate::io::{Errno, IoResult, IoVec};

@@ -1,4 +1,4 @@
-//! Storage whose length changes by itself, such as a device, and the signal to the graph.
+//! Storage whose length changes by itself, such as a device, and its signal to the graph.
 //!
 //! The graph follows such a node ([`Graph::open`](super::Graph::open)): when the driver tells that the
 //! storage is longer or shorter, the node's users are paused, its new length is taken, and they are told,

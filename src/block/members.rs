@@ -1,5 +1,6 @@
-//! Whose requests may be on the fast path through a node: those who change something that such requests rely on
-//! wait for them ([`crate::io::epoch`]).
+//! The workers whose requests may be on the fast path through a node.
+//!
+//! A change of something that such requests rely on waits for them ([`crate::io::epoch`]).
 
 use super::Node;
 use crate::io::epoch::Member;

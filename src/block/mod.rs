@@ -1,5 +1,6 @@
-//! The block layer: the contract between users of disks (exports, tools, jobs) and drivers (formats, filters,
-//! protocols).
+//! The block layer: the contract between users of disks and drivers.
+//!
+//! Users are exports, tools and jobs; drivers are formats, filters and protocols.
 //!
 //! * [`node`]: the users' handle on a disk. Checks, aligns, splits and orders requests.
 //! * [`driver`], [`image`], [`snapshot`]: the interfaces of formats and protocols, and the guarantees they get.

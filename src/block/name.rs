@@ -1,5 +1,6 @@
-//! What an open node is called: the file name that opens the same disk again, as listings show it and
-//! overlays record it.
+//! The file name of an open node, which opens the same disk again.
+//!
+//! Listings show it, and overlays record it.
 //!
 //! The rule held here: a name says all that decides which data the disk has. Where no plain name does, it is
 //! `json:{…}` with the options that do, in QEMU's order; how the node is cached, locked and the like is not

@@ -1,5 +1,4 @@
-//! Options that meet a file name: what the name stands for, and what is given beside it for the node and for
-//! those that it stands on.
+//! Options that are combined with a file name, for a node and for its children.
 //!
 //! The rule held here: what is given counts, and the name says only what is left open. So options for a child
 //! that nobody named (`file.locking=off`) are merged with those that the name stands for, at every depth.

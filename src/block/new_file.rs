@@ -1,5 +1,6 @@
-//! Files that a creation makes, which it removes when it fails, so that the space they took is free again; and images
-//! that lie in one file, made there or on a node.
+//! New files of an unfinished creation, and images that consist of one file.
+//!
+//! If the creation fails, the files are removed, so that the space they took is free again.
 
 use super::create::Creation;
 use super::{DriverEntry, Error, Graph, Node};

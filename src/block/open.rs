@@ -1,5 +1,4 @@
-//! Opening nodes: the options that every node has, the children that a driver asks for, and what
-//! these take over from their parent.
+//! Opening nodes: common options, the children that a driver asks for, and inherited options.
 //!
 //! The rule held here: user input is checked before anything is opened, unknown options are
 //! refused, and a tree of nodes comes up whole or not at all.

@@ -1,5 +1,6 @@
-//! What a file holds, by its first bytes. Only for those who ask for it: see
-//! [`OpenPolicy`](super::OpenPolicy).
+//! Probing: guessing the format of a file from its first bytes.
+//!
+//! Nothing probes by default: see [`OpenPolicy`](super::OpenPolicy).
 
 use super::registry::{DriverEntry, Guess, PROBE_LEN, Registry};
 use super::{Error, Node};

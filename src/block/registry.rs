@@ -1,5 +1,6 @@
-//! What drivers there are: one entry each, from which opening, creating, probing, help texts and
-//! tests follow.
+//! The registry of drivers: one entry each.
+//!
+//! Opening, creating, probing, help texts and tests all follow from the entries.
 //!
 //! The lists are made where drivers live and joined above the block layer, which names none of them.
 

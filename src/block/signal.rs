@@ -1,4 +1,4 @@
-//! Signals, with which a driver asks the graph from any thread to look at its node.
+//! Signals, with which a driver asks the graph from any thread to check its node.
 
 use super::Error;
 use std::os::fd::{AsRawFd, RawFd};

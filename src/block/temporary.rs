@@ -1,5 +1,4 @@
-//! Disks whose changes are thrown away: an overlay in a file of its own, whose name is gone as soon as
-//! it is open.
+//! Disks whose changes are discarded: an overlay in an unlinked temporary file.
 
 use super::{Creation, Error, Registry, Role};
 use crate::io::{Errno, offload};

@@ -1,5 +1,6 @@
-//! How far a node was written, and who is told when a write goes beyond an offset: once, for whoever
-//! makes room for a disk on storage that grows.
+//! The highest offset written to a node, and the event for a write beyond a threshold.
+//!
+//! The event is sent once, for management software that enlarges the storage of a growing disk.
 //!
 //! The fast path compares the end of a write with one value, which stands still unless a disk is written
 //! further than ever before: the lesser of both marks.

@@ -1,5 +1,6 @@
-//! How much memory of ours a request may take on its way through the graph: an upper bound, which its
-//! sender takes from a budget ([`crate::io::Budget`]) before it begins.
+//! Upper bounds of the memory that a request takes on its way through the graph.
+//!
+//! The sender takes this much from a budget ([`crate::io::Budget`]) before it begins.
 //!
 //! It counts what grows with requests: the futures of each layer, lists of segments, bounce buffers,
 //! and what drivers say of themselves ([`Scratch`](super::driver::Scratch)). What a driver keeps in any

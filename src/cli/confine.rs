@@ -1,4 +1,4 @@
-//! The options of the sandbox, and how a command goes into it.
+//! The options of the sandbox, and how a command enters it.
 
 use super::{Failure, Outcome};
 use crate::sandbox::{self, Place, Plan, User};

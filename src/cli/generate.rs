@@ -1,4 +1,4 @@
-//! `vublk generate FOLDER`, for packages: man pages and shell completions from the definitions of the command line.
+//! `vublk generate FOLDER`: man pages and shell completions from the definitions of the command line.
 
 use super::{command_line, daemon, manual};
 use clap_complete::Shell;

@@ -1,5 +1,6 @@
-//! Command lines in the manner of getopt_long, which QEMU's tools use: options and operands in any
-//! order, clusters of short options, long names cut short, and its words where something is wrong.
+//! Command lines parsed as by getopt_long, which QEMU's tools use, with its messages.
+//!
+//! Options and operands come in any order, short options in clusters, and long names may be abbreviated.
 //!
 //! The rule held here: a command's options are listed once, and parsing, help texts, man pages and
 //! shell completions follow from the list.

@@ -1,5 +1,4 @@
-//! What a tool leaves behind when a signal ends it: an image that is incomplete is named, so that nobody takes it
-//! for whole.
+//! Incomplete images of interrupted tools, which are named when a signal ends the process.
 
 use super::process::EndSignals;
 use super::signals;

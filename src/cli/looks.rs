@@ -1,4 +1,4 @@
-//! The error for an image that is served without a format, with a hint at what the image looks like.
+//! The error for an image that is served without a format, with a guess at its format.
 //!
 //! The format is never guessed for a guest's disk, because a guest can write any format's header to a
 //! raw disk. But a hint that names the wrong format destroys the image of a user who follows it.

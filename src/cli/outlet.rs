@@ -1,5 +1,4 @@
-//! Text that leaves the process on a thread of its own: the log, what `serve` prints, and what the service
-//! manager is told.
+//! Output that a separate thread writes: the log, `serve`'s lines, and messages to the service manager.
 //!
 //! The rule held here: callers never wait for the reader. The text that a reader has not taken yet is bounded;
 //! pieces beyond the bound are dropped and counted, and the reader is told how many there were. Only a process

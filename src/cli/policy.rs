@@ -1,4 +1,4 @@
-//! The options that say what may be opened: the same for every command that serves disks.
+//! The options that restrict what may be opened, the same for every command that serves disks.
 
 use crate::block::{FollowBacking, OpenPolicy, Whitelist};
 

@@ -1,5 +1,4 @@
-//! What a daemon does to its own process: signals, the pid file, going to the background; and whom
-//! it tells that it is ready.
+//! A daemon's own process: signals, the pid file, detaching, and reporting that it is ready.
 
 use super::log;
 use super::outlet::Outlet;

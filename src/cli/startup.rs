@@ -1,4 +1,4 @@
-//! Waiting for tasks while a program starts and while it ends, without missing the signals that end it.
+//! Waiting for tasks during start-up and shutdown without missing signals.
 //!
 //! The rule held here: an end is bounded. Work that has hung, such as a job on storage that does not answer, cannot
 //! keep the program: a second signal ends it at once, and so does a long time without any node being closed. The

@@ -1,5 +1,7 @@
-//! What the block layer says while an image tool runs: errors that no command's result tells, such as bitmaps
-//! that could not be stored when their image was closed. Each is a line on standard error.
+//! Messages that the block layer logs while an image tool runs, as lines on standard error.
+//!
+//! They are about errors that no command returns, such as bitmaps that could not be stored when their image was
+//! closed.
 
 use crate::tools::output::errln;
 use log::{Level, LevelFilter, Log, Metadata, Record};

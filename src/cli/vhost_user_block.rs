@@ -1,5 +1,6 @@
-//! `vhost-user-block`: the command line that QEMU's "Backend program conventions" (the vhost-user
-//! text) lay down for programs that management software finds and starts.
+//! `vhost-user-block`: the command line of QEMU's "Backend program conventions".
+//!
+//! The vhost-user text defines it for programs that management software finds and starts.
 
 use super::img::outln;
 use super::serve::Serve;

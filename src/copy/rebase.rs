@@ -1,5 +1,6 @@
-//! Pieces of an image that is about to stand on another backing file: what would be read differently is written into
-//! the image itself.
+//! Copying pieces of an image that is about to get another backing file.
+//!
+//! Whatever would read differently afterwards is written into the image itself.
 
 use super::plan::Piece;
 use super::zeroes::is_zero;

@@ -1,5 +1,4 @@
-//! What the layer asks of a format that it writes through: where new clusters come from, and where clusters go
-//! that no entry names any more.
+//! The interface to a format's allocator: new clusters, and clusters that no entry names any more.
 //!
 //! The layer knows no reference counts, bitmaps or ends of files: it takes runs of clusters and gives them back.
 //! A format with reference counts hands out a reservation; one that only appends hands out the file's end.

@@ -1,5 +1,4 @@
-//! Changes of table entries on their way to the kernel: changes of one slice that arrive together are
-//! written together.
+//! Batches of changes to table entries: concurrent changes of one slice are written together.
 //!
 //! One write of a slice is under way at a time, made by one of the tasks that wait for it; changes that arrive
 //! meanwhile collect for the next write. An entry is shown to readers after it has been handed to the

@@ -1,5 +1,6 @@
-//! When a fast write may overwrite a cluster in place: the order in which it reads the table entry and the
-//! permissions.
+//! The rule for overwriting a cluster in place on the fast path.
+//!
+//! It fixes the order in which a fast write reads the table entry and the permissions.
 //!
 //! A worker can be preempted between any two of its reads, for longer than a snapshot takes. The rule: a permission
 //! that is withdrawn *before* entries change, and given back after, is read before the entry; a permission that is

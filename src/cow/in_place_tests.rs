@@ -1,5 +1,7 @@
-//! The order of [`super`] under every interleaving that a scheduler tries: fast writes, as an image does them, beside
-//! changes that withdraw a permission. Each fault of the order is shown to be found.
+//! Tests of [`super`] under every interleaving that a scheduler tries.
+//!
+//! Fast writes, as an image does them, run beside changes that withdraw a permission. Each fault of the order is
+//! shown to be found.
 
 use super::*;
 use crate::io::epoch::Announcer;

@@ -1,4 +1,4 @@
-//! compress: what is written is stored compressed by the image below.
+//! compress, a filter whose writes are stored compressed by the image below.
 //!
 //! Requests are rounded out to whole units of the image, which the node does. What is stored once is not
 //! written over: such a write fails, as in QEMU.

@@ -1,5 +1,4 @@
-//! Filters: what changes how requests go, not what they say. One module and one entry in the list
-//! each.
+//! Filters, which change how requests are carried out: one module and one list entry each.
 
 use crate::block::DriverEntry;
 

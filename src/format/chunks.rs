@@ -1,4 +1,4 @@
-//! Chunks of images that are only read: what is packed in a file, unpacked off the workers, and kept as it was used last.
+//! Packed chunks of read-only formats, unpacked off the workers and cached.
 //!
 //! The kept chunks are bounded in bytes, for each image: [`LIMIT`], or one chunk if that is larger. Memory for a chunk that
 //! is being unpacked comes from the disk's budget. Tasks that want the same chunk unpack it once.

@@ -1,5 +1,6 @@
-//! Clusters that are compressed as qcow and qcow2 do it: a raw deflate stream with a window of 4 KiB, which every
-//! QEMU reads; and zlib streams, which other formats have.
+//! Compressed clusters as raw deflate streams with a window of 4 KiB, and as zlib streams.
+//!
+//! qcow and qcow2 have the former, which every QEMU reads; other formats have the latter.
 //!
 //! The rule: what is stored is hostile. Unpacking ends when a cluster is full, takes no more memory than a cluster and a
 //! bounded window, and a stream that gives less than a cluster is an error.

@@ -1,5 +1,6 @@
-//! Formats that there is no driver for. They are known by their first bytes alone, so that nobody
-//! takes a container for the disk in it because the format was guessed.
+//! Formats without a driver here, recognised by their first bytes.
+//!
+//! They are known so that a guess does not take a container for the raw disk inside it.
 //!
 //! The rule: what QEMU 7.2 takes for one of these is one of these here; where its tests are narrower
 //! than the format (a version, a kind), ours take the whole format. Not known is LUKS version 2,

@@ -1,4 +1,4 @@
-//! Formats: what gives the bytes of a file a meaning. One module and one entry in the list each.
+//! Formats, which interpret the bytes of a file: one module and one list entry each.
 
 use crate::block::DriverEntry;
 

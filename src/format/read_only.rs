@@ -1,5 +1,6 @@
-//! What formats have in common that are only read and keep no tables of the layer: one file, no writing, and a disk of
-//! which nothing is known before it is read.
+//! The common parts of read-only formats that do not use the layer of tables.
+//!
+//! They have one file, no writing, and a disk of which nothing is known before it is read.
 
 use crate::block::*;
 use crate::io::{Errno, IoResult, IoVec};

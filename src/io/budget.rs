@@ -1,4 +1,4 @@
-//! Memory that requests may take: so much for each disk, and so much for all disks of the process.
+//! Memory budgets for requests: one for each disk, and one for the whole process.
 //!
 //! A request takes a [`Permit`] for all the memory that it may need before it begins, and gives it back
 //! when it ends. Requests that find no room wait in the order in which they came, and hold nothing meanwhile.

@@ -1,4 +1,4 @@
-//! Descriptors: how many the process may have, whether any are left, and those that are set aside.
+//! File descriptors: the limit of the process, those left, and a reserve.
 //!
 //! The limit, RLIMIT_NOFILE, is one for the whole process, and so is the count of what is set aside.
 

@@ -1,5 +1,6 @@
-//! Devices that a worker drives itself, without its ring: queues in memory that are polled for
-//! completions, and an eventfd to sleep on. Connections that drivers make are attached alike.
+//! Devices that a worker drives without its ring: queues in memory, polled for completions.
+//!
+//! An eventfd wakes the worker from sleep. Connections that drivers make are attached alike.
 //!
 //! Such a device is a [`Source`] of each worker that uses it. It tells others' sources that their
 //! operations have ended ([`Io::deliver`]); drivers keep it in a [`PerWorker`](super::PerWorker). Its

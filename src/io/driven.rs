@@ -1,5 +1,6 @@
-//! Workers without a thread of their own: the thread that makes one runs it whenever it waits for a worker. For
-//! tests and fuzz targets that want one thread, no real sleep, and the same order of events each time.
+//! Workers without a thread of their own, which the thread that made them runs while it waits.
+//!
+//! They are for tests and fuzz targets that need one thread, no real sleep, and the same order of events each time.
 
 use super::Local;
 use super::sim::{Disorder, Reorder, SimRing};

@@ -1,4 +1,4 @@
-//! Scatter lists: which memory a request reads into or writes from.
+//! Scatter lists: the memory that a request reads into or writes from.
 //!
 //! The memory may be the guest's. The guest writes to it whenever it likes, so no Rust reference to
 //! it is ever made: bytes move by raw copies, and nothing is read twice where a change between the

@@ -1,5 +1,6 @@
-//! Work that really blocks (ioctl, lseek for holes, open) or takes long (decompression) on threads of
-//! its own, so that it never stops a worker, unless the worker may be stopped.
+//! Blocking or long work on threads of its own, so that it never stops a worker.
+//!
+//! Examples are ioctl, lseek for holes, open, and decompression. Workers that may block run it themselves.
 
 use super::may_block;
 use super::pool::{Job, Limits, Pool};

@@ -1,5 +1,4 @@
-//! An operation: the one type for what a leaf is asked to do, what a worker keeps in flight, and what a
-//! ring carries out.
+//! Operations: the one type for requests to a leaf, work in flight on a worker, and entries of a ring.
 //!
 //! A descriptor and a number that names the caller travel beside it: a leaf knows its own descriptor,
 //! and each layer has a number of its own kind.

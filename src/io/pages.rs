@@ -1,4 +1,4 @@
-//! Memory for many words that takes room as it is used, and gives it back in parts while others read.
+//! A large array of words whose memory is allocated on use and can be freed in parts beside readers.
 
 use super::errno::Errno;
 use std::ops::Range;

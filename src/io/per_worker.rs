@@ -1,4 +1,4 @@
-//! State of which each worker has its own: the connections, queue pairs or caches of a driver.
+//! State that each worker has for itself: a driver's connections, queue pairs or caches.
 //!
 //! A driver declares a [`PerWorker`]. Each worker that serves the driver makes its own state when it first
 //! needs it, and finds it again by an index: without a hash, a lock or a write to shared memory.

@@ -1,5 +1,4 @@
-//! What is done every so often for as long as somebody needs it: on one thread for all, which is there
-//! while there is something to do, and sleeps in between.
+//! Periodic work, all on one thread that exists while there is any.
 
 use super::sync::Mutex;
 use std::thread::Thread;

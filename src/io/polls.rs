@@ -1,5 +1,6 @@
-//! Waiting for descriptors with epoll, for rings that are not the kernel's: polls, and sends and receives
-//! that cannot be done at once. No thread is kept waiting in a call for any of them.
+//! Waiting for descriptors with epoll, for rings other than the kernel's.
+//!
+//! It covers polls, and sends and receives that cannot complete at once. No thread blocks in a call for any of them.
 
 use super::errno::Errno;
 use super::op::Op;

@@ -1,5 +1,6 @@
-//! Threads for work that blocks: made when there is work that no idle one takes, and gone some
-//! seconds after the last.
+//! A pool of threads for blocking work.
+//!
+//! A thread is made when no idle one is left, and ends after some seconds without work.
 //!
 //! The rule held here: nobody's work waits for somebody else's. Each job has an owner, a disk for
 //! example. An owner without a running job gets a thread for its next one in any case, above the

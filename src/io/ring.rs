@@ -1,5 +1,6 @@
-//! What carries a worker's operations: io_uring ([`super::uring`]), threads ([`super::threads`]), or a simulation
-//! ([`super::sim`]), all behind one interface.
+//! The interface of rings, which carry out a worker's operations.
+//!
+//! Implementations are io_uring ([`super::uring`]), threads ([`super::threads`]), and a simulation ([`super::sim`]).
 
 use super::op::Op;
 use std::fs::File;

@@ -1,5 +1,4 @@
-//! Memory that another process shares with us by a file, mapped so that we outlive what it does to
-//! the file.
+//! Mappings of shared files that survive truncation by the other process.
 //!
 //! Touching a page that the file does not hold any more raises SIGBUS, which would end the process and
 //! with it the disks of all guests. A handler looks the address up among our mappings, puts zeroes of

@@ -1,5 +1,4 @@
-//! Operations in flight on a worker: their slots, what a completion means for them, and whom to
-//! tell of their end.
+//! Operations in flight on a worker: their slots, completions and owners.
 //!
 //! The rules it guards: a read or write is whole or it fails. What a short or interrupted one left is asked
 //! for again, and what lies past the end of a file reads as zeroes. On a socket a part is a success. And an

@@ -1,4 +1,4 @@
-//! The contract between a worker and what brings requests to it.
+//! The contract between a worker and a source of requests.
 
 use super::IoResult;
 use super::worker::Io;

@@ -1,5 +1,6 @@
-//! Rings made ahead, for workers that start when the process may make no more: a process that is
-//! allowed to make rings could make itself one without restrictions.
+//! Rings made in advance, for workers that start inside the sandbox.
+//!
+//! A process that is allowed to make rings could make itself one without restrictions.
 
 use super::sync::Mutex;
 use super::uring::Uring;

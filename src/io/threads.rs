@@ -1,5 +1,7 @@
-//! A ring of threads, for hosts whose io_uring is switched off: old kernels, and containers whose
-//! system call filter does not know it. It costs more per request; nothing else is different.
+//! A ring of threads, for hosts without io_uring.
+//!
+//! Old kernels lack it, and the system call filter of some containers refuses it. This ring costs more per request;
+//! nothing else is different.
 //!
 //! Operations block in threads that all workers share; a file that stalls holds up no other
 //! ([`super::pool`]). Descriptors are waited for with epoll, sockets that have nothing to give or no room too.

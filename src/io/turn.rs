@@ -1,4 +1,4 @@
-//! A worker's turn: what its thread does, over and over.
+//! A worker's turn: the loop that its thread runs.
 //!
 //! Reap completions, let every active source take what has arrived and start it, run the tasks that
 //! were woken, let the sources publish their results, enter the ring once. When there is nothing to

@@ -1,5 +1,6 @@
-//! How much a worker's turn does at most for one of its sources or for its tasks, so that all others have
-//! their turn soon: what is left waits for the next turn.
+//! The limits on what one turn does for one source or for tasks, so that all get their share.
+//!
+//! Work that is left waits for the next turn.
 //!
 //! Copies are what takes long. Tasks count the bytes that they copy, or hand to a ring whose kernel may copy
 //! them at once; sources count those of the requests that they take.

@@ -1,5 +1,6 @@
-//! A worker: one thread, one ring, a slab of operations, and the queues dealt to it. Here are its
-//! parts and the handle that other threads hold; [`super::turn`] is what the thread does.
+//! A worker: one thread, one ring, a slab of operations, and its queues.
+//!
+//! Here are its parts and the handle that other threads hold; [`super::turn`] is the loop of the thread.
 
 use super::device::Devices;
 use super::per_worker::States;

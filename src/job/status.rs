@@ -1,5 +1,6 @@
-//! The states of a job, which follow which, and what can be asked of a job in each. As in QEMU 7.2, of which it
-//! was measured.
+//! The states of a job, the transitions between them, and the commands that each accepts.
+//!
+//! They are those of QEMU 7.2, as measured.
 
 /// QEMU's JobStatus.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Jobs of a copy between disks in memory: their states, in order, and what holds them up.
+//! Tests of copy jobs between disks in memory: their states, in order, and pauses.
 
 use super::*;
 use crate::copy::control::Cancelled;

@@ -1,4 +1,4 @@
-//! `--metrics`: where metrics are offered. Within the host only: they know no passwords.
+//! `--metrics`: the address that metrics are served at, within the host only (there are no passwords).
 
 use std::fmt;
 use std::net::SocketAddr;

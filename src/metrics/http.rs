@@ -1,5 +1,6 @@
-//! As much of HTTP/1.1 (RFC 9112) as a scraper wants: one request without content, one answer, and
-//! the connection is closed.
+//! The part of HTTP/1.1 (RFC 9112) that a scraper needs.
+//!
+//! A client sends one request without content and gets one answer; then the connection is closed.
 
 use super::text::Format;
 

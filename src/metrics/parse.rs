@@ -1,4 +1,4 @@
-//! Reads a page of metrics: as much of the text format as [`super::text`] writes.
+//! Reading a page of metrics, in the part of the text format that [`super::text`] writes.
 
 /// One line of a page.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,4 +1,4 @@
-//! The page: Prometheus's text format 0.0.4, or OpenMetrics 1.0, which differs in little.
+//! Writing the page, in Prometheus's text format 0.0.4 or OpenMetrics 1.0.
 
 use crate::block::DriveHealth;
 use crate::export::core::ExportMetrics;

@@ -1,4 +1,4 @@
-//! Dirty bitmaps: the commands that add, remove and change them, and what listings tell.
+//! Dirty bitmaps: the commands that add, remove and change them, and their listings.
 
 use super::reply::{CommandError, Outcome, done, object};
 use crate::block::{BitmapInfo, Error, NewBitmap, Node};

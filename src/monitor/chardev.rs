@@ -1,4 +1,4 @@
-//! `--chardev` and `--monitor`: the sockets that monitors are reached at.
+//! `--chardev` and `--monitor`: the sockets of monitors.
 
 use super::poll;
 use crate::block::Error;

@@ -1,4 +1,4 @@
-//! The loop that serves all monitors of a process until it is to end.
+//! The loop that serves all monitors of a process until the process ends.
 
 use super::chardev::{Chardev, Endpoint, MonitorOptions};
 use super::poll::{Polled, accept, poll, polled};

@@ -1,4 +1,4 @@
-//! Events that nodes are the cause of, as QEMU's schema has them.
+//! Events that nodes cause, as QEMU's schema has them.
 
 use super::reply::object;
 use crate::block::{Corrupted, Notice, ThresholdExceeded};

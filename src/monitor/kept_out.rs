@@ -1,4 +1,4 @@
-//! Errors that the sandbox causes say so, and name the option that allows the access.
+//! Errors caused by the sandbox, extended by the option that permits the access.
 
 use std::borrow::Cow;
 use std::path::Path;

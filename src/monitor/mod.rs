@@ -1,4 +1,4 @@
-//! QMP: the monitors that a daemon is asked and changed through while it runs.
+//! QMP: the monitors through which clients query and change a running daemon.
 //!
 //! | file | it holds |
 //! |---|---|

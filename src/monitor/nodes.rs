@@ -1,5 +1,4 @@
-//! What listings tell of nodes: `query-named-block-nodes` and `query-blockstats`, as QEMU's schema has
-//! them.
+//! Listings of nodes: `query-named-block-nodes` and `query-blockstats`, as in QEMU's schema.
 
 mod stats;
 

@@ -1,5 +1,6 @@
-//! Commands that wait for storage, for guests, for locks or for threads. Each is a task of the service, and
-//! the monitors' thread serves other clients meanwhile.
+//! Commands that wait for storage, guests, locks or threads.
+//!
+//! Each is a task of the service; the monitors' thread serves other clients meanwhile.
 
 use super::bitmaps;
 use super::kept_out::explained;

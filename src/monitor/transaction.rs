@@ -1,4 +1,4 @@
-//! `transaction`: several commands at one moment, or none of them.
+//! `transaction`: several commands carried out at one moment, or none of them.
 
 use super::bitmaps::{self, Merge, Named};
 use super::kept_out::explained;

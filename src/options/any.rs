@@ -1,4 +1,4 @@
-//! A [`Value`] read through serde as it stands, for fields that can be of several types.
+//! A [`Value`] of any type read through serde, for fields of several types.
 //!
 //! The rule: text stays text and strings stay strings, so that whoever reads the value next can
 //! still tell what may convert.

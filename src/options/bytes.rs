@@ -1,4 +1,4 @@
-//! Names that are not UTF-8: any bytes as text, and back.
+//! Names that are not UTF-8, converted to text and back.
 //!
 //! The rule held here: nothing is lost. A byte that is part of no character stands in text as a character of its
 //! own, from a range for private use; should a name have such a character itself, its bytes stand so too.

@@ -1,4 +1,4 @@
-//! Tables for the option deserializer: what converts, what does not, and in which words.
+//! Tests of the option deserializer: conversions, refusals, and their messages.
 
 use super::*;
 use crate::options::{NodeRef, NodeRefOrNull, keyval};

@@ -1,4 +1,4 @@
-//! JSON text to option tree and back.
+//! JSON text to option trees and back.
 //!
 //! The reader takes what QEMU's takes: RFC 8259, plus strings in single quotes, which `json:{…}`
 //! file names in the wild use. Integers stay exact, a key given twice and anything after the value

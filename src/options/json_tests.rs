@@ -1,4 +1,4 @@
-//! Tests of the JSON reader: what is read, what is refused, and in which words.
+//! Tests of the JSON reader: accepted input, refused input, and messages.
 
 use super::*;
 

@@ -1,5 +1,4 @@
-//! Options: every source of them becomes one ordered tree, and every driver reads that tree
-//! through one typed interface.
+//! Options: an ordered tree made from any source, read by drivers through one typed interface.
 //!
 //! | file | it holds |
 //! |---|---|

@@ -1,5 +1,6 @@
-//! Field types for a child of a block node: the name of a node that exists, or a definition in
-//! place. The rule: text or string is a reference, an object is a definition, nothing else is valid.
+//! Fields that refer to a child node, by the name of an existing node or by a definition in place.
+//!
+//! Text or a string is a reference, an object is a definition, nothing else is valid.
 
 use serde::de::{Deserialize, Deserializer};
 

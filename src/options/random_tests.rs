@@ -1,4 +1,4 @@
-//! Random trees must survive being written and read, and random text must never break a parser.
+//! Tests with random trees, which must survive a round trip, and random text, which must break no parser.
 //!
 //! `VUBLK_SEED` repeats a run; the seed is printed when one fails.
 

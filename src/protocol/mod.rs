@@ -1,4 +1,4 @@
-//! Protocols: what reaches the bytes themselves. One module and one entry in the list each.
+//! Protocols, which access storage itself: one module and one list entry each.
 
 pub mod file;
 pub mod null;

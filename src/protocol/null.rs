@@ -1,4 +1,4 @@
-//! null-co and null-aio: a disk without storage, to measure everything above it.
+//! null-co and null-aio: disks without storage, for measuring the layers above.
 //!
 //! Writes are forgotten. Reads leave the memory as it is, or zero it with `read-zeroes`, which keeps
 //! what a reader's memory held before from showing. Both names are one driver here: the difference

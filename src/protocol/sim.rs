@@ -1,5 +1,6 @@
-//! A simulated disk for tests: memory with any traits, seeded faults, and a log of what was written,
-//! from which every state that a crash may leave can be made.
+//! A simulated disk for tests: memory with any traits, seeded faults, and a log of writes.
+//!
+//! Every state that a crash may leave can be made from the log.
 //!
 //! The rule it guards: it is as strict as the contract in [`crate::block::driver`] allows it to be. A
 //! request that the contract forbids is a panic, and what a request may leave undefined is garbage.

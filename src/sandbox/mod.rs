@@ -1,6 +1,6 @@
-//! The sandbox: once all that the program was started for is open, the process gives up what it no
-//! longer needs, for good and for all its threads. A guest, a front end or an image that takes it
-//! over then has what is open, and little more.
+//! The sandbox: the process gives up for good what it no longer needs after start-up.
+//!
+//! A guest, a front end or an image that takes the process over then has what is open, and little more.
 //!
 //! * No new privileges, no core dumps (they would hold guests' data).
 //! * [`files`]: which paths can be opened or removed (Landlock).

@@ -1,5 +1,4 @@
-//! What becomes of a system call that the sandbox does not know: it fails with EPERM, and the log
-//! has a line, once for each kind.
+//! Refused system calls: they fail with EPERM, and the log has one line for each kind.
 //!
 //! It is not death, because a disk that a guest works on is worth more than the certainty that a call
 //! was an attack: a new version of the C library may make calls that nobody thought of, and most code

@@ -1,5 +1,6 @@
-//! A process of its own confines itself and tries what it should not be able to do. It is this very
-//! program, started again for one test.
+//! Tests in a process of their own, which confines itself and tries what must fail.
+//!
+//! The process is this very program, started again for one test.
 
 use super::*;
 use std::fs::{self, File};

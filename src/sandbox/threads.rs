@@ -1,4 +1,4 @@
-//! Landlock for the threads that are there already.
+//! Landlock for threads that exist already.
 //!
 //! The kernel confines the thread that asks, and all that it starts later; only version 8 of its
 //! interface has a flag for the others. So each thread is made to ask by a signal, as the C library

@@ -1,4 +1,4 @@
-//! Another user than root: what is opened at the start may want root, serving does not.
+//! Changing from root to another user, once everything that needs root is open.
 
 use crate::io::Errno;
 use std::ffi::CString;

@@ -1,5 +1,6 @@
-//! What a service has to tell that nobody has asked for: exports that have ended, requests that the storage
-//! has failed, what nodes notice. One descriptor is readable while there is something.
+//! The events of a service: ended exports, failed requests, and notices of nodes.
+//!
+//! One descriptor is readable while there is any.
 
 use super::Service;
 use crate::block::{Error, Notice, Notices};

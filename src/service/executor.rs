@@ -1,5 +1,6 @@
-//! The control executor: everything that a service does besides serving guests runs here as tasks. A task
-//! waits for storage, guests, locks and other tasks without keeping a thread.
+//! The control executor, which runs everything but serving guests as tasks.
+//!
+//! A task waits for storage, guests, locks and other tasks without keeping a thread.
 //!
 //! The rules held here: a task never blocks its thread, blocking calls go to [`io::offload`]; and a task runs
 //! to its end, whether or not anybody still wants its result.

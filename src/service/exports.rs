@@ -1,4 +1,4 @@
-//! The lives of exports: how they begin and end, and what is told of them.
+//! The lives of exports: how they start, end, and are listed.
 //!
 //! The rule held here: nobody waits for a guest without limit. An export ends by a task of its own, and
 //! [`Service::take_ended`] tells when it has.

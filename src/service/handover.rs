@@ -1,5 +1,4 @@
-//! A daemon that is started while the one before it still ends: it waits for its socket, as it waits
-//! for the image.
+//! Waiting for the socket of a previous daemon that is still ending.
 
 use crate::export::core::socket::is_listened_on;
 use std::os::unix::fs::MetadataExt;

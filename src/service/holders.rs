@@ -1,5 +1,6 @@
-//! Which process has an image locked: found in /proc, for messages, and to tell a lock that will
-//! stay from one that the kernel is about to give up.
+//! The process that has an image locked, found in /proc.
+//!
+//! Messages name it, and it tells a lasting lock from one that the kernel is about to release.
 
 use crate::block::LockedFile;
 use std::fs;

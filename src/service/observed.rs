@@ -1,5 +1,6 @@
-//! What those who watch a service can see of it. Apart from the service itself, so that they hold up
-//! nobody and nothing, and keep nothing alive.
+//! The view of a service for observers.
+//!
+//! It is apart from the service itself, so that observers delay nothing and keep nothing alive.
 
 use crate::block::{Drive, DriveHealth};
 use crate::export::core::ExportMetrics;

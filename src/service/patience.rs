@@ -1,6 +1,7 @@
-//! How long a locked image is waited for. The kernel ends the I/O of a process that was killed, and
-//! gives up its locks, later than the process is gone: seconds later where storage is slow. A process
-//! that lives keeps its locks, and is not waited for.
+//! The time to wait for a locked image.
+//!
+//! The kernel ends the I/O of a killed process, and releases its locks, after the process is gone: seconds later
+//! where storage is slow. A live process keeps its locks, and is not waited for.
 
 use super::holders::{self, Holder};
 use crate::block::Error;

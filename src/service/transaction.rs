@@ -1,4 +1,4 @@
-//! Changes that are made together or not at all, at one moment of all disks that they are about.
+//! Transactions: changes of several disks made at one moment, or none of them.
 //!
 //! The rule held here: everyone who uses one of the disks is paused from before the first step until all are
 //! made or taken back, the last one first. What cannot be taken back, the removal of a bitmap, is done last.

@@ -1,4 +1,4 @@
-//! Sequential requests, many at a time, to see how long they take.
+//! A benchmark of sequential requests, many at a time.
 
 use super::Opened;
 use crate::block::WriteFlags;

@@ -1,5 +1,6 @@
-//! Whether two disks have the same contents. Where both read as zeroes, nothing is read; where a
-//! longer one goes on, it must read as zeroes.
+//! Comparing the contents of two disks.
+//!
+//! Ranges that read as zeroes in both are not read. The rest of a longer disk must read as zeroes.
 
 use super::Progress;
 use crate::block::extents::{self, Run};

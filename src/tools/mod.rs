@@ -1,5 +1,6 @@
-//! The work of the image tools, without their command lines: opening images as people name them,
-//! walking what is allocated, comparing. Copies are made by [`crate::copy`].
+//! The work of the image tools, without their command lines.
+//!
+//! It opens images as people name them, walks what is allocated, and compares. Copies are made by [`crate::copy`].
 //!
 //! * [`image`]: an image that a tool has open; `naming`: from what the user wrote to options of nodes.
 //! * [`cache`]: the cache modes (`-t`, `-T`) and what they mean.

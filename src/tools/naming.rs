@@ -1,5 +1,4 @@
-//! From what the user wrote to the options of nodes: a file's name, `json:{…}`, or with
-//! `--image-opts` a string of options.
+//! Options of nodes from a user's words: a file name, `json:{…}`, or `--image-opts` text.
 
 use crate::block::{Error, Kind, Registry, named};
 use crate::options::{Map, Value, json, qemuopts};

@@ -1,5 +1,6 @@
-//! Standard output and standard error. Printing never fails and never panics: work that changes an
-//! image goes on when nobody reads what is printed about it.
+//! Standard output and standard error, printed to without failures or panics.
+//!
+//! Work that changes an image continues when nobody reads what is printed about it.
 //!
 //! Standard output is written as the C library writes it: to a terminal line by line, elsewhere in blocks and
 //! at the end. So errors, which are not buffered, stand in front of results where scripts join both,

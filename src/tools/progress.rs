@@ -1,5 +1,4 @@
-//! How far long work has come, for whoever waits: a bar on a terminal, QEMU's lines with `-p`, or one when a
-//! signal asks.
+//! The progress of long work: a bar on a terminal, QEMU's lines with `-p`, or a line on a signal.
 
 use super::output::{self, errln};
 use crate::io::sync::Mutex;

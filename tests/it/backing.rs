@@ -1,4 +1,4 @@
-//! Backing files that images name: what is followed, from where, and what is refused.
+//! Backing files that images name: which are followed, from where, and which are refused.
 //!
 //! `note` is the smallest format with a backing file: the first line of its file says `NOTE`, the
 //! backing file's name, and its format if that is recorded.

@@ -1,4 +1,4 @@
-//! Dirty bitmaps against a model: whatever path a write takes, it is recorded, and nothing else is.
+//! Dirty bitmaps against a model: every write is recorded, whatever path it takes, and nothing else.
 
 use crate::disks::{open, open_holding, seed, sim_disk, simulated};
 use crate::fast_path::FastPath;

@@ -1,4 +1,4 @@
-//! One suite for every driver, in every configuration that can be built here.
+//! The conformance suite, which runs every driver in every configuration that can be built here.
 //!
 //! Requests of all alignments against the bytes that they should leave; `status`, the fast path and
 //! `read` say the same of every byte; what is outside the disk or not permitted is refused.

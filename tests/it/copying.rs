@@ -1,4 +1,4 @@
-//! The copy engine while it runs: whatever it does, it rests and ends between two pieces.
+//! The copy engine under control: it pauses and ends between any two pieces.
 
 use crate::disks::open;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Crashes of a simulated disk: whatever is left of what was not flushed, what was flushed is there.
+//! Crashes of a simulated disk: flushed data is there, whatever is left of the rest.
 
 use crate::disks::{open, seed, sim_disk, simulated};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! The fast path as an export takes it: a source that maps, starts on leaves and hears of the end.
+//! The fast path as an export takes it: a source that maps, starts on leaves and gets completions.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

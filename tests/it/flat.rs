@@ -1,5 +1,7 @@
-//! `flat`: a small format on the layer of tables, for tests, as unlike qcow2 as the layer allows. One flat table of 32-bit
-//! entries, the last slice of which is shorter; clusters are appended to the file and never freed.
+//! `flat`: a small test format on the layer of tables, as unlike qcow2 as the layer allows.
+//!
+//! It has one flat table of 32-bit entries, the last slice of which is shorter; clusters are appended to the file and
+//! never freed.
 //!
 //! The file may hold anything when it is opened: table and data lie behind that, so an image cannot be opened again.
 

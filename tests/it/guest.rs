@@ -1,6 +1,7 @@
-//! A real Linux guest works on disks that `vublk serve` serves. What only a real front end and a
-//! real block layer show is tested here; the protocol's corners have tests of their own. A boot
-//! takes seconds, so one boot carries several checks.
+//! A real Linux guest on disks that `vublk serve` serves.
+//!
+//! Here is what only a real front end and a real block layer show; the protocol's corners have tests of their own. A
+//! boot takes seconds, so one boot carries several checks.
 
 #[allow(dead_code, reason = "shared with tests/soak, which uses more of it")]
 pub mod boot;

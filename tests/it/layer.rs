@@ -1,5 +1,6 @@
-//! `layer`: the smallest format with a backing file, for tests. Its clusters lie where they are in
-//! its file; which of them there are, it keeps in memory.
+//! `layer`: the smallest test format with a backing file.
+//!
+//! Its clusters are where they are in its file; it keeps in memory which of them exist.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};

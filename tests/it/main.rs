@@ -1,5 +1,4 @@
-//! The integration tests: one binary, one module per subject, most driving the built `vublk` from
-//! outside.
+//! The integration tests: one binary, one module per subject, most driving the built `vublk`.
 
 mod backing;
 mod bitmaps;

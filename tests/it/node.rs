@@ -1,4 +1,4 @@
-//! What a node does for its driver, seen on a simulated disk that asserts what it was promised.
+//! A node's services for its driver, seen on a simulated disk that asserts its contract.
 
 use crate::disks::{REGISTRY, open, open_holding, sim_disk, simulated};
 use std::cell::Cell;

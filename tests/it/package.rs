@@ -1,5 +1,4 @@
-//! The Debian package: built from the tree, looked through, installed into a root of its own, and what
-//! its unit starts is started.
+//! The Debian package: built, inspected, installed into a root of its own, and its unit started.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

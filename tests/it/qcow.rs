@@ -1,5 +1,7 @@
-//! qcow images (version 1) on simulated disks: random requests agree with a model; after each crash an image opens, each
-//! sector holds what was last flushed or something written since, and no cluster has two owners.
+//! qcow images (version 1) on simulated disks: a model test and a crash test.
+//!
+//! Random requests agree with a model. After each crash an image opens, each sector holds what was last flushed or
+//! something written since, and no cluster has two owners.
 
 use crate::disks::{crashes, seed, simulated};
 use crate::fast_path::FastPath;

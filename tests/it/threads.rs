@@ -1,5 +1,6 @@
-//! A daemon where io_uring is refused. The whole suite can run that way as well
-//! (`make test-without-io-uring`); this holds what is particular to it.
+//! A daemon where io_uring is refused.
+//!
+//! The whole suite can run that way (`make test-without-io-uring`); this holds what is particular to it.
 
 use crate::vhost_user::{LIMIT, SIZE, new_image, pattern};
 use std::os::unix::process::CommandExt;

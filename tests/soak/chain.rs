@@ -1,10 +1,10 @@
-//! The soak of a warm image: four queues write over a chain of three qcow2 images, large enough that
-//! their tables do not fit into the caches, and know what every block holds. Blocks side by side belong
-//! to different queues, so that all four allocate in the same clusters; behind them are units of whole
-//! clusters, which are discarded too, so that clusters are freed and used again. Half of all is written
-//! before anything else, and the daemon is started anew in between: allocators have been seen to hand out
-//! live tables only when most clusters were allocated. In the end every block is read, the daemon ends,
-//! and vublk and QEMU check every image.
+//! The soak of a warm image: four queues write over a chain of three qcow2 images.
+//!
+//! The images are large enough that their tables do not fit into the caches, and the queues know what every block
+//! holds. Adjacent blocks belong to different queues, so that all four allocate in the same clusters; behind them are
+//! units of whole clusters, which are discarded too, so that clusters are freed and used again. Half of everything is
+//! written first, and then the daemon is restarted: allocators have been seen to hand out live tables only when most
+//! clusters were allocated. In the end every block is read, the daemon ends, and vublk and QEMU check every image.
 
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;

@@ -1,6 +1,7 @@
-//! The soak: a real guest under load, whose disks and daemon go through everything that production
-//! does to them, in an order that a seed says, for `SOAK_SECONDS`. In the end a verdict: what was done
-//! how often, and what went wrong. The logs of a run that failed are kept.
+//! The soak: a real guest under load, whose disks and daemon go through every event of production.
+//!
+//! A seed gives the order of events; `SOAK_SECONDS` is the duration. The verdict in the end counts what was done and
+//! what went wrong. The logs of a run that failed are kept.
 
 #[allow(dead_code, reason = "shared with tests/it, which uses more of it")]
 #[path = "../it/guest/boot.rs"]

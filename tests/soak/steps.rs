@@ -1,5 +1,6 @@
-//! What is done to the guest and its daemon, one step at a time. Each ends when what it did has
-//! reached the guest.
+//! The steps of the soak, each a disturbance of the guest or its daemon.
+//!
+//! A step ends when its effect has reached the guest.
 
 use crate::world::{MIB, World, text, wait_event};
 use fastrand::Rng;

@@ -1,4 +1,4 @@
-//! What the soak is about: one guest, the daemon that serves its disks, and the images.
+//! The world of the soak: one guest, the daemon that serves its disks, and the images.
 
 use crate::boot::{Guest, RunningGuest};
 use crate::client::Client;

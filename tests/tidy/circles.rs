@@ -1,4 +1,4 @@
-//! Files that use each other in a circle, as their `use` lines show: none but those that are listed and explained.
+//! Circles of files that use each other: none but those listed and explained here.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,4 @@
-//! The source tree's own rules: which folder may use which, how long a file may be, what it opens
-//! with, where unsafe code may be and that it says why it is sound.
+//! The rules of the source tree: arrows between folders, lengths, first lines, and unsafe code.
 
 mod circles;
 

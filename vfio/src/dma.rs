@@ -1,4 +1,4 @@
-//! Memory that a device reads and writes: ours, and other people's.
+//! Memory that a device reads and writes: our own, and other people's.
 //!
 //! The device changes it whenever it likes, so no Rust reference to it is ever made: words are read and
 //! written one at a time, and bytes move by raw copies.

@@ -1,4 +1,4 @@
-//! The seam between the driver and the device: what it wants of a PCI function.
+//! The interface between the driver and a PCI function.
 
 #![forbid(unsafe_code)]
 

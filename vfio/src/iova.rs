@@ -1,4 +1,4 @@
-//! At which addresses a device sees memory: an allocator of our own.
+//! An allocator for the addresses at which a device sees memory.
 //!
 //! Never the addresses of this process: those have 47 bits, and there are IOMMUs with 39. What the
 //! device is told is low, inside the ranges that the IOMMU takes, and never where interrupts are

@@ -1,5 +1,4 @@
-//! A userspace driver for NVMe controllers on PCI: the storage's own queues, without the kernel in
-//! between.
+//! A userspace driver for NVMe controllers on PCI, which uses the storage's own queues without the kernel.
 //!
 //! The kernel's part is VFIO: it gives the registers, lets the device reach the memory that it is told
 //! of and no other, and turns interrupts into eventfds. Everything above that is here, and knows nothing

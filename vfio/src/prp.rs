@@ -1,4 +1,4 @@
-//! Physical Region Pages: how a command says where its data lies (section 4.1.1).
+//! Physical Region Pages: how a command describes its data (section 4.1.1).
 //!
 //! The first entry may begin anywhere on a dword; every other must begin on a page, so that where one
 //! piece of memory ends and the next begins there must be a page boundary on both sides. What does not

@@ -1,4 +1,4 @@
-//! The rings of one queue pair: where the host and the controller stand in them (section 3.3.1.2).
+//! The rings of one queue pair, with the positions of the host and the controller (section 3.3.1.2).
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! A queue pair: how one thread gives commands to a controller and hears of their ends.
+//! A queue pair, with which one thread sends commands to a controller and receives completions.
 //!
 //! Nothing here locks, allocates or enters the kernel once it is warm. Commands are written as they
 //! come, and told of with one doorbell when the caller says ([`QueuePair::ring`]); completions are taken

@@ -1,5 +1,6 @@
-//! Scatter gather lists: how a command says where its data lies when pages cannot ([`crate::prp`]), to
-//! controllers that know them (section 4.1.2).
+//! Scatter gather lists: how a command describes data that pages cannot describe (section 4.1.2).
+//!
+//! [`crate::prp`] has the pages. Not all controllers support lists.
 //!
 //! A list is one segment of data block descriptors, each any number of bytes at any address, or at
 //! multiples of four where the controller asks for that.

@@ -1,5 +1,6 @@
-//! What a dirty bitmap has recorded: a bit for each piece of the disk, set from any worker without a
-//! lock.
+//! The contents of a dirty bitmap: one bit for each piece of the disk.
+//!
+//! Any worker sets bits without a lock.
 
 use crate::block::Error;
 use crate::io::Errno;

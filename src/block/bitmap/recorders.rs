@@ -1,5 +1,6 @@
-//! Which bitmaps a node's writes are recorded in, as the fast path sees it: without a lock, and, when
-//! there are none, at the price of one look at a pointer.
+//! The list of bitmaps that record a node's writes, as the fast path reads it.
+//!
+//! Reading it takes no lock. A node without bitmaps costs the fast path one load of a pointer.
 //!
 //! The list is replaced whole. An old one is kept until all fast requests that may have seen it have
 //! ended ([`crate::io::epoch`]).

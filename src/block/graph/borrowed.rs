@@ -1,4 +1,4 @@
-//! Nodes that somebody works on for a while: named ones, or ones that are opened for that and go with it.
+//! Nodes in temporary use: named nodes, or nodes that are opened for the purpose and closed afterwards.
 
 use super::{Attachment, By, Graph};
 use crate::block::depth::Depth;

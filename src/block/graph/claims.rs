@@ -1,4 +1,4 @@
-//! Which changes of the graph are made at the same time, and which wait for each other.
+//! Claims, which decide which changes of the graph run concurrently and which wait for each other.
 //!
 //! A change claims the nodes that it touches before it looks at them, and has them until it ends. The rules:
 //!

@@ -1,4 +1,4 @@
-//! Changes below running users: pausing them, turning an edge to another node, resizing.
+//! Changes below running users: pausing them, retargeting an edge, resizing.
 //!
 //! The invariant: a request runs on the graph that it was mapped on. A change asks registered users to pause, and waits
 //! for unregistered requests on the fast path ([`crate::io::epoch`]) before it releases anything that they may use.

@@ -1,4 +1,4 @@
-//! The removal of unused nodes, and of state that drivers kept for writers that have left.
+//! Removal of unused nodes, and of state that drivers keep for writers that have left.
 //!
 //! The rule held here: each node is ended by a task of its own, under a claim of its own, so that a node whose
 //! storage does not answer holds up nobody but those who wait for its end. A change waits for the ends that it has

@@ -1,5 +1,7 @@
-//! How much lies below each node. It is kept up to date with every edge that changes, for the node above it and
-//! for all their ancestors, so that limits hold for whole graphs and walks over them know their order.
+//! The height of each node above the bottom of the graph.
+//!
+//! Each change of an edge updates the node above it and all its ancestors, so that limits hold for whole graphs and
+//! walks over them know their order.
 
 use crate::block::depth::{CHAIN_LIMIT, DEPTH_LIMIT};
 

@@ -1,4 +1,4 @@
-//! Following images that are left alone ([`crate::block::idle`]).
+//! Watching for images that have been idle ([`crate::block::idle`]).
 
 use super::Graph;
 use crate::block::{Error, Node};

@@ -1,4 +1,4 @@
-//! Following the lengths of storage that changes by itself ([`crate::block::length`]).
+//! Watching for storage whose length changes by itself ([`crate::block::length`]).
 
 use super::Graph;
 use super::drain::Used;

@@ -1,5 +1,6 @@
-//! External snapshots: an overlay takes over all who use a node, and stands on that node from then on, which
-//! keeps what was written so far.
+//! External snapshots: inserting an overlay above a node and below all its users.
+//!
+//! The node becomes the overlay's backing file and keeps what was written so far.
 //!
 //! The rule held here: users are paused and the node is flushed before they are moved, so that what lies
 //! below the overlay is the disk as it was at one moment, and complete for whoever copies it. Users whose

@@ -1,5 +1,6 @@
-//! Permission transactions: a change of who uses what is worked out for the whole graph, checked,
-//! prepared with the storage's locks, and only then made; or it leaves nothing behind.
+//! Permission transactions: changes of who uses what, made as a whole or not at all.
+//!
+//! A change is computed for the whole graph, checked, and prepared with the storage's locks before it is made.
 //!
 //! Permissions run downwards: what all uses of a node hold and allow together decides, through
 //! [`Driver::child_perms`](crate::block::Driver::child_perms), what the node holds on its children.

@@ -1,4 +1,4 @@
-//! Bringing the users of drained nodes to rest, all of them at one moment.
+//! Bringing all users of drained nodes to rest at one moment.
 //!
 //! All users are asked to pause. The rules while they come to rest:
 //!

@@ -1,4 +1,4 @@
-//! Nodes that take the places of others of the same name.
+//! Replacing nodes with others of the same name.
 //!
 //! The rules held here:
 //!

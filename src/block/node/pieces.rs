@@ -1,5 +1,6 @@
-//! Transfers of any shape as those that a driver takes: aligned, within its limits, through memory of our own
-//! where need be.
+//! Transfers of any shape, cut into those that a driver accepts.
+//!
+//! The driver sees aligned requests within its limits, through bounce buffers where necessary.
 
 use super::Node;
 use crate::block::working_memory::BOUNCE_LIMIT;

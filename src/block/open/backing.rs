@@ -1,5 +1,7 @@
-//! The files that an image names itself: what it takes unwritten bytes from, and what its data is in. They
-//! are given in the options, or recorded in the image and then opened as far as the graph's policy allows.
+//! Opening the files that an image names: its backing file and its data file.
+//!
+//! The user's options name them, or the image records them; recorded ones are opened as far as the graph's policy
+//! permits.
 
 use super::Opening;
 use crate::block::name::name_of;

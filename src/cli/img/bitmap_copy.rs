@@ -1,4 +1,4 @@
-//! `convert --bitmaps`: the persistent bitmaps of the source, which go along.
+//! `convert --bitmaps`: copying the persistent bitmaps of the source.
 
 use super::bitmap::store;
 use super::{Context, Failed};

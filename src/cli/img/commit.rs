@@ -1,4 +1,4 @@
-//! `commit`: writes what an image has into the one that it stands on.
+//! `commit`: writes the contents of an image into its backing file.
 
 use super::arguments::{self, CACHE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET};
 use super::{Context, Ended, Tool, convert, outln};

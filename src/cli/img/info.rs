@@ -1,4 +1,4 @@
-//! `info`: what there is to tell of an image, and of those it stands on.
+//! `info`: describes an image and, if asked, its backing chain.
 
 use super::arguments::{self, CACHE, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT};
 use super::{Context, Ended, Failed, Tool, outln, snapshot_list};

@@ -1,4 +1,4 @@
-//! `measure`: how long the file of a new image would have to be.
+//! `measure`: computes the length of a new image's file.
 
 use super::arguments::{self, FORCE_SHARE, IMAGE_OPTS, OBJECT, OUTPUT, PLAIN_FORMAT};
 use super::{Context, Ended, Failed, Tool, outln};

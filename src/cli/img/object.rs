@@ -1,5 +1,6 @@
-//! `--object`: what images can need beside files. No format here needs any yet, so an object is
-//! checked as far as it could be made, and forgotten.
+//! `--object`: objects that images may need besides files.
+//!
+//! No format here needs any yet, so an object is checked as far as it could be made, and dropped.
 
 use super::{Failed, outln};
 use crate::options::{Map, OBJECT_TYPES, is_identifier, keyval};

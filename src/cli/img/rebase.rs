@@ -1,4 +1,4 @@
-//! `rebase`: stands an image on another backing file.
+//! `rebase`: gives an image another backing file.
 
 use super::arguments::{
     self, CACHE, FORCE_SHARE, IMAGE_OPTS, OBJECT, PLAIN_FORMAT, PROGRESS, QUIET, SOURCE_CACHE,

@@ -1,5 +1,4 @@
-//! The commands about breakpoints: requests that stop at an event of a debugging filter (blkdebug), and
-//! go on when they are told to.
+//! The commands for breakpoints, at which a debugging filter (blkdebug) stops requests.
 
 use super::words::Words;
 use super::{Said, Session};

@@ -1,4 +1,4 @@
-//! The command `open`, and what opening an image says.
+//! The command `open`, and the messages of opening an image.
 
 use super::words::Words;
 use super::{Said, Session};

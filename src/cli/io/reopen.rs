@@ -1,4 +1,4 @@
-//! The command `reopen`: the image is closed and opened again, in another way.
+//! The command `reopen`, which closes the image and opens it with other options.
 //!
 //! The rule held here: options that decide which disk it is can be given again, but not changed.
 

@@ -1,5 +1,4 @@
-//! A command's words: where they begin and end, its options, sizes and patterns, and QEMU's words
-//! for what is wrong with them.
+//! The words of a command: splitting, options, sizes and patterns, with QEMU's error messages.
 
 use crate::cli::img::outln;
 use crate::options::size::{self, BadSize};

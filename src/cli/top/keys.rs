@@ -1,5 +1,6 @@
-//! Keys that are pressed on the terminal, one at a time and without an echo. Guards that the terminal has its old
-//! settings in the end.
+//! Single key presses from the terminal, without echo.
+//!
+//! Guards that the terminal's settings are restored in the end.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};

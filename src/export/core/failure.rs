@@ -1,5 +1,4 @@
-//! What becomes of a request that the storage has failed: the policies `werror` and `rerror` with
-//! QEMU's meaning, and who is told.
+//! Reactions to requests that the storage has failed: `werror` and `rerror`, as in QEMU, and events.
 //!
 //! A back end cannot stop the machine. Where QEMU would, the request is held ([`super::held`]).
 //!

@@ -1,5 +1,6 @@
-//! Requests that are held: the storage has failed them, and they are tried again until it works or
-//! an operator says otherwise (`werror=stop` and its like).
+//! Requests that the storage has failed and that are held for a retry (`werror=stop`).
+//!
+//! They are retried until they succeed or an operator decides otherwise.
 //!
 //! Of a held request only its number in its queue is kept: a guest cannot make it cost more, nor hold
 //! more requests than its queue is long. When it is tried again, its transport reads and checks it as if it

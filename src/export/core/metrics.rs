@@ -1,5 +1,4 @@
-//! What an export counts for those who watch it: requests, bytes, errors and latencies, by queue and
-//! operation.
+//! The counters of an export: requests, bytes, errors and latencies, by queue and operation.
 //!
 //! The rule held here: no write is shared. A queue's counters are written by the worker that runs it,
 //! with plain loads and stores, and lie on cache lines of their own; whoever reads them may see one

@@ -1,4 +1,4 @@
-//! The base of every export. Nothing in here names a transport.
+//! The base of every export, independent of any transport.
 //!
 //! * [`export`]: an export to those who make, list and end it.
 //! * [`disk`]: what its requests rely on, and their slow path.

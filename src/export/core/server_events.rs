@@ -1,5 +1,4 @@
-//! What an export has to tell its front ends unasked: that the disk has another size. And how the thread that serves
-//! them is woken to look again at what it waits for.
+//! Events for the thread that serves front ends: a resize, or a reason to check again.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,4 @@
-//! Unix sockets by their files: made, looked at and connected to without ever waiting for the other end.
+//! Unix sockets by path: creating, inspecting and connecting, without waiting for the other end.
 //!
 //! The rules held here:
 //!

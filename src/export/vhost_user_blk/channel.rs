@@ -1,5 +1,6 @@
-//! What the device tells the front end unasked: that the configuration space has changed (the
-//! vhost-user text, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG), so that a resize reaches a running guest.
+//! The back-end channel, which reports changes of the configuration space to the front end.
+//!
+//! A resize thereby reaches a running guest (vhost-user text, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG).
 //!
 //! The front end gives a socket for it. The `vhost` crate takes that and can send other messages
 //! only, so each message is looked at before the crate reads it ([`super::peek`]), and the socket is kept in a

@@ -1,5 +1,6 @@
-//! What the disk tells the guest of itself: feature bits and the configuration space
-//! (virtio 1.2, sections 5.2.3 and 5.2.4), computed from the node.
+//! Feature bits and the configuration space, computed from the node.
+//!
+//! (virtio 1.2, sections 5.2.3 and 5.2.4.)
 
 use crate::block::{Abilities, Node};
 use crate::export::core::{Disk, DiskOptions};

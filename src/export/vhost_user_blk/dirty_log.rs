@@ -1,5 +1,6 @@
-//! The dirty log of live migration (the vhost-user text, "Migration"): which pages of the guest's
-//! memory we have written to, so that the front end sends them once more.
+//! The dirty log of live migration: the pages of guest memory that we have written to.
+//!
+//! The front end sends these pages once more (vhost-user text, "Migration").
 //!
 //! The front end shares a bitmap: bit `n % 8` of byte `n / 8` stands for the page of guest addresses
 //! from `n * 4096` on. It clears what it has read at any time, so bits are set by atomic or. The

@@ -1,4 +1,4 @@
-//! The `vhost` crate's end of a connection, made so that it answers every message that wants an answer.
+//! The `vhost` crate's end of a connection, extended to answer every message that needs a reply.
 //!
 //! The crate acknowledges messages (REPLY_ACK) only after it has answered GET_FEATURES, which no front end
 //! has to send: one that knows the features from before would wait for ever. So the crate is asked once,

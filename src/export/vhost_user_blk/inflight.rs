@@ -1,6 +1,7 @@
-//! What is in flight, written down in memory that outlives the daemon (the vhost-user text, "Inflight
-//! I/O tracking", split virtqueues): a daemon that is started after one that was killed does again
-//! what was begun and not ended, that and nothing else.
+//! The record of requests in flight, in memory that outlives the daemon.
+//!
+//! The vhost-user text calls it "Inflight I/O tracking" (split virtqueues). The daemon that is started after a kill
+//! repeats exactly the requests that had begun and not ended.
 //!
 //! The front end keeps the memory between connections. For each queue it holds a header and an entry
 //! for each descriptor, and this is the order of the stores:

@@ -1,4 +1,4 @@
-//! Guest memory: the regions that the front end shares, and the way from its addresses to ours.
+//! Guest memory: the regions that the front end shares, and the translation of its addresses.
 //!
 //! A region is mapped when it comes and unmapped when the last user of the table that holds it has
 //! gone, so a table must be kept as long as I/O into it is in flight. Devices that reach it themselves

@@ -1,4 +1,4 @@
-//! Guest memory that the front end takes away while requests use it: its queues notice, and cut it off.
+//! Guest memory that the front end takes away while requests use it: detection and disconnection.
 
 use super::memory::Memory;
 use crate::export::core::cut_off::CutOff;

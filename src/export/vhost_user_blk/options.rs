@@ -1,4 +1,4 @@
-//! The options that only this type of export has, and the export that they make.
+//! The options that only this type of export has.
 
 use super::Server;
 use super::device::DeviceOptions;

@@ -1,4 +1,4 @@
-//! A look at the message that is next, which leaves it to be read by the `vhost` crate.
+//! Peeking at the next message before the `vhost` crate reads it.
 //!
 //! The crate does not tell of two things: it keeps the socket for notices to itself, and where the process has
 //! no room for a descriptor it finds the message invalid.

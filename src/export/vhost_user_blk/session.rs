@@ -1,4 +1,4 @@
-//! One connection of a front end: the state that its messages build up, and the rings that run by it.
+//! One connection of a front end: the state set by its messages, and its rings.
 //!
 //! A bad message ends the connection, never the daemon. Whatever ends it, the rings are stopped as
 //! GET_VRING_BASE stops them: popping ends, I/O in flight ends, its completions are published, and

@@ -1,4 +1,4 @@
-//! blkdebug: makes chosen requests fail, or stop, or look as a stricter disk wants them: for tests.
+//! blkdebug, a test filter that makes chosen requests fail or stop, or imposes stricter limits.
 //!
 //! | file | it holds |
 //! |---|---|

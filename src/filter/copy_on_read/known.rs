@@ -1,6 +1,7 @@
-//! Which parts of a disk are known to need no copying: a bit each, read by the fast path without a
-//! lock. A bit that is missing costs time; one too many costs a copy that is not made. Neither
-//! changes what is read.
+//! The parts of a disk that are known to need no copying, as bits that the fast path reads.
+//!
+//! Reading takes no lock. A missing bit costs time; a wrongly set bit means that a copy is not made. Neither changes
+//! what is read.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,5 +1,6 @@
-//! copy-on-read: what is read from a backing file is written to the image above it, so that it is not
-//! read from there a second time.
+//! copy-on-read, a filter that stores what was read from a backing file in the image above it.
+//!
+//! The backing file is not read there a second time.
 //!
 //! Whole clusters are copied. A copy and the writes to its range wait for each other
 //! ([`Node::populate`]). A read whose copy cannot be written fails, as in QEMU. Reads of what needs no

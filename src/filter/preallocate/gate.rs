@@ -1,4 +1,4 @@
-//! Many may be inside at once, or one alone: held across awaits, entered in no particular order.
+//! A gate that many may pass at once or one alone, held across awaits and unfair.
 
 use crate::io::sync::{Mutex, Waiters};
 

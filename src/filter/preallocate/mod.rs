@@ -1,5 +1,6 @@
-//! preallocate: makes the file grow in large steps ahead of the writes of the format above, which
-//! spares file systems that allocate slowly, and fragments less.
+//! preallocate, a filter that grows the file in large steps ahead of the format's writes.
+//!
+//! File systems that allocate slowly are called less often, and the file fragments less.
 //!
 //! The node's length is where the data ends, as if there were no filter; the file goes on behind it
 //! with zeroes that are allocated already. Three rules:

@@ -1,5 +1,6 @@
-//! Redologs of Bochs, growing ones of versions 1 and 2, which are read: a catalog of extents, each behind a bitmap of
-//! the sectors that it has. What it has not reads as zeroes.
+//! Bochs redologs of versions 1 and 2 (growing), which are only read.
+//!
+//! A catalog names extents, each behind a bitmap of the sectors it stores. Other sectors read as zeroes.
 
 mod header;
 

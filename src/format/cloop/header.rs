@@ -1,5 +1,7 @@
-//! The header of a cloop image, version 2.0: behind a script of 128 bytes, which mounts the image, the size and the
-//! number of the blocks, big-endian; then the offset of each block, and where the last one ends.
+//! The header of a cloop image, version 2.0.
+//!
+//! A script of 128 bytes, which mounts the image, comes first; then the size and the number of the blocks, big-
+//! endian; then the offset of each block and the end of the last.
 
 use crate::block::{Error, SECTOR};
 

@@ -1,4 +1,4 @@
-//! Compressed loop images (cloop), version 2.0, which are read: blocks of equal size, each a zlib stream.
+//! Compressed loop images (cloop), version 2.0, which are only read: blocks of equal size, each a zlib stream.
 
 mod header;
 

@@ -1,4 +1,4 @@
-//! Apple Data Compression: runs of bytes as they are, and copies of what came before.
+//! Apple Data Compression: literal runs, and copies of earlier output.
 
 use crate::io::{Errno, IoResult};
 

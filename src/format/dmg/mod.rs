@@ -1,4 +1,4 @@
-//! Disk images of macOS (UDIF, `.dmg`), which are read.
+//! Disk images of macOS (UDIF, `.dmg`), which are only read.
 //!
 //! | file | it holds |
 //! |---|---|

@@ -1,5 +1,4 @@
-//! The chunks of an image: what tables ("mish") say of parts of the disk, joined to one list without overlaps, in the
-//! order of the disk.
+//! The chunks of an image, merged from its tables ("mish") into one ordered list without overlaps.
 
 use super::unpack::Packing;
 use crate::block::{Error, SECTOR};

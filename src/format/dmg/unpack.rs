@@ -1,5 +1,6 @@
-//! Unpacking a chunk. Stored bytes are hostile: they fill the chunk exactly or are an error, and take a bounded amount of
-//! memory beside it.
+//! Unpacking of one chunk.
+//!
+//! Stored bytes are hostile: they fill the chunk exactly or are an error, and take a bounded amount of memory.
 
 use super::adc;
 use crate::format::deflate;

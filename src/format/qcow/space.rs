@@ -1,5 +1,4 @@
-//! Host clusters for what is new: the file's end ([`crate::cow::Appending`]), and the clusters there that are being
-//! filled with packed ones.
+//! Allocation of clusters at the end of the file, and clusters that are being filled with packed ones.
 //!
 //! Nothing counts clusters: those that no table names are lost, and nothing is given back but what no entry could name.
 //! Closing the image cuts off what was not used.

@@ -1,4 +1,4 @@
-//! Other options than the image was made with.
+//! Changing the options of an existing image.
 //!
 //! All that is asked for is checked before anything changes. The order then: what the open image can
 //! do goes first; then the image is brought to a rest, as when it is closed, and what changes how its

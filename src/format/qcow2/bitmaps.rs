@@ -1,4 +1,4 @@
-//! Persistent dirty bitmaps: the bitmap directory, and what of it is on disk and in memory.
+//! Persistent dirty bitmaps: the bitmap directory, and its state on disk and in memory.
 //!
 //! The rules held here, which a crash at any moment must not break:
 //!

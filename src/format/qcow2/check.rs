@@ -1,4 +1,4 @@
-//! Checking an image, and repairing it.
+//! Checking and repairing an image.
 //!
 //! Every reference to a cluster is counted: header, L1 and L2 tables, data, snapshots, bitmaps, the
 //! refcount structures themselves. What the image has counted must be the same, and an entry of the

@@ -1,4 +1,4 @@
-//! Gives back the memory of cached tables that were not used for a while.
+//! Freeing the memory of cached tables that have not been used for a while.
 
 use super::mapping::ImageMapping;
 use super::space::Space;

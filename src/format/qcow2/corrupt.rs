@@ -1,5 +1,4 @@
-//! Corruption that is found while the image is in use: told once, in QEMU's words, and answered with
-//! an error.
+//! Corruption found while the image is in use: reported once, in QEMU's words, and an error from then on.
 //!
 //! It is fatal where going on could make it worse, in an image that is open for writing: the image is
 //! marked in its header, durably, before the guest has its answer, and nothing is written any more;

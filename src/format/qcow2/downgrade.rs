@@ -1,5 +1,6 @@
-//! What version 2 cannot have: zero clusters, clusters that are compressed by anything but zlib, and
-//! snapshots of a disk of another size.
+//! Removing what version 2 cannot store, before an image is downgraded.
+//!
+//! That is zero clusters, clusters compressed by anything but zlib, and snapshots of a disk of another size.
 //!
 //! All of this is looked for before anything changes. A zero cluster becomes unallocated, or data where a
 //! backing file would show. The disk's own tables change as by a guest's writes. A table that snapshots

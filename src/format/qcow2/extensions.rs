@@ -1,4 +1,4 @@
-//! Header extensions: what follows the header's fields, up to the backing file's name.
+//! Header extensions, between the header's fields and the backing file's name.
 //!
 //! The rule kept here: what we do not know comes out as it went in.
 

@@ -1,4 +1,4 @@
-//! Big-endian numbers out of bytes that may be too short.
+//! Big-endian numbers from bytes that may be too short.
 
 /// Numbers taken off the front.
 pub struct Fields<'a> {

@@ -1,5 +1,4 @@
-//! The header of an image: the fields of both versions, checked when they are read, and what of it
-//! is written when.
+//! The header of an image: the fields of both versions, their checks, and their encoding.
 //!
 //! Everything that leaves [`Header::parse`] is inside the limits of [`super::layout`]; whether
 //! tables lie inside the file is for whoever reads them. What we do not know is kept as it is:

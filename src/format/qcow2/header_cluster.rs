@@ -1,4 +1,4 @@
-//! How an image's header is written.
+//! Writing an image's header cluster.
 //!
 //! A crash keeps any of the sectors that were written since the last flush. So the header changes in
 //! [steps](super::header_steps), and the rule for each is:

@@ -1,4 +1,4 @@
-//! Headers that qemu-img made, and what qemu-img says of headers that are wrong.
+//! Tests of headers that qemu-img made, and of qemu-img's messages about wrong ones.
 
 use super::super::extensions::{BitmapsPointer, EncryptionPointer, feature_names};
 use super::*;

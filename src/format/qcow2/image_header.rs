@@ -1,4 +1,4 @@
-//! The header of an open image: what is in memory, and whether the disk has it.
+//! The header of an open image in memory, and whether the disk agrees with it.
 //!
 //! Every request that changes the mapping reads whether the disk has it. That changes only when a write of the header
 //! fails.

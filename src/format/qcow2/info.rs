@@ -1,4 +1,4 @@
-//! What an image says of itself.
+//! The description of an image.
 
 use super::bitmaps::{BitmapFlags, StoredBitmap};
 use super::extensions::Extension;

@@ -1,5 +1,4 @@
-//! How an image is laid out: sizes and indices that follow from the header, the entries of every
-//! table, and the limits that bound what an image can make us do.
+//! The layout of an image: sizes, indices, table entries, and limits against hostile images.
 //!
 //! Names: a *guest* offset is in the disk that a machine sees, a *host* offset in the image file
 //! (or its external data file); both are in bytes. All tables are big-endian.

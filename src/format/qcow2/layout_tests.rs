@@ -1,4 +1,4 @@
-//! Table entries, refcounts and indices as the specification gives them.
+//! Tests of table entries, refcounts and indices against the specification.
 
 use super::*;
 

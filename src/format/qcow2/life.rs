@@ -1,4 +1,4 @@
-//! Where an open image is in its life: whether it was prepared for writes, and whether it is frozen.
+//! The life of an open image: whether it was prepared for writes, and whether it is frozen.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -1,5 +1,4 @@
-//! How an image maps a guest's clusters: the tables in memory, and what the layer of tables ([`crate::cow`]) asks of
-//! this format to find and read them.
+//! The mapping of guest clusters: the tables in memory, and the methods that [`crate::cow`] needs.
 
 use super::layout::{BadEntry, Cluster, Geometry, L1Entry, L2Entry, MAX_L1_BYTES};
 use super::overlap::Kinds;

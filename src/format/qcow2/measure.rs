@@ -1,4 +1,4 @@
-//! How long the file of a new image has to be: for an empty disk, or for the contents of another image.
+//! The length of a new image's file, for an empty disk or for the contents of another image.
 //!
 //! What is told is what QEMU tells, and never too little: as many tables as an image with all of the disk
 //! allocated has, and every cluster that has data in the source. What is compressed is counted in full.

@@ -1,5 +1,6 @@
-//! The parts of an image that say where its metadata is, and whether it is sound. A change of one of them, or of the
-//! [space](super::space), looks at the others.
+//! The parts of an image that record where its metadata is and whether it is sound.
+//!
+//! A change of one of them, or of the [space](super::space), looks at the others.
 
 use super::corrupt::{self, Corruption};
 use super::image_header::ImageHeader;

@@ -1,5 +1,7 @@
-//! The places of metadata by host cluster: tables of one cluster singly, longer ones as ranges, so that the
-//! table lengths that an image claims cost neither memory nor time.
+//! A map of the host clusters that hold metadata.
+//!
+//! Tables of one cluster are listed singly, longer ones as ranges, so that the table lengths that an image claims
+//! cost neither memory nor time.
 
 use super::overlap::Kinds;
 use std::collections::HashMap;

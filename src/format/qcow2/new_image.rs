@@ -1,5 +1,4 @@
-//! Where everything of a new image goes: one cluster after another, without gaps, so that every
-//! refcount is one up to the end and zero behind it.
+//! The layout of a new image: contiguous clusters, all with refcount one.
 //!
 //! Header, refcount table, first refcount block, L1 table; then, when mapped from the start, each
 //! L2 table and its data. A further refcount block comes right behind what it is first needed for,

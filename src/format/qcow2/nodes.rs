@@ -1,4 +1,4 @@
-//! The nodes that an image stands on: its file, the one with the guest's data, and the backing file.
+//! The nodes below an image: its file, its data file, and its backing file.
 
 use crate::block::{Child, Event, Node, event};
 use crate::cow::{Lock, lengthen};

@@ -1,4 +1,4 @@
-//! What can be asked for when an image is opened.
+//! The options for opening an image.
 //!
 //! The rule held here: options that contradict each other are refused in QEMU's words, before
 //! anything of them takes effect.

@@ -1,4 +1,4 @@
-//! Overlap checks: nothing that is not metadata of the same kind is written over metadata.
+//! Overlap checks, which keep writes from overwriting metadata of another kind.
 //!
 //! What is looked at costs the fast path nothing. An entry comes into the cache of L2 tables only
 //! through [`Metadata::check_slice`], and a cluster into use only through [`Metadata::check_reserved`]:

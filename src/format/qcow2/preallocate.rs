@@ -1,4 +1,4 @@
-//! Places for clusters that nobody has written yet.
+//! Preallocation of clusters that have not been written yet.
 //!
 //! The order is that of any allocation ([`super::order`]): clusters are counted before they are named,
 //! and what they show is durable before that, unless they showed the same before.

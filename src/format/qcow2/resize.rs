@@ -1,4 +1,4 @@
-//! Another length of the disk.
+//! Resizing the disk.
 //!
 //! What the orders of [`super::order`] make of it. **Longer**: what lies beyond the old end (of a
 //! machine's state, or of a shrink that was cut off) is unmapped, and what a backing file would show

@@ -1,4 +1,4 @@
-//! What was asked for when an image was opened, and what its header says for as long as it is open.
+//! The settings of an open image: the options given, and constant facts from its header.
 
 use super::header::Compression;
 

@@ -1,5 +1,6 @@
-//! Tables on their way to the disk: new L2 tables, those that a snapshot shares, a longer L1 table;
-//! and what has to be there before the first write.
+//! Writing new tables: L2 tables, copies of those that a snapshot shares, a longer L1 table.
+//!
+//! It also prepares an image for its first write.
 
 use super::header::{Autoclear, Incompatible};
 use super::layout::{self, L1Entry};

@@ -1,5 +1,6 @@
-//! The state of a virtual machine. It is stored behind the end of the disk, mapped by L1 entries that no
-//! byte of the disk uses (specification, "Snapshots": `vm_state_size`).
+//! The saved state of a virtual machine, which is stored behind the end of the disk.
+//!
+//! L1 entries that no byte of the disk uses map it (specification, "Snapshots": `vm_state_size`).
 
 use super::Qcow2;
 use crate::block::Event;

@@ -1,5 +1,6 @@
-//! Writing: what the layer's write path ([`crate::cow`]) asks of this format. The order is that of
-//! [`super::order`].
+//! The methods that [`crate::cow`] needs for writing.
+//!
+//! The order of writes is that of [`super::order`].
 
 use super::layout::{BadEntry, Cluster, L2Entry};
 use super::overlap::Kinds;

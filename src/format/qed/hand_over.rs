@@ -1,4 +1,4 @@
-//! An image that goes to another process, as its guest is migrated, and comes from one.
+//! Handing an image over to another process when its guest migrates, and taking it back.
 //!
 //! Giving it up is what closing does. Nothing that was known of it holds when it comes: header and tables are read again,
 //! and what can only be the same is compared.

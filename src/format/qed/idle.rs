@@ -1,5 +1,4 @@
-//! The mark that an image needs a check: set before clusters are allocated, and taken back when none have been for a
-//! while, or when the image is closed.
+//! The mark that an image needs a check: set before allocation, cleared when idle or closed.
 //!
 //! Writes to allocated clusters do without it. Clusters are allocated under the range of their guest clusters, and
 //! the mark is looked at there; taking it back holds all ranges.

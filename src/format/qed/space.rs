@@ -1,4 +1,4 @@
-//! Host clusters for what is new: the file's end ([`crate::cow::Appending`]).
+//! Allocation of clusters at the end of the file ([`crate::cow::Appending`]).
 //!
 //! Nothing counts clusters: those that no table names are free. Closing the image cuts off what was not used, and so
 //! does the check of an image that was not closed.

@@ -1,4 +1,4 @@
-//! The blocks of a file and the map that names them, read and brought to agree in whole.
+//! The blocks of a file and the map that names them, read and reconciled as a whole.
 //!
 //! Programs take the number of allocated blocks in the header for the number of the next new block. So no block below it
 //! may be unnamed, and none behind it named. That is so in an image at rest; [`settle`] makes it so when an image is

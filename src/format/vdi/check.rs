@@ -1,5 +1,6 @@
-//! Checking an image: each block of the file has one entry of the map, and the header says how many have. Texts
-//! and counts are those of `qemu-img check`.
+//! Checking an image, with the messages and counts of `qemu-img check`.
+//!
+//! Each block of the file has one entry of the map, and the header has the number of allocated blocks.
 
 use super::blocks::{Blocks, for_each_piece};
 use super::header::Header;

@@ -1,5 +1,6 @@
-//! The header of a VDI image, version 1.1: little-endian fields in the first 512 bytes of the file, behind 64
-//! bytes of text for people.
+//! The header of a VDI image, version 1.1.
+//!
+//! It has little-endian fields in the first 512 bytes of the file, behind 64 bytes of text for people.
 //!
 //! Everything that leaves [`Header::parse`] is inside the limits of the format, and the map has an entry for
 //! every block of the disk.

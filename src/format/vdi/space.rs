@@ -1,4 +1,4 @@
-//! Blocks for what is new: those at the end of the file ([`crate::cow::Appending`]).
+//! Allocation of blocks at the end of the file ([`crate::cow::Appending`]).
 //!
 //! Blocks are counted from the first one of the file, and the header says how many there are. It says so before an entry
 //! names one, because other programs take the number in the header for that of the next new block.

@@ -1,5 +1,7 @@
-//! Checking an image: each entry of the block allocation table has a state that its kind of image can have, and its block
-//! lies inside the file, beside metadata and beside all other blocks.
+//! Checking an image: states of the block allocation table, and the places of blocks.
+//!
+//! Each entry has a state that its kind of image can have, and its block is inside the file, apart from metadata and
+//! all other blocks.
 
 use super::bytes::MIB;
 use super::mapping::{ENTRY_BYTES, Entry, state};

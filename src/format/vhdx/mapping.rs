@@ -1,5 +1,7 @@
-//! How an image maps a guest's blocks: the block allocation table ([MS-VHDX] 2.5), a flat table with an entry of 64 bits
-//! for each block, and one for a sector bitmap behind those of each chunk.
+//! The mapping of blocks: the block allocation table ([MS-VHDX] 2.5).
+//!
+//! It is a flat table with an entry of 64 bits for each block, and one for a sector bitmap behind those of each
+//! chunk.
 
 use super::Vhdx;
 use super::bytes::MIB;

@@ -1,5 +1,4 @@
-//! The metadata of an image ([MS-VHDX] 2.6): its table of items, in any order, and the items that say how the disk is
-//! laid out.
+//! The metadata of an image ([MS-VHDX] 2.6): a table of items, which describe the disk's layout.
 
 use super::bytes::{GUID_LEN, guid_at, put, u16_at, u32_at, u64_at};
 use super::regions::Region;

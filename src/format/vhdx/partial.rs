@@ -1,5 +1,6 @@
-//! Blocks of a differencing image of which only some sectors are there ([MS-VHDX] 2.5.1.2): a sector bitmap for each chunk
-//! says which; the others are the parent's.
+//! Partially present blocks of a differencing image ([MS-VHDX] 2.5.1.2).
+//!
+//! A sector bitmap for each chunk says which sectors are present; the others are the parent's.
 //!
 //! Bitmaps are read and never written: a write to such a block makes it whole.
 

@@ -1,5 +1,6 @@
-//! The region table of an image ([MS-VHDX] 2.2.3): where the block allocation table and the metadata are. The file has
-//! it twice.
+//! The region table of an image ([MS-VHDX] 2.2.3), which locates the BAT and the metadata.
+//!
+//! The file has two copies of it.
 
 use super::bytes::{KIB, MIB, guid_at, is_sealed, put, seal, u32_at, u64_at};
 use crate::block::Error;

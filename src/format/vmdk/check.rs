@@ -1,5 +1,6 @@
-//! Checking an image: each grain table and each grain lies in its file, behind what comes before all grains, and no grain
-//! is two.
+//! Checking an image: the places of grain tables and grains.
+//!
+//! Each is in its file, behind what comes before all grains, and no grain is used twice.
 
 use super::Vmdk;
 use super::sparse::{Grain, Sparse, Stored, TableAt, stored_number};

@@ -1,5 +1,6 @@
-//! VMDK, VMware's format (Virtual Disk Format 5.0): a descriptor in text, and extents one behind another, flat ones and
-//! sparse ones of three kinds.
+//! VMDK, VMware's format (Virtual Disk Format 5.0): a text descriptor and a sequence of extents.
+//!
+//! Extents are flat, or sparse of three kinds.
 //!
 //! | file | it holds |
 //! |---|---|

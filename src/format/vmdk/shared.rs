@@ -1,5 +1,6 @@
-//! What the extents of a disk have in common: the children, whether it is written, and the descriptor, in which the content
-//! ID says which contents it has.
+//! The common state of a disk's extents: the children, the access mode, and the descriptor.
+//!
+//! The content ID in the descriptor identifies the contents of the disk.
 //!
 //! The content ID changes, durably, before the first write since the image was opened, so that an image that stands on this
 //! one can tell. An image goes on naming its parent when that has changed below it as data was committed to it.

@@ -1,5 +1,6 @@
-//! How a sparse extent maps its part of the disk: a grain directory in memory, and grain tables. Offsets of the guest count
-//! from the beginning of the extent.
+//! The mapping of a sparse extent: a grain directory in memory, and grain tables.
+//!
+//! Offsets of the guest count from the beginning of the extent.
 
 use super::layout::{Kind, Layout, Packing};
 use super::shared::Shared;

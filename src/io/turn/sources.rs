@@ -1,4 +1,4 @@
-//! The sources of a worker: attached, watched for kicks, and kept apart from those that rest.
+//! The sources of a worker: active ones, which are polled, and idle ones, which wait for a kick.
 
 use super::{Entry, Local, Watch};
 use crate::io::op::Op;

@@ -1,4 +1,4 @@
-//! `query-blockstats`: how far nodes were written, and what exports have counted of their requests.
+//! `query-blockstats`: the highest offsets written, and the request counters of exports.
 //!
 //! The rule held here: nothing is counted twice for it. The sums are of what each queue has counted by
 //! itself.

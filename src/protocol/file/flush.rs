@@ -1,4 +1,4 @@
-//! Flushes: which of them share one fsync, and what a failed one means for ever after.
+//! Flushes: how concurrent ones share an fsync, and the permanent effect of a failed one.
 //!
 //! One fsync runs at a time. A flush that comes meanwhile cannot join it, for the kernel may already
 //! have passed the pages of a write that this flush must cover; all flushes that wait share the next

@@ -1,5 +1,6 @@
-//! Locks on the image file by which processes tell each other what they do with it: QEMU's bytes,
-//! so that neither opens what the other writes.
+//! Locks on the image file, compatible with QEMU's.
+//!
+//! Processes tell each other by them what they do with the image, so that neither opens what the other writes.
 //!
 //! For permission number `i`, a shared lock on byte 100 + i says that this process holds it, and one
 //! on byte 200 + i that it does not let others hold it. Holding needs 200 + i free of others' locks,

@@ -1,5 +1,4 @@
-//! The drivers `file` and `host_device`: a regular file or a device of the host, over the worker's
-//! ring.
+//! The drivers `file` and `host_device`: regular files and block devices, over the worker's ring.
 //!
 //! | file | it holds |
 //! |---|---|

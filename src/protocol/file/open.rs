@@ -1,4 +1,4 @@
-//! Opening: which kind of file it must be, read-write or not, and around the page cache or not.
+//! Opening a file or device: the type check, read-only or not, and O_DIRECT or not.
 //!
 //! A node that may write opens the file read-write at once, whether or not it has writers yet, so
 //! that the descriptor never changes under the fast path. With `auto-read-only` it is opened

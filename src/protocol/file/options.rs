@@ -1,4 +1,4 @@
-//! The options of `file` and `host_device`, as QEMU names them, and which of them are refused.
+//! The options of `file` and `host_device`, with QEMU's names, and those that are refused.
 
 use crate::block::{Error, NodeOptions};
 use serde::Deserialize;

@@ -1,5 +1,6 @@
-//! The system calls that the standard library has no names for: file locks of open file
-//! descriptions, holes, preallocation, and what block devices and file systems answer to ioctl.
+//! System calls without a wrapper in the standard library.
+//!
+//! They are locks of open file descriptions, holes, preallocation, and ioctls of block devices and file systems.
 //!
 //! All unsafe code of this driver is here, behind safe functions. A call made here may block.
 

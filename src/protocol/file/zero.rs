@@ -1,5 +1,4 @@
-//! Zeroing and discarding without writing: which call of the kernel does it for this file, tried
-//! from the best one down and remembered where it does not exist.
+//! Zeroing and discarding without writing, by the best system call that the file supports.
 //!
 //! Files, when space may go: a hole. Else: a zeroed range, or a hole that is allocated again. Past
 //! the end of the file a range that is zeroed makes it longer, as a write would.

@@ -1,5 +1,4 @@
-//! The driver `nvme`: a namespace of an NVMe controller that this process drives itself, without the
-//! kernel in between ([`vublk_vfio`]).
+//! The driver `nvme`: a namespace of an NVMe controller that this process drives itself ([`vublk_vfio`]).
 //!
 //! | file | it holds |
 //! |---|---|

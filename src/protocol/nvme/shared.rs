@@ -1,5 +1,4 @@
-//! The controllers that this process has: each is opened once, shared by the nodes on it, and let go of
-//! when the last of them is closed.
+//! The open controllers of this process, each shared by its nodes and closed with the last of them.
 
 use super::entry::{NvmeOptions, from_driver};
 use super::worker_queue::{Host, WorkerQueue};

@@ -1,5 +1,6 @@
-//! Requests of the slow path: futures over the worker's own queue pair or, where the controller grants
-//! fewer than there are workers, over that of another.
+//! Requests of the slow path, as futures over a queue pair.
+//!
+//! The queue pair is the worker's own or, where the controller grants fewer than there are workers, another worker's.
 
 use super::entry::from_driver;
 use super::shared::Shared;

@@ -1,4 +1,4 @@
-//! The driver over a simulated disk, which holds requests to the contract of [`crate::block::driver`].
+//! The driver over a simulated disk, which asserts that requests obey [`crate::block::driver`].
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Seeded faults of a simulated disk: which operations go wrong, when, and how.
+//! Seeded faults of a simulated disk: which operations fail, when, and how.
 
 use crate::io::Errno;
 use fastrand::Rng;

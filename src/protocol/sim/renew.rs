@@ -1,5 +1,6 @@
-//! Using a simulated disk again: its memory stays, and only the sectors that have changed are written again. Fuzz targets
-//! need a new disk thousands of times a second.
+//! Resetting a simulated disk: only sectors that have changed are written again.
+//!
+//! Fuzz targets need a new disk thousands of times a second.
 
 use super::{SECTOR, SimDisk, State, WriteLog, sector};
 use std::ops::Range;

@@ -1,5 +1,4 @@
-//! What a controller is: its driver, its IOMMU group, and its namespaces as far as the kernel's own
-//! driver shows them.
+//! A controller: its driver, its IOMMU group, and the namespaces that the kernel's driver shows.
 
 use super::machine::{link_name, names, number, text};
 use super::{Address, Machine};

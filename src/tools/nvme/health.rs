@@ -1,5 +1,7 @@
-//! A controller's SMART / health and error logs: by the kernel's driver where that has it, and by ours
-//! where vfio-pci has it and nobody uses it. One that another process drives is not asked.
+//! A controller's SMART / health and error logs, read by the kernel's driver or by ours.
+//!
+//! Ours reads them where vfio-pci has the controller and nobody uses it. One that another process drives is not
+//! asked.
 
 use super::machine::names;
 use super::{Controller, Machine, passthrough};

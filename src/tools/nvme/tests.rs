@@ -1,4 +1,4 @@
-//! A machine in a temporary folder, with a kernel that acts on what is written to its attributes.
+//! Tests on a machine in a temporary folder, with a kernel that reacts to writes to its attributes.
 
 use super::*;
 use std::cell::RefCell;

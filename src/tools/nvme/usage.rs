@@ -1,6 +1,7 @@
-//! Who uses a controller. The rule: what anybody uses is not taken away, and when in doubt it is in
-//! use. The kernel's own claim on a disk has the last word, because mounts may be in other namespaces
-//! than ours.
+//! The users of a controller.
+//!
+//! A controller in use is not taken away, and in doubt it is in use. The kernel's own claim on a disk decides,
+//! because mounts may be in other namespaces than ours.
 
 use super::machine::{names, text};
 use super::{Controller, Machine, Namespace};

@@ -1,5 +1,6 @@
-//! convert beside qemu-img: raw to qcow2 and back, and compressed, in turns; time, processor time, and how
-//! large the copies are.
+//! convert beside qemu-img, in alternation: time, processor time, and sizes of the copies.
+//!
+//! It converts raw to qcow2 and back, and to compressed qcow2.
 
 use std::io::Write;
 use std::path::Path;

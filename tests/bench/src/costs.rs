@@ -1,4 +1,6 @@
-//! What an option, or a change of the program, costs: CPU per request with it and without, in many short turns.
+//! The cost of an option, or of a change of the program: CPU per request with and without it.
+//!
+//! Both are measured in many short rounds.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! The formats that are written, each beside qemu-storage-daemon and beside a raw image: allocated clusters, and writes
-//! that allocate.
+//! Writable formats beside qemu-storage-daemon and beside a raw image.
+//!
+//! It measures allocated clusters, and writes that allocate.
 //!
 //! QEMU's qemu-img makes all images. Where it puts the blocks of a vdi image depends on the size of the disk: they begin at
 //! the first multiple of 512 bytes behind the map, so that 4 KiB of the guest lie across two pages of the file

@@ -1,4 +1,4 @@
-//! The groups of loads, and the turns the servers take in each.
+//! The groups of loads, and the order of the servers in each.
 
 use std::fs::{self, File};
 use std::io::Write;

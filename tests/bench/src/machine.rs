@@ -1,4 +1,4 @@
-//! What the figures were measured on, and how the machine is kept from disturbing them.
+//! The machine that the figures are measured on, and the settings that keep it quiet.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! Measures vublk beside qemu-storage-daemon, a stock vhost-user-backend server and fio, in turns in
-//! one run, and prints medians, ratios and whether the project's targets are met.
+//! Measures vublk beside qemu-storage-daemon, a stock vhost-user-backend server and fio.
+//!
+//! They alternate in one run; the result is medians, ratios and whether the project's targets are met.
 
 mod convert;
 mod costs;

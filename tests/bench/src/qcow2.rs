@@ -1,5 +1,7 @@
-//! qcow2: allocated clusters beside a raw image, clusters that are allocated by the load, tables that do
-//! not fit into the cache, two workers on one image, and checking a large one.
+//! qcow2: allocated clusters, allocating writes, large tables, two workers, and checks.
+//!
+//! Allocated clusters are compared with a raw image; large tables do not fit into the cache; the two workers share
+//! one image; the checked image is large.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};

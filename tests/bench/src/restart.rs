@@ -1,5 +1,6 @@
-//! How long a guest is without its disk: a daemon is killed with requests in flight and started again,
-//! with a front end of our own.
+//! The time that a guest is without its disk when its daemon is killed and restarted.
+//!
+//! Requests are in flight at the kill; the front end is our own.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

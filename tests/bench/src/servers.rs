@@ -1,4 +1,4 @@
-//! The servers under comparison, and how each is told to serve the same disk.
+//! The servers under comparison, and their configurations for the same disk.
 
 use std::fmt;
 use std::os::unix::process::CommandExt;

@@ -1,4 +1,4 @@
-//! The figures the project wants to reach, held against what was measured.
+//! The project's targets, compared with what was measured.
 
 use crate::load::Measured;
 use crate::results::{Cell, Results, Who};

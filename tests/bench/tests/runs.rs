@@ -1,5 +1,6 @@
-//! The bench itself works: it starts its servers, loads them, and prints what it says it prints. No
-//! figure is judged here.
+//! Tests of the bench itself: it starts its servers, loads them, and prints its tables.
+//!
+//! No figure is judged here.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! The fuzzer's door to `vmdk`: images that make no sense.
+//! The fuzz target of `vmdk`: images that make no sense.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! The bitmap of a front end that migrates, and what may be found in it.
+//! The dirty bitmap of a migrating front end, and the bits that may be set in it.
 
 use super::guest::memory_file;
 use super::input::Input;

@@ -1,5 +1,6 @@
-//! The disks behind the fuzzed queues and sessions: simulated ones, which panic at a request that
-//! the block contract forbids, under raw or bare, and null.
+//! The disks behind the fuzzed queues and sessions: simulated ones, under raw or bare, and null.
+//!
+//! A simulated disk panics at a request that the block contract forbids.
 
 use super::image;
 use std::cell::RefCell;

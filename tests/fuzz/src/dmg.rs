@@ -1,5 +1,6 @@
-//! A disk image of macOS with arbitrary words changed, chunks of any packing, or arbitrary text as its property list:
-//! no panic, no endless work, errors of one line.
+//! Fuzzing dmg: arbitrary words changed, chunks of any packing, arbitrary property lists.
+//!
+//! There must be no panic, no endless work, and only errors of one line.
 
 use super::input::Input;
 use super::opened::{damage, stored_zlib, work};

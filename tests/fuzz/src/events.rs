@@ -1,4 +1,4 @@
-//! The eventfds by which a guest and its queue tell each other that there is something.
+//! The eventfds by which a guest and its queue notify each other.
 
 use std::fs::File;
 use std::io::Read;

@@ -1,5 +1,7 @@
-//! A guest's memory with trip wires around it: the end of each region's last page holds bytes that
-//! nobody may change, and pages that nobody may touch lie beside the mappings where there is room.
+//! A guest's memory with guard bytes and guard pages around it.
+//!
+//! The end of each region's last page holds bytes that nobody may change, and pages that nobody may touch are next to
+//! the mappings where there is room.
 
 use std::cell::RefCell;
 use std::ffi::c_void;

@@ -1,5 +1,6 @@
-//! Images in memory: made once, changed by inputs, and opened on a simulated disk by the calling
-//! thread, so that a run needs no file, no other thread and no sleep.
+//! Images in memory: made once, changed by inputs, and opened on a simulated disk.
+//!
+//! The calling thread opens them, so that a run needs no file, no other thread and no sleep.
 
 use super::worker::worker;
 use std::cell::{Cell, RefCell};

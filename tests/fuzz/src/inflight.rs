@@ -1,5 +1,7 @@
-//! The memory of requests in flight, as the daemon before this one left it: it died between any two
-//! of its stores, and then, with a hostile front end, anything may have been written over them.
+//! The memory of requests in flight as the previous daemon left it.
+//!
+//! That daemon died between any two of its stores; with a hostile front end, anything may have been written over
+//! them.
 //!
 //! Its layout and the order of the stores are the vhost-user specification's, "Inflight I/O
 //! tracking", for split virtqueues, and not taken from what is tested.

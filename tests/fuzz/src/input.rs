@@ -1,5 +1,6 @@
-//! A fuzzer's bytes, taken off the front: decisions first, then contents. At the end come zeroes,
-//! so that every prefix of an input is an input.
+//! A fuzzer's bytes, consumed from the front: decisions first, then contents.
+//!
+//! Zeroes follow the end, so that every prefix of an input is an input.
 
 /// See the module's text.
 pub struct Input<'a>(&'a [u8]);

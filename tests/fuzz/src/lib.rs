@@ -1,5 +1,7 @@
-//! The fuzz targets, as functions of bytes. libFuzzer calls them from `fuzz_targets`; the project's
-//! tests include these files and call them with seeded inputs (`tests/fuzz_smoke.rs`).
+//! The fuzz targets, as functions of bytes.
+//!
+//! libFuzzer calls them from `fuzz_targets`; the project's tests include these files and call them with seeded inputs
+//! (`tests/fuzz_smoke.rs`).
 
 pub mod bochs;
 pub mod cloop;

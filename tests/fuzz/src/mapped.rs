@@ -1,5 +1,6 @@
-//! A file's bytes in memory, for what another side of the file may change at any time: a system call for each of
-//! them would be most of a run.
+//! A file mapped into memory, for contents that another side may change at any time.
+//!
+//! A system call for each access would be most of a run.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

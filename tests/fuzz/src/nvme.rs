@@ -1,5 +1,7 @@
-//! A hostile NVMe controller: completions of commands that it was not given, twice, never, with any
-//! status, events without end.
+//! Fuzzing the NVMe driver with a hostile controller.
+//!
+//! It completes commands that it was not given, completes them twice, never, or with any status, and sends events
+//! without end.
 //!
 //! The laws: each request ends once, even if that takes the controller's death; nothing panics or
 //! hangs; memory that a request names is written to by nobody once the request has ended.

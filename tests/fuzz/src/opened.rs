@@ -1,5 +1,6 @@
-//! Images of any format, as inputs make them: opened on a simulated disk by the calling thread, read, and written where
-//! the format is.
+//! Images of any format, opened on a simulated disk, read, and written where the format is.
+//!
+//! The calling thread does all of it.
 
 use super::image::disk_name;
 use super::input::Input;

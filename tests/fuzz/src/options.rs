@@ -1,5 +1,6 @@
-//! Arbitrary text against every parser of options: no panic, every error one line, and what was
-//! read survives being written and read again.
+//! Fuzzing every parser of options with arbitrary text.
+//!
+//! There must be no panic, every error is one line, and what was read survives being written and read again.
 
 use vublk::options::{Error, NodeRefOrNull, Size, Value};
 use vublk::options::{filename, from_map, from_value, json, keyval, qemuopts, size, tree};

@@ -1,5 +1,7 @@
-//! A small qcow2 image with persistent bitmaps whose directory, tables or pointer are changed: opened,
-//! written, its bitmaps changed in every way, closed. No panic, an end, and errors of one line.
+//! Fuzzing a qcow2 image with persistent bitmaps.
+//!
+//! Their directory, tables or pointer are changed; the image is opened, written, its bitmaps changed in every way,
+//! closed. There must be no panic, an end, and only errors of one line.
 
 use super::image;
 use super::input::Input;

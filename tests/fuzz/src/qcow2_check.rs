@@ -1,5 +1,6 @@
-//! A small qcow2 image with arbitrary bytes changed, checked and repaired: no panic, an end, and what
-//! a repair calls sound is sound when it is looked at again.
+//! Fuzzing check and repair of a qcow2 image with arbitrary bytes changed.
+//!
+//! There must be no panic and an end, and an image that a repair calls sound is sound when it is checked again.
 
 use super::image;
 use super::input::Input;

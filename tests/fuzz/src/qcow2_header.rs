@@ -1,5 +1,6 @@
-//! Arbitrary bytes as the first cluster and the tables of a qcow2 image: no panic, errors of one
-//! line, and what was read survives being written and read again.
+//! Fuzzing the first cluster and the tables of a qcow2 image with arbitrary bytes.
+//!
+//! There must be no panic, errors are one line, and what was read survives being written and read again.
 
 use super::input::Input;
 use vublk::format::qcow2::header::{FIXED_LEN, Header, MAGIC};

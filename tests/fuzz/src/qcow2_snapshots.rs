@@ -1,5 +1,6 @@
-//! A small qcow2 image with snapshots and arbitrary bytes changed, whose snapshots are listed, made,
-//! applied, shown and deleted: no panic, an end, and an image that was sound stays so.
+//! Fuzzing a qcow2 image whose snapshots are listed, made, applied, shown and deleted.
+//!
+//! Arbitrary bytes are changed. There must be no panic and an end, and an image that was sound stays so.
 
 use super::image;
 use super::input::Input;

@@ -1,4 +1,4 @@
-//! Another processor of a hostile guest.
+//! A second processor of a hostile guest, which writes to memory at any time.
 
 use super::guest::GuestMemory;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
-//! A small VHDX image with fields of its headers, region tables, metadata, block table and log changed, opened, used and
-//! checked: no panic, an end, and errors of one line.
+//! Fuzzing a VHDX image with changed headers, tables, metadata and log.
+//!
+//! It is opened, used and checked. There must be no panic, an end, and only errors of one line.
 
 use super::image;
 use super::input::Input;

@@ -1,5 +1,6 @@
-//! A VMDK image with arbitrary words of its headers, its descriptor and its tables changed, read and written: no panic, no
-//! endless work, errors of one line.
+//! Fuzzing a VMDK image with arbitrary words of its headers, descriptor and tables changed.
+//!
+//! It is read and written. There must be no panic, no endless work, and only errors of one line.
 
 use super::input::Input;
 use super::opened::{damage, stored_zlib, work};

@@ -1,5 +1,7 @@
-//! The workers of the calling thread, which runs them itself: a run needs no other thread and no sleep. They
-//! are made once, because making them takes longer than most runs.
+//! The workers of the calling thread, which runs them itself.
+//!
+//! A run needs no other thread and no sleep. The workers are made once, because making them takes longer than most
+//! runs.
 
 use std::cell::RefCell;
 use std::sync::Arc;

@@ -1,6 +1,7 @@
-//! The same wrong command lines to `vublk daemon` and to the real `qemu-storage-daemon`: the same
-//! exit codes and the same words, the program's name apart. Skipped, with a word, where that program
-//! is not installed.
+//! Wrong command lines to `vublk daemon` and to the real `qemu-storage-daemon`.
+//!
+//! Exit codes and words are the same, the program's name apart. Skipped, with a message, where that program is not
+//! installed.
 
 use super::{VUBLK, directory, run, stderr};
 

@@ -1,5 +1,6 @@
-//! Roots that hold the program, its libraries and images, and nothing else: no /proc, /sys, /dev, /tmp or
-//! /etc. What serves disks or works on images works there.
+//! Root directories that hold only the program, its libraries and images.
+//!
+//! There is no /proc, /sys, /dev, /tmp or /etc. Commands that serve disks or work on images work there.
 
 use super::process::EndPid;
 use super::{VUBLK, directory, end, run, stderr, use_disk};

@@ -1,4 +1,4 @@
-//! The log: as JSON, and small whatever guests and front ends do.
+//! The log: its JSON form, and its bounded size whatever guests and front ends do.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;

@@ -1,4 +1,4 @@
-//! What an image looks like is said where its format is not named, and where the name does not fit.
+//! Messages about the likely format of an image, where none is named or the wrong one.
 
 use std::process::Command;
 use std::time::Instant;

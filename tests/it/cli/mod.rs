@@ -1,5 +1,6 @@
-//! The command lines: `vublk daemon` beside the real `qemu-storage-daemon`, what a daemon does to
-//! its process, and `vublk serve`.
+//! The command lines: `vublk daemon` beside the real `qemu-storage-daemon`, and `vublk serve`.
+//!
+//! Also what a daemon does to its process.
 
 mod beside_qsd;
 mod help;

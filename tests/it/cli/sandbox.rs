@@ -1,6 +1,8 @@
-//! The sandbox and `--user`, seen from without: what the kernel tells of the process, and what it
-//! refuses to it through its monitor. What a confined process can try itself is tried in the unit
-//! tests; that all ordinary service goes on is shown by all other tests, for their daemons run so.
+//! The sandbox and `--user`, seen from outside.
+//!
+//! The kernel describes the process, and refuses what it asks for through its monitor. The unit tests have what a
+//! confined process can try itself; all other tests show that ordinary service works, for their daemons run in the
+//! sandbox.
 
 use super::{VUBLK, directory, end, run, stderr, use_disk};
 use crate::monitor::{self, Client};

@@ -1,4 +1,4 @@
-//! `vublk serve`: what it prints, what it makes of its sockets, and what it refuses.
+//! `vublk serve`: its output, its sockets, and what it refuses.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};

@@ -1,5 +1,7 @@
-//! Where `vublk serve` meets front ends besides at a path of its own: descriptors that it is given,
-//! systemd's, and sockets of front ends. And the command line of QEMU's conventions for back ends.
+//! Sockets of `vublk serve` other than a path of its own.
+//!
+//! They are inherited descriptors, systemd's, and sockets of front ends; also the command line of QEMU's conventions
+//! for back ends.
 
 use super::{VUBLK, directory, end, run, stderr};
 use crate::vhost_user::LIMIT;

@@ -1,5 +1,6 @@
-//! Readers that do not read: of the log, of standard output, of what the service manager is told, of metrics.
-//! They hold up no disk, no monitor and no end.
+//! Readers that do not read: of the log, of standard output, of the service manager, of metrics.
+//!
+//! They delay no disk, no monitor and no shutdown.
 
 use std::io::{ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsRawFd;

@@ -1,5 +1,4 @@
-//! README and the pages of docs/: their commands are run as a reader would run them, and what they promise about
-//! themselves holds.
+//! README and the pages of docs/: their commands run as written, and their promises hold.
 
 pub mod page;
 mod qmp;

@@ -1,4 +1,4 @@
-//! The table of QMP commands in docs/qmp.md beside what the program and qemu-storage-daemon have.
+//! The table of QMP commands in docs/qmp.md, against the program and qemu-storage-daemon.
 
 use super::page::Page;
 use crate::cli::VUBLK;

@@ -1,5 +1,6 @@
-//! Runs the commands of a page: in a folder of its own, in one shell, with programs that may not or cannot run here
-//! replaced. Guards that nothing that a page starts outlives its run.
+//! Runs the commands of a page in one shell, in a folder of its own.
+//!
+//! Programs that may not or cannot run here are replaced. Guards that nothing that a page starts outlives its run.
 
 use super::page::{Page, tree};
 use crate::cli::VUBLK;

@@ -1,5 +1,6 @@
-//! A daemon whose storage is full: nothing acknowledged is lost, nothing else is failed, and a kill in
-//! the middle changes nothing.
+//! A daemon whose storage is full.
+//!
+//! Nothing acknowledged is lost, nothing else fails, and a kill in the middle changes nothing.
 
 use super::small::Small;
 use super::{block, write_of};

@@ -1,5 +1,6 @@
-//! A qcow2 image on a volume that somebody makes larger when he is told that it gets full, as
-//! management software does: sometimes in time, sometimes late.
+//! A qcow2 image on a volume that management software enlarges on request.
+//!
+//! The request is an event that the volume fills up; the software reacts sometimes in time, sometimes late.
 
 use crate::file::Loop;
 use crate::monitor::{Client, MONITOR};

@@ -1,5 +1,6 @@
-//! Requests that the storage does not finish: their connection is closed, and nothing begins anew
-//! before they have ended.
+//! Requests that the storage does not finish.
+//!
+//! Their connection is closed, and nothing is started again before they have ended.
 
 use super::held::marked;
 use super::{Stage, block, submit_write, write_of};

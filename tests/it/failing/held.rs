@@ -1,5 +1,6 @@
-//! Requests that are held: they come back when the storage works again or an operator says so, and
-//! outlive whatever happens to their ring meanwhile.
+//! Held requests, which outlive whatever happens to their ring.
+//!
+//! They are retried when the storage works again or an operator asks for it.
 
 use super::{Stage, block, options, submit_write, write_of};
 use std::time::Duration;

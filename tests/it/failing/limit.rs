@@ -1,5 +1,6 @@
-//! A daemon with a limit on the length of files (`RLIMIT_FSIZE`): a request past it fails, and costs
-//! nothing else.
+//! A daemon with a limit on the length of files (`RLIMIT_FSIZE`).
+//!
+//! A request beyond it fails, and costs nothing else.
 
 use super::write_of;
 use crate::vhost_user::{Daemon, LIMIT, export_of, new_image};

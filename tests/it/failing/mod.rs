@@ -1,4 +1,4 @@
-//! Storage that fails: what the guest sees of it, and what an operator.
+//! Failing storage, as the guest and an operator see it.
 //!
 //! Most of it runs in this process: the real service, its workers and sockets, over a simulated disk
 //! that fails when the test says so.

@@ -1,4 +1,4 @@
-//! `werror` and `rerror`: what the guest is told of each kind of failure, and what the monitor.
+//! `werror` and `rerror`: the guest's status and the monitor's events for each kind of failure.
 
 use super::{Stage, block, write_of};
 use crate::vhost_user::Daemon;

@@ -1,5 +1,6 @@
-//! Image tools on a file system that gets full: what they took and could not use is given back, and what they
-//! could not keep is told.
+//! Image tools on a file system that fills up.
+//!
+//! They give back space that they took in vain, and report what they could not store.
 
 use super::options;
 use super::small::Small;

@@ -1,5 +1,6 @@
-//! Storage that is really full: a small tmpfs in a mount namespace of its own, which goes when the
-//! test ends, however it ends.
+//! Storage that is really full: a small tmpfs in a mount namespace of its own.
+//!
+//! It goes when the test ends, however it ends.
 
 use crate::guest::server::tied_to_this_thread;
 use crate::namespace;

@@ -1,4 +1,4 @@
-//! Flushes: how many reach the file, and what is left to trust after one has failed.
+//! Flushes: how many reach the file, and the state after one has failed.
 
 use super::*;
 use std::cell::Cell;

@@ -1,4 +1,4 @@
-//! Our locks and QEMU's: each refuses what the other uses.
+//! Our locks and QEMU's: each program refuses images that the other uses.
 
 use super::*;
 use std::io::{BufRead, BufReader, Write};

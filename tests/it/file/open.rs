@@ -1,4 +1,4 @@
-//! What is opened, what is refused, and in which words.
+//! Opening files: what is accepted, what is refused, and the messages.
 
 use super::*;
 use vublk::block::{Abilities, Driver, NodeOptions};

@@ -1,5 +1,6 @@
-//! Writing past the end, and preallocate, which does it ahead: sizes beside the real program,
-//! contents against a model.
+//! Writing past the end, with and without preallocate.
+//!
+//! Sizes are compared with the real program's, contents with a model.
 
 use crate::disks::{open_holding, seed, sim_disk, simulated, suspend_once};
 use crate::file::{Bench, on_disk, on_tmpfs, sparse, tool};

@@ -1,5 +1,6 @@
-//! Crashes of a machine with an image open: the next opening brings the image to order, and each sector holds what was
-//! last flushed or something written since.
+//! Crashes of a machine with an image open.
+//!
+//! The next opening repairs the image, and each sector holds what was last flushed or something written since.
 
 use crate::disks::{crashes, seed, simulated};
 use crate::qcow2::sim::{Image, disk, passing};

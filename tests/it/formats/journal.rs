@@ -1,5 +1,7 @@
-//! Processes that are killed with an image of a format beside qcow2 open, whose entries were kept in memory that outlives
-//! them: the next one has all that was answered. (Records that make no sense are in `qcow2::journal`.)
+//! Processes killed with an image open whose entries are in memory that outlives them.
+//!
+//! The images are of formats other than qcow2. The next process has all that was answered. (Invalid records are in
+//! `qcow2::journal`.)
 
 use crate::disks::{seed, simulated};
 use crate::qcow2::journal::{Memory, attach, detach};

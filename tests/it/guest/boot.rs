@@ -1,5 +1,6 @@
-//! A Linux guest under QEMU: boots with disks attached, runs a shell script, and talks over its
-//! console. Guards that a guest never outlives its test and that no wait is without end.
+//! A Linux guest under QEMU, which boots with disks, runs a shell script, and talks over its console.
+//!
+//! Guards that a guest never outlives its test and that no wait is without end.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,5 +1,6 @@
-//! A guest under load moves between two QEMU processes, each with a vublk of its own on one shared
-//! image, and the image's locks go with it.
+//! Migration of a guest under load between two QEMU processes on one shared image.
+//!
+//! Each QEMU has a vublk of its own, and the image's locks move with the guest.
 
 use super::boot::{Guest, RunningGuest, fio_on_disk, until_stopped};
 use super::server::{Server, outcome_of, output_of, vublk_serve, vublk_serve_as};

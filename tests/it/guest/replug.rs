@@ -1,5 +1,4 @@
-//! A disk is unplugged and plugged in again: its front end keeps the connection of its chardev, and says
-//! everything anew.
+//! Unplugging and replugging a disk, whose front end keeps its connection and negotiates again.
 
 use super::boot::Guest;
 use super::images;

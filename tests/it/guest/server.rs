@@ -1,5 +1,6 @@
-//! The processes that serve disks to the guests: `vublk serve`, and qemu-storage-daemon where two
-//! daemons meet on one image. Guards that a server never outlives its test.
+//! The processes that serve disks to the guests: `vublk serve` and qemu-storage-daemon.
+//!
+//! qemu-storage-daemon is there where two daemons meet on one image. Guards that a server never outlives its test.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};

@@ -1,4 +1,4 @@
-//! A guest under load goes on across live snapshots of its qcow2 overlay, and is turned back to one.
+//! A guest under load across live snapshots of its qcow2 overlay, one of which is then reverted to.
 
 use super::boot::{Guest, until_stopped};
 use super::server::output_of;

@@ -1,5 +1,6 @@
-//! Guests that write and verify over four queues while their daemon is killed, or replaced by another:
-//! they notice nothing, whatever kind of disk they have.
+//! Guests that write and verify over four queues while their daemon is killed or replaced.
+//!
+//! They notice nothing, whatever kind of disk they have.
 
 use super::boot::{Guest, fio_on_disk, until_stopped};
 use super::server::{self, output_of, vublk_serve_as};

@@ -1,4 +1,4 @@
-//! Who asks for metrics, where, and how badly.
+//! Clients of metrics: permitted ones, others, and badly behaved ones.
 
 use std::io::Write;
 use std::net::TcpListener;

@@ -1,4 +1,4 @@
-//! What is counted, beside what a front end knows that it has done.
+//! The counters, compared with what a front end knows that it has done.
 
 use vublk_testkit::request::{Range, Request};
 use vublk_testkit::spec::status;

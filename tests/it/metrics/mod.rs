@@ -1,4 +1,4 @@
-//! Metrics: what a scrape tells of what guests have done, and who can ask.
+//! Metrics: the contents of a scrape, and access to it.
 
 mod clients;
 mod counts;

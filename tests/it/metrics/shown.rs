@@ -1,4 +1,4 @@
-//! Who shows metrics: `vublk top`, and the dashboard for Grafana.
+//! Displays of metrics: `vublk top`, and the dashboard for Grafana.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};

@@ -1,5 +1,6 @@
-//! The same transcripts to `vublk daemon` and to the real `qemu-storage-daemon`: the same replies and
-//! events. Skipped, with a word, where that program is not installed.
+//! Transcripts to `vublk daemon` and to the real `qemu-storage-daemon`: same replies and events.
+//!
+//! Skipped, with a message, where that program is not installed.
 //!
 //! Where the two differ on purpose: ours does not offer `oob`, says its own version, names unnamed
 //! nodes by other numbers, and refuses to delete an iothread that is in use, which crashes theirs.

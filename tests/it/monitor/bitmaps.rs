@@ -1,5 +1,6 @@
-//! Dirty bitmaps through QMP, beside qemu-storage-daemon: the same replies, the same listings, the same
-//! contents; and what a restart and a kill leave of the persistent ones.
+//! Dirty bitmaps through QMP, beside qemu-storage-daemon: replies, listings, contents.
+//!
+//! Also what a restart and a kill leave of the persistent ones.
 
 use super::{Client, MONITOR};
 use crate::vhost_user::{Daemon, LIMIT};

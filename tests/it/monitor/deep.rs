@@ -1,5 +1,4 @@
-//! Long backing chains under exports: how far they grow by snapshots, and that whatever was given to a disk can be
-//! taken back from it.
+//! Long backing chains under exports: their limit, and taking disks apart again.
 
 use super::overlays::{OURS, export, node, start, tool};
 use super::{Client, MONITOR};

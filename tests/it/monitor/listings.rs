@@ -1,4 +1,4 @@
-//! What listings tell of nodes, beside qemu-storage-daemon.
+//! Listings of nodes, beside qemu-storage-daemon.
 //!
 //! Where the two differ on purpose: unnamed nodes have other numbers, and exports' requests are counted
 //! for their nodes, and listed by themselves, where theirs counts none of them.

@@ -1,5 +1,7 @@
-//! What listings call nodes, beside qemu-storage-daemon: a plain file name where one says all, else `json:` with
-//! the options that decide which data the disk has.
+//! The names of nodes in listings, beside qemu-storage-daemon.
+//!
+//! A plain file name is used where it says everything, else `json:` with the options that decide which data the disk
+//! has.
 
 use super::{Client, MONITOR};
 use crate::vhost_user::{Daemon, new_image};

@@ -1,5 +1,4 @@
-//! External snapshots: the replies beside qemu-storage-daemon's, and what front ends that write at the
-//! time, and those who open the images, find.
+//! External snapshots: replies beside qemu-storage-daemon's, and their effect on writers.
 
 use super::{Client, MONITOR, is_same_but_for_advice};
 use crate::vhost_user::{Daemon, LIMIT, pattern};

@@ -1,5 +1,6 @@
-//! `blockdev-reopen`: the replies beside qemu-storage-daemon's, what front ends that write at the time find, and
-//! images that are written to again after they lay below an overlay.
+//! `blockdev-reopen`: replies beside qemu-storage-daemon's, and its effect on writers.
+//!
+//! It also makes images writable again that were below an overlay.
 
 use super::Client;
 use super::overlays::*;

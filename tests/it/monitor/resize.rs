@@ -1,4 +1,4 @@
-//! A resize is told to the front end, as soon as it can be told and without waiting for it.
+//! A resize reaches the front end as soon as possible, without waiting for it.
 
 use super::{Client, daemon};
 use crate::guest::boot::Guest;

@@ -1,4 +1,4 @@
-//! Commands that take long hold up neither other clients nor the end of the process.
+//! Slow commands, which delay neither other clients nor the end of the process.
 
 use super::{Client, MONITOR};
 use crate::vhost_user::{Daemon, LIMIT};

@@ -1,5 +1,4 @@
-//! The commands for internal snapshots, beside qemu-storage-daemon's, and under a front end that
-//! writes.
+//! The commands for internal snapshots, beside qemu-storage-daemon's, and under a writing front end.
 
 use super::{Client, MONITOR};
 use crate::vhost_user::{Daemon, LIMIT};

@@ -1,6 +1,7 @@
-//! A disk whose storage does not answer, under a guest's read and under a command: other monitors, other
-//! disks and the end of the process do not wait for it. What is shown is an order, not a time: the read is
-//! still in flight.
+//! A disk whose storage does not answer, under a guest's read and under a command.
+//!
+//! Other monitors, other disks and the end of the process do not wait for it. The tests show an order, not a time:
+//! the read is still in flight.
 
 use super::slow::lease;
 use super::{Client, MONITOR};

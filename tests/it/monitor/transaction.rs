@@ -1,5 +1,6 @@
-//! `transaction`: the replies beside qemu-storage-daemon's, what is left of one that fails, and that several
-//! disks are kept as they were at one moment.
+//! `transaction`: replies beside qemu-storage-daemon's, failures, and simultaneity.
+//!
+//! A failed transaction leaves nothing behind; several disks are kept as they were at one moment.
 
 use super::overlays::{OURS, THEIRS, export, node, start, tool};
 use super::{Client, MONITOR};

@@ -1,5 +1,6 @@
-//! `vublk nvme list`, `bind` and `unbind` with a real kernel: what is in use stays where it is, and what
-//! is given back is as it was.
+//! `vublk nvme list`, `bind` and `unbind` with a real kernel.
+//!
+//! A controller in use stays where it is, and one that is given back is as it was.
 
 use super::{Drives, MORE_TIME, lab, prelude};
 use crate::guest::boot::{Console, Guest};

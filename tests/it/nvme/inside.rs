@@ -1,6 +1,7 @@
-//! Tests that run inside the guest: `vublk daemon` on a real VFIO device there, and our own vhost-user
-//! front end. This same program is started in the guest by the tests of [`super::served`], which also
-//! look at the drives' files afterwards; outside of a guest these are ignored.
+//! Tests that run inside the guest, with `vublk daemon` on a real VFIO device there.
+//!
+//! The front end is our own. The tests of [`super::served`] start this same program in the guest, and look at the
+//! drives' files afterwards; outside of a guest these tests are ignored.
 
 use crate::vhost_user::inflight::Load;
 use crate::vhost_user::{Daemon, LIMIT, seed};

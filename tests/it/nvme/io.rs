@@ -1,5 +1,6 @@
-//! The tools on `nvme://`: `vublk io`, `convert`, `create` and `check`; the host then looks into the
-//! drives' files.
+//! The tools on `nvme://`: `vublk io`, `convert`, `create` and `check`.
+//!
+//! The host then looks into the drives' files.
 
 use super::{Drives, MIB, MORE_TIME, bound, lab, prelude};
 use crate::guest::boot::Console;

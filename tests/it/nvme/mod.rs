@@ -1,6 +1,6 @@
-//! NVMe controllers in a Linux guest with an IOMMU: taken from the kernel, used by the program, given
-//! back; the host looks at the bytes in the drives' files. The guest sees this machine's programs and
-//! what cargo has built.
+//! NVMe controllers in a Linux guest with an IOMMU: bound, used, and given back.
+//!
+//! The host looks at the bytes in the drives' files. The guest sees this machine's programs and what cargo has built.
 
 mod bind;
 mod inside;

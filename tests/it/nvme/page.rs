@@ -1,5 +1,6 @@
-//! The commands of docs/nvme.md, run as written in a guest: from `lspci` to a guest inside the guest on the
-//! controller, and back.
+//! The commands of docs/nvme.md, run as written in a guest.
+//!
+//! They go from `lspci` to a guest inside the guest on the controller, and back.
 
 use super::{Drives, MIB, MORE_TIME, VUBLK, lab, prelude};
 use crate::docs::page::Page;

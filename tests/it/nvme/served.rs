@@ -1,5 +1,6 @@
-//! A disk on an NVMe controller served over vhost-user, and what may befall the controller meanwhile.
-//! The work is done inside the guest by the tests of [`super::inside`].
+//! A disk on an NVMe controller served over vhost-user, and faults of the controller meanwhile.
+//!
+//! The tests of [`super::inside`] do the work inside the guest.
 
 use super::{Drives, MIB, MORE_TIME, bound, lab, prelude};
 use crate::guest::boot::{Guest, RunningGuest};

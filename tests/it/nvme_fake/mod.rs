@@ -1,4 +1,4 @@
-//! The driver `nvme` over a controller in memory: what several workers, nodes and guests share.
+//! The driver `nvme` over a controller in memory, shared by workers, nodes and guests.
 
 mod served;
 mod targets;

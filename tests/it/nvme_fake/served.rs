@@ -1,4 +1,4 @@
-//! A controller in memory under an export: a guest's memory, what goes wrong, what changes.
+//! A controller in memory under an export: a guest's memory, faults, changes.
 
 use super::{close, hold, open_on, perms, wait_until, worker};
 use crate::disks::{REGISTRY, nvme_disk};

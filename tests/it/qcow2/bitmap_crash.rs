@@ -1,5 +1,7 @@
-//! Crashes of a machine with persistent bitmaps: whatever is left, the image can be opened, nothing
-//! is corrupt, and a bitmap that does not say itself that it is out of date is right.
+//! Crashes of a machine with persistent bitmaps.
+//!
+//! Afterwards the image can be opened, nothing is corrupt, and a bitmap is right unless it says that it is out of
+//! date.
 
 use super::judge::{orderly, sound};
 use super::sim::{Image, below, disk, passing};

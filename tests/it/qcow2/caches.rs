@@ -1,5 +1,4 @@
-//! Caches and discards: memory that is not used is given back, and clusters that a guest discards stay
-//! where they are, if that is asked for.
+//! Caches and discards: unused memory is freed, and discarded clusters stay if asked for.
 
 use super::images::Images;
 use crate::monitor::{Client, MONITOR, is_same_but_for_advice};

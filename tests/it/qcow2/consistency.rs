@@ -1,5 +1,6 @@
-//! A check of an image's metadata by its bytes, simple and strict: every reference is counted, and
-//! what is marked as referred to once is so. Clusters may leak.
+//! A check of an image's metadata by its bytes, simple and strict.
+//!
+//! Every reference is counted, and what is marked as referred to once is so. Clusters may leak.
 
 use std::collections::BTreeMap;
 use vublk::format::qcow2::bitmaps;

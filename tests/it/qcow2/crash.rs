@@ -1,5 +1,7 @@
-//! Crashes of a machine with an image open: whatever is left of what was not flushed, nothing is
-//! corrupt, and each sector holds what was last flushed or something written since.
+//! Crashes of a machine with an image open.
+//!
+//! Whatever is left of what was not flushed, nothing is corrupt, and each sector holds what was last flushed or
+//! something written since.
 
 use super::consistency;
 use super::journal::{Memory, attach};

@@ -1,5 +1,6 @@
-//! Images that make no sense, in use: what would be written over metadata is not, the image says what
-//! was found, and so does an event, as with qemu-storage-daemon.
+//! Images with damaged metadata in use: writes over metadata are refused and reported.
+//!
+//! The image records the damage, and an event reports it, as with qemu-storage-daemon.
 //!
 //! Where the two differ on purpose: reading goes on from an image that was marked as corrupt; what is
 //! reserved for later is looked at before it is needed; the header's cluster is never given out.

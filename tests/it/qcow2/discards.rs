@@ -1,4 +1,4 @@
-//! What a discard of many clusters costs: operations of the file below, counted.
+//! The cost of discarding many clusters, in operations of the file below.
 
 use super::consistency;
 use super::judge::orderly;

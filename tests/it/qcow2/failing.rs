@@ -1,5 +1,4 @@
-//! Metadata that could not be written: what is counted on afterwards reaches the disk before
-//! anything that relies on it.
+//! Failed writes of metadata: it reaches the disk before anything that relies on it.
 
 use super::consistency;
 use super::sim::{Image, below, check, disk, image, passing};

@@ -1,4 +1,4 @@
-//! Fast writes that are under way when somebody withdraws what allows them.
+//! Fast writes in flight while the permission for them is withdrawn.
 
 use super::sim::{Image, below, disk, image};
 use crate::disks::{seed, simulated};

@@ -1,5 +1,6 @@
-//! Storage that is full from any write on: requests fail for want of room and nothing else, nothing is
-//! corrupt, and when there is room again everything goes on as if nothing had been.
+//! Storage that becomes full at any write.
+//!
+//! Requests fail with "no space" and nothing else, nothing is corrupt, and when there is room again everything works.
 
 use super::consistency;
 use super::sim::{Image, below, check, image, passing};

@@ -1,6 +1,8 @@
-//! Crashes of a machine while an image's header changes: by repairs, amendments, other backing files,
-//! bitmaps, snapshots and resizes. Whatever is left, the image opens and is sound, and its header has the
-//! backing file and the extensions from before the change or from after it.
+//! Crashes of a machine while an image's header changes.
+//!
+//! Repairs, amendments, other backing files, bitmaps, snapshots and resizes change it. Whatever is left, the image
+//! opens and is sound, and its header has the backing file and the extensions from before the change or from after
+//! it.
 
 use super::consistency;
 use super::judge::orderly;

@@ -1,4 +1,4 @@
-//! Making images with QEMU's tools, and what these say of them.
+//! Images made with QEMU's tools, and QEMU's reports about them.
 
 use super::read::cluster_size;
 use std::path::PathBuf;

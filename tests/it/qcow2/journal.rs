@@ -1,5 +1,6 @@
-//! Processes that are killed with an image open, whose entries were kept in memory that outlives them: the
-//! next one has all that was answered. (Hosts that crash are in [`super::crash`].)
+//! Processes killed with an image open whose entries are in memory that outlives them.
+//!
+//! The next one has all that was answered. (Hosts that crash are in [`super::crash`].)
 
 use super::consistency;
 use super::judge::{Round, assert_allowed, may_be_wrong, orderly, request};

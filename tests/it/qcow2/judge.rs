@@ -1,4 +1,4 @@
-//! What the crash suites do alike with the states that crashes leave.
+//! The checks that all crash suites apply to the states that crashes leave.
 
 use super::consistency;
 use super::sim::{Image, below, check, passing};

@@ -1,5 +1,6 @@
-//! Processes that are killed again and again with an image open: what they had reserved, had taken for requests under way,
-//! or were going to free does not stay behind.
+//! Processes that are killed again and again with an image open leave no leaked clusters.
+//!
+//! These would be clusters reserved, taken for requests in flight, or about to be freed.
 
 use super::consistency;
 use super::journal::{Memory, attach};

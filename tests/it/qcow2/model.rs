@@ -1,5 +1,7 @@
-//! Random requests, many at once, against a model of each sector: over images of several kinds, in
-//! any order of completions, with failures, on two workers. The images are whole afterwards.
+//! Concurrent random requests against a model of each sector.
+//!
+//! They run over images of several kinds, in any order of completions, with failures, on two workers. The images are
+//! sound afterwards.
 
 use super::consistency;
 use super::sim::{DATA, Image, below, check, disk, image};

@@ -1,4 +1,4 @@
-//! What QEMU has written is read byte for byte: images of every kind, by every path.
+//! Reading QEMU's images of every kind byte for byte, by every path.
 
 use super::images::{Images, random_commands};
 use crate::disks::{open_holding, seed, simulated};

@@ -1,4 +1,4 @@
-//! Another length of the disk: what qemu-img resize does, done by both, must come to the same.
+//! Resizing a disk, compared with qemu-img resize.
 
 use super::images::{Images, random_commands};
 use super::read::{KINDS, cluster_size};

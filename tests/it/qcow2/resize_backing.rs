@@ -1,5 +1,7 @@
-//! A longer disk over a backing file of any length: what the backing file showed stays, and what is new reads as
-//! zeroes, wherever the ends lie in clusters and subclusters. QEMU must come to the same.
+//! Enlarging a disk over a backing file of any length.
+//!
+//! What the backing file showed stays, and the new part reads as zeroes, wherever the ends are in clusters and
+//! subclusters. QEMU must get the same result.
 
 use super::images::Images;
 use crate::cli::VUBLK;

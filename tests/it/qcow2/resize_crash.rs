@@ -1,5 +1,7 @@
-//! Crashes of a machine while a disk becomes longer and shorter: it has the old length or the new one,
-//! nothing is corrupt, what the disk had is there, and what it gets is zeroes.
+//! Crashes of a machine while a disk is resized.
+//!
+//! The disk has the old length or the new one, nothing is corrupt, its contents are there, and the new part is
+//! zeroes.
 
 use super::judge::{assert_allowed, orderly, sound};
 use super::sim::{DATA, Disks, EVERY, Image, Judged, below, disk, image, passing, try_every};

@@ -1,6 +1,7 @@
-//! Crashes of a machine while snapshots are made, deleted and applied under writes: the disk holds
-//! what it may, each snapshot that was answered is there and holds what it did, and what the dirty
-//! bit does not warn of is right.
+//! Crashes of a machine while snapshots are made, deleted and applied under writes.
+//!
+//! The disk holds what it may, each snapshot that was answered exists with its contents, and whatever the dirty bit
+//! does not warn of is right.
 
 use super::consistency;
 use super::judge::{may_be_wrong, orderly, repair, request};

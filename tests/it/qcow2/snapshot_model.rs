@@ -1,6 +1,7 @@
-//! Snapshots made and deleted while many requests are in flight, on simulated rings with failures and
-//! on two workers: each shows what could be read at one moment of its making, for good, and the
-//! requests agree with their model.
+//! Snapshots made and deleted while many requests are in flight.
+//!
+//! They run on simulated rings with failures and on two workers. Each snapshot permanently shows what could be read
+//! at one moment of its making, and the requests agree with their model.
 
 use super::consistency;
 use super::model::{Ground, disorder, setup};

@@ -1,5 +1,6 @@
-//! Internal snapshots beside QEMU's: one image, changed by its tools and by ours in turns, must hold
-//! what it should, snapshots included, and be whole, whoever looks.
+//! Internal snapshots in one image that QEMU's tools and ours change alternately.
+//!
+//! It holds what it should, snapshots included, and both find it sound.
 
 use super::images::Images;
 use crate::disks::seed;

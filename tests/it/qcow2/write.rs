@@ -1,5 +1,6 @@
-//! What we have written QEMU reads, and finds nothing wrong with: images of every kind, with what
-//! only QEMU makes in them: snapshots, compressed clusters, preallocation.
+//! Writing images of every kind, which QEMU then reads and finds sound.
+//!
+//! They contain what only QEMU makes: snapshots, compressed clusters, preallocation.
 
 use super::images::{Images, random_commands};
 use super::judge::orderly;

@@ -1,5 +1,4 @@
-//! `amend` beside qemu-img's: the same command lines on equal images say the same, and leave images
-//! that say the same of themselves, are sound and hold the same disk.
+//! `amend` beside qemu-img's: the same messages, and equivalent images.
 
 use super::*;
 

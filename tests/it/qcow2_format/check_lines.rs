@@ -1,5 +1,4 @@
-//! `check` by its command line, beside qemu-img's: what is printed, how it ends, and what becomes of the
-//! bits that say an image is dirty or corrupt.
+//! The command line of `check`, beside qemu-img's: output, exit codes, and the dirty and corrupt bits.
 
 use super::*;
 

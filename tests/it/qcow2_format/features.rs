@@ -1,4 +1,4 @@
-//! Feature bits that nobody here knows, beside QEMU.
+//! Unknown feature bits, beside QEMU.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What an image says of itself, beside what qemu-img reads in it.
+//! The description of an image, beside qemu-img's.
 
 use super::*;
 use vublk::format::qcow2::header::Header;

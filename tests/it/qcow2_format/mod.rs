@@ -1,4 +1,4 @@
-//! qcow2 images as files: what we make and repair beside what qemu-img makes and repairs.
+//! qcow2 image files made and repaired, beside qemu-img.
 
 mod amend;
 mod check;

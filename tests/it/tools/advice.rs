@@ -1,5 +1,7 @@
-//! What the tools say under their own name beyond QEMU's words: what may have been meant, what there is, what is missing,
-//! who has an image, and what is left incomplete.
+//! Advice that the tools add under their own name to QEMU's messages.
+//!
+//! It suggests what may have been meant, lists what there is, names what is missing, who has an image, and what is
+//! left incomplete.
 
 use super::{Place, VUBLK};
 use std::process::{Command, Stdio};

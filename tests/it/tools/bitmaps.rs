@@ -1,5 +1,4 @@
-//! `bitmap`, and what other tools do with bitmaps: the same words as QEMU's, and bitmaps that either
-//! reads as the other has written them.
+//! `bitmap`, and bitmaps in other tools: QEMU's messages, and bitmaps that both read.
 
 use super::{Ended, Place};
 use crate::monitor::MONITOR;

@@ -1,4 +1,4 @@
-//! Backing chains: rebased, committed, and written to apart from the image.
+//! Backing chains: rebased, committed, and written to below the top.
 
 use super::{Place, assert_same_disks};
 

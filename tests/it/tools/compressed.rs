@@ -1,4 +1,4 @@
-//! Compressed images: made by one implementation and read by the other, refused alike.
+//! Compressed images, each made by one implementation and read by the other.
 
 use super::{Place, assert_same, assert_same_disks};
 use std::os::unix::fs::FileExt;

@@ -1,5 +1,6 @@
-//! Images with external data files: every tool beside qemu-img and qemu-io. The qcow2 images must show the same and be
-//! sound afterwards, the data files must be the same.
+//! Images with external data files: every tool beside qemu-img and qemu-io.
+//!
+//! The qcow2 images show the same and are sound afterwards, and the data files are equal.
 
 use super::{assert_alike, assert_same};
 

@@ -1,4 +1,4 @@
-//! Chains of as many images as there can be.
+//! Backing chains of the greatest length.
 
 use super::Place;
 use std::path::Path;

@@ -1,5 +1,4 @@
-//! What the tools leave behind: contents and allocation of copies, and that each implementation
-//! reads what the other has made.
+//! The files that the tools make: contents and allocation of copies, read by both implementations.
 
 use super::{Place, assert_same};
 use std::io::Write;

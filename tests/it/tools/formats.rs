@@ -1,5 +1,6 @@
-//! Random scripts of requests, run by vublk and by QEMU on equal images of formats beside qcow2: every line comes to the
-//! same, the images show the same and are sound, and both programs tell the same of each.
+//! Random scripts of requests by vublk and by QEMU on images of formats beside qcow2.
+//!
+//! Every line has the same result, the images show the same and are sound, and both programs describe each alike.
 
 use super::random::map;
 use super::{Place, fixture};

@@ -1,5 +1,4 @@
-//! Formats that are guessed: what is not ours is not taken for raw bytes, and a guessed raw image
-//! stays one.
+//! Guessed formats: foreign formats are not taken for raw, and a guessed raw image stays raw.
 
 use super::{Place, assert_same, fixture};
 

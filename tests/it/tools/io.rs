@@ -1,4 +1,4 @@
-//! qemu-io's commands that need more than an image to read and write: breakpoints, copy-on-read, `reopen`.
+//! qemu-io's commands beyond reading and writing: breakpoints, copy-on-read, `reopen`.
 
 use super::{Place, assert_same_disks, fixture};
 

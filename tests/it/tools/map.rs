@@ -1,5 +1,6 @@
-//! Holes of an image's file inside the clusters that it names: they read as zeroes, and are shown and left out where
-//! qemu-img does that.
+//! Holes of an image's file inside allocated clusters.
+//!
+//! They read as zeroes, and are shown and left out where qemu-img does that.
 
 use super::assert_same;
 

@@ -1,5 +1,4 @@
-//! `measure` for qcow2 images: the same numbers and words as qemu-img's, and never fewer bytes than
-//! `convert` then takes.
+//! `measure` for qcow2 images: qemu-img's numbers and words, and never less than `convert` takes.
 
 use super::{Place, fixture};
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! What is said of files that are missing, named without their format or cannot be what they should be.
+//! Messages about files that are missing, have no format given, or have the wrong type.
 
 use super::{Place, assert_alike, assert_same, assert_same_disks};
 use std::collections::BTreeMap;

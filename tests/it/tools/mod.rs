@@ -1,6 +1,7 @@
-//! The image tools beside the real ones: the same command lines, run through `vublk` under their
-//! names and through Debian's qemu-img and qemu-io on equal files, must print the same, end with the
-//! same exit code and leave the same files.
+//! The image tools beside the real ones: same output, exit codes and files.
+//!
+//! The same command lines run through `vublk` under the tools' names and through Debian's qemu-img and qemu-io on
+//! equal files.
 
 mod advice;
 mod bitmaps;

@@ -1,4 +1,4 @@
-//! File names, and options that meet them: which nodes both describe together, and what these are called.
+//! File names combined with options: the nodes that they describe, and their names.
 
 use super::{Place, assert_same, assert_same_disks};
 

@@ -1,5 +1,6 @@
-//! What later versions of QEMU's tools have and 7.2 has not: it is there by options, and what is written by
-//! them is what 7.2 reads.
+//! Options of later versions of QEMU's tools, which 7.2 lacks.
+//!
+//! 7.2 reads what is written by them.
 
 use super::{Ended, Place};
 use std::os::unix::fs::MetadataExt;

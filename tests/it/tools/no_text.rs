@@ -1,4 +1,4 @@
-//! Files whose names are no UTF-8 text, as any bytes are a name to Linux.
+//! Files whose names are not UTF-8; to Linux, any bytes are a name.
 
 use super::Place;
 use std::ffi::OsString;

@@ -1,5 +1,6 @@
-//! Options in every spelling that getopt_long takes, those that later versions of QEMU have besides, and what help
-//! texts tell to programs that look for them.
+//! Options in every spelling that getopt_long accepts, and help texts that programs parse.
+//!
+//! Options of later versions of QEMU are among them.
 
 use super::Place;
 use std::collections::BTreeSet;

@@ -1,5 +1,4 @@
-//! How far long work has come: lines with `-p` and when a signal asks, as QEMU's tools print them, and a bar on a
-//! terminal.
+//! Progress of long work: QEMU's lines with `-p` and on a signal, and a bar on a terminal.
 
 use super::{Place, VUBLK, assert_same, words};
 use std::fs::File;

@@ -1,5 +1,6 @@
-//! Random scripts of command lines, run through vublk and through QEMU's programs on equal images: every line must
-//! come to the same, and the images must then show the same, be sound, and be told of alike by both.
+//! Random scripts of command lines by vublk and by QEMU's programs on equal images.
+//!
+//! Every line has the same result, the images show the same and are sound, and both programs describe them alike.
 
 use super::{Ended, Place, fixture, snapshots};
 use fastrand::Rng;

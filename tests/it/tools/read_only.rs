@@ -1,5 +1,7 @@
-//! Formats that are only read: bochs, cloop and dmg. Nothing here writes them, so the tests make their images by the
-//! specifications; QEMU reads them beside us, but for what it lacks.
+//! Read-only formats: bochs, cloop and dmg.
+//!
+//! Nothing here writes them, so the tests make their images by the specifications; QEMU reads them beside us, but for
+//! what it lacks.
 
 use super::{Place, assert_same, fixture};
 use base64::Engine;

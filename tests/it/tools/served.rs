@@ -1,4 +1,4 @@
-//! Overlays of images that a daemon is serving and writing to: made in the first step of a snapshot.
+//! Overlays of images that a daemon serves and writes, as in the first step of a snapshot.
 
 use super::Place;
 use crate::vhost_user::Daemon;

@@ -1,4 +1,4 @@
-//! `snapshot`, and what `info`, `convert` and `measure` make of internal snapshots, beside qemu-img.
+//! `snapshot`, and internal snapshots in `info`, `convert` and `measure`, beside qemu-img.
 
 use super::{Ended, Place};
 

@@ -1,4 +1,4 @@
-//! What a target holds before it is written to, and which parts of it are left as they are.
+//! The previous contents of a target, and the parts that the tools leave alone.
 
 use super::{Place, assert_same_disks};
 use crate::file::{Loop, Mount};

@@ -1,4 +1,4 @@
-//! Tools whose output nobody reads, or that cannot be written: the work goes on.
+//! Tools whose output nobody reads or that cannot write it: the work continues.
 
 use super::VUBLK;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! VDI images that QEMU has made and damaged, read by both; and images that are made and written here, judged by QEMU.
+//! VDI images of QEMU, some damaged, read by both; and images written here, checked by QEMU.
 
 use super::{Place, assert_same, assert_same_contents, fixture};
 

@@ -1,5 +1,6 @@
-//! VHDX images: those that QEMU has made and damaged, read by both; those that are written here, read by QEMU; and what
-//! QEMU does not have, in images that the test makes by the specification.
+//! VHDX images: QEMU's, some damaged, read by both; ours, read by QEMU; and hand-made ones.
+//!
+//! The hand-made ones, made by the specification, have what QEMU does not write.
 //!
 //! QEMU 7.2 damages the block allocation table when it changes the first entry of a 4 KiB piece that has others already,
 //! so what it is given to write begins with the first block.

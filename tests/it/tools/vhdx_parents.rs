@@ -1,5 +1,6 @@
-//! Differencing VHDX images, which QEMU does not have: made here, read and written, beside chains of qcow2 images that QEMU
-//! works on; and images with blocks of which some sectors are there, which the test makes by the specification.
+//! Differencing VHDX images, which QEMU lacks, beside chains of qcow2 images in QEMU.
+//!
+//! Images with partially present blocks are made by the specification.
 
 use super::{Ended, Place};
 use std::path::PathBuf;

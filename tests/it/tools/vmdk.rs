@@ -1,5 +1,6 @@
-//! VMDK images: those that QEMU has made and damaged, read by both; those that are written here, read by QEMU; and what
-//! QEMU does not have, in images that the test makes by the specification.
+//! VMDK images: QEMU's, some damaged, read by both; ours, read by QEMU; and hand-made ones.
+//!
+//! The hand-made ones, made by the specification, have what QEMU does not write.
 
 use super::{Ended, Place, assert_same, fixture};
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! What a guest can make the daemon hold: it is bounded, and what does not fit waits.
+//! The memory that a guest can make the daemon hold: it is bounded, and further requests wait.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};

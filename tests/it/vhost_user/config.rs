@@ -1,4 +1,4 @@
-//! The configuration space: what it says, how it may be read, and the one byte that may be written.
+//! The configuration space: its contents, reads of any part, and the one writable byte.
 
 use vublk_testkit::message;
 use vublk_testkit::spec::{self, feature, protocol};

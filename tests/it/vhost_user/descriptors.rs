@@ -1,4 +1,4 @@
-//! Where descriptors run out: who is served is served in full, others wait, and the log names the limit.
+//! Exhausted descriptors: connected front ends are served in full, others wait, and the log names the limit.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;

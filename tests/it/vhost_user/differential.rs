@@ -1,5 +1,7 @@
-//! The same requests to `vublk daemon` and to the real `qemu-storage-daemon`: the same statuses, the
-//! same data, the same image afterwards. Skipped, with a word, where that program is not installed.
+//! The same requests to `vublk daemon` and to the real `qemu-storage-daemon`.
+//!
+//! They get the same statuses and data, and leave the same image. Skipped, with a message, where that program is not
+//! installed.
 //!
 //! Where the two differ on purpose:
 //! * ours says at the start that the disk has a write cache (`wce`), theirs comes up write-through;

@@ -1,5 +1,4 @@
-//! What a killed daemon had given to the kernel, on storage that nobody locks: the locks of its overlay
-//! tell when that has ended.
+//! I/O of a killed daemon on unlocked storage: the locks of its overlay last until it has ended.
 
 use super::daemon::{LIMIT, export_of};
 use super::inflight::{options, wait_in_flight};

@@ -1,4 +1,4 @@
-//! An image goes from one daemon to another as its guest is migrated, and back when that fails.
+//! Handing an image from one daemon to another in a migration, and back when it fails.
 
 use std::fs::File;
 use std::path::Path;

@@ -1,5 +1,7 @@
-//! Rings that break the rules (virtio 1.2, section 2.7): the queue stops with one line in the log
-//! and a word to the error descriptor; the other queues, the other disks and the daemon go on.
+//! Rings that break the rules (virtio 1.2, section 2.7).
+//!
+//! The queue stops with one line in the log and a signal on the error descriptor; the other queues, the other disks
+//! and the daemon continue.
 
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};

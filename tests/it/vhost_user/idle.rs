@@ -1,4 +1,4 @@
-//! Disks that nobody uses: connected, stopped or broken by their guest, they take no processor time.
+//! Unused disks, which take no processor time: connected, stopped, or broken by their guest.
 
 use std::time::{Duration, Instant};
 

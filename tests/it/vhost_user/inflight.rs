@@ -1,5 +1,6 @@
-//! Daemons that are killed under load and started again: what was in flight is done again and comes
-//! back once, what was acknowledged is there.
+//! Daemons that are killed under load and restarted.
+//!
+//! What was in flight is done again and completes once; what was acknowledged is there.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

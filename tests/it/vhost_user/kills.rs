@@ -1,5 +1,6 @@
-//! Daemons that are killed under load with a qcow2 image open: all that was written is right, and the image does not grow
-//! by what each of them had reserved.
+//! Daemons that are killed under load with a qcow2 image open.
+//!
+//! All that was written is right, and the image does not grow by what each of them had reserved.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,6 @@
-//! Every way to cut a request into descriptors (virtio 1.2, sections 2.7.4 and 5.2.6) carries its
-//! bytes.
+//! Every division of a request into descriptors carries its bytes.
+//!
+//! (virtio 1.2, sections 2.7.4 and 5.2.6.)
 
 use vublk_testkit::request::{Cut, Placement, Request, Segment, Shape};
 use vublk_testkit::ring::{Desc, DriverRing};

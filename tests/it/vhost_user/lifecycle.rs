@@ -1,5 +1,6 @@
-//! Rings that stop and start, front ends that go and come back: nothing acknowledged is lost, and
-//! nothing in flight is forgotten.
+//! Rings that stop and start, and front ends that disconnect and return.
+//!
+//! Nothing acknowledged is lost, and nothing in flight is forgotten.
 
 use std::os::unix::net::UnixStream;
 

@@ -1,5 +1,6 @@
-//! A front end that truncates the file behind its memory loses its connection; the daemon and its
-//! other disks go on.
+//! A front end that truncates the file behind its memory loses its connection.
+//!
+//! The daemon and its other disks continue.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

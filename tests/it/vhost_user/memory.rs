@@ -1,4 +1,4 @@
-//! The guest's memory: announced in any way, changed while rings run, and refused where it is wrong.
+//! The guest's memory: announced in every form, changed while rings run, and refused if invalid.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,6 @@
-//! Memory that comes and goes in as many pieces as there may be: under load, across borders, and
-//! without holding up other disks.
+//! Memory that is added and removed in as many regions as possible, under load.
+//!
+//! Requests cross region borders, and other disks are not delayed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

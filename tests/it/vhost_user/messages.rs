@@ -1,4 +1,4 @@
-//! What no front end should send: the connection ends, the daemon and its other disks do not notice.
+//! Invalid messages: the connection ends, and the daemon and its other disks are unaffected.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;

@@ -1,5 +1,6 @@
-//! The vhost-user-blk export against the testkit's front end: no virtual machine, every message and
-//! every byte of the rings under the test's control.
+//! The vhost-user-blk export against the testkit's front end.
+//!
+//! There is no virtual machine: every message and every byte of the rings is under the test's control.
 
 mod budget;
 mod config;

@@ -1,4 +1,4 @@
-//! Which features are offered, and what becomes of a front end that takes others.
+//! Negotiation: the features that are offered, and front ends that accept others.
 
 use std::os::unix::net::UnixStream;
 

@@ -1,4 +1,4 @@
-//! The end of a queue: what its stopper is told, and when it lets go of the guest's memory.
+//! The end of a queue: the report to its stopper, and the release of the guest's memory.
 
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};

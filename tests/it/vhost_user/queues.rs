@@ -1,4 +1,4 @@
-//! Rings of every size, their indices all the way round, and many of them on few workers.
+//! Rings of every size, whole rounds of their indices, and many rings on few workers.
 
 use std::time::Instant;
 use vublk_testkit::request::{Range, Request, Shape};

@@ -1,4 +1,4 @@
-//! Queues on one worker: what one of them has to do holds up no other for longer than a turn's share.
+//! Fairness between queues on one worker: none waits longer than another's share of a turn.
 
 use std::rc::Rc;
 use std::sync::mpsc;

@@ -1,4 +1,4 @@
-//! When data is durable: the guest's write-cache switch and its flushes, as they reach the file.
+//! Durability: the guest's write-cache switch and its flushes, as they reach the file.
 //!
 //! What of a file's page cache is not yet on the disk is asked of the kernel (`cachestat`, Linux
 //! 6.5); where it cannot say, or the file lies in memory anyway, that half of a test is left out.

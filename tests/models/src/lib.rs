@@ -1,4 +1,4 @@
-//! The product's small concurrent pieces, compiled with the atomics and locks of a model checker.
+//! The product's small concurrent parts, compiled with the atomics and locks of a model checker.
 //!
 //! The files are the product's own. What they import from `crate::io` comes from here: loom's primitives for the
 //! pieces of `cow`, because loom knows weak memory orders, and shuttle's for the epochs, because those are statics.

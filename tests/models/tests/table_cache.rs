@@ -1,4 +1,4 @@
-//! The cache of mapping tables under loom: readers without a lock beside loads, changes and evictions.
+//! The cache of mapping tables under loom: lock-free readers beside loads, changes and evictions.
 
 use loom::future::block_on;
 use loom::sync::Arc;

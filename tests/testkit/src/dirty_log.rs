@@ -1,5 +1,6 @@
-//! The dirty log of live migration, the front end's side: a sealed memfd of which each bit stands
-//! for a page of 4 KiB of guest addresses.
+//! The front end's side of the dirty log of live migration.
+//!
+//! It is a sealed memfd with one bit for each page of 4 KiB of guest addresses.
 
 use std::collections::BTreeSet;
 use std::fs::File;

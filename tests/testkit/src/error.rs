@@ -1,4 +1,4 @@
-//! What can go wrong on the driver's side, in one line each.
+//! The errors of the driver's side, in one line each.
 
 use std::fmt;
 use std::io;

@@ -1,4 +1,4 @@
-//! vhost-user messages by hand, for what a well-behaved front end never sends.
+//! Hand-made vhost-user messages, which a well-behaved front end never sends.
 //!
 //! A message is a header of three little-endian words (request, flags, payload size), the payload,
 //! and file descriptors beside the first byte.

@@ -1,4 +1,4 @@
-//! Server processes: started, awaited, pinned, measured, and ended whatever happens.
+//! Server processes: starting, waiting, pinning, measuring, and ending them in every case.
 //!
 //! Guards that no process outlives its [`Server`]: dropping one kills and reaps it.
 

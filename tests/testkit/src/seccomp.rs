@@ -1,5 +1,4 @@
-//! A host without some of its kernel's features, as containers have it whose system call filter does
-//! not know them.
+//! A host without some of its kernel's features, as in a container with a system call filter.
 
 use std::io;
 

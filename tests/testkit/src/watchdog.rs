@@ -1,4 +1,4 @@
-//! A bound on every vhost-user message: the socket is shut when a reply takes too long.
+//! A time limit for every vhost-user message, which shuts the socket when a reply is late.
 //!
 //! The `vhost` crate retries a receive that timed out, so a socket timeout bounds nothing; shutting
 //! the socket from another thread does.

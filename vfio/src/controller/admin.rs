@@ -1,4 +1,4 @@
-//! The admin queue: commands that any thread may give and wait for.
+//! The admin queue, whose commands any thread may send and await.
 //!
 //! Completions are looked for by whoever waits, so that a lost interrupt makes nothing hang. An
 //! identifier, and the page of data that goes with it, is used again only when its command has

@@ -1,5 +1,4 @@
-//! What a controller says of its health: asked for now, or as it was said last to those who may not
-//! wait.
+//! A controller's health, asked for now or cached for callers that may not wait.
 
 #![forbid(unsafe_code)]
 

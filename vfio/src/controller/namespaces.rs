@@ -1,4 +1,4 @@
-//! The namespaces of a controller, and what their requests are limited to.
+//! The namespaces of a controller, and the limits of their requests.
 
 use super::*;
 

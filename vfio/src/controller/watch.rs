@@ -1,5 +1,6 @@
-//! The controller's own thread: resets and aborts that were asked for, asynchronous events (section
-//! 5.2), and a look now and then whether the device is still there.
+//! The controller's own thread: resets, aborts, asynchronous events, and removal.
+//!
+//! Asynchronous events are in section 5.2. The thread checks periodically whether the device is still there.
 
 #![forbid(unsafe_code)]
 

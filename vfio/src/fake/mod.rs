@@ -1,4 +1,4 @@
-//! A controller in memory: what the driver is tested, fuzzed and measured against.
+//! A controller in memory, for testing, fuzzing and measuring the driver.
 //!
 //! It does its work in the thread that rings the doorbell, at once or when it is told to
 //! ([`Fake::release`]); delays, faults, removal and misbehaviour are set from outside. It is strict where

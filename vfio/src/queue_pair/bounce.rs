@@ -1,5 +1,6 @@
-//! Bounce buffers: where data lies for the device that it cannot be told of where it is. A bounded pool
-//! of pages; a request takes as many as it needs or waits.
+//! Bounce buffers, for data that the device cannot address where it is.
+//!
+//! They are a bounded pool of pages; a request takes as many as it needs or waits.
 
 #![forbid(unsafe_code)]
 

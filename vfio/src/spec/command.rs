@@ -1,4 +1,4 @@
-//! Commands and completions as they lie in the queues (sections 3.3.3.1 and 3.3.3.2).
+//! Commands and completions as the queues store them (sections 3.3.3.1 and 3.3.3.2).
 
 use super::Status;
 

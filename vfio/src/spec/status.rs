@@ -1,5 +1,4 @@
-//! Status codes (section 4.2.3; NVM, section 3.1.2.3): what they are called, and what they mean to who
-//! only knows errno values.
+//! Status codes: their names, and their errno values (section 4.2.3; NVM, section 3.1.2.3).
 
 use std::fmt;
 

@@ -1,5 +1,6 @@
-//! What a request costs the driver. Reported, and not asserted: machines are noisy. `--nocapture` shows
-//! it; a release build means something.
+//! The driver's cost per request, reported and not asserted.
+//!
+//! `--nocapture` shows it; only a release build gives useful figures.
 
 use crate::fixture::{Guest, open, segments};
 use std::time::Instant;

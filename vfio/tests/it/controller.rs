@@ -1,4 +1,4 @@
-//! Starting, identifying, refusing, stopping.
+//! Tests of starting, identifying, refusing and stopping a controller.
 
 use crate::fixture::{Disk, Guest, open, options, pattern, segments, wait_until};
 use std::sync::Arc;

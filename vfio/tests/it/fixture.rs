@@ -1,5 +1,4 @@
-//! What the tests share: a controller over a fake, memory that requests name, and a loop that drives a
-//! queue pair.
+//! What the tests share: a controller over a fake, memory for requests, and a loop that drives a queue pair.
 
 use std::time::{Duration, Instant};
 use vublk_vfio::fake::{Config, Fake};

@@ -1,4 +1,4 @@
-//! Reads and writes: where their data goes.
+//! Tests of reads and writes and of the placement of their data.
 
 use crate::fixture::{Disk, Guest, iovec, pattern, segments};
 use vublk_vfio::fake::{Config, Fault, Media};

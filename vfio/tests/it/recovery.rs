@@ -1,5 +1,6 @@
-//! Time-outs, aborts, resets and removal: nothing hangs, and nothing that the device may still write
-//! to is used again.
+//! Tests of time-outs, aborts, resets and removal.
+//!
+//! Nothing hangs, and memory that the device may still write to is not used again.
 
 use crate::fixture::{Disk, Guest, iovec, options, segments, wait, wait_until};
 use std::time::Duration;

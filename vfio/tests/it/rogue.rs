@@ -1,4 +1,4 @@
-//! A controller that misbehaves costs errors: no panic, no hang.
+//! Tests with a misbehaving controller, which costs errors but neither panics nor hangs.
 
 use crate::fixture::{Disk, Guest, options, pattern, segments};
 use std::time::{Duration, Instant};

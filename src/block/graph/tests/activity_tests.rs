@@ -1,4 +1,4 @@
-//! Nodes that are active and inactive, and the locks that come and go with it.
+//! Tests of active and inactive nodes, and of the locks that they take and release.
 
 use super::*;
 use crate::io::Errno;

@@ -1,4 +1,4 @@
-//! Changes below running users: edges that are turned, lengths, the end of the graph.
+//! Tests of changes below running users: retargeted edges, lengths, the end of the graph.
 
 use super::*;
 

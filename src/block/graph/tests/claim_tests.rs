@@ -1,4 +1,4 @@
-//! Claims: which changes of the graph wait for each other, and which do not.
+//! Tests of claims: which changes of the graph wait for each other.
 
 use super::*;
 use std::task::Poll;

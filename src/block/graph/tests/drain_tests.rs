@@ -1,4 +1,4 @@
-//! Turns to change the graph, and the users that a drain pauses.
+//! Tests of the order of changes to the graph, and of the users that a drain pauses.
 
 use super::*;
 use crate::block::graph::{Meanwhile, Step};

@@ -1,4 +1,4 @@
-//! Opening nodes: names, options that are wrong, children, and the end of nodes.
+//! Tests of opening nodes: names, wrong options, children, and closing.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Nodes that are opened again under their users: all of them, or none.
+//! Tests of reopening nodes in use: all of them change, or none.
 
 use super::*;
 use std::time::Duration;

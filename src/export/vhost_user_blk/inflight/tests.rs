@@ -1,4 +1,4 @@
-//! A daemon that dies between any two stores, and memory with anything in it.
+//! Tests with a daemon that dies between any two stores, and with arbitrary memory.
 
 use super::*;
 use std::cell::Cell;

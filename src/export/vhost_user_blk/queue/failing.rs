@@ -1,5 +1,6 @@
-//! Requests that the storage fails, as their queue meets them: reported, ignored, or held and tried
-//! again. Nothing of it is on the warm path.
+//! Requests that the storage fails: reported, ignored, or held for a retry.
+//!
+//! None of this is on the warm path.
 
 use super::super::queues::InFlight;
 use super::super::request::{Kind, Status};

@@ -1,5 +1,6 @@
-//! The slow path of a queue: requests that become tasks of the same worker, once there is memory for them
-//! ([`super::parked`]).
+//! The slow path of a queue: requests that run as tasks of the same worker.
+//!
+//! A request becomes a task once there is memory for it ([`super::parked`]).
 
 use super::super::request::{self, Ended, HEADER_LEN, Kind};
 use super::super::ring::Ring;

@@ -1,4 +1,4 @@
-//! From the available ring to the leaf: chains are taken, checked, mapped and started.
+//! Taking chains from the available ring: they are checked, mapped and started on the leaf.
 //!
 //! The rule held here: a request is fast in whole or slow in whole. A transfer that the graph cannot map at once
 //! goes the slow path, and so does all that is no transfer.

@@ -1,4 +1,4 @@
-//! Reading the bitmaps of an image that is being opened.
+//! Reading the bitmaps of an image during opening.
 
 use super::{ImageBitmaps, Stored, StoredBitmap, TableEntry, decode_table_entry, table_len};
 use crate::block::bitmap::{BitmapFlags, Bits};

@@ -1,4 +1,4 @@
-//! Writing bitmaps: what is said of them before they get out of date, and how they are stored.
+//! Writing bitmaps: marking them in use before they go stale, and storing them.
 
 use super::load::read_table;
 use super::{BitmapFlags, ImageBitmaps, Stored, StoredBitmap, TableEntry, decode_table_entry};

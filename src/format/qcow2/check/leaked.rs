@@ -1,5 +1,7 @@
-//! Whether clusters are leaked. All tables are read, several at once, and looked through for these clusters alone: a guest
-//! that comes back after a kill waits for the answer.
+//! Searching all tables for references to clusters that may be leaked.
+//!
+//! Several tables are read at once and searched for these clusters alone, because a guest that comes back after a
+//! kill waits for the answer.
 
 use super::{Check, Refcounts, failed, read_header, read_or_zero};
 use crate::block::{Error, Fix, Node};

@@ -1,4 +1,4 @@
-//! The refcounts as the image has them: the table in memory, one block at a time.
+//! The stored refcounts: the table in memory, and one block at a time.
 
 use super::{failed, read_or_zero, read_words, write};
 use crate::block::{Error, Event, Node};

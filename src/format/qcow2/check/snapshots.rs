@@ -1,4 +1,4 @@
-//! Entries of the snapshot table that lack what version 3 wants of them: found, and filled in.
+//! Snapshot table entries that lack fields of version 3: found and filled in.
 //!
 //! The order of a repair: the new table and its refcounts, durable; one write of the header names it,
 //! durable; then the old table is given back.

@@ -1,5 +1,6 @@
-//! Counting the references of an image that goes on being changed, a part at a time, to find what is counted and not
-//! referred to.
+//! Finding clusters that are counted and not referred to, in an image that is being changed.
+//!
+//! The references are counted a part at a time.
 //!
 //! Everything but the L2 tables is read at once, and the tables one by one. The caller sees to it that a table is not
 //! reused before it was read ([`Walk::is_to_read`]), and leaves alone what was counted in another way meanwhile.

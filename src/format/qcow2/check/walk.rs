@@ -1,4 +1,4 @@
-//! Finding every reference to a cluster: a walk over all tables, telling what of them makes no sense.
+//! Finding every reference to a cluster: a walk over all tables that reports invalid entries.
 
 use super::{Check, failed, read_or_zero, read_words, write};
 use crate::block::{Error, Fix, Preallocation};

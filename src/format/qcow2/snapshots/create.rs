@@ -1,5 +1,6 @@
-//! Making a snapshot, of a disk in use: writes stop, those under way are waited for, the references
-//! are counted, and writes go on.
+//! Creating a snapshot of a disk in use.
+//!
+//! New writes wait until those in flight have ended and the references are counted.
 
 use super::{Snapshot, Table};
 use crate::block::{Error, Event, NewSnapshot, SnapshotInfo, WriteFlags};

@@ -1,5 +1,6 @@
-//! Deleting a snapshot, of a disk in use: its references are taken back, and what has one reference
-//! left is the disk's own again.
+//! Deleting a snapshot of a disk in use.
+//!
+//! Its references are dropped, and clusters that are left with one reference belong to the disk alone again.
 
 use super::{references, set_dirty_bit};
 use crate::block::{Error, SnapshotInfo, SnapshotKey};

@@ -1,4 +1,4 @@
-//! The COPIED flags of the disk's entries, which follow from the references.
+//! The COPIED flags of the disk's entries, which follow from the reference counts.
 
 use crate::block::WriteFlags;
 use crate::cow::{change_entries, pin};

@@ -1,4 +1,4 @@
-//! The references of all that an L1 table names: raised, lowered, checked.
+//! The references of everything that an L1 table names: raised, lowered, checked.
 
 use crate::block::WriteFlags;
 use crate::cow::{Run, read_padded};

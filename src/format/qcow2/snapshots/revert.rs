@@ -1,4 +1,4 @@
-//! Turning the disk back to a snapshot, for good or for a look.
+//! Reverting the disk to a snapshot, permanently or to read it once.
 
 use super::{Snapshot, references, set_dirty_bit};
 use crate::block::{BitmapStore, Error, SECTOR, SnapshotKey, WriteFlags};

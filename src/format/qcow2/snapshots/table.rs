@@ -1,4 +1,4 @@
-//! The snapshot table as a whole: reading it, and a new one in its place.
+//! The snapshot table as a whole: reading it, and writing a replacement.
 
 use super::entry::MAX_ENTRY;
 use super::{ImageSnapshots, Snapshot};

@@ -1,4 +1,4 @@
-//! Host clusters for what is new: taken from a reservation, which is refilled from the refcounts.
+//! Allocation of host clusters from a reservation, which is refilled from the refcounts.
 //!
 //! Reserved clusters are counted already, durably, so that taking one is a matter of memory. The
 //! more was taken, the more is reserved at once: a reservation costs a flush, and a crash leaks what

@@ -1,5 +1,6 @@
-//! Giving back host clusters that entries no longer name ([`crate::cow::Freed`]): the refcounts are lowered, and what
-//! becomes free is given back to the storage.
+//! Freeing host clusters that entries no longer name ([`crate::cow::Freed`]).
+//!
+//! The refcounts are lowered, and free clusters are discarded in the storage.
 
 use super::refcounts::Refcounts;
 use super::{Metadata, Space};

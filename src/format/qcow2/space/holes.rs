@@ -1,5 +1,6 @@
-//! Whether clusters of the image are likely to be holes of its file, which read as zeroes: where entries were made
-//! ahead of the data (`preallocation=metadata`), or the file was made sparse.
+//! Guessing whether clusters are holes of the image's file, which read as zeroes.
+//!
+//! They are likely where entries were made ahead of the data (`preallocation=metadata`), or the file was made sparse.
 //!
 //! To ask the file about each cluster has its price, and in most images no cluster is a hole. So it is done where
 //! the file has clearly less on its storage than there are clusters in use. QEMU draws the line at the same place,

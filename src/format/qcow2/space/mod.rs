@@ -1,4 +1,4 @@
-//! The space of an open image: host clusters, from being free to being free again.
+//! The space of an open image: host clusters, from allocation until they are free again.
 //!
 //! | file | it holds |
 //! |---|---|

@@ -1,5 +1,4 @@
-//! Compressed clusters on their way into the image: byte after byte, one behind the other, so that
-//! they share host clusters and cross from one to the next.
+//! Allocation for compressed clusters, which are packed back to back and share host clusters.
 //!
 //! Each of them is one reference to every host cluster that it touches. References are counted ahead,
 //! several at once and durably, before an entry can need them ([`order`](crate::format::qcow2::order)): a host cluster that

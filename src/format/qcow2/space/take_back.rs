@@ -1,5 +1,6 @@
-//! Takes back what a process that was killed has left counted and unused: what it had reserved, what it had taken for
-//! requests that were under way, and what it was going to free.
+//! Recovery of clusters that a killed process has left counted and unused.
+//!
+//! They are what it had reserved, what it had taken for requests in flight, and what it was about to free.
 //!
 //! Nothing tells such clusters from others but that no table refers to them. So all tables are read, a part with each
 //! reservation and each flush, and requests go on meanwhile. The rule: a cluster that is counted, whose count has not

@@ -1,5 +1,4 @@
-//! A load that goes over a disk once: every block is asked for exactly once, in random order, and what
-//! was written is flushed.
+//! A load that requests every block of a disk exactly once, in random order, and flushes.
 
 use std::path::Path;
 use std::time::Instant;

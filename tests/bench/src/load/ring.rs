@@ -1,5 +1,6 @@
-//! A driver's ring for load: every chain is laid out once, and a request costs a sector number, an
-//! available entry and a share of one index update.
+//! A driver's ring for load, whose chains are laid out once.
+//!
+//! A request costs a sector number, an available entry and a share of one index update.
 //!
 //! Guards that the load is never what is measured: no allocation, no translation and no lock per
 //! request. Slot `i` owns a header, a status byte, a data buffer and its descriptors for good.

@@ -1,5 +1,6 @@
-//! What runs inside the guest: each server in turn, each load twice on it: once as it is, and once with
-//! the server's system calls counted.
+//! The measurements inside the guest: each server in turn, with each load.
+//!
+//! A load runs twice on a server: once as it is, and once with the server's system calls counted.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! An NVMe controller in a guest with an IOMMU, served by vublk's driver, by qemu-storage-daemon's, and
-//! by vublk on the kernel's: what each costs per request.
+//! The cost per request of an NVMe controller in a guest with an IOMMU.
+//!
+//! vublk's driver, qemu-storage-daemon's driver, and vublk on the kernel's driver serve it.
 //!
 //! Under emulation time says little. What is exact is counted: what the emulated controller sees
 //! (QEMU's trace points for doorbells and interrupts) and the server's system calls. Both are counted

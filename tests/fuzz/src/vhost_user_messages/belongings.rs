@@ -1,4 +1,4 @@
-//! What a front end owns and sends along: events and memory.
+//! The objects that a front end owns and sends: events and memory.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! How the guest makes requests: memory, descriptors, chains, whole or damaged.
+//! The guest's requests: memory, descriptors, chains, whole or damaged.
 
 use super::*;
 

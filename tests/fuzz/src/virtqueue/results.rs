@@ -1,4 +1,4 @@
-//! What the guest does with results: it waits, reaps, and holds them to what it has asked for.
+//! The guest's handling of results: it waits, reaps, and compares them with its requests.
 
 use super::*;
 

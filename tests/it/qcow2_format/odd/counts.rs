@@ -1,4 +1,4 @@
-//! Refcount tables and blocks that are not there, or cannot be where the image says.
+//! Refcount tables and blocks that are missing or misplaced.
 
 use super::*;
 

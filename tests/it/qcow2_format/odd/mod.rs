@@ -1,5 +1,6 @@
-//! Images that old versions of QEMU made, and odd ones, whose bytes were patched: the same command lines
-//! with qemu-img and with us.
+//! Images of old versions of QEMU, and odd ones with patched bytes.
+//!
+//! qemu-img and vublk run the same command lines on them.
 
 mod counts;
 mod names;

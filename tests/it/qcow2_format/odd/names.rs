@@ -1,4 +1,4 @@
-//! NUL bytes inside stored names: what is behind one does not count, as in QEMU.
+//! Stored names that contain NUL bytes, which end the name, as in QEMU.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Old snapshots, and images that become those of another version.
+//! Old snapshots, and images that are converted to another version.
 
 use super::*;
 

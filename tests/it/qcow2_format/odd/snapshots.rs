@@ -1,5 +1,6 @@
-//! Damaged entries of the snapshot table, and damaged tables of snapshots: they stop what would free or copy
-//! through them before anything changes.
+//! Damaged snapshot entries and tables, which block changes through them.
+//!
+//! What would free or copy through them stops before anything changes.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The pieces of the layer that formats with tables stand on.
+//! The parts of the layer for formats with tables that are modelled.
 
 #[path = "../../../../src/cow/ranges.rs"]
 pub mod ranges;

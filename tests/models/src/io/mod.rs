@@ -1,4 +1,4 @@
-//! What those pieces import from the engine, made of loom's primitives.
+//! The imports of those parts from `io`, made of loom's primitives.
 
 pub mod atomics;
 #[path = "../../../../src/io/errno.rs"]

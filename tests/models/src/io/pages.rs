@@ -1,4 +1,4 @@
-//! Words that are given back as zeroes, as the product's pages are.
+//! Words that are zero again after they are freed, as in the product's pages.
 
 use super::Errno;
 use super::atomics::{AtomicU64, Ordering};

@@ -1,5 +1,4 @@
-//! Clusters that have to lie side by side: tables of several clusters, and the refcounts' own; and
-//! where the last cluster in use is.
+//! Runs of adjacent clusters, for large tables and refcount blocks, and the last cluster in use.
 
 use super::{Block, Claim, Metadata, Refcounts};
 use crate::block::{Event, WriteFlags};
