@@ -62,7 +62,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("vfio/tests/", "fixtures that do what exports do"),
 ];
 
-const MOST_LINES: usize = 560;
+const MOST_LINES: usize = 500;
 
 struct Source {
     /// From the root of the tree.
@@ -241,6 +241,9 @@ fn every_file_says_what_it_holds_and_is_not_too_long() {
         }
         if !text.starts_with("//! ") && !text.starts_with("#![") {
             complaints.push(format!("{path}: does not open with `//!`"));
+        }
+        if text.lines().nth(1).is_some_and(|line| line.starts_with("//! ")) {
+            complaints.push(format!("{path}: its first sentence is longer than its first line"));
         }
     }
     report(complaints);
