@@ -1,5 +1,7 @@
-//! Checking an image, and repairing it: each cluster that the catalogue names lies in the file and has one owner, and
-//! the file ends with the last of them, or with the extension. Texts and counts are those of `qemu-img check`.
+//! Checking and repairing an image, with the messages and counts of `qemu-img check`.
+//!
+//! Each cluster that the catalogue names is in the file and has one owner, and the file ends with the last of them,
+//! or with the extension.
 //!
 //! A repair takes away entries that lead outside, gives the second owner of a cluster a copy of it, durably, before its
 //! entry names the copy, drops an extension that makes no sense, and cuts off what nothing names at the end of the file.

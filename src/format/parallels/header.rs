@@ -1,5 +1,6 @@
-//! The header of an image: 64 bytes of little-endian fields, right behind which the catalogue begins: an entry of 32
-//! bits for each cluster of the disk.
+//! The header of an image: 64 bytes of little-endian fields, followed by the catalogue.
+//!
+//! The catalogue has an entry of 32 bits for each cluster of the disk.
 //!
 //! Everything that leaves [`Header::parse`] is inside the limits of the format.
 

@@ -1,5 +1,6 @@
-//! Parallels' expandable images, version 2: clusters behind one flat catalogue, without reference counts (QEMU's
-//! docs/interop/parallels).
+//! Parallels' expandable images, version 2 (QEMU's docs/interop/parallels).
+//!
+//! Clusters are behind one flat catalogue, without reference counts.
 //!
 //! | file | it holds |
 //! |---|---|

@@ -1,5 +1,6 @@
-//! Clusters for what is new: those at the end of the file ([`crate::cow::Appending`]), which grows by more than is needed at
-//! once, as the options say.
+//! Allocation of clusters at the end of the file ([`crate::cow::Appending`]).
+//!
+//! The file grows in larger steps than needed, as the options say.
 
 use super::Parallels;
 use super::catalogue::Named;

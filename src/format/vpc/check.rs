@@ -1,5 +1,7 @@
-//! Checking an image that grows: both footers are whole, and each entry of the table leads to a block of its own, inside
-//! the file and beside metadata. What lies between and is named by no entry is lost space.
+//! Checking a dynamic image: its footers, and the entries of its table.
+//!
+//! Both footers are whole, and each entry of the table leads to a block of its own, inside the file and apart from
+//! metadata. Space that no entry names is lost.
 
 use super::Vpc;
 use super::footer;

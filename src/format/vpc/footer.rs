@@ -1,5 +1,6 @@
-//! The footer of an image: what the disk is. It is the last sector of every image, and the first one, too, of images
-//! that grow.
+//! The footer of an image, which describes the disk.
+//!
+//! It is the last sector of every image, and also the first one of images that grow.
 
 use super::bytes::{id_at, is_sealed, put, seal, u16_at, u32_at, u64_at};
 use super::geometry::Geometry;

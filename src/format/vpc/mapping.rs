@@ -1,5 +1,7 @@
-//! How an image that grows maps a guest's blocks: the block allocation table, a flat table with an entry of 32 bits for
-//! each block, which says at which sector its bitmap is. The block lies behind the bitmap.
+//! The mapping of blocks in a dynamic image: the block allocation table.
+//!
+//! It is a flat table with an entry of 32 bits for each block, which gives the sector of its bitmap. The block
+//! follows the bitmap.
 
 use super::Vpc;
 use super::header::{ENTRY_BYTES, Header};

@@ -1,5 +1,6 @@
-//! The parent of a differencing image: the locators that name it, in the forms of several platforms, and the identifier
-//! that proves which one it is.
+//! The parent of a differencing image: the locators that name it, and the identifier that proves it.
+//!
+//! The locators have the forms of several platforms.
 //!
 //! Relative names are followed, below the folder of the image; absolute ones are those of another machine.
 

@@ -1,5 +1,6 @@
-//! A small VHD image with fields of its footers, header, table and a sector bitmap changed, opened, used and checked: no
-//! panic, an end, and errors of one line.
+//! Fuzzing a VHD image with changed footers, header, table and sector bitmap.
+//!
+//! It is opened, used and checked. There must be no panic, an end, and only errors of one line.
 
 use super::image;
 use super::input::Input;

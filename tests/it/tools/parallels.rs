@@ -1,5 +1,4 @@
-//! Parallels images that QEMU has made and damaged, read by both; and images that are made and written here, judged by
-//! QEMU.
+//! Parallels images: QEMU's, some damaged, read by both; and ours, checked by QEMU.
 
 use super::{Place, assert_same, assert_same_contents, fixture};
 

@@ -1,5 +1,6 @@
-//! Differencing VHD images, which QEMU reads wrongly: made here, read and written; and images with blocks of which some
-//! sectors are there, which the test makes by the specification.
+//! Differencing VHD images, which QEMU reads wrongly, made, read and written here.
+//!
+//! Images with blocks of which only some sectors are there are made by the specification.
 
 use super::{Ended, Place};
 
