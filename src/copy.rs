@@ -2,9 +2,9 @@
 //!
 //! Many pieces are copied at a time, on several workers.
 //!
-//! The rules held here: what reads as zeroes is not read, and what is zero where the target has
-//! zeroes is not written; memory, and what is on its way, is at most a chunk for each copier, or two where contents
-//! are compared; a failure ends all, and of those that the pieces on their way meet, the one at the lowest offset is reported; between two
+//! The rules held here: what reads as zeroes is not read, and what is zero where the target has zeroes is not
+//! written; memory, and what is in flight, is at most a chunk for each copier, or two where contents are compared; a
+//! failure ends all, and if several pieces in flight fail, the failure at the lowest offset is reported; between two
 //! pieces a copy can be paused, slowed down and ended ([`control`]).
 //!
 //! `plan` deals the pieces out, `write_order` keeps writes in order where that is asked for, `rebase` compares before it
@@ -44,13 +44,13 @@ pub struct Copy {
     /// Not empty.
     pub sources: Vec<Source>,
     pub target: Disk,
-    /// Pieces on their way at the same time. Not 0.
+    /// Pieces in flight at the same time. Not 0.
     pub parallel: usize,
     /// Writes reach the target in the order of their offsets.
     pub in_order: bool,
     /// The target stores it compressed: it must be able to ([`crate::block::Compress`]).
     pub compress: bool,
-    /// Runs of at least so many zero bytes are not written as data; none to write everything.
+    /// Runs of at least this many zero bytes are not written as data; none to write everything.
     pub sparse: Option<u64>,
     /// Data is passed on as it is, without a look for zeroes in it.
     pub keeps_data: bool,
@@ -86,7 +86,7 @@ impl Source {
     }
 }
 
-/// Those that a copy tells of itself, and that it listens to.
+/// The hooks by which a copy reports progress and is controlled.
 pub struct Hooks {
     pub control: Arc<Control>,
     pub progress: Progress,
@@ -165,7 +165,7 @@ pub enum Trouble {
     /// Of the source's mapping.
     Status(u64, Errno),
     Memory,
-    /// It was told to end.
+    /// It was cancelled.
     Cancelled,
 }
 

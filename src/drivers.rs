@@ -5,7 +5,7 @@ use crate::options::Map;
 use crate::{filter, format, protocol};
 use std::sync::LazyLock;
 
-/// All drivers that there are, and the formats that are told from theirs.
+/// All drivers, and the foreign formats that probing recognises.
 pub fn registry() -> &'static Registry {
     static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
         let drivers = Registry::new(&[format::LIST, filter::LIST, protocol::LIST]);

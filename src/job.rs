@@ -1,7 +1,7 @@
 //! Jobs: long work on disks in the background, which can be watched, paused and cancelled.
 //!
-//! The rules held here: a job goes through QEMU's states, and each change is told once, in its order; a job that
-//! has a name keeps it until it is dismissed; and the work of a job is_resting, or ends early, only where it says so
+//! The rules held here: a job goes through QEMU's states, and each change is reported once, in order; a job that has
+//! a name keeps it until it is dismissed; and the work of a job pauses, or ends early, only where it says so
 //! itself, at the gates of its [`Control`].
 
 mod status;
@@ -36,9 +36,9 @@ impl Kind {
 pub struct NewJob {
     pub id: String,
     pub kind: Kind,
-    /// Takes effect as soon as the work has ended; else when it is told to.
+    /// Takes effect as soon as the work has ended; otherwise on command.
     pub auto_finalize: bool,
-    /// Is forgotten as soon as it is concluded; else when it is told to.
+    /// Is dismissed as soon as it is concluded; otherwise on command.
     pub auto_dismiss: bool,
     /// Before its work has begun.
     pub progress: Progress,
@@ -84,7 +84,7 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// What there is to tell of a job.
+/// The description of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobInfo {
     pub id: String,
@@ -296,7 +296,7 @@ impl Job {
         self.go(None, next, None);
     }
 
-    /// Goes on to the next state and tells of it, if that can follow, and if it comes `from` the given one.
+    /// Enters the next state and reports it, if that can follow the current one, and if the current one is `from`.
     fn go(&self, from: Option<Status>, next: Status, error: Option<Error>) -> bool {
         let mut state = self.state.lock();
         let now = state.status;
@@ -306,7 +306,7 @@ impl Job {
         state.status = next;
         state.error = error.map(|error| error.to_string()).or(state.error.take());
         if let Some(board) = self.board.upgrade() {
-            // Under the lock, so that changes are told in their order.
+            // Under the lock, so that changes are reported in order.
             board.events.lock().push((self.new.id.clone(), next));
             drop(state);
             (board.notify)();

@@ -11,11 +11,11 @@
 //! * [`cow`]: what formats stand on that map clusters through tables.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`copy`]: the copy engine: the contents of disks to another disk.
-//! * [`job`]: work on disks that goes on while others are served.
+//! * [`job`]: long work on disks in the background.
 //! * [`export`]: transports on one core: vhost-user-blk.
 //! * [`service`]: what one process serves; [`cli`]: the command lines that say so, [`monitor`]: QMP.
-//! * [`metrics`]: what watchers of a service are told.
-//! * [`tools`]: what the image tools do, whoever calls them.
+//! * [`metrics`]: figures of a service for monitoring.
+//! * [`tools`]: the work of the image tools, without their command lines.
 //! * [`sandbox`]: what the process gives up when it has started.
 //! * [`nbd`]: the NBD protocol as bytes, for both sides.
 //! * [`options`]: every source of options as one tree, and the typed interface to it.

@@ -68,8 +68,8 @@ impl Node {
         self.driver().children().is_empty()
     }
 
-    /// Whether a flush has failed in such a way that all later ones will, until the storage is opened again:
-    /// doing it once more is in vain.
+    /// Whether a flush has failed permanently, so that all later ones will, until the storage is opened again:
+    /// retrying has no effect.
     pub fn is_poisoned(&self) -> bool {
         self.driver().is_poisoned() || self.below().iter().any(|node| node.driver().is_poisoned())
     }

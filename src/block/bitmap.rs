@@ -58,7 +58,7 @@ struct State {
     older: Vec<Arc<Bits>>,
 }
 
-/// What is told of a bitmap in listings.
+/// The listing of a bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapInfo {
     pub name: String,
@@ -127,7 +127,7 @@ impl Bitmap {
         let mut state = self.state.lock();
         let State { bits, older, .. } = &mut *state;
         older.retain(|old| {
-            // Asked first: who has let go of it since has marked it before.
+            // Asked first: a user that has released it since has marked it before.
             let is_shared = Arc::strong_count(old) > 1;
             bits.merge(old);
             is_shared
@@ -197,7 +197,7 @@ fn already_exists(name: &str) -> Error {
     Error::new(format!("Bitmap already exists: {}", shown(name)))
 }
 
-/// The error of whoever needs a bitmap that the image does not vouch for.
+/// The error for a use of a bitmap that the image does not vouch for.
 pub fn inconsistent(name: &str) -> Error {
     let name = shown(name);
     Error::new(format!("Bitmap '{name}' is inconsistent and cannot be used"))
@@ -220,7 +220,7 @@ impl Bitmaps {
         found.ok_or_else(|| Error::new(format!("Dirty bitmap '{}' not found", shown(name))))
     }
 
-    /// Adds a bitmap. `members` are those who may be on the fast path of the node.
+    /// Adds a bitmap. `members` are the queues that may be on the node's fast path.
     ///
     /// # Errors
     /// There is one of this name, or there are too many.

@@ -44,9 +44,9 @@ impl Child {
 
     /// The node, for the fast path.
     pub fn fast<'a>(&'a self, _inflight: &'a InFlight) -> &'a Node {
-        // SAFETY: the pointer is what `owner` held when it was stored. A replaced node is dropped
-        // only after every in-flight record older than the replacement has ended, and `_inflight`
-        // is such a record or a younger one, which sees the new pointer.
+        // SAFETY: the pointer is what `owner` held when it was stored. A replaced node is dropped only after every
+        // in-flight record older than the replacement has ended, and `_inflight` is this record or a younger one,
+        // which sees the new pointer.
         unsafe { &*self.node.load(Ordering::Acquire) }
     }
 
@@ -62,8 +62,8 @@ impl Child {
 }
 
 impl Node {
-    /// An announcer for requests on the fast path through this node and all that it stands on: whoever changes
-    /// one of them waits for it.
+    /// An announcer for requests on the fast path through this node and all nodes below it. A change of one of them
+    /// waits for it.
     pub fn announcer(&self) -> Announcer {
         // SAFETY: it is listed with every node that the way down from here leads through; those that
         // take a place in the graph later take over the lists of those whose place it was.

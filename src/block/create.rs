@@ -29,8 +29,8 @@ pub type OnNodesFn = fn(&'static Registry, Map) -> Result<MakeFn, options::Error
 /// Makes an image. Runs on a worker.
 pub type MakeFn = Box<dyn for<'a> FnOnce(&'a Graph) -> LocalFuture<'a, Result<Made, Error>> + Send>;
 
-/// Tells how long a new image's file would be, from what was given of the format's and the file's
-/// options, for an empty disk of so many bytes or for one with the contents of a node.
+/// Tells how long a new image's file would be, from what was given of the format's and the file's options, for an
+/// empty disk of this many bytes or for one with the contents of a node.
 pub type MeasureFn =
     for<'a> fn(Map, u64, Option<&'a Arc<Node>>) -> LocalFuture<'a, Result<Measurement, Error>>;
 
@@ -253,8 +253,8 @@ impl Creation {
         self.with_backing(name, format, look).await
     }
 
-    /// Opens a backing file, called as the image is to record it, for what it says of itself, and lets `work` look at
-    /// it.
+    /// Opens a backing file, called as the image is to record it, for what it reports about itself, and lets `work`
+    /// look at it.
     ///
     /// # Errors
     /// In QEMU's words: it cannot be opened; or those of `work`.

@@ -2,8 +2,8 @@
 
 use super::{Error, Role};
 
-/// Most nodes on one way down a graph, backing files not counted, so that what a node does can recurse into
-/// what it stands on. Work on a chain of backing files does not recurse.
+/// The greatest depth of a graph, not counting backing files, so that what a node does can recurse into the nodes
+/// below it. Work on a chain of backing files does not recurse.
 pub const DEPTH_LIMIT: usize = 64;
 /// Most images in a backing chain.
 pub const CHAIN_LIMIT: usize = 1000;

@@ -5,8 +5,7 @@
 //!
 //! # What a node has checked before a driver sees a request
 //!
-//! * The range lies inside [`Driver::len`] (rounded up to `request_align` for transfers), and is not
-//!   empty.
+//! * The range is inside [`Driver::len`] (rounded up to `request_align` for transfers), and is not empty.
 //! * For reads and writes: offset and length are multiples of [`Traits::request_align`], the length
 //!   is at most [`Traits::max_transfer`], and the memory is aligned to [`Traits::buffer_align`].
 //! * For zero and discard: offset and length are multiples of the driver's own alignment, and the
@@ -25,12 +24,12 @@
 //!
 //! # State on each worker
 //!
-//! Requests come on every worker that serves a user of the node, and a driver is shared by all of them. If
-//! it needs something that each worker has for itself (a queue pair, a connection), it declares a
+//! Requests come on every worker that serves a user of the node, and a driver is shared by all of them. If it needs
+//! something that each worker has for itself (a queue pair, a connection), it declares a
 //! [`PerWorker`](crate::io::PerWorker). The first request of the slow path on a worker makes the state;
-//! [`Driver::map`] asks whether there is one, and the leaf finds it by its index. A driver closes its slot
-//! in [`Driver::close`], before what the states stand on goes, and waits until the workers have let go.
-//! A worker that ends lets go of its state before.
+//! [`Driver::map`] asks whether there is one, and the leaf finds it by its index. A driver closes its slot in
+//! [`Driver::close`], before what the states stand on goes, and waits until the workers have let go. A worker that
+//! ends releases its state before.
 
 mod fence;
 mod flags;
@@ -167,8 +166,8 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Whether a flush of its own storage, that of its children apart, has failed in such a way that all later
-    /// ones will ([`Node::is_poisoned`](super::Node::is_poisoned)).
+    /// Whether a flush of its own storage, that of its children apart, has failed permanently, so that all later ones
+    /// will ([`Node::is_poisoned`](super::Node::is_poisoned)).
     fn is_poisoned(&self) -> bool {
         false
     }
@@ -192,7 +191,7 @@ pub trait Driver: Send + Sync + 'static {
         false
     }
 
-    /// The drive that it works on itself, if that tells of its health.
+    /// The drive that it controls itself, if the drive reports its health.
     fn drive(&self) -> Option<std::sync::Arc<dyn super::Drive>> {
         None
     }
@@ -247,17 +246,16 @@ pub trait Driver: Send + Sync + 'static {
         if self.children().is_empty() { self.filename() } else { None }
     }
 
-    /// Undoes what it did for those who wrote, as long as nobody does: asked for when the last user
-    /// who could write has left. None if there is nothing to undo. Until it is done,
-    /// [`Driver::child_perms`] may keep what it needs for it.
+    /// Undoes what it did for writers while there are none: called when the last user who could write has left. None
+    /// if there is nothing to undo. Until it is done, [`Driver::child_perms`] may keep what it needs for it.
     fn unwritten(&self) -> Option<LocalFuture<'_, IoResult>> {
         None
     }
 
-    /// Nobody will write to the image until it is opened again, or thawed, as it comes to lie below another: brings
-    /// everything to the storage, as [`Driver::close`] does, and from then on [`Driver::child_perms`] asks for
-    /// no more than reading takes, and [`Driver::close`] writes nothing. No request is in flight, and none but
-    /// reads will come.
+    /// Nobody will write to the image until it is opened again, or thawed, because it is put below another: brings
+    /// everything to the storage, as [`Driver::close`] does, and from then on [`Driver::child_perms`] asks for no
+    /// more than reading takes, and [`Driver::close`] writes nothing. No request is in flight, and none but reads
+    /// will come.
     fn freeze(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(std::future::ready(Ok(())))
     }

@@ -16,7 +16,7 @@ pub struct Error {
     locked: Option<LockedFile>,
 }
 
-/// The file whose lock was refused, for those who look for the holder.
+/// The file whose lock was refused, for finding the holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockedFile {
     pub device: u64,

@@ -57,7 +57,7 @@ pub enum Event {
     ClusterFree,
     /// A flush hands over what the driver still has in memory.
     FlushToOs,
-    /// A flush goes on to the storage.
+    /// A flush is passed to the storage.
     FlushToDisk,
     /// A node reads the block that an unaligned write begins in; and has read it.
     PwritevRmwHead,
@@ -94,7 +94,7 @@ pub type OnStop = Box<dyn Fn(&str) + Send + Sync>;
 
 /// What hears events: a driver's ability, [`Driver::debugger`](super::Driver::debugger).
 pub trait Debugger: Send + Sync {
-    /// An event of a request. It goes on when the future is done.
+    /// An event of a request. It continues when the future is done.
     fn raised(&self, event: Event) -> LocalFuture<'_, ()>;
 
     /// Something was written since the last flush, and the node it was written to is about to make it durable; an
@@ -104,11 +104,11 @@ pub trait Debugger: Send + Sync {
     /// The next request that raises `event` stops there, and is called `tag`.
     fn break_at(&self, event: Event, tag: &str, stopped: OnStop);
 
-    /// Removes the breakpoints called `tag`, whether there were any, and lets requests that have stopped at
-    /// such go on.
+    /// Removes the breakpoints called `tag`, whether there were any, and lets requests that have stopped at such
+    /// continue.
     fn remove_breaks(&self, tag: &str) -> bool;
 
-    /// Lets a request called `tag` go on; whether there was one.
+    /// Lets a request called `tag` continue; whether there was one.
     fn resume(&self, tag: &str) -> bool;
 
     /// Whether a request called `tag` has stopped.
@@ -168,8 +168,8 @@ impl Node {
         }
     }
 
-    /// As [`Node::event`], of rounding a request out to whole blocks. A node does that for the one that it
-    /// stands on, whose blocks they are, and a filter there hears of it.
+    /// As [`Node::event`], of rounding a request out to whole blocks. A node does that for the one that it stands on,
+    /// whose blocks they are, and a filter there is notified of it.
     pub(super) async fn rounding_event(&self, event: Option<Event>) {
         if let Some(event) = event
             && has_listeners()
@@ -216,7 +216,7 @@ impl Node {
         self.driver().flush().await
     }
 
-    /// Boxed, so that the futures of those who raise events stay small.
+    /// Boxed, so that the futures of code that raises events stay small.
     fn raise(&self, event: Event) -> LocalFuture<'_, ()> {
         Box::pin(async move {
             if let Some(debugger) = self.driver().debugger() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 /// The most that is asked about at once, in bytes.
 const MOST: u64 = 1 << 30;
 
-/// What lies behind a driver's own end; zeroes before it go on there.
+/// What is behind a driver's own end; zeroes before it continue there.
 pub(super) const REST: Status = Status::ZERO.union(Status::ALLOCATED);
 
 impl Node {
@@ -62,8 +62,8 @@ pub fn backing(node: &Node) -> Option<Arc<Node>> {
     children.iter().find(|child| child.is_backing()).map(|child| child.node())
 }
 
-/// The image in the chain from `node` down that decides what the first bytes of a range are, and how many; none
-/// if they lie past the end of the image that would be asked, and are zeroes.
+/// The image in the chain from `node` down that decides what the first bytes of a range are, and how many; none if
+/// they are past the end of the image that would be asked, and are zeroes.
 pub async fn decided(node: &Arc<Node>, at: u64, mut len: u64) -> IoResult<Decider> {
     let mut layer = node.clone();
     loop {

@@ -86,8 +86,8 @@ struct Entry {
     stage: Stage,
     /// What all uses hold and allow together.
     perms: Perms,
-    /// What the driver's locks stand for: `perms`, or more while requests are still on their way;
-    /// nothing while the node is inactive.
+    /// What the driver's locks stand for: `perms`, or more while requests are still in flight; nothing while the node
+    /// is inactive.
     locked: Perms,
 }
 
@@ -119,7 +119,7 @@ pub struct Attachment {
     node: Arc<Node>,
 }
 
-/// What is told of a node in listings.
+/// The listing of a node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeInfo {
     pub name: String,
@@ -136,9 +136,9 @@ pub struct NodeInfo {
     pub filename: String,
     /// The file that it is in; none where there is no file.
     pub path: Option<String>,
-    /// What its driver tells of it, if it does.
+    /// Its driver's description, if there is one.
     pub image: Option<ImageInfo>,
-    /// Role and name of what it stands on.
+    /// Role and name of the nodes below it.
     pub children: Vec<(Role, String)>,
     /// Newest first.
     pub bitmaps: Vec<BitmapInfo>,
@@ -186,7 +186,7 @@ impl Graph {
         named.map(|entry| entry.node.clone()).collect()
     }
 
-    /// What there is to tell of all nodes, newest first.
+    /// The description of all nodes, newest first.
     pub fn query(&self) -> Vec<NodeInfo> {
         let mut names = Names::new(self.registry());
         self.nodes().iter().map(|node| NodeInfo::of(node, &mut names)).collect()
@@ -241,9 +241,9 @@ impl Graph {
 
     // ---- Users
 
-    /// Takes permissions on a node for something that is not a node. `what` is how conflicts call
-    /// it: `export 'e0'`, `an unnamed block device`. `user` is told to pause when the graph changes
-    /// below it, at once if it is changing; without one, nothing of it may be in flight while others change the graph.
+    /// Takes permissions on a node for something that is not a node. `what` is how conflicts call it: `export 'e0'`,
+    /// `an unnamed block device`. `user` is asked to pause when the graph changes below it, at once if it is
+    /// changing; without one, nothing of it may be in flight while others change the graph.
     ///
     /// # Errors
     /// A conflict with other users, a read-only node, or locks that other processes hold; nothing

@@ -57,7 +57,7 @@ impl IdleClock {
         self.state.lock().changed.elapsed() >= self.after
     }
 
-    /// Sees to it that the signal is told when the time has come.
+    /// Ensures that the signal is raised when the time has come.
     pub fn watch(self: &Arc<IdleClock>) {
         if std::mem::replace(&mut self.state.lock().is_watched, true) {
             return;

@@ -15,7 +15,7 @@ pub fn resizable(node: &Node) -> Result<&dyn Image, Error> {
     image.ok_or_else(|| Error::new("Image format driver does not support resize"))
 }
 
-/// Bytes that a disk occupies which lies in another node: those of that node ([`Image::allocated`]).
+/// Bytes that a disk occupies which is in another node: those of that node ([`Image::allocated`]).
 pub fn allocated_in(node: Arc<Node>) -> LocalFuture<'static, IoResult<u64>> {
     Box::pin(async move { node.driver().image().ok_or(Errno::ENOTSUP)?.allocated().await })
 }
@@ -138,7 +138,7 @@ pub trait Image: Send + Sync {
         true
     }
 
-    /// What the image says of itself. Called at any time.
+    /// The description of the image. Called at any time.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
     }
@@ -155,7 +155,7 @@ pub struct Listed<'a> {
     pub allocated: Option<u64>,
     /// Where the backing file is, seen from here.
     pub full_backing: Option<&'a str>,
-    /// The driver tells of itself at all.
+    /// Whether the driver describes itself at all.
     pub is_known: bool,
     pub info: &'a ImageInfo,
 }
@@ -261,7 +261,7 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
 }
 
-/// What an image says of itself, as ImageInfo of QMP has it.
+/// The description of an image, as QMP's ImageInfo has it.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct ImageInfo {
     /// Bytes.

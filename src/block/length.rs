@@ -1,15 +1,15 @@
 //! Storage whose length changes by itself, such as a device, and its signal to the graph.
 //!
-//! The graph follows such a node ([`Graph::open`](super::Graph::open)): when the driver tells that the
-//! storage is longer or shorter, the node's users are paused, its new length is taken, and they are told,
-//! as if somebody had resized it.
+//! The graph follows such a node ([`Graph::open`](super::Graph::open)): when the driver tells that the storage is
+//! longer or shorter, the node's users are paused, its new length is adopted, and they are notified, as if somebody
+//! had resized it.
 
 use super::Signal;
 use std::sync::Arc;
 
 /// Of a driver whose storage has a length of its own.
 pub trait OwnLength: Send + Sync {
-    /// What the driver tells of changes by, for as long as it is open.
+    /// The signal by which an open driver reports changes.
     fn signal(&self) -> Arc<Signal>;
 
     /// The length that the storage has now, in bytes: what [`Driver::len`](super::Driver::len) told

@@ -41,8 +41,8 @@ impl GuestRegion {
     }
 }
 
-/// Memory that a device may reach until this is dropped, which blocks until it reaches it no more.
-/// Whoever drops it has seen to it that no request in flight names the memory.
+/// Memory that a device may reach until this is dropped, which blocks until it reaches it no more. Whoever drops it
+/// has ensured that no request in flight names the memory.
 pub type Admission = Box<dyn Any + Send + Sync>;
 
 /// Of a driver whose device reaches memory itself.

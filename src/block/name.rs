@@ -11,7 +11,7 @@ use crate::options::{Map, Value, bytes, filename, json};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Those that are told before `driver`.
+/// Those that are printed before `driver`.
 const FIRST: [&str; 4] = ["backing", "image", "offset", "read-zeroes"];
 
 /// A plain name, or `json:{…}`.
@@ -106,7 +106,7 @@ impl<'a> Names<'a> {
     /// The options of what a node reads where it has no data, unless it is what the image records.
     fn backing(&mut self, node: &Node) -> Option<Value> {
         let known = |names: &Self, node: &Node| names.known.contains_key(&std::ptr::from_ref(node));
-        // From the bottom up, as each says what it stands on.
+        // From the bottom up, as each names the nodes below it.
         let mut chain: Vec<Arc<Node>> = Vec::new();
         let mut below = extents::backing(node);
         while let Some(next) = below.filter(|below| !known(self, below)) {
@@ -204,7 +204,7 @@ pub fn absolute(name: String) -> Result<String, Error> {
     Ok(bytes::text_of_name(folder.join(path).as_os_str()))
 }
 
-/// Options in the order in which they are told, at every depth.
+/// Options in the order in which they are printed, at every depth.
 fn sorted(options: Map) -> Map {
     let place = |key: &str| match key {
         "driver" => FIRST.len(),

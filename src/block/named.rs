@@ -59,7 +59,7 @@ impl Registry {
         }
     }
 
-    /// The options of the image of this name, and of `given` for it and for what it stands on. If they have no
+    /// The options of the image of this name, and of `given` for it and for the nodes below it. If they have no
     /// `driver`, the format is that of what is in their `file`.
     pub fn image_options(&self, name: &str, given: Map) -> Result<Map, Error> {
         if let Some(said) = filename::json_options(name)? {
@@ -180,7 +180,7 @@ impl Registry {
         }
     }
 
-    /// [`Registry::file_options`], with `given` for it and for what it stands on.
+    /// [`Registry::file_options`], with `given` for it and for the nodes below it.
     fn storage(&self, name: &str, mut given: Map) -> Result<Map, Error> {
         if let Some(said) = filename::json_options(name)? {
             return Ok(self.complete(overlay(said, given)));

@@ -46,8 +46,8 @@ impl NewFile {
     }
 }
 
-/// Makes an image in a new file of so many bytes, which `write` fills; it is told whether the file reads as zeroes: one
-/// that was there before, or a disk, may have anything.
+/// Makes an image in a new file of this many bytes, which `write` fills; its argument says whether the file reads as
+/// zeroes: one that was there before, or a disk, may have anything.
 ///
 /// # Errors
 /// The file cannot be made, or those of `write`; then there is no new file.
@@ -86,7 +86,7 @@ pub async fn make_in_other(
     new.remove_unmade(creation.with_other(name, write).await)
 }
 
-/// Makes an image of so many bytes on a node, as `blockdev-create` does, which `write` fills.
+/// Makes an image of this many bytes on a node, as `blockdev-create` does, which `write` fills.
 ///
 /// # Errors
 /// The node cannot be had, or made long enough, or those of `write`.

@@ -87,7 +87,7 @@ impl DiscardCounts {
     }
 }
 
-/// An open disk, or a layer of one. Shared by everyone who uses it.
+/// An open disk, or a layer of one, shared by all its users.
 pub struct Node {
     name: String,
     driver: Box<dyn Driver>,
@@ -180,12 +180,12 @@ impl Node {
         self.traits.abilities().contains(Abilities::READ_ONLY) || self.is_frozen()
     }
 
-    /// Whether it was opened to be written to and lies below others now.
+    /// Whether it was opened to be written to and is below others now.
     pub fn is_frozen(&self) -> bool {
         self.frozen.load(Ordering::Relaxed)
     }
 
-    /// For the graph, which has seen to it that nobody writes, or that the driver is thawed.
+    /// For the graph, which has ensured that nobody writes, or that the driver is thawed.
     pub(super) fn set_frozen(&self, frozen: bool) {
         self.frozen.store(frozen, Ordering::Relaxed);
         if frozen {
@@ -203,8 +203,8 @@ impl Node {
         self.bitmaps.resize(self.len(), &self.members());
     }
 
-    /// The disk's length as its users see it: in bytes, a multiple of [`SECTOR`]. What lies between
-    /// the driver's own length and this reads as zeroes until it is written.
+    /// The disk's length as its users see it: in bytes, a multiple of [`SECTOR`]. What is between the driver's own
+    /// length and this reads as zeroes until it is written.
     pub fn len(&self) -> u64 {
         self.driver.len().next_multiple_of(SECTOR)
     }
@@ -283,8 +283,8 @@ impl Node {
     /// Where the bytes from `at` on live, without I/O, locks or allocation. A write that must wait
     /// for another, has to be aligned, or is not permitted, is answered with `Slow`.
     ///
-    /// The caller has checked that the range lies inside the disk ([`Node::len`]), because asking
-    /// all nodes on the way for their length would cost more than the rest.
+    /// The caller has checked that the range is inside the disk ([`Node::len`]), because asking all nodes on the way
+    /// for their length would cost more than the rest.
     pub fn map<'a>(
         &'a self,
         inflight: &'a InFlight,

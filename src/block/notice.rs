@@ -13,7 +13,7 @@ const WAITING: usize = 256;
 pub enum Notice {
     /// An image was found to make no sense.
     Corrupted(Corrupted),
-    /// A write has gone beyond what was asked to be told.
+    /// A write went beyond the threshold.
     Exceeded(ThresholdExceeded),
 }
 

@@ -21,8 +21,8 @@ use std::sync::Arc;
 
 /// Longest node name, in bytes.
 pub const NAME_LIMIT: usize = 31;
-/// A node on its way: what its driver may ask for while it opens. Children opened for a node that
-/// then fails to open vanish with this.
+/// A node that is being opened: what its driver may ask for meanwhile. Children opened for a node that then fails to
+/// open vanish with this.
 pub struct Opening {
     graph: Graph,
     /// By which the graph knows the uses of the children until the node is there.

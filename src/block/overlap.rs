@@ -54,9 +54,9 @@ impl Overlap {
         listed
     }
 
-    /// Lists a serialising write and waits until nothing older that overlaps is in flight.
-    /// `members` gives those who may have fast writes on this node. It is asked once the barrier is
-    /// up: who joins later sees the barrier, and who joined before is waited for.
+    /// Lists a serialising write and waits until nothing older that overlaps is in flight. `members` returns the
+    /// queues that may have fast writes on this node. It is asked once the barrier is up: who joins later sees the
+    /// barrier, and who joined before is waited for.
     pub async fn serialise(
         &self,
         range: Range<u64>,

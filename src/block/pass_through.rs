@@ -101,7 +101,7 @@ pub trait PassThrough: Send + Sync + 'static {
         self.node().grow(len, preallocation).await
     }
 
-    /// As [`Image::info`]: what the child says of itself is not said of this node.
+    /// As [`Image::info`]: what the child reports about itself is not said of this node.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
     }

@@ -18,8 +18,7 @@ pub struct OpenPolicy {
     /// Images are opened to be checked: what is wrong with them is found and repaired by the check,
     /// and does not keep them from being written by it.
     pub for_check: bool,
-    /// Images are opened for what they say of themselves: external data files, of which nothing is read
-    /// then, need not be there.
+    /// Images are opened for their metadata: external data files, of which nothing is read then, need not be there.
     pub for_info: bool,
 }
 

@@ -6,8 +6,8 @@ use super::registry::{DriverEntry, Guess, PROBE_LEN, Registry};
 use super::{Error, Node};
 use crate::io::IoVec;
 
-/// The format that the first bytes of `node` tell; `filename` is how it is called. None: there are no
-/// bytes, or no format that could be told from others.
+/// The format that the first bytes of `node` tell; `filename` is how it is called. None: there are no bytes, or no
+/// format that can be recognised.
 ///
 /// # Errors
 /// It cannot be read.

@@ -49,7 +49,7 @@ pub struct DriverEntry {
     pub prefixes: &'static [&'static str],
     /// How a new image is made, if that is possible.
     pub create: Option<&'static CreateEntry>,
-    /// How an image of a format is told from others, if it is guessed at all.
+    /// How an image of a format is distinguished from others, if it is guessed at all.
     pub probe: Option<Probe>,
     pub naming: Naming,
     /// Listings tell what has become of its discards.
@@ -73,7 +73,7 @@ pub enum Naming {
     Own(ReadNameFn),
 }
 
-/// How an image of a format is told from others.
+/// How an image of a format is distinguished from others.
 #[derive(Clone, Copy, Debug)]
 pub enum Probe {
     /// By its first bytes.
@@ -137,7 +137,7 @@ impl DriverEntry {
         self.children.contains(&Role::Backing)
     }
 
-    /// Whether new images can record what they stand on. Others are told by options whenever they are opened.
+    /// Whether new images can record what they stand on. Other images get it by options whenever they are opened.
     pub fn records_backing(&self) -> bool {
         self.create
             .is_some_and(|create| create.options.iter().any(|option| option.name == "backing_file"))
@@ -153,7 +153,7 @@ pub struct OptionHelp {
     pub help: &'static str,
 }
 
-/// A format that there is no driver for, but that is told from raw bytes.
+/// A format without a driver, which is distinguished from raw bytes.
 pub struct Foreign {
     /// As in QEMU's `driver=NAME`.
     pub name: &'static str,
@@ -177,7 +177,7 @@ impl Guess {
         }
     }
 
-    /// Whether the bytes are of no format that could be told from others.
+    /// Whether the bytes match no format that can be recognised.
     pub fn is_raw(self) -> bool {
         matches!(self, Guess::Driver(entry) if entry.is_raw())
     }

@@ -17,7 +17,7 @@ pub enum Role {
     Extent,
     /// Another image, which the parent reads where it has no data.
     Backing,
-    /// The node that a user uses who is no node: no option gives it.
+    /// The node of a user that is not a node itself: no option names it.
     Root,
 }
 

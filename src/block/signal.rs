@@ -26,17 +26,17 @@ impl Signal {
         let _ = self.event.write(1);
     }
 
-    /// Whether it was told since [`Signal::take`].
+    /// Whether it was raised since [`Signal::take`].
     pub(super) fn is_raised(&self) -> bool {
         self.raised.load(Ordering::SeqCst)
     }
 
-    /// The same, and it is heard now.
+    /// The same, and clears it.
     pub(super) fn take(&self) -> bool {
         self.is_raised() && self.raised.swap(false, Ordering::SeqCst)
     }
 
-    /// Makes the event tell of what comes from now on. False if something has come already.
+    /// Arms the event for later signals. False if one has come already.
     pub(super) fn arm(&self) -> bool {
         // `raised` is set before it is written to, so what is read away here is seen.
         let _ = self.event.read();

@@ -28,7 +28,7 @@ pub trait Snapshots: Send + Sync {
     /// ENOENT if there is none; otherwise why the disk is as it was.
     fn apply<'a>(&'a self, which: SnapshotKey<'a>) -> LocalFuture<'a, Result<(), Error>>;
 
-    /// Forgets a snapshot; what it was. Requests may be in flight, and go on.
+    /// Forgets a snapshot; what it was. Requests may be in flight, and continue.
     ///
     /// # Errors
     /// ENOENT if there is none.
@@ -43,7 +43,7 @@ pub trait Snapshots: Send + Sync {
     fn load<'a>(&'a self, which: SnapshotKey<'a>) -> LocalFuture<'a, Result<(), Error>>;
 }
 
-/// What there is to say of a snapshot that is to be made.
+/// The description of a snapshot that is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewSnapshot<'a> {
     pub name: &'a str,
@@ -82,7 +82,7 @@ impl SnapshotKey<'_> {
     }
 }
 
-/// What is told of a snapshot.
+/// The description of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotInfo {
     pub id: String,

@@ -46,7 +46,7 @@ impl WriteMarks {
         self.settle();
     }
 
-    /// Whether a write may end there without anything to be told. Notes it if it is the furthest.
+    /// Whether a write may end there without an event. Notes it if it is the furthest.
     #[inline]
     pub fn allows(&self, end: u64) -> bool {
         end <= self.least.load(Ordering::Relaxed) || self.raise(end)

@@ -2,9 +2,9 @@
 //!
 //! The sender takes this much from a budget ([`crate::io::Budget`]) before it begins.
 //!
-//! It counts what grows with requests: the futures of each layer, lists of segments, bounce buffers,
-//! and what drivers say of themselves ([`Scratch`](super::driver::Scratch)). What a driver keeps in any
-//! case (caches, tables) is bounded there.
+//! It counts what grows with requests: the futures of each layer, lists of segments, bounce buffers, and what drivers
+//! report about themselves ([`Scratch`](super::driver::Scratch)). What a driver keeps in any case (caches, tables) is
+//! bounded there.
 
 use super::driver::{Driver, Traits};
 use crate::io::is_aligned;
@@ -20,7 +20,7 @@ pub const COPY_LIMIT: u64 = 2 << 20;
 /// A request's futures in one layer, a node and its driver, in bytes; more than they take.
 const LAYER: u64 = 4 << 10;
 
-/// What requests may need in a node and all that it stands on.
+/// What requests may need in a node and all nodes below it.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkingMemory {
     request_align: u32,

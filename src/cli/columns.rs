@@ -2,12 +2,12 @@
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-/// The text, filled up with blanks to so many columns.
+/// The text, padded with blanks to this many columns.
 pub fn pad(text: &str, columns: usize) -> String {
     format!("{text}{}", " ".repeat(columns.saturating_sub(text.width())))
 }
 
-/// The beginning of the text that fits into so many columns.
+/// The longest beginning of the text that fits into this many columns.
 pub fn cut(text: &str, columns: usize) -> &str {
     let mut taken = 0;
     let end = text.char_indices().find(|&(_, letter)| {

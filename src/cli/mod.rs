@@ -150,8 +150,8 @@ pub fn main() -> ExitCode {
     report("vublk", outcome)
 }
 
-/// A link named as one of QEMU's programs that this one cannot stand in for: whoever calls it must not take what
-/// comes for its answer.
+/// A link named as one of QEMU's programs that this one cannot replace: its caller must not take what comes for its
+/// answer.
 fn unknown_program(called: &OsStr) -> ExitCode {
     let called = called.display().to_string();
     let line = "vublk does not do this program's work: it has qemu-img, qemu-io, qemu-storage-daemon and \

@@ -19,7 +19,7 @@ pub struct Nvme {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// List controllers, who has them, and what keeps each from being used
+    /// List controllers, their users, and what keeps each from being used
     List(List),
     /// Give controllers to vfio-pci, for `nvme://`; those in use are refused
     Bind {
@@ -113,7 +113,7 @@ struct Found {
     controller: Controller,
     uses: Vec<Use>,
     obstacles: Vec<Obstacle>,
-    /// What it tells of its health, where it was asked and somebody has it who could.
+    /// Its health, where it was asked and the driver that has it can report it.
     reported: Option<Result<health::Report, String>>,
 }
 

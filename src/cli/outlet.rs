@@ -1,8 +1,8 @@
 //! Output that a separate thread writes: the log, `serve`'s lines, and messages to the service manager.
 //!
-//! The rule held here: callers never wait for the reader. The text that a reader has not taken yet is bounded;
-//! pieces beyond the bound are dropped and counted, and the reader is told how many there were. Only a process
-//! that ends waits for its readers, for a bounded time ([`Outlet::drain`]).
+//! The rule held here: callers never wait for the reader. The text that a reader has not taken yet is bounded; pieces
+//! beyond the bound are dropped and counted, and the output says how many there were. Only a process that ends waits
+//! for its readers, for a bounded time ([`Outlet::drain`]).
 
 use crate::io::Errno;
 use crate::io::sync::Mutex;

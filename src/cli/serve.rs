@@ -194,7 +194,7 @@ impl Serve {
         Ok(())
     }
 
-    /// Prints how the disks are attached to virtual machines, without a wait for whoever reads it.
+    /// Prints how the disks are attached to virtual machines, without waiting for the reader.
     fn print_attach_lines(&self) -> Result<Outlet, String> {
         let stdout = Outlet::start("stdout", standard(libc::STDOUT_FILENO), |_| Vec::new());
         let stdout = stdout.map_err(|e| format!("standard output: {e}"))?;
@@ -441,7 +441,7 @@ fn is_allowed(cpu: usize) -> bool {
     if cpu >= libc::CPU_SETSIZE as usize {
         return false;
     }
-    // SAFETY: all zeroes are a valid set, which the call fills; the number lies within it.
+    // SAFETY: all zeroes are a valid set, which the call fills; the number is within it.
     unsafe {
         let mut set = std::mem::zeroed::<libc::cpu_set_t>();
         let size = size_of::<libc::cpu_set_t>();

@@ -50,7 +50,7 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
 pub enum SocketArg {
     /// A socket to be made.
     Path(PathBuf),
-    /// `fd:N`: a descriptor that whoever started the program has left open.
+    /// `fd:N`: a descriptor inherited from the program's parent.
     Fd(RawFd),
     /// `systemd` or `systemd:NAME`: a descriptor of systemd's socket activation, the next or by name.
     Systemd(Option<String>),
@@ -111,8 +111,7 @@ impl Descriptors {
         if self.taken.contains(&fd) {
             return Err(Error::new(format!("File descriptor '{fd}' is used twice")));
         }
-        // SAFETY: whoever started the program says that this descriptor is ours to take, and we do so
-        // once.
+        // SAFETY: the program's caller gives this descriptor to us, and we do so once.
         let socket = unsafe { socket_fd(fd) }?;
         self.taken.push(fd);
         Ok(match socket {

@@ -10,10 +10,10 @@ use crate::service::{Owned, Service};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// How long a task may go on after a signal. One that waits for a lock gives up at once.
+/// How long a task may continue after a signal. One that waits for a lock gives up at once.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long an end may go on without any node being closed. What a guest has written has to reach the storage
+/// How long an end may continue without any node being closed. What a guest has written has to reach the storage
 /// meanwhile; service managers often wait as long before they kill.
 const END: Duration = Duration::from_secs(90);
 

@@ -11,7 +11,7 @@ struct ToolLog {
     program: String,
 }
 
-/// Shows errors as lines of `program` from now on. A program that logs already goes on as it does.
+/// Shows errors as lines of `program` from now on. A program that logs already continues as it does.
 pub fn start(program: &str) {
     let log = ToolLog { program: program.to_owned() };
     if log::set_boxed_logger(Box::new(log)).is_ok() {

@@ -8,11 +8,11 @@ use crate::io::sync::{Mutex, Waiters};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The work was told to end before it had come to its end.
+/// The work was cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cancelled;
 
-/// What is asked of work by others, and what those who do it say of themselves. Safe to share.
+/// Requests to running work from other tasks, and the state that the work reports. Safe to share.
 #[derive(Default)]
 pub struct Control {
     state: Mutex<State>,
@@ -66,7 +66,7 @@ impl Control {
         self.state.lock().is_cancelled
     }
 
-    /// From now on at most so many bytes in a second; none, or 0, for no limit.
+    /// From now on at most this many bytes in a second; none, or 0, for no limit.
     pub fn set_rate(&self, rate: Option<u64>) {
         let mut state = self.state.lock();
         state.rate = rate.filter(|&rate| rate > 0);
@@ -151,7 +151,7 @@ impl Member {
         outcome
     }
 
-    /// The piece that the last [`Member::gate`] let pass was `len` bytes shorter than it was told.
+    /// The piece that the last [`Member::gate`] let pass was `len` bytes shorter than announced.
     pub fn give_back(&self, len: u64) {
         let mut state = self.0.state.lock();
         if let (Some(rate), Some(due)) = (state.rate, state.due)

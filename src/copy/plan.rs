@@ -27,7 +27,7 @@ pub struct Piece {
     /// Counts pieces from 0, in the order of their offsets.
     pub ticket: u64,
     pub kind: Kind,
-    /// In the target, in bytes; the sources lie there one behind the other.
+    /// In the target, in bytes; the sources are there one behind the other.
     pub at: u64,
     pub len: u64,
     /// How many bytes more of the copy are done with it, told in steps that people know from QEMU: of
@@ -35,7 +35,7 @@ pub struct Piece {
     pub reported: u64,
 }
 
-/// The longest step in which progress is told, in bytes. What is compressed tells of each unit.
+/// The longest step in which progress is reported, in bytes. Compressed copies report each unit.
 pub const STEP: u64 = 2 << 20;
 
 /// The pieces of a copy.
@@ -55,7 +55,7 @@ struct Place {
     at: u64,
     /// What is known of what comes next, but not dealt out yet.
     known: Option<(Option<Kind>, u64)>,
-    /// Bytes dealt out that no piece tells of yet.
+    /// Bytes dealt out that no piece has reported yet.
     untold: u64,
 }
 
@@ -127,7 +127,7 @@ impl Place {
         Ok(None)
     }
 
-    /// What a piece of data of this length tells of; `at_once`: of itself in any case.
+    /// The progress that a piece of data of this length reports; `at_once`: in any case.
     fn tell(&mut self, len: u64, at_once: bool) -> u64 {
         self.untold += len;
         match at_once || self.untold >= STEP {

@@ -60,7 +60,7 @@ impl Comparison<'_> {
             let (len, may_differ) = self.look(at, end - at).await?;
             if may_differ {
                 self.read(at, len).await?;
-                // No sector lies on both sides of the old file's end: what was read ends there.
+                // No sector is on both sides of the old file's end: what was read ends there.
                 let is_past = at >= extents::backing(self.image).map_or(0, |old| old.len());
                 for run in self.differing(len, SECTOR) {
                     let (place, kept) = (at + run.start as u64, self.kept(run));

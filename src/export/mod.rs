@@ -20,7 +20,7 @@ pub struct ExportEntry {
 /// All types that can be served.
 pub const LIST: &[&ExportEntry] = &[&vhost_user_blk::ENTRY];
 
-/// What qemu-storage-daemon 7.2 knows besides, so that a type that we lack is told from one that nobody has.
+/// What qemu-storage-daemon 7.2 knows besides, so that a type that we lack is distinguished from one that nobody has.
 const NOT_AVAILABLE: [&str; 3] = ["nbd", "fuse", "vduse-blk"];
 
 /// The type of this name.

@@ -220,7 +220,7 @@ impl Place<'_> {
             (None, front) => front.is_none(),
             (Some(ticket), front) => front.is_some_and(|front| front.ticket == ticket),
         };
-        // Listed before it looks: whoever makes room after the look finds its waker.
+        // Listed before it looks: memory that is freed after the look finds its waker.
         let ticket = *self.ticket.get_or_insert_with(|| {
             state.next_ticket += 1;
             let ticket = state.next_ticket;

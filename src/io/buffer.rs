@@ -1,7 +1,7 @@
 //! Memory of our own for direct I/O.
 //!
-//! What requests need again and again is kept by the thread that had it last: fresh memory would have to
-//! be zeroed, or faulted in, at the price of the copy that it is wanted for.
+//! What requests need again and again is kept by the thread that had it last: fresh memory would have to be zeroed or
+//! faulted in, which costs as much as the copy it is used for.
 
 use super::IoVec;
 use super::iovec::iovec;

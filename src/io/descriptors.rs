@@ -42,7 +42,7 @@ pub fn name_limit() -> String {
     )
 }
 
-/// An error, with the limit that was met if it is one of descriptors.
+/// An error, with the limit that was reached if it is about descriptors.
 pub fn explain(error: &std::io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EMFILE) => format!("{} ({})", Errno(libc::EMFILE), name_limit()),
@@ -53,7 +53,7 @@ pub fn explain(error: &std::io::Error) -> String {
     }
 }
 
-/// Whether the process could open so many more descriptors. It opens none for that.
+/// Whether the process could open this many more descriptors. It opens none for that.
 pub fn are_left(count: usize) -> bool {
     let mut end = limit().min(libc::c_int::MAX as usize);
     let mut polled = Vec::with_capacity(LOOK.min(end));

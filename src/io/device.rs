@@ -46,8 +46,8 @@ impl Io {
         self.devices.new.borrow_mut().pop()
     }
 
-    /// An operation that a device was given with this token has ended: its source is told in this turn,
-    /// if it is told of from [`Source::poll`].
+    /// An operation that a device was given with this token has ended. Its source is notified in this turn if this is
+    /// called from [`Source::poll`].
     #[inline]
     pub fn deliver(&self, token: Token, result: IoResult) {
         self.devices.delivered.borrow_mut().push_back((token, result));

@@ -6,7 +6,7 @@
 //! barrier, replaces a node) makes the change first, and then waits with [`synchronize`] until
 //! every announcement older than the change has ended. Requests announced later see the change.
 //!
-//! Members are asked by name, not all at once: a disk that hangs blocks only those who wait for it.
+//! Members are asked by name, not all at once: a disk that hangs blocks only the tasks that wait for it.
 //!
 //! Why it is enough: an announcement made while nothing was announced is followed by a full fence
 //! before the graph is looked at, and `synchronize` has one between the change and its look at the
@@ -41,14 +41,14 @@ pub struct Announcer {
     /// Epochs with requests in flight, oldest first, and how many. Usually one.
     generations: RefCell<VecDeque<(u64, u32)>>,
     announced: Cell<u64>,
-    /// Guards that are not dropped. While there are any the announcement stays up, so that one that is
-    /// forgotten keeps it up for ever, and does no other harm.
+    /// Guards that are not dropped. While there are any the announcement stays up, so that one that is forgotten
+    /// keeps it up forever, and does no other harm.
     guards: Cell<u32>,
     witness: InFlight,
 }
 
-/// The proof, which the fast path asks for, that an announcement is up which everybody waits for who changes
-/// the graph: only the guard of an announcer that is listed there has one ([`Announcer::new`]).
+/// The proof, required by the fast path, that an announcement is up, which every change of the graph waits for: only
+/// the guard of an announcer that is listed there has one ([`Announcer::new`]).
 pub struct InFlight {
     not_send: PhantomData<*const ()>,
 }
@@ -78,8 +78,8 @@ impl Announcer {
     /// An announcer that is in no list yet.
     ///
     /// # Safety
-    /// Before its first guard its [`Announcer::member`] is listed with all that is looked at with the
-    /// guards' [`InFlight`], so that [`synchronize`] is told of it by whoever changes that. For a graph
+    /// Before its first guard its [`Announcer::member`] is listed with all that is looked at with the guards'
+    /// [`InFlight`], so that a change of that calls [`synchronize`] with it. For a graph
     /// [`Node::announcer`](crate::block::Node::announcer) sees to it.
     pub unsafe fn new() -> Announcer {
         Announcer {
@@ -108,7 +108,7 @@ impl Announcer {
         Guard { announcer: self, epoch }
     }
 
-    /// Ends a request. Those who wait learn of it when the worker calls [`Announcer::settle`].
+    /// Ends a request. Waiting changes see it when the worker calls [`Announcer::settle`].
     pub fn end(&self, generation: Generation) {
         let mut generations = self.generations.borrow_mut();
         if let Some(entry) = generations.iter_mut().find(|(epoch, _)| *epoch == generation.0) {
@@ -191,7 +191,7 @@ pub async fn synchronize(members: &[Arc<Member>]) {
     }
 }
 
-/// A moment that announcements are compared with, for those who cannot wait: what was changed before
+/// A moment that announcements are compared with, for callers that cannot wait: what was changed before
 /// [`Grace::begin`] is known to all of `members` once [`Grace::has_passed`].
 pub struct Grace(u64);
 

@@ -1,17 +1,17 @@
 //! Lending memory to operations, so that no safe code can take it from one that is in flight.
 //!
-//! A future can be polled once and then forgotten (`mem::forget`). Its borrows end, and the operation that it
-//! has started goes on: a borrow alone does not keep memory for the kernel. These rules do:
+//! A future can be polled once and then forgotten (`mem::forget`). Its borrows end, and the operation that it has
+//! started continues: a borrow alone does not keep memory for the kernel. These rules do:
 //!
 //! * Memory that the kernel itself reads or fills counts the operations on it ([`Lent`]). An operation that is
-//!   forgotten stays in the count for ever. An [`AlignedBuf`] that has such a count can neither be looked at nor be
+//!   forgotten stays in the count forever. An [`AlignedBuf`] that has such a count can neither be looked at nor be
 //!   freed: dropping it leaks its memory. A request on a guest's memory checks the count before it ends, and the
 //!   process ends rather than the mapping.
 //! * All other memory ([`IoVec::from_mut`], [`IoVec::from_ref`]) is never shown to the kernel. The operation has a
 //!   buffer of its own, and the future copies from or to it.
-//! * The list of the segments, and that buffer, lie in the future that waits for the operation ([`Held`]). A future
-//!   that has been polled is pinned, so its memory stays until it has been dropped. Its drop waits for the
-//!   operation; a future that is forgotten is never freed.
+//! * The list of the segments, and that buffer, are in the future that waits for the operation ([`Held`]). A future
+//!   that has been polled is pinned, so its memory stays until it has been dropped. Its drop waits for the operation;
+//!   a future that is forgotten is never freed.
 //!
 //! Requests of the fast path have no futures. Their memory is kept by the source that starts them.
 

@@ -10,10 +10,10 @@
 //!   makers run.
 //! * [`device`]: what brings completions without the ring: a device that the worker polls itself.
 //! * [`socket`]: connecting, sending and receiving.
-//! * [`op`]: the operation; `slots`: those in flight, and whom to tell of their end.
+//! * [`op`]: the operation; `slots`: those in flight, and their owners.
 //! * [`task`], [`timer`], [`offload`]: the slow path: futures, sleeping, work that blocks; `pool`: the
 //!   threads for that.
-//! * [`epoch`]: who is on the fast path, known without locks.
+//! * [`epoch`]: which queues are on the fast path, known without locks.
 //! * [`budget`]: how much memory requests may take.
 //! * [`iovec`]: scatter lists over memory that a guest may share; `buffer`: memory of our own; `lending`, `lent`:
 //!   why the kernel never has memory that somebody else has taken back.
@@ -95,7 +95,7 @@ async unsafe fn run(fd: RawFd, op: Op) -> IoResult {
     unsafe { current().run(fd, op, Deadline::NEVER) }.await.map(|_| ())
 }
 
-/// Reads `into.len()` bytes from `offset` on; what lies past the end of the file is zeroes.
+/// Reads `into.len()` bytes from `offset` on; what is past the end of the file is zeroes.
 pub async fn read(fd: RawFd, offset: u64, into: &IoVec<'_>) -> IoResult {
     let held = into.hold_to_fill()?;
     // SAFETY: `held` keeps the list and its memory.

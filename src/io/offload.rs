@@ -8,8 +8,8 @@ use super::sync::{Mutex, Waiters};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// For calls that wait, and for work that computes. A storage that stalls keeps threads of the first kind for as
-/// long as it likes; what computes always comes to an end, and must not stand behind that.
+/// For calls that wait, and for work that computes. A storage that stalls keeps threads of the first kind as long as it
+/// likes; what computes always comes to an end, and must not stand behind that.
 static CALLS: Pool<Call> = Pool::new("offload", Limits { each: 16, all: 64 });
 static WORK: Pool<Call> = Pool::new("compute", Limits { each: 16, all: 64 });
 
@@ -43,8 +43,8 @@ impl Default for Blocking {
 }
 
 impl Blocking {
-    /// Runs a call that may wait for the storage on a thread that may block: this one, if it may. It goes on to
-    /// its end even if nobody waits for it.
+    /// Runs a call that may wait for the storage on a thread that may block: this one, if it may. It continues to its
+    /// end even if nobody waits for it.
     pub async fn run<T: Send + 'static>(&self, call: impl FnOnce() -> T + Send + 'static) -> T {
         self.run_in(&CALLS, call).await
     }

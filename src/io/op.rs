@@ -5,8 +5,8 @@
 
 use super::{Errno, IoVec};
 
-/// Who is told that an operation is done: a [`Source`](super::Source) of the worker, and a number of
-/// the source's own choosing.
+/// The receiver of a completion: a [`Source`](super::Source) of the worker, and a number of the source's own
+/// choosing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token {
     pub source: super::SourceId,
@@ -27,9 +27,8 @@ impl Token {
 
 /// One operation on a file descriptor, or on a leaf of the block graph.
 ///
-/// A worker's reads and writes are whole or they fail: it asks again for what a short transfer left, and
-/// fills what lies past the end of the file with zeroes. A ring carries out an operation once, and may
-/// do a part of it.
+/// A worker's reads and writes are whole or they fail: it asks again for what a short transfer left, and fills what
+/// is past the end of the file with zeroes. A ring carries out an operation once, and may do a part of it.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
     /// Reads from `offset` bytes on.
@@ -58,7 +57,7 @@ impl Op {
     /// Completes whenever the descriptor becomes readable.
     pub const POLL_MANY: Op = Op::Poll { events: libc::POLLIN as u32, many: true };
 
-    /// Whether it waits for somebody else, perhaps for ever, and can be cancelled at any time.
+    /// Whether it waits for another party, perhaps forever, and can be cancelled at any time.
     pub(super) fn waits(&self) -> bool {
         matches!(self, Op::Send { .. } | Op::Receive { .. } | Op::Poll { .. })
     }
@@ -111,8 +110,8 @@ impl From<&IoVec<'_>> for Segments {
 /// What starting an operation came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Started {
-    /// The token's source hears of the completion.
+    /// The token's source is notified of the completion.
     Pending,
-    /// It is done already; the source will not hear of it.
+    /// It is done already; the source will not be notified of it.
     Done(Result<(), Errno>),
 }

@@ -85,7 +85,7 @@ mod tests {
         let all = pages.words();
         assert!(all.iter().all(|word| word.load(Ordering::Relaxed) == 0));
         all.iter().for_each(|word| word.store(7, Ordering::Relaxed));
-        // One whole page lies in it.
+        // One whole page is in it.
         pages.give_back(1..2 * PAGE / 8 + 1);
         let zeroes = all.iter().position(|word| word.load(Ordering::Relaxed) == 0);
         assert_eq!(zeroes, Some(PAGE / 8));

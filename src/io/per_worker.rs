@@ -43,7 +43,7 @@ struct Declared {
 struct Holders {
     workers: Vec<Arc<Shared>>,
     closed: bool,
-    /// Those who wait until there are none.
+    /// The tasks that wait until there are none.
     waiting: Waiters,
 }
 
@@ -133,7 +133,7 @@ impl<T: WorkerState> PerWorker<T> {
         let made = State::Made(state.clone(), self.declared.clone());
         io.states.replace(self.declared.index, made);
         if self.is_closed() {
-            // Its worker was told before there was anything to leave.
+            // Its worker was notified before there was anything to leave.
             io.tell_to_leave(self.declared.index);
             return Err(Errno(libc::ENODEV));
         }
@@ -145,8 +145,8 @@ impl<T: WorkerState> PerWorker<T> {
         self.declared.holders.lock().closed
     }
 
-    /// Waits until all workers have let go of their states, at most for `time`. False if some have not.
-    /// For slots that are closed.
+    /// Waits until all workers have released their states, at most for `time`. False if some have not. For slots that
+    /// are closed.
     pub async fn left_within(&self, time: Duration) -> bool {
         let left = self.declared.holders.wait_for(|holders| match holders.workers.is_empty() {
             true => Ok(()),
@@ -157,7 +157,7 @@ impl<T: WorkerState> PerWorker<T> {
 }
 
 impl<T> PerWorker<T> {
-    /// Tells all workers to let go of their states; none makes one from now on.
+    /// Tells all workers to release their states; none makes one from now on.
     pub fn close(&self) {
         let mut holders = self.declared.holders.lock();
         if std::mem::replace(&mut holders.closed, true) {
@@ -167,7 +167,7 @@ impl<T> PerWorker<T> {
         drop(holders);
         let index = self.declared.index;
         for worker in workers {
-            // The index stays taken until the worker has heard.
+            // The index stays taken until the worker has processed the message.
             let declared = self.declared.clone();
             worker.run(move |local| {
                 local.io().tell_to_leave(index);

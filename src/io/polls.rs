@@ -27,7 +27,7 @@ impl Poll {
     fn go_on(&self, events: u32) -> Option<Completion> {
         let result = match self.op {
             Op::Poll { .. } => events as i32,
-            // SAFETY: whoever started the operation keeps list and memory in place until the completion.
+            // SAFETY: the code that started the operation keeps list and memory in place until the completion.
             op => unsafe { calls::transfer(self.file.as_raw_fd(), op) }?,
         };
         let more = matches!(self.op, Op::Poll { many: true, .. });
@@ -61,7 +61,7 @@ impl Polls {
         let free = self.polls.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.polls.len());
         let added = file.and_then(|file| {
-            // Edge-triggered: a descriptor that nobody reads is told of once per write.
+            // Edge-triggered: a descriptor that nobody reads is reported once per write.
             let event = EpollEvent::new(
                 EventSet::from_bits_truncate(events) | EventSet::EDGE_TRIGGERED,
                 slot as u64,

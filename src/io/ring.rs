@@ -59,9 +59,9 @@ pub trait Ring {
     /// Nanoseconds since some point in the past, on the ring's own clock.
     fn now(&self) -> u64;
 
-    /// Keeps a file open for as long as the kernel works for this ring, also when the
-    /// process has been killed, until [`Ring::unpin`]. Whoever sees the file's locks gone then knows
-    /// that nothing of the ring is in flight, whichever files it was for.
+    /// Keeps a file open while the kernel works for this ring, also when the process has been killed, until
+    /// [`Ring::unpin`]. Another process that sees the file's locks gone then knows that nothing of the ring is in flight,
+    /// whichever files it was for.
     ///
     /// A ring whose work keeps the process, and so all of its files, need not do anything.
     ///

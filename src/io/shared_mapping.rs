@@ -1,11 +1,10 @@
 //! Mappings of shared files that survive truncation by the other process.
 //!
-//! Touching a page that the file does not hold any more raises SIGBUS, which would end the process and
-//! with it the disks of all guests. A handler looks the address up among our mappings, puts zeroes of
-//! our own in the place of what is broken, and marks the mapping as lost; whoever works with it asks
-//! for that ([`losses`], [`SharedMapping::is_lost`]) and stops. The kernel is given such pages too: its
-//! transfers into them fail with EFAULT and raise no signal. A SIGBUS anywhere else does what it did
-//! before.
+//! Touching a page that the file does not hold any more raises SIGBUS, which would end the process and with it the
+//! disks of all guests. A handler looks the address up among our mappings, puts zeroes of our own instead of what is
+//! broken, and marks the mapping as lost; its users ask for that ([`losses`], [`SharedMapping::is_lost`]) and stop.
+//! The kernel is given such pages too: its transfers into them fail with EFAULT and raise no signal. A SIGBUS
+//! anywhere else does what it did before.
 //!
 //! The rule held here: the handler finds its way by atomics alone and calls nothing but mmap and
 //! sigaction, for it may interrupt anything.
@@ -22,7 +21,7 @@ use std::sync::atomic::{
     fence,
 };
 
-/// A file's bytes in our memory, shared with whoever else has it mapped. Unmapped when dropped.
+/// A file mapped into our memory, shared with other processes that map it. Unmapped when dropped.
 #[derive(Debug)]
 pub struct SharedMapping {
     /// The first byte that was asked for.
@@ -42,8 +41,8 @@ impl SharedMapping {
     /// Maps `len` bytes at `offset`, to be read and written. The file may be closed afterwards.
     ///
     /// # Errors
-    /// The kernel's: EINVAL where the offset lies inside a page, which is not refused where pages are
-    /// huge, because front ends count in small ones.
+    /// The kernel's: EINVAL where the offset is inside a page, which is not refused where pages are huge, because
+    /// front ends count in small ones.
     pub fn map(file: &File, offset: u64, len: usize) -> io::Result<SharedMapping> {
         let overflow = || io::Error::from_raw_os_error(libc::EOVERFLOW);
         install_handler();
@@ -82,8 +81,8 @@ impl SharedMapping {
 impl Drop for SharedMapping {
     fn drop(&mut self) {
         self.place.give_up();
-        // SAFETY: exactly what `map` has mapped, or what the handler has put in its place; whoever
-        // used it has dropped it.
+        // SAFETY: exactly what `map` has mapped, or what the handler has put in its place; the code that used it has
+        // dropped it.
         unsafe { libc::munmap(self.start as *mut libc::c_void, self.len) };
     }
 }
@@ -115,7 +114,7 @@ fn base_page() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// Where a mapping lies, for the handler.
+/// Where a mapping is, for the handler.
 #[derive(Debug)]
 struct Place {
     /// Odd while the place changes hands.
@@ -136,7 +135,7 @@ struct Table {
 
 static FIRST: Table = Table::new();
 
-/// Held by who takes a place or gives one up; not by the handler.
+/// Held while a place is taken or given up; not by the handler.
 static CHANGING: Mutex<()> = Mutex::new(());
 
 impl Table {
@@ -197,8 +196,8 @@ impl Place {
         self.version.store(version.wrapping_add(2), Release);
     }
 
-    /// Start, end and page size, if `address` lies inside. A place that changes hands is nobody's
-    /// whose memory was just touched: that is in use.
+    /// Start, end and page size, if `address` is inside. A place that changes hands is nobody's whose memory was just
+    /// touched: that is in use.
     fn around(&self, address: usize) -> Option<(usize, usize, usize)> {
         let version = self.version.load(Acquire);
         let found = (self.start.load(Relaxed), self.end.load(Relaxed), self.page.load(Relaxed));
@@ -208,23 +207,22 @@ impl Place {
     }
 }
 
-/// Puts zeroes in the place of what is broken around `address`. False if that is not ours.
+/// Puts zeroes instead of what is broken around `address`. False if that is not ours.
 fn replace(address: usize) -> bool {
     for place in Table::all() {
         let Some((start, end, page)) = place.around(address) else { continue };
-        // First, so that nobody who reads a zero finds that all is well.
+        // First, so that a reader of a zero does not find the mapping intact.
         place.lost.store(true, Release);
         LOSSES.fetch_add(1, SeqCst);
-        // A file is truncated from some page on; what lies behind this one is gone, too. Failing
-        // that, all of it.
+        // A file is truncated from some page on; what is behind this one is gone, too. Failing that, all of it.
         let from = (address & !(page - 1)).max(start);
         return [from, start].into_iter().any(|from| {
             let prot = libc::PROT_READ | libc::PROT_WRITE;
             let flags =
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
             let at = from as *mut libc::c_void;
-            // SAFETY: it replaces a part of a mapping that is ours, is in use, since it was just
-            // touched, and is shared with others who may change it at any time.
+            // SAFETY: it replaces a part of a mapping that is ours, is in use, since it was just touched, and other
+            // processes may change it at any time.
             unsafe { libc::mmap(at, end - from, prot, flags, -1, 0) != libc::MAP_FAILED }
         });
     }

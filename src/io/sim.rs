@@ -194,7 +194,7 @@ impl SimRing {
             match op {
                 Op::Cancel(cancelled) => self.cancel(user_data, cancelled),
                 op if op.waits() && fd < FIRST_SIM_FD => {
-                    // SAFETY: the promise of whoever pushed the operation.
+                    // SAFETY: the promise of the code that pushed the operation.
                     self.ready.extend(unsafe { self.polls.start(user_data, fd, op) });
                 }
                 _ => {
@@ -293,8 +293,8 @@ impl SimRing {
 
     /// The segments, or so much of them as this transfer is going to move.
     fn part<'a>(&mut self, segments: Segments, block: u64) -> IoVec<'a> {
-        // SAFETY: whoever pushed the operation keeps the list, and the memory that it names, in place
-        // until the completion, which has not been given out yet.
+        // SAFETY: the code that pushed the operation keeps the list, and the memory that it names, in place until the
+        // completion, which has not been given out yet.
         let whole = unsafe { IoVec::from_raw(segments.as_slice()) };
         let blocks = whole.len() / block;
         if blocks < 2 || self.rng.f64() >= self.disorder.short {
@@ -364,7 +364,7 @@ impl Ring for SimRing {
         self.run_due(now);
         self.clock = now;
         self.retry_hung();
-        // Asking the kernel is most of an entry's cost. A worker that is busy can hear of a kick later.
+        // Asking the kernel is most of an entry's cost. A worker that is busy can be notified of a kick later.
         self.enters = self.enters.wrapping_add(1);
         if wait != Wait::No || self.enters.is_multiple_of(LOOK_ENTERS) {
             self.poll(Duration::ZERO);

@@ -1,8 +1,8 @@
 //! Operations in flight on a worker: their slots, completions and owners.
 //!
-//! The rules it guards: a read or write is whole or it fails. What a short or interrupted one left is asked
-//! for again, and what lies past the end of a file reads as zeroes. On a socket a part is a success. And an
-//! operation keeps its slot and its memory until its completion, also when it has been cancelled.
+//! The rules it guards: a read or write is whole or it fails. What a short or interrupted one left is asked for
+//! again, and what is past the end of a file reads as zeroes. On a socket a part is a success. And an operation keeps
+//! its slot and its memory until its completion, also when it has been cancelled.
 
 use super::op::{Op, Segments, Started, Token};
 use super::ring::{BATCH, Wait};
@@ -44,7 +44,7 @@ pub(super) enum Owner {
 }
 
 impl Io {
-    /// Starts an operation; `token`'s source hears of its end.
+    /// Starts an operation; `token`'s source is notified of its end.
     ///
     /// # Safety
     /// The segments that the operation names stay mapped, and their list in place, until then.
@@ -125,8 +125,8 @@ impl Io {
             Outcome::Continue(op) => {
                 let (fd, user_data) = (slot.fd, slot.user_data(index));
                 drop(ops);
-                // SAFETY: what the starter promised lasts until the completion, and the list of the
-                // remaining segments lies in the slot until then.
+                // SAFETY: what the starter promised lasts until the completion, and the list of the remaining
+                // segments is in the slot until then.
                 unsafe { self.ring.borrow_mut().push(user_data, fd, op) };
                 return None;
             }
@@ -152,8 +152,8 @@ impl Io {
     /// Runs an operation for a task, with a deadline as [`Io::start_until`].
     ///
     /// # Safety
-    /// The segments that the operation names stay mapped, and their list in place, until the future is done
-    /// or dropped; if it is forgotten, for ever.
+    /// The segments that the operation names stay mapped, and their list in place, until the future is done or
+    /// dropped; if it is forgotten, forever.
     pub(super) unsafe fn run(self: &Rc<Io>, fd: RawFd, op: Op, deadline: Deadline) -> Operation {
         if let Op::Read { segments, .. } | Op::Write { segments, .. } = op {
             moved(segments.len());
@@ -165,7 +165,7 @@ impl Io {
 }
 
 impl Ops {
-    /// Room for so many operations before it has to grow.
+    /// Room for this many operations before it has to grow.
     pub(super) fn with_capacity(operations: usize) -> Ops {
         let (slots, free) = (Vec::with_capacity(operations), Vec::with_capacity(operations));
         Ops { slots, free }
@@ -296,7 +296,7 @@ impl Slot {
 
     fn zero_rest(&self, segments: Segments) {
         let left = self.left(segments);
-        // SAFETY: the starter keeps the memory mapped until the completion is told.
+        // SAFETY: the starter keeps the memory mapped until the completion is reported.
         unsafe { iovec::zero(&left) };
     }
 
@@ -311,8 +311,8 @@ impl Slot {
     }
 }
 
-/// An operation in flight for a task. Dropping it cancels what waits for somebody else, and waits until
-/// the kernel has let go of the memory.
+/// An operation in flight for a task. Dropping it cancels what waits for somebody else, and waits until the kernel
+/// has released the memory.
 pub(super) struct Operation {
     io: Rc<Io>,
     slot: Option<u32>,

@@ -1,11 +1,11 @@
 //! Stream sockets on a worker: connecting, sending, receiving, waiting for events; each with a deadline.
 //!
-//! A send or receive may move a part, and says how much. What is in flight when its future is dropped is
-//! cancelled, and its memory is kept until the kernel has let go of it.
+//! A send or receive may move a part, and says how much. What is in flight when its future is dropped is cancelled,
+//! and its memory is kept until the kernel has released it.
 //!
-//! Connecting does not go through the ring. A ring's operations are not seen by a system call filter, so
-//! a ring that could connect would do so for whoever takes the process over. connect(2) is up to the
-//! sandbox ([`crate::io::uring`]).
+//! Connecting does not go through the ring. A ring's operations are not seen by a system call filter, so a ring that
+//! could connect would do so for an attacker that takes the process over. connect(2) is up to the sandbox
+//! ([`crate::io::uring`]).
 
 use super::op::Op;
 use super::sim::socket as simulated;
@@ -131,7 +131,7 @@ impl Socket {
         poll(self.as_raw_fd(), events, deadline).await
     }
 
-    /// Ends both directions: whatever waits on the socket hears of it.
+    /// Ends both directions: whatever waits on the socket is notified of it.
     pub fn shut_down(&self) {
         match &self.0 {
             Descriptor::Real(fd) => {

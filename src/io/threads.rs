@@ -54,7 +54,7 @@ struct Operation {
     done: Arc<Done>,
 }
 
-// SAFETY: whoever pushed the operation keeps the list, and the memory that it names, in place until the
+// SAFETY: the code that pushed the operation keeps the list, and the memory that it names, in place until the
 // completion, on whatever thread the operation runs.
 unsafe impl Send for Operation {}
 
@@ -133,7 +133,7 @@ impl Threads {
                 false
             }
             op if op.waits() => {
-                // SAFETY: the promise of whoever pushed the operation.
+                // SAFETY: the promise of the code that pushed the operation.
                 ready.extend(unsafe { polls.start(user_data, fd, op) });
                 false
             }
@@ -167,7 +167,7 @@ impl Ring for Threads {
             Wait::For(time) => Some(time),
             Wait::Forever => None,
         };
-        // What came before is told of first: it may be what is waited for.
+        // Earlier completions are reported first: they may be what is waited for.
         self.polls.look(&mut self.ready);
         self.done.asleep.store(true, Ordering::SeqCst);
         if self.ready.is_empty() && !self.done.any.load(Ordering::SeqCst) {

@@ -1,7 +1,7 @@
 //! Panics on threads that serve guests: they end the process.
 //!
-//! The rule it guards: memory that the kernel transfers to is never freed by unwinding, and no guest
-//! waits for ever for a thread that is gone while the process looks alive.
+//! The rule it guards: memory that the kernel transfers to is never freed by unwinding, and no guest waits forever
+//! for a thread that is gone while the process looks alive.
 
 /// Ends the process when it is dropped by a panic. Declared after what must not be unwound.
 pub(super) struct AbortOnPanic;

@@ -5,10 +5,9 @@
 //! the worker and no locks are taken. Such a ring's descriptor never wakes epoll; the worker waits
 //! inside the ring, and everything it waits for comes through it.
 //!
-//! A ring is made disabled, restricted to the operations of [`Op`], and enabled by its worker. A
-//! system call filter does not see what goes through a ring: without the restriction it would open
-//! files and connect sockets for whoever has taken the process over. For that reason connecting goes by
-//! system calls ([`super::socket`]).
+//! A ring is made disabled, restricted to the operations of [`Op`], and enabled by its worker. A system call filter
+//! does not see what goes through a ring: without the restriction it would open files and connect sockets for an
+//! attacker that has taken the process over. For that reason connecting goes by system calls ([`super::socket`]).
 
 use super::clock::Clock;
 use super::descriptors;
@@ -38,14 +37,14 @@ pub struct Uring {
     queued: u32,
     /// Turns until the kernel's task-work flag is looked at again.
     ///
-    /// The kernel adds work to the ring's list first and sets the flag then. If this thread runs the
-    /// work between the two, the flag stays although nothing is left, until some later work clears it.
-    /// A worker that believed it would enter the ring for ever, and neither sleep nor end. Nothing is
-    /// missed meanwhile: whoever sleeps or starts something enters the ring anyway.
+    /// The kernel adds work to the ring's list first and sets the flag then. If this thread runs the work between the
+    /// two, the flag stays although nothing is left, until some later work clears it. A worker that believed it would
+    /// enter the ring forever, and neither sleep nor end. Nothing is missed meanwhile: a worker that sleeps or starts
+    /// something enters the ring anyway.
     stale_turns: u32,
     clock: Clock,
-    /// Which descriptors the ring's table of files has, and how often they are pinned. Nothing uses the
-    /// table: the kernel lets go of what is in it when the last request of the ring has ended.
+    /// Which descriptors the ring's table of files has, and how often they are pinned. Nothing uses the table: the
+    /// kernel releases what is in it when the last request of the ring has ended.
     pinned: Vec<Option<(RawFd, u32)>>,
     /// Made with the first operation that needs one.
     messages: Option<Messages>,
@@ -157,7 +156,7 @@ impl Uring {
         let fd = types::Fd(fd);
         let entry = match op {
             Op::Read { segments, offset } => {
-                // SAFETY: whoever pushes guarantees that the list is in place.
+                // SAFETY: the caller of `push` guarantees that the list is in place.
                 match unsafe { segments.as_slice() } {
                     [one] => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
                         .offset(offset)

@@ -12,7 +12,7 @@ pub enum Status {
     Running,
     /// Resting in its work.
     Paused,
-    /// The work goes on until somebody ends it.
+    /// The work continues until somebody ends it.
     Ready,
     /// Resting while it is ready.
     Standby,

@@ -142,7 +142,7 @@ impl Listener {
     }
 }
 
-/// Those who are served, and what they are told.
+/// The clients, and the page that they get.
 struct Clients {
     page: Page,
     /// In the order in which they came.
@@ -150,7 +150,7 @@ struct Clients {
 }
 
 impl Clients {
-    /// Serves all that come until it is told to stop.
+    /// Serves all clients until it is stopped.
     async fn accept(self: Rc<Self>, listener: Listener, stop: Arc<EventFd>) {
         let readable = libc::POLLIN as u32;
         let mut stopped = pin!(sockets::poll(stop.as_raw_fd(), readable, Deadline::NEVER));
@@ -184,7 +184,7 @@ impl Clients {
         let client = Rc::new(client);
         let mut served = self.served.borrow_mut();
         if served.len() == CLIENTS {
-            // Its task hears of it.
+            // Its task is notified.
             served.remove(0).shut_down();
         }
         served.push(client.clone());

@@ -25,7 +25,7 @@ impl Format {
     }
 }
 
-/// What there is to tell of the process.
+/// The description of the process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Process {
     /// Seconds since 1970.
@@ -294,7 +294,7 @@ fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
 }
 
-/// The same text for the same bound for ever: it names series.
+/// The same bound always gets the same text, which names series.
 fn bound_text(ns: u64) -> String {
     seconds(ns).to_string()
 }

@@ -23,7 +23,7 @@ pub struct Chardev {
     own_file: Option<SocketFile>,
     pub(super) id: String,
     pub(super) endpoint: Endpoint,
-    /// To be connected before the program goes on.
+    /// To be connected before the program continues.
     pub(super) wait: bool,
 }
 

@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 type Act = fn(&Service, Map) -> Outcome;
 
-/// What [`run`] does at once, by name: these look at what is in memory, or start what goes on by itself.
+/// What [`run`] does at once, by name: these look at what is in memory, or start background work.
 const COMMANDS: &[(&str, Act)] = &[
     ("block-set-write-threshold", block_set_write_threshold),
     ("blockdev-create", jobs::blockdev_create),

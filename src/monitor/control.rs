@@ -209,8 +209,7 @@ impl Control {
         }
     }
 
-    /// Replies to the command under way if it has ended, and goes on until the client's `quit`, if it has
-    /// sent one.
+    /// Replies to the command under way if it has ended, and continues until the client's `quit`, if it has sent one.
     fn finish_commands(&mut self, index: usize, service: &Service) {
         loop {
             let client = self.monitors[index].client.as_ref();

@@ -145,7 +145,7 @@ impl Framing {
         json::parse(text).map_err(|error| error.to_string())
     }
 
-    /// The last token cannot go on with the last byte.
+    /// The last token cannot continue with the last byte.
     fn stray(&mut self) -> Result<Value, String> {
         /// Bytes of the token that the message repeats at most.
         const SHOWN: usize = 200;
@@ -163,7 +163,7 @@ impl Framing {
     }
 }
 
-/// Whether a number or keyword that has begun may go on with this.
+/// Whether a number or keyword that has begun may continue with this.
 fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.')
 }

@@ -13,8 +13,8 @@ pub fn polled(fd: RawFd, events: libc::c_short) -> Polled {
     Polled { fd, events, revents: 0 }
 }
 
-/// Sleeps until one of the descriptors is ready, for `timeout` milliseconds at most; -1 for ever.
-/// An interruption counts as nothing ready.
+/// Sleeps until one of the descriptors is ready, for `timeout` milliseconds at most; -1 forever. An interruption
+/// counts as nothing ready.
 pub fn poll(polled: &mut [Polled], timeout: i32) {
     // SAFETY: the slice lives through the call, and its length is given.
     let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout) };
@@ -41,7 +41,7 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// Takes over a listening socket by its number on the command line. From now on it does not block: another
 /// process that shares it may have taken the client that was announced.
 pub fn take_listener(fd: RawFd) -> Result<OwnedFd, Error> {
-    // SAFETY: whoever started the program says that this descriptor is ours to take.
+    // SAFETY: the program's caller gives this descriptor to us.
     let listener = UnixListener::from(unsafe { listening_fd(fd) }?);
     listener.set_nonblocking(true).map_err(|e| Error::os(format!("File descriptor '{fd}'"), e))?;
     Ok(listener.into())

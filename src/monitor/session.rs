@@ -145,8 +145,8 @@ impl Session {
         self.overrun
     }
 
-    /// Handles one request, if there is a whole one, and room for its reply; or goes on with the one
-    /// that is under way.
+    /// Handles one request, if there is a whole one, and room for its reply; or continues with the one that is under
+    /// way.
     pub fn step(&mut self, service: &Service) -> Option<(Reply, Step)> {
         if let Some(under_way) = &self.under_way {
             let outcome = under_way.outcome.take()?;

@@ -47,7 +47,7 @@ pub const COMMANDS: &[(&str, Task)] = &[
     ("x-debug-block-dirty-bitmap-sha256", |s, a| Box::pin(bitmaps::sha256(s, a))),
 ];
 
-/// How long a lock is tried that is held by somebody else, who may be about to give it up.
+/// How long a lock is retried whose holder may be about to release it.
 const GRACE: Duration = Duration::from_millis(200);
 
 /// From one attempt to the next.
@@ -70,8 +70,8 @@ async fn blockdev_add(service: &Service, arguments: Map) -> Outcome {
 }
 
 async fn block_export_add(service: &Service, arguments: Map) -> Outcome {
-    // The numbers of descriptors are between the process and whoever started it: a client could name
-    // one that is in use.
+    // The numbers of descriptors are known to the process and its parent only: a client could name one that is in
+    // use.
     if let Some(Value::Str(kind)) = arguments.get_path("addr.type")
         && kind == "fd"
     {

@@ -47,7 +47,7 @@ pub async fn transaction(service: &Service, arguments: Map) -> Outcome {
         let at = format!("actions[{index}]");
         let Action { kind, data } =
             options::from_value(action).map_err(|error| error.under(&at))?;
-        // Nothing here goes on afterwards, so that it could fail later.
+        // Nothing here continues afterwards, so that it could fail later.
         if matches!(properties.completion_mode, CompletionMode::Grouped) && kind != "abort" {
             return Err(CommandError::new(format!(
                 "Action '{}' does not support Transaction property completion-mode = grouped",

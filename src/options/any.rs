@@ -1,7 +1,7 @@
 //! A [`Value`] of any type read through serde, for fields of several types.
 //!
-//! The rule: text stays text and strings stay strings, so that whoever reads the value next can
-//! still tell what may convert.
+//! The rule: text stays text and strings stay strings, so that the next reader of the value can still tell what may
+//! convert.
 
 use std::fmt;
 

@@ -267,7 +267,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The token that began at `start` cannot go on with the character at `self.at`.
+    /// The token that began at `start` cannot continue with the character at `self.at`.
     fn stray(&self, start: usize) -> Error {
         let wrong = self.text[self.at..].chars().next().map_or(0, char::len_utf8);
         bad(format_args!("stray '{}'", &self.text[start..self.at + wrong]))

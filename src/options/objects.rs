@@ -1,7 +1,7 @@
 //! The types of objects that `--object` makes.
 
-/// What qemu-storage-daemon 7.2 knows, and qemu-img but for `iothread`: so that a type that we lack is told from
-/// one that nobody has.
+/// What qemu-storage-daemon 7.2 knows, and qemu-img but for `iothread`: so that a type that we lack is distinguished
+/// from one that nobody has.
 pub const OBJECT_TYPES: [&str; 14] = [
     "authz-list",
     "authz-list-file",

@@ -403,7 +403,7 @@ fn is_number(key: &str) -> bool {
     key.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// [`Map::flatten`] on its way.
+/// The state of [`Map::flatten`].
 struct Flat {
     out: Map,
     bytes: usize,

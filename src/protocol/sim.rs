@@ -192,7 +192,7 @@ impl SimDisk {
         PUBLISHED.lock().insert(name.to_owned(), self.clone());
     }
 
-    /// Forgets the disk of a name; who has it open keeps it.
+    /// Forgets the disk of a name; nodes that have it open keep it.
     pub fn withdraw(name: &str) {
         PUBLISHED.lock().remove(name);
     }
@@ -215,7 +215,7 @@ impl SimDisk {
         self.release();
     }
 
-    /// Lets what hangs now go on.
+    /// Resumes what hangs now.
     pub fn release(&self) {
         self.0.releases.fetch_add(1, Ordering::SeqCst);
     }
@@ -236,7 +236,7 @@ impl SimDisk {
 enum Verdict {
     Go,
     Wait(Executed),
-    /// Only so many bytes of it; then perhaps an error.
+    /// Only the first bytes, this many; then perhaps an error.
     Partly(u64, Option<Errno>),
 }
 

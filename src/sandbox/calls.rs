@@ -190,8 +190,8 @@ fn compile(rules: Rules, others: SeccompAction, matching: SeccompAction) -> Prog
     SeccompFilter::new(rules, others, matching, arch)?.try_into()
 }
 
-/// The arguments of clone3 lie in memory, where no filter sees them. Without it the C library makes
-/// threads by clone. (Filters add up, and the strictest answer counts.)
+/// The arguments of clone3 are in memory, where no filter sees them. Without it the C library makes threads by clone.
+/// (Filters add up, and the strictest answer counts.)
 fn threads_by_clone() -> Program {
     let rules = Rules::from([(libc::SYS_clone3, Vec::new())]);
     compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))

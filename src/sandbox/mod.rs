@@ -30,7 +30,7 @@ const SPARE_RINGS: usize = 32;
 /// Confines the process. What the kernel does not offer is left out, and told: one clause for each.
 ///
 /// # Errors
-/// Something went wrong in the middle of it; the process is not to go on.
+/// It failed half-way; the process must end.
 pub fn confine(plan: &Plan) -> Result<Vec<String>, String> {
     let mut missing = Vec::new();
     forbid_core_dumps().map_err(|e| format!("no core dumps: {e}"))?;

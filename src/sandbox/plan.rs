@@ -17,12 +17,12 @@ pub struct Plan {
     pub connects: bool,
     /// Drivers make connections to servers, of whatever host, while they serve.
     pub network: bool,
-    /// Nodes, exports and iothreads may be added: what lies beside the files that are open, in their
-    /// folders, may be opened, and sockets made where sockets are.
+    /// Nodes, exports and iothreads may be added: what is beside the files that are open, in their folders, may be
+    /// opened, and sockets made where sockets are.
     pub grows: bool,
     /// Whose the process is then, if not whose it was.
     pub user: Option<User>,
-    /// Readable by whoever tells what was refused ([`super::report_refused`]): an eventfd that gets 1 then.
+    /// An eventfd that is written when a call is refused; its reader calls [`super::report_refused`].
     pub wakeup: Option<RawFd>,
 }
 

@@ -28,7 +28,7 @@ struct Tasks {
     event: EventFd,
 }
 
-/// The result of a task. The task goes on if nobody waits for it any more.
+/// The result of a task. The task continues if nobody waits for it any more.
 pub struct Pending<T>(mpsc::Receiver<T>);
 
 impl<T> Pending<T> {
@@ -100,7 +100,7 @@ impl Executor {
     }
 }
 
-/// The result of a future, if it comes within `time`. The future goes on as a task of its own.
+/// The result of a future, if it comes within `time`. The future continues as a task of its own.
 pub(super) async fn within<T: 'static>(
     time: Duration,
     future: impl Future<Output = T> + 'static,
@@ -128,7 +128,7 @@ mod tests {
         open.send(()).unwrap();
         assert!(waits.wait());
         assert_eq!(executor.tasks(), [""; 0]);
-        // A task that waits for ever keeps its thread, and this test.
+        // A task that waits forever keeps its thread, and this test.
         std::mem::forget(executor);
     }
 }

@@ -96,7 +96,7 @@ impl Served {
     }
 }
 
-/// A disk to serve, whoever asks for it.
+/// A disk to serve, on behalf of any caller.
 pub struct NewExport {
     pub id: String,
     pub node: Arc<Node>,
@@ -111,7 +111,7 @@ pub struct NewExport {
     pub accept_loss: bool,
 }
 
-/// What is told of an export in listings.
+/// The listing of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportInfo {
     pub id: String,

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 /// How often the file is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// How often it is asked whether somebody listens there. Each time whoever does sees a front end
-/// come and go, and has no more room for them than its backlog.
+/// The interval between attempts to connect. Each time a listening daemon sees a front end come and go, and has no
+/// more room for them than its backlog.
 const ASK: Duration = Duration::from_secs(1);
 
 /// Waits as long as somebody else listens on the socket, but no longer than `patience`, nor when `give_up`

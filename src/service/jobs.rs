@@ -23,7 +23,7 @@ impl Service {
         F: Future<Output = Result<(), Error>> + 'static,
     {
         let graph = self.graph().clone();
-        // Nobody waits for the task itself: the job tells of its end.
+        // Nobody waits for the task itself: the job reports its end.
         let name = new.kind.name();
         let spawn = |task: Task| drop(self.0.executor.spawn(name, task));
         self.0.jobs.start(new, spawn, move |job| work(graph, job))

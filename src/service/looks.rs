@@ -6,8 +6,8 @@ use crate::io::{self, Worker, WorkerOptions};
 use std::sync::Arc;
 
 /// Warns of a new node, with or without filters over it, that gives the bytes of a file or device as they are
-/// although they look like an image, or are none. A window of them is one that somebody has chosen, and what lies
-/// over `blkdebug` is left alone, because a read could set it off.
+/// although they look like an image, or are none. A window of them is one that somebody has chosen, and what is over
+/// `blkdebug` is left alone, because a read could set it off.
 pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
     let Some((raw, file)) = raw_over_file(node) else { return };
     let Some(name) = file.driver().filename() else { return };
@@ -27,7 +27,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
     }
 }
 
-/// What the file looks like. If it cannot be read, the guest will be told.
+/// What the file looks like. If it cannot be read, the guest's requests will fail.
 ///
 /// Each worker that reads from a drive of our own takes one of its queues, of which there may be few: a worker
 /// that ends afterwards gives it back. A sandbox has no rings to spare for such workers.

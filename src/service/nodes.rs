@@ -70,8 +70,8 @@ impl Service {
         self.graph().change_bitmaps(node, sources, change).await
     }
 
-    /// What there is to tell of all nodes, newest first, and the bytes that each occupies, as far as the
-    /// storage tells it in `time`.
+    /// The description of all nodes, newest first, and the bytes that each occupies, as far as the storage tells it
+    /// in `time`.
     pub async fn query_nodes(&self, time: Duration) -> Vec<(NodeInfo, Option<u64>)> {
         let graph = self.graph().clone();
         let asked = within(time, async move {

@@ -39,7 +39,7 @@ impl Observed {
 
     /// The drives that have told of their health.
     pub fn drives(&self) -> Vec<(String, DriveHealth)> {
-        // Not under the lock: what is let go of here may be the last of a drive, which takes its time.
+        // Not under the lock: this may release the last reference to a drive, which takes time.
         let drives: Vec<_> = self.drives.lock().iter().filter_map(Weak::upgrade).collect();
         drives.iter().filter_map(|drive| Some((drive.name(), drive.health()?))).collect()
     }

@@ -60,7 +60,7 @@ pub(super) async fn prepare(
     Ok(node)
 }
 
-/// What an overlay records of the node that it stands on, wherever the overlay's own file is.
+/// What an overlay records of the node below it, wherever the overlay's own file is.
 fn recorded(base: &Node, registry: &Registry) -> Result<String, Error> {
     match name::plain_name(base, registry) {
         Some(name) => name::absolute(name),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// The wait for locks whose holder cannot be seen to live.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// How long a holder must have been seen alive: one that was told to end may be about to.
+/// How long a holder must have been seen alive: one that was asked to end may be about to.
 const SEEN: Duration = Duration::from_millis(1900);
 
 /// How often holders are looked for.

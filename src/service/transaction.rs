@@ -1,7 +1,7 @@
 //! Transactions: changes of several disks made at one moment, or none of them.
 //!
-//! The rule held here: everyone who uses one of the disks is paused from before the first step until all are
-//! made or taken back, the last one first. What cannot be taken back, the removal of a bitmap, is done last.
+//! The rule held here: all users of the disks are paused from before the first step until all are made or taken back,
+//! the last one first. What cannot be taken back, the removal of a bitmap, is done last.
 
 use super::overlays::{NewOverlay, prepare};
 use super::{Service, snapshots};
@@ -161,7 +161,7 @@ impl Step {
         sources.iter().filter_map(|(node, _)| graph.find(node).ok()).collect()
     }
 
-    /// The options of a new overlay, whose file is made, if what it stands on is there by now.
+    /// The options of a new overlay, whose file is made, if the node below it exists by now.
     async fn prepare(&self, graph: &Graph) -> Result<Option<Map>, Error> {
         match (self, self.node(graph)) {
             (Step::AddOver { new, .. }, Some(base)) => {
@@ -246,7 +246,7 @@ fn no_device(device: &str, node: &str) -> Error {
     Error::new(format!("Cannot find device='{device}' nor node-name='{node}'"))
 }
 
-/// A step that waits for the storage of a node, whose users may go on before it has ended.
+/// A step that waits for the storage of a node, whose users may continue before it has ended.
 fn step(node: &Arc<Node>, doing: String) -> graph::Step<'_> {
     let what = format!("{doing} node '{}'", node.name());
     graph::Step { node, what, meanwhile: Meanwhile::Requests }

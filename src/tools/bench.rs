@@ -21,7 +21,7 @@ pub struct Bench {
     pub offset: u64,
     pub write: bool,
     pub pattern: u8,
-    /// Flush whenever so many requests are left, or a multiple of it; 0 for never.
+    /// Flush whenever the number of requests left is a multiple of this; 0 for never.
     pub flush_interval: u32,
     /// Before a flush, wait for what is in flight.
     pub drain: bool,

@@ -33,7 +33,7 @@ pub enum Trouble {
     Memory,
 }
 
-/// Compares two disks. `mismatch` is told if their lengths differ, once nothing but that can decide.
+/// Compares two disks. `mismatch` is called if their lengths differ, once nothing but that can decide.
 pub async fn compare(
     disks: [&Disk; 2],
     strict: bool,

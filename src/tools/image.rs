@@ -42,7 +42,7 @@ pub struct Wanted<'a> {
     pub resize: bool,
     /// Zeroing may give space back, and discards are passed on.
     pub unmap: bool,
-    /// `-U`: beside others who write.
+    /// `-U`: share the image with writers.
     pub force_share: bool,
     /// Nobody else may write meanwhile.
     pub exclusive: bool,
@@ -62,7 +62,7 @@ pub struct Images {
     graph: Graph,
     /// Of the images opened so far.
     count: Cell<usize>,
-    /// Records of failed flushes that the user was told of.
+    /// Records of failed flushes that were reported to the user.
     reported: RefCell<BTreeSet<PathBuf>>,
     /// Tells the user of something that is no error.
     warn: Box<dyn Fn(&str)>,
@@ -104,7 +104,7 @@ impl Images {
         Images::with_policy(registry, policy, warn)
     }
 
-    /// Images that are opened for what they say of themselves, and not read.
+    /// Images that are opened for their metadata, and not read.
     pub fn for_info(registry: &'static Registry, warn: impl Fn(&str) + 'static) -> Images {
         let policy = OpenPolicy { for_info: true, ..OpenPolicy::default() };
         Images::with_policy(registry, policy, warn)

@@ -7,8 +7,8 @@
 //! * [`bench`]: how long requests take.
 //! * [`compare`]: whether two disks have the same contents.
 //! * [`chain`]: images by layers.
-//! * [`nvme`]: this machine's NVMe controllers, and who has them.
-//! * [`progress`]: how far long work has come; [`output`]: where that is told.
+//! * [`nvme`]: this machine's NVMe controllers, and their users.
+//! * [`progress`]: progress of long work; [`output`]: printing.
 
 pub mod bench;
 pub mod cache;

@@ -7,7 +7,7 @@ use crate::options::{Map, Value, json, qemuopts};
 pub struct Named {
     /// What the name says itself, with the types that it has there.
     pub given: Map,
-    /// Of the node, or of what it stands on.
+    /// Of the node, or of the nodes below it.
     pub options: Map,
     /// The format is to be found out: `options` are those of the format's node but for its driver,
     /// with the child `file` among them.

@@ -37,7 +37,7 @@ pub struct Progress {
 
 #[derive(Default)]
 struct State {
-    /// What [`Progress::advance`] was told of.
+    /// The work reported by [`Progress::advance`].
     parts: u64,
     /// Percents.
     done: f32,

@@ -71,7 +71,7 @@ impl Default for Options {
         Options {
             io_timeout: Duration::from_secs(30),
             admin_timeout: Duration::from_secs(30),
-            // One for each worker, as a rule, and for those who do the work of the control plane.
+            // Usually one for each worker, and those that do the work of the control plane.
             max_pairs: (threads + 2).min(64) as u16,
             look: Duration::from_secs(1),
             absence: Duration::from_secs(3),
@@ -314,8 +314,8 @@ impl Controller {
         opened.map(Controller).map_err(|error| error.at(name))
     }
 
-    /// Resets the controller, aborts commands, hears of events: what there is to do. May be called from
-    /// time to time, and not while a thread of the controller's does it.
+    /// Resets the controller, aborts commands, takes events: whatever is due. May be called from time to time, and
+    /// not while a thread of the controller's does it.
     pub fn look(&self, watch: &mut Watch) {
         if !self.0.is_dead() {
             watch.work(&self.0);
@@ -346,8 +346,8 @@ impl Controller {
         self.0.space.register(memory).map_err(|error| error.at(&self.0.name))
     }
 
-    /// Shuts the controller down, whoever still has a clone; the queue pairs are gone. What is asked of
-    /// it afterwards fails. Blocks.
+    /// Shuts the controller down, although clones may exist; the queue pairs are gone. What is asked of it afterwards
+    /// fails. Blocks.
     pub fn close(&self) {
         self.0.end();
     }
@@ -367,7 +367,7 @@ impl Controller {
         self.0.is_dead()
     }
 
-    /// The host wants the device back: hot unplug waits for this process to let go of it.
+    /// The host wants the device back: hot unplug waits for this process to release it.
     pub fn is_wanted_back(&self) -> bool {
         self.0.wanted_back.load(Ordering::Relaxed)
     }
@@ -421,8 +421,8 @@ impl Controller {
         self.0.namespace(id).map_err(|error| error.at(&self.0.name))
     }
 
-    /// Has `listener` called when a namespace has changed or the controller is gone, on a thread of
-    /// the controller's, for as long as the listener lives.
+    /// Has `listener` called when a namespace has changed or the controller is gone, on a thread of the controller's,
+    /// while the listener lives.
     pub fn listen(&self, listener: &Arc<dyn Fn() + Send + Sync>) {
         let mut listeners = lock(&self.0.listeners);
         listeners.retain(|other| other.strong_count() > 0);

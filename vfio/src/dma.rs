@@ -23,8 +23,8 @@ impl HostRange {
     /// Memory of `len` bytes at `base`; `None` if that is the null address.
     ///
     /// # Safety
-    /// It stays mapped, readable and writable, for as long as any function has it mapped or a copy of
-    /// the range is in use. Nobody holds Rust references to it meanwhile.
+    /// It stays mapped, readable and writable, while any function has it mapped or a copy of the range is in use.
+    /// Nobody holds Rust references to it meanwhile.
     pub unsafe fn new(base: *mut u8, len: usize) -> Option<HostRange> {
         Some(HostRange { base: NonNull::new(base)?, len })
     }
@@ -42,22 +42,22 @@ impl HostRange {
         self.len == 0
     }
 
-    /// The part of `len` bytes from `from` on, if it lies inside.
+    /// The part of `len` bytes from `from` on, if it is inside.
     pub fn part(&self, from: usize, len: usize) -> Option<HostRange> {
         let inside = from.checked_add(len).is_some_and(|end| end <= self.len);
         let base = NonNull::new(self.base.as_ptr().wrapping_add(from))?;
         inside.then_some(HostRange { base, len })
     }
 
-    /// Copies from `at` on to `into`. False, and nothing, where that does not lie inside.
+    /// Copies from `at` on to `into`. False, and nothing, where that is not inside.
     pub fn read(&self, at: usize, into: &mut [u8]) -> bool {
         let Some(part) = self.part(at, into.len()) else { return false };
-        // SAFETY: the range is mapped, as `new` was promised, and the part lies inside.
+        // SAFETY: the range is mapped, as `new` was promised, and the part is inside.
         unsafe { std::ptr::copy(part.base.as_ptr(), into.as_mut_ptr(), into.len()) };
         true
     }
 
-    /// Copies `from` to `at`. False, and nothing, where that does not lie inside.
+    /// Copies `from` to `at`. False, and nothing, where that is not inside.
     pub fn write(&self, at: usize, from: &[u8]) -> bool {
         let Some(part) = self.part(at, from.len()) else { return false };
         // SAFETY: as in `read`.
@@ -124,7 +124,7 @@ pub struct Segments {
     count: usize,
 }
 
-// SAFETY: an address and a count; whoever made it keeps what is there in place.
+// SAFETY: an address and a count; its creator keeps the memory in place.
 unsafe impl Send for Segments {}
 
 impl Segments {
@@ -159,8 +159,8 @@ impl Segments {
     }
 }
 
-/// Pages of our own: anonymous memory, zeroed, at a multiple of the page size. Given back when dropped,
-/// so whoever owns it takes it from the device first.
+/// Pages of our own: anonymous memory, zeroed, at a multiple of the page size. Given back when dropped, so its owner
+/// takes it from the device first.
 pub struct Pages(HostRange);
 
 impl Pages {
@@ -174,8 +174,8 @@ impl Pages {
         let all = len.checked_add(align).ok_or_else(|| failed(libc::ENOMEM))?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping at an address of the kernel's choosing touches no memory of ours. What
-        // lies before and behind the aligned part is given back.
+        // SAFETY: a new mapping at an address of the kernel's choosing touches no memory of ours. What is before and
+        // behind the aligned part is given back.
         let base = unsafe {
             let base = libc::mmap(std::ptr::null_mut(), all, protection, flags, -1, 0);
             if base == libc::MAP_FAILED {
@@ -190,7 +190,7 @@ impl Pages {
             if all - skip > len {
                 libc::munmap(aligned.wrapping_add(len).cast(), all - skip - len);
             }
-            // Not copied to a child: the device would go on with one of the two only.
+            // Not copied to a child: the device would continue with one of the two only.
             libc::madvise(aligned.cast(), len, libc::MADV_DONTFORK);
             aligned
         };

@@ -15,7 +15,7 @@ impl Error {
         Error { text: text.into(), errno: libc::EIO }
     }
 
-    /// The same with a positive errno value, for those who can only tell a number.
+    /// The same with a positive errno value, for callers that can only report a number.
     pub fn with_errno(self, errno: i32) -> Error {
         Error { errno, ..self }
     }

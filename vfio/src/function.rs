@@ -54,7 +54,7 @@ pub trait PciFunction: Send + Sync {
     /// Where the IOMMU takes addresses, reserved ranges left out: in order, not overlapping, bytes.
     fn iova_ranges(&self) -> Result<Vec<Range<u64>>, Error>;
 
-    /// How many more mappings there may be, if that can be told.
+    /// How many more mappings there may be, if that is known.
     fn mappings_left(&self) -> Option<u32> {
         None
     }
@@ -69,8 +69,8 @@ pub trait PciFunction: Send + Sync {
     /// How many MSI-X vectors there are.
     fn vectors(&self) -> u32;
 
-    /// Switches MSI-X on, with an eventfd for each vector from the first on. All at once, once, and
-    /// before the controller is enabled: a controller may keep for ever the state that it finds then.
+    /// Switches MSI-X on, with an eventfd for each vector from the first on. All at once, once, and before the
+    /// controller is enabled: a controller may keep forever the state that it finds then.
     fn set_vectors(&self, events: &[&EventFd]) -> Result<(), Error>;
 
     /// Lets the device start transfers, or not.
@@ -82,7 +82,7 @@ pub trait PciFunction: Send + Sync {
     /// When it cannot be done, or it is not known that it was.
     fn reset(&self) -> Result<(), Error>;
 
-    /// An eventfd that tells of a wish to have the device back (hot unplug), if there is one.
+    /// An eventfd that signals a request for the device (hot unplug), if there is one.
     fn request_event(&self) -> Option<&EventFd> {
         None
     }

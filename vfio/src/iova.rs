@@ -1,8 +1,7 @@
 //! An allocator for the addresses at which a device sees memory.
 //!
-//! Never the addresses of this process: those have 47 bits, and there are IOMMUs with 39. What the
-//! device is told is low, inside the ranges that the IOMMU takes, and never where interrupts are
-//! written to.
+//! Never the addresses of this process: those have 47 bits, and there are IOMMUs with 39. What the device gets is
+//! low, inside the ranges that the IOMMU accepts, and never where interrupts are written to.
 
 #![forbid(unsafe_code)]
 

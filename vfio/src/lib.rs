@@ -1,8 +1,7 @@
 //! A userspace driver for NVMe controllers on PCI, which uses the storage's own queues without the kernel.
 //!
-//! The kernel's part is VFIO: it gives the registers, lets the device reach the memory that it is told
-//! of and no other, and turns interrupts into eventfds. Everything above that is here, and knows nothing
-//! of who uses it.
+//! The kernel's part is VFIO: it gives the registers, lets the device reach the memory that it is given and no
+//! other, and turns interrupts into eventfds. Everything above that is here, and knows nothing of who uses it.
 //!
 //! ```text
 //! QueuePair  one per thread: submit, ring, reap; no lock, no system call, no allocation
@@ -18,7 +17,7 @@
 //! * [`mmio`], [`dma`]: registers, and memory that the device reads and writes; with `real` the only
 //!   places with unsafe code. [`space`], [`iova`]: what it reaches, and at which addresses.
 //! * [`spec`]: what the registers, commands and data structures look like.
-//! * `queue`, [`prp`], [`sgl`]: submission and completion queues; how a command says where its data lies.
+//! * `queue`, [`prp`], [`sgl`]: submission and completion queues; how a command says where its data is.
 //! * [`controller`], [`queue_pair`], [`namespace`]: the driver.
 //! * [`error`]: errors of the control plane; on the data path it is a [`spec::Status`].
 //!
@@ -38,11 +37,10 @@
 //!
 //! # What may still be written
 //!
-//! A command that was given to the controller owns its identifier, its list pages and the memory that
-//! it names until it has completed, or its submission queue has been deleted, or the controller has
-//! shown CSTS.RDY = 0, or bus mastering is off and the function was reset, or the memory was unmapped
-//! from the IOMMU. Nothing of it is used again before, and nobody is told that it ended: an abort, a
-//! time-out or a reset that was only asked for end nothing.
+//! A command that was given to the controller owns its identifier, its list pages and the memory that it names until
+//! it has completed, or its submission queue has been deleted, or the controller has shown CSTS.RDY = 0, or bus
+//! mastering is off and the function was reset, or the memory was unmapped from the IOMMU. Nothing of it is used
+//! again before, and its end is not reported: an abort, a time-out or a reset that was only asked for end nothing.
 //!
 //! Sections named in the texts are those of the NVM Express Base Specification 2.0, the NVM Command Set
 //! Specification 1.0 ("NVM") and the NVMe over PCIe Transport Specification 1.0 ("PCIe").

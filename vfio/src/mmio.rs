@@ -60,7 +60,7 @@ impl Registers for Mmio {
     #[inline]
     fn write(&self, offset: usize, value: u32) {
         let Some(at) = self.at(offset) else { return };
-        // What lies in memory is there before the device hears of it. On x86 that costs nothing.
+        // Memory is written before the device is notified. On x86 that costs nothing.
         fence(Ordering::Release);
         // SAFETY: inside the mapping and aligned.
         unsafe { at.write_volatile(value.to_le()) };

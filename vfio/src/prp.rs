@@ -8,7 +8,7 @@
 
 use crate::dma::HostRange;
 
-/// A page that a command's list lies in.
+/// A page that a command's list is in.
 #[derive(Clone, Copy)]
 pub struct List {
     pub memory: HostRange,
@@ -16,10 +16,10 @@ pub struct List {
     pub iova: u64,
 }
 
-/// The two entries of a command for data that lies in `pieces` (the device's address and a length, in
-/// bytes, not zero), one after the other. More than two go to `list`, one page of `page` bytes.
+/// The two entries of a command for data that is in `pieces` (the device's address and a length, in bytes, not zero),
+/// one after the other. More than two go to `list`, one page of `page` bytes.
 ///
-/// `None` if the pieces cannot be told so, or one of them is `None`.
+/// `None` if the pieces cannot be described so, or one of them is `None`.
 #[inline]
 pub fn build(
     pieces: impl Iterator<Item = Option<(u64, usize)>>,

@@ -7,8 +7,8 @@ use crate::function::Registers;
 use crate::spec::command::{CQE, SQE};
 use crate::spec::{Command, Completion};
 
-/// A submission queue. Commands are written as they come; the controller hears of them when the
-/// doorbell is rung.
+/// A submission queue. Commands are written as they come; the controller is notified of them when the doorbell is
+/// rung.
 pub struct SubmissionQueue {
     ring: HostRange,
     entries: u32,
@@ -24,7 +24,7 @@ impl SubmissionQueue {
         SubmissionQueue { ring, entries, tail: 0, written: 0, doorbell }
     }
 
-    /// Writes a command. Whoever calls has seen to it that fewer than `entries - 1` are on their way.
+    /// Writes a command. The caller ensures that fewer than `entries - 1` are in flight.
     #[inline]
     pub fn push(&mut self, command: &Command) {
         self.ring.put(self.tail as usize * SQE, &command.0);
@@ -48,7 +48,7 @@ impl SubmissionQueue {
         }
     }
 
-    /// The queue was made anew.
+    /// The queue was created again.
     pub fn reset(&mut self) {
         (self.tail, self.written) = (0, 0);
     }
@@ -105,7 +105,7 @@ impl CompletionQueue {
         }
     }
 
-    /// The queue was made anew, and its memory zeroed.
+    /// The queue was created again, and its memory zeroed.
     pub fn reset(&mut self) {
         (self.head, self.written, self.phase) = (0, 0, true);
     }

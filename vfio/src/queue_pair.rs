@@ -31,8 +31,8 @@ use std::sync::Arc;
 
 /// Completions taken at a time.
 const BATCH: usize = 256;
-/// How often a command is given to the controller before its failure is told, where the failure may
-/// pass or the controller was reset meanwhile.
+/// How often a command is given to the controller before its failure is reported, where the failure may pass or the
+/// controller was reset meanwhile.
 const ATTEMPTS: u8 = 4;
 /// Looks at a command ([`QueuePair::tick`]) after which it is aborted, and after which the controller
 /// is reset.
@@ -45,7 +45,7 @@ pub struct Counts {
     pub commands: u64,
     /// Commands whose data went through bounce buffers.
     pub bounced: u64,
-    /// Commands with a scatter gather list, because pages could not tell where their data lies.
+    /// Commands with a scatter gather list, because pages could not tell where their data is.
     pub scattered: u64,
     pub submission_doorbells: u64,
     pub completion_doorbells: u64,
@@ -158,8 +158,8 @@ impl QueuePair {
         self.counts
     }
 
-    /// Takes a request. The controller hears of it with the next [`QueuePair::ring`]. What there is no
-    /// room for waits inside; `segments` of a request stay in place until it is told to be done.
+    /// Takes a request. The controller is notified by the next [`QueuePair::ring`]. What there is no room for waits
+    /// inside; `segments` of a request stay in place until it is reported as done.
     #[inline]
     pub fn submit(&mut self, request: Request) {
         if !self.waiting.is_empty() || !self.start(&request) {
@@ -230,7 +230,7 @@ impl QueuePair {
         let chain = self.bounce.take(len)?;
         let Some(data) = prp::build(self.bounce.pieces(chain, len), self.page, self.list(id))
         else {
-            // A request longer than the limits that were told: not one of `Namespace`'s.
+            // A request longer than the reported limits: not one of `Namespace`'s.
             self.bounce.give_back(chain);
             return None;
         };
@@ -256,15 +256,15 @@ impl QueuePair {
     pub fn has_work(&self) -> bool {
         match self.link.state() {
             State::Running => self.completions.has_entry(),
-            // The controller is being reset: what lies in the queue means nothing.
+            // The controller is being reset: what is in the queue means nothing.
             State::Halted => false,
             State::Halt | State::Restart => true,
             State::Dead => self.in_flight() > 0,
         }
     }
 
-    /// Takes what has completed, tells `done` of each, and starts what was waiting. Also where a reset
-    /// of the controller, or its loss, is taken note of. How many were told.
+    /// Takes what has completed, tells `done` of each, and starts what was waiting. Also where a reset of the
+    /// controller, or its loss, is noted. Returns how many were reported.
     #[inline]
     pub fn reap(&mut self, mut done: impl FnMut(Done)) -> usize {
         let mut ended = 0;
@@ -455,9 +455,9 @@ impl QueuePair {
         self.inner.io_timeout() / u32::from(ABORT_AGE)
     }
 
-    /// Makes [`QueuePair::event`] tell of what comes from now on. False if something has come already.
+    /// Arms [`QueuePair::event`] for later completions. False if there are some already.
     pub fn arm(&mut self) -> bool {
-        // What was told before is not news. Nobody reads it while completions are polled for.
+        // Earlier completions are already reported. Nobody reads it while completions are polled for.
         let _ = self.link.event().read();
         !self.has_work()
     }
@@ -468,7 +468,7 @@ impl QueuePair {
     }
 }
 
-/// Wakes who waits for a queue pair's event.
+/// Wakes the thread that waits for a queue pair's event.
 #[derive(Clone)]
 pub struct PairWaker(Arc<Link>);
 

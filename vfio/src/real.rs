@@ -186,7 +186,7 @@ fn info(container: &VfioContainer) -> Result<(Vec<Range<u64>>, Option<u32>), Err
     let long = |at: usize| Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
     let (flags, mut at) = (word(4).unwrap_or(0), word(16).unwrap_or(0) as usize);
     let (mut ranges, mut mappings) = (Vec::new(), None);
-    // The chain goes on at larger offsets, or it has no end.
+    // The chain continues at larger offsets, or it has no end.
     while flags & HAS_CAPS != 0 && at != 0 {
         match half(at) {
             Some(IOVA_RANGES) => {
@@ -283,7 +283,7 @@ impl PciFunction for Vfio {
 
     fn map(&self, iova: u64, memory: HostRange) -> Result<(), Error> {
         let base = memory.address() as *mut u8;
-        // SAFETY: who made the range keeps it mapped and holds no references to it.
+        // SAFETY: the owner of the range keeps it mapped and holds no references to it.
         let result = unsafe { self.container.vfio_dma_map(iova, memory.len(), base) };
         result.map_err(|error| {
             let mib = memory.len().div_ceil(1 << 20);

@@ -20,8 +20,8 @@ fn descriptor(at: u64, len: u64, kind: u8) -> [u64; 2] {
     [at, len | u64::from(kind) << 56]
 }
 
-/// The descriptor in a command for data that lies in `pieces` (the device's address and a length, in
-/// bytes, not zero), one after the other. More than one go to `list`, one page of `page` bytes.
+/// The descriptor in a command for data that is in `pieces` (the device's address and a length, in bytes, not zero),
+/// one after the other. More than one go to `list`, one page of `page` bytes.
 ///
 /// `None` if there are more than fit, a piece is not at a multiple of `align` or not so long, or one of
 /// them is `None`.

@@ -1,9 +1,8 @@
 //! The address space of a device: our own memory, and memory of guests, which comes and goes.
 //!
-//! Memory of others (a guest's) is pinned in the background, piece by piece. What is not mapped yet is
-//! not found by [`Table::find`], and goes through bounce buffers. It is found from the moment it is
-//! mapped until just before it is unmapped; who takes it away sees to it first that no request in
-//! flight names it.
+//! Memory of others (a guest's) is pinned in the background, piece by piece. What is not mapped yet is not found by
+//! [`Table::find`], and goes through bounce buffers. It is found from the moment it is mapped until just before it is
+//! unmapped; the owner first ensures that no request in flight names it.
 
 #![forbid(unsafe_code)]
 
@@ -28,7 +27,7 @@ pub struct Space {
     foreign: Mutex<Foreign>,
     /// Something is to be pinned, or a registration has ended.
     changed: Condvar,
-    /// Counts the tables, so that who has one can tell whether it is still the latest.
+    /// Counts the tables, so that the holder of one can tell whether it is still the latest.
     generation: AtomicU64,
     /// Everything was unmapped because the device is gone.
     cut: AtomicBool,
@@ -307,7 +306,7 @@ impl Memory {
 }
 
 impl Memory {
-    /// Never gives the memory back: the device may write to it for ever.
+    /// Never gives the memory back: the device may write to it forever.
     pub fn leak(&mut self) {
         if let Some(pages) = self.pages.take() {
             std::mem::forget(pages);
@@ -330,8 +329,8 @@ impl Drop for Memory {
     }
 }
 
-/// Memory of others that the device reaches, until this is dropped, which blocks until it does not.
-/// Whoever drops it has seen to it that no request in flight names the memory.
+/// Memory of others that the device reaches, until this is dropped, which blocks until it does not. Whoever drops it
+/// has ensured that no request in flight names the memory.
 pub struct Registration {
     space: Arc<Space>,
     number: u64,
@@ -382,8 +381,8 @@ impl Drop for Registration {
             Ok(()) if len > 0 && self.is_safe => self.space.give_back(self.iova, len),
             Ok(()) => {}
             Err(error) => {
-                // The memory goes back to its owner whatever we say; a device that may still write
-                // to it must not go on.
+                // The memory goes back to its owner whatever we say; a device that may still write to it must not
+                // continue.
                 log::error!("{}: {error}: a guest's memory", self.space.function.name());
                 log::logger().flush();
                 std::process::abort();

@@ -13,7 +13,7 @@ pub const MOST_BITS: u64 = 1 << 32;
 #[derive(Debug)]
 pub struct Bits {
     granularity_bits: u32,
-    /// Of the disk, in bytes; what lies behind it has no bits.
+    /// Of the disk, in bytes; what is behind it has no bits.
     len: AtomicU64,
     /// Room for that, or more.
     words: Box<[AtomicU64]>,
@@ -145,7 +145,7 @@ impl Bits {
         if bits.div_ceil(64) > self.words.len() as u64 {
             return false;
         }
-        // What lies behind the end is clear at all times.
+        // What is behind the end is clear at all times.
         let first = bits / 64;
         for (index, word) in self.words.iter().enumerate().skip(first as usize) {
             let keep = if index as u64 == first { (1u64 << (bits % 64)) - 1 } else { 0 };

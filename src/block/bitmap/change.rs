@@ -102,7 +102,7 @@ impl Node {
         }
     }
 
-    /// Waits until nobody is on the fast path who has not seen the bitmaps as they are now.
+    /// Waits until no request on the fast path still uses an older list of bitmaps.
     pub async fn settle_bitmaps(&self) {
         epoch::synchronize(&self.members()).await;
     }

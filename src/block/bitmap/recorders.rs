@@ -36,9 +36,9 @@ impl Recorders {
     /// The bits to mark, for the fast path.
     #[inline]
     pub fn fast<'a>(&'a self, _inflight: &'a InFlight) -> &'a [Arc<Bits>] {
-        // SAFETY: the pointer is null or what `owner` held when it was stored. A replaced list is
-        // dropped only after every in-flight record older than the replacement has ended, and
-        // `_inflight` is such a record or a younger one, which sees the new pointer.
+        // SAFETY: the pointer is null or what `owner` held when it was stored. A replaced list is dropped only after
+        // every in-flight record older than the replacement has ended, and `_inflight` is this record or a younger
+        // one, which sees the new pointer.
         let list = unsafe { self.now.load(Ordering::Acquire).as_ref() };
         list.map_or(&[], |list| &list.0)
     }
@@ -51,7 +51,7 @@ impl Recorders {
         self.owner.lock().now.as_ref().map_or(Vec::new(), |list| list.0.clone())
     }
 
-    /// Records in other bitmaps from now on. `members` are those who may be on the fast path now.
+    /// Replaces the bitmaps that record. `members` are the queues that may be on the fast path now.
     pub fn replace(&self, bits: Vec<Arc<Bits>>, members: &[Arc<Member>]) {
         let new = (!bits.is_empty()).then(|| Arc::new(List(bits)));
         let mut owner = self.owner.lock();

@@ -64,7 +64,7 @@ pub trait Leaf: Send + Sync {
     /// in the leaf's own space. It is done as a whole or fails. What else an [`Op`] may ask for, it need
     /// not do (ENOTSUP).
     ///
-    /// The source of `token` is told of the completion, unless the answer is `Started::Done`.
+    /// The source of `token` is notified of the completion, unless the answer is `Started::Done`.
     ///
     /// # Safety
     /// The list of segments stays in place, and the memory mapped, until the completion.

@@ -1,7 +1,7 @@
 //! The abilities of a driver, and its limits on requests.
 
-/// What a driver can do and what its requests must look like. Constant but for changes of what it stands on, which are
-/// made while nothing is in flight ([`crate::block::current_traits`]).
+/// What a driver can do and what its requests must look like. Constant but for changes of the nodes below it, which
+/// are made while nothing is in flight ([`crate::block::current_traits`]).
 ///
 /// Alignments are in bytes: those of transfers powers of two, those of zero and discard requests
 /// multiples of `request_align`. Limits are in bytes, multiples of the alignment.
@@ -76,7 +76,8 @@ impl Traits {
 /// The most memory that one request takes in a driver itself, not counting what stands below it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scratch {
-    /// Writes that begin or end inside such a unit, in bytes, copy the rest of it through memory. 0: none do.
+    /// The size in bytes of a unit: writes that begin or end inside one copy the rest of it through memory. 0: there
+    /// is none.
     pub copy_unit: u32,
     /// What any request may take beside that, in bytes.
     pub other: u32,

@@ -20,7 +20,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// A user's word on whether it needs its node active, for as long as the user is attached.
+/// A user's word on whether it needs its node active, while the user is attached.
 #[derive(Clone)]
 pub struct Activity {
     graph: Graph,
@@ -74,8 +74,8 @@ impl Activity {
         Ok(())
     }
 
-    /// Says that the user needs the node no more. If nobody does, it becomes inactive, and what it
-    /// stands on too. The user has nothing in flight and starts nothing.
+    /// Says that the user needs the node no more. If nobody does, it becomes inactive, and the nodes below it too.
+    /// The user has nothing in flight and starts nothing.
     ///
     /// # Errors
     /// What could not be brought to the storage, or a driver that cannot hand its image over. The
@@ -177,7 +177,7 @@ impl State {
     /// The active nodes from this one down that nobody needs active, parents before children.
     fn unneeded(&self, node: &Arc<Node>) -> Result<Vec<Arc<Node>>, Error> {
         let place = |id: u64| (Reverse(self.entry(id).height.edges), id);
-        // Parents come first, so that all who use a node have been looked at when it is its turn.
+        // Parents come first, so that all users of a node have been visited before it.
         let (mut pending, mut found) = (BTreeSet::from([place(self.id(node)?)]), BTreeSet::new());
         let mut nodes = Vec::new();
         while let Some((_, id)) = pending.pop_first() {

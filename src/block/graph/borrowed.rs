@@ -8,9 +8,9 @@ use crate::options::NodeRef;
 use std::sync::Arc;
 
 impl Graph {
-    /// Attaches a user to the node that a reference names, or to one that it describes, which ends when its last
-    /// user has gone ([`Graph::tidy`]). `path` is where the reference lies in the user's options. Nothing of the
-    /// user may be in flight but within [`Graph::undisturbed`]. Runs on a worker.
+    /// Attaches a user to the node that a reference names, or to one that it describes, which ends when its last user
+    /// has gone ([`Graph::tidy`]). `path` is where the reference is in the user's options. Nothing of the user may be
+    /// in flight but within [`Graph::undisturbed`]. Runs on a worker.
     ///
     /// # Errors
     /// Of opening, or as of [`Graph::attach`].
@@ -54,8 +54,8 @@ impl Graph {
         self.borrow(reference, path, "an unnamed block device", perms).await
     }
 
-    /// Works on a node while nobody else changes it, or what lies around it. The work only reads from `sources`,
-    /// which nobody changes meanwhile.
+    /// Works on a node while nobody else changes it, or what is around it. The work only reads from `sources`, which
+    /// nobody changes meanwhile.
     ///
     /// # Errors
     /// The node has left the graph.

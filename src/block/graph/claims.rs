@@ -14,7 +14,7 @@
 //!   changes it. If one does, the opening gives everything back, and begins again with a claim that has the node
 //!   from the start.
 //! * While a claim waits, its nodes are worked out from the graph as it is; when it is served, nobody else changes
-//!   what lies around them.
+//!   what is around them.
 //! * A node that a change no longer uses is ended within the claim of that change ([`super::endings`]).
 //!
 //! Claims are part of the graph's state, under its mutex, which is never held across an await.
@@ -61,7 +61,7 @@ struct Record {
     opened: Vec<u64>,
     /// A node that it needs and that another claim changes.
     missed: Option<String>,
-    /// Nodes whose locks stay for as long as requests may be on their way to them.
+    /// Nodes whose locks stay while requests to them may be in flight.
     locked: BTreeSet<u64>,
 }
 
@@ -303,7 +303,7 @@ impl State {
     /// Whether a claim, by its place among all, meets none of those that it waits for.
     fn is_free(&self, at: usize) -> bool {
         let mine = &self.claims.all[at];
-        // What is done within a claim that is served does not wait behind those who wait for that claim.
+        // What is done within a claim that is served does not queue behind the tasks that wait for that claim.
         let waits_for = |&(other_at, other): &(usize, &Record)| {
             other_at != at && (other.served || other_at < at && mine.within.is_none())
         };

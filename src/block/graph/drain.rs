@@ -70,11 +70,11 @@ pub(super) struct Drain {
     pub users: Vec<Arc<dyn User>>,
 }
 
-/// The graph at rest around some nodes, until it is dropped: their users are paused, and nobody else
-/// changes these nodes or what lies around them ([`super::claims`]).
+/// The graph at rest around some nodes, until it is dropped: their users are paused, and nobody else changes these
+/// nodes or what is around them ([`super::claims`]).
 pub struct Drained {
     graph: Graph,
-    // They go on before others may change the graph.
+    // They continue before others may change the graph.
     pause: Pause,
     claim: Claim,
     /// A step has not ended in time.
@@ -101,7 +101,7 @@ impl Drained {
     }
 }
 
-/// The users that a drain has paused go on when this is dropped.
+/// The users that a drain has paused continue when this is dropped.
 pub(super) struct Pause {
     graph: Graph,
     id: u64,
@@ -159,13 +159,13 @@ impl Graph {
     /// Pauses everyone whose requests reach `node`.
     ///
     /// # Errors
-    /// The node has been deleted, or requests do not end ([`super::rest`]); all go on then as before.
+    /// The node has been deleted, or requests do not end ([`super::rest`]); all continue then as before.
     pub async fn drain(&self, node: &Arc<Node>) -> Result<Drained, Error> {
         self.drain_all(std::slice::from_ref(node)).await
     }
 
-    /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of
-    /// them, and everyone who comes before the drain is over.
+    /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of them, and all
+    /// users that are added before the drain ends.
     ///
     /// # Errors
     /// As [`Graph::drain`].
@@ -262,7 +262,7 @@ impl Graph {
         if self.follow(node)? || parent.len() != len {
             drained.users().iter().for_each(|user| user.resized());
         }
-        // Again, for those who came to the parent and found the old node below it.
+        // Again, for users that attached to the parent meanwhile and found the old node below it.
         let members = parent.members();
         members.iter().for_each(|member| node.add_member(member));
         drained.settle(parent, members, old.clone()).await;
@@ -310,14 +310,13 @@ impl Graph {
             Ok(())
         };
         let what = format!("Resizing node '{}', whose users wait for it,", node.name());
-        // Nobody can say of a length that changes which requests lie inside of it.
+        // While the length changes, it is unknown which requests are inside it.
         let step = Step { node, what, meanwhile: Meanwhile::Nothing };
         drained.step(step, work, async |_| ()).await
     }
 
-    /// Works on the internal snapshots of a node, which its users go on using, while nobody else
-    /// changes the node or its length. None if it has none, nor has the only node that it
-    /// stands on.
+    /// Works on the internal snapshots of a node, which its users continue using, while nobody else changes the node
+    /// or its length. None if it has none, nor has the only node that it stands on.
     pub async fn with_snapshots<T>(
         &self,
         node: &Arc<Node>,

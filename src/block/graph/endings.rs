@@ -1,9 +1,9 @@
 //! Removal of unused nodes, and of state that drivers keep for writers that have left.
 //!
 //! The rule held here: each node is ended by a task of its own, under a claim of its own, so that a node whose
-//! storage does not answer holds up nobody but those who wait for its end. A change waits for the ends that it has
-//! brought about itself, and starts those that others have left. The claim of a node's end goes over to a node
-//! that it alone stood on, so that the end of a long chain looks at each node once.
+//! storage does not answer delays only the tasks that wait for its end. A change waits for the ends that it has
+//! brought about itself, and starts those that others have left. The claim of a node's end goes over to a node that
+//! it alone stood on, so that the end of a long chain looks at each node once.
 
 use super::claims::{Claim, End, Part};
 use super::permissions::Plan;
@@ -32,7 +32,7 @@ impl Graph {
         Ok(())
     }
 
-    /// Closes everything that no user holds any more, whoever opened it: the end of the program.
+    /// Closes everything without users, at the end of the program.
     pub async fn close(&self) {
         let all = {
             let mut state = self.0.state.lock();

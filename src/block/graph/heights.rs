@@ -5,7 +5,7 @@
 
 use crate::block::depth::{CHAIN_LIMIT, DEPTH_LIMIT};
 
-/// What lies below a node. Each number is that of the way down which has the most.
+/// What is below a node. Each number is that of the way down which has the most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Height {
     /// Edges. A node has more of them than any node below it.

@@ -2,9 +2,9 @@
 //!
 //! The node becomes the overlay's backing file and keeps what was written so far.
 //!
-//! The rule held here: users are paused and the node is flushed before they are moved, so that what lies
-//! below the overlay is the disk as it was at one moment, and complete for whoever copies it. Users whose
-//! overlay cannot take them over go on with what they had.
+//! The rule held here: users are paused and the node is flushed before they are moved, so that what is below the
+//! overlay is the disk as it was at one moment, and complete for copying. Users whose overlay cannot take them over
+//! continue with what they had.
 
 use super::permissions::{Plan, release_locks};
 use super::step::{Meanwhile, Step};
@@ -15,8 +15,8 @@ use crate::io;
 use crate::options::{Map, Value};
 use std::sync::Arc;
 
-/// An overlay that has taken over, for as long as its users are paused: it is kept ([`Graph::keep`]) or taken
-/// back ([`Graph::take_back`]).
+/// An overlay that has taken over, while its users are paused: it is kept ([`Graph::keep`]) or taken back
+/// ([`Graph::take_back`]).
 pub struct Over {
     base: Arc<Node>,
     overlay: Arc<Node>,
@@ -111,7 +111,7 @@ impl Graph {
         drained.step(step, open, close).await
     }
 
-    /// Whether a node can come to lie below an overlay.
+    /// Whether a node can be put below an overlay.
     ///
     /// # Errors
     /// In QEMU's words, if it cannot.
@@ -131,7 +131,7 @@ impl Graph {
         }
     }
 
-    /// Ends a change in which overlays have taken over, or were to. What lies below those that stay is finished.
+    /// Ends a change in which overlays have taken over, or were to. What is below those that stay is finished.
     pub async fn keep(&self, drained: &Drained, overlays: Vec<Over>) {
         for over in &overlays {
             let (graph, base) = (self.clone(), over.base.clone());
@@ -181,7 +181,7 @@ impl Graph {
         }
     }
 
-    /// Turns everyone who uses a node to another, of which the one stands on the other. What they give up stays
+    /// Retargets all users of a node to another node, one of which is above the other. What they give up stays
     /// locked.
     async fn take_over(
         &self,
@@ -205,9 +205,8 @@ impl Graph {
         Ok(())
     }
 
-    /// Turns everyone who uses an overlay back to the node that it stands on, which they had before. Nothing that
-    /// was right then is asked again, so that it cannot fail. Users who came meanwhile and cannot be moved keep
-    /// the overlay.
+    /// Retargets all users of an overlay back to the node below it, which they had before. Nothing that was right
+    /// then is asked again, so that it cannot fail. Users who came meanwhile and cannot be moved keep the overlay.
     async fn give_back(&self, drained: &Drained, overlay: &Arc<Node>, base: &Arc<Node>) {
         overlay.members().iter().for_each(|member| base.add_member(member));
         let above = {
@@ -222,7 +221,7 @@ impl Graph {
         self.move_up(drained, overlay, base, above).await;
     }
 
-    /// Tells those who stood on a node, and whose uses of it have become uses of another.
+    /// Notifies the users of a node whose edges have been retargeted to another node.
     pub(super) async fn move_up(
         &self,
         drained: &Drained,
@@ -250,14 +249,14 @@ impl Graph {
         if is_new || old.len() != new.len() {
             drained.users().iter().for_each(|user| user.resized());
         }
-        // Again, for those who came meanwhile and found the old node.
+        // Again, for users that attached meanwhile and found the old node.
         let members = old.members();
         members.iter().for_each(|member| new.add_member(member));
         drained.settle(new, members, replaced).await;
     }
 
-    /// Has a node and what it alone keeps its data in written to no more, so that others can read the image.
-    /// It lies below an overlay, and nothing of it is in flight.
+    /// Has a node and what it alone keeps its data in written to no more, so that others can read the image. It is
+    /// below an overlay, and nothing of it is in flight.
     async fn freeze(&self, base: &Arc<Node>) {
         let nodes = match self.0.state.lock().stored_in(base) {
             Ok(nodes) => nodes,
@@ -315,7 +314,7 @@ impl State {
         Ok(found.into_iter().map(|id| self.entry(id).node.clone()).collect())
     }
 
-    /// Whether a node can come to lie below an overlay.
+    /// Whether a node can be put below an overlay.
     fn check_base(&mut self, base: &Arc<Node>) -> Result<(), Error> {
         let name = base.name();
         if !base.is_active() {

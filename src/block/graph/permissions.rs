@@ -124,8 +124,8 @@ impl<'a> Plan<'a> {
         self.make(None)
     }
 
-    /// Makes the change, or changes nothing. What it gives up stays locked until [`release_locks`] for the
-    /// claim: requests may still be on their way there.
+    /// Makes the change, or changes nothing. What it gives up stays locked until [`release_locks`] for the claim:
+    /// requests may still be in flight to it.
     pub(super) fn apply_keeping_locks(self, claim: u64) -> Result<(), Error> {
         self.make(Some(claim))
     }
@@ -142,8 +142,8 @@ impl<'a> Plan<'a> {
             let locks = self.locks(node, perms, keep_for);
             wanted.push(Wanted { node, perms, locks });
         }
-        // Locks talk to the file system with the list of nodes locked. They are few, local and
-        // quick, and whoever waits is a control thread.
+        // Locks talk to the file system with the list of nodes locked. They are few, local and quick, and only a
+        // control thread waits.
         for (at, one) in wanted.iter().enumerate() {
             if let Err(error) = prepare(self.state.entry(one.node), one.locks) {
                 for one in wanted[..at].iter().rev() {

@@ -2,13 +2,13 @@
 //!
 //! The rules held here:
 //!
-//! * A node itself never changes. A successor of its name is opened on the same storage, and then all who use the
+//! * A node itself never changes. A successor of its name is opened on the same storage, and then all users of the
 //!   node use the successor ([`super::succession`]). What users know of the node, such as what its requests should
 //!   look like, they ask the successor for as they are moved.
 //! * All nodes of one call are replaced, or none, and none is seen half done: their users are paused.
 //! * At any time one of the two writes at most. The node is flushed, and finished as if it was closed, before its
 //!   successor reads the image ([`Driver::freeze`](crate::block::Driver::freeze)); if the successor fails, the node
-//!   goes on ([`Driver::thaw`](crate::block::Driver::thaw)). So a node that has come to lie below an overlay can be
+//!   continues ([`Driver::thaw`](crate::block::Driver::thaw)). So a node that is now below an overlay can be
 //!   written to again: its successor knows nothing of the image but what it reads.
 //! * A child that is defined within the options of its parent is opened again with it. A child that is named stays
 //!   as it is, or is replaced by another.
@@ -27,7 +27,7 @@ use crate::options::{Map, Value};
 use std::cell::Cell;
 use std::sync::Arc;
 
-/// The options of a node that is to be opened again, and where they lie in the user's.
+/// The options of a node that is to be opened again, and where they are in the user's.
 pub struct Reopening {
     pub path: String,
     pub options: Map,
@@ -62,8 +62,8 @@ impl Graph {
     /// defaults.
     ///
     /// # Errors
-    /// In QEMU's words: options that are wrong, that cannot be changed, or do not go with those who use the node;
-    /// all nodes are as before then.
+    /// In QEMU's words: options that are wrong, that cannot be changed, or do not suit the users of the node; all
+    /// nodes are as before then.
     pub async fn reopen(&self, wanted: &[Reopening]) -> Result<(), Error> {
         let mut task = self.0.state.lock().task(wanted)?;
         loop {
@@ -216,7 +216,7 @@ async fn finish(node: &Arc<Node>) -> Result<(), Error> {
     node.driver().freeze().await.map_err(failed)
 }
 
-/// A node and its successor, and those who use it.
+/// A node, its successor, and its users.
 struct Moved {
     old: Arc<Node>,
     new: Arc<Node>,
@@ -354,7 +354,7 @@ impl State {
 
     // ---- Taking over
 
-    /// Has the successors take over all who use the nodes that leave.
+    /// Has the successors take over all users of the nodes that leave.
     fn succeed(&mut self, claim: u64, task: &Task) -> Result<Vec<Moved>, Error> {
         let mut moved = Vec::new();
         for old in &task.leaving {
@@ -391,7 +391,7 @@ impl State {
         Ok(moved)
     }
 
-    /// Whether all who use a node can use its successor.
+    /// Whether all users of a node can use its successor.
     fn check_successor(&self, old: &Arc<Node>, new: &Arc<Node>) -> Result<Above, Error> {
         check_same_disk(old, new)?;
         let id = self.id(old)?;

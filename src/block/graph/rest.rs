@@ -2,12 +2,12 @@
 //!
 //! All users are asked to pause. The rules while they come to rest:
 //!
-//! * Users at rest do not wait long for slow ones. After a grace they go on, and they are asked again when the slow
-//!   ones are at rest. The grace doubles each time, so that it once suffices for all.
+//! * Users at rest do not wait long for slow ones. After a grace they continue, and they are asked again when the
+//!   slow ones are at rest. The grace doubles each time, so that it once suffices for all.
 //! * A user has [`DEADLINE`] to come to rest, or less if it says so ([`User::patience`]): an export declares
 //!   requests hung after its own time, and no guest should wait longer than it would for a disk that answers.
 //!   After that the drain fails, with one line that names the disk and what it has in flight.
-//! * All users that are paused when a drain ends, however it ends, go on.
+//! * All users that are paused when a drain ends, however it ends, continue.
 
 use super::drain::User;
 use super::{Graph, State};
@@ -44,7 +44,7 @@ impl Asked {
 
 /// How far a user is.
 enum Stage<'a> {
-    /// It goes on as if nothing was.
+    /// It continues as before.
     Running,
     /// It takes nothing more.
     Ending(LocalFuture<'a, ()>),
@@ -82,7 +82,7 @@ impl Graph {
         }
     }
 
-    /// Has users at rest go on, if there are others, which they would wait for.
+    /// Has users at rest continue, if there are others, which they would wait for.
     fn let_rested_go_on(&self, drain: u64, asked: &[Asked], stages: &mut [Stage<'_>]) {
         for (stage, Asked { user, .. }) in stages.iter_mut().zip(asked) {
             if matches!(stage, Stage::AtRest) {
@@ -95,7 +95,7 @@ impl Graph {
 }
 
 impl State {
-    /// A drain pauses a user, who goes on with its end.
+    /// A drain pauses a user until the drain ends.
     fn paused(&mut self, drain: u64, user: &Arc<dyn User>) {
         if let Some(drain) = self.drain(drain) {
             drain.users.push(user.clone());

@@ -4,11 +4,11 @@
 //!
 //! * A step has as long as requests have to come to rest ([`super::rest`]), or less if a user that is paused says
 //!   so ([`User::patience`](super::User::patience)).
-//! * If it has not ended by then it has failed, with one line that names the node and the step. The change is
-//!   taken back as after any other failure, and those who are paused go on.
-//! * The storage may still do what it was asked to. So the step goes on by itself, and the change says what is
-//!   done when it has ended. Until then others do no more than what does not meet it ([`Meanwhile`]).
-//! * Where no step can be taken back before it has ended, the whole rest of the change goes on by itself
+//! * If it has not ended by then it has failed, with one line that names the node and the step. The change is taken
+//!   back as after any other failure, and paused users continue.
+//! * The storage may still do what it was asked to. So the step continues by itself, and the change says what is done
+//!   when it has ended. Until then others do no more than what does not meet it ([`Meanwhile`]).
+//! * Where no step can be taken back before it has ended, the whole rest of the change continues by itself
 //!   ([`Drained::in_time`]). Its users stay paused until it has taken everything back.
 
 use super::claims::{Claim, Part};
@@ -24,12 +24,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What others may do with a node while a step on it goes on that has not ended in time.
+/// What others may do with a node while an overdue step on it continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meanwhile {
-    /// Everything but to change it: its users go on, and others may stand on it.
+    /// Everything but to change it: its users continue, and others may stand on it.
     Use,
-    /// Its users go on.
+    /// Its users continue.
     Requests,
     /// Its users stay paused.
     Nothing,
@@ -43,7 +43,7 @@ pub struct Step<'a> {
     pub meanwhile: Meanwhile,
 }
 
-/// What a step that has not ended in time keeps until it has: first the users go on, then others may change the
+/// What a step that has not ended in time keeps until it has: first the users continue, then others may change the
 /// node.
 struct Held {
     _pause: Option<Pause>,
@@ -110,7 +110,7 @@ impl Drained {
         let task = apart(async move {
             let result = work(&self, &clone.0).await;
             let is_whole = result.is_ok();
-            // What the caller is told no longer depends on how long closing takes.
+            // The result for the caller no longer depends on how long closing takes.
             *clone.1.borrow_mut() = Some(result);
             if is_whole {
                 self.graph().end_changed_in_time(&self).await;
@@ -184,7 +184,7 @@ impl Drained {
 }
 
 impl Graph {
-    /// Waits for a claim, but not for ever: others keep what they change for as long as their storage takes.
+    /// Waits for a claim, but not forever: others keep what they change as long as their storage takes.
     ///
     /// # Errors
     /// It is not served in time.

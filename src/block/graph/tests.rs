@@ -368,7 +368,7 @@ impl Bench {
     }
 }
 
-/// A user that notes what it is told.
+/// A user that records its calls.
 #[derive(Default)]
 struct Export {
     paused: AtomicUsize,

@@ -20,7 +20,7 @@ pub struct RecordedBacking<'a> {
     pub format: Option<&'a str>,
 }
 
-/// An error in a chain says of so many images that their backing file could not be opened.
+/// The number of images in an error about a chain whose backing files could not be opened.
 const MOST_REPORTED: usize = 8;
 
 /// The files of the images that are being opened, from this one up to the top of its chain.

@@ -10,7 +10,7 @@ use crate::tools::chain::{self, Layers};
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
-/// Pieces on their way at the same time.
+/// Pieces in flight at the same time.
 const PARALLEL: usize = 8;
 
 pub static TOOL: Tool = Tool {
@@ -47,7 +47,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     let image = images.open(&wanted).await?;
     let progress = Arc::new(context.progress(&line));
     progress.set(0.0);
-    // What is between the image and a base that was named goes on to stand where it stood.
+    // What is between the image and a base that was named continues to stand where it stood.
     let keeps_top = line.has("d") || line.has("b");
     let ended = commit(&images, image, &wanted, line.get("b"), (rate, keeps_top, &progress)).await;
     if let Err(failed) = &ended {

@@ -57,7 +57,7 @@ pub static TOOL: Tool = Tool {
     run: |context, line| Box::pin(run(context, line)),
 };
 
-/// Most images on their way at the same time.
+/// Most images in flight at the same time.
 const MOST_PARALLEL: u64 = 16;
 /// Longest run that `-S` may ask for, in bytes.
 const MOST_SPARSE: u64 = 16 << 20;

@@ -27,7 +27,7 @@ pub static TOOL: Tool = Tool {
     run: |context, line| Box::pin(run(context, line)),
 };
 
-/// Pieces on their way at the same time.
+/// Pieces in flight at the same time.
 const PARALLEL: usize = 8;
 
 /// What the operands say.

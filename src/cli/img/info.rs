@@ -73,7 +73,7 @@ struct About {
     actual_size: Option<u64>,
     /// Where the backing file is, seen from here.
     full_backing: Option<String>,
-    /// The driver tells of itself at all.
+    /// Whether the driver describes itself at all.
     known: bool,
     info: ImageInfo,
     limits: Option<Map>,

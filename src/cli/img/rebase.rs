@@ -13,7 +13,7 @@ use crate::options::filename;
 use crate::tools::{Cache, Images, Opened, Progress, Wanted};
 use std::sync::Arc;
 
-/// Pieces on their way at the same time.
+/// Pieces in flight at the same time.
 const PARALLEL: usize = 4;
 
 pub static TOOL: Tool = Tool {

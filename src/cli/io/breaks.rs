@@ -80,7 +80,7 @@ impl Session {
         Ok(())
     }
 
-    /// Lets all requests go on that have stopped, or would: nobody is left to tell them to.
+    /// Resumes all stopped requests, and those that would stop: no command is left to do it.
     pub(super) fn forget_breaks(&mut self) {
         let tags = std::mem::take(&mut self.tags);
         let Ok(node) = self.debugged() else { return };

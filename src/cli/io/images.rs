@@ -69,7 +69,7 @@ pub fn check_aio(text: &str) -> Result<(), String> {
 }
 
 impl Session {
-    /// Opens an image. What goes wrong is told on standard error.
+    /// Opens an image. Errors are printed on standard error.
     pub(super) async fn open(&mut self, wanted: ToOpen) -> Said {
         if self.image.is_some() {
             self.context.error("file open already, try 'help close'");

@@ -1,7 +1,7 @@
 //! `vublk io`: qemu-io's commands, which read and write images for tests and repairs.
 //!
-//! The rule held here: a command that fails is told of and the next one runs; the program's exit
-//! code says whether any failed.
+//! The rule held here: a command that fails is reported and the next one runs; the program's exit code says whether
+//! any failed.
 
 mod breaks;
 mod commands;

@@ -140,7 +140,7 @@ fn to_open(line: &Line) -> Result<Option<ToOpen>, String> {
     Ok(Some(wanted))
 }
 
-/// What getopt itself says of a wrong command line.
+/// getopt's own messages about a wrong command line.
 fn words(wrong: &Wrong, arguments: &[String]) -> String {
     let letter = |text: &str, known: bool| {
         let is_known = |c: &char| OPTIONS.iter().any(|option| option.short.starts_with(*c));

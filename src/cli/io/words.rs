@@ -15,8 +15,8 @@ pub struct Words<'a> {
     pub operands: Vec<&'a str>,
 }
 
-/// What getopt does with a command's words, in its words: `known` lists the letters, those with a
-/// value followed by a colon. Errors are told on standard error.
+/// What getopt does with a command's words, in its words: `known` lists the letters, those with a value followed by a
+/// colon. Errors are printed on standard error.
 pub fn parse<'a>(name: &str, known: &str, words: &[&'a str]) -> Option<Words<'a>> {
     let mut parsed = Words { options: Vec::new(), operands: Vec::new() };
     let mut rest = words.iter();
@@ -62,7 +62,7 @@ impl<'a> Words<'a> {
     }
 }
 
-/// A number of bytes. What is none is told on standard output.
+/// A number of bytes. An error is printed on standard output.
 pub fn number(text: &str) -> Option<u64> {
     match size::parse(text) {
         Ok(bytes) if bytes <= i64::MAX as u64 => Some(bytes),

@@ -31,7 +31,7 @@ struct Export {
 struct Figures {
     requests: f64,
     bytes: f64,
-    /// Upper bounds in seconds, and how many requests lie below.
+    /// Upper bounds in seconds, and how many requests are below.
     buckets: Vec<(f64, f64)>,
 }
 
@@ -96,7 +96,7 @@ impl Report {
         }
     }
 
-    /// The table for a terminal of so many columns, or for one without an end.
+    /// The table for a terminal of this many columns, or for one without an end.
     pub fn table(&self, width: Option<usize>) -> String {
         let Report { version, cpu, resident, seconds, exports } = self;
         let mib = resident / f64::from(1 << 20);
@@ -173,7 +173,7 @@ struct Column {
     width: usize,
     /// Shown on terminals of 80 columns too.
     is_first: bool,
-    /// Its text for an export, in an interval of so many seconds.
+    /// Its text for an export, in an interval of this many seconds.
     cell: fn(&Export, f64) -> String,
 }
 
@@ -214,15 +214,15 @@ impl Figures {
         self.quantile(quantile).map_or("-".to_owned(), duration)
     }
 
-    /// The latency, in seconds, that so much of the requests stayed below: inside its bucket they are
-    /// taken to lie evenly. None without requests.
+    /// The latency, in seconds, that so much of the requests stayed below: inside its bucket they are taken to be
+    /// evenly. None without requests.
     fn quantile(&self, quantile: f64) -> Option<f64> {
         let (_, all) = *self.buckets.last().filter(|(_, all)| *all > 0.0)?;
         let (mut low, mut below) = (0.0, 0.0);
         for &(bound, up_to) in &self.buckets {
             if up_to >= all * quantile {
                 let part = (all * quantile - below) / (up_to - below);
-                // Of what lies above all bounds no more is known.
+                // Of what is above all bounds no more is known.
                 return Some(if bound.is_finite() { low + (bound - low) * part } else { low });
             }
             (low, below) = (bound, up_to);

@@ -48,7 +48,7 @@ impl Address {
                 let fd = str
                     .parse()
                     .map_err(|_| Error::new(format!("Unable to parse FD number {str}")))?;
-                // SAFETY: whoever started the program says that this descriptor is ours to take.
+                // SAFETY: the program's caller gives this descriptor to us.
                 Ok(Address::Listening(unsafe { listening_fd(fd) }?))
             }
             "inet" | "vsock" => {

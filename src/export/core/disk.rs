@@ -138,9 +138,8 @@ impl Disk {
         self.capacity.swap(sectors, Ordering::SeqCst) != sectors
     }
 
-    /// Checks a transfer's range and gives its offset in bytes. It begins at a block and is made of
-    /// whole sectors; its end may lie inside a block, as qemu-storage-daemon allows: the block size
-    /// is advice to the guest.
+    /// Checks a transfer's range and gives its offset in bytes. It begins at a block and is made of whole sectors;
+    /// its end may be inside a block, as qemu-storage-daemon allows: the block size is advice to the guest.
     pub fn transfer_range(&self, sector: u64, len: u64) -> Option<u64> {
         let mask = self.block_size as u64 - 1;
         let offset = sector.checked_mul(SECTOR)?;
@@ -180,7 +179,7 @@ impl Disk {
         }
     }
 
-    /// Decides what is done about a request that the storage has failed, and tells of it.
+    /// Decides what is done about a request that the storage has failed, and reports it.
     pub fn failed(&self, failure: Failure) -> Action {
         let mut action = self.options.failures.action(&failure);
         let durable = match failure.operation {

@@ -19,7 +19,7 @@ pub struct Parts {
     /// Queues are dealt to these in turn, beginning with number `first_worker`.
     pub workers: Vec<Arc<Worker>>,
     pub first_worker: usize,
-    /// What is counted for those who watch.
+    /// The counters.
     pub metrics: Option<Arc<ExportMetrics>>,
 }
 
@@ -52,11 +52,11 @@ pub trait Export: Send + Sync {
 
     fn disk(&self) -> &Arc<Disk>;
 
-    /// What the graph tells of changes below the disk.
+    /// The graph's notifications of changes below the disk.
     fn user(&self) -> Arc<dyn User>;
 
-    /// Serves front ends from now on. The caller holds the permissions on the node for as long as
-    /// the export lives. `ended` is called when no other front end can come.
+    /// Serves front ends from now on. The caller holds the permissions on the node while the export lives. `ended` is
+    /// called when no other front end can come.
     ///
     /// # Errors
     /// A thread cannot be started.
@@ -82,7 +82,7 @@ pub trait Export: Send + Sync {
         self.disk().hand_over.follow(activity);
     }
 
-    /// Requests that the storage fails are told there from now on.
+    /// Failed requests are reported there from now on.
     fn notify(&self, to: Arc<IoErrors>) {
         self.disk().failures.notify(self.name(), to);
     }

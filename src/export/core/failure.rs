@@ -46,7 +46,7 @@ pub enum ReadErrors {
 pub struct FailureOptions {
     pub werror: WriteErrors,
     pub rerror: ReadErrors,
-    /// How long a request may be in flight before its connection is closed; zero for ever.
+    /// How long a request may be in flight before its connection is closed; zero forever.
     pub io_timeout: Duration,
 }
 
@@ -128,7 +128,7 @@ impl FailureOptions {
     }
 }
 
-/// What an export can tell of its failures. Written only when a request fails or is tried again.
+/// The failures of an export. Written only when a request fails or is tried again.
 #[derive(Default)]
 pub struct Failures {
     /// Requests that are held, over all queues.
@@ -143,14 +143,14 @@ struct Teller {
 }
 
 impl Failures {
-    /// Failures are told there from now on, as those of this export.
+    /// Failures are reported there from now on, as those of this export.
     pub fn notify(&self, export: &str, to: std::sync::Arc<IoErrors>) {
         let teller = Teller { export: export.to_owned(), to };
         // Once, when the export is made.
         let _ = self.teller.set(teller);
     }
 
-    /// Keeps it as the last one, and tells of it, as one of a node.
+    /// Keeps it as the last one, and reports it as one of a node.
     pub fn note(&self, node: &str, failure: Failure, action: Action) {
         *self.last.lock() = Some(failure);
         let Some(teller) = self.teller.get() else { return };
@@ -179,7 +179,7 @@ impl Failures {
     }
 }
 
-/// What monitors are told: QEMU's event BLOCK_IO_ERROR.
+/// The event for monitors: QEMU's BLOCK_IO_ERROR.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IoError {
     pub export: String,
@@ -203,7 +203,7 @@ pub struct IoErrors {
 #[derive(Default)]
 struct Waiting {
     events: Vec<IoError>,
-    /// When which was told last; those that count.
+    /// The times and kinds of recent reports.
     reported: Vec<(Instant, String, &'static str, Action)>,
 }
 
@@ -217,7 +217,7 @@ impl IoErrors {
         std::mem::take(&mut self.state.lock().events)
     }
 
-    /// Not if one with the same export, operation and action was told less than a period ago.
+    /// Not if one with the same export, operation and action was reported less than a period ago.
     fn push(&self, error: IoError) {
         let now = Instant::now();
         let mut state = self.state.lock();

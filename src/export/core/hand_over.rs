@@ -3,19 +3,20 @@
 //! Two daemons have the image open: the one that the guest leaves, and the one that it comes to,
 //! whose image is opened inactive (`--incoming`, `active=off`). The rules, all of them:
 //!
-//! * **No request runs on an inactive disk.** Everything else goes on: the front end's messages, other disks,
-//!   the monitor.
-//! * **The disk is activated when the first request could come.** Its locks are tried again and again
-//!   for [`PATIENCE`], with a line in the log after [`REPORT_AFTER`]; then the connection ends, and the
-//!   next one may try again. Once the locks are held the image is read again (another daemon may
-//!   have resized it), the front end is told of a new size, and requests are served.
+//! * **No request runs on an inactive disk.** Everything else continues: the front end's messages, other disks, the
+//!   monitor.
+//! * **The disk is activated when the first request could come.** Its locks are tried again and again for
+//!   [`PATIENCE`], with a line in the log after [`REPORT_AFTER`]; then the connection ends, and the next one may try
+//!   again. Once the locks are held the image is read again (another daemon may have resized it), the front end is
+//!   notified of a new size, and requests are served.
 //! * **The disk is given up when the transport sees that the guest has gone.** Everything is flushed first; an
 //!   image that cannot be flushed is not given up. Exports beside this one that use the same image
 //!   keep it.
 //! * **A front end that starts again takes the disk back**, by the second rule: the migration
 //!   has failed, or the guest has come home.
-//! * **One at a time**: the disk is taken once it has been given up, and given up once it has been taken. The
-//!   thread of the connection ([`Transitions`]) is told when that is done, and hears its front end until then.
+//! * **One at a time**: the disk is taken once it has been given up, and given up once it has been taken. The thread
+//!   of the connection ([`Transitions`]) is notified when that is done, and handles its front end's messages until
+//!   then.
 
 use super::disk::Disk;
 use crate::block::{Activity, Error};
@@ -28,7 +29,7 @@ use std::time::{Duration, Instant};
 
 /// How long the locks of other processes are waited for.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// When the log tells of it.
+/// When the log reports it.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 /// From one attempt to the next.
 const RETRY: Duration = Duration::from_millis(10);
@@ -65,7 +66,7 @@ pub struct Transitions<'a> {
     worker: &'a Worker,
     wake: Arc<dyn Fn() + Send + Sync>,
     under_way: Option<(Transition, Receiver<Result<(), Error>>)>,
-    /// When the first of the attempts in vain to take the disk began.
+    /// When the first of the failed attempts to take the disk began.
     waits_since: Option<Instant>,
     /// The next attempt comes no earlier.
     next: Option<Instant>,
@@ -189,7 +190,7 @@ impl<'a> Transitions<'a> {
         Ok(())
     }
 
-    /// An attempt to take the disk was in vain: whether there is another.
+    /// An attempt to take the disk failed: whether there is another.
     fn wait_on(&mut self, error: Error) -> Result<(), Error> {
         let now = Instant::now();
         let waited = now - *self.waits_since.get_or_insert(now);

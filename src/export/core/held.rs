@@ -2,10 +2,9 @@
 //!
 //! They are retried until they succeed or an operator decides otherwise.
 //!
-//! Of a held request only its number in its queue is kept: a guest cannot make it cost more, nor hold
-//! more requests than its queue is long. When it is tried again, its transport reads and checks it as if it
-//! had just come: by then the guest's memory may lie elsewhere, and a hostile guest may have changed the
-//! request.
+//! Of a held request only its number in its queue is kept: a guest cannot make it cost more, nor hold more requests
+//! than its queue is long. When it is tried again, its transport reads and checks it as if it had just come: by then
+//! the guest's memory may be elsewhere, and a hostile guest may have changed the request.
 //!
 //! A held request is not in flight: nothing of it is with the kernel, and a drain does not wait for
 //! it. In the memory that tracks requests in flight it stays marked.

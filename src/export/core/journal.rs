@@ -98,7 +98,7 @@ impl Journal {
         state.memory.is_none()
     }
 
-    /// Has all of it handed over, and lets go of the memory. If that fails the next flush fails.
+    /// Has all of it handed over, and releases the memory. If that fails the next flush fails.
     pub async fn detach(&self, name: &str) {
         let State { memory: Some(memory), image: Some(image) } =
             std::mem::take(&mut *self.0.lock())

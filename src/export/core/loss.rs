@@ -3,11 +3,12 @@
 //! After a failed fsync the kernel forgets the data that did not reach the disk, and the next fsync succeeds.
 //! A daemon that starts again would therefore report durable what is lost. The rule, in one place:
 //!
-//! * **Noted**: when storage reports a failed fsync, the failure is noted in this process, in the memory that
-//!   the front end keeps ([`Kept::set_loss`]), and beside each image file that failed ([`flush_record`]), before the
-//!   guest hears of it. An image that is put over such a one gets a record, too: it is what the next daemon writes to.
+//! * **Noted**: when storage reports a failed fsync, the failure is noted in this process, in the memory that the
+//!   front end keeps ([`Kept::set_loss`]), and beside each image file that failed ([`flush_record`]), before the
+//!   guest is notified of it. An overlay of this image gets a record, too, because the next daemon writes to it.
 //! * **Taken up**: an export that finds a record fails the guest's flushes, as the process did that made it. Reads
-//!   and writes go on. A clean end, a kill and a reboot of the host make no difference: the lost data does not come back.
+//!   and writes continue. A clean end, a kill and a reboot of the host make no difference: the lost data does not
+//!   come back.
 //! * **Accepted**: an operator says that the loss is known (`x-block-export-accept-loss`, or `accept-loss` at a
 //!   start). Then all records are removed and flushes reach the storage again.
 //!
@@ -33,7 +34,7 @@ pub const GIVE_UP: &str = "to give it up and go on, accept the loss (x-block-exp
 /// Whether a disk has lost data that its guest may believe to be durable.
 #[derive(Default)]
 pub struct Losses {
-    /// Those who watch the export see it, too.
+    /// Observers of the export see it, too.
     is_lost: Arc<AtomicBool>,
     state: Mutex<State>,
 }
@@ -139,7 +140,7 @@ impl Losses {
     /// An operator accepts the loss: removes all records, and lets flushes reach the storage again. Blocks.
     ///
     /// # Errors
-    /// A record cannot be removed. Flushes go on failing.
+    /// A record cannot be removed. Flushes still fail.
     pub fn accept(&self, export: &str, node: &Arc<Node>) -> Result<(), Error> {
         let mut removed = false;
         for record in flush_record::find(&written(node)) {

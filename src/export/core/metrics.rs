@@ -1,8 +1,7 @@
 //! The counters of an export: requests, bytes, errors and latencies, by queue and operation.
 //!
-//! The rule held here: no write is shared. A queue's counters are written by the worker that runs it,
-//! with plain loads and stores, and lie on cache lines of their own; whoever reads them may see one
-//! counter newer than another.
+//! The rule held here: no write is shared. A queue's counters are written by the worker that runs it, with plain
+//! loads and stores, and are on cache lines of their own; a reader may see one counter newer than another.
 //!
 //! A latency runs from when the worker finds a request to when it is about to show the guest its end.
 //! Where nobody watches latencies the clock is not read at all, and they are 0 ([`ExportMetrics::new`]).
@@ -17,7 +16,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// The operations that are told apart, by their place in [`QueueMetrics::operations`].
+/// The distinguished operations, by their place in [`QueueMetrics::operations`].
 pub const OPERATIONS: [&str; 6] = ["read", "write", "flush", "discard", "write_zeroes", "other"];
 
 /// Upper bounds of the latency buckets: 2^10 ns (about a microsecond), 2^11 ns and so on up to 2^34 ns

@@ -1,6 +1,6 @@
 //! The base of every export, independent of any transport.
 //!
-//! * [`export`]: an export to those who make, list and end it.
+//! * [`export`]: the interface for creating, listing and ending an export.
 //! * [`disk`]: what its requests rely on, and their slow path.
 //! * [`failure`]: what becomes of a request that the storage fails. [`held`]: requests that are held.
 //! * [`watch`]: requests that the kernel does not finish. [`cut_off`]: the end of a front end's connection.
@@ -9,7 +9,7 @@
 //! * [`hand_over`]: which daemon has the disk while a guest moves.
 //! * [`kept`]: memory that outlives the process. [`journal`]: what the image keeps there.
 //! * [`address`], [`listener`]: where front ends come from; [`socket`]: the files of sockets.
-//! * [`server_events`]: what front ends are told unasked. [`metrics`]: what is counted for those who watch.
+//! * [`server_events`]: events for the thread that serves front ends. [`metrics`]: the counters.
 
 pub mod address;
 pub mod cut_off;

@@ -4,8 +4,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What front ends are still to be told. Outlives connections: the next one is told what the one before it was
-/// not.
+/// A pending resize event and a wake-up. It outlives connections: an event that one front end missed reaches the
+/// next.
 pub struct ServerEvents {
     resized: AtomicBool,
     wake: EventFd,
@@ -27,27 +27,27 @@ impl ServerEvents {
         self.wake();
     }
 
-    /// There is something new to look at. Never waits.
+    /// Wakes the thread. Never waits.
     pub fn wake(&self) {
         let _ = self.wake.write(1);
     }
 
-    /// Whether a front end is to be told of the size.
+    /// Whether the front end must be notified of a resize.
     pub fn is_due(&self) -> bool {
         self.resized.load(Ordering::SeqCst)
     }
 
-    /// The front end is told now.
+    /// Clears the resize: the front end is notified now.
     pub fn take(&self) {
         self.resized.store(false, Ordering::SeqCst);
     }
 
-    /// Readable once there is something new.
+    /// Readable after a wake-up.
     pub fn descriptor(&self) -> RawFd {
         self.wake.as_raw_fd()
     }
 
-    /// What has made the descriptor readable is seen.
+    /// Clears the wake-up.
     pub fn seen(&self) {
         let _ = self.wake.read();
     }

@@ -2,7 +2,7 @@
 //!
 //! The rules held here:
 //!
-//! * **No call waits for a listener.** One whose backlog is full would not let go of the caller.
+//! * **No call waits for a listener.** One whose backlog is full would not release the caller.
 //! * **Of all programs that start on one path at a time, one gets it.** Between the look at a socket that
 //!   nobody listens on and its replacement another could put a fresh one there, and between bind(2) and
 //!   listen(2) a fresh socket looks like one that nobody listens on. Both happen under a lock on the
@@ -73,8 +73,7 @@ pub fn check_path(path: &Path) -> Result<(), Error> {
     Err(error.with_hint(format!("Path must be less than {MAX_PATH} bytes")))
 }
 
-/// Connects, or fails at once: with `WouldBlock` if somebody listens who takes no more connections now. The
-/// stream does not block.
+/// Connects, or fails at once: with `WouldBlock` if the listener's backlog is full. The stream does not block.
 pub fn try_connect(path: &Path) -> std::io::Result<UnixStream> {
     let socket = new_socket()?;
     // SAFETY: the address is a local of the length given.
@@ -95,7 +94,7 @@ pub fn is_listened_on(path: &Path) -> std::io::Result<bool> {
     }
 }
 
-/// Makes a listening socket at `path`, in the place of one that nobody listens on any more.
+/// Makes a listening socket at `path`, instead of one that nobody listens on any more.
 pub fn listen(
     path: &Path,
     mode: Option<u32>,

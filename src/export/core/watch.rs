@@ -1,9 +1,9 @@
 //! Requests that the kernel does not finish: their deadline, and the reaction to it.
 //!
-//! After the deadline one line tells what hangs, and the connection is closed. The queue stays on its
-//! worker, and the memory mapped, until the I/O has ended: then only do the rings of the front end that
-//! came back begin, for nothing may be done again while the first time may still land. Other disks go
-//! on meanwhile, those of the same worker too.
+//! After the deadline one line tells what hangs, and the connection is closed. The queue stays on its worker, and the
+//! memory mapped, until the I/O has ended: then only do the rings of the front end that came back begin, for nothing
+//! may be done again while the first time may still land. Other disks continue meanwhile, those of the same worker
+//! too.
 //!
 //! It costs the warm path nothing: a slot's age, set to zero when a request is taken, is counted up a
 //! few times per deadline while anything is in flight.

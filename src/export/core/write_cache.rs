@@ -6,11 +6,11 @@
 use super::kept::Kept;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The write cache of a disk, whoever connects for it. Changed on control threads alone.
+/// The write cache of a disk, across connections. Changed on control threads alone.
 #[derive(Debug)]
 pub struct WriteCache {
     on: AtomicBool,
-    /// This process has heard it, so that it knows better than any memory that comes later.
+    /// It was set in this process, which overrules any memory that comes later.
     is_set: AtomicBool,
 }
 

@@ -22,7 +22,7 @@ pub const SEG_MAX: u32 = 126;
 /// Sectors of 512 bytes that one discard or write-zeroes request may name.
 pub const MAX_DISCARD_SECTORS: u32 = 32768;
 
-/// Where the write-cache byte lies in the configuration space.
+/// Where the write-cache byte is in the configuration space.
 pub const WCE_OFFSET: usize = 32;
 
 /// The configuration space as far as it is defined; longer reads find zeroes.

@@ -12,8 +12,8 @@
 //!   each of its stores, and in whole when its logging begins.
 //! * A read that has failed may have landed in part, and is marked like one that has not.
 //! * Requests that are in flight when logging begins are marked when they end.
-//! * Switching is acknowledged once every queue has passed it, and the end of a queue is told after
-//!   its last mark.
+//! * Switching is acknowledged once every queue has passed it, and the end of a queue is reported after its last
+//!   mark.
 //!
 //! Nothing outside the bitmap is ever written. Pages for which it has no bit cost one line of log.
 
@@ -103,7 +103,7 @@ impl DirtyLog {
 
     /// `index` is below the size.
     fn byte(&self, index: u64) -> &AtomicU8 {
-        // SAFETY: the byte lies in the mapping, which cannot lose pages and lives as long as self.
+        // SAFETY: the byte is in the mapping, which cannot lose pages and lives as long as self.
         unsafe { AtomicU8::from_ptr(self.mapping.as_ptr().add(index as usize)) }
     }
 

@@ -1,8 +1,8 @@
 //! The `vhost` crate's end of a connection, extended to answer every message that needs a reply.
 //!
-//! The crate acknowledges messages (REPLY_ACK) only after it has answered GET_FEATURES, which no front end
-//! has to send: one that knows the features from before would wait for ever. So the crate is asked once,
-//! over a connection that takes the place of the front end's until then.
+//! The crate acknowledges messages (REPLY_ACK) only after it has answered GET_FEATURES, which no front end has to
+//! send: one that knows the features from before would wait forever. So the crate is asked once, over a connection
+//! that takes the place of the front end's until then.
 
 use super::session::Session;
 use crate::io::Errno;
@@ -27,7 +27,7 @@ pub fn new(stream: UnixStream, session: Arc<Mutex<Session>>) -> io::Result<Handl
     let mut handler = BackendReqHandler::from_stream(stand_in, session);
     asking.write_all(&GET_FEATURES.map(u32::to_ne_bytes).concat())?;
     handler.handle_request().map_err(io::Error::other)?;
-    // SAFETY: names no memory. The handler owns the number, which goes on being open, and nobody else has it.
+    // SAFETY: names no memory. The handler owns the number, which stays open, and nobody else has it.
     if unsafe { libc::dup3(stream.as_raw_fd(), handler.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
         return Err(Errno::last().into());
     }

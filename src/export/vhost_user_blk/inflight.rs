@@ -15,9 +15,9 @@
 //! Stores are seen by the next daemon in the order of the program, as by a signal handler: the one
 //! thread that makes them is the one that dies. So only the compiler must be kept from moving them.
 //!
-//! Behind the queues lies a trailer of our own, which the specification leaves room for: the size of
-//! the memory is ours to say. Memory of another back end has none, and is taken as it is. Behind the trailer
-//! lies the journal of the disk's image ([`crate::block::Journaled`]).
+//! Behind the queues is a trailer of our own, which the specification leaves room for: the size of the memory is ours
+//! to say. Memory of another back end has none, and is taken as it is. Behind the trailer is the journal of the
+//! disk's image ([`crate::block::Journaled`]).
 //!
 //! Whatever is read from the memory may be anything: every index is checked where it is used.
 
@@ -82,7 +82,7 @@ struct Entry {
     counter: AtomicU64,
 }
 
-/// What lies behind the queues' parts.
+/// What is behind the queues' parts.
 #[repr(C)]
 struct Trailer {
     magic: AtomicU64,
@@ -117,8 +117,8 @@ pub struct Region {
 }
 
 impl Region {
-    /// New memory for so many queues of so many entries, and what the front end is told of it. Its
-    /// file can be neither shrunk nor grown.
+    /// New memory for queues of the given size, and its description for the front end. Its file can be neither shrunk
+    /// nor grown.
     pub fn new(
         num_queues: u16,
         queue_size: u16,
@@ -225,8 +225,8 @@ impl Region {
     }
 
     fn header(&self, queue: u16) -> &Header {
-        // SAFETY: the part lies in the mapping, which cannot lose pages, at a multiple of 64; all
-        // fields are atomic and have no invalid values.
+        // SAFETY: the part is in the mapping, which cannot lose pages, at a multiple of 64; all fields are atomic and
+        // have no invalid values.
         unsafe { &*self.part(queue).cast::<Header>() }
     }
 

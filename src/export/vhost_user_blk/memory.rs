@@ -1,8 +1,7 @@
 //! Guest memory: the regions that the front end shares, and the translation of its addresses.
 //!
-//! A region is mapped when it comes and unmapped when the last user of the table that holds it has
-//! gone, so a table must be kept as long as I/O into it is in flight. Devices that reach it themselves
-//! let go of it before that.
+//! A region is mapped when it comes and unmapped when the last user of the table that holds it has gone, so a table
+//! must be kept as long as I/O into it is in flight. Devices that reach it themselves release it before that.
 
 use crate::block::{Admission, GuestRegion, Node};
 use crate::io::SharedMapping;
@@ -22,7 +21,7 @@ pub struct Region {
     user: u64,
     /// Bytes.
     len: u64,
-    /// What devices were told of it. They let go of it before it is unmapped.
+    /// Its mappings for devices, which are removed before it is unmapped.
     admissions: OnceLock<Vec<Admission>>,
     mapping: SharedMapping,
 }
@@ -61,7 +60,7 @@ impl Region {
         })
     }
 
-    /// Lets the devices below a disk reach the memory, for as long as it is mapped. Once.
+    /// Lets the devices below a disk reach the memory, while it is mapped. Once.
     pub fn admit(&self, node: &Node) {
         self.admissions.get_or_init(|| {
             // SAFETY: mapped until `self` is dropped, and the admissions are dropped first.
@@ -130,7 +129,7 @@ impl Memory {
         self.regions.iter().any(|region| region.mapping.is_lost())
     }
 
-    /// Where `len` bytes at a guest address are mapped, if they lie in one region.
+    /// Where `len` bytes at a guest address are mapped, if they are in one region.
     pub fn host(&self, guest: u64, len: u64) -> Option<*mut u8> {
         let span = self.span(guest)?;
         let inside = guest - span.guest;
@@ -147,15 +146,15 @@ impl Memory {
         (inside < span.end - span.guest).then(|| span.guest + inside)
     }
 
-    /// Where `len` bytes at an address of the front end's are mapped, if they lie in one region.
+    /// Where `len` bytes at an address of the front end's are mapped, if they are in one region.
     pub fn host_of_user(&self, user: u64, len: u64) -> Option<*mut u8> {
         let region = self.regions.iter().find(|r| user >= r.user && user - r.user < r.len)?;
         let inside = user - region.user;
         (len <= region.len - inside).then(|| region.mapping.as_ptr().wrapping_add(inside as usize))
     }
 
-    /// Appends the segments that `len` bytes at a guest address are mapped at: one, or several
-    /// where the bytes go on from one region to the next. None of it if any byte is not mapped.
+    /// Appends the segments that `len` bytes at a guest address are mapped at: one, or several where the bytes
+    /// continue from one region to the next. None of it if any byte is not mapped.
     pub fn append(&self, mut guest: u64, len: u32, list: &mut Vec<libc::iovec>) -> Option<()> {
         let mut left = len as u64;
         let before = list.len();

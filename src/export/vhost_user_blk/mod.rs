@@ -6,10 +6,10 @@
 //! * [`inflight`]: what is in flight, for the daemon after a killed one.
 //! * [`dirty_log`]: which of the guest's pages were written, for live migration.
 //! * [`queue`]: the hot loop of one virtqueue. [`request`]: block requests and their slow path.
-//! * [`calls`]: when the guest is told in the middle of a turn.
+//! * [`calls`]: when the guest is notified in the middle of a turn.
 //! * `options`: how an export is configured. [`device`]: the disk as its guests see it.
-//! * [`config`]: what the guest is told of the disk. [`channel`]: that this has changed.
-//! * `peek`, `handler`: what the `vhost` crate does not tell of messages, and does not do by itself.
+//! * [`config`]: features and configuration space. [`channel`]: notifications of their changes.
+//! * `peek`, `handler`: what the `vhost` crate does not report of messages, and does not do by itself.
 
 pub mod calls;
 pub mod channel;

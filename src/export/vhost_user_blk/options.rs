@@ -72,7 +72,7 @@ impl Transport for Options {
     }
 }
 
-/// A block size as the guest can be told: a power of two from 512 bytes to 2 MiB.
+/// A block size that the guest can use: a power of two from 512 bytes to 2 MiB.
 pub fn check_block_size(id: &str, size: u64) -> Result<u32, Error> {
     let property = format!("Property {id}.logical-block-size doesn't take value");
     if !(512..=2 << 20).contains(&size) {

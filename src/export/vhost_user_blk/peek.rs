@@ -1,7 +1,7 @@
 //! Peeking at the next message before the `vhost` crate reads it.
 //!
-//! The crate does not tell of two things: it keeps the socket for notices to itself, and where the process has
-//! no room for a descriptor it finds the message invalid.
+//! The crate does not report two things: it keeps the socket for notices to itself, and where the process has no room
+//! for a descriptor it finds the message invalid.
 
 use crate::io::descriptors;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -111,7 +111,7 @@ fn copies(stream: RawFd) -> (Vec<OwnedFd>, bool) {
     if first.is_null() {
         return (Vec::new(), is_cut);
     }
-    // SAFETY: not null, so it lies in `control`, and the kernel has written as much as its length says.
+    // SAFETY: not null, so it is in `control`, and the kernel has written as much as its length says.
     unsafe {
         if (*first).cmsg_level != libc::SOL_SOCKET || (*first).cmsg_type != libc::SCM_RIGHTS {
             return (Vec::new(), is_cut);

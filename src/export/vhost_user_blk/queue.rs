@@ -197,12 +197,12 @@ impl<R: Ring> Queue<R> {
         Arc::ptr_eq(&self.disk, disk)
     }
 
-    /// Who is told when the front end takes its memory away.
+    /// The receiver of the front end's withdrawal of memory.
     pub fn watch_loss(&mut self, loss: LossWatch) {
         self.loss = loss;
     }
 
-    /// Who is told when a request does not end.
+    /// The receiver of reports about requests that do not end.
     pub fn watch_hangs(&mut self, watch: Watch) {
         self.watch = watch;
     }
@@ -322,8 +322,8 @@ impl<R: Ring> Source for Queue<R> {
             let held = self.held.take_all();
             self.disk.failures.let_go(held.len());
             if let Some((stopped, _)) = &self.stop {
-                // Whoever asked may have given up waiting. The sender stays: its end tells that the
-                // queue has let go of the memory.
+                // Whoever asked may have given up waiting. The sender stays: its end tells that the queue has
+                // released the memory.
                 let _ = stopped.send(Stopped { base: self.ring.next_available(), held });
             }
             return Polled::Ended;
@@ -372,7 +372,7 @@ impl<R: Ring> Source for Queue<R> {
     }
 
     fn arm(&mut self) -> bool {
-        // A queue that takes nothing wants no kicks either; whoever wakes it up polls it.
+        // A queue that takes nothing wants no kicks either; a wake-up polls it.
         self.to_replay() == 0 && (!self.may_take() || self.ring.want_kick())
     }
 

@@ -1,8 +1,8 @@
 //! The queues of a disk on their workers, and broadcasts to all of them, such as a pause.
 //!
-//! A queue belongs to them from its start until nothing of it is in flight, also while it stops and when nobody
-//! waits for its end any more. So the pause of a disk covers all that the disk has in flight, whatever its front
-//! ends do meanwhile. Nobody waits under the lock in here: queues tell of their rest by dropping a [`Busy`].
+//! A queue belongs to them from its start until nothing of it is in flight, also while it stops and when nobody waits
+//! for its end any more. So the pause of a disk covers all that the disk has in flight, whatever its front ends do
+//! meanwhile. Nobody waits under the lock in here: queues report that they rest by dropping a [`Busy`].
 //!
 //! I/O of an export that is no queue's (a session that starts its rings, a flush of the write cache) has a [`Busy`]
 //! too, which is given only while the disk is not paused. So nothing of an export begins in a drained graph, and
@@ -83,7 +83,7 @@ impl InFlight {
 }
 
 impl Device {
-    /// A queue has come, which takes nothing until it is told to go on: at once, unless the disk is paused.
+    /// Adds a queue, which takes nothing until it is resumed: at once, unless the disk is paused.
     pub fn add_queue(self: &Arc<Device>, workers: &[Arc<Worker>], queue: Place) {
         let mut state = self.queues.state.lock();
         state.all.push(queue);
@@ -211,8 +211,8 @@ impl Device {
         all.into_iter().fold(InFlight::default(), InFlight::and)
     }
 
-    /// Has the kernel keep the locks of the node's image, and no others, for as long as it works for queues
-    /// whose requests are tracked.
+    /// Has the kernel keep the locks of the node's image, and no others, while it works for queues whose requests are
+    /// tracked.
     ///
     /// # Errors
     /// The kernel does not keep them.
@@ -229,7 +229,7 @@ impl Device {
         self.ask(workers, keep).await.into_iter().collect()
     }
 
-    /// What there is to say of each queue, on its worker.
+    /// The state of each queue, from its worker.
     async fn ask<T: Send + 'static>(
         self: &Arc<Device>,
         workers: &[Arc<Worker>],
@@ -249,7 +249,7 @@ impl Device {
     }
 }
 
-/// What queues answer that were all asked the same: so far, how many have not answered, who waits.
+/// The answers of queues to one question: those so far, the number outstanding, and the waiting task.
 struct Answers<T>(Mutex<(Vec<T>, usize, Waiters)>);
 
 /// The answer that one queue owes, until it is dropped.

@@ -219,7 +219,7 @@ fn range(
 /// The part of a list of segments from byte `from` on, `len` bytes long, without allocation where
 /// the cut falls between segments or inside the first and last: the list is changed in place.
 ///
-/// Returns the range of segments that remain. `from + len` must lie inside the list.
+/// Returns the range of segments that remain. `from + len` must be inside the list.
 pub fn trim(list: &mut [libc::iovec], from: usize, len: usize) -> std::ops::Range<usize> {
     let mut start = 0;
     let mut skip = from;

@@ -42,7 +42,7 @@ pub struct Session {
     inflight: Option<Arc<inflight::Region>>,
     /// The front end's dirty log; in use while [`F_LOG_ALL`] is acknowledged.
     log: Option<Arc<DirtyLog>>,
-    /// The front end has acknowledged that it may be told things unasked.
+    /// The front end has acknowledged the back-end channel.
     has_channel: bool,
     /// How its queues end the connection.
     cut_off: Option<Arc<CutOff>>,
@@ -122,10 +122,10 @@ impl Session {
         self.features.is_some_and(|features| features & 1 << bit != 0)
     }
 
-    /// Whether writes must be durable before they complete: because the export says so, because the
-    /// guest cannot flush, or because it has switched the write cache off. That choice outlives the
-    /// connection: front ends do not repeat it when a stopped machine goes on or when they
-    /// reconnect, and a guest that relies on it sends no flushes.
+    /// Whether writes must be durable before they complete: because the export says so, because the guest cannot
+    /// flush, or because it has switched the write cache off. That choice outlives the connection: front ends do not
+    /// repeat it when a stopped machine continues or when they reconnect, and a guest that relies on it sends no
+    /// flushes.
     fn apply_write_cache(&self) {
         let flushes = self.features.is_none() || self.has(VIRTIO_BLK_F_FLUSH);
         let off = !self.disk.write_cache.is_on();
@@ -143,7 +143,7 @@ impl Session {
     /// one connection if they have one chardev, and says everything about the new device afterwards: so
     /// what was said of the one before it, whose rings have stopped, ends here.
     ///
-    /// Cloud Hypervisor plays a recorded session again while rings run. Those go on.
+    /// Cloud Hypervisor plays a recorded session again while rings run. Those continue.
     fn begin(&mut self) {
         if self.rings.iter().any(|ring| !matches!(ring.kick, Kick::Unset)) {
             return;
@@ -181,7 +181,7 @@ impl Session {
         }
     }
 
-    /// Whether the front end may be told things unasked.
+    /// Whether the front end has a back-end channel.
     pub fn has_channel(&self) -> bool {
         self.has_channel
     }

@@ -92,7 +92,7 @@ fn backing_of(node: &Node) -> Option<Arc<Node>> {
 impl CopyOnRead {
     /// Copies what there is to copy of the clusters that a range touches.
     async fn copy(&self, node: &Node, at: u64, len: u64) -> IoResult {
-        // Those who hold nothing on this node (a format that is being opened) only read.
+        // Users without permissions on this node (a format that is being opened) only read.
         if !node.held().intersects(Perm::WRITE | Perm::WRITE_UNCHANGED) {
             return Ok(());
         }

@@ -2,8 +2,8 @@
 //!
 //! File systems that allocate slowly are called less often, and the file fragments less.
 //!
-//! The node's length is where the data ends, as if there were no filter; the file goes on behind it
-//! with zeroes that are allocated already. Three rules:
+//! The node's length is where the data ends, as if there were no filter; the file continues behind it with zeroes
+//! that are allocated already. Three rules:
 //!
 //! * Bytes of the file behind the data's end read as zeroes. So the end moves with every write,
 //!   a failed one too, and zeroing there is done when the end has moved.
@@ -69,9 +69,9 @@ struct Preallocate {
     size: u64,
     /// In bytes. Behind it the file has zeroes, if anything.
     data_end: AtomicU64,
-    /// Writes past the data's end are inside; whoever cuts off the rest of the file is alone.
+    /// Writes past the data's end are inside; cutting off the rest of the file needs the gate alone.
     writers: Gate,
-    /// Up to there the file is known to go, in bytes; what lies behind the data's end there is zeroed.
+    /// Up to there the file is known to go, in bytes; what is behind the data's end there is zeroed.
     reserved: AtomicU64,
     /// Who zeroes ahead is alone; writes that make the file longer by themselves are inside.
     growing: Gate,
@@ -143,7 +143,7 @@ impl Preallocate {
         let unit = node.traits().zero_align as u64;
         let goal = end.saturating_add(self.size).min(i64::MAX as u64 - self.align - unit);
         let goal = goal.next_multiple_of(self.align).next_multiple_of(unit);
-        // What lies before the first whole unit is past the end of the file too.
+        // What is before the first whole unit is past the end of the file too.
         let start = node.driver().len().next_multiple_of(unit);
         if start >= goal {
             return;
@@ -313,8 +313,8 @@ impl Preallocate {
         }
     }
 
-    /// Books a write of a user who may not make the disk longer: only the last sector, where the file
-    /// ends in the middle of it, lies partly behind the data.
+    /// Books a write of a user that may not lengthen the disk: only the last sector, where the file ends in the
+    /// middle of it, is partly behind the data.
     fn fill_sector(&self, end: u64) {
         let data_end = self.data_end();
         if end > data_end {

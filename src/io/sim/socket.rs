@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// What a connection is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
-    /// Bytes that are on their way in one direction at most.
+    /// Bytes that are in flight in one direction at most.
     pub capacity: usize,
     /// How often a send or receive finds that the connection has been reset, from 0 to 1.
     pub reset: f64,
@@ -153,7 +153,7 @@ pub(super) fn execute(
                 return Some(Err(Errno(libc::EPIPE)));
             }
             let room = connection.room(side);
-            // SAFETY: whoever pushed the operation keeps list and memory in place until its completion.
+            // SAFETY: the code that pushed the operation keeps list and memory in place until its completion.
             let from = unsafe { IoVec::from_raw(segments.as_slice()) };
             let count = part(from.len().min(room as u64), short, rng)?;
             let mut bytes = vec![0; count as usize];

@@ -286,7 +286,7 @@ fn simulated_resets_come_as_the_seed_says() {
     assert!((2..10).any(|seed| until_reset(seed).0 != until_reset(1).0));
 }
 
-/// What a leaf does: starts operations with tokens, and hears of their ends.
+/// What a leaf does: starts operations with tokens, and is notified of their ends.
 struct Started {
     a: Socket,
     b: Socket,

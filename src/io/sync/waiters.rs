@@ -5,8 +5,8 @@ use std::future::poll_fn;
 use std::task::{Context, Poll, Waker};
 
 impl<T> Mutex<T> {
-    /// Waits until `look` gives a result. Until then `look` names the list in which to wait for the next change;
-    /// the task that makes the change takes that list, and wakes it after it has let go of the lock.
+    /// Waits until `look` gives a result. Until then `look` names the list in which to wait for the next change; the
+    /// task that makes the change takes that list, and wakes it after it has released the lock.
     pub async fn wait_for<R>(&self, mut look: impl FnMut(&mut T) -> Result<R, &mut Waiters>) -> R {
         poll_fn(|cx| match look(&mut self.lock()) {
             Ok(result) => Poll::Ready(result),
@@ -19,8 +19,8 @@ impl<T> Mutex<T> {
     }
 }
 
-/// Tasks that wait for something behind a [`Mutex`] to change. The list lies behind the mutex too; where what
-/// changes lies elsewhere, the list is all that the mutex guards.
+/// Tasks that wait for something behind a [`Mutex`] to change. The list is behind the mutex too; where what changes
+/// is elsewhere, the list is all that the mutex guards.
 #[derive(Debug, Default)]
 #[must_use = "tasks that are taken and not woken wait for ever"]
 pub struct Waiters(Vec<Waker>);
@@ -37,7 +37,7 @@ impl Waiters {
         }
     }
 
-    /// All that are listed. They are to be woken when the lock has been let go of.
+    /// All that are listed. They are to be woken when the lock has been released.
     pub fn take(&mut self) -> Waiters {
         std::mem::take(self)
     }

@@ -121,8 +121,8 @@ fn first_block(file: &File, old: u64, new: u64) -> Result<(), Error> {
         .map_err(|e| Error::os("Could not resize file", e))
 }
 
-/// Allocates what lies behind the end. Where the file system has no call for it (ramfs, NFS 3, ZFS),
-/// zeroes are written instead, as posix_fallocate does.
+/// Allocates what is behind the end. Where the file system has no call for it (ramfs, NFS 3, ZFS), zeroes are written
+/// instead, as posix_fallocate does.
 fn allocate(file: &File, old: u64, new: u64) -> IoResult {
     match sys::allocate(file, 0, old, new - old) {
         Err(errno) if errno.is_unsupported() => Ok(write_zeroes(file, old, new)?),
@@ -142,7 +142,7 @@ fn write_zeroes(file: &File, old: u64, new: u64) -> std::io::Result<()> {
     file.sync_all()
 }
 
-/// The locks of one who writes and resizes, and lets nobody else resize.
+/// The locks of a user that writes and resizes, and lets nobody else resize.
 fn exclusive(file: &Arc<File>, filename: &str) -> Result<ImageLocks, Error> {
     let locks = ImageLocks::new(file.clone(), filename, Locking::Auto, false)?;
     let perms = Perms { held: Perm::WRITE | Perm::RESIZE, shared: Perm::all() - Perm::RESIZE };

@@ -152,9 +152,9 @@ impl FileDriver {
 
     /// Books that bytes up to `end` have been written or zeroed.
     ///
-    /// Only the incomplete last sector lies past the length. A direct write to it ends on a larger
-    /// block, and what it added to the file beyond the sector is cut off again: the disk does not
-    /// grow by being written. The node runs no other write to that block meanwhile.
+    /// Only the incomplete last sector is past the length. A direct write to it ends on a larger block, and what it
+    /// added to the file beyond the sector is cut off again: the disk does not grow by being written. The node runs
+    /// no other write to that block meanwhile.
     async fn grown(&self, end: u64) -> IoResult {
         let len = self.length();
         if end <= len || self.kind != Kind::Regular {

@@ -13,7 +13,7 @@ use crate::options::bytes;
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
-/// What lies behind the descriptor.
+/// What is behind the descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Regular,

@@ -28,7 +28,7 @@ fn yes() -> bool {
     true
 }
 
-/// Whether other processes are told, by locks on the file, what this one does with it.
+/// Whether locks on the file tell other processes what this one does with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Locking {

@@ -80,7 +80,7 @@ impl Nvme {
         let length = Signal::new()?;
         let clone = length.clone();
         let listener: Arc<dyn Fn() + Send + Sync> = Arc::new(move || clone.notify());
-        // Before the length is asked for: what changes later is told.
+        // Before the length is queried: later changes are reported.
         controller.listen(&listener);
         Ok(Nvme {
             filename: options.filename(),

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vublk_vfio::real::Vfio;
 use vublk_vfio::{Controller, HostRange, Options, PciAddress, PciFunction, Registration};
 
-/// How long one waits for a controller that is being let go of: longer than that takes.
+/// How long to wait for a controller that is being released: longer than that takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -28,12 +28,11 @@ pub fn adopt(address: PciAddress, function: Arc<dyn PciFunction>) {
 /// A controller of this process.
 pub struct Shared {
     address: PciAddress,
-    /// None before it is open and once it is being let go of.
+    /// None before it is open and once it is being released.
     controller: Mutex<Option<Controller>>,
     /// Namespaces that nodes are on.
     claimed: Mutex<BTreeSet<u32>>,
-    /// The queue pair of each worker, as far as the controller has so many. Closed when no node is on it
-    /// any more.
+    /// The queue pair of each worker, as far as the controller has enough. Closed when no node is on it any more.
     worker_queues: PerWorker<WorkerQueue>,
     /// Workers that have a queue pair, for those that get none.
     hosts: Mutex<Vec<Host>>,
@@ -43,7 +42,7 @@ pub struct Shared {
 
 impl Shared {
     /// # Errors
-    /// When it is being let go of.
+    /// When it is being released.
     pub fn controller(&self) -> Result<Controller, Error> {
         let controller = self.controller.lock().clone();
         controller.ok_or_else(|| Error::new(format!("{}: it is being closed", self.address)))
@@ -116,7 +115,7 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Opens the controller, or joins those who have it open.
+    /// Opens the controller, or shares one that is open.
     pub async fn take(options: &NvmeOptions) -> Result<Claim, Error> {
         let (address, namespace, began) = (options.device, options.namespace, Instant::now());
         loop {
@@ -136,7 +135,7 @@ impl Claim {
         }
     }
 
-    /// None if the controller is being let go of.
+    /// None if the controller is being released.
     fn join(shared: Arc<Shared>, namespace: u32) -> Option<Result<Claim, Error>> {
         let mut claimed = shared.claimed.lock();
         if shared.worker_queues.is_closed() {
@@ -206,7 +205,7 @@ impl Drop for Claim {
 }
 
 impl Shared {
-    /// The controller of this address, open or not. None while one is being let go of.
+    /// The controller of this address, open or not. None while one is being released.
     fn find(address: PciAddress) -> Option<Arc<Shared>> {
         let mut controllers = CONTROLLERS.lock();
         if let Some(known) = controllers.get(&address) {
@@ -239,7 +238,7 @@ impl Shared {
     /// # Errors
     /// Among others when it is open with another time-out than is asked for.
     fn open(&self, io_timeout: Option<Duration>) -> Result<(), Error> {
-        // Held throughout: who comes second waits for the first, and has it open.
+        // Held throughout: a second caller waits for the first, and then shares the controller.
         let mut controller = self.controller.lock();
         if let Some(controller) = &*controller {
             let (theirs, ours) = (controller.io_timeout(), io_timeout);
@@ -267,7 +266,8 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The address is free only when the controller has been shut down, whoever still looks after it.
+        // The address is free only when the controller has been shut down, although others may still hold a
+        // reference.
         if let Some(controller) = self.controller.lock().take() {
             controller.close();
         }

@@ -1,9 +1,8 @@
 //! A worker's queue pair of a controller.
 //!
-//! A source of the worker polls it every turn while anything is in flight, rings one doorbell for all
-//! that a turn has started, and sleeps on its interrupt. Requests come from queues, whose sources are
-//! told of the end by the token, and from tasks of this worker and, where there are not enough queue
-//! pairs, of others.
+//! A source of the worker polls it every turn while anything is in flight, rings one doorbell for all that a turn has
+//! started, and sleeps on its interrupt. Requests come from queues, whose sources are notified of the end by the
+//! token, and from tasks of this worker and, where there are not enough queue pairs, of others.
 
 use super::shared::Shared;
 use crate::block::LocalFuture;
@@ -139,7 +138,7 @@ impl WorkerQueue {
         worker_queue
     }
 
-    /// Starts a request. The controller hears of it at the end of the turn.
+    /// Starts a request. The controller is notified at the end of the turn.
     #[inline]
     pub fn submit(&self, io: &Io, request: Request) {
         if let Some(pair) = &mut *self.pair.borrow_mut() {

@@ -32,7 +32,7 @@ pub enum Effect {
     Hang,
 }
 
-/// One rule. Built up from [`Fault::new`], which strikes every operation of its kinds for ever.
+/// One rule. Built up from [`Fault::new`], which strikes every operation of its kinds forever.
 #[derive(Clone, Debug)]
 pub struct Fault {
     kinds: Kinds,
@@ -72,7 +72,7 @@ impl Fault {
         Fault { on_holes: true, ..self }
     }
 
-    /// Strikes at most so many times.
+    /// Strikes at most this many times.
     pub fn times(self, times: u64) -> Fault {
         Fault { times, ..self }
     }

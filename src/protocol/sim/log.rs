@@ -90,10 +90,9 @@ enum Kept {
 /// How many crashes are tried after each prefix of a log.
 #[derive(Clone, Copy, Debug)]
 pub struct Tries {
-    /// Up to so many pending changes, every subset of them is tried (and there are two to the power of
-    /// so many).
+    /// Up to this number of pending changes, every subset is tried (2 to the power of the number).
     pub every: u32,
-    /// If those are fewer, or there are more pending changes, so many (at least two) in all, at random.
+    /// If those are fewer, or there are more pending changes, this many random subsets (at least two).
     pub most: usize,
 }
 

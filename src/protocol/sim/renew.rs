@@ -73,7 +73,7 @@ impl SimDisk {
     /// Reads the disk's bytes, past its drivers.
     ///
     /// # Panics
-    /// They lie beyond the disk's end.
+    /// They are beyond the disk's end.
     pub fn get<const N: usize>(&self, at: u64) -> [u8; N] {
         let mut into = [0; N];
         into.copy_from_slice(&self.0.state.lock().bytes[at as usize..][..N]);

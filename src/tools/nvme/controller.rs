@@ -20,14 +20,14 @@ pub struct Controller {
     /// The only driver that may have it, if that is set.
     pub driver_override: Option<String>,
     pub group: Option<Group>,
-    /// What it says of itself, while the kernel's driver has it.
+    /// Its description, while the kernel's driver has it.
     pub identity: Option<Identity>,
     /// Its namespaces, while the kernel's driver has it.
     pub namespaces: Vec<Namespace>,
     pub numa_node: Option<u64>,
 }
 
-/// What a controller says of itself.
+/// The description of a controller.
 #[derive(Debug)]
 pub struct Identity {
     pub model: String,

@@ -62,8 +62,8 @@ impl Machine {
         })
     }
 
-    /// Whether the kernel lets a block device be opened by who wants it alone: it does not while a
-    /// file system, swap space, a device mapper or md has claimed it, wherever that is mounted.
+    /// Whether the kernel permits an exclusive open of a block device: it does not while a file system, swap space, a
+    /// device mapper or md has claimed it, wherever that is mounted.
     pub fn is_claimed(&self, device: &str) -> bool {
         let opened = fs::OpenOptions::new()
             .read(true)

@@ -3,10 +3,10 @@
 //! * [`address`]: where a function sits on the PCI bus.
 //! * [`machine`]: the kernel's files, below a root that may be another one for tests.
 //! * [`controller`]: what a controller is: its driver, IOMMU group and namespaces.
-//! * [`usage`]: who uses it. A controller in use is never taken from its driver.
+//! * [`usage`]: its users. A controller in use is never taken from its driver.
 //! * [`obstacles`]: what else keeps it from being used, and what to do about that; [`limits`]: how much of
 //!   it one process gets.
-//! * [`health`]: what it tells of its health, by the kernel's driver ([`passthrough`]) or by ours.
+//! * [`health`]: its health, by the kernel's driver ([`passthrough`]) or by ours.
 //! * [`mod@bind`]: to vfio-pci and back.
 
 pub mod address;

@@ -30,7 +30,7 @@ pub enum Use {
         pid: u32,
         program: String,
     },
-    /// The kernel gives it to nobody else; who has it is not to be seen from here.
+    /// The kernel gives it to nobody else; its user is not visible from here.
     Claimed {
         device: String,
     },

@@ -1,8 +1,8 @@
 //! The admin queue, whose commands any thread may send and await.
 //!
-//! Completions are looked for by whoever waits, so that a lost interrupt makes nothing hang. An
-//! identifier, and the page of data that goes with it, is used again only when its command has
-//! completed or the controller was not ready since.
+//! Waiting threads look for completions themselves, so that a lost interrupt makes nothing hang. An identifier, and
+//! the page of data that goes with it, is used again only when its command has completed or the controller was not
+//! ready since.
 
 #![forbid(unsafe_code)]
 
@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 /// Entries of the admin queues.
 pub const ENTRIES: u32 = 32;
-/// Events taken before the controller must wait for the next look: one that tells of events without
-/// end must not keep a thread busy.
+/// Events taken before the controller must wait for the next look: one that reports events without end must not keep
+/// a thread busy.
 const EVENTS: usize = 16;
 
 /// The data of an admin command; at most a page.
@@ -145,7 +145,7 @@ impl Admin {
         std::mem::take(&mut self.events)
     }
 
-    /// Asks to be told of the next event, if that has not been asked for.
+    /// Requests the next event, if no request is pending.
     pub fn ask_for_event(&mut self, inner: &Inner) {
         if !self.slots.contains(&Slot::Event) {
             let command = Command::admin(AdminOpcode::AsyncEvent);

@@ -36,8 +36,8 @@ impl Controller {
             .map_err(|failure| failure.error("reading its error log").at(&self.0.name))
     }
 
-    /// The health that was told last, if any was; has the controller asked again if that was some time
-    /// ago. Never blocks: the controller's own thread asks.
+    /// The last health report, if there is one; has the controller asked again if that was some time ago. Never
+    /// blocks: the controller's own thread asks.
     pub fn last_health(&self) -> Option<Health> {
         let mut sample = lock(&self.0.sample);
         if self.0.is_running() && sample.asked.is_none_or(|asked| asked.elapsed() > FRESH) {

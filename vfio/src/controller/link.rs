@@ -1,8 +1,8 @@
 //! The state that a queue pair's thread and the controller's thread share: usability and rings.
 //!
-//! A controller is reset by one thread while others use their queue pairs. A doorbell that one of them
-//! rings too late would make the controller read old commands of a new queue, so every pair first says
-//! that it has stopped ([`State::Halted`]), is made again only then, and goes on when it is told to.
+//! A controller is reset by one thread while others use their queue pairs. A doorbell that one of them rings too late
+//! would make the controller read old commands of a new queue, so every pair first says that it has stopped
+//! ([`State::Halted`]), is created again only then, and resumes on command.
 
 #![forbid(unsafe_code)]
 
@@ -39,7 +39,7 @@ pub struct Link {
     event: EventFd,
     submissions: Memory,
     completions: Memory,
-    /// Kept when the controller was not seen to let go of them.
+    /// Kept when the controller was not seen to release them.
     leaked: Mutex<bool>,
 }
 
@@ -109,7 +109,7 @@ impl Link {
         self.change(State::Halt, State::Halted);
     }
 
-    /// For the pair's thread: it goes on. False if the controller has changed its mind.
+    /// For the pair's thread: it continues. False if the controller has changed its mind.
     pub fn running(&self) -> bool {
         self.change(State::Restart, State::Running)
     }

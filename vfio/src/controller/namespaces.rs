@@ -48,7 +48,7 @@ impl Inner {
 
     /// Refuses what is no plain disk.
     fn check_command_set(&self, id: u32) -> Result<(), Error> {
-        // Descriptors came with version 1.3; who does not know them has one command set.
+        // Descriptors came with version 1.3; a controller without them has one command set.
         let Ok(data) = self.identify(id, cns::NAMESPACE_DESCRIPTORS, 0, false) else {
             return Ok(());
         };

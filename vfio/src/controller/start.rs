@@ -256,7 +256,7 @@ impl Inner {
         Ok((submissions.min(completions) + 1).min(u32::from(most)) as u16)
     }
 
-    /// Everything goes on with a controller that was reset: queue pairs are made again.
+    /// Resumes with a controller that was reset: queue pairs are created again.
     pub(super) fn restart(&self) -> Result<(), Error> {
         self.start()?;
         for link in self.links() {
@@ -274,7 +274,7 @@ impl Inner {
         let configuration = self.registers.read(registers::CC) & !registers::SHUTDOWN_MASK;
         self.registers.write(registers::CC, configuration | registers::SHUTDOWN);
         let mask = registers::SHUTDOWN_STATUS_MASK;
-        // RTD3E would say how long it may take; those who have it stay below this.
+        // RTD3E would say how long it may take; controllers that have it stay below this.
         if !self.wait(mask, registers::SHUTDOWN_COMPLETE, Duration::from_secs(10)) {
             log::warn!("{}: the controller does not shut down", self.name);
         }

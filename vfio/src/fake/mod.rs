@@ -210,7 +210,7 @@ impl Fake {
         device.bus_master = bus_master;
     }
 
-    /// Changes the length of a namespace, in blocks, and tells of it.
+    /// Changes the length of a namespace, in blocks, and reports it.
     pub fn resize(&self, namespace: u32, blocks: u64) {
         self.device().resize(namespace, blocks);
     }
@@ -261,7 +261,7 @@ impl Fake {
         self.device().held.iter().map(|held| held.command).collect()
     }
 
-    /// The length of the mapping that an address of the device's lies in.
+    /// The length of the mapping that an address of the device's is in.
     pub fn mapping_len(&self, iova: u64) -> Option<usize> {
         let device = self.device();
         let mut mappings = device.mappings.iter();

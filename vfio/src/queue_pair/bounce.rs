@@ -82,7 +82,7 @@ impl Bounce {
         })
     }
 
-    /// What a command with `len` bytes in `chain` is told.
+    /// The data pointer of a command with `len` bytes in `chain`.
     pub fn pieces(
         &self,
         chain: Chain,

@@ -77,7 +77,7 @@ impl ControllerIdentity {
         }
     }
 
-    /// Whether namespaces that change are told of (OAES bit 8).
+    /// Whether changes of namespaces are reported (OAES bit 8).
     pub fn reports_namespaces(&self) -> bool {
         self.async_events & 1 << 8 != 0
     }

@@ -104,7 +104,7 @@ pub fn segments(list: &[libc::iovec]) -> Segments {
     unsafe { Segments::new(list) }
 }
 
-/// Memory as a guest's: mapped for as long as the value lives.
+/// Memory as a guest's: mapped while the value lives.
 pub struct Guest {
     pages: vublk_vfio::dma::Pages,
 }

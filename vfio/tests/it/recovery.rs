@@ -48,7 +48,7 @@ fn an_abort_that_does_nothing_ends_nothing() {
     wait_until("the abort was given", || disk.fake.events().contains(&Event::Admin(8)));
     assert_eq!(disk.pair.reap(|done| panic!("{done:?}")), 0);
     assert_eq!(disk.pair.in_flight(), 1);
-    // Others go on meanwhile, with other identifiers.
+    // Others continue meanwhile, with other identifiers.
     disk.fake.release();
     assert_eq!(disk.wait(1), [(5, Status::SUCCESS)]);
     disk.check();

@@ -73,7 +73,7 @@ impl Guest {
     }
 }
 
-/// A daemon, until it dies after so many stores, or has done `rounds` and then all that is left.
+/// A daemon, until it dies after a number of stores, or has done `rounds` and then all that is left.
 fn daemon(region: &Arc<Region>, guest: &mut Guest, life: Option<u64>, rounds: usize) {
     LEFT.set(life);
     DEAD.set(false);

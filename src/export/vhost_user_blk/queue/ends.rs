@@ -26,8 +26,7 @@ impl<R: Ring> Queue<R> {
     pub(super) fn finish(&mut self, head: u16, status: Status, written: u32) {
         let slot = &mut self.slots[head as usize];
         if let Some(at) = slot.status.take() {
-            // SAFETY: the byte lies in the guest's memory, which stays mapped as long as the
-            // request is in flight.
+            // SAFETY: the byte is in the guest's memory, which stays mapped as long as the request is in flight.
             unsafe { at.write_volatile(status as u8) };
             if let Some(log) = &self.log {
                 slot.mark(log, &self.memory, at, written);
@@ -83,7 +82,7 @@ impl<R: Ring> Queue<R> {
         }
     }
 
-    /// Tells the guest of what it can see, if it wants to be told.
+    /// Notifies the guest of published completions, if it wants that.
     pub(super) fn call(&mut self) {
         if self.ring.must_call()
             && let Some(call) = &self.call

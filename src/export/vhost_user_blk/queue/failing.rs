@@ -16,8 +16,8 @@ use crate::io::Io;
 pub enum AtStop {
     /// They are failed to the guest: nothing else would ever complete them.
     Fail,
-    /// They stay as they are, for whoever takes the ring up: marked where requests in flight are
-    /// tracked, and named in [`Stopped`].
+    /// They stay as they are, for the next owner of the ring: marked where requests in flight are tracked, and named
+    /// in [`Stopped`].
     Leave,
 }
 
@@ -41,7 +41,7 @@ impl<R: Ring> Queue<R> {
         for head in self.held.take_all() {
             self.disk.failures.let_go(1);
             self.slots[head as usize].again = true;
-            // For the place of the status byte, wherever it lies by now.
+            // For the place of the status byte, wherever it is by now.
             match self.seize(head) {
                 Ok(Chain { readable, .. }) => {
                     let slot = &mut self.slots[head as usize];
@@ -111,7 +111,7 @@ impl<R: Ring> Queue<R> {
         }
     }
 
-    /// Counts the ages of what is in flight up, and tells of the oldest if it is too old.
+    /// Increments the ages of requests in flight, and reports the oldest if it is too old.
     #[cold]
     pub(super) fn age(&mut self) {
         // Those that wait for memory have not begun.

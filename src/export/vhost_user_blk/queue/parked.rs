@@ -1,9 +1,9 @@
 //! Requests on the slow path that wait for memory ([`Budget`](crate::io::Budget)).
 //!
-//! A parked request has nothing but its slot, which it has in any case; its task is made when there is
-//! memory for it. The queue goes on taking requests meanwhile: those on the fast path need none. Slow ones
-//! keep their order among themselves. For its whole list a queue has one place among those that
-//! wait for the disk's memory, so the disk's queues come in turns.
+//! A parked request has nothing but its slot, which it has in any case; its task is made when there is memory for it.
+//! The queue continues taking requests meanwhile: those on the fast path need none. Slow ones keep their order among
+//! themselves. For its whole list a queue has one place among those that wait for the disk's memory, so the disk's
+//! queues come in turns.
 
 use super::super::config::MAX_DISCARD_SECTORS;
 use super::super::request::Kind;

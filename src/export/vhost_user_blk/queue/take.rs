@@ -61,8 +61,8 @@ pub(super) struct Chain {
 impl<R: Ring> Queue<R> {
     /// Takes and starts up to `count` chains, as many as its share of the turn allows.
     ///
-    /// In two steps, a batch at a time: the guest has just written the headers on another
-    /// processor, and the second step finds them on their way instead of waiting for each.
+    /// In two steps, a batch at a time: the guest has just written the headers on another processor, and the second
+    /// step finds them in flight instead of waiting for each.
     pub(super) fn take(&mut self, io: &Rc<Io>, me: SourceId, mut count: u16) -> Result<(), Broken> {
         // One announcement covers the batch. The record is counted apart from self, so that the
         // requests may change self meanwhile.

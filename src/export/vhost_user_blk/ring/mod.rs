@@ -27,7 +27,7 @@ pub trait Ring: Sized + Send + 'static {
     /// chain. Goes on handing back where the guest sees it end.
     ///
     /// # Errors
-    /// It cannot lie there.
+    /// It cannot be there.
     fn new(
         memory: &Arc<Memory>,
         size: u16,
@@ -46,8 +46,8 @@ pub trait Ring: Sized + Send + 'static {
     /// of the past may not have been: all of it is marked at the beginning.
     fn set_log(&mut self, log: Option<(Arc<DirtyLog>, u64)>);
 
-    /// Goes on behind so many chains that were taken and not handed back: the guest has made available what it
-    /// sees handed back, then these, and then what is to be taken next.
+    /// Continues after this many chains that were taken and not returned: the guest has made available what it sees
+    /// handed back, then these, and then what is to be taken next.
     fn go_on_behind(&mut self, in_flight: u16);
 
     /// Whether the guest has made something available. Cheap, for spinning.
@@ -77,7 +77,7 @@ pub trait Ring: Sized + Send + 'static {
     /// Makes all that was pushed visible.
     fn publish(&mut self);
 
-    /// Whether the guest wants to be told of what was published since this was asked last.
+    /// Whether the guest wants a notification of what was published since the last call.
     fn must_call(&mut self) -> bool;
 
     /// Asks for a kick at the next chain. False if one is there already.
@@ -120,7 +120,7 @@ pub trait Tracking: Sized + Send + 'static {
     fn settle(&mut self, published: Self::Index);
 }
 
-/// Where the three parts of a ring lie, in the front end's address space.
+/// Where the three parts of a ring are, in the front end's address space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Addresses {
     pub descriptors: u64,

@@ -1,8 +1,8 @@
 //! The device's side of a split virtqueue (virtio 1.2, section 2.7), over cached host pointers.
 //!
-//! Everything in the ring is the guest's to write at any time. Each field is read once, checked, and
-//! only the copy is used; an index that cannot be right stops the queue. Used elements are written
-//! as they come, but the used index moves, and the guest is told, once a batch.
+//! Everything in the ring is the guest's to write at any time. Each field is read once, checked, and only the copy is
+//! used; an index that cannot be right stops the queue. Used elements are written as they come, but the used index
+//! moves, and the guest is notified, once per batch.
 
 use super::super::dirty_log::{DirtyLog, UsedLog};
 use super::super::inflight::Tracker;
@@ -17,7 +17,7 @@ const DESC_INDIRECT: u16 = 4;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 
-/// Half a descriptor, as it lies in the guest's memory: at any address.
+/// Half a descriptor, as it is in the guest's memory: at any address.
 #[repr(C, packed)]
 struct Word(u64);
 
@@ -41,7 +41,7 @@ impl Descriptor {
     #[inline]
     unsafe fn read(at: *const InMemory) -> Descriptor {
         let words = at.cast::<Word>();
-        // SAFETY: the caller's promise; a word may lie at any address.
+        // SAFETY: the caller's promise; a word may be at any address.
         let (addr, rest) = unsafe { (words.read_volatile().0, words.add(1).read_volatile().0) };
         Descriptor { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
@@ -59,7 +59,7 @@ pub struct SplitRing {
     /// The next entry of the used ring to fill; the guest sees `published`.
     next_used: u16,
     published: u16,
-    /// Up to here the guest was told, or asked whether it wants to be.
+    /// Up to here the guest was notified, or asked whether it wants to be.
     called: u16,
     /// While a migration wants to know of our stores.
     log: Option<UsedLog>,
@@ -72,8 +72,8 @@ unsafe impl Send for SplitRing {}
 
 impl SplitRing {
     fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
-        // SAFETY: `new` checked that both rings lie in mapped memory at even host addresses, `index`
-        // is inside the ring at every call, and the mapping lives as long as self.
+        // SAFETY: `new` checked that both rings are in mapped memory at even host addresses, `index` is inside the
+        // ring at every call, and the mapping lives as long as self.
         unsafe { AtomicU16::from_ptr(base.add(index)) }
     }
 

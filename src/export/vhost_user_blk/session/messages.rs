@@ -62,8 +62,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-        // What a killed daemon had given to the kernel goes on without it, and must have ended before
-        // it is done again.
+        // I/O that a killed daemon had started continues without it, and must have ended before it is done again.
         features.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, self.disk.node().fence().holds());
         Ok(features)
     }

@@ -60,7 +60,7 @@ impl RingState {
 }
 
 impl Session {
-    /// Where a ring lies that is to run and does not: all that it needs has been said.
+    /// Where a ring is that is to run and does not: all that it needs has been said.
     fn is_due(&self, ring: &RingState) -> Option<Addresses> {
         let protocol = self.features.unwrap_or(0) & F_PROTOCOL_FEATURES != 0;
         // Without the protocol features a ring is enabled from the start.
@@ -153,7 +153,7 @@ impl Session {
         }
     }
 
-    /// The queue of a ring that lies at these addresses, and what of it is to be begun again.
+    /// The queue of a ring that is at these addresses, and what of it is to be begun again.
     fn lay_out<R: Ring>(
         &self,
         index: usize,

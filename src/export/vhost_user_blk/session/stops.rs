@@ -95,7 +95,7 @@ impl Session {
         let what = "handing over what the guest has written";
         if self.wait_for(what, &detached).is_none() {
             linger(&self.disk, detached, || {});
-            // The session ends, or is told when its next ring starts.
+            // The session ends, or is notified when its next ring starts.
             let _ = self.give_up::<()>(what);
         }
     }
@@ -161,9 +161,9 @@ impl Session {
         self.let_journal_go();
     }
 
-    /// Whether requests that are held when a ring stops may stay so: where they are tracked, whoever
-    /// starts the ring again, here or in a daemon after this one, finds them there. Otherwise nothing
-    /// would ever complete them.
+    /// Whether requests that are held when a ring stops may stay held: where they are tracked, the owner that starts
+    /// the ring again, here or in a daemon after this one, finds them there. Otherwise nothing would ever complete
+    /// them.
     fn may_leave_held(&self) -> bool {
         // While pages are logged a stop may be the end of a migration: what is held here is not known
         // at the other end.
