@@ -2,7 +2,7 @@
 //!
 //! It is bytes in some encoding, one statement a line. What is not understood stays as it is when the text is changed.
 
-use super::encoding::Encoding;
+use super::encoding::{Encoding, from_utf16};
 use crate::block::{Error, SECTOR};
 use crate::options::bytes;
 use std::ops::Range;
@@ -81,6 +81,8 @@ pub struct Descriptor {
 /// Whether a file that begins so is meant to be a descriptor: it begins with its title, or the first line that is no
 /// comment is a version.
 pub fn probe(head: &[u8]) -> bool {
+    let decoded = from_utf16(head);
+    let head = decoded.as_deref().unwrap_or(head);
     let head = head.strip_prefix(BYTE_ORDER_MARK).unwrap_or(head);
     let titled = head.get(..TITLE.len()).is_some_and(|line| line.eq_ignore_ascii_case(TITLE));
     let mut lines = head.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
@@ -90,7 +92,7 @@ pub fn probe(head: &[u8]) -> bool {
 }
 
 /// A key and its value, which is not quoted any more; and where the value stands in the text.
-fn statement(text: &[u8], line: Range<usize>) -> Option<(&[u8], Range<usize>)> {
+pub fn statement(text: &[u8], line: Range<usize>) -> Option<(&[u8], Range<usize>)> {
     let equals = line.start + text[line.clone()].iter().position(|&byte| byte == b'=')?;
     let key = text[line.start..equals].trim_ascii();
     let rest = &text[equals + 1..line.end];

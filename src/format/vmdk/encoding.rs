@@ -2,7 +2,7 @@
 //!
 //! A name that is UTF-8 is taken as it is, whatever the text says of itself: so are those of descriptors that were made or
 //! edited where they are now. Of other encodings those are known that VMware's Windows programs write most; a name in
-//! any other is the bytes that it is.
+//! any other is the bytes that it is. A whole text in UTF-16, as some editors store it, is read.
 
 use crate::options::bytes;
 
@@ -47,6 +47,18 @@ fn windows_1252(byte: u8) -> char {
         0x80..0xa0 => WINDOWS_1252[usize::from(byte - 0x80)],
         byte => char::from(byte),
     }
+}
+
+/// A text in UTF-16, which begins with a mark of its byte order, as UTF-8.
+pub fn from_utf16(bytes: &[u8]) -> Option<Vec<u8>> {
+    let unit: fn([u8; 2]) -> u16 = match bytes.first_chunk()? {
+        [0xff, 0xfe] => u16::from_le_bytes,
+        [0xfe, 0xff] => u16::from_be_bytes,
+        _ => return None,
+    };
+    let units = bytes[2..].as_chunks().0.iter().map(|&pair| unit(pair));
+    let text: String = char::decode_utf16(units).map(|c| c.unwrap_or('\u{fffd}')).collect();
+    Some(text.into_bytes())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Opening an image: the descriptor, the extents and the parent.
 
 use super::descriptor::{self, Access, Descriptor, ExtentLine, Kind};
+use super::encoding::from_utf16;
 use super::esx;
 use super::header::{self, Header};
 use super::layout::Layout;
@@ -64,6 +65,8 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         }
     };
     let why = found.iter().find_map(Found::why_read_only).or_else(|| shared_file(&found));
+    let by_text = || "The descriptor is in UTF-16, so the VMDK image must be read only".to_owned();
+    let why = why.or_else(|| text.is_utf16.then(by_text));
     if let Some(why) = &why
         && !opening.options().read_only
         && !opening.auto_read_only()
@@ -120,7 +123,7 @@ pub(super) async fn read(file: &Node) -> Result<(File, Text), Error> {
     let failed = |errno| Error::os("Could not read VMDK header", errno);
     let mut head = Box::new([0; esx::COWD_LEN]);
     read_padded(file, 0, &IoVec::from_mut(&mut head[..])).await.map_err(failed)?;
-    let none = Text { bytes: Vec::new(), place: None, room: None };
+    let none = Text { bytes: Vec::new(), place: None, room: None, is_utf16: false };
     if head.starts_with(esx::COWD_MAGIC) {
         return Ok((File::Cowd(head), none));
     }
@@ -137,7 +140,7 @@ pub(super) async fn read(file: &Node) -> Result<(File, Text), Error> {
         // The extents may be elsewhere, as long as the type of the disk is not one that has a single file.
         let has_others = header.capacity == 0 && !has_single_file(&bytes);
         let kind = if has_others { File::Descriptor } else { File::Hosted(header) };
-        return Ok((kind, Text { bytes, place: Some(place), room: Some(room) }));
+        return Ok((kind, Text { bytes, place: Some(place), room: Some(room), is_utf16: false }));
     }
     if file.is_empty() {
         return Err(Error::new("File is too small, not a valid image"));
@@ -145,8 +148,11 @@ pub(super) async fn read(file: &Node) -> Result<(File, Text), Error> {
     if file.len() > descriptor::LIMIT && !descriptor::probe(&head[..]) {
         return Err(Error::new("Image not in VMDK format"));
     }
-    let bytes = read_text(file, 0, file.len().min(descriptor::LIMIT)).await?;
-    Ok((File::Descriptor, Text { bytes, place: Some(0), room: None }))
+    let stored = read_text(file, 0, file.len().min(descriptor::LIMIT)).await?;
+    let decoded = from_utf16(&stored);
+    let is_utf16 = decoded.is_some();
+    let bytes = decoded.unwrap_or(stored);
+    Ok((File::Descriptor, Text { bytes, place: Some(0), room: None, is_utf16 }))
 }
 
 /// Whether the descriptor in a sparse extent says that there are no other files.

@@ -48,6 +48,8 @@ pub struct Text {
     pub place: Option<u64>,
     /// What it may be long; none in a file of its own.
     pub room: Option<u64>,
+    /// The file has it in UTF-16.
+    pub is_utf16: bool,
 }
 
 impl Shared {
