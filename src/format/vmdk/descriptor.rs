@@ -110,7 +110,7 @@ pub fn statement(text: &[u8], line: Range<usize>) -> Option<(&[u8], Range<usize>
 }
 
 /// Where the lines of the text are that are no comments. It ends before the first NUL byte.
-fn lines(text: &[u8]) -> impl Iterator<Item = Range<usize>> + '_ {
+pub fn lines(text: &[u8]) -> impl Iterator<Item = Range<usize>> + '_ {
     let text = bytes::until_nul(text);
     let mut at = if text.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
     std::iter::from_fn(move || {
@@ -259,64 +259,6 @@ fn number(word: &[u8]) -> Option<u64> {
     std::str::from_utf8(word).ok().filter(|word| !word.starts_with('+'))?.parse().ok()
 }
 
-/// A change of the text: what stands in a range of it becomes something else.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Edit {
-    pub place: Range<usize>,
-    pub text: Vec<u8>,
-}
-
-impl Edit {
-    /// The whole text after the change.
-    pub fn apply(&self, text: &[u8]) -> Vec<u8> {
-        [&text[..self.place.start], &self.text, &text[self.place.end..]].concat()
-    }
-}
-
-/// How many digits the content ID has: an ID with as many takes its place without moving the rest of the text.
-pub fn id_digits(text: &[u8]) -> usize {
-    value_of(text, "CID").map_or(8, |place| place.len())
-}
-
-/// Sets a content ID, `CID` or `parentCID`, with as many digits as the text has, unless it needs more.
-pub fn set_id(text: &[u8], key: &str, id: u32) -> Edit {
-    match value_of(text, key) {
-        Some(place) => {
-            let width = place.len().min(8);
-            Edit { place, text: format!("{id:0width$x}").into_bytes() }
-        }
-        None => new_line(text, &format!("{key}={id:08x}")),
-    }
-}
-
-/// Sets the name of the parent; none takes the line away.
-pub fn set_parent(text: &[u8], name: Option<&str>) -> Edit {
-    const KEY: &str = "parentFileNameHint";
-    let line = lines(text).find(|line| {
-        statement(text, line.clone())
-            .is_some_and(|(key, _)| key.eq_ignore_ascii_case(KEY.as_bytes()))
-    });
-    match (line, name) {
-        (Some(place), Some(name)) => {
-            let text = [&b"parentFileNameHint=\""[..], &*bytes::bytes_of(name), b"\""].concat();
-            Edit { place, text }
-        }
-        (Some(place), None) => Edit { place, text: Vec::new() },
-        (None, Some(name)) => new_line(text, &format!("{KEY}=\"{name}\"")),
-        (None, None) => Edit { place: 0..0, text: Vec::new() },
-    }
-}
-
-/// A new line behind the one that says what kind of disk it is.
-fn new_line(text: &[u8], line: &str) -> Edit {
-    let at = value_of(text, "createType").map_or(0, |place| place.end);
-    let rest = &text[at..];
-    let at = at + rest.iter().position(|&byte| byte == b'\n').map_or(rest.len(), |n| n + 1);
-    let mut new = bytes::bytes_of(line).into_owned();
-    new.push(b'\n');
-    Edit { place: at..at, text: new }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -378,22 +320,6 @@ mod tests {
         for bad in ["", "version=1\nCID=1\n", "createType=\"x\"\n", "createType=x\nCID=xyz\n"] {
             assert!(Descriptor::parse(bad.as_bytes()).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn text_is_changed_where_it_stands() {
-        let old = b"# c\r\n CID = 1\r\ncreateType=\"x\"\r\nRW 1 ZERO\r\n\0\0".to_vec();
-        let new = set_id(&old, "CID", 0xab).apply(&old);
-        assert_eq!(new, b"# c\r\n CID = ab\r\ncreateType=\"x\"\r\nRW 1 ZERO\r\n\0\0");
-        let new = set_id(&new, "parentCID", 7).apply(&new);
-        let new = set_parent(&new, Some("p.vmdk")).apply(&new);
-        let read = Descriptor::parse(&new).unwrap();
-        assert_eq!((read.cid, read.parent_cid), (0xab, 7));
-        assert_eq!(read.parent.as_deref(), Some("p.vmdk"));
-        let new = set_parent(&new, Some("longer.vmdk")).apply(&new);
-        assert_eq!(Descriptor::parse(&new).unwrap().parent.as_deref(), Some("longer.vmdk"));
-        let new = set_parent(&new, None).apply(&new);
-        assert_eq!(Descriptor::parse(&new).unwrap().parent, None);
     }
 
     #[test]

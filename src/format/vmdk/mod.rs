@@ -4,7 +4,8 @@
 //!
 //! | file | it holds |
 //! |---|---|
-//! | `descriptor` | the text, read and changed |
+//! | `descriptor` | the text, read |
+//! | `edit` | changes of the text |
 //! | `encoding` | names in other encodings |
 //! | `header` | the header of a hosted sparse extent, and of new ones |
 //! | `esx` | the headers of COWD and seSparse extents |
@@ -26,6 +27,7 @@ mod create;
 mod create_on_nodes;
 mod descriptor;
 mod disk;
+mod edit;
 mod encoding;
 mod esx;
 mod header;

@@ -5,10 +5,11 @@
 //! The content ID changes, durably, before the first write since the image was opened, so that an image that stands on this
 //! one can tell. An image goes on naming its parent when that has changed below it as data was committed to it.
 
-use super::descriptor::{self, Descriptor, Edit};
+use super::descriptor::{self, Descriptor};
+use super::edit::{self, Edit};
 use super::open;
 use crate::block::{Child, Error, Node, WriteFlags};
-use crate::cow::{Lock, cut};
+use crate::cow::Lock;
 use crate::format::chunks::Chunks;
 use crate::io::sync::Mutex;
 use crate::io::{Blocking, Errno, IoResult, IoVec};
@@ -52,6 +53,13 @@ pub struct Text {
     pub is_utf16: bool,
 }
 
+impl Text {
+    /// Most bytes that it may have.
+    fn limit(&self) -> u64 {
+        self.room.unwrap_or(descriptor::LIMIT)
+    }
+}
+
 impl Shared {
     pub fn backing_child(&self) -> Option<&Child> {
         self.backing.map(|index| &self.children[index])
@@ -79,45 +87,27 @@ impl Shared {
         if self.is_marked.load(Ordering::Acquire) {
             return Ok(());
         }
-        let id = new_id(self.says.lock().cid, descriptor::id_digits(&text.bytes));
-        let edit = descriptor::set_id(&text.bytes, "CID", id);
-        self.change(&mut text, &edit).await?;
+        let id = new_id(self.says.lock().cid, edit::id_digits(&text.bytes));
+        let edit = edit::set_id(&text.bytes, id);
+        self.change(&mut text, edit.as_slice()).await?;
         self.says.lock().cid = id;
         self.is_marked.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Changes the descriptor, durably: an ID in its place, or else all of the text in one write.
-    async fn change(&self, text: &mut Text, edit: &Edit) -> IoResult {
+    /// Changes the descriptor, durably, one change after the other.
+    async fn change(&self, text: &mut Text, edits: &[Edit]) -> IoResult {
         let Some(place) = text.place else { return Ok(()) };
         let file = self.file();
-        let mut new = edit.apply(&text.bytes);
-        if edit.text.len() == edit.place.len() {
-            let at = place + edit.place.start as u64;
-            file.write(at, &IoVec::from_ref(&edit.text), WriteFlags::empty()).await?;
-        } else {
-            let old = text.bytes.len();
-            match text.room {
-                // What was behind it goes, or becomes a part of what the text has room for.
-                Some(room) => {
-                    if used_len(&new) as u64 > room {
-                        return Err(Errno::ENOSPC);
-                    }
-                    new.resize(room as usize, 0);
-                }
-                None => new.resize(new.len().max(old), 0),
+        for edit in edits {
+            if edit.end() as u64 > text.limit() {
+                return Err(Errno::ENOSPC);
             }
-            file.write(place, &IoVec::from_ref(&new), WriteFlags::empty()).await?;
+            let at = place + edit.at as u64;
+            file.write(at, &IoVec::from_ref(&edit.bytes), WriteFlags::empty()).await?;
+            file.flush().await?;
+            edit.apply(&mut text.bytes);
         }
-        file.flush().await?;
-        if text.room.is_none() {
-            // The NUL bytes at its end go.
-            let used = used_len(&new);
-            if used < new.len() && cut(&file, place + used as u64).await {
-                new.truncate(used);
-            }
-        }
-        text.bytes = new;
         Ok(())
     }
 
@@ -139,8 +129,9 @@ impl Shared {
 
     async fn set_parent_id(&self, id: u32) -> IoResult {
         let mut text = self.text.lock().await;
-        let edit = descriptor::set_id(&text.bytes, "parentCID", id);
-        self.change(&mut text, &edit).await?;
+        let Some(at) = text.place else { return Ok(()) };
+        let edits = edit::set_parent_id(&text.bytes, at, text.limit(), id).ok_or(Errno::ENOSPC)?;
+        self.change(&mut text, &edits).await?;
         self.says.lock().parent_cid = id;
         Ok(())
     }
@@ -153,14 +144,12 @@ impl Shared {
             return Err(Error::new("A VMDK descriptor cannot hold the name of the backing file"));
         }
         let mut text = self.text.lock().await;
-        let named = descriptor::set_parent(&text.bytes, name);
-        let renamed = named.apply(&text.bytes);
-        let edit = descriptor::set_id(&renamed, "parentCID", id);
-        // Both at once.
-        let mut new = edit.apply(&renamed);
-        new.truncate(used_len(&new));
-        let whole = Edit { place: 0..text.bytes.len(), text: new };
-        self.change(&mut text, &whole).await.map_err(failed)?;
+        let Some(at) = text.place else {
+            return Err(Error::new("A VMDK image without a descriptor has no backing file"));
+        };
+        let edits = edit::set_parent(&text.bytes, at, text.limit(), name, id);
+        let edits = edits.ok_or(Errno::ENOSPC).map_err(failed)?;
+        self.change(&mut text, &edits).await.map_err(failed)?;
         // It is not the one below any more.
         self.knows_parent.store(false, Ordering::Release);
         let mut says = self.says.lock();
@@ -175,11 +164,6 @@ impl Shared {
             log::info!("{}: vmdk: {what}", self.name);
         }
     }
-}
-
-/// Bytes of a text without the NUL bytes at its end.
-fn used_len(text: &[u8]) -> usize {
-    text.iter().rposition(|&byte| byte != 0).map_or(0, |at| at + 1)
 }
 
 /// A content ID that differs from this one and has no more digits, unless these are too few to tell images apart.
