@@ -7,6 +7,7 @@ use super::sparse::{Grain, Sparse, Stored, TableAt, stored_number};
 use crate::block::{CheckReport, Error, SECTOR};
 use crate::cow::{References, file, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult};
+use std::ops::Range;
 
 impl Vmdk {
     /// Checks all extents, with no other request in flight, telling `say` what is found.
@@ -20,6 +21,50 @@ impl Vmdk {
             checked.map_err(|errno| Error::os("Check failed", errno))?;
         }
         Ok(report)
+    }
+}
+
+/// Gives `work` the places in the file, in bytes, of all that has grains or no grain: the header, what lies before all
+/// grains, the descriptor, the directories and the tables.
+pub(super) async fn for_each_fixed_place(sparse: &Sparse, mut work: impl FnMut(Range<u64>)) {
+    let layout = &sparse.layout;
+    work(0..layout.data_start.max(SECTOR));
+    let directory = layout.tables * layout.entry_bytes();
+    for place in [Some(layout.directory), layout.copy].into_iter().flatten() {
+        work(place..place + directory.max(1));
+    }
+    if let Some(place) = sparse.shared.text_in(sparse.child).await {
+        work(place);
+    }
+    sparse.places_of_tables().for_each(work);
+}
+
+/// The same, and the places of grains.
+pub(super) async fn for_each_place(sparse: &Sparse, mut work: impl FnMut(Range<u64>)) -> IoResult {
+    for_each_fixed_place(sparse, &mut work).await;
+    let (layout, file) = (&sparse.layout, file(sparse));
+    let len = layout.table_bytes();
+    let mut bytes = AlignedBuf::new(len as usize, 4096).ok_or(Errno::ENOMEM)?;
+    for index in 0..sparse.directory.entries() {
+        let Some(table) = sparse.place_of_table(sparse.directory.get(index)) else { continue };
+        read_padded(&file, table, &bytes.io_vec()).await?;
+        for entry in bytes[..len as usize].chunks_exact(layout.entry_bytes() as usize) {
+            if let Ok(Stored::At(host)) = sparse.place_of_grain(Grain(stored_number(entry))) {
+                work(host..host + layout.grain_size());
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Sparse {
+    /// Where the tables and their copies lie.
+    pub(super) fn places_of_tables(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let directories = [Some(&self.directory), self.copies.as_ref()].into_iter().flatten();
+        let entries = directories
+            .flat_map(|directory| (0..directory.entries()).map(move |index| directory.get(index)));
+        let places = entries.filter_map(|entry| self.place_of_table(entry));
+        places.map(|place| place..place + self.layout.table_bytes())
     }
 }
 

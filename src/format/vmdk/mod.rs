@@ -17,6 +17,8 @@
 //! | `space` | grains for what is new |
 //! | `write` | writing a sparse extent, and in which order |
 //! | `disk` | the disk: requests that are given to the extents |
+//! | `journal` | entries that wait in the front end's memory |
+//! | `hand_over` | an image that goes to another process, and comes from one |
 //! | `check` | checking |
 //! | `info` | what an image says of itself |
 //! | `create` | new images |
@@ -30,8 +32,10 @@ mod disk;
 mod edit;
 mod encoding;
 mod esx;
+mod hand_over;
 mod header;
 mod info;
+mod journal;
 mod layout;
 mod open;
 mod packed;
@@ -213,6 +217,14 @@ impl Driver for Vmdk {
         // Closing cuts files when all users are gone.
         let is_frozen = self.shared.is_frozen.load(Ordering::SeqCst);
         Perms::format_with_end(own, self.shared.is_writable && !is_frozen)
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
+    }
+
+    fn journaled(&self) -> Option<&dyn Journaled> {
+        self.journaled_extent().map(|sparse| sparse as &dyn Journaled)
     }
 
     fn status(

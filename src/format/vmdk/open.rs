@@ -293,8 +293,8 @@ async fn open_extent(
     opening.child(Role::Extent, options, during).await
 }
 
-/// The layout of a sparse extent in a file of its own.
-async fn layout_of(file: &Node, kind: Kind) -> Result<Option<Layout>, Error> {
+/// The layout of a sparse extent; none of a flat one.
+pub(super) async fn layout_of(file: &Node, kind: Kind) -> Result<Option<Layout>, Error> {
     let head = async |at: u64, len: usize| -> Result<Vec<u8>, Error> {
         let mut bytes = vec![0; len];
         let read = read_padded(file, at, &IoVec::from_mut(&mut bytes)).await;
@@ -379,12 +379,14 @@ async fn parts(shared: &Arc<Shared>, found: Vec<Found>) -> Result<Vec<Part>, Err
                     .ok_or_else(|| Error::new("L1 size too big"))?;
                 let failed = |errno| Error::os("Could not read the grain directory", errno);
                 let read = async |at: u64| read_directory(&file, at, &layout).await.map_err(failed);
-                let directory = read(layout.directory).await?;
+                let table = |entries: Vec<TableAt>| TopTable::new(entries.len() as u64, &entries);
+                let directory = table(read(layout.directory).await?);
                 let copies = match layout.copy.filter(|_| copies > 1) {
-                    Some(at) => Some(read(at).await?),
+                    Some(at) => Some(table(read(at).await?)),
                     None => None,
                 };
                 let mapping = sparse::tables(&layout, most);
+                let space = space::space(&layout, file.len());
                 let failed = |errno| Error::os("Could not allocate grain tables", errno);
                 Extent::Sparse(Box::new(Sparse {
                     shared: shared.clone(),
@@ -395,7 +397,8 @@ async fn parts(shared: &Arc<Shared>, found: Vec<Found>) -> Result<Vec<Part>, Err
                     copies,
                     lock: Lock::new(()),
                     mapping: mapping.map_err(failed)?,
-                    space: space::space(&layout, file.len()),
+                    end_at_opening: space.end().into(),
+                    space,
                     is_ready: AtomicBool::new(false),
                     layout,
                 }))
@@ -410,12 +413,15 @@ async fn parts(shared: &Arc<Shared>, found: Vec<Found>) -> Result<Vec<Part>, Err
     Ok(parts)
 }
 
-async fn read_directory(file: &Node, at: u64, layout: &Layout) -> IoResult<TopTable<TableAt>> {
+/// Reads the entries of a grain directory.
+pub(super) async fn read_directory(
+    file: &Node,
+    at: u64,
+    layout: &Layout,
+) -> IoResult<Vec<TableAt>> {
     let len = (layout.tables * layout.entry_bytes()) as usize;
     let mut bytes = AlignedBuf::new(len.max(1), 4096).ok_or(Errno::ENOMEM)?;
     read_padded(file, at, &bytes.io_vec().slice(0, len as u64)).await?;
     let entries = bytes[..len].chunks_exact(layout.entry_bytes() as usize);
-    let entries: Vec<TableAt> =
-        entries.map(|entry| TableAt(sparse::stored_number(entry))).collect();
-    Ok(TopTable::new(entries.len() as u64, &entries))
+    Ok(entries.map(|entry| TableAt(sparse::stored_number(entry))).collect())
 }

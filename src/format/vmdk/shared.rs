@@ -13,6 +13,7 @@ use crate::cow::Lock;
 use crate::format::chunks::Chunks;
 use crate::io::sync::Mutex;
 use crate::io::{Blocking, Errno, IoResult, IoVec};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
@@ -67,6 +68,13 @@ impl Shared {
 
     fn file(&self) -> Arc<Node> {
         self.children[0].node()
+    }
+
+    /// Where the descriptor lies in the file of a child, if it does.
+    pub async fn text_in(&self, child: usize) -> Option<Range<u64>> {
+        let text = self.text.lock().await;
+        let place = text.place.filter(|_| child == 0)?;
+        Some(place..place + (text.bytes.len() as u64).max(1))
     }
 
     /// # Errors

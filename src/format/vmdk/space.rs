@@ -11,6 +11,7 @@ use crate::cow::{
     Allocator, Appending, FileEnd, FileExtent, Run, Taken, cut, file, lengthen, take_at_end,
 };
 use crate::io::{IoResult, IoVec};
+use std::sync::atomic::Ordering;
 
 /// The logarithm of what space is counted in, in bytes.
 fn unit_bits(layout: &Layout) -> u32 {
@@ -22,18 +23,30 @@ fn unit_bits(layout: &Layout) -> u32 {
 
 /// The space of a file of so many bytes.
 pub fn space(layout: &Layout, file_len: u64) -> FileEnd {
+    FileEnd::new(extent(layout, file_len), 1 << unit_bits(layout))
+}
+
+/// What a file of so many bytes has.
+fn extent(layout: &Layout, file_len: u64) -> FileExtent {
     let bits = unit_bits(layout);
     // The last grain may be there in part.
     let used = file_len.div_ceil(1 << bits);
     // Entries name sectors in 32 bits.
     let limit = ((u64::from(u32::MAX) + 1) * SECTOR) >> bits;
-    FileEnd::new(FileExtent { used, fresh_from: used, limit }, 1 << bits)
+    FileExtent { used, fresh_from: used, limit }
+}
 }
 
 impl Sparse {
     /// What space is counted in, in bytes.
     pub fn space_unit(&self) -> u64 {
         1 << unit_bits(&self.layout)
+    }
+
+    /// Nothing that was known of the file holds any more, which has so many bytes now.
+    pub fn renew_space(&self, file_len: u64) {
+        self.space.replace(extent(&self.layout, file_len));
+        self.end_at_opening.store(self.space.end(), Ordering::Release);
     }
 
     /// Where the file ends, as far as its grains may be written in place, in bytes. No lock.

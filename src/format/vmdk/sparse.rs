@@ -11,7 +11,7 @@ use crate::cow::{
 };
 use crate::io::{Errno, IoResult, IoVec};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 /// Bytes of grain tables that are read at once.
 const SLICE: u64 = 4096;
@@ -69,6 +69,9 @@ pub struct Sparse {
     pub lock: Lock<()>,
     pub mapping: Tables<Grain>,
     pub space: FileEnd,
+    /// What the file had when the image was opened, as `space` counts: a killed process may have left some of it that
+    /// nothing names. Zero when that has been looked for.
+    pub end_at_opening: AtomicU64,
     /// The file may be written.
     pub is_ready: AtomicBool,
 }

@@ -17,8 +17,8 @@ use super::layout::Kind;
 use super::sparse::{BadEntry, Grain, Sparse, Stored, TableAt};
 use crate::block::{Event, SECTOR, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Empty, Format, Journaling, Need, Release, Writable, Writer, Zeroing, announce, begin_rest,
-    check_ready, check_sound, file, lengthen, pin_empty, take_at_end, write_suspects,
+    Empty, Format, Need, Release, Writable, Writer, Zeroing, announce, begin_rest, check_ready,
+    check_sound, file, lengthen, pin_empty, settle_journal, take_at_end, write_suspects,
 };
 use crate::io::{AlignedBuf, IoResult, IoVec};
 use std::ops::Range;
@@ -43,6 +43,7 @@ impl Writable for Sparse {
                 if file.len() < self.file_len() {
                     lengthen(&file, self.file_len()).await?;
                 }
+                self.mapping.journal.mark_in_use(true);
                 self.is_ready.store(true, Ordering::Release);
             }
         }
@@ -56,12 +57,6 @@ impl Writable for Sparse {
             file.write(copy, &bytes.source(), WriteFlags::empty()).await?;
         }
         file.write(at, &bytes.source(), WriteFlags::empty()).await
-    }
-}
-
-impl Journaling for Sparse {
-    fn refers_to_nothing(&self, entry: Grain) -> bool {
-        matches!(self.place_of_grain(entry), Ok(Stored::Absent | Stored::Zero))
     }
 }
 
@@ -169,6 +164,7 @@ impl Sparse {
     /// Brings the extent to rest: nothing is in flight. What was written is durable.
     pub async fn close_extent(&self) -> IoResult {
         if !self.is_ready.load(Ordering::Acquire) {
+            self.mapping.journal.mark_in_use(false);
             return Ok(());
         }
         begin_rest(self).await;
@@ -177,16 +173,18 @@ impl Sparse {
         check_sound(self).await?;
         self.cut_file().await?;
         file(self).flush().await?;
+        self.mapping.journal.mark_in_use(false);
         self.is_ready.store(false, Ordering::Release);
         Ok(())
     }
 
-    /// Hands over what failed to be written before.
+    /// Hands over what failed to be written before, and the entries that wait.
     pub async fn write_doubtful(&self) -> IoResult {
-        match self.is_ready.load(Ordering::Acquire) {
-            true => write_suspects(self).await,
-            false => Ok(()),
+        if !self.is_ready.load(Ordering::Acquire) {
+            return Ok(());
         }
+        write_suspects(self).await?;
+        settle_journal(self).await
     }
 
     /// Whether its grains can say that they are zeroes.

@@ -22,8 +22,11 @@ const MOST: u64 = 512 << 10;
 const BELOW: u8 = 250;
 
 /// Formats with a journal, and how their images are made.
-const KINDS: [(&str, &str); 2] =
-    [("qed", "cluster_size=4k,table_size=2"), ("qed", "cluster_size=8k,table_size=2")];
+const KINDS: [(&str, &str); 3] = [
+    ("qed", "cluster_size=4k,table_size=2"),
+    ("qed", "cluster_size=8k,table_size=2"),
+    ("vmdk", "zeroed_grain=on"),
+];
 
 /// What is there when the process is killed, and what each sector may hold.
 #[derive(Clone, PartialEq)]
@@ -42,7 +45,12 @@ fn image_of(format: &str, create: &str, len: u64) -> Vec<u8> {
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", format, "-o", create]).arg(file.path());
     assert!(command.arg(len.to_string()).status().unwrap().success());
-    std::fs::read(file.path()).unwrap()
+    let mut image = std::fs::read(file.path()).unwrap();
+    if format == "vmdk" {
+        // Grains of 4 KiB, which QEMU reads and does not make.
+        image[20] = 8;
+    }
+    image
 }
 
 /// An overlay of a disk that is full of one byte.

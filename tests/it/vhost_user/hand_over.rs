@@ -314,6 +314,7 @@ fn an_image_goes_with_the_guest_and_each_finds_what_the_other_wrote() {
     goes_and_comes("vdi", "static=off", false);
     goes_and_comes("parallels", "cluster_size=64k", false);
     goes_and_comes("vpc", "force_size=on", false);
+    goes_and_comes("vmdk", "zeroed_grain=on", false);
 }
 
 /// An image of a format goes from one daemon to another again and again. `grows`: its disk gets longer on the way.
