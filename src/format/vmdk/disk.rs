@@ -7,11 +7,12 @@ use crate::block::{
 };
 use crate::cow::{
     decider, fast_read, map, read_padded, read_range, status, stored_status, traits_over,
-    write_range, zero_range,
+    write_range,
 };
 use crate::format::vmdk::descriptor::NO_PARENT;
 use crate::format::vmdk::layout::Packing;
 use crate::format::vmdk::shared::content_id;
+use crate::format::vmdk::sparse::Sparse;
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,12 +25,10 @@ impl Vmdk {
 
     pub(super) fn common_traits(&self) -> Traits {
         let abilities = match self.shared.is_writable {
-            true if self.sparse().count() == self.parts.len()
-                && self.sparse().all(|sparse| sparse.says_zeroes()) =>
-            {
-                Abilities::ZERO
+            true if self.sparse().all(Sparse::can_zero) => {
+                Abilities::ZERO | Abilities::ZERO_UNMAP | Abilities::DISCARD
             }
-            true => Abilities::empty(),
+            true => Abilities::DISCARD,
             false => Abilities::READ_ONLY,
         };
         let grain = self.grain_size().unwrap_or(super::FLAT_UNIT);
@@ -182,10 +181,40 @@ impl Vmdk {
             let part = self.part_at(at).ok_or(Errno::EINVAL)?;
             let len = (end - at).min(part.end - at);
             match &part.extent {
-                Extent::Sparse(sparse) if sparse.says_zeroes() => {
-                    zero_range(&**sparse, at - part.start, len, flags).await?;
+                Extent::Sparse(sparse) => sparse.zero(at - part.start, len, flags).await?,
+                Extent::Flat { child, offset } => {
+                    self.shared.mark_changed().await?;
+                    let (node, host) =
+                        (self.shared.children[*child].node(), offset + at - part.start);
+                    // What lies past the end of the file reads as zeroes.
+                    let there = node.len().saturating_sub(host).min(len);
+                    node.zero(host, there, flags).await?;
                 }
-                _ => return Err(Errno::ENOTSUP),
+                Extent::Zero => {}
+                Extent::Shut => return Err(Errno(libc::EACCES)),
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn discard_extents(&self, at: u64, len: u64) -> IoResult {
+        self.shared.check_writable()?;
+        let end = at + len;
+        let mut at = at;
+        while at < end {
+            let part = self.part_at(at).ok_or(Errno::EINVAL)?;
+            let len = (end - at).min(part.end - at);
+            match &part.extent {
+                Extent::Sparse(sparse) => sparse.discard(at - part.start, len).await?,
+                Extent::Flat { child, offset } => {
+                    self.shared.mark_changed().await?;
+                    let (node, host) =
+                        (self.shared.children[*child].node(), offset + at - part.start);
+                    let there = node.len().saturating_sub(host).min(len);
+                    node.discard(host, there).await?;
+                }
+                Extent::Zero | Extent::Shut => {}
             }
             at += len;
         }

@@ -190,6 +190,10 @@ impl Driver for Vmdk {
         Box::pin(self.zero_extents(at, len, flags))
     }
 
+    fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
+        Box::pin(self.discard_extents(at, len))
+    }
+
     fn flush(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(self.flush_all())
     }

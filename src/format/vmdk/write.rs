@@ -13,14 +13,15 @@
 //! A kill or a power cut at any moment leaves an image that opens, with all that was flushed, and at worst space that
 //! nothing names, and an entry in the copy that the table does not have yet.
 
-use super::layout::Kind;
+use super::layout::{Kind, Packing};
 use super::sparse::{BadEntry, Grain, Sparse, Stored, TableAt};
 use crate::block::{Event, SECTOR, WriteFlags, ZeroFlags};
 use crate::cow::{
     Empty, Format, Need, Release, Writable, Writer, Zeroing, announce, begin_rest, check_ready,
-    check_sound, file, lengthen, pin_empty, settle_journal, take_at_end, write_suspects,
+    check_sound, discard_in_place, file, lengthen, pin_empty, settle_journal, take_at_end,
+    write_suspects, zero_in_place, zero_range,
 };
-use crate::io::{AlignedBuf, IoResult, IoVec};
+use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -79,7 +80,7 @@ impl Writer for Sparse {
         Grain(host / SECTOR)
     }
 
-    /// A grain that is emptied is lost, as in QEMU.
+    /// No entry drops its grain, but for compressed ones, which are lost.
     fn references(&self, _: Grain) -> Option<Release> {
         None
     }
@@ -103,6 +104,8 @@ impl Zeroing for Sparse {
         self.layout.has_zero_grains
     }
 
+    /// A grain that is there stays, because nothing would find it again; it is emptied where it is
+    /// ([`Zeroing::before_emptying`]).
     fn emptied(
         &self,
         old: Grain,
@@ -110,7 +113,17 @@ impl Zeroing for Sparse {
         _: Range<u64>,
         _: Empty,
     ) -> Result<(Grain, bool), BadEntry> {
-        self.place_of_grain(old).map(|_| (Grain::ZERO, false))
+        let is_plain = self.layout.packing == Packing::No;
+        let new = match self.place_of_grain(old)? {
+            Stored::At(host) if is_plain && self.is_inside(host) => old,
+            _ => Grain::ZERO,
+        };
+        Ok((new, false))
+    }
+
+    async fn before_emptying(&self, range: Range<u64>, kind: Empty) -> IoResult {
+        let flags = if kind == Empty::Zero { ZeroFlags::empty() } else { ZeroFlags::UNMAP };
+        zero_in_place(self, range, flags).await
     }
 }
 
@@ -187,8 +200,36 @@ impl Sparse {
         settle_journal(self).await
     }
 
+    /// Whether zeroes need not be written as data.
+    pub fn can_zero(&self) -> bool {
+        self.says_zeroes()
+            || self.layout.packing == Packing::No && self.shared.backing_child().is_none()
+    }
+
+    /// Makes a range read as zeroes. Grains that are there are emptied in their place.
+    ///
+    /// # Errors
+    /// ENOTSUP where zeroes are data.
+    pub async fn zero(&self, at: u64, len: u64, flags: ZeroFlags) -> IoResult {
+        if self.says_zeroes() {
+            return zero_range(self, at, len, flags).await;
+        }
+        if !self.can_zero() {
+            return Err(Errno::ENOTSUP);
+        }
+        // What is not there reads as zeroes already.
+        self.prepare().await?;
+        zero_in_place(self, at..at + len, flags).await
+    }
+
+    /// Gives the storage back what the grains of a range have, which stay where they are.
+    pub async fn discard(&self, at: u64, len: u64) -> IoResult {
+        self.prepare().await?;
+        discard_in_place(self, at..at + len).await
+    }
+
     /// Whether its grains can say that they are zeroes.
-    pub fn says_zeroes(&self) -> bool {
+    fn says_zeroes(&self) -> bool {
         self.layout.kind == Kind::Hosted && self.layout.has_zero_grains
     }
 }
