@@ -17,6 +17,7 @@
 //! | `space` | grains for what is new |
 //! | `write` | writing a sparse extent, and in which order |
 //! | `disk` | the disk: requests that are given to the extents |
+//! | `empty` | emptying an image over its parent |
 //! | `journal` | entries that wait in the front end's memory |
 //! | `hand_over` | an image that goes to another process, and comes from one |
 //! | `check` | checking |
@@ -30,6 +31,7 @@ mod create_on_nodes;
 mod descriptor;
 mod disk;
 mod edit;
+mod empty;
 mod encoding;
 mod esx;
 mod hand_over;
@@ -311,6 +313,10 @@ impl Image for Vmdk {
         node: Option<&'a Arc<Node>>,
     ) -> LocalFuture<'a, Result<(), Error>> {
         Box::pin(self.change_parent(name, node))
+    }
+
+    fn make_empty(&self) -> LocalFuture<'_, Result<(), Error>> {
+        Box::pin(self.empty())
     }
 
     fn info(&self) -> ImageInfo {

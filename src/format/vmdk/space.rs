@@ -35,9 +35,19 @@ fn extent(layout: &Layout, file_len: u64) -> FileExtent {
     let limit = ((u64::from(u32::MAX) + 1) * SECTOR) >> bits;
     FileExtent { used, fresh_from: used, limit }
 }
+
+/// What a file has of which nothing is used behind so many bytes; `is_cut`: it ends there.
+pub fn after_emptying(layout: &Layout, used: u64, is_cut: bool) -> FileExtent {
+    let extent = extent(layout, used);
+    FileExtent { fresh_from: if is_cut { extent.used } else { u64::MAX }, ..extent }
 }
 
 impl Sparse {
+    /// The length of a file that has so many bytes, and ends where space may begin.
+    pub fn rounded(&self, len: u64) -> u64 {
+        len.next_multiple_of(self.space_unit())
+    }
+
     /// What space is counted in, in bytes.
     pub fn space_unit(&self) -> u64 {
         1 << unit_bits(&self.layout)
@@ -62,7 +72,7 @@ impl Sparse {
     }
 
     /// Tells other programs where the file is free, in extents that say so.
-    async fn note_end(&self, end: u64) -> IoResult {
+    pub async fn note_end(&self, end: u64) -> IoResult {
         if self.layout.kind != Kind::Cowd {
             return Ok(());
         }

@@ -312,6 +312,34 @@ fn a_parent_that_has_changed_is_refused_and_one_that_was_committed_to_is_followe
 }
 
 #[test]
+fn a_commit_leaves_an_image_without_grains_that_shows_its_parent() {
+    for options in ["", "-o zeroed_grain=on", "-o subformat=twoGbMaxExtentSparse"] {
+        let place = with_parent(options);
+        let data = if options.contains("two") { "x-s001.vmdk" } else { "x.vmdk" };
+        let len = || std::fs::metadata(place.path().join(data)).unwrap().len();
+        let new = len();
+        for line in [
+            "qemu-io -f vmdk -c 'write -P 2 64k 2M' -c 'write -P 3 5M 1k' x.vmdk",
+            "qemu-img commit x.vmdk",
+        ] {
+            let ended = place.run(line);
+            assert_eq!(ended.code, Some(0), "{line}: {ended:?}");
+        }
+        assert_eq!(len(), new, "{options}");
+        let read = "qemu-io -f vmdk -c 'read -P 1 0 64k' -c 'read -P 2 64k 2M' -c 'read -P 3 5M 1k' x.vmdk";
+        let write = "qemu-io -f vmdk -c 'write -P 4 6M 64k' -c 'write -P 5 0 100' x.vmdk";
+        let again = "qemu-io -f vmdk -c 'read -P 4 6M 64k' -c 'read -P 5 0 100' -c 'read -P 1 100 1k' x.vmdk";
+        for line in [read, "qemu-img check x.vmdk", write, again, "qemu-img check x.vmdk"] {
+            for ended in [place.run(line), place.run_theirs(line)] {
+                assert!(ended.code == Some(0) && !ended.stdout.contains("failed"), "{ended:?}");
+            }
+        }
+        let map = place.run_theirs("qemu-img map --output=json x.vmdk").stdout;
+        assert_eq!(map.matches("\"depth\": 0").count(), 2, "{map}");
+    }
+}
+
+#[test]
 fn a_rebase_records_the_new_parent_and_its_contents() {
     let place = with_parent("");
     for line in [
