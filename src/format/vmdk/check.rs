@@ -80,9 +80,10 @@ async fn check_extent(
         say(&format!("ERROR: {text}"));
     };
     let (mut tables, mut used) = (References::default(), References::default());
-    let first_of = |places: &mut References, place: u64| -> Result<bool, Errno> {
-        let is_first = places.get(place) == 0;
-        places.add(place, 1).map_err(|_| Errno::ENOMEM)?;
+    // Places are counted in what lies there: of two in one such unit, neither lies behind the other.
+    let first_of = |places: &mut References, place: u64, unit: u64| -> Result<bool, Errno> {
+        let is_first = places.get(place / unit) == 0;
+        places.add(place / unit, 1).map_err(|_| Errno::ENOMEM)?;
         Ok(is_first)
     };
     for index in 0..sparse.directory.entries() {
@@ -98,7 +99,7 @@ async fn check_extent(
             found(format!("grain table offset for sector {} points after EOF", sector(0)));
             continue;
         };
-        if !first_of(&mut tables, table / SECTOR)? {
+        if !first_of(&mut tables, table, layout.table_bytes())? {
             found(format!("the grain table of sector {} is another one's, too", sector(0)));
             continue;
         }
@@ -114,8 +115,7 @@ async fn check_extent(
             match sparse.place_of_grain(Grain(stored_number(entry))) {
                 Ok(Stored::Absent | Stored::Zero) => {}
                 Ok(Stored::At(host)) if host < file_len => {
-                    // Each begins at a sector of its own.
-                    if !first_of(&mut used, host / SECTOR)? {
+                    if !first_of(&mut used, host, sparse.space_unit())? {
                         found(format!(
                             "the grain of sector {} is another one's, too",
                             sector(inside)

@@ -41,9 +41,6 @@ pub fn cowd(bytes: &[u8; COWD_LEN], file_len: u64) -> Result<Layout, Error> {
         )));
     }
     let directory = field(20) * SECTOR;
-    if directory < SECTOR {
-        return Err(Error::new("VMDK header: the grain directory begins in the header"));
-    }
     let layout = Layout {
         kind: Kind::Cowd,
         capacity,

@@ -117,7 +117,7 @@ impl Layout {
     /// Checks that the directories lie in a file of so many bytes.
     ///
     /// # Errors
-    /// They do not, or are too large.
+    /// They do not, begin in the header, or are too large.
     pub fn check(&self, file_len: u64) -> Result<(), Error> {
         let len = self.tables.checked_mul(self.entry_bytes());
         let Some(len) = len.filter(|&len| len <= MOST_DIRECTORY) else {
@@ -127,6 +127,9 @@ impl Layout {
             [("grain directory", Some(self.directory)), ("copy of the grain directory", self.copy)]
         {
             let Some(place) = place else { continue };
+            if place < SECTOR {
+                return Err(Error::new(format!("VMDK header: the {what} begins in the header")));
+            }
             if place.checked_add(len).is_none_or(|end| end > file_len) {
                 return Err(Error::new(format!(
                     "VMDK header: the {what}, {len:#x} bytes at {place:#x}, is not in the file of {file_len:#x} bytes"

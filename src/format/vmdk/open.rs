@@ -22,7 +22,7 @@ use std::sync::atomic::AtomicBool;
 
 /// Bytes of grain tables that are kept, of all extents together, and of each at least.
 const CACHE: u64 = 32 << 20;
-const LEAST_CACHE: u64 = 128 << 10;
+const LEAST_CACHE: u64 = 16 << 10;
 /// Most bytes of grain directories, of all extents together.
 const MOST_DIRECTORIES: u64 = 64 << 20;
 

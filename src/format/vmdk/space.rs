@@ -76,7 +76,7 @@ impl Sparse {
         if self.layout.kind != Kind::Cowd {
             return Ok(());
         }
-        let sector = (self.place_of(end) / SECTOR) as u32;
+        let sector = u32::try_from(self.place_of(end) / SECTOR).unwrap_or(u32::MAX);
         let bytes = sector.to_le_bytes();
         file(self).write(NEXT_FREE_AT, &IoVec::from_ref(&bytes), WriteFlags::empty()).await
     }

@@ -145,7 +145,8 @@ impl Sparse {
             return Ok(());
         }
         let index = self.mapping.shape.table_index(guest);
-        let table = self.layout.table_bytes();
+        // Entries name sectors.
+        let table = self.layout.table_bytes().next_multiple_of(SECTOR);
         let len = if self.copies.is_some() { 2 * table } else { table };
         let units = len.div_ceil(self.space_unit());
         let taken = take_at_end(self, units, units).await?;
