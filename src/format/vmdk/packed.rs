@@ -67,13 +67,10 @@ impl Sparse {
     /// EINVAL for a part of a grain, EIO where something is stored, both as in QEMU.
     pub async fn write_packed(&self, at: u64, from: &IoVec<'_>) -> IoResult {
         let grain = self.layout.grain_size();
-        let end = at + from.len();
-        if !at.is_multiple_of(grain) || !end.is_multiple_of(grain) && end < self.len() {
-            return Err(Errno::EINVAL);
-        }
         let mut done = 0;
         while done < from.len() {
-            let len = (from.len() - done).min(grain);
+            let inside = (at + done) % grain;
+            let len = (from.len() - done).min(grain - inside);
             // Nothing is packed in vain.
             let found = {
                 let _visit = self.mapping.visits.enter();
@@ -81,6 +78,9 @@ impl Sparse {
             };
             if matches!(found, crate::cow::Found::Compressed(_)) {
                 return Err(Errno::EIO);
+            }
+            if inside > 0 || len < grain && at + done + len < self.len() {
+                return Err(Errno::EINVAL);
             }
             let mut bytes = vec![0; grain as usize];
             from.slice(done, len).copy_to(&mut bytes);
