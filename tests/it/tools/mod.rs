@@ -39,6 +39,7 @@ mod vhdx;
 mod vhdx_parents;
 mod vmdk;
 mod vmdk_esx;
+mod vmdk_made;
 mod vmdk_random;
 mod vmdk_writing;
 mod vpc;
