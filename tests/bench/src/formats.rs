@@ -34,6 +34,7 @@ const FORMATS: &[Format] = &[
     Format { name: "parallels", over_raw: 1.2, first_writes: 3.0 },
     Format { name: "vhdx", over_raw: 1.15, first_writes: 1.2 },
     Format { name: "vpc", over_raw: 1.15, first_writes: 3.0 },
+    Format { name: "vmdk", over_raw: 1.20, first_writes: 4.0 },
 ];
 
 const US: Who = Who::Server(Kind::Vublk);
