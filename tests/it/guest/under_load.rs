@@ -5,11 +5,12 @@
 use super::boot::{Guest, fio_on_disk, until_stopped};
 use super::server::{self, output_of, vublk_serve_as};
 use super::{images, overlay};
-use crate::disks::judge;
+use crate::disks::{REGISTRY, judge};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+use vublk::block::registry::Kind;
 
 /// What the disk of a guest under load is.
 #[derive(Clone, Copy, PartialEq)]
@@ -66,7 +67,8 @@ impl Disk {
         let format = self.format();
         let check = Command::new(judge(format)).args(["check", "-f", format]).arg(image).output();
         let check = check.unwrap();
-        assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
+        // 63: the format has no check.
+        assert!(matches!(check.status.code(), Some(0 | 3 | 63)), "{check:?}");
         let converted = image.with_extension("raw");
         let [from, to] = [image, &converted].map(|path| path.to_str().unwrap());
         output_of("qemu-img", ["convert", "-f", format, "-O", "raw", from, to]);
@@ -138,8 +140,14 @@ fn a_guest_on_an_overlay_notices_nothing_when_its_daemon_is_killed_and_started_a
 
 #[test]
 fn a_guest_on_an_image_of_another_format_notices_nothing_when_its_daemon_is_killed() {
-    for format in ["qed", "vdi", "vhdx", "parallels", "vpc"] {
-        killed_under_load(Disk::Image(format));
+    // One that keeps entries in the front end's memory, and one with a log of its own; a longer run takes all.
+    let some = ["vmdk", "vhdx"];
+    let are_all = std::env::var_os("VUBLK_KILLS").is_some();
+    let others = REGISTRY.iter().filter(|entry| entry.kind == Kind::Format && !entry.is_raw());
+    let others = others.filter(|entry| entry.create.is_some() && entry.name != "qcow2");
+    for entry in others.filter(|entry| are_all || some.contains(&entry.name)) {
+        println!("{}", entry.name);
+        killed_under_load(Disk::Image(entry.name));
     }
 }
 
