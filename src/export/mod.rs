@@ -9,12 +9,14 @@ use self::core::Transport;
 use crate::block::Error;
 use crate::options::{Map, similar};
 
+type Parse = fn(Map, &[&str]) -> Result<Box<dyn Transport>, Error>;
+
 /// One type of export.
 pub struct ExportEntry {
     /// As options and listings name it.
     pub name: &'static str,
     /// Reads the options that only this type has. The names of those that all types have help with misspelt ones.
-    pub parse: fn(Map, &[&str]) -> Result<Box<dyn Transport>, Error>,
+    pub parse: Parse,
 }
 
 /// All types that can be served.
