@@ -51,7 +51,7 @@ bench-nvme: setup
 	$(CARGO) run --release --locked -p vublk-bench -- nvme $(BENCH)
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= virtqueue vhost_user_messages options nvme qcow2_header qcow2_check qcow2_snapshots qcow2_bitmaps qcow parallels bochs cloop dmg vhdx vmdk vpc
+FUZZ_TARGETS ?= virtqueue vhost_user_messages options nvme qcow2_header qcow2_check qcow2_snapshots qcow2_bitmaps qcow parallels parallels_bundle bochs cloop dmg vhdx vmdk vpc
 
 # Its last lines tell how often each target ran in a second. fuzz-seeds keeps in the tree what the runs have found.
 fuzz: setup

@@ -99,6 +99,7 @@ fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
     with_kept("qcow2_bitmaps", targets::qcow2_bitmaps::run);
     with_kept("qcow", targets::qcow::run);
     with_kept("parallels", targets::parallels::run);
+    with_kept("parallels_bundle", targets::parallels_bundle::run);
     with_kept("bochs", targets::bochs::run);
     with_kept("cloop", targets::cloop::run);
     with_kept("dmg", targets::dmg::run);
@@ -184,6 +185,7 @@ fn images_of_small_formats_that_make_no_sense_are_refused_or_read() {
     with_seeds(300, bytes, |input, _| {
         targets::qcow::run(input);
         targets::parallels::run(input);
+        targets::parallels_bundle::run(input);
         targets::bochs::run(input);
         targets::cloop::run(input);
         targets::dmg::run(input);

@@ -1,6 +1,6 @@
 //! Block status through a whole backing chain, in runs of equal status.
 
-use super::{Decider, Extent, Node, Place, Precision, Status};
+use super::{Decider, Extent, Kind, Node, Place, Precision, Role, Status};
 use crate::io::IoResult;
 use std::sync::Arc;
 
@@ -108,30 +108,32 @@ async fn look_down(
     (base, beyond): (Option<&Arc<Node>>, BeyondEnd),
 ) -> IoResult<Run> {
     let mut layer = node.clone();
+    // Where the range begins in the layer.
+    let mut at = start;
     let mut len = len.min(MOST);
     let mut depth = 0;
     loop {
-        if start >= layer.len() {
+        if at >= layer.len() {
             let status = Status::ZERO | Status::ALLOCATED;
             return Ok(Run { start, len, status, depth, file: None });
         }
-        let within = len.min(layer.len() - start);
+        let within = len.min(layer.len() - at);
         let below =
-            backing(&layer).filter(|below| beyond == BeyondEnd::Allocated || start < below.len());
+            backing(&layer).filter(|below| beyond == BeyondEnd::Allocated || at < below.len());
         let is_base = |below: &Arc<Node>| base.is_some_and(|base| Arc::ptr_eq(base, below));
         if let Some(below) = below.as_ref().filter(|below| !is_base(below)) {
             // What the layers below have is not asked here: each is asked once, when it is its turn.
-            let own = layer.status(start, within, Precision::Allocation).await?;
+            let own = layer.status(at, within, Precision::Allocation).await?;
             if !own.status.contains(Status::ALLOCATED) {
                 (layer, len) = (below.clone(), own.len);
                 depth += 1;
                 continue;
             }
         }
-        let extent = layer.status(start, within, precision).await?;
+        let extent = layer.status(at, within, precision).await?;
         len = extent.len;
-        if let Some(child) = filtered(&layer, start, &extent) {
-            layer = child;
+        if let Some(below) = passed_on(&layer, at, &extent) {
+            (layer, at) = below;
             continue;
         }
         match below {
@@ -156,13 +158,18 @@ async fn look_down(
     }
 }
 
-/// The node that has what a filter passes on, if its own backing files have to be asked.
-fn filtered(layer: &Node, start: u64, extent: &Extent) -> Option<Arc<Node>> {
-    if extent.status.intersects(Status::ALLOCATED | Status::ZERO) || backing(layer).is_some() {
+/// The node that has what another passes on, and where it has it: the image that is a part of a disk, or what a filter
+/// stands on, if that has backing files to be asked.
+fn passed_on(layer: &Node, at: u64, extent: &Extent) -> Option<(Arc<Node>, u64)> {
+    if backing(layer).is_some() {
         return None;
     }
-    let place = extent.place.filter(|place| place.offset == start)?;
-    Some(layer.driver().children().get(place.child?)?.node())
+    let place = extent.place?;
+    let child = layer.driver().children().get(place.child?)?;
+    let node = child.node();
+    let is_image = child.role() == Role::Extent && node.driver().entry().kind == Kind::Format;
+    let is_unknown = !extent.status.intersects(Status::ALLOCATED | Status::ZERO);
+    (is_image || is_unknown && place.offset == at).then_some((node, place.offset))
 }
 
 /// The longest run of one kind at the beginning of a range, as `map` tells it.

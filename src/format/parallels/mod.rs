@@ -12,8 +12,10 @@
 //! | `space` | clusters for what is new |
 //! | `write` | writing, zeroing, flushing, closing, and in which order |
 //! | `extension` | the extension, and the dirty bitmaps in it |
+//! | `bundle` | disks whose images `DiskDescriptor.xml` names |
 //! | `check` | checking and repairing |
 
+mod bundle;
 mod catalogue;
 mod check;
 mod create;
@@ -45,7 +47,11 @@ pub static ENTRY: DriverEntry = DriverEntry {
     create: Some(&create::CREATE),
     features: Features::CHECKS.union(Features::REPAIRS),
     growth: Growth::Own(&[]),
-    probe: Some(Probe::Bytes(|head, _| if Header::probe(head) { 100 } else { 0 })),
+    probe: Some(Probe::Bytes(
+        |head, _| {
+            if Header::probe(head) || bundle::probe(head) { 100 } else { 0 }
+        },
+    )),
     ..DriverEntry::new("parallels", Kind::Format, |opening, options| {
         Box::pin(open::open(opening, options))
     })

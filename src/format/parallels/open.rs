@@ -5,7 +5,7 @@ use super::extension::Extension;
 use super::header::{self, Header, State};
 use super::mapping::Stretch;
 use super::space::{self, Preallocating};
-use super::{Parallels, extension, mapping};
+use super::{Parallels, bundle, extension, mapping};
 use crate::block::*;
 use crate::cow::{FileEnd, Lock, cut, read_padded};
 use crate::io::sync::Mutex;
@@ -13,6 +13,9 @@ use crate::io::{Errno, IoResult, IoVec};
 use crate::options::node_ref::NodeRefOrNull;
 use crate::options::{Map, NodeRef, Size};
 use serde::Deserialize;
+
+/// As many bytes as tell formats apart.
+const HEAD: usize = crate::block::registry::PROBE_LEN;
 
 pub(super) static HELP: &[OptionHelp] = &[
     OptionHelp { name: "file", value: "node", help: "The node that holds the image" },
@@ -53,6 +56,15 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let during = Perms::format(Perms { held, shared: Perm::all() });
     let file = opening.child(Role::File, options.file, during).await?;
     let node = file.node();
+    if bundle::probe(&read_head(&node).await?) {
+        if options.backing.is_some_and(|backing| backing != NodeRefOrNull::Null) {
+            return Err(Error::new(
+                "The disk of a Parallels disk descriptor can have no backing file",
+            ));
+        }
+        let growing = space::options(options.prealloc_mode, options.prealloc_size);
+        return bundle::open(opening, file, growing).await;
+    }
     let mut is_writable = opening.is_writable_over(&node);
     let mut header = read_header(&node).await?;
     let extension = read_extension(opening.name(), &node, &header).await;
@@ -145,12 +157,18 @@ pub(super) async fn used(
     Ok(found)
 }
 
-/// Reads the header, and checks that the file has the catalogue.
-pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
-    let mut head = [0; header::LEN];
+/// The first bytes of a file, where an image has its header and a descriptor its first element.
+async fn read_head(file: &Node) -> Result<[u8; HEAD], Error> {
+    let mut head = [0; HEAD];
     let read = read_padded(file, 0, &IoVec::from_mut(&mut head)).await;
     read.map_err(|errno| Error::os("Could not read Parallels header", errno))?;
-    let header = Header::parse(&head)?;
+    Ok(head)
+}
+
+/// Reads the header, and checks that the file has the catalogue.
+pub(super) async fn read_header(file: &Node) -> Result<Header, Error> {
+    let head = read_head(file).await?;
+    let header = Header::parse(head.first_chunk().unwrap_or(&[0; header::LEN]))?;
     if header.catalogue_end() > file.len() {
         return Err(Error::new(format!(
             "The Parallels catalogue ends at {:#x}, past the end of the file ({:#x})",

@@ -10,7 +10,7 @@ use crate::cow::{
     Allocator, Appending, FileEnd, FileExtent, Run, Taken, file, lengthen, take_at_end,
 };
 use crate::io::{Errno, IoResult};
-use crate::options::Size;
+use crate::options::{Map, Size, Value};
 use serde::Deserialize;
 
 /// Bytes that the file gets longer at once, unless the options say something else.
@@ -37,6 +37,19 @@ impl Preallocating {
     pub fn new(mode: Mode, ahead: Option<Size>) -> Preallocating {
         Preallocating { mode, ahead: ahead.map_or(AHEAD, |size| size.0) }
     }
+}
+
+/// The options that say the same.
+pub fn options(mode: Mode, ahead: Option<Size>) -> Map {
+    let mode = match mode {
+        Mode::Falloc => "falloc",
+        Mode::Truncate => "truncate",
+    };
+    let mut options = Map::from_iter([("prealloc-mode", mode)]);
+    if let Some(size) = ahead {
+        options.insert("prealloc-size", Value::from(size.0));
+    }
+    options
 }
 
 /// The space of an image with these clusters, in a file of so many bytes.

@@ -18,6 +18,7 @@ pub mod nvme;
 mod opened;
 pub mod options;
 pub mod parallels;
+pub mod parallels_bundle;
 pub mod qcow;
 pub mod qcow2_bitmaps;
 pub mod qcow2_check;

@@ -24,6 +24,7 @@ mod newer;
 mod no_text;
 mod options;
 mod parallels;
+mod parallels_bundle;
 mod progress;
 mod qcow;
 mod qed;
