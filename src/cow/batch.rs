@@ -7,6 +7,7 @@
 use super::format::{Format, announce, data, file};
 use super::lookup::pin;
 use super::table_cache::{Pinned, SliceNo, TableEntry};
+use super::tables::Tables;
 use super::writable::{Writable, check_sound};
 use crate::block::Event;
 use crate::io::sync::{Mutex, Waiters};
@@ -15,7 +16,6 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 /// Entries of a slice: indices and new values.
@@ -24,8 +24,6 @@ pub type Changes<E> = Vec<(usize, E)>;
 /// The slices that tasks are changing.
 pub struct Batches<E> {
     slices: Mutex<BTreeMap<SliceNo, Slice<E>>>,
-    /// A write of a slice was cancelled: the disk may have another state than readers were shown.
-    was_cancelled: AtomicBool,
 }
 
 /// A slice that tasks are changing.
@@ -44,7 +42,7 @@ struct Batch<E> {
 
 impl<E> Default for Batches<E> {
     fn default() -> Batches<E> {
-        Batches { slices: Mutex::default(), was_cancelled: AtomicBool::new(false) }
+        Batches { slices: Mutex::default() }
     }
 }
 
@@ -75,11 +73,26 @@ struct Leader<'a, E> {
     batch: Batch<E>,
 }
 
-impl<E: TableEntry> Batches<E> {
-    pub(super) fn was_cancelled(&self) -> bool {
-        self.was_cancelled.load(Ordering::SeqCst)
-    }
+/// A slice that is being written. When this is dropped before it is settled, because the write has failed or was
+/// cancelled, the disk may have another state than readers were shown. It is dropped before the leader is.
+struct Doubt<'a, E: TableEntry> {
+    tables: &'a Tables<E>,
+    slice: SliceNo,
+    /// An offset that the slice maps.
+    guest: u64,
+    pinned: &'a Pinned<'a, E>,
+    is_settled: bool,
+}
 
+impl<E: TableEntry> Drop for Doubt<'_, E> {
+    fn drop(&mut self) {
+        if !self.is_settled {
+            self.tables.suspect(self.slice, self.guest, self.pinned);
+        }
+    }
+}
+
+impl<E: TableEntry> Batches<E> {
     fn join(&self, slice: SliceNo, changes: impl Iterator<Item = (usize, E)>) -> Member<'_, E> {
         let mut slices = self.slices.lock();
         let state = slices.entry(slice).or_insert_with(|| Slice {
@@ -154,11 +167,10 @@ impl<E> Leader<'_, E> {
 }
 
 impl<E> Drop for Leader<'_, E> {
-    /// Ends the turn; if it was cancelled, the batch has failed.
+    /// Ends the lead; if it was cancelled, the batch has failed.
     fn drop(&mut self) {
         let mut end = self.batch.end.lock();
         if end.result.is_none() {
-            self.batches.was_cancelled.store(true, Ordering::SeqCst);
             end.result = Some(Err(Errno::EIO));
         }
         let waiting = end.waiting.take();
@@ -188,11 +200,11 @@ pub async fn change_entries<F: Writable>(image: &F, guest: u64, entries: &[F::En
     match member.lead().await {
         Err(result) => result,
         Ok(leader) => {
+            let mut doubt = Doubt { tables, slice, guest, pinned: &pinned, is_settled: false };
             let changes = &leader.batch.changes;
             let result = write_changes(image, guest, &pinned, changes, changes).await;
-            if result.is_err() {
-                tables.suspect(slice, guest, pinned);
-            }
+            doubt.is_settled = result.is_ok();
+            drop(doubt);
             leader.end(result)
         }
     }
@@ -225,12 +237,12 @@ pub(super) async fn settle_slice<F: Writable>(
     let tables = image.tables();
     let pinned = pin(image, guest).await?;
     let (_member, leader) = tables.batches.lead(slice).await;
+    let mut doubt = Doubt { tables, slice, guest, pinned: &pinned, is_settled: false };
     let mut all = due();
     all.extend_from_slice(&leader.batch.changes);
     let result = write_changes(image, guest, &pinned, &leader.batch.changes, &all).await;
-    if result.is_err() {
-        tables.suspect(slice, guest, pinned);
-    }
+    doubt.is_settled = result.is_ok();
+    drop(doubt);
     leader.end(result)
 }
 

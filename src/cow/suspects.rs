@@ -40,8 +40,8 @@ struct Suspect {
 }
 
 impl<E: TableEntry> Tables<E> {
-    /// Notes that a write of entries has failed: the disk may have old ones or new ones.
-    pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: Pinned<'_, E>) {
+    /// Notes that a write of entries has failed, or was cancelled: the disk may have old ones or new ones.
+    pub(super) fn suspect(&self, slice: SliceNo, guest: u64, pinned: &Pinned<'_, E>) {
         let mut suspects = self.suspects.list.lock();
         self.suspects.failures.fetch_add(1, Ordering::SeqCst);
         if let Some(known) = suspects.get_mut(&slice) {
@@ -60,8 +60,7 @@ impl<E: TableEntry> Tables<E> {
     /// How many writes of entries have failed, unless the disk still may have another state than readers were shown.
     pub fn failures_settled(&self) -> Option<u64> {
         let suspects = self.suspects.list.lock();
-        let is_settled = suspects.is_empty() && !self.batches.was_cancelled();
-        is_settled.then(|| self.suspects.failures.load(Ordering::SeqCst))
+        suspects.is_empty().then(|| self.suspects.failures.load(Ordering::SeqCst))
     }
 
     /// Ends the doubt about slices whose tables are gone: they are never written again.

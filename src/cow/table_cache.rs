@@ -372,7 +372,7 @@ impl<E: TableEntry> Pinned<'_, E> {
     }
 
     /// Keeps the slice in its slot until [`Pinned::stay_no_longer`].
-    pub fn stay(self) {
+    pub fn stay(&self) {
         self.cache.state.lock().slots[self.slot].pins += 1;
     }
 

@@ -12,16 +12,16 @@ use vublk::io::{self, IoVec};
 use vublk::protocol::sim::SimOptions;
 
 /// A kind of image, and where on its disk the test works.
-struct Kind {
-    format: &'static str,
-    options: &'static str,
+pub struct Kind {
+    pub format: &'static str,
+    pub options: &'static str,
     /// Of the disk, in bytes.
     len: u64,
     /// Bytes that the image's file may have.
-    most: u64,
+    pub most: u64,
     /// Where the areas begin that are used, and their bytes.
-    areas: &'static [u64],
-    area: u64,
+    pub areas: &'static [u64],
+    pub area: u64,
     /// How many crashes are tried after each change.
     crashes: usize,
     /// All that QEMU may find wrong before the image has been opened again.
@@ -87,7 +87,7 @@ const PARALLELS: Kind = Kind {
 /// The end of its file is put in order when it is opened again.
 const VPC: Kind = Kind { format: "vpc", options: "force_size=on", crashes: 2, unclean: &[], ..VDI };
 
-const KINDS: [Kind; 12] = [
+pub const KINDS: [Kind; 12] = [
     Kind { options: "cluster_size=4k,table_size=2", ..QED },
     Kind { options: "cluster_size=8k,table_size=2", ..QED },
     VDI,
@@ -105,7 +105,7 @@ const KINDS: [Kind; 12] = [
 
 impl Kind {
     /// A new image's file.
-    fn image(&self) -> Vec<u8> {
+    pub fn image(&self) -> Vec<u8> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut command = Command::new("qemu-img");
         command.args(["create", "-q", "-f", self.format, "-o", self.options]).arg(file.path());
@@ -113,7 +113,7 @@ impl Kind {
         std::fs::read(file.path()).unwrap()
     }
 
-    fn over(&self, options: &str) -> String {
+    pub fn over(&self, options: &str) -> String {
         let format = self.format;
         format!("driver={format},discard=unmap,file.{}", options.replace(',', ",file."))
     }
@@ -133,7 +133,7 @@ impl Kind {
     }
 
     /// What QEMU says of an image's file.
-    fn check(&self, file: &[u8]) -> Output {
+    pub fn check(&self, file: &[u8]) -> Output {
         let kept = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(kept.path(), file).unwrap();
         let mut command = Command::new("qemu-img");
@@ -144,7 +144,7 @@ impl Kind {
 }
 
 /// Requests are whole sectors: a transfer that comes out short tears none.
-fn sectors(options: &mut SimOptions) {
+pub fn sectors(options: &mut SimOptions) {
     options.traits.request_align = 512;
 }
 
