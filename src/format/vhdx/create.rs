@@ -300,7 +300,7 @@ async fn locator_of(
     let found = creation.with_backing(name, format, async |node| parent::data_write(node).await);
     match found.await.map_err(|error| error.with_hint("Could not open backing image."))? {
         Some(data_write) => parent::encode(name, data_write),
-        None => refused("The parent of a VHDX image has to be a VHDX image"),
+        None => Err(parent::is_no_vhdx()),
     }
 }
 

@@ -4,7 +4,7 @@ use super::bytes::{GUID_LEN, guid_at, put, u16_at, u32_at, u64_at};
 use super::regions::Region;
 use crate::block::{Error, Node};
 use crate::cow::read_padded;
-use crate::io::IoVec;
+use crate::io::{Errno, IoVec};
 use uuid::{Uuid, uuid};
 
 /// Bytes of the table; items lie behind it.
@@ -110,6 +110,13 @@ pub struct Metadata {
     pub locator: Option<Vec<u8>>,
     /// Where that is in the file.
     pub locator_place: Option<Region>,
+}
+
+/// Where another locator of the parent can go, in bytes from the beginning of the region on.
+pub struct Room {
+    pub item: u64,
+    /// Where the table has the offset of the locator, and its length behind that.
+    pub field: u64,
 }
 
 /// Where items are, from the beginning of the region on.
@@ -230,6 +237,37 @@ impl Metadata {
             },
             locator_place,
         })
+    }
+
+    /// Finds room for a locator of `len` bytes, beside all items that the table has.
+    ///
+    /// # Errors
+    /// I/O failed, or there is no room or no locator.
+    pub async fn room(file: &Node, region: Region, len: u64) -> Result<Room, Error> {
+        let mut bytes = vec![0; TABLE_LEN];
+        let read = read_padded(file, region.offset, &IoVec::from_mut(&mut bytes)).await;
+        read.map_err(|errno| Error::os("Could not read VHDX metadata table", errno))?;
+        let count = usize::from(u16_at(&bytes, 10).min(MOST_ENTRIES));
+        let entries = bytes[ENTRY_LEN..].chunks_exact(ENTRY_LEN).take(count);
+        let index = entries.clone().position(|entry| guid_at(entry, 0) == PARENT_LOCATOR);
+        let index = index.ok_or_else(|| invalid("there is no parent locator"))?;
+        let mut items: Vec<_> = entries
+            .map(|entry| (u64::from(u32_at(entry, 16)), u64::from(u32_at(entry, 20))))
+            .collect();
+        items.sort_unstable();
+        // No sector has parts of two items.
+        let mut item = TABLE_LEN as u64;
+        for (start, used) in items {
+            if item + len <= start {
+                break;
+            }
+            item = item.max((start + used).next_multiple_of(4096));
+        }
+        match item + len <= region.len {
+            true => Ok(Room { item, field: ((index + 1) * ENTRY_LEN + 16) as u64 }),
+            false => Err(Error::new("There is no room for another VHDX parent locator")
+                .with_errno(Errno::ENOSPC)),
+        }
     }
 
     /// The table and the items behind it, as they are stored at the beginning of the region.

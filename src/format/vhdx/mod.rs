@@ -12,6 +12,7 @@
 //! | `open` | opening an image |
 //! | `mapping` | how an image maps a guest's blocks |
 //! | `parent` | what names the parent of a differencing image |
+//! | `linkage` | what an image says of its parent, and how that changes |
 //! | `partial` | blocks of which only some sectors are there |
 //! | `space` | blocks for what is new |
 //! | `write` | writing, zeroing, flushing, closing, and in which order |
@@ -24,6 +25,7 @@ mod create;
 mod hand_over;
 mod header;
 mod layout;
+mod linkage;
 mod log;
 mod mapping;
 mod metadata;
@@ -40,16 +42,16 @@ use crate::cow::{
     self, FileEnd, Lock, Tables, decider, discard_range, fast_read, read_range, status,
     traits_over, write_range, zero_range,
 };
-use crate::io::sync::Mutex;
 use crate::io::{InFlight, IoResult, IoVec};
 use header::Header;
 use layout::Layout;
+use linkage::Parent;
 use log::append::LogEnd;
 use mapping::Entry;
 use metadata::{Geometry, Metadata};
 use regions::Regions;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use uuid::Uuid;
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
@@ -93,16 +95,6 @@ pub struct Vhdx {
     is_frozen: AtomicBool,
     /// An entry that makes no sense was reported.
     has_reported: AtomicBool,
-}
-
-/// The parent of a differencing image.
-struct Parent {
-    /// A file name as a user would give it, if the one that is stored can be followed.
-    name: Option<String>,
-    /// The GUID of the parent that the image names.
-    linkage: Mutex<Uuid>,
-    /// Where that is in the file, if it is known to be that of the parent that is open.
-    linkage_place: Option<u64>,
 }
 
 /// The current header, as it is on the disk, and which of the two it is.
@@ -260,8 +252,17 @@ impl Image for Vhdx {
         })
     }
 
+    fn set_backing<'a>(
+        &'a self,
+        name: Option<&'a str>,
+        _: Option<&'a str>,
+        node: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, Result<(), Error>> {
+        Box::pin(self.change_parent(name, node))
+    }
+
     fn info(&self) -> ImageInfo {
-        let name = self.parent.as_ref().and_then(|parent| parent.name.clone());
+        let name = self.parent.as_ref().and_then(|parent| parent.0.lock().name.clone());
         ImageInfo {
             cluster_size: Some(self.geometry().block_size()),
             backing_format: name.as_ref().map(|_| ENTRY.name.to_owned()),

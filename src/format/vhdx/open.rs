@@ -2,12 +2,13 @@
 
 use super::header::{self, Header};
 use super::layout::Layout;
+use super::linkage::{Parent, Said};
 use super::log::append::LogEnd;
 use super::log::replay::{self, Active};
 use super::metadata::Metadata;
 use super::parent::{self, Locator};
 use super::regions::{self, Regions};
-use super::{Parent, State, Vhdx, mapping, space};
+use super::{State, Vhdx, mapping, space};
 use crate::block::*;
 use crate::cow::{FileEnd, Lock, read_padded};
 use crate::format::children::FileAndBacking;
@@ -142,12 +143,12 @@ async fn open_parent(
     }
     let has_room = locator.linkage_place.len() == parent::guid_text(Uuid::nil()).len();
     let linkage_place = place.offset + locator.linkage_place.start as u64;
-    let parent = Parent {
+    let said = Said {
         name,
-        linkage: Mutex::new(found.unwrap_or(locator.linkage)),
+        linkage: found.unwrap_or(locator.linkage),
         linkage_place: (is_meant && has_room).then_some(linkage_place),
     };
-    Ok((Some(parent), backing))
+    Ok((Some(Parent(Mutex::new(said))), backing))
 }
 
 /// In QEMU's words.

@@ -144,6 +144,11 @@ pub fn encode(name: &str, data_write: Uuid) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
+/// What is said of a parent of another format.
+pub fn is_no_vhdx() -> Error {
+    Error::new("The parent of a VHDX image has to be a VHDX image")
+}
+
 /// The GUID that says what the guest sees of a disk, if its node is an image of this format.
 pub async fn data_write(disk: &Arc<Node>) -> Result<Option<Uuid>, Error> {
     let image = disk.below_filters();

@@ -13,10 +13,10 @@
 //! also says how long the file has to be, so no entry leads past its end. New space that no entry names is leaked.
 
 use super::mapping::{BadEntry, Entry, state};
-use super::{State, Vhdx, header, parent};
+use super::{State, Vhdx, header};
 use crate::block::{Access, Event, Node, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Empty, Format, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce, backing,
+    Empty, Format, Journaling, Need, Release, Stop, Writable, Writer, Zeroing, announce,
     begin_rest, check_ready, check_sound, discard_in_place, file, pin, write_suspects,
     zero_in_place,
 };
@@ -182,23 +182,6 @@ impl Vhdx {
             true => file.flush().await,
             false => Ok(()),
         }
-    }
-
-    /// The image goes on naming its parent when that has changed below it, as it does when data is committed to it.
-    async fn keep_linkage(&self) -> IoResult {
-        let (Some(parent), Some(below)) = (&self.parent, backing(self)) else { return Ok(()) };
-        let Some(place) = parent.linkage_place else { return Ok(()) };
-        let now = parent::data_write(&below).await;
-        let Some(now) = now.map_err(|error| error.errno().unwrap_or(Errno::EIO))? else {
-            return Ok(());
-        };
-        if now == *parent.linkage.lock() {
-            return Ok(());
-        }
-        self.prepare().await?;
-        self.write_logged(place, &parent::guid_text(now)).await?;
-        *parent.linkage.lock() = now;
-        Ok(())
     }
 
     /// Says, durably, that the file changes, and the disk with it, unless that was said since the image was opened.

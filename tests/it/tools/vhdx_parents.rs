@@ -193,6 +193,58 @@ fn new_children_need_a_vhdx_parent() {
     refused(ended, "has no parent");
 }
 
+#[test]
+fn a_rebase_names_another_parent_and_shows_the_same() {
+    let place = family("");
+    run(
+        &place,
+        &[
+            "qemu-io -f vhdx -c 'write -P 3 1M 1k' -c 'write -P 4 4095k 2k' c.vhdx",
+            "qemu-img create -q -f vhdx q.vhdx 12M",
+            "qemu-io -f vhdx -c 'write -P 9 2M 5M' q.vhdx",
+            "qemu-img create -q -f raw b.raw 9M",
+            "qemu-img convert -f vhdx -O raw c.vhdx before.raw",
+        ],
+    );
+    std::fs::create_dir(place.path().join("a folder with quite a long name")).unwrap();
+    let far = "a folder with quite a long name/far.vhdx";
+    run(&place, &[&format!("qemu-img create -q -f vhdx '{far}' 9M")]);
+    for parent in ["q.vhdx", far] {
+        run(
+            &place,
+            &[
+                &format!("qemu-img rebase -q -f vhdx -b '{parent}' -F vhdx c.vhdx"),
+                "qemu-img compare -f vhdx -F raw c.vhdx before.raw",
+            ],
+        );
+        let info = place.run("qemu-img info -f vhdx c.vhdx").stdout;
+        assert!(info.contains(&format!("backing file: ./{parent}")), "{info}");
+    }
+    // More than there is room for, if the room of old names were never used again.
+    let long = "long/".repeat(6000) + "p.vhdx";
+    for parent in [&*long; 18].into_iter().chain([far]) {
+        run(&place, &[&format!("qemu-img rebase -u -f vhdx -b '{parent}' -F vhdx c.vhdx")]);
+    }
+    run(
+        &place,
+        &["qemu-img compare -f vhdx -F raw c.vhdx before.raw", "qemu-img check -f vhdx c.vhdx"],
+    );
+    for (line, wanted) in [
+        ("qemu-img rebase -u -f vhdx -b ../p.vhdx -F vhdx c.vhdx", "a path below its own folder"),
+        ("qemu-img rebase -f vhdx -b b.raw -F raw c.vhdx", "has to be a VHDX image"),
+        ("qemu-img rebase -f vhdx -b '' c.vhdx", "needs a parent"),
+        ("qemu-img rebase -f vhdx -b q.vhdx -F vhdx p.vhdx", "Operation not supported"),
+    ] {
+        let ended = place.run(line);
+        assert!(ended.code == Some(1) && ended.stderr.contains(wanted), "{line}: {ended:?}");
+        run(&place, &["qemu-img compare -f vhdx -F raw c.vhdx before.raw"]);
+    }
+    // The parent that it names has to stay what it is.
+    run(&place, &[&format!("qemu-io -f vhdx -c 'write -P 1 0 1k' '{far}'")]);
+    let ended = place.run("qemu-io -r -f vhdx -c 'read 0 512' c.vhdx");
+    refused(ended, "has changed since the image was made");
+}
+
 /// A child whose first block has every other 64 KiB, and the last sector.
 fn with_partial_block() -> Place {
     let place = family("");
