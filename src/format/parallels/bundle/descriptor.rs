@@ -1,5 +1,6 @@
-//! The text of `DiskDescriptor.xml` (QEMU's docs/interop/prl-xml): which parts a disk has, and the images of each, from the
-//! top one down to the one that has no parent.
+//! The text of `DiskDescriptor.xml` (QEMU's docs/interop/prl-xml).
+//!
+//! It says which parts a disk has, and the images of each, from the top one down to the one that has no parent.
 //!
 //! Everything that leaves [`Descriptor::parse`] is inside the limits below, and no chain of parents has a loop.
 
