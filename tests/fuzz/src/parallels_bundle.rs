@@ -1,5 +1,6 @@
-//! Descriptors of Parallels disks, of elements and texts that an input chooses: no panic, no endless work, errors of one
-//! line.
+//! Descriptors of Parallels disks, of elements and texts that an input chooses.
+//!
+//! There is no panic and no endless work, and errors have one line.
 
 use super::input::Input;
 use super::opened::{damage, work};

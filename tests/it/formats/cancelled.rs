@@ -1,5 +1,7 @@
-//! Requests that are dropped on their way: each sector shows what it showed or what was being written, and goes on showing
-//! it; other requests come through, and the image is sound.
+//! Requests that are dropped on their way, to images of each format that is written.
+//!
+//! Each sector shows what it showed or what was being written, and goes on showing it. Other requests come through, and
+//! the image is sound.
 
 use super::crash::{KINDS, Kind, sectors};
 use crate::disks::{seed, simulated};

@@ -1,5 +1,6 @@
-//! Parallels bundles, whose images QEMU makes and fills: read and written through their descriptors, which QEMU does not
-//! read. It judges the images.
+//! Parallels bundles, read and written through their descriptors.
+//!
+//! QEMU makes, fills and judges the images. It does not read descriptors.
 
 use super::{Ended, Place};
 

@@ -1,5 +1,6 @@
-//! Random scripts on qcow images (version 1), run by vublk and by QEMU on equal images: every line comes to the same, the
-//! images show the same, and their maps are alike.
+//! Random scripts on qcow images (version 1), run by vublk and by QEMU on equal images.
+//!
+//! Every line comes to the same, the images show the same, and their maps are alike.
 
 use super::random::map;
 use super::{Place, fixture};

@@ -1,5 +1,6 @@
-//! VMDK images that the test makes by the specification, as no tool here does; and libyal's reader, which judges those
-//! that are made here.
+//! VMDK images that the test makes by the specification, as no tool here does.
+//!
+//! libyal's reader judges those that vublk makes.
 
 use super::{Place, fixture};
 use std::process::Command;

@@ -1,5 +1,6 @@
-//! Bundles: folders whose `DiskDescriptor.xml` names the images of a disk, which may lie in several parts, each with
-//! snapshots below its top image. QEMU has no such driver.
+//! Bundles: folders whose `DiskDescriptor.xml` names the images of a disk.
+//!
+//! A disk may lie in several parts, each with snapshots below its top image. QEMU has no such driver.
 //!
 //! | file | it holds |
 //! |---|---|
