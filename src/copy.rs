@@ -7,8 +7,8 @@
 //! failure ends all, and if several pieces in flight fail, the failure at the lowest offset is reported; between two
 //! pieces a copy can be paused, slowed down and ended ([`control`]).
 //!
-//! `plan` deals the pieces out, `write_order` keeps writes in order where that is asked for, `rebase` compares before it
-//! writes. What is to be compressed goes in whole units of the target, packed by each copier before its turn to write.
+//! `plan` deals the pieces out, `write_order` keeps writes in order where that is asked for, `rebase` compares before
+//! it writes. What is to be compressed goes in whole units of the target, packed by each copier before it may write.
 
 pub mod control;
 mod disk;
@@ -52,7 +52,7 @@ pub struct Copy {
     pub compress: bool,
     /// Runs of at least this many zero bytes are not written as data; none to write everything.
     pub sparse: Option<u64>,
-    /// Data is passed on as it is, without a look for zeroes in it.
+    /// Data is passed on as it is, without a search for zeroes.
     pub keeps_data: bool,
     /// From this byte on the target is known to read as zeroes; `u64::MAX` if nothing is known.
     pub zero_from: u64,
@@ -66,8 +66,8 @@ pub enum Part {
     Whole,
     /// All but what comes from this image in the only source's chain, or from below it: the target supplies that.
     Above(Arc<Node>),
-    /// The only source is the image that the target's writes go to, and that is about to stand on another one, or
-    /// on none. Copied is what it shows of its old backing file and would not show of the new one.
+    /// The only source is the image that the target's writes go to, and that is about to get another backing file, or
+    /// none. What it shows of its old backing file and would not show of the new one is copied.
     Rebased(Option<Disk>),
 }
 
@@ -159,7 +159,7 @@ impl Copy {
 pub enum Trouble {
     /// Where in the target, in bytes.
     Read(u64, Errno),
-    /// Reading what the target is to stand on.
+    /// Reading the target's future backing file.
     ReadNew(u64, Errno),
     Write(u64, Errno),
     /// Of the source's mapping.
@@ -205,13 +205,13 @@ impl Trouble {
     }
 }
 
-/// Told how many bytes more are done, of how many in all.
+/// Called with the number of bytes that have been done since the last call, and the total.
 pub type Progress = Box<dyn Fn(u64, u64) + Send + Sync>;
 
-/// Told of what could not be read and became zeroes: the offset in the target.
+/// Called for data that could not be read and became zeroes, with its offset in the target.
 pub type Salvaged = Box<dyn Fn(u64, Errno) + Send + Sync>;
 
-/// What all copiers share.
+/// The state that all copiers share.
 struct Shared {
     copy: Copy,
     plan: Plan,
@@ -254,8 +254,7 @@ pub async fn copy(copy: Copy, helpers: &[Worker], hooks: Hooks) -> Result<(), Tr
 }
 
 impl Shared {
-    /// Moves pieces until there are none left, or something fails. The disks are let go before it counts as
-    /// ended.
+    /// Moves pieces until there are none left, or something fails. The disks are released before it counts as ended.
     async fn run_copier(self: Arc<Shared>, member: Member, copiers: Arc<Copiers>) {
         let mut buffer = None;
         while self.trouble.lock().is_none() {
@@ -284,7 +283,7 @@ impl Shared {
         let most = self.copy.chunk();
         member.gate(most).await?;
         let piece = self.plan.next(&self.copy).await?;
-        // Zeroes are made in no time.
+        // Zeroes need no reading.
         let moved = piece.filter(|piece| piece.kind != Kind::Zeroes).map_or(0, |piece| piece.len);
         member.give_back(most.saturating_sub(moved));
         Ok(piece)
@@ -381,7 +380,7 @@ impl Shared {
         }
     }
 
-    /// Packs all units that are not zero, waits for the turn, and stores them.
+    /// Packs all units that are not zero, waits for earlier writes, and stores them.
     async fn write_packed(
         &self,
         piece: &Piece,

@@ -47,16 +47,16 @@ pub struct NewJob {
 /// What a worker is given to run: makes the future there.
 pub type Task = Box<dyn FnOnce() -> LocalFuture<'static, ()> + Send>;
 
-/// The jobs of a process, and what they have to tell.
+/// The jobs of a process, and their events.
 #[derive(Clone)]
 pub struct Jobs(Arc<Board>);
 
 struct Board {
     /// Oldest first.
     jobs: Mutex<Vec<Arc<Job>>>,
-    /// Changes that were not asked for yet.
+    /// Changes that were not taken yet.
     events: Mutex<Vec<(String, Status)>>,
-    /// Called when there is something to ask for.
+    /// Called when there is something to take.
     notify: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -95,7 +95,7 @@ pub struct JobInfo {
 }
 
 impl Jobs {
-    /// `notify` is called from any thread when [`Jobs::take_events`] has something to give.
+    /// `notify` is called from any thread when [`Jobs::take_events`] has something to return.
     pub fn new(notify: impl Fn() + Send + Sync + 'static) -> Jobs {
         let (jobs, events) = (Mutex::default(), Mutex::default());
         Jobs(Arc::new(Board { jobs, events, notify: Box::new(notify) }))
@@ -146,12 +146,12 @@ impl Jobs {
         self.0.jobs.lock().iter().rev().map(|job| job.info()).collect()
     }
 
-    /// The changes since this was last asked, in their order.
+    /// The changes since the last call, in order.
     pub fn take_events(&self) -> Vec<(String, Status)> {
         std::mem::take(&mut *self.0.events.lock())
     }
 
-    /// Has the work of all of them end at its next gates: the end of the program.
+    /// Makes the work of all of them end at its next gates: the end of the program.
     pub fn cancel_all(&self) {
         self.0.jobs.lock().iter().for_each(|job| job.control.cancel());
     }
@@ -180,7 +180,7 @@ impl Job {
 
     // ---- What users ask for
 
-    /// Has the work rest at its next gates.
+    /// Makes the work rest at its next gates.
     ///
     /// # Errors
     /// As of all that follow: the state does not allow it.
@@ -262,7 +262,7 @@ impl Job {
         }
     }
 
-    /// Runs the work, and says meanwhile whether it is_resting.
+    /// Runs the work, and reports meanwhile whether it rests.
     async fn watch(&self, work: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
         let mut work = pin!(work);
         let done = loop {
@@ -291,7 +291,7 @@ impl Job {
         }
     }
 
-    /// Goes on to the next state, unless it is there already.
+    /// Enters the next state, unless it is there already.
     fn enter(&self, next: Status) {
         self.go(None, next, None);
     }

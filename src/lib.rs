@@ -8,7 +8,7 @@
 //!
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
-//! * [`cow`]: what formats stand on that map clusters through tables.
+//! * [`cow`]: the layer for formats that map clusters through tables.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`copy`]: the copy engine: the contents of disks to another disk.
 //! * [`job`]: long work on disks in the background.

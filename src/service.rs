@@ -1,6 +1,6 @@
 //! The service of one process: its block graph, its workers, its exports.
 //!
-//! The command lines and the monitor all act through it, so that a thing is done, refused and worded in one way.
+//! The command lines and the monitor all act through it, so that each thing is done, refused and worded in one way.
 //!
 //! The lives of exports, changes of the graph and the commands of monitors are tasks on the control executor
 //! ([`executor`]). They share the service's state.
@@ -65,14 +65,14 @@ struct Inner {
     graph: Graph,
     executor: Executor,
     state: Mutex<State>,
-    /// Exports that have ended and were not asked for yet.
+    /// Exports that have ended and were not taken yet.
     ended: Arc<Ended>,
-    /// What the storage has failed and was not asked for yet.
+    /// Requests that the storage has failed and that were not taken yet.
     io_errors: Arc<IoErrors>,
     jobs: Jobs,
 }
 
-/// The lists of a service. Their lock is held for moments.
+/// The lists of a service. Their lock is held briefly.
 #[derive(Default)]
 struct State {
     /// By id, in the order in which they came. None: about to be started.
@@ -80,11 +80,11 @@ struct State {
     /// For exports that name no iothread; made when the first one does.
     main: Option<Arc<Worker>>,
     exports: Exports,
-    /// What ends the wait for images that are locked; `None`: they are not waited for.
+    /// Ends the wait for locked images; `None`: there is no wait.
     patience: Option<fn() -> bool>,
-    /// What can be watched; `None`: nothing is counted for that.
+    /// The exports that can be watched; `None`: nothing is counted.
     observed: Option<Arc<Observed>>,
-    /// What exports do is counted, watched or not.
+    /// Exports count their requests, watched or not.
     counts: bool,
 }
 
@@ -106,13 +106,12 @@ impl Service {
         self.0.state.lock()
     }
 
-    /// Exports that are made from now on can be watched through what this gives.
+    /// Exports that are made from now on can be watched through the returned value.
     pub fn observe(&self) -> Arc<Observed> {
         self.state().observed.get_or_insert_default().clone()
     }
 
-    /// Exports that are made from now on count their requests, so that [`Service::counted`] has something
-    /// to tell.
+    /// Exports that are made from now on count their requests, for [`Service::counted`].
     pub fn count_requests(&self) {
         self.state().counts = true;
     }
@@ -121,8 +120,7 @@ impl Service {
         &self.0.graph
     }
 
-    /// Waits for locked images from now on until `give_up` says true, and no longer than it makes
-    /// sense; with `None` not at all.
+    /// Waits for locked images from now on until `give_up` returns true, for a limited time; with `None` not at all.
     pub fn wait_for_locks(&self, give_up: Option<fn() -> bool>) {
         self.state().patience = give_up;
     }
@@ -169,7 +167,7 @@ impl Service {
         self.0.executor.descriptor()
     }
 
-    /// To be called before the results of tasks are looked at.
+    /// Must be called before the results of tasks are read.
     pub fn clear_tasks_event(&self) {
         self.0.executor.clear_event();
     }

@@ -1,6 +1,6 @@
 //! The fuzz targets on stable Rust, in seconds: each on seeded inputs.
 //!
-//! `make fuzz` runs the same functions under libFuzzer for as long as one likes.
+//! `make fuzz` runs the same functions under libFuzzer as long as you like.
 //!
 //! A process of its own: what a connection leaves open is counted.
 

@@ -25,7 +25,7 @@ impl Node {
         node
     }
 
-    /// All nodes that this one stands on, each once.
+    /// All nodes below this one, each once.
     pub fn below(&self) -> Vec<Arc<Node>> {
         let mut seen = HashSet::new();
         let mut pending = children(self);
@@ -39,7 +39,7 @@ impl Node {
         found
     }
 
-    /// What this node, and then each that it stands on, answers to `ask`, as far as they have an answer.
+    /// What this node, and then each below it, answers to `ask`, as far as they have an answer.
     pub fn ask_all<T>(&self, mut ask: impl FnMut(&Node) -> Option<T>) -> Vec<T> {
         let own = ask(self);
         own.into_iter().chain(self.below().iter().filter_map(|node| ask(node))).collect()
@@ -63,7 +63,7 @@ impl Node {
         fences.into_iter().reduce(Fence::and).unwrap_or(Fence::Never)
     }
 
-    /// Whether the node stands on no other.
+    /// Whether no node is below this one.
     fn is_bottom(&self) -> bool {
         self.driver().children().is_empty()
     }

@@ -72,7 +72,7 @@ pub struct BitmapInfo {
 /// The bitmaps of a node.
 #[derive(Default)]
 pub struct Bitmaps {
-    /// Oldest first. Whoever changes them, or who records, holds this.
+    /// Oldest first. Locked by code that changes them or records in them.
     list: Mutex<Vec<Arc<Bitmap>>>,
     recorders: Recorders,
 }

@@ -65,8 +65,8 @@ impl Node {
     /// An announcer for requests on the fast path through this node and all nodes below it. A change of one of them
     /// waits for it.
     pub fn announcer(&self) -> Announcer {
-        // SAFETY: it is listed with every node that the way down from here leads through; those that
-        // take a place in the graph later take over the lists of those whose place it was.
+        // SAFETY: it is listed with every node on the paths down from here; a node that replaces another later takes
+        // over its list.
         let announcer = unsafe { Announcer::new() };
         self.add_member(announcer.member());
         announcer

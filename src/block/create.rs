@@ -106,7 +106,7 @@ pub struct Creation {
     options: Map,
 }
 
-/// What is done about the backing file of a new image.
+/// The reaction to the backing file of a new image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewBacking {
     /// It is opened, and if no size was given, the new image has its size.

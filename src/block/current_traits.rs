@@ -115,8 +115,8 @@ impl Node {
             && segments.len() <= self.traits.max_segments() as usize
     }
 
-    /// Works out again what requests should look like, and what they may need, when the nodes that this one stands
-    /// on have. Whether that is something new. Nothing is in flight through the node.
+    /// Works out again what requests should look like, and what they may need, when the nodes below this one have.
+    /// Whether that is something new. Nothing is in flight through the node.
     pub(super) fn follow_children(&self) -> bool {
         let traits = of_node(self.driver(), &self.options());
         self.working_memory.set(WorkingMemory::of(self.driver(), &traits));

@@ -33,7 +33,7 @@ pub struct DriveHealth {
 }
 
 impl super::Node {
-    /// The drives that the node stands on.
+    /// The drives below the node.
     pub fn drives(&self) -> Vec<Arc<dyn Drive>> {
         self.ask_all(|node| node.driver().drive())
     }

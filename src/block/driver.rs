@@ -28,8 +28,8 @@
 //! something that each worker has for itself (a queue pair, a connection), it declares a
 //! [`PerWorker`](crate::io::PerWorker). The first request of the slow path on a worker makes the state;
 //! [`Driver::map`] asks whether there is one, and the leaf finds it by its index. A driver closes its slot in
-//! [`Driver::close`], before what the states stand on goes, and waits until the workers have let go. A worker that
-//! ends releases its state before.
+//! [`Driver::close`], before the resources of the states are freed, and waits until the workers have released them. A
+//! worker that ends releases its state before.
 
 mod fence;
 mod flags;
@@ -54,7 +54,7 @@ use crate::options::Map;
     reason = "a disk is asked how long it is, not whether it is"
 )]
 pub trait Driver: Send + Sync + 'static {
-    /// What is true of every node of the driver.
+    /// The facts that hold for every node of the driver.
     fn entry(&self) -> &'static DriverEntry;
 
     /// As in `driver=NAME`.
@@ -72,7 +72,7 @@ pub trait Driver: Send + Sync + 'static {
     /// The length of the disk, in bytes. Any length: not necessarily a multiple of anything.
     fn len(&self) -> u64;
 
-    /// The nodes that this one stands on. Their number and roles are constant while it is open.
+    /// The nodes below this one. Their number and roles are constant while it is open.
     fn children(&self) -> &[Child] {
         &[]
     }
@@ -114,15 +114,15 @@ pub trait Driver: Send + Sync + 'static {
         flags: WriteFlags,
     ) -> LocalFuture<'a, IoResult>;
 
-    /// Makes the range read as zeroes, in a quicker way than writing them out; ENOTSUP when there is
-    /// none for this range, and the node writes.
+    /// Makes the range read as zeroes without writing them; ENOTSUP if it cannot for this range: then the node writes
+    /// zeroes.
     fn zero<'a>(&'a self, at: u64, len: u64, flags: ZeroFlags) -> LocalFuture<'a, IoResult> {
         let _ = (at, len, flags);
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
-    /// The bytes are no longer needed. Advice: what cannot be given back is left alone, and that is
-    /// success. Called only with [`Abilities::DISCARD`].
+    /// The bytes are no longer needed. This is advice: ranges that cannot be deallocated are left alone, without an
+    /// error. Called only with [`Abilities::DISCARD`].
     fn discard<'a>(&'a self, at: u64, len: u64) -> LocalFuture<'a, IoResult> {
         let _ = (at, len);
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
@@ -130,7 +130,7 @@ pub trait Driver: Send + Sync + 'static {
 
     fn flush(&self) -> LocalFuture<'_, IoResult>;
 
-    /// What is known of the range from `at` on. Agrees byte for byte with `map` and `read`.
+    /// The status of the range from `at` on. Agrees byte for byte with `map` and `read`.
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>>;
 
     /// What it holds on a child, by index, and allows others there, when this node's own users hold and allow
@@ -180,7 +180,7 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// What lets its device reach a guest's memory, if it has one that does.
+    /// The interface by which its device reaches guests' memory, if it has one.
     fn memory(&self) -> Option<&dyn super::DeviceMemory> {
         None
     }
@@ -196,12 +196,12 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// What hears the events of the requests that pass ([`super::event`]).
+    /// The receiver of events of requests above it ([`super::event`]).
     fn debugger(&self) -> Option<&dyn super::Debugger> {
         None
     }
 
-    /// What it does when its image is left alone for a while, if anything.
+    /// The work that it does when its image is idle, if there is any.
     fn idle(&self) -> Option<&dyn super::Idle> {
         None
     }
@@ -246,7 +246,7 @@ pub trait Driver: Send + Sync + 'static {
         if self.children().is_empty() { self.filename() } else { None }
     }
 
-    /// Undoes what it did for writers while there are none: called when the last user who could write has left. None
+    /// Undoes what it did for writers while there are none: called when the last user that could write has left. None
     /// if there is nothing to undo. Until it is done, [`Driver::child_perms`] may keep what it needs for it.
     fn unwritten(&self) -> Option<LocalFuture<'_, IoResult>> {
         None

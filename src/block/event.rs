@@ -168,8 +168,8 @@ impl Node {
         }
     }
 
-    /// As [`Node::event`], of rounding a request out to whole blocks. A node does that for the one that it stands on,
-    /// whose blocks they are, and a filter there is notified of it.
+    /// As [`Node::event`], of rounding a request out to whole blocks. A node does that for the one below it, whose
+    /// blocks they are, and a filter there is notified of it.
     pub(super) async fn rounding_event(&self, event: Option<Event>) {
         if let Some(event) = event
             && has_listeners()
@@ -182,7 +182,7 @@ impl Node {
         }
     }
 
-    /// Tells the filter that the node stands on.
+    /// Tells the filter below the node.
     async fn event_below(&self, event: Event) {
         if let Some(below) = self.primary() {
             below.raise(event).await;

@@ -27,7 +27,7 @@ impl Node {
     }
 }
 
-/// What is known of a range.
+/// The status of a range.
 #[derive(Clone)]
 pub struct Run {
     /// Bytes.
@@ -79,16 +79,16 @@ pub async fn decided(node: &Arc<Node>, at: u64, mut len: u64) -> IoResult<Decide
     }
 }
 
-/// What is known of the beginning of a range of `node` and of the backing files below it, down to
-/// and without `base`. Beyond the end of a backing file there are zeroes, and they are its own.
-pub async fn look(
+/// The status of the beginning of a range of `node` and of the backing files below it, down to and without `base`.
+/// Beyond the end of a backing file there are zeroes, and they are its own.
+pub async fn query(
     node: &Arc<Node>,
     start: u64,
     len: u64,
     precision: Precision,
     base: Option<&Arc<Node>>,
 ) -> IoResult<Run> {
-    look_down(node, start, len, precision, (base, BeyondEnd::Allocated)).await
+    query_chain(node, start, len, precision, (base, BeyondEnd::Allocated)).await
 }
 
 /// Who has the zeroes that are read where a backing file has ended.
@@ -100,7 +100,7 @@ enum BeyondEnd {
     Nowhere,
 }
 
-async fn look_down(
+async fn query_chain(
     node: &Arc<Node>,
     start: u64,
     len: u64,
@@ -174,11 +174,11 @@ fn passed_on(layer: &Node, at: u64, extent: &Extent) -> Option<(Arc<Node>, u64)>
 
 /// The longest run of one kind at the beginning of a range, as `map` tells it.
 pub async fn run(node: &Arc<Node>, start: u64, len: u64) -> IoResult<Run> {
-    let look =
-        |start, len| look_down(node, start, len, Precision::Zeroes, (None, BeyondEnd::Nowhere));
-    let mut all = look(start, len).await?;
+    let query =
+        |start, len| query_chain(node, start, len, Precision::Zeroes, (None, BeyondEnd::Nowhere));
+    let mut all = query(start, len).await?;
     while all.len < len {
-        let next = look(start + all.len, len - all.len).await?;
+        let next = query(start + all.len, len - all.len).await?;
         if !all.continues(&next) {
             break;
         }

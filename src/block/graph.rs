@@ -65,26 +65,26 @@ pub(super) struct State {
     nodes: BTreeMap<u64, Entry>,
     next_id: u64,
     next_block: u64,
-    /// Under way.
+    /// Changes in progress.
     drains: Vec<Drain>,
     claims: Claims,
 }
 
 struct Entry {
     node: Arc<Node>,
-    /// Opened by name at the top, and not yet deleted.
+    /// Opened by a user, and not yet deleted.
     monitor: bool,
-    /// The options by which it was opened so.
+    /// The options that the user opened it with.
     asked: Map,
     /// Newest last.
     uses: Vec<Use>,
-    /// The nodes that it stands on, in the driver's order.
+    /// The nodes below it, in the driver's order.
     children: Vec<u64>,
     height: Height,
-    /// Nobody can use it any more.
+    /// It can have no new users.
     closing: bool,
     stage: Stage,
-    /// What all uses hold and allow together.
+    /// The permissions that all uses hold and share together.
     perms: Perms,
     /// What the driver's locks stand for: `perms`, or more while requests are still in flight; nothing while the node
     /// is inactive.
@@ -100,10 +100,10 @@ struct Use {
     active: bool,
 }
 
-/// Who uses a node.
+/// The user of a node.
 #[derive(Clone)]
 pub(super) enum By {
-    /// A node stands on it: the parent's number, and the index of the child.
+    /// An edge from a parent: the parent's number, and the index of the child.
     Node { id: u64, child: usize },
     /// A node that is being opened.
     Opening { id: u64, name: String, role: Role },
@@ -125,7 +125,7 @@ pub struct NodeInfo {
     pub name: String,
     pub driver: &'static str,
     pub kind: Kind,
-    /// As asked for, or as `auto-read-only` found it.
+    /// As requested, or as `auto-read-only` decided.
     pub read_only: bool,
     /// Its image is ours ([`Activity`]).
     pub active: bool,
@@ -144,7 +144,7 @@ pub struct NodeInfo {
     pub bitmaps: Vec<BitmapInfo>,
     /// Bytes; 0 if there is none ([`Node::set_write_threshold`]).
     pub write_threshold: u64,
-    /// How far it was written since it was opened, in bytes.
+    /// The highest offset written since it was opened, in bytes.
     pub write_highest: u64,
     pub discards: Option<Discards>,
 }
@@ -167,7 +167,7 @@ impl Graph {
         self.0.registry
     }
 
-    /// What its nodes have to tell.
+    /// The notices of its nodes.
     pub fn notices(&self) -> &Arc<Notices> {
         &self.0.notices
     }
@@ -208,7 +208,7 @@ impl Graph {
             let result = open(&claim).await;
             let (opened, missed) = (claim.opened(), claim.missed());
             drop(claim);
-            // What a failed opening has left.
+            // The nodes left by a failed opening.
             self.end_unused(None, &opened).await;
             match missed.filter(|_| result.is_err()) {
                 Some(name) => found.push(Part::Keep(name)),

@@ -6,19 +6,19 @@ use crate::io::{IoResult, periodic};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often a clock looks whether its image is left alone.
+/// The interval at which a clock checks whether its image is idle.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Of a driver that does something when its image is left alone.
+/// Implemented by drivers that do something when their image is idle.
 pub trait Idle: Send + Sync {
-    /// What tells that it is time to; none where nothing will ever change.
+    /// The clock that signals idleness; none if the image never changes.
     fn signal(&self) -> Option<Arc<Signal>>;
 
-    /// Does it, if the image is still left alone. Requests may be in flight, and others come.
+    /// Does the work, if the image is still idle. Requests may be in flight, and others come.
     fn rest(&self) -> LocalFuture<'_, IoResult>;
 }
 
-/// Tells a signal when nothing has changed for some time.
+/// Raises a signal when nothing has changed for some time.
 pub struct IdleClock {
     after: Duration,
     signal: Arc<Signal>,
@@ -63,11 +63,11 @@ impl IdleClock {
             return;
         }
         let clock = Arc::downgrade(self);
-        periodic::every(LOOK, move || clock.upgrade().is_some_and(|clock| !clock.look()));
+        periodic::every(LOOK, move || clock.upgrade().is_some_and(|clock| !clock.check()));
     }
 
     /// Tells the signal if it is time; returns whether it did.
-    fn look(&self) -> bool {
+    fn check(&self) -> bool {
         let mut state = self.state.lock();
         let is_idle = state.changed.elapsed() >= self.after;
         if is_idle {

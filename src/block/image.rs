@@ -87,10 +87,9 @@ pub trait Image: Send + Sync {
         None
     }
 
-    /// Records another backing file, by the name and the format that the image is to hold; none for no
-    /// backing file. `node` is what the name stands for, where that is known: some images also record which
-    /// contents it has. What the node stands on stays as it is. Durable when it is done, and a crash leaves the
-    /// old record or the new one.
+    /// Records another backing file, by the name and the format that the image is to hold; none for no backing file.
+    /// `node` is what the name stands for, where that is known: some images also record which contents it has. The
+    /// nodes below it stay as they are. Durable when it is done, and a crash leaves the old record or the new one.
     ///
     /// # Errors
     /// ENOTSUP where an image cannot have one, ENOSPC where there is no room for the name.

@@ -1,8 +1,7 @@
 //! Guest memory for drivers whose devices access it directly.
 //!
-//! Whoever maps a guest's memory admits it to the nodes that the guest's requests go to
-//! ([`Node::admit`]). It is an offer: a driver serves requests on memory that was not admitted, or not
-//! yet, all the same, by copying.
+//! The code that maps a guest's memory admits it to the nodes that the guest's requests go to ([`Node::admit`]). It
+//! is an offer: a driver serves requests on memory that was not admitted, or not yet, all the same, by copying.
 
 use super::{Error, Node};
 use std::any::Any;
@@ -41,8 +40,8 @@ impl GuestRegion {
     }
 }
 
-/// Memory that a device may reach until this is dropped, which blocks until it reaches it no more. Whoever drops it
-/// has ensured that no request in flight names the memory.
+/// Memory that a device may reach until this is dropped, which blocks until it reaches it no more. The caller that
+/// drops it has ensured that no request in flight names the memory.
 pub type Admission = Box<dyn Any + Send + Sync>;
 
 /// Of a driver whose device reaches memory itself.
@@ -52,8 +51,8 @@ pub trait DeviceMemory: Send + Sync {
 }
 
 impl Node {
-    /// Admits a guest's memory to everything that the node stands on. What a driver cannot do is told
-    /// in the log, and costs copies.
+    /// Admits a guest's memory to everything below the node. What a driver cannot do is told in the log, and costs
+    /// copies.
     pub fn admit(&self, region: GuestRegion) -> Vec<Admission> {
         self.ask_all(|node| node.admit_own(region))
     }

@@ -42,7 +42,7 @@ pub fn options_of(node: &Node, registry: &Registry) -> Map {
     Names::new(registry).options_of(node)
 }
 
-/// The names of several nodes. What the images of a chain say of their backing files is found out once.
+/// The names of several nodes. The backing files that the images of a chain record are looked up once.
 pub struct Names<'a> {
     registry: &'a Registry,
     known: HashMap<*const Node, Known>,

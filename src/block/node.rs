@@ -35,7 +35,7 @@ pub struct NodeOptions {
     pub direct: bool,
     /// `cache.no-flush`: a flush does nothing.
     pub no_flush: bool,
-    /// Opened without locks, read-only, beside anybody.
+    /// Opened without locks and read-only, whoever else uses it.
     pub force_share: bool,
 }
 
@@ -45,11 +45,11 @@ pub enum DetectZeroes {
     #[default]
     Off,
     On,
-    /// And the space may be given back.
+    /// As `On`, and the space may be deallocated.
     Unmap,
 }
 
-/// What has become of the discards that were passed to a driver.
+/// Counts of the discards that were passed to a driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Discards {
     pub worked: u64,
@@ -98,7 +98,7 @@ pub struct Node {
     bitmaps: Arc<Bitmaps>,
     marks: WriteMarks,
     discards: DiscardCounts,
-    /// What takes longer than a worker may be kept.
+    /// The threads for work that blocks or takes long.
     blocking: Blocking,
     notices: Arc<Notices>,
     /// The permissions that all users hold together ([`Perm`]), none while inactive; set by the
@@ -112,12 +112,12 @@ pub struct Node {
     /// Nothing can be written any more ([`Driver::freeze`]); set by the graph.
     frozen: AtomicBool,
     unflushed: Unflushed,
-    /// Who may have requests on the fast path through this node.
+    /// The queues that may have requests on the fast path through this node.
     pub(super) members: Mutex<Vec<Arc<epoch::Member>>>,
 }
 
 impl Node {
-    /// A node that nobody holds a permission on yet.
+    /// A node without users.
     pub fn new(
         name: String,
         driver: Box<dyn Driver>,
@@ -194,7 +194,7 @@ impl Node {
         }
     }
 
-    /// Takes over what is known of a node that this one succeeds, and that its image does not keep. Nothing of
+    /// Takes over the state of the node that this one succeeds, as far as its image does not store it. Nothing of
     /// either is in flight.
     pub(super) fn continue_from(&self, old: &Node) {
         self.marks.continue_from(&old.marks);
@@ -218,7 +218,7 @@ impl Node {
         &self.bitmaps
     }
 
-    /// What requests may need here and below.
+    /// The memory that requests may need here and below.
     pub fn working_memory(&self) -> WorkingMemory {
         self.working_memory.get()
     }
@@ -280,8 +280,8 @@ impl Node {
 
     // ---- The fast path
 
-    /// Where the bytes from `at` on live, without I/O, locks or allocation. A write that must wait
-    /// for another, has to be aligned, or is not permitted, is answered with `Slow`.
+    /// Maps the bytes from `at` on, without I/O, locks or allocation. The answer is `Slow` for a write that must wait
+    /// for another, must be aligned, or is not permitted.
     ///
     /// The caller has checked that the range is inside the disk ([`Node::len`]), because asking all nodes on the way
     /// for their length would cost more than the rest.
@@ -313,8 +313,7 @@ impl Node {
         mapping
     }
 
-    /// Where the bytes of a read from `at` on live, of a disk that may end before: down a chain of backing files,
-    /// as far as need be.
+    /// Maps a read from `at` on, down a chain of backing files. The disk may end before the range does.
     pub fn map_chain<'a>(&'a self, inflight: &'a InFlight, at: u64, mut want: u64) -> Mapping<'a> {
         let mut layer = self;
         loop {

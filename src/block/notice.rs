@@ -1,6 +1,6 @@
 //! Notices: events of a node that concern observers of the graph rather than one request.
 //!
-//! The rule held here: nobody has to listen. What is not taken does not pile up.
+//! Rule: listening is optional. Notices that are not taken do not pile up.
 
 use super::ThresholdExceeded;
 use crate::io::sync::Mutex;

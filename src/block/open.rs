@@ -25,7 +25,7 @@ pub const NAME_LIMIT: usize = 31;
 /// open vanish with this.
 pub struct Opening {
     graph: Graph,
-    /// By which the graph knows the uses of the children until the node is there.
+    /// Identifies the uses of the children to the graph until the node exists.
     id: u64,
     name: String,
     /// Where in the user's tree of options the node is defined: empty at the top, `file`, …
@@ -44,7 +44,7 @@ pub struct Opening {
     has_storage: bool,
 }
 
-/// What an inline child takes over where its own options are silent.
+/// The options that an inline child inherits unless it has its own.
 pub(super) struct Inherited {
     read_only: bool,
     auto_read_only: bool,
@@ -55,7 +55,7 @@ pub(super) struct Inherited {
     active: bool,
     chain: Option<Arc<Chain>>,
     blocking: Blocking,
-    /// Its first use, from the moment when it is there: what it needs of a long chain below itself is taken once.
+    /// Its first use, from its creation on, so that the permissions on a long chain below it are taken once.
     first: Option<(By, Perms)>,
 }
 
@@ -84,7 +84,7 @@ impl Inherited {
 }
 
 impl Opening {
-    /// The name of the node to be.
+    /// The name of the new node.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -118,14 +118,14 @@ impl Opening {
         self.graph.policy()
     }
 
-    /// What runs the node's work that blocks. All nodes of a disk have one share of the threads: those
-    /// that are opened with it, and storage that was opened by itself before. Another image that is
-    /// named as a backing file has its own, for it may be many disks'. To be asked for when the children are there.
+    /// The threads for the node's blocking work. All nodes of a disk have one share of the threads: those that are
+    /// opened with it, and storage that was opened by itself before. Another image that is named as a backing file
+    /// has its own, for it may be many disks'. To be asked for when the children are there.
     pub fn blocking(&self) -> Blocking {
         self.blocking.clone()
     }
 
-    /// Where the node may tell what befalls it.
+    /// The notices of the graph, for the node's events.
     pub fn notices(&self) -> Arc<Notices> {
         self.graph.notices().clone()
     }
@@ -269,7 +269,7 @@ impl Graph {
             let node = Node::with_share(name, driver, node_options, notices, opening.blocking());
             node.set_active(active);
             if let Err(error) = self.insert(node.clone(), opening.id, first, claim) {
-                // Nothing was asked of it yet, so there is nothing that its end could lose.
+                // It has served no request yet, so closing it loses nothing.
                 let _ = node.driver().close().await;
                 return Err(error);
             }

@@ -55,8 +55,8 @@ impl Overlap {
     }
 
     /// Lists a serialising write and waits until nothing older that overlaps is in flight. `members` returns the
-    /// queues that may have fast writes on this node. It is asked once the barrier is up: who joins later sees the
-    /// barrier, and who joined before is waited for.
+    /// queues that may have fast writes on this node. It is called once the barrier is up: queues that join later see
+    /// the barrier, and those that joined before are waited for.
     pub async fn serialise(
         &self,
         range: Range<u64>,

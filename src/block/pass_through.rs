@@ -171,7 +171,7 @@ pub async fn write_inside(node: &Node, at: u64, from: &IoVec<'_>, flags: WriteFl
     node.write(at, &from.slice(0, len), flags).await
 }
 
-/// What is known of a range that is in the same place of the only child.
+/// The status of a range that is in the same place of the only child.
 pub async fn status_of(node: &Node, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
     let extent = node.status(at, len, precision).await?;
     Ok(Extent { place: Some(Place { child: Some(0), offset: at }), ..extent })

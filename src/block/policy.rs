@@ -22,8 +22,8 @@ pub struct OpenPolicy {
     pub for_info: bool,
 }
 
-/// What is done about a backing file that an image names and the options do not. A data file, which has no
-/// format, is opened unless all are refused.
+/// The reaction to a backing file that an image names and the options do not. A data file, which has no format, is
+/// opened unless all are refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FollowBacking {
     /// Refused: whatever is opened is named in the options.

@@ -11,7 +11,7 @@ use crate::io::IoVec;
 ///
 /// # Errors
 /// It cannot be read.
-pub async fn look(
+pub async fn guess(
     registry: &'static Registry,
     node: &Node,
     filename: &str,
@@ -38,7 +38,7 @@ pub async fn probe(
     node: &Node,
     filename: &str,
 ) -> Result<&'static DriverEntry, Error> {
-    match look(registry, node, filename).await? {
+    match guess(registry, node, filename).await? {
         Some(Guess::Driver(entry)) => Ok(entry),
         Some(Guess::Foreign(name)) => Err(Error::new(format!(
             "'{}' looks like {name}, which vublk does not support: convert it first (with -f raw, or -F \

@@ -132,12 +132,12 @@ impl DriverEntry {
         }
     }
 
-    /// Whether its images can stand on others, which they read where they have no data.
+    /// Whether its images can have backing files, which they read where they have no data.
     pub fn has_backing(&self) -> bool {
         self.children.contains(&Role::Backing)
     }
 
-    /// Whether new images can record what they stand on. Other images get it by options whenever they are opened.
+    /// Whether new images can record their backing file. Other images get it by options whenever they are opened.
     pub fn records_backing(&self) -> bool {
         self.create
             .is_some_and(|create| create.options.iter().any(|option| option.name == "backing_file"))

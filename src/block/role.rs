@@ -3,8 +3,7 @@
 use super::Perms;
 use super::registry::Kind;
 
-/// The part that a child plays for the node that stands on it. A role's name is that of the option that
-/// gives the child.
+/// The part that a child plays for the node above it. A role's name is that of the option that gives the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// A format's metadata, and its data if these are not kept apart; what a filter passes requests to.

@@ -4,7 +4,7 @@ use super::{Error, LocalFuture};
 use crate::options::{Map, Value};
 
 /// What a format does that has internal snapshots. One operation at a time:
-/// [`Graph::with_snapshots`](super::Graph::with_snapshots) sees to that, or the only user of the image.
+/// [`Graph::with_snapshots`](super::Graph::with_snapshots), or the only user of the image, ensures that.
 pub trait Snapshots: Send + Sync {
     /// All of them, in the image's order.
     ///

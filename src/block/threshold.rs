@@ -2,8 +2,8 @@
 //!
 //! The event is sent once, for management software that enlarges the storage of a growing disk.
 //!
-//! The fast path compares the end of a write with one value, which stands still unless a disk is written
-//! further than ever before: the lesser of both marks.
+//! The fast path compares the end of a write with one value, the lesser of both marks. The value changes only when
+//! the disk is written beyond all earlier writes.
 
 use super::{Node, Notice};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,8 +59,8 @@ impl WriteMarks {
         end <= self.threshold.load(Ordering::SeqCst)
     }
 
-    /// Makes `least` what it is to be. Whoever has changed a mark does so afterwards; the last of them
-    /// sees what all have changed.
+    /// Updates `least`. Each change of a mark is followed by a call of this; the last of them sees what all have
+    /// changed.
     fn settle(&self) {
         let least = || {
             let highest = self.highest.load(Ordering::SeqCst);
@@ -90,7 +90,7 @@ impl WriteMarks {
 }
 
 impl Node {
-    /// Has the first write tell that goes beyond `threshold` (in bytes) from now on; 0 has none tell.
+    /// Reports the first write from now on that goes beyond `threshold` (in bytes); 0 reports none.
     pub fn set_write_threshold(&self, threshold: u64) {
         let value = if threshold == 0 { NONE } else { threshold };
         self.marks().threshold.store(value, Ordering::SeqCst);

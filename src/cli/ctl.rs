@@ -28,7 +28,7 @@ pub struct Ctl {
 }
 
 /// How long a greeting may take. A socket that is not a monitor's, such as an export's, sends none, and must not be
-/// kept from those whom it serves.
+/// kept from its clients.
 const GREETING: Duration = Duration::from_secs(5);
 /// How long a reply may take.
 const REPLY: Duration = Duration::from_secs(60);

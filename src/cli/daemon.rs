@@ -1,7 +1,7 @@
 //! `vublk daemon`: qemu-storage-daemon's command line.
 //!
-//! The options are gone through twice, as its manual says: first those about the process itself,
-//! then all others strictly in the order in which they were given.
+//! The options are processed in two passes, as its manual says: first those about the process itself, then all others
+//! strictly in the order given.
 
 use super::confine::{self, SandboxArgs, SandboxPathArgs, Wanted};
 use super::img::{out, outln};
@@ -39,7 +39,7 @@ const ORDERED: [(&str, Option<&str>, &str); 7] = [
 /// Those that are refused whatever their value is.
 const REFUSED: [&str; 2] = ["nbd-server", "trace"];
 
-/// What is no option. It is refused when its turn comes, like a wrong value.
+/// A word that is not an option. It is refused in its order, like a wrong value.
 const STRAY: &str = "stray";
 
 /// The options that do something, as man pages and completions show them.
@@ -51,7 +51,7 @@ pub fn command() -> Command {
     define(|_| true).arg(Arg::new(STRAY).hide(true).action(ArgAction::Append))
 }
 
-/// The command line with those of the ordered options that are wanted.
+/// The command line with the given subset of the ordered options.
 fn define(wanted: fn(&str) -> bool) -> Command {
     let ordered = ORDERED.iter().filter(|(name, ..)| wanted(name)).map(|&(name, _, help)| {
         let arg = Arg::new(name).long(name).value_name("OPTIONS").action(ArgAction::Append);

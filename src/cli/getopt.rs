@@ -82,7 +82,7 @@ impl Opt {
     }
 }
 
-/// What is wrong with a command line.
+/// The error in a command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wrong {
     /// The argument that getopt points at; the one before, if the option stands inside a cluster.

@@ -22,8 +22,8 @@ impl Unfinished {
         *self.0.lock() = None;
     }
 
-    /// Has a signal that ends the program name the image first, in a line of `program`. To be called before there is
-    /// another thread. Without a descriptor or a thread, signals end the program as ever.
+    /// Makes a signal that ends the program name the image first, in a line of `program`. To be called before there
+    /// is another thread. Without a descriptor or a thread, signals end the program as ever.
     pub fn watch(&self, program: &str) {
         let (program, unfinished) = (program.to_owned(), self.clone());
         let ends = EndSignals::block();

@@ -1,9 +1,8 @@
 //! The log: lines on standard error, for people or as JSON, and no more of them than can be read.
 //!
-//! The rule held here: whatever guests, front ends and failing storage do, the log stays small. One
-//! limiter holds for all lines: of each place in the program, and of each export there, [`BURST`] lines
-//! come at once, then one in each [`PERIOD`], with the number of those left out. Who asks for debug
-//! lines is spared nothing.
+//! The rule held here: whatever guests, front ends and failing storage do, the log stays small. One limiter holds for
+//! all lines: of each place in the program, and of each export there, [`BURST`] lines come at once, then one in each
+//! [`PERIOD`], with the number of those left out. With debug lines, none is left out.
 //!
 //! A thread of its own writes the lines ([`Outlet`]): no other thread waits for the reader of standard error.
 
@@ -46,8 +45,8 @@ enum LogFormat {
 /// The process's log, once it has started. The last lines of the program go there as well.
 static LINES: OnceLock<Arc<Lines>> = OnceLock::new();
 
-/// Logs to standard error from now on: warnings, and with `verbosity` more. RUST_LOG has the last word. Starts a
-/// thread: to be called after any fork, and with the signals blocked that end the program.
+/// Logs to standard error from now on: warnings, and with `verbosity` more. RUST_LOG overrides this. Starts a thread:
+/// to be called after any fork, and with the signals blocked that end the program.
 ///
 /// # Errors
 /// No thread can be started.
@@ -94,7 +93,7 @@ pub fn dropped() -> u64 {
     LINES.get().map_or(0, |lines| lines.outlet.dropped())
 }
 
-/// Tells why the program ends: its name, the error, and lines of advice.
+/// Reports why the program ends: its name, the error, and lines of advice.
 pub fn report_failure(program: &str, lines: impl Iterator<Item = String>) {
     let messages: Vec<String> = lines.collect();
     match LINES.get() {
@@ -147,8 +146,8 @@ impl ::log::Log for Log {
         self.lines.write(level, target, export, &record.args().to_string());
     }
 
-    /// Tells of the lines that were left out and not told of yet, and waits as [`drain`] does. For a process
-    /// that ends.
+    /// Reports the number of lines that were left out since the last report, and waits as [`drain`] does. For a
+    /// process that ends.
     fn flush(&self) {
         if let Some(limiter) = &self.limiter {
             let untold = limiter.lock().unwrap_or_else(PoisonError::into_inner).take_suppressed();
@@ -162,7 +161,7 @@ impl ::log::Log for Log {
     }
 }
 
-/// The way of lines to standard error.
+/// Writes lines to standard error.
 struct Lines {
     format: LogFormat,
     outlet: Outlet,
@@ -187,7 +186,7 @@ impl Lines {
         self.outlet.push(line(self.format, level, target, export, message));
     }
 
-    /// Tells of a panic, past filter and limiter, and waits as [`drain`] does: the process may be about to end.
+    /// Reports a panic, past filter and limiter, and waits as [`drain`] does: the process may be about to end.
     fn panicked(&self, info: &PanicHookInfo<'_>) {
         let thread = std::thread::current();
         let mut message = format!("thread '{}' {info}", thread.name().unwrap_or("unnamed"));
@@ -285,7 +284,7 @@ impl Limiter {
     fn ask(&mut self, kind: Kind, now: Instant) -> Verdict {
         if self.kinds.len() >= KINDS && !self.kinds.contains_key(&kind) {
             self.kinds.retain(|_, allowance| !allowance.is_full(now));
-            // So many that have all said much of late: nothing new is heard meanwhile.
+            // All remembered kinds are at their limit: no new kind is logged meanwhile.
             if self.kinds.len() >= KINDS {
                 return Verdict::Suppress;
             }

@@ -1,15 +1,15 @@
 //! The error for an image that is served without a format, with a guess at its format.
 //!
-//! The format is never guessed for a guest's disk, because a guest can write any format's header to a
-//! raw disk. But a hint that names the wrong format destroys the image of a user who follows it.
+//! The format is never guessed for a guest's disk, because a guest can write any format's header to a raw disk. But a
+//! hint that names the wrong format destroys the image of a user that follows it.
 
 use crate::block::Error;
 use crate::block::registry::Guess;
 
 /// The error for an image whose format was not given. `len` is its length in bytes.
-pub fn unnamed(image: &str, len: u64, looks: Option<Guess>) -> Error {
+pub fn unnamed(image: &str, len: u64, guess: Option<Guess>) -> Error {
     let never = "never guessed, because a guest can forge headers";
-    let text = match looks {
+    let text = match guess {
         _ if len == 0 => format!("{image} is empty: make an image first, with 'vublk create'"),
         Some(Guess::Foreign(name)) => format!(
             "{image} looks like {name}, which vublk does not support: convert it to qcow2 or raw first"

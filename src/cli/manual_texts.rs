@@ -17,7 +17,7 @@ pub fn find(name: &str) -> &'static Page {
 }
 
 const OK_OR_ERROR: &[(&str, &str)] =
-    &[("0", "Success."), ("1", "An error, which is told in one line on standard error.")];
+    &[("0", "Success."), ("1", "An error, reported in one line on standard error.")];
 
 const NONE: Page = Page { name: "", examples: &[], exit: OK_OR_ERROR, see: &[] };
 
@@ -52,7 +52,7 @@ const PAGES: &[Page] = &[
         see: &["vublk-daemon", "vublk-top", "qemu-system-x86_64"],
         exit: &[
             ("0", "A signal ended the program: SIGTERM, SIGINT or SIGHUP."),
-            ("1", "An error, which is told in one line on standard error."),
+            ("1", "An error, reported in one line on standard error."),
         ],
     },
     Page {
@@ -73,7 +73,7 @@ const PAGES: &[Page] = &[
         see: &["vublk-ctl", "vublk-serve", "qemu-storage-daemon"],
         exit: &[
             ("0", "A signal or the command quit ended the program, or it only printed help."),
-            ("1", "An error, which is told in one line on standard error."),
+            ("1", "An error, reported in one line on standard error."),
         ],
     },
     Page {
@@ -259,7 +259,7 @@ const PAGES: &[Page] = &[
         examples: &[
             ("Make a disk 10 GiB larger", "vublk resize -f raw disk.img +10G"),
             (
-                "Make it smaller, which loses what lies beyond",
+                "Make it smaller, which loses the data beyond the new end",
                 "vublk resize --shrink disk.qcow2 5G",
             ),
         ],

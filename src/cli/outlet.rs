@@ -24,7 +24,7 @@ const MOST_BYTES: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(5);
 
-/// One way out. Its thread ends when it is dropped and all that was pushed is written.
+/// An output. Its thread ends when it is dropped and everything pushed is written.
 pub struct Outlet(Arc<Shared>);
 
 #[derive(Default)]
@@ -134,14 +134,14 @@ impl Shared {
     /// The thread.
     fn write_all(&self, file: &File, missing_line: impl Fn(u64) -> Vec<u8>) {
         let mut missing = 0;
-        let tell = |missing: &mut u64| {
+        let write_missing = |missing: &mut u64| {
             if *missing > 0 && write(file, &missing_line(*missing)).is_ok() {
                 *missing = 0;
             }
         };
         while let Some((pieces, refused)) = self.take() {
             for piece in pieces {
-                tell(&mut missing);
+                write_missing(&mut missing);
                 if write(file, &piece).is_err() {
                     missing += 1;
                     self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -149,7 +149,7 @@ impl Shared {
                 self.done.fetch_add(1, Ordering::Relaxed);
             }
             missing += refused;
-            tell(&mut missing);
+            write_missing(&mut missing);
         }
     }
 

@@ -69,7 +69,7 @@ impl EndSignals {
     }
 }
 
-/// Takes the signals that have come, of [`EndSignals`], so that their descriptor tells of the next one.
+/// Takes the pending [`EndSignals`], so that their descriptor reports the next one.
 pub fn take_signals(stop: &OwnedFd) {
     // One of each.
     for _ in 0..3 {
@@ -134,9 +134,8 @@ fn milliseconds(time: Duration) -> libc::c_int {
     libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX)
 }
 
-/// The service manager that started the program, if it wants to know how it gets on (`sd_notify(3)`).
-/// Its socket is connected at once: in the sandbox there are no new ones. A manager that does not read yet is told
-/// later.
+/// The service manager that started the program, if it wants notifications (`sd_notify(3)`). Its socket is connected
+/// at once: in the sandbox there are no new ones. A manager that does not read yet gets the messages later.
 pub struct Manager(Option<Outlet>);
 
 impl Manager {
@@ -165,7 +164,7 @@ impl Manager {
         }
     }
 
-    /// Waits until all is told, for a bounded time. For a process that ends.
+    /// Waits until everything is written, for a bounded time. For a process that ends.
     pub fn drain(&self) {
         if let Some(outlet) = &self.0 {
             outlet.drain();
@@ -203,14 +202,14 @@ impl PidFile {
             let errno = Errno::last();
             return Err(failed(format!("Cannot lock pid file: {errno}")));
         }
-        // What a process that died has left there is no pid of ours.
+        // A pid that a dead process has left there is removed.
         file.set_len(0).map_err(|e| PidFile::failed_to_write(e.into()))?;
         // Its place must still be known after a change of directory.
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         Ok(PidFile { path, locked: file })
     }
 
-    /// Writes it, which tells others that everything is ready.
+    /// Writes it, when everything is ready.
     pub fn write(&mut self) -> Result<(), String> {
         writeln!(self.locked, "{}", std::process::id())
             .map_err(|e| PidFile::failed_to_write(e.into()))
@@ -238,7 +237,7 @@ impl Drop for PidFile {
 /// The background process's promise to tell its parent that it is ready.
 pub struct Background {
     parent: OwnedFd,
-    /// What becomes of standard input, output and error.
+    /// The replacements for standard input, output and error.
     nothing: [OwnedFd; 3],
 }
 
@@ -268,11 +267,11 @@ impl Background {
         }
     }
 
-    /// Lets the terminal and the directory go, and the parent exit.
+    /// Detaches from the terminal and the directory, and lets the parent exit.
     pub fn ready(self) -> Result<(), String> {
         let failed = |e: std::io::Error| format!("cannot daemonize: {e}");
         std::env::set_current_dir("/").map_err(failed)?;
-        // The lines so far belong to the standard error that goes now.
+        // Earlier lines belong to the old standard error.
         log::drain();
         for (fd, nothing) in (0..).zip(&self.nothing) {
             // SAFETY: both descriptors are open, and the standard ones are nobody's property.

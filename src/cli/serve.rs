@@ -266,7 +266,7 @@ impl Serve {
         let id = name.export.clone();
         let format = match &self.format {
             Some(format) => format,
-            None => return Err(self.look_unnamed(startup, image)?.into()),
+            None => return Err(self.missing_format(startup, image)?.into()),
         };
         let options = self.node_options(format, &name.node, image)?;
         let open = async move |service: Service| service.blockdev_add(options).await;
@@ -309,21 +309,21 @@ impl Serve {
         Ok(served.map_err(|e| e.at(&shown))?)
     }
 
-    /// Why an image is not served whose format was not given.
-    fn look_unnamed(&self, startup: &mut Startup, image: &Path) -> Result<Error, Error> {
+    /// The error for an image that is served without a format.
+    fn missing_format(&self, startup: &mut Startup, image: &Path) -> Result<Error, Error> {
         let shown = image.display().to_string();
         let mut options = self.file_options(image).map_err(Error::new)?;
         options.insert("node-name", "unnamed");
         options.insert("read-only", Value::Bool(true));
         options.insert("force-share", Value::Bool(true));
         let filename = shown.clone();
-        let look = async move |service: Service| {
+        let guess = async move |service: Service| {
             let node = service.blockdev_add(options).await?;
-            let looks = service.look_at(&node, &filename).await?;
-            Ok((node.len(), looks))
+            let guessed = service.guess_format(&node, &filename).await?;
+            Ok((node.len(), guessed))
         };
-        let (len, looks) = startup.run("image", look).map_err(|e| e.at(&shown))?;
-        Ok(looks::unnamed(&shown, len, looks))
+        let (len, guessed) = startup.run("image", guess).map_err(|e| e.at(&shown))?;
+        Ok(looks::unnamed(&shown, len, guessed))
     }
 
     /// The graph for one image: its format over the protocol that its file wants.

@@ -27,7 +27,7 @@ pub fn raise(signal: libc::c_int) {
     unsafe { libc::kill(libc::getpid(), signal) };
 }
 
-/// Has SIGUSR1 answered by whatever [`crate::tools::Progress`] is running.
+/// Lets the [`crate::tools::Progress`] that is running answer SIGUSR1.
 pub fn answer_usr1() {
     let handler = ask as extern "C" fn(libc::c_int);
     // SAFETY: the handler does nothing but store to an atomic, which a signal's handler may.

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// meanwhile; service managers often wait as long before they kill.
 const END: Duration = Duration::from_secs(90);
 
-/// When the log says what an end waits for.
+/// When the log reports what the end waits for.
 const REPORT_AFTER: Duration = Duration::from_secs(5);
 
 /// A service that is being set up.
@@ -25,7 +25,7 @@ pub struct Startup {
     service: Option<Owned>,
     /// Readable when a signal has come.
     stop: OwnedFd,
-    /// A task was left that had not ended.
+    /// A task was abandoned before its end.
     is_stuck: bool,
 }
 

@@ -63,7 +63,7 @@ impl Top {
             Err(error) => return Err(error.into()),
         };
         let stop = EndSignals::block().descriptor()?;
-        let Some(first) = self.look(&address)? else { return Ok(()) };
+        let Some(first) = self.scrape(&address)? else { return Ok(()) };
         let live = !self.once && !self.json && std::io::stdout().is_terminal();
         let out = Outlet::start("stdout", standard(libc::STDOUT_FILENO), |_| Vec::new());
         let out = out.map_err(|e| format!("standard output: {e}"))?;
@@ -78,7 +78,7 @@ impl Top {
     fn watch(
         &self,
         address: &metrics::Address,
-        first: Look,
+        first: Scrape,
         stop: &OwnedFd,
         out: &Outlet,
         live: bool,
@@ -93,7 +93,7 @@ impl Top {
                 Event::Key(_) => continue,
                 Event::Time => {}
             }
-            let text = match self.look(address) {
+            let text = match self.scrape(address) {
                 Ok(None) => return Ok(()),
                 Ok(Some(now)) => {
                     let text = before.as_ref().map(|before| self.show(before, &now, live));
@@ -125,7 +125,7 @@ impl Top {
     }
 
     /// What has happened between two looks.
-    fn show(&self, before: &Look, now: &Look, live: bool) -> String {
+    fn show(&self, before: &Scrape, now: &Scrape, live: bool) -> String {
         let seconds = now.at.duration_since(before.at).as_secs_f64();
         let report = Report::between(&before.samples, &now.samples, seconds);
         match self.json {
@@ -135,7 +135,7 @@ impl Top {
     }
 
     /// Asks the daemon. None if a signal ends the program meanwhile.
-    fn look(&self, address: &metrics::Address) -> Result<Option<Look>, String> {
+    fn scrape(&self, address: &metrics::Address) -> Result<Option<Scrape>, String> {
         let failed = |error: String| format!("{address}: {error}");
         let answer = match fetch(address, self.timeout) {
             Ok(answer) => answer,
@@ -148,7 +148,7 @@ impl Top {
             return Err(failed("it offers no metrics".into()));
         }
         let samples = metrics::parse(page).map_err(failed)?;
-        Ok(Some(Look { at, samples }))
+        Ok(Some(Scrape { at, samples }))
     }
 }
 
@@ -217,7 +217,7 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
 }
 
 /// What a daemon has told, and when.
-struct Look {
+struct Scrape {
     at: Instant,
     samples: Vec<Sample>,
 }

@@ -43,7 +43,7 @@ impl Control {
         control
     }
 
-    /// Has the work rest at its next gates, until [`Control::resume`] was called as often as this.
+    /// Makes the work rest at its next gates, until [`Control::resume`] was called as often as this.
     pub fn pause(&self) {
         self.state.lock().pauses += 1;
         self.changed.wake_all();

@@ -53,7 +53,7 @@ struct Place {
     ticket: u64,
     /// In the target, in bytes.
     at: u64,
-    /// What is known of what comes next, but not dealt out yet.
+    /// The status of what comes next, but not dealt out yet.
     known: Option<(Option<Kind>, u64)>,
     /// Bytes dealt out that no piece has reported yet.
     untold: u64,
@@ -66,7 +66,7 @@ impl Plan {
         let mut total = 0;
         loop {
             planner.gate(0).await?;
-            // What is known of a large disk without asking its storage holds up nobody else.
+            // The status of a large disk without asking its storage holds up nobody else.
             yield_now().await;
             let Some(piece) = place.next(copy, u64::MAX).await? else { break };
             if piece.kind != Kind::Zeroes {
@@ -102,7 +102,7 @@ impl Place {
         while self.at < end {
             let (known, run) = match self.known.take() {
                 Some(known) => known,
-                None => self.look(copy).await?,
+                None => self.classify(copy).await?,
             };
             let (kind, len) = match unit {
                 Some(unit) => in_units(known, run, unit, (end - self.at, most)),
@@ -118,7 +118,9 @@ impl Place {
             let reported = match kind {
                 Kind::Zeroes => 0,
                 Kind::Compared => len,
-                Kind::Data | Kind::WrittenZeroes => self.tell(len, unit.is_some() || len == run),
+                Kind::Data | Kind::WrittenZeroes => {
+                    self.progress_of(len, unit.is_some() || len == run)
+                }
             };
             let piece = Piece { ticket: self.ticket, kind, at, len, reported };
             self.ticket += 1;
@@ -128,7 +130,7 @@ impl Place {
     }
 
     /// The progress that a piece of data of this length reports; `at_once`: in any case.
-    fn tell(&mut self, len: u64, at_once: bool) -> u64 {
+    fn progress_of(&mut self, len: u64, at_once: bool) -> u64 {
         self.untold += len;
         match at_once || self.untold >= STEP {
             true => std::mem::take(&mut self.untold),
@@ -137,9 +139,9 @@ impl Place {
     }
 
     /// What comes next, and how long it is. None is nothing to do.
-    async fn look(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
+    async fn classify(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
         if let Part::Rebased(_) = copy.part {
-            return self.look_at_own(copy).await;
+            return self.classify_own(copy).await;
         }
         let failed = |errno| Trouble::Status(self.at, errno);
         let (source, from, left) = copy.source_at(self.at).ok_or(failed(Errno::EIO))?;
@@ -149,8 +151,8 @@ impl Place {
             .into_iter()
             .filter(|&len| len > 0)
             .fold(left, u64::min);
-        let looked = extents::look(source.node(), from, left, Precision::Zeroes, copy.base()).await;
-        let run = match looked {
+        let run = extents::query(source.node(), from, left, Precision::Zeroes, copy.base()).await;
+        let run = match run {
             Ok(run) => run,
             // Reading will tell.
             Err(_) if copy.salvage => return Ok((Some(Kind::Data), left.min(copy.chunk()))),
@@ -161,8 +163,8 @@ impl Place {
         Ok((kind, run.len))
     }
 
-    /// As [`Place::look`], of an image that is about to stand on another one: it keeps what it has itself.
-    async fn look_at_own(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
+    /// As [`Place::classify`], of an image that is about to stand on another one: it keeps what it has itself.
+    async fn classify_own(&self, copy: &Copy) -> Result<(Option<Kind>, u64), Trouble> {
         let failed = |errno| Trouble::Status(self.at, errno);
         let (image, at, left) = copy.source_at(self.at).ok_or(failed(Errno::EIO))?;
         let own = image.node().status(at, left, Precision::Allocation).await.map_err(failed)?;

@@ -57,7 +57,7 @@ impl Comparison<'_> {
     /// Writes the sectors that differ.
     async fn copy_sectors(&mut self, mut at: u64, end: u64) -> Result<(), Trouble> {
         while at < end {
-            let (len, may_differ) = self.look(at, end - at).await?;
+            let (len, may_differ) = self.compare(at, end - at).await?;
             if may_differ {
                 self.read(at, len).await?;
                 // No sector is on both sides of the old file's end: what was read ends there.
@@ -82,7 +82,7 @@ impl Comparison<'_> {
     /// Compresses the units that differ anywhere. The range is of whole units.
     async fn copy_units(&mut self, at: u64, end: u64, unit: u64) -> Result<(), Trouble> {
         let len = end - at;
-        let (alike, may_differ) = self.look(at, len).await?;
+        let (alike, may_differ) = self.compare(at, len).await?;
         if alike == len && !may_differ {
             return Ok(());
         }
@@ -117,7 +117,7 @@ impl Comparison<'_> {
     }
 
     /// For how many bytes the mappings tell the same, and whether contents have to be compared.
-    async fn look(&self, at: u64, left: u64) -> Result<(u64, bool), Trouble> {
+    async fn compare(&self, at: u64, left: u64) -> Result<(u64, bool), Trouble> {
         let failed = |errno| Trouble::Status(at, errno);
         let (len, is_zero) = reads_zero(self.image, at, left).await.map_err(failed)?;
         let Some(new) = self.new else { return Ok((len, !is_zero)) };
@@ -185,6 +185,6 @@ async fn reads_zero(node: &Arc<Node>, at: u64, len: u64) -> IoResult<(u64, bool)
         return Ok((len, true));
     }
     let len = len.min(node.len() - at);
-    let run = extents::look(node, at, len, Precision::Zeroes, None).await?;
+    let run = extents::query(node, at, len, Precision::Zeroes, None).await?;
     Ok((run.len, run.has(Status::ZERO)))
 }

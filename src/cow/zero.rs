@@ -170,7 +170,8 @@ async fn shows_zeroes<F: Zeroing>(image: &F, guest: Range<u64>) -> IoResult<bool
             (Found::Zero { .. }, _) | (Found::Unallocated { .. }, None) => true,
             (Found::Unallocated { .. }, Some(below)) => {
                 let there = len.min(below.len() - in_backing);
-                let run = extents::look(&below, in_backing, there, Precision::Zeroes, None).await?;
+                let run =
+                    extents::query(&below, in_backing, there, Precision::Zeroes, None).await?;
                 len = run.len;
                 run.has(Status::ZERO)
             }

@@ -46,7 +46,7 @@ struct Kept {
 }
 
 /// What a look at the cache comes to.
-enum Looked {
+enum Lookup {
     There(Chunk),
     /// The caller unpacks it.
     Absent,
@@ -77,9 +77,9 @@ impl Chunks {
         (len, scratch): (usize, u64),
         unpack: impl FnOnce(&[u8], &mut [u8]) -> IoResult + Send + 'static,
     ) -> IoResult<Chunk> {
-        let looked =
-            self.cache.wait_for(|cache| cache.look(number).ok_or(&mut cache.waiting)).await;
-        if let Looked::There(chunk) = looked {
+        let found =
+            self.cache.wait_for(|cache| cache.lookup(number).ok_or(&mut cache.waiting)).await;
+        if let Lookup::There(chunk) = found {
             return Ok(chunk);
         }
         let loading = Loading { cache: &self.cache, number };
@@ -103,19 +103,19 @@ impl Chunks {
 
 impl Cache {
     /// None: another task unpacks it.
-    fn look(&mut self, number: u64) -> Option<Looked> {
+    fn lookup(&mut self, number: u64) -> Option<Lookup> {
         self.clock += 1;
         if let Some(kept) = self.chunks.get_mut(&number) {
             self.by_use.remove(&kept.used);
             kept.used = self.clock;
             self.by_use.insert(self.clock, number);
-            return Some(Looked::There(kept.chunk.clone()));
+            return Some(Lookup::There(kept.chunk.clone()));
         }
         if self.loading.contains(&number) {
             return None;
         }
         self.loading.push(number);
-        Some(Looked::Absent)
+        Some(Lookup::Absent)
     }
 
     /// Keeps a chunk, and no more than the limit of the others.
@@ -162,7 +162,7 @@ mod tests {
         let quarter = LIMIT as usize / 4 - OVERHEAD as usize;
         (0..4).for_each(|number| cache.keep(number, &chunk(quarter)));
         assert_eq!((cache.bytes, cache.chunks.len()), (LIMIT, 4));
-        assert!(matches!(cache.look(0), Some(Looked::There(_))));
+        assert!(matches!(cache.lookup(0), Some(Lookup::There(_))));
         cache.keep(4, &chunk(1));
         let kept: Vec<u64> = cache.chunks.keys().copied().collect();
         assert_eq!(kept, [0, 2, 3, 4]);
@@ -175,10 +175,10 @@ mod tests {
     #[test]
     fn a_chunk_is_unpacked_by_one_task_at_a_time() {
         let cache = Mutex::<Cache>::default();
-        assert!(matches!(cache.lock().look(3), Some(Looked::Absent)));
-        assert!(cache.lock().look(3).is_none(), "another one does it");
-        assert!(matches!(cache.lock().look(4), Some(Looked::Absent)));
+        assert!(matches!(cache.lock().lookup(3), Some(Lookup::Absent)));
+        assert!(cache.lock().lookup(3).is_none(), "another one does it");
+        assert!(matches!(cache.lock().lookup(4), Some(Lookup::Absent)));
         drop(Loading { cache: &cache, number: 3 });
-        assert!(matches!(cache.lock().look(3), Some(Looked::Absent)), "the first one has failed");
+        assert!(matches!(cache.lock().lookup(3), Some(Lookup::Absent)), "the first one has failed");
     }
 }

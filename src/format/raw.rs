@@ -77,7 +77,7 @@ fn non_negative(name: &str, value: Option<i64>) -> Result<Option<u64>, Error> {
     })
 }
 
-/// Whether the window lies in a file of `file_len` bytes; its offset.
+/// Whether the window is in a file of `file_len` bytes; its offset.
 fn check_window(offset: u64, size: Option<u64>, file_len: u64) -> Result<u64, Error> {
     if offset > file_len {
         return Err(Error::new(format!(
@@ -127,8 +127,8 @@ impl Raw {
         len.ok_or_else(|| Error::new("Disk size too large for the chosen offset"))
     }
 
-    /// Of `len` bytes from `at` on, how many the file has. A request that was rounded out to the
-    /// alignment may go beyond the disk's end; what lies there is not its own.
+    /// Of `len` bytes from `at` on, how many the file has. A request that was rounded out to the alignment may go
+    /// beyond the disk's end; what is there is not its own.
     fn clamp(&self, node: &Node, at: u64, len: u64) -> u64 {
         let end = match self.size {
             Some(size) => (self.offset + size).min(node.len()),

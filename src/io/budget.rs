@@ -71,7 +71,7 @@ impl Pool {
         self.held.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
     }
 
-    /// Gives room back, and has those try again who found none.
+    /// Gives room back, and makes waiting requests try again.
     fn give_back(&self, bytes: u64) {
         if bytes == 0 {
             return;
@@ -193,7 +193,7 @@ impl Budget {
         first.wake();
     }
 
-    /// Has the first that waits look for room.
+    /// Makes the first that waits look for room.
     fn wake_first(&self) {
         let first = self.state.lock().first();
         first.wake();

@@ -74,8 +74,8 @@ pub fn are_left(count: usize) -> bool {
     left >= count
 }
 
-/// Descriptors that are set aside, so that others who set some aside leave them free. The holder opens them
-/// itself, and says how many it has.
+/// Descriptors that are set aside, so that other reservations leave them free. The holder opens them itself, and says
+/// how many it has.
 #[derive(Debug, Default)]
 pub struct Reserve {
     /// Those that it is to have in all.

@@ -1,10 +1,10 @@
 //! Epochs: which queues are on the fast path, known without a lock and without a write to shared memory per request.
 //!
-//! Each queue has an [`Announcer`]. Before the first look at the graph in a guard it announces the
-//! current epoch, and it keeps the announcement up until the guard is over and every request begun
-//! under that epoch has completed. Whoever changes something that fast requests rely on (raises a
-//! barrier, replaces a node) makes the change first, and then waits with [`synchronize`] until
-//! every announcement older than the change has ended. Requests announced later see the change.
+//! Each queue has an [`Announcer`]. Before the first look at the graph in a guard it announces the current epoch, and
+//! it keeps the announcement up until the guard is over and every request begun under that epoch has completed. Code
+//! that changes something that fast requests rely on (raises a barrier, replaces a node) makes the change first, and
+//! then waits with [`synchronize`] until every announcement older than the change has ended. Requests announced later
+//! see the change.
 //!
 //! Members are asked by name, not all at once: a disk that hangs blocks only the tasks that wait for it.
 //!

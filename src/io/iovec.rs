@@ -21,7 +21,7 @@ pub struct IoVec<'m> {
     /// for `'m`.
     is_kept: bool,
     is_fillable: bool,
-    /// Those who count the operations, each for `'m`.
+    /// The counters of operations, each for `'m`.
     owners: SmallVec<[NonNull<Lent>; 2]>,
     memory: PhantomData<&'m mut [u8]>,
 }
@@ -62,7 +62,7 @@ impl<'m> IoVec<'m> {
         IoVec { is_fillable: false, ..list }
     }
 
-    /// The list with one more owner, who counts the operations on it.
+    /// The list with one more owner, which counts the operations on it.
     pub fn lent_by(mut self, owner: &'m Lent) -> IoVec<'m> {
         self.owners.push(NonNull::from(owner));
         self
@@ -78,7 +78,7 @@ impl<'m> IoVec<'m> {
         self.is_kept
     }
 
-    /// Those who count the operations.
+    /// The counters of operations.
     pub(super) fn owners(&self) -> impl Iterator<Item = &'m Lent> {
         // SAFETY: `lent_by` has borrowed each for 'm.
         self.owners.iter().map(|owner| unsafe { owner.as_ref() })

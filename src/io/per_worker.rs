@@ -259,7 +259,7 @@ impl States {
 }
 
 impl Io {
-    /// Has a state leave, if there is one.
+    /// Makes a state leave, if there is one.
     fn tell_to_leave(self: &Rc<Io>, index: usize) {
         let mut states = self.states.0.borrow_mut();
         let Some(state @ State::Made(..)) = states.get_mut(index) else { return };
@@ -273,7 +273,7 @@ impl Io {
         });
     }
 
-    /// Has all states leave, because the worker ends. True as long as any is left.
+    /// Makes all states leave, because the worker ends. True as long as any is left.
     pub(super) fn leave_all(self: &Rc<Io>) -> bool {
         let count = self.states.0.borrow().len();
         (0..count).for_each(|index| self.tell_to_leave(index));
@@ -298,24 +298,24 @@ mod tests {
     }
 
     impl Counted {
-        fn tell(&self, what: &'static str) {
+        fn record(&self, what: &'static str) {
             self.reported.lock().push((what, thread::current().id()));
         }
     }
 
     impl WorkerState for Counted {
         fn leave(self: Rc<Self>) -> Pin<Box<dyn Future<Output = ()>>> {
-            self.tell("told");
+            self.record("told");
             Box::pin(async move {
                 sleep(Duration::from_millis(1)).await;
-                self.tell("left");
+                self.record("left");
             })
         }
     }
 
     impl Drop for Counted {
         fn drop(&mut self) {
-            self.tell("dropped");
+            self.record("dropped");
         }
     }
 

@@ -21,8 +21,8 @@ struct Jobs {
 
 static JOBS: Mutex<Jobs> = Mutex::new(Jobs { list: Vec::new(), thread: None });
 
-/// Has `work` done every `interval` from now on, until it says that it is not needed any more. What else
-/// is to be done waits as long as it takes. Where no thread can be had it is not done.
+/// Runs `work` every `interval` from now on, until it returns false. Other periodic work waits meanwhile. Nothing
+/// runs if no thread can be started.
 pub fn every(interval: Duration, work: impl FnMut() -> bool + Send + 'static) {
     let job = Job { interval, next: Instant::now() + interval, work: Box::new(work) };
     let mut jobs = JOBS.lock();

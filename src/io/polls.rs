@@ -101,7 +101,7 @@ impl Polls {
     }
 
     /// Gives what has completed, without waiting.
-    pub fn look(&mut self, out: &mut impl Extend<Completion>) {
+    pub fn poll(&mut self, out: &mut impl Extend<Completion>) {
         let mut events = [EpollEvent::default(); 16];
         // Interrupted: as if nothing had come.
         let count = self.epoll.wait(0, &mut events).unwrap_or(0);

@@ -137,7 +137,7 @@ impl<J: Job> Pool<J> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the jobs done, in any order.
+    /// Runs the jobs, in any order.
     pub fn submit(&'static self, jobs: impl IntoIterator<Item = J>) {
         let mut state = self.lock();
         let mut added = 0;

@@ -228,7 +228,7 @@ impl SimRing {
         if !time.is_zero() {
             self.polls.sleep(Some(time));
         }
-        self.polls.look(&mut self.ready);
+        self.polls.poll(&mut self.ready);
     }
 
     /// Performs what is due up to `until`, the clock moving along.

@@ -168,11 +168,11 @@ impl Ring for Threads {
             Wait::Forever => None,
         };
         // Earlier completions are reported first: they may be what is waited for.
-        self.polls.look(&mut self.ready);
+        self.polls.poll(&mut self.ready);
         self.done.asleep.store(true, Ordering::SeqCst);
         if self.ready.is_empty() && !self.done.any.load(Ordering::SeqCst) {
             self.polls.sleep(time);
-            self.polls.look(&mut self.ready);
+            self.polls.poll(&mut self.ready);
         }
         self.done.asleep.store(false, Ordering::Relaxed);
     }
@@ -180,7 +180,7 @@ impl Ring for Threads {
     fn reap(&mut self, out: &mut Vec<Completion>) {
         self.turns = self.turns.wrapping_add(1);
         if self.turns.is_multiple_of(LOOK_TURNS) {
-            self.polls.look(&mut self.ready);
+            self.polls.poll(&mut self.ready);
         }
         let room = (out.capacity() - out.len()).min(self.ready.len());
         out.extend(self.ready.drain(..room));

@@ -18,10 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// How often an idle worker looks at sources that give no kicks.
+/// How often an idle worker polls sources that give no kicks.
 const LOOK_NS: u64 = 200_000;
 
-/// Turns with work after which the clock is looked at although there is no time for it.
+/// The number of busy turns in a row after which timers are checked anyway.
 const TICK_TURNS: u32 = 256;
 
 /// A worker as seen from its own thread: what a message from outside may use.
@@ -145,7 +145,7 @@ impl Local {
         busy
     }
 
-    /// Tells sources of the ends that devices have told of.
+    /// Passes completions of devices on to their sources.
     fn deliver(&mut self) -> bool {
         let io = self.io.clone();
         let mut any = false;
@@ -159,7 +159,7 @@ impl Local {
         any
     }
 
-    /// Lets the sources look at the clock, if it is time. True if one of them is to be polled.
+    /// Calls the sources' ticks that are due. True if one of them is to be polled.
     fn tick(&mut self) -> bool {
         let wanted = self.io.tick.get();
         if wanted == NEVER {
@@ -303,7 +303,7 @@ impl Local {
             let tick = Some(self.io.tick.get()).filter(|&at| at != NEVER);
             let timer = self.io.timers.next().into_iter().chain(tick).min();
             let timer = timer.map(|at| at.saturating_sub(ring.now()));
-            // A front end that gives no kick descriptor wants its queue to be looked at.
+            // A front end that gives no kick descriptor wants its queue to be polled.
             let look = (!self.active.is_empty()).then_some(LOOK_NS);
             let longest = self.longest_sleep.map(|time| time.as_nanos() as u64);
             let wait = match timer.into_iter().chain(look).chain(longest).min() {

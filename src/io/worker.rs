@@ -30,8 +30,8 @@ pub struct WorkerOptions {
     pub poll_max: Duration,
     /// The processor that it is pinned to.
     pub cpu: Option<usize>,
-    /// Nobody waits for it but its own tasks: what is mostly a copy, or would be done by another
-    /// thread ([`super::offload`]), is done in place ([`may_block`]).
+    /// Only its own tasks wait for it: copies, and work for other threads ([`super::offload`]), are done in place
+    /// ([`may_block`]).
     pub may_block: bool,
 }
 
@@ -43,11 +43,11 @@ impl Default for WorkerOptions {
 
 /// Operations that the slab has room for without growing.
 const OPERATIONS: usize = 1024;
-/// Bytes of a worker's stack. Requests recurse through at most 64 nodes, for which builds without optimization
-/// need 2 MiB where all of them are filters. What is not touched takes no memory.
+/// Bytes of a worker's stack. Requests recurse through at most 64 nodes, for which builds without optimization need 2
+/// MiB where all of them are filters. Untouched pages take no memory.
 const STACK: usize = 16 << 20;
 
-/// What other threads see of a worker.
+/// The part of a worker that other threads use.
 pub(super) struct Shared {
     pub(super) name: String,
     pub(super) inbox: Mutex<Vec<Message>>,
@@ -83,7 +83,7 @@ pub fn may_block() -> bool {
     CURRENT.with_borrow(|io| io.as_ref().is_some_and(|io| io.shared.may_block))
 }
 
-/// What `look` finds on the worker that this thread is, without another reference to it.
+/// Calls `look` with the worker of this thread, without another reference to it.
 ///
 /// # Panics
 /// On a thread that is no worker.
@@ -91,7 +91,7 @@ pub(super) fn with_current<T>(look: impl FnOnce(&Io) -> T) -> T {
     CURRENT.with_borrow(|io| look(io.as_ref().expect("called on a worker's thread")))
 }
 
-/// Makes this thread another worker, or none. What it was before.
+/// Makes this thread another worker, or none. Returns the previous one.
 pub(super) fn replace_current(io: Option<Rc<Io>>) -> Option<Rc<Io>> {
     CURRENT.replace(io)
 }
@@ -129,14 +129,14 @@ pub struct Io {
     pub(super) ops: RefCell<Ops>,
     /// Sources that asked to be polled.
     pub(super) ready: RefCell<Vec<SourceId>>,
-    /// Completions reaped by somebody who waited for one of his own.
+    /// Completions reaped while waiting for another one.
     pub(super) stash: RefCell<Vec<Completion>>,
     pub(super) run_queue: RunQueue,
     pub(super) tasks: Cell<usize>,
     pub(super) timers: Timers,
     pub(super) devices: Devices,
     pub(super) states: States,
-    /// When the sources want to look at the clock, in nanoseconds; [`NEVER`].
+    /// When the sources want a tick, in nanoseconds; [`NEVER`].
     pub(super) tick: Cell<u64>,
     /// What [`Io::turn_time`] gives; [`NEVER`]: the clock was not read yet.
     pub(super) turn_time: Cell<u64>,
@@ -169,8 +169,8 @@ impl Io {
         self.ring.borrow().now()
     }
 
-    /// Nanoseconds on the ring's clock, at some time after this turn's completions were there and
-    /// before anything else was taken. However many ask, the clock is read once in a turn at most.
+    /// Nanoseconds on the ring's clock, at some time after this turn's completions were there and before anything
+    /// else was taken. The clock is read at most once in a turn.
     #[inline]
     pub fn turn_time(&self) -> u64 {
         if self.turn_time.get() == NEVER {
@@ -184,7 +184,7 @@ impl Io {
         self.ring.borrow().is_simulated()
     }
 
-    /// Starts what is queued now, rather than at the end of the turn.
+    /// Starts queued operations now, rather than at the end of the turn.
     pub fn submit(&self) {
         let mut ring = self.ring.borrow_mut();
         if ring.must_enter() {
@@ -297,7 +297,7 @@ impl Worker {
     }
 }
 
-/// The kernel's ring, or where that is not to be had one of threads, with one warning.
+/// The kernel's ring, or one of threads where there is none, with one warning.
 fn make_ring() -> std::io::Result<Box<dyn Ring>> {
     static WARNED: std::sync::Once = std::sync::Once::new();
     match spare::take_ring() {
@@ -348,7 +348,7 @@ pub fn run_on<T: 'static>(ring: Box<dyn Ring>, future: impl Future<Output = T> +
     run_local(ring, |_| future)
 }
 
-/// As [`run_on`], for futures whose making wants the worker, to attach sources to it.
+/// As [`run_on`], for futures that need the worker when they are made, to attach sources to it.
 pub fn run_local<T, F>(ring: Box<dyn Ring>, make: impl FnOnce(&mut Local) -> F) -> T
 where
     T: 'static,

@@ -17,10 +17,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long clients are given to read what was said last.
+/// The time that clients get to read the last messages.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long a monitor accepts no client after one could not be.
+/// The pause after a client could not be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// All monitors of a process, and the character devices that they may be put on.
@@ -35,7 +35,7 @@ struct Monitor {
     pretty: bool,
     /// One at a time; others wait in the socket's queue.
     client: Option<Client>,
-    /// No client is accepted before: the last could not be.
+    /// No client is accepted before this time, because the last one failed.
     paused_until: Option<Instant>,
 }
 
@@ -94,7 +94,7 @@ impl Control {
 
     /// Serves until `stop` is readable or a client asks the process to end.
     pub fn serve(&mut self, service: &Service, stop: RawFd) {
-        // A monitor's client is told at once of a lock that is held.
+        // A monitor's client gets an error at once if a lock is held.
         service.wait_for_locks(None);
         loop {
             let mut fds: Vec<_> = [stop, service.events_descriptor(), service.tasks_descriptor()]
@@ -109,7 +109,7 @@ impl Control {
             self.send_events(service);
             for (index, polled) in fds[3..].iter().enumerate() {
                 self.monitors[index].transfer(polled.revents);
-                // One request of each in turn.
+                // One request of each client, round robin.
                 if self.step(index, service) == Some(Step::Quit) {
                     return;
                 }
@@ -121,7 +121,7 @@ impl Control {
         }
     }
 
-    /// Milliseconds until there is something to do that no descriptor tells of; -1: never.
+    /// Milliseconds until work without a descriptor is due; -1: never.
     fn timeout(&self) -> i32 {
         if self.sessions().any(Session::has_work) {
             return 0;
@@ -137,7 +137,7 @@ impl Control {
         self.monitors.iter().filter_map(|monitor| monitor.client.as_ref()).map(|it| &it.session)
     }
 
-    /// Lets a client have its next request handled, or the reply to the one under way.
+    /// Handles the next request of a client, or replies to the one under way.
     fn step(&mut self, index: usize, service: &Service) -> Option<Step> {
         let client = self.monitors[index].client.as_mut();
         let answer = client.and_then(|client| client.session.step(service));
@@ -166,7 +166,7 @@ impl Control {
         }
     }
 
-    /// Tells of what commands bring about.
+    /// Reports events.
     fn tell_changes(&mut self, service: &Service) {
         self.tell_ended(service);
         for (id, status) in service.jobs().take_events() {
@@ -180,13 +180,13 @@ impl Control {
         }
     }
 
-    /// Ends the exports, tells the clients of each that has ended, and gives them a moment to read it.
+    /// Ends the exports, reports each end to the clients, and gives them a moment to read it.
     pub fn finish(mut self, service: &Service) {
         let exports = service.end_exports();
         let mut end = None;
         loop {
             service.clear_tasks_event();
-            // Looked at first, so that the last events are there.
+            // Checked first, so that the last events are there.
             if end.is_none() && exports.take().is_some() {
                 end = Some(Instant::now() + FAREWELL);
             }

@@ -23,9 +23,9 @@ struct Nodes<'a> {
 }
 
 /// Asks the storage, too, and does without where it does not answer.
-async fn listed(service: &Service, tell: impl FnOnce(Nodes<'_>) -> Vec<Value>) -> Outcome {
+async fn listed(service: &Service, describe: impl FnOnce(Nodes<'_>) -> Vec<Value>) -> Outcome {
     let list = service.query_nodes(STORAGE).await;
-    Ok(Value::List(tell(Nodes { service, list })))
+    Ok(Value::List(describe(Nodes { service, list })))
 }
 
 pub async fn query_named_block_nodes(service: &Service, arguments: Map) -> Outcome {
@@ -36,9 +36,9 @@ pub async fn query_named_block_nodes(service: &Service, arguments: Map) -> Outco
     }
     let Arguments { flat } = options::from_map(arguments)?;
     let deep = !flat.unwrap_or(false);
-    let tell =
+    let describe =
         |nodes: Nodes<'_>| nodes.list.iter().map(|(info, _)| nodes.describe(info, deep)).collect();
-    listed(service, tell).await
+    listed(service, describe).await
 }
 
 impl Nodes<'_> {

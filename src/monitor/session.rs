@@ -22,7 +22,7 @@ const OUTPUT_LIMIT: usize = 2 << 20;
 /// Bytes of requests that are read while a command is under way.
 const READ_AHEAD: usize = 64 << 10;
 
-/// How long a command holds up a `quit` that its own client has sent after it: quick ones end before.
+/// The time for which a command delays a `quit` that its own client has sent after it: quick ones end before.
 const QUIT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The state of one connection.
@@ -95,7 +95,7 @@ impl Session {
         }
     }
 
-    /// What waits to be sent; [`Session::sent`] takes it away.
+    /// Output that waits to be sent; [`Session::sent`] removes it.
     pub fn output(&self) -> &[u8] {
         &self.output
     }
@@ -181,7 +181,7 @@ impl Session {
         self.say(&value);
     }
 
-    /// Tells of something that nobody asked for, once the client has negotiated.
+    /// Sends an event, once the client has negotiated.
     pub fn event(&mut self, name: &str, data: Value) {
         if !self.negotiated || self.overrun {
             return;

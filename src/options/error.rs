@@ -9,7 +9,7 @@ use std::fmt;
 pub const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, \
                              tera-, peta-\nand exabytes, respectively.";
 
-/// What is wrong with one parameter, or with the text it came in.
+/// The error in one parameter, or with the text it came in.
 ///
 /// The parameter is named by its whole path (`file.cache.direct`, `children.0.driver` from text,
 /// `children[0].driver` from JSON); [`Error::under`] adds the outer parts on the way out.

@@ -1,8 +1,9 @@
 //! The system calls that the confined process may make: a seccomp filter.
 //!
-//! The rule held here: no call that starts a program or a process, makes a socket for another host
-//! (unless a driver that is open works over the network), changes who the process is or what it may do, looks into other processes, makes memory executable,
-//! or makes a ring. What opens files is there, because Landlock decides on it ([`super::files`]).
+//! The rule held here: no call that starts a program or a process, makes a socket for another host (unless a driver
+//! that is open works over the network), changes the user of the process or its rights, looks into other processes,
+//! makes memory executable, or makes a ring. What opens files is there, because Landlock decides on it
+//! ([`super::files`]).
 //!
 //! # For drivers with needs of their own
 //!

@@ -97,7 +97,7 @@ fn threads() -> Result<Vec<i32>, String> {
     Ok(all)
 }
 
-/// Has a thread confine itself, and waits until it has, or is gone. Gives what keeps it from that.
+/// Makes a thread confine itself, and waits until it has, or is gone. Gives what keeps it from that.
 ///
 /// # Errors
 /// It does not answer: it may do so later.

@@ -1,6 +1,6 @@
 //! The lives of exports: how they start, end, and are listed.
 //!
-//! The rule held here: nobody waits for a guest without limit. An export ends by a task of its own, and
+//! The rule held here: no wait for a guest is without limit. An export ends by a task of its own, and
 //! [`Service::take_ended`] tells when it has.
 
 use super::executor::{Pending, within};
@@ -27,7 +27,7 @@ pub const SOCKET_PATIENCE: Duration = Duration::from_secs(2);
 pub(super) struct Exports {
     /// Newest last.
     list: Vec<Served>,
-    /// The process is to end: none begins any more.
+    /// The process is ending: no export begins any more.
     ending: bool,
     /// Tasks that wait until none serves any more.
     waiting: Waiters,
@@ -54,7 +54,7 @@ enum Life {
     Ending,
 }
 
-/// What there is of an export that serves.
+/// The parts of an export that serves.
 struct Running(Box<dyn Export>, Attachment);
 
 impl Running {
@@ -68,7 +68,7 @@ impl Running {
         .await;
     }
 
-    /// Itself, unless what was done with it has failed: it is ended then.
+    /// Returns itself, unless an operation on it has failed: then it is ended.
     async fn unless_failed(self, result: Result<(), Error>) -> Result<Running, Error> {
         match result {
             Ok(()) => Ok(self),
@@ -207,7 +207,7 @@ impl Service {
         if let Some(path) = transport.socket() {
             self.wait_for_socket(path.to_owned()).await;
         }
-        // An active node needs no turn to change the graph, which others may have for long.
+        // An active node needs no change of the graph, for which others might be waited for long.
         if !allow_inactive && !node.is_active() {
             self.patiently(async || self.graph().activate(&node).await).await?;
         }
@@ -312,7 +312,7 @@ impl Service {
         Ok(())
     }
 
-    /// Ends an export that has been told so, and tells when it has.
+    /// Ends an export that is marked for it, and reports when it has ended.
     async fn end(&self, id: String, running: Running) {
         running.end().await;
         self.state().exports.remove(&id);
@@ -343,8 +343,8 @@ impl Service {
         self.state().exports.list.iter().rev().filter_map(info).collect()
     }
 
-    /// Ends an export: its front end is cut off, what is in flight is waited for by a task, and then
-    /// [`Service::take_ended`] gives its name.
+    /// Ends an export: its front end is cut off, a task waits for what is in flight, and then [`Service::take_ended`]
+    /// returns its name.
     ///
     /// # Errors
     /// There is none of this name, or it is ending already.

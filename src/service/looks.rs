@@ -16,7 +16,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
         log::warn!("{name} is empty: the guest finds a disk of no bytes");
         return;
     }
-    if let Some(guess) = look(registry, &file).await
+    if let Some(guess) = guess(registry, &file).await
         && !guess.is_raw()
     {
         let format = guess.name();
@@ -31,22 +31,22 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
 ///
 /// Each worker that reads from a drive of our own takes one of its queues, of which there may be few: a worker
 /// that ends afterwards gives it back. A sandbox has no rings to spare for such workers.
-async fn look(registry: &'static Registry, file: &Arc<Node>) -> Option<Guess> {
+async fn guess(registry: &'static Registry, file: &Arc<Node>) -> Option<Guess> {
     if file.driver().drive().is_none() {
-        return probe::look(registry, file, "").await.ok()?;
+        return probe::guess(registry, file, "").await.ok()?;
     }
     if !io::may_make_rings() {
         return None;
     }
     let file = file.clone();
-    let look = move || {
+    let guess = move || {
         let worker = Worker::start("look", WorkerOptions::default()).ok()?;
-        worker.block_on(move || async move { probe::look(registry, &file, "").await }).ok()?
+        worker.block_on(move || async move { probe::guess(registry, &file, "").await }).ok()?
     };
-    io::offload(look).await
+    io::offload(guess).await
 }
 
-/// The raw node that a node is, below filters, and the protocol's that it stands on.
+/// The raw node that a node is, below filters, and the protocol's below it.
 fn raw_over_file(node: &Arc<Node>) -> Option<(Arc<Node>, Arc<Node>)> {
     let node = node.below_filters();
     let driver = node.driver();

@@ -19,15 +19,19 @@ impl Service {
     pub async fn blockdev_add(&self, options: Map) -> Result<Arc<Node>, Error> {
         let graph = self.graph();
         let node = self.patiently(async || graph.open(options.clone()).await).await?;
-        let look = async || looks::warn_of_raw(graph.registry(), &node).await;
+        let warn = async || looks::warn_of_raw(graph.registry(), &node).await;
         // Somebody may have deleted it since.
-        graph.undisturbed(&node, &[], look).await.ok();
+        graph.undisturbed(&node, &[], warn).await.ok();
         Ok(node)
     }
 
     /// The format that the first bytes of a node tell; `filename` is how it is called.
-    pub async fn look_at(&self, node: &Arc<Node>, filename: &str) -> Result<Option<Guess>, Error> {
-        probe::look(self.graph().registry(), node, filename).await
+    pub async fn guess_format(
+        &self,
+        node: &Arc<Node>,
+        filename: &str,
+    ) -> Result<Option<Guess>, Error> {
+        probe::guess(self.graph().registry(), node, filename).await
     }
 
     /// Opens a node, `name`, over `node`: it takes what is written, in a file that is gone afterwards.

@@ -139,12 +139,12 @@ impl Step {
         }
     }
 
-    /// That node, if it is there by now.
+    /// That node, if it exists by now.
     fn node(&self, graph: &Graph) -> Option<Arc<Node>> {
         graph.find(self.name()?).ok()
     }
 
-    /// The node that is to be an overlay, if it is there by now.
+    /// The node that is to be an overlay, if it exists by now.
     fn overlay(&self, graph: &Graph) -> Option<Arc<Node>> {
         match self {
             Step::PutOver { overlay, .. } => graph.find(overlay).ok(),
@@ -272,7 +272,7 @@ async fn remove_bitmap(drained: &Drained, node: &Arc<Node>, name: &str) -> Resul
     drained.step(step, remove, async |removed| log_failure(removed)).await
 }
 
-/// Has the image know that a bitmap changes. The change itself is one of memory then.
+/// Makes the image know that a bitmap changes. The change itself is one of memory then.
 async fn begin_bitmap_change(drained: &Drained, node: &Arc<Node>, name: &str) -> Result<(), Error> {
     let step = step(node, format!("Changing bitmap '{name}' of"));
     let (clone, name) = (node.clone(), name.to_owned());
@@ -310,7 +310,7 @@ fn log_failure(result: Result<(), Error>) {
     }
 }
 
-/// What puts back what a bitmap holds now.
+/// A step that restores the current contents of a bitmap.
 fn kept(node: &Node, name: &str) -> Result<Undo, Error> {
     let bitmap = node.bitmaps().find(name)?;
     let words = bitmap.bits().words().collect();

@@ -7,7 +7,7 @@ use crate::io::{AlignedBuf, Errno, IoResult, current};
 use std::cell::Cell;
 use std::rc::Rc;
 
-/// What is asked of a benchmark.
+/// The parameters of a benchmark.
 #[derive(Clone, Debug)]
 pub struct Bench {
     /// Requests in all, and in parallel; the latter is not 0.

@@ -13,7 +13,7 @@ struct Layer {
     format: &'static str,
 }
 
-/// The top of a chain and one of the images that it stands on, which can be written to.
+/// The top of a chain and one of the images below it, which can be written to.
 pub struct Layers {
     pub top: Opened,
     /// Between both, from the top down.

@@ -51,8 +51,8 @@ pub async fn compare(
     }
     let mut at = 0;
     while at < short {
-        let a = look(disks, 0, at, short - at).await?;
-        let b = look(disks, 1, at, short - at).await?;
+        let a = next_run(disks, 0, at, short - at).await?;
+        let b = next_run(disks, 1, at, short - at).await?;
         if strict && a.status != b.status {
             return Ok(Verdict::StatusDiffers(at));
         }
@@ -85,7 +85,7 @@ pub async fn compare(
     }
     let disk = usize::from(disks[1].len() > disks[0].len());
     while at < long {
-        let run = look(disks, disk, at, long - at).await?;
+        let run = next_run(disks, disk, at, long - at).await?;
         let mut len = run.len;
         if run.has(Status::ALLOCATED) && !run.has(Status::ZERO) {
             len = len.min(CHUNK);
@@ -100,8 +100,8 @@ pub async fn compare(
     Ok(Verdict::Identical)
 }
 
-async fn look(disks: [&Disk; 2], disk: usize, at: u64, len: u64) -> Result<Run, Trouble> {
-    let run = extents::look(disks[disk].node(), at, len, Precision::Zeroes, None).await;
+async fn next_run(disks: [&Disk; 2], disk: usize, at: u64, len: u64) -> Result<Run, Trouble> {
+    let run = extents::query(disks[disk].node(), at, len, Precision::Zeroes, None).await;
     run.map_err(|errno| Trouble::Status(disk, at, errno))
 }
 

@@ -20,16 +20,16 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What temporary overlays are made in.
+/// The format of temporary overlays.
 const OVERLAY_FORMAT: &str = "qcow2";
 
-/// What writes to an image what is read from its backing files.
+/// The filter that writes to an image what is read from its backing files.
 const COPIER: &str = "copy-on-read";
 
 /// How conflicts call a tool's use of an image.
 const USER: &str = "an unnamed block device";
 
-/// What is to be opened, and for what.
+/// The image to open, and the purpose.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted<'a> {
     /// A file's name, or the options of `--image-opts`.
@@ -64,7 +64,7 @@ pub struct Images {
     count: Cell<usize>,
     /// Records of failed flushes that were reported to the user.
     reported: RefCell<BTreeSet<PathBuf>>,
-    /// Tells the user of something that is no error.
+    /// Prints a warning for the user.
     warn: Box<dyn Fn(&str)>,
 }
 
@@ -81,7 +81,7 @@ pub struct Opened {
     pub name: String,
     /// The options that its name says, as they were written.
     given: Map,
-    /// By guessing.
+    /// The format was guessed.
     pub guessed_raw: bool,
 }
 
@@ -201,7 +201,7 @@ impl Images {
         })
     }
 
-    /// Tells of each failed flush that is recorded beside the image or one that it stands on, once.
+    /// Tells of each failed flush that is recorded beside the image or one below it, once.
     fn warn_of_losses(&self, node: &Node) {
         for record in flush_record::find(&node.files(|_| true)) {
             let text = format!(

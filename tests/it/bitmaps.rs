@@ -90,7 +90,7 @@ async fn work(node: std::sync::Arc<Node>, fast_path: FastPath, seed: u64) {
             let (at, len) = (rng.u64(0..LEN), rng.u64(1..100_000));
             let (kind, fua) = (rng.u8(0..8), rng.bool());
             let (at, len) = if kind < 4 {
-                // Only whole blocks go on the fast path.
+                // Only whole blocks continue the fast path.
                 let at = at / align * align;
                 (at, len.next_multiple_of(align).min(LEN - at))
             } else {

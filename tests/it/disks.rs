@@ -171,7 +171,7 @@ impl PassThrough for Suspend {
     }
 }
 
-/// A file of zeroes that lies where direct I/O works, beside the build.
+/// A file of zeroes that is where direct I/O works, beside the build.
 pub fn file_on_disk(len: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a file");
     file.as_file().set_len(len).expect("room");

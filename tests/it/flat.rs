@@ -3,7 +3,7 @@
 //! It has one flat table of 32-bit entries, the last slice of which is shorter; clusters are appended to the file and
 //! never freed.
 //!
-//! The file may hold anything when it is opened: table and data lie behind that, so an image cannot be opened again.
+//! The file may hold anything when it is opened: table and data are behind that, so an image cannot be opened again.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -24,8 +24,8 @@ use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 
-/// A folder with an empty, sparse image of `mib` MiB for each name. It lies beside what cargo
-/// builds: the system's temporary folder may be of a kind that knows no O_DIRECT.
+/// A folder with an empty, sparse image of `mib` MiB for each name. It is beside what cargo builds: the system's
+/// temporary folder may be of a kind that knows no O_DIRECT.
 fn images<const N: usize>(names: [&str; N], mib: u64) -> (TempDir, [PathBuf; N]) {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let paths = names.map(|name| dir.path().join(name));
@@ -248,7 +248,7 @@ fn every_fsync_in_the_guest_reaches_the_file() {
     assert!(flushes >= 20, "20 fsyncs became {flushes} flushes");
 }
 
-/// Makes a qcow2 overlay in the place of an image, which becomes its backing file and is random bytes.
+/// Makes a qcow2 overlay instead of an image, which becomes its backing file and is random bytes.
 fn overlay(image: &Path) {
     let base = image.with_extension("base");
     let mut bytes = vec![0; fs::metadata(image).unwrap().len() as usize];

@@ -78,8 +78,8 @@ impl Layer {
         Writing(self, number)
     }
 
-    /// Waits for the writes that have begun. What lies in the file of a zero cluster may be anything
-    /// older: one of them must not show it.
+    /// Waits for the writes that have begun. What is in the file of a zero cluster may be anything older: one of them
+    /// must not show it.
     async fn older_writes(&self) {
         let now = self.writing.lock().unwrap().1;
         while self.writing.lock().unwrap().0.iter().any(|&number| number < now) {

@@ -48,7 +48,7 @@ fn over(file: &str, backing: Option<&str>) -> String {
     format!("driver=qcow,discard=unmap{}{backing}", below("file", file))
 }
 
-/// Fails if two things of an image share bytes of its file, or one lies past its end.
+/// Fails if two things of an image share bytes of its file, or one is past its end.
 fn assert_sound(bytes: &[u8]) {
     let u64_at = |at: u64| {
         let bytes = bytes.get(at as usize..at as usize + 8).expect("a table is in the file");

@@ -70,7 +70,7 @@ impl Guest {
         Guest { disk, memory, layout, statuses, _buffers: buffers }
     }
 
-    /// Makes all requests available so many times, and waits for them.
+    /// Makes all requests available this many times, and waits for them.
     fn run(&mut self, rounds: u64) {
         for _ in 0..rounds {
             let ring = self.disk.queue(0).ring();

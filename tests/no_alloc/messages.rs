@@ -8,7 +8,7 @@ struct Messages {
     /// Kept for the memory that the lists name: a header and data, of either end.
     _memory: AlignedBuf,
     lists: [[libc::iovec; 2]; 2],
-    /// Bytes on their way, and messages that have arrived.
+    /// Bytes in flight, and messages that have arrived.
     on_the_way: u64,
     arrived: u64,
     /// Operations in flight.

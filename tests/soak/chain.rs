@@ -70,7 +70,7 @@ fn pattern(block: u64) -> Option<u8> {
 }
 
 impl Owner {
-    /// Of a disk of so many bytes, the last quarter of which are units.
+    /// Of a disk of this many bytes, the last quarter of which are units.
     fn new(queue: u64, size: u64, seed: u64) -> Owner {
         let units = (size / 4 / UNIT / QUEUES) as usize;
         let blocks = ((size / QUEUES - units as u64 * UNIT) / BLOCK) as usize;
@@ -260,7 +260,7 @@ fn serve(dir: &Path, socket: &Path) -> Server {
     server
 }
 
-/// Has each owner do some work on a queue of its own.
+/// Makes each owner do some work on a queue of its own.
 fn session(dir: &Path, owners: &mut [Owner], work: impl Fn(&mut Owner, &mut Queue) + Sync) {
     let socket = dir.join("chain.sock");
     let mut server = serve(dir, &socket);

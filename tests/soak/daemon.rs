@@ -44,7 +44,7 @@ impl Daemon {
         Client::connect(&self.monitor)
     }
 
-    /// Waits until its log holds `text` so many times.
+    /// Waits until its log holds `text` this many times.
     pub fn wait_log(&mut self, text: &str, times: usize) {
         self.wait_until(text, |daemon| daemon.said().matches(text).count() >= times);
     }

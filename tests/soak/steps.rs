@@ -193,8 +193,8 @@ fn unplug_memory(world: &mut World, random: &mut Rng) {
     world.count("memory modules unplugged");
 }
 
-/// What the guest says of an ejection (source 3: ACPI 6.4, section 6.3.5) other than that it has
-/// succeeded or goes on.
+/// What the guest says of an ejection (source 3: ACPI 6.4, section 6.3.5) other than that it has succeeded or
+/// continues.
 fn is_refusal(info: &Value, device: &str) -> bool {
     info["device"] == device
         && info["source"] == 3

@@ -7,7 +7,7 @@ use super::{Source, report, sources};
 /// The circles there are: the folder or the files' common beginning that holds each, and why it is one.
 ///
 /// A file may always use what the file above it defines (`queue/slow.rs` uses `queue.rs`): a type is declared there,
-/// and its parts lie below.
+/// and its parts are below.
 const CIRCLES: &[(&str, &str)] = &[
     ("src/block/", "a node owns its driver, drivers own edges to nodes, and the graph opens both"),
     (

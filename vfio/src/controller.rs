@@ -59,7 +59,7 @@ pub struct Options {
     /// The most queue pairs to ask for.
     pub max_pairs: u16,
     /// How often it is looked whether the controller is still there.
-    pub look: Duration,
+    pub check_interval: Duration,
     /// How long it may seem to be gone before it is: while the host resets the function, its registers
     /// are not to be read.
     pub absence: Duration,
@@ -73,7 +73,7 @@ impl Default for Options {
             admin_timeout: Duration::from_secs(30),
             // Usually one for each worker, and those that do the work of the control plane.
             max_pairs: (threads + 2).min(64) as u16,
-            look: Duration::from_secs(1),
+            check_interval: Duration::from_secs(1),
             absence: Duration::from_secs(3),
         }
     }
@@ -301,7 +301,7 @@ impl Controller {
     }
 
     /// The same without a thread that looks after the device: for tests and fuzz targets that do everything
-    /// on one. [`Controller::look`] does that thread's work.
+    /// on one. [`Controller::poll`] does that thread's work.
     ///
     /// # Errors
     /// As of [`Controller::open`].
@@ -316,7 +316,7 @@ impl Controller {
 
     /// Resets the controller, aborts commands, takes events: whatever is due. May be called from time to time, and
     /// not while a thread of the controller's does it.
-    pub fn look(&self, watch: &mut Watch) {
+    pub fn poll(&self, watch: &mut Watch) {
         if !self.0.is_dead() {
             watch.work(&self.0);
         }
@@ -421,7 +421,7 @@ impl Controller {
         self.0.namespace(id).map_err(|error| error.at(&self.0.name))
     }
 
-    /// Has `listener` called when a namespace has changed or the controller is gone, on a thread of the controller's,
+    /// Calls `listener` when a namespace has changed or the controller is gone, on a thread of the controller's,
     /// while the listener lives.
     pub fn listen(&self, listener: &Arc<dyn Fn() + Send + Sync>) {
         let mut listeners = lock(&self.0.listeners);

@@ -1,7 +1,7 @@
 //! A userspace driver for NVMe controllers on PCI, which uses the storage's own queues without the kernel.
 //!
-//! The kernel's part is VFIO: it gives the registers, lets the device reach the memory that it is given and no
-//! other, and turns interrupts into eventfds. Everything above that is here, and knows nothing of who uses it.
+//! The kernel's part is VFIO: it gives the registers, lets the device reach the memory that it is given and no other,
+//! and turns interrupts into eventfds. Everything above that is here, and knows nothing of its users.
 //!
 //! ```text
 //! QueuePair  one per thread: submit, ring, reap; no lock, no system call, no allocation

@@ -329,8 +329,8 @@ impl Drop for Memory {
     }
 }
 
-/// Memory of others that the device reaches, until this is dropped, which blocks until it does not. Whoever drops it
-/// has ensured that no request in flight names the memory.
+/// Memory of others that the device reaches, until this is dropped, which blocks until it does not. The caller that
+/// drops it has ensured that no request in flight names the memory.
 pub struct Registration {
     space: Arc<Space>,
     number: u64,

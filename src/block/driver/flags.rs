@@ -21,7 +21,7 @@ bitflags::bitflags! {
         const GROW = 1 << 3;
     }
 
-    /// What is known of a range ([`Driver::status`](super::Driver::status)).
+    /// The status of a range ([`Driver::status`](super::Driver::status)).
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
     pub struct Status: u32 {
         /// The bytes are stored somewhere, and must be read to be known.
@@ -35,7 +35,7 @@ bitflags::bitflags! {
     }
 }
 
-/// What is known of the first `len` bytes of a range.
+/// The status of the first `len` bytes of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Bytes; not zero, at most what was asked.

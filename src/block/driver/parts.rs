@@ -16,8 +16,8 @@ pub trait HandOver: Send + Sync {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Writes all that it has to; the node is flushed afterwards. No request is in flight, and none
-    /// but reads comes before [`HandOver::activate`]. What it stands on is still active.
+    /// Writes all that it has to; the node is flushed afterwards. No request is in flight, and none but reads comes
+    /// before [`HandOver::activate`]. The nodes below it are still active.
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
         Box::pin(std::future::ready(Ok(())))
     }

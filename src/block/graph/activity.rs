@@ -6,7 +6,7 @@
 //!
 //! The rules held here:
 //!
-//! * An active node stands on active nodes only.
+//! * All nodes below an active node are active.
 //! * A node is activated with all below it: all their locks are taken, or none is; then each driver
 //!   looks at its storage again, children first.
 //! * A node is inactive when the last of its users says so. Drivers bring everything to the storage,
@@ -104,7 +104,7 @@ impl Activity {
     }
 }
 
-/// Everything to the storage, parents before what they stand on.
+/// Everything to the storage, parents before the nodes below them.
 async fn bring_to_rest(nodes: &[Arc<Node>]) -> Result<(), Error> {
     if let Some(node) = nodes.iter().find(|node| node.driver().hand_over().is_none()) {
         let (name, driver) = (node.name(), node.driver().name());

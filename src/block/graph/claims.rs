@@ -109,13 +109,13 @@ impl Graph {
         is_free
     }
 
-    /// Has all tasks look again that wait for claims or for ends of nodes.
-    pub(super) fn look_again(&self) {
+    /// Makes all tasks look again that wait for claims or for ends of nodes.
+    pub(super) fn retry_waiting(&self) {
         let waiting = self.0.state.lock().claims.waiting.take();
         waiting.wake();
     }
 
-    /// Waits until `is_so`; [`Graph::look_again`] is called whenever it may have become so.
+    /// Waits until `is_so`; [`Graph::retry_waiting`] is called whenever it may have become so.
     pub(super) async fn wait_until(&self, mut is_so: impl FnMut(&mut State) -> bool) {
         self.0
             .state
@@ -164,7 +164,7 @@ impl Drop for Claim {
         release_locks(&mut state, self.id);
         state.claims.all.retain(|record| record.id != self.id);
         drop(state);
-        self.graph.look_again();
+        self.graph.retry_waiting();
     }
 }
 
@@ -265,8 +265,8 @@ impl State {
         Some((node, End(end)))
     }
 
-    /// Has the claim of the end of a node, which is gone, be that of the end of one that it stood on. False if that
-    /// one has its own end, or does not belong to the change that the first one was part of.
+    /// Transfers the claim of the end of a node, which is gone, to the end of a node below it. False if that one has
+    /// its own end, or does not belong to the change that the first one was part of.
     pub(super) fn move_end(&mut self, claim: u64, to: u64) -> bool {
         let Some(at) = self.claims.all.iter().position(|record| record.id == claim) else {
             return false;
@@ -340,7 +340,7 @@ impl State {
         self.reach(nodes, |state, id| state.entry(id).children.clone())
     }
 
-    /// These nodes and all that stand on them.
+    /// These nodes and all above them.
     pub(super) fn all_above(&self, nodes: &[u64]) -> Vec<u64> {
         let parents = |state: &State, id| {
             let parent = |by: &By| match by {

@@ -22,11 +22,11 @@ pub trait User: Send + Sync {
     /// It blocks no thread meanwhile and holds no lock.
     fn quiesce(&self) -> LocalFuture<'_, ()>;
 
-    /// The same for a user that has started nothing yet, because it has just come. Returns at once.
+    /// As [`User::quiesce`], for a user that has just attached and has started nothing yet. Returns at once.
     fn hold(&self);
 
-    /// Goes on. Called once after each [`User::quiesce`], also after one that was not waited for to
-    /// its end, and after each [`User::hold`].
+    /// Resumes. Called once after each [`User::quiesce`], also after one that was not waited for to its end, and
+    /// after each [`User::hold`].
     fn resume(&self);
 
     /// How long its requests are waited for, if that is less than the graph's own time.
@@ -62,8 +62,8 @@ pub(super) struct Used {
     pub users: Vec<Arc<dyn User>>,
 }
 
-/// A drain under way: its nodes, and the users that it has paused. Users that come to these nodes, or to
-/// nodes that stand on them, are paused too.
+/// A drain under way: its nodes, and the users that it has paused. Users that come to these nodes, or to nodes above
+/// them, are paused too.
 pub(super) struct Drain {
     id: u64,
     nodes: Vec<u64>,
@@ -140,7 +140,7 @@ impl State {
         self.next_id
     }
 
-    /// Pauses a user that has just come to a node, if that stands on one that is drained.
+    /// Pauses a user that has just attached to a node, if the node is above one that is drained.
     pub(super) fn hold_inside(&mut self, node: u64, user: &Arc<dyn User>) {
         if self.drains.is_empty() {
             return;
@@ -156,7 +156,7 @@ impl State {
 }
 
 impl Graph {
-    /// Pauses everyone whose requests reach `node`.
+    /// Pauses all users whose requests reach `node`.
     ///
     /// # Errors
     /// The node has been deleted, or requests do not end ([`super::rest`]); all continue then as before.
@@ -164,8 +164,8 @@ impl Graph {
         self.drain_all(std::slice::from_ref(node)).await
     }
 
-    /// Pauses everyone whose requests reach one of `nodes`, so that there is one moment for all of them, and all
-    /// users that are added before the drain ends.
+    /// Pauses all users whose requests reach one of `nodes`, at one moment, and all users that are added before the
+    /// drain ends.
     ///
     /// # Errors
     /// As [`Graph::drain`].
@@ -316,7 +316,7 @@ impl Graph {
     }
 
     /// Works on the internal snapshots of a node, which its users continue using, while nobody else changes the node
-    /// or its length. None if it has none, nor has the only node that it stands on.
+    /// or its length. None if it has none, nor has the only node below it.
     pub async fn with_snapshots<T>(
         &self,
         node: &Arc<Node>,
@@ -349,8 +349,8 @@ impl Graph {
         Ok(())
     }
 
-    /// Has all that stand on a node follow what its requests should look like. Whether that is something new for
-    /// one of them. Nothing is in flight there.
+    /// Makes the parents of a node adopt its new limits on requests. Whether that is something new for one of them.
+    /// Nothing is in flight there.
     pub(super) fn follow(&self, node: &Arc<Node>) -> Result<bool, Error> {
         let above: Vec<Arc<Node>> = {
             let state = self.0.state.lock();
@@ -398,8 +398,8 @@ impl State {
     }
 }
 
-/// Works on the internal snapshots of a node, or of the only node that it stands on, if it has any. A step of a
-/// change that has drained the node; others use [`Graph::with_snapshots`].
+/// Works on the internal snapshots of a node, or of the only node below it, if it has any. A step of a change that
+/// has drained the node; others use [`Graph::with_snapshots`].
 pub async fn with_snapshots<T>(
     node: &Arc<Node>,
     work: impl AsyncFnOnce(&dyn Snapshots) -> Result<T, Error>,

@@ -49,8 +49,8 @@ impl Graph {
         self.wait_for_ends(None, &ending).await;
     }
 
-    /// Has drivers undo what they did for writers, where the last has left, and closes nodes that nobody uses,
-    /// parents before what they stand on. Waits for those among `nodes`. `within`: the claim of the change that
+    /// Makes drivers undo what they did for writers, where the last has left, and closes nodes that nobody uses,
+    /// parents before the nodes below them. Waits for those among `nodes`. `within`: the claim of the change that
     /// brings it about, which changes these nodes.
     pub(super) async fn end_unused(&self, within: Option<&Claim>, nodes: &BTreeSet<u64>) {
         let within = within.map(|claim| claim.id);
@@ -100,13 +100,13 @@ impl Graph {
                 let Some(next) = next else { break };
                 node = next;
                 // Some may have waited for the node that is gone.
-                graph.look_again();
+                graph.retry_waiting();
             }
             drop(claim);
         });
     }
 
-    /// Has a driver undo what it did for writers, if there are none any more.
+    /// Makes a driver undo what it did for writers, if there are none any more.
     async fn undo_for_writers(&self, id: u64) {
         let unwritten = |state: &State| {
             let entry = state.nodes.get(&id).filter(|entry| !entry.is_written());

@@ -26,7 +26,7 @@ impl Height {
         })
     }
 
-    /// What is wrong with a node of this height, if anything.
+    /// The error in a node of this height, if there is one.
     pub fn excess(&self) -> Option<String> {
         if self.backing >= CHAIN_LIMIT {
             return Some(format!("has more than {CHAIN_LIMIT} images in its backing chain"));

@@ -5,7 +5,7 @@ use crate::block::{Error, Node};
 use std::sync::Arc;
 
 impl Graph {
-    /// Has this worker follow a node that has just been opened, if its driver does something when the image is left
+    /// Makes this worker follow a node that has just been opened, if its driver does something when the image is left
     /// alone.
     pub(in crate::block) fn follow_idleness(&self, node: &Arc<Node>) {
         let Some(signal) = node.driver().idle().and_then(|idle| idle.signal()) else { return };
@@ -18,7 +18,7 @@ impl Graph {
         });
     }
 
-    /// Has a driver do what it does when its image is left alone. The node does not end meanwhile.
+    /// Makes a driver do what it does when its image is left alone. The node does not end meanwhile.
     async fn let_rest(&self, node: &Arc<Node>) -> Result<(), Error> {
         let Some(idle) = node.driver().idle() else { return Ok(()) };
         let rested = self.undisturbed(node, &[], async || idle.rest().await).await;

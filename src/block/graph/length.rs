@@ -7,7 +7,7 @@ use crate::io::epoch;
 use std::sync::Arc;
 
 impl Graph {
-    /// Has this worker follow the length of a node that has just been opened, if that has one of its own.
+    /// Makes this worker follow the length of a node that has just been opened, if that has one of its own.
     pub(in crate::block) fn follow_length(&self, node: &Arc<Node>) {
         let Some(own) = node.driver().own_length() else { return };
         self.on_signal(node, own.signal(), |graph, node| {

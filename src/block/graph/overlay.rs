@@ -206,7 +206,8 @@ impl Graph {
     }
 
     /// Retargets all users of an overlay back to the node below it, which they had before. Nothing that was right
-    /// then is asked again, so that it cannot fail. Users who came meanwhile and cannot be moved keep the overlay.
+    /// then is asked again, so that it cannot fail. Users that attached meanwhile and cannot be moved keep the
+    /// overlay.
     async fn give_back(&self, drained: &Drained, overlay: &Arc<Node>, base: &Arc<Node>) {
         overlay.members().iter().for_each(|member| base.add_member(member));
         let above = {
@@ -255,8 +256,8 @@ impl Graph {
         drained.settle(new, members, replaced).await;
     }
 
-    /// Has a node and what it alone keeps its data in written to no more, so that others can read the image. It is
-    /// below an overlay, and nothing of it is in flight.
+    /// Stops writes to a node and to the nodes that only it uses, so that others can read the image. It is below an
+    /// overlay, and nothing of it is in flight.
     async fn freeze(&self, base: &Arc<Node>) {
         let nodes = match self.0.state.lock().stored_in(base) {
             Ok(nodes) => nodes,
@@ -367,7 +368,7 @@ impl State {
             if named.and_then(Value::as_str).is_some_and(|name| name != node.name()) {
                 return refused(&format!(
                     "Node '{name}' stands on '{}' since a snapshot of what it was opened with: it \
-                     cannot be opened anew over another",
+                     cannot be opened again over another",
                     node.name()
                 ));
             }

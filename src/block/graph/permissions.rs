@@ -20,11 +20,11 @@ pub(super) struct Plan<'a> {
     children: BTreeMap<u64, Vec<u64>>,
     /// The heights of nodes as they will be, where that differs.
     heights: BTreeMap<u64, Height>,
-    /// A node that would stand on itself.
+    /// A node that would be below itself.
     in_loop: Option<u64>,
 }
 
-/// Nodes that are still to be looked at, those that stand on the most first.
+/// Nodes that are still to be looked at, highest first.
 type Pending = BTreeSet<(Reverse<usize>, u64)>;
 
 impl<'a> Plan<'a> {
@@ -334,7 +334,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Whether a node is another one or stands on it, however far down.
+    /// Whether a node is the same as another or above it, at any distance.
     fn stands_on(&self, node: u64, below: u64) -> bool {
         let mut seen = BTreeSet::from([below]);
         let mut pending = vec![below];
@@ -347,7 +347,7 @@ impl<'a> Plan<'a> {
         false
     }
 
-    /// Whether one more image fits between a node and those that stand on it.
+    /// Whether one more image fits between a node and those above it.
     pub(super) fn check_backing_more(mut self, node: u64) -> Result<(), Error> {
         let higher = Height::over([(self.height(node), true)].into_iter());
         self.heights.insert(node, higher);
@@ -356,7 +356,7 @@ impl<'a> Plan<'a> {
         self.check_heights()
     }
 
-    /// Refuses graphs that are too deep, in the name of the node that stands on the most.
+    /// Refuses graphs that are too deep, in the name of the highest node.
     fn check_heights(&self) -> Result<(), Error> {
         let too_high = self.heights.iter().filter_map(|(&node, height)| {
             height.excess().map(|excess| (height.edges, node, excess))

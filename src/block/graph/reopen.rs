@@ -171,7 +171,7 @@ impl Graph {
         Ok(())
     }
 
-    /// Has all nodes that were to leave stay as they were, and ends what was to succeed them.
+    /// Makes all nodes that were to leave stay as they were, and ends what was to succeed them.
     async fn stay(&self, drained: &Drained, leaving: &[Arc<Node>], done: Done) {
         let claim = drained.claim().id;
         {
@@ -354,7 +354,7 @@ impl State {
 
     // ---- Taking over
 
-    /// Has the successors take over all users of the nodes that leave.
+    /// Makes the successors take over all users of the nodes that leave.
     fn succeed(&mut self, claim: u64, task: &Task) -> Result<Vec<Moved>, Error> {
         let mut moved = Vec::new();
         for old in &task.leaving {

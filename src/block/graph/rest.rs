@@ -18,13 +18,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// How long requests in flight are waited for. Linux gives up on a request to a SCSI disk after as long.
+/// How long requests in flight are waited for. It is the time-out of Linux for a request to a SCSI disk.
 pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long users at rest wait at first for those that are not.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// How long it may take a user to say what it has in flight.
+/// The time that a user has to report its requests in flight.
 const ANSWER: Duration = Duration::from_secs(1);
 
 /// A user that a drain pauses.
@@ -42,7 +42,7 @@ impl Asked {
     }
 }
 
-/// How far a user is.
+/// The progress of a user towards rest.
 enum Stage<'a> {
     /// It continues as before.
     Running,
@@ -82,7 +82,7 @@ impl Graph {
         }
     }
 
-    /// Has users at rest continue, if there are others, which they would wait for.
+    /// Makes users at rest continue, if there are others, which they would wait for.
     fn let_rested_go_on(&self, drain: u64, asked: &[Asked], stages: &mut [Stage<'_>]) {
         for (stage, Asked { user, .. }) in stages.iter_mut().zip(asked) {
             if matches!(stage, Stage::AtRest) {
@@ -132,7 +132,7 @@ fn poll(stage: &mut Stage<'_>, cx: &mut Context<'_>) -> bool {
     true
 }
 
-/// What has not ended.
+/// The error about requests that have not ended.
 async fn unended(asked: &[Asked], stages: &[Stage<'_>], waited: Duration) -> Error {
     let mut lines = Vec::new();
     for (Asked { what, node, user }, stage) in asked.iter().zip(stages) {

@@ -7,7 +7,7 @@
 //! * If it has not ended by then it has failed, with one line that names the node and the step. The change is taken
 //!   back as after any other failure, and paused users continue.
 //! * The storage may still do what it was asked to. So the step continues by itself, and the change says what is done
-//!   when it has ended. Until then others do no more than what does not meet it ([`Meanwhile`]).
+//!   when it has ended. Until then others do only what does not conflict with it ([`Meanwhile`]).
 //! * Where no step can be taken back before it has ended, the whole rest of the change continues by itself
 //!   ([`Drained::in_time`]). Its users stay paused until it has taken everything back.
 
@@ -27,7 +27,7 @@ use std::time::Duration;
 /// What others may do with a node while an overdue step on it continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meanwhile {
-    /// Everything but to change it: its users continue, and others may stand on it.
+    /// Everything but changing it: its users continue, and new nodes may be put above it.
     Use,
     /// Its users continue.
     Requests,
@@ -140,7 +140,7 @@ impl Drained {
         self.step(step, flush, async |_| ()).await
     }
 
-    /// Waits until nobody is on the fast path who looked at the graph before it was changed, and drops what they
+    /// Waits until no request on the fast path still uses the graph as it was before the change, and drops what those
     /// may have seen then.
     pub(super) async fn settle<T: 'static>(
         &self,

@@ -89,8 +89,8 @@ impl State {
         }
     }
 
-    /// Has a new node succeed one that leaves with the change of a claim: it takes over the locks, and gives
-    /// none of them up before the change ends.
+    /// Makes a new node succeed one that leaves with the change of a claim: it takes over the locks, and gives none
+    /// of them up before the change ends.
     fn begin_succession(&mut self, from: u64, to: u64, claim: u64) -> Result<(), Error> {
         self.hand_locks(from, to)?;
         self.entry_mut(from).stage = Stage::Left(claim);

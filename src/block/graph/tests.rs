@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 // ---- Drivers
 
-/// What is known of a store, also after it is gone.
+/// The state of a store, also after it is gone.
 #[derive(Default)]
 struct StoreState {
     closed: AtomicBool,

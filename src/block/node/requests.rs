@@ -187,7 +187,7 @@ impl Node {
         }
     }
 
-    /// What is known of a range: at least its first byte, at most `len` bytes.
+    /// The status of a range: at least its first byte, at most `len` bytes.
     pub async fn status(&self, at: u64, len: u64, precision: Precision) -> IoResult<Extent> {
         self.check_range(at, len)?;
         let own = self.driver.len();

@@ -92,7 +92,7 @@ fn changeable(entry: &DriverEntry) -> Result<&'static [CreateOption], Failed> {
     }
 }
 
-/// What was given, in types; what new images alone can be given is told apart from what nobody knows.
+/// What was given, in types; options of new images alone are distinguished from unknown ones.
 fn changes(entry: &DriverEntry, options: &[CreateOption], given: Map) -> Result<Map, Failed> {
     let hint =
         |lines: String, hint: &str| Failed { hint: Some(hint.into()), ..Failed::from(lines) };

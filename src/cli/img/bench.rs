@@ -15,7 +15,7 @@ pub static TOOL: Tool = Tool {
         valued("c", "", "COUNT", "requests in all (75000)").newer(&["count"]),
         valued("d", "", "DEPTH", "requests in parallel (64)").newer(&["depth"]),
         PLAIN_FORMAT,
-        long_valued("flush-interval", "N", "flush after so many writes"),
+        long_valued("flush-interval", "N", "flush after every N writes"),
         valued("i", "", "threads|native|io_uring", "all mean io_uring here").newer(&["aio"]),
         switch("n", "", "short for -i native").newer(&["native"]),
         long_switch("no-drain", "flush without waiting for writes in flight"),

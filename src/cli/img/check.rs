@@ -69,7 +69,7 @@ async fn check(images: &Images, image: Opened, line: &Line, fix: Fix, json: bool
             outln!("{text}");
         }
     };
-    let mut report = look(&image, fix).await?;
+    let mut report = run_check(&image, fix).await?;
     if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
         let (leaks, corruptions) = (report.leaks_fixed, report.corruptions_fixed);
         if !json {
@@ -78,7 +78,7 @@ async fn check(images: &Images, image: Opened, line: &Line, fix: Fix, json: bool
                  clusters\n    {corruptions} corruptions\n\nDouble checking the fixed image now..."
             ));
         }
-        let again = look(&image, Fix::Nothing).await?;
+        let again = run_check(&image, Fix::Nothing).await?;
         report = CheckReport { leaks_fixed: leaks, corruptions_fixed: corruptions, ..again };
     }
     match json {
@@ -97,8 +97,8 @@ async fn check(images: &Images, image: Opened, line: &Line, fix: Fix, json: bool
     })
 }
 
-/// One check. What it finds is told on standard error.
-async fn look(image: &Opened, fix: Fix) -> Result<CheckReport, Failed> {
+/// One check. Its findings are printed on standard error.
+async fn run_check(image: &Opened, fix: Fix) -> Result<CheckReport, Failed> {
     let driver = image.node().driver();
     let wanted = if fix == Fix::Nothing { Features::CHECKS } else { Features::REPAIRS };
     let Some(whole) = driver.image().filter(|_| driver.entry().features.contains(wanted)) else {

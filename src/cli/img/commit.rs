@@ -47,7 +47,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     let image = images.open(&wanted).await?;
     let progress = Arc::new(context.progress(&line));
     progress.set(0.0);
-    // What is between the image and a base that was named continues to stand where it stood.
+    // What is between the image and a base that was named stays where it was.
     let keeps_top = line.has("d") || line.has("b");
     let ended = commit(&images, image, &wanted, line.get("b"), (rate, keeps_top, &progress)).await;
     if let Err(failed) = &ended {

@@ -255,7 +255,7 @@ pub(super) fn helpers(parallel: usize) -> Vec<Worker> {
     (0..count).map_while(|_| Worker::start("convert", options).ok()).collect()
 }
 
-/// What a tool's copy is told, and whom it tells.
+/// The parameters and hooks of a tool's copy.
 pub(super) fn hooks(rate: Option<u64>, progress: &Arc<Progress>) -> Hooks {
     let progress = progress.clone();
     Hooks {

@@ -18,8 +18,8 @@ pub static TOOL: Tool = Tool {
         IMAGE_OPTS,
         FORMAT,
         OUTPUT,
-        long_switch("backing-chain", "tell about all images below it, too"),
-        long_switch("", "tell what requests must or should be like").newer(&["limits"]),
+        long_switch("backing-chain", "describe all images below it, too"),
+        long_switch("", "show the limits and alignments of requests").newer(&["limits"]),
         CACHE,
         FORCE_SHARE,
     ],
@@ -64,7 +64,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     Ok(0)
 }
 
-/// What is told of one image.
+/// The description of one image.
 struct About {
     filename: String,
     format: &'static str,

@@ -99,7 +99,7 @@ pub fn print_help(context: &Context, tool: Option<&Tool>) {
 }
 
 /// Under QEMU's name, its usage lines come first: programs read them to learn what can be asked for. What later
-/// versions have besides is told among the options.
+/// versions have besides is listed among the options.
 fn print_as_qemu_img(tools: &[&Tool]) {
     use super::outln;
     outln!("usage: qemu-img [standard options] command [command options]");

@@ -89,7 +89,7 @@ async fn rebase(images: &Images, line: &Line, name: &str, progress: &Arc<Progres
             base.unwrap_or_default()
         ))
     };
-    // Only an image that can stand on another is written to.
+    // Only an image that can have a backing file is written to.
     let unfiltered = image.node().below_filters();
     let mut new = None;
     if !line.has("u") {

@@ -17,7 +17,7 @@ pub static TOOL: Tool = Tool {
         PLAIN_FORMAT,
         long_valued("preallocation", "MODE", "how new space is allocated: off, falloc, full, …"),
         QUIET,
-        long_switch("shrink", "allow that what lies beyond the new size is lost"),
+        long_switch("shrink", "allow losing the data beyond the new size"),
     ],
     operands: "FILE [+|-]SIZE",
     usage: "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=prealloc] [-q] \
@@ -63,7 +63,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     Ok(0)
 }
 
-/// What is asked for.
+/// The request.
 enum Change {
     To(u64),
     By(u64),

@@ -150,7 +150,7 @@ impl Command {
         format!("{}{blank}{}{map} -- {}", self.name, self.words, self.about)
     }
 
-    /// What is wrong with this many words, if anything is.
+    /// The error in this number of words, if there is one.
     pub fn wrong_count(&self, count: usize) -> Option<String> {
         let Command { name, least, most, .. } = *self;
         if count >= least && most.is_none_or(|most| count <= most) {

@@ -177,5 +177,5 @@ fn print_help(program: &str) {
         outln!("  {:<28} {}", flags.join(", ") + &value, option.help);
     }
     let names: Vec<&str> = COMMANDS.iter().map(|command| command.name).collect();
-    outln!("\nCommands (-c help tells of them): {}", names.join(" "));
+    outln!("\nCommands (-c help describes them): {}", names.join(" "));
 }

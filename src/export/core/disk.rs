@@ -22,7 +22,7 @@ pub struct DiskOptions {
     pub writable: bool,
     /// Every write is durable before it completes, whatever the guest says of the write cache.
     pub write_through: bool,
-    /// What is done about requests that the storage fails.
+    /// The reaction to requests that the storage fails.
     pub failures: FailureOptions,
 }
 

@@ -62,10 +62,10 @@ pub trait Export: Send + Sync {
     /// A thread cannot be started.
     fn start(&mut self, ended: Box<dyn FnOnce() + Send>) -> Result<(), Error>;
 
-    /// Has all held requests tried again now.
+    /// Retries all held requests now.
     fn retry_held(&self);
 
-    /// Has all held requests failed to the guest.
+    /// Fails all held requests to the guest.
     fn fail_held(&self);
 
     fn name(&self) -> &str {

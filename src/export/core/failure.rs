@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What is done about a write, discard, write-zeroes or flush that the storage fails.
+/// The reaction to a write, discard, write-zeroes or flush that the storage fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum WriteErrors {
@@ -28,7 +28,7 @@ pub enum WriteErrors {
     Enospc,
 }
 
-/// What is done about a read that the storage fails.
+/// The reaction to a read that the storage fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ReadErrors {
@@ -87,7 +87,7 @@ pub struct Failure {
     pub errno: Errno,
 }
 
-/// What is done about it.
+/// The reaction to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     Report,

@@ -120,7 +120,7 @@ impl<'a> Transitions<'a> {
     ///
     /// # Errors
     /// It cannot be had.
-    pub fn look(&mut self, is_wanted: bool) -> Result<Taking, Error> {
+    pub fn poll(&mut self, is_wanted: bool) -> Result<Taking, Error> {
         if let Some((transition, result)) = &self.under_way {
             let transition = *transition;
             let result = match result.try_recv() {

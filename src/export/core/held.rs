@@ -100,7 +100,7 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
 
     #[test]
-    fn the_delay_doubles_up_to_its_limit_and_begins_anew_after_a_success() {
+    fn the_delay_doubles_up_to_its_limit_and_restarts_after_a_success() {
         let mut held = Held::carried(Vec::new());
         let mut now = 5 * SECOND;
         let mut delays = Vec::new();

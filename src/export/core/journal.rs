@@ -26,8 +26,7 @@ struct State {
 }
 
 impl Journal {
-    /// Has the image below `node` keep its journal in `memory`, after what a daemon that was killed has
-    /// left there.
+    /// Makes the image below `node` keep its journal in `memory`, after what a daemon that was killed has left there.
     ///
     /// # Errors
     /// What was left cannot be taken up, and stays there.
@@ -98,7 +97,7 @@ impl Journal {
         state.memory.is_none()
     }
 
-    /// Has all of it handed over, and releases the memory. If that fails the next flush fails.
+    /// Hands all of it over, and releases the memory. If that fails the next flush fails.
     pub async fn detach(&self, name: &str) {
         let State { memory: Some(memory), image: Some(image) } =
             std::mem::take(&mut *self.0.lock())

@@ -25,10 +25,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-/// What an operator does about it, for log lines.
+/// The operator's remedy, for log lines.
 const ANSWER: &str = "flushes fail until the loss is accepted (x-block-export-accept-loss, or a start with accept-loss)";
 
-/// What an operator does about guests' writes that cannot be taken up after a kill ([`super::journal`]).
+/// The operator's remedy for guests' writes that cannot be taken up after a kill ([`super::journal`]).
 pub const GIVE_UP: &str = "to give it up and go on, accept the loss (x-block-export-accept-loss, or a start with accept-loss)";
 
 /// Whether a disk has lost data that its guest may believe to be durable.

@@ -47,11 +47,11 @@ impl Watch {
     #[inline]
     pub fn begin(&mut self, io: &Io) {
         if self.next == 0 && self.period > 0 {
-            self.look_again(io, io.now());
+            self.recheck(io, io.now());
         }
     }
 
-    fn look_again(&mut self, io: &Io, now: u64) {
+    fn recheck(&mut self, io: &Io, now: u64) {
         self.next = now.saturating_add(self.period).max(1);
         io.tick_by(self.next);
     }
@@ -66,7 +66,7 @@ impl Watch {
             return false;
         }
         if busy {
-            self.look_again(io, now);
+            self.recheck(io, now);
         } else {
             self.next = 0;
         }

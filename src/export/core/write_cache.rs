@@ -34,7 +34,7 @@ impl WriteCache {
         }
     }
 
-    /// Memory has come. It may be of a daemon that has died, to whom the guest has said it.
+    /// Memory has come. It may be from a daemon that has died, in which the guest had set it.
     pub fn meet(&self, region: &dyn Kept) {
         match region.write_cache() {
             Some(on) if !self.is_set.load(Ordering::Relaxed) => {

@@ -92,7 +92,7 @@ impl<'a> Channel<'a> {
                 return None;
             }
         }
-        let mut next = Next::look(stream);
+        let mut next = Next::peek(stream);
         self.offered = next.channel.take();
         Some(next)
     }

@@ -32,7 +32,7 @@ impl Device {
         Device { disk: Arc::new(disk), options, features, queues: Queues::default() }
     }
 
-    /// Has the image hand over what it keeps in the front end's memory, which is reported through the channel; none
+    /// Makes the image hand over what it keeps in the front end's memory, which is reported through the channel; none
     /// if it keeps nothing.
     pub fn detach_journal(self: &Arc<Device>, worker: &Worker) -> Option<Receiver<()>> {
         if self.disk.journal.is_unused() {

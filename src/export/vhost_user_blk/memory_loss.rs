@@ -23,11 +23,11 @@ impl LossWatch {
     /// Whether some of `memory` is lost; its front end has been cut off then.
     #[inline]
     pub fn is_lost(&mut self, memory: &Memory) -> bool {
-        self.lost || losses() != self.seen && self.look(memory)
+        self.lost || losses() != self.seen && self.check(memory)
     }
 
     #[cold]
-    fn look(&mut self, memory: &Memory) -> bool {
+    fn check(&mut self, memory: &Memory) -> bool {
         self.seen = losses();
         self.lost = memory.is_lost();
         if let (true, Some(cut_off)) = (self.lost, &self.cut_off) {

@@ -40,7 +40,7 @@ pub struct Next {
 
 impl Next {
     /// Looks at the message, if all of its header is there.
-    pub fn look(stream: RawFd) -> Next {
+    pub fn peek(stream: RawFd) -> Next {
         let mut header = [0u32; HEADER_LEN / 4];
         let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
         // SAFETY: at most `HEADER_LEN` bytes are written to the array, which has as many. Descriptors

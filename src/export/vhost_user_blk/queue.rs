@@ -322,8 +322,8 @@ impl<R: Ring> Source for Queue<R> {
             let held = self.held.take_all();
             self.disk.failures.let_go(held.len());
             if let Some((stopped, _)) = &self.stop {
-                // Whoever asked may have given up waiting. The sender stays: its end tells that the queue has
-                // released the memory.
+                // The caller may have given up waiting. The sender stays: its end tells that the queue has released
+                // the memory.
                 let _ = stopped.send(Stopped { base: self.ring.next_available(), held });
             }
             return Polled::Ended;

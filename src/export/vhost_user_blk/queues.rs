@@ -97,7 +97,7 @@ impl Device {
         self.queues.state.lock().all.retain(|one| *one != queue);
     }
 
-    /// Has every queue do something, soon. Waits for nobody.
+    /// Makes every queue do something, soon. Waits for nobody.
     pub fn notify_queues(self: &Arc<Device>, workers: &[Arc<Worker>], work: fn(&mut Queue)) {
         let state = self.queues.state.lock();
         state.all.iter().for_each(|&queue| self.notify(workers, queue, work));
@@ -211,8 +211,8 @@ impl Device {
         all.into_iter().fold(InFlight::default(), InFlight::and)
     }
 
-    /// Has the kernel keep the locks of the node's image, and no others, while it works for queues whose requests are
-    /// tracked.
+    /// Makes the kernel keep the locks of the node's image, and no others, while it works for queues whose requests
+    /// are tracked.
     ///
     /// # Errors
     /// The kernel does not keep them.

@@ -117,7 +117,7 @@ impl Drop for Server {
             let _ = thread.join();
         }
         let disk = &self.shared.disk;
-        // Whoever may open the image next relies on it.
+        // The next user of the image relies on it.
         disk.lingering.wait(&disk.name);
         if let Some(detached) = self.shared.device.detach_journal(&self.shared.workers[0]) {
             let _ = receive(&detached);
@@ -128,7 +128,7 @@ impl Drop for Server {
 }
 
 impl Shared {
-    /// Ends the connection that is served. Its thread sees to the rest.
+    /// Ends the connection that is served. Its thread does the rest.
     fn cut_off(&self) {
         if let Some(stream) = &*self.front_end.lock() {
             let _ = stream.shutdown(Shutdown::Both);
@@ -136,8 +136,8 @@ impl Shared {
     }
 }
 
-/// Has the session look again at its rings once the I/O of earlier connections has ended, and whenever a drain
-/// has ended.
+/// Makes the session look again at its rings once the I/O of earlier connections has ended, and whenever a drain has
+/// ended.
 fn wake_when_rings_may_start(device: &Arc<Device>, server_events: &Arc<ServerEvents>) {
     let clone = server_events.clone();
     device.when_free(move || clone.wake());

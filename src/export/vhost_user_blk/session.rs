@@ -157,7 +157,7 @@ impl Session {
         self.apply_write_cache();
     }
 
-    /// Back to what a guest finds that has said nothing. What it had under way is of no more use. The
+    /// Resets to the state before a guest has negotiated anything. What it had under way is of no more use. The
     /// memory stays: front ends do not share it again.
     fn reset(&mut self) -> Result<()> {
         self.stop_rings(0..self.rings.len(), AtStop::Fail)?;
@@ -172,8 +172,7 @@ impl Session {
         std::mem::take(&mut self.moved)
     }
 
-    /// Has rings that run mark what is to be marked now, and nothing else. Returns once all of them
-    /// do.
+    /// Makes rings that run mark what is to be marked now, and nothing else. Returns once all of them do.
     fn apply_log(&self, indices: impl Iterator<Item = usize>) {
         for index in indices {
             let log = self.log_of(index);

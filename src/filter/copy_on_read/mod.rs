@@ -100,7 +100,7 @@ impl CopyOnRead {
         let end = (at + len).next_multiple_of(self.cluster).min(node.len());
         let mut pos = start;
         while pos < end {
-            let (n, wanted) = self.look(node, pos, end - pos).await?;
+            let (n, wanted) = self.find_uncopied(node, pos, end - pos).await?;
             if wanted {
                 node.populate(pos, n).await?;
             }
@@ -111,7 +111,7 @@ impl CopyOnRead {
     }
 
     /// For how many bytes the same is true, and whether they are to be copied.
-    async fn look(&self, node: &Node, at: u64, len: u64) -> IoResult<(u64, bool)> {
+    async fn find_uncopied(&self, node: &Node, at: u64, len: u64) -> IoResult<(u64, bool)> {
         let own = node.status(at, len, Precision::Allocation).await?;
         let allocated = own.status.contains(Status::ALLOCATED);
         let Some(bottom) = self.bottom.as_ref().filter(|_| !allocated) else {

@@ -207,7 +207,7 @@ impl Parallels {
     }
 
     /// Reads again what another process may have changed.
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let file = file(self);
         let mut new = read_header(&file).await?;
         if !new.is_same_disk(&self.header) {
@@ -232,7 +232,7 @@ impl Parallels {
 
 impl HandOver for Parallels {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {

@@ -87,7 +87,7 @@ fn failed(errno: Errno) -> Error {
     Error::os("Check failed", errno)
 }
 
-/// Reads; what lies past the end of the file is zeroes.
+/// Reads; what is past the end of the file is zeroes.
 async fn read_or_zero(file: &Node, at: u64, into: &mut [u8]) -> IoResult {
     let there = file.len().saturating_sub(at).min(into.len() as u64) as usize;
     let (there, rest) = into.split_at_mut(there);
@@ -110,7 +110,7 @@ async fn write(file: &Node, at: u64, bytes: &[u8]) -> Result<(), Error> {
     file.write(at, &IoVec::from_ref(bytes), WriteFlags::empty()).await.map_err(failed)
 }
 
-/// A check on its way.
+/// The state of a check.
 struct Check<'a> {
     file: &'a Node,
     header: Header,
@@ -285,8 +285,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Tells once that a block cannot be where the table says. A repair marks the image before it goes
-    /// on, so that nobody allocates in what it leaves if it ends early.
+    /// Tells once that a block cannot be where the table says. A repair marks the image before it continues, so that
+    /// nobody allocates in what it leaves if it ends early.
     async fn report_unaligned_block(&mut self, index: u64, offset: u64) -> Result<(), Error> {
         if std::mem::replace(&mut self.has_reported_corruption, true) {
             return Ok(());

@@ -156,7 +156,7 @@ mod tests {
         let mut large = 0xfd2f_b528u32.to_le_bytes().to_vec();
         large.extend([0, 31 << 3, 1, 0, 0]);
         assert_eq!(unpack(Compression::Zstd, &large, 512), Err(Errno::EIO));
-        // An empty frame for ever.
+        // An empty frame forever.
         let empty = frame(&[]);
         assert_eq!(unpack(Compression::Zstd, &empty.repeat(3), 512), Err(Errno::EIO));
     }

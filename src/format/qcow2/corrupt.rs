@@ -1,9 +1,8 @@
 //! Corruption found while the image is in use: reported once, in QEMU's words, and an error from then on.
 //!
-//! It is fatal where going on could make it worse, in an image that is open for writing: the image is
-//! marked in its header, durably, before the guest has its answer, and nothing is written any more;
-//! reads go on, as they do for whoever opens a marked image read-only. Otherwise the request fails
-//! that met it.
+//! It is fatal where going on could make it worse, in an image that is open for writing: the image is marked in its
+//! header, durably, before the guest has its answer, and nothing is written any more; reads continue, as they do in
+//! a marked image that is opened read-only. Otherwise only the request that found it fails.
 
 use super::header::Incompatible;
 use super::layout::{BadEntry, L1Entry, L2Entry};

@@ -1,6 +1,6 @@
 //! New images on nodes of a graph, as QMP's `blockdev-create` asks for them: its options, and the writing.
 //!
-//! Nothing that the nodes hold is kept but what lies behind the new tables, and the data of a data file.
+//! Nothing that the nodes hold is kept but what is behind the new tables, and the data of a data file.
 
 use super::create::{Layout, Wanted, write_to};
 use crate::block::create::{Made, MakeFn, check_backing_format};

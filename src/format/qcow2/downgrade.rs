@@ -148,7 +148,7 @@ impl Qcow2 {
         Ok((0..references).flat_map(|_| old.iter().copied()).collect())
     }
 
-    /// Host offsets of clusters that hold zeroes and have so many references, all of it durable.
+    /// Host offsets of clusters that hold zeroes and have this many references, all of it durable.
     async fn zeroed_clusters(&self, count: u64, references: u64) -> IoResult<Vec<u64>> {
         let bits = self.geometry.cluster_bits;
         let (zeroes, file) = (vec![0; 1 << bits], self.file());

@@ -46,7 +46,7 @@ impl Qcow2 {
             begin_rest(self).await;
             self.close_written().await?;
         }
-        // Version 2 cannot tell whoever opens it next to do it.
+        // Version 2 has no flag that would tell the next user to do it.
         if self.settings.is_writable && self.snapshots.needs_repair() && !self.corruption.is_fatal()
         {
             let repaired = open::repair(&self.settings.name, &self.file()).await;

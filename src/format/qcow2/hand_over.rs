@@ -19,7 +19,7 @@ pub(super) fn has_bitmaps(header: &Header) -> bool {
 
 impl HandOver for Qcow2 {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_anew())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
@@ -39,7 +39,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    async fn look_anew(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let file = self.file();
         let mut header = open::read_header(&file).await?;
         open::check_counted(&header)?;
@@ -67,7 +67,7 @@ impl Qcow2 {
         }
         self.mapping.replace_l1(&open::load_l1(&file, &header).await?);
         let table = (header.refcount_table_offset, header.refcount_table_clusters);
-        self.space.read_anew(&file, table).await.map_err(open::no_refcounts)?;
+        self.space.reread(&file, table).await.map_err(open::no_refcounts)?;
         self.snapshots.replace(snapshots::Table::read(&file, &header).await);
         self.mapping.tables().journal.close(false);
         self.size.store(header.size, Ordering::SeqCst);

@@ -1,9 +1,8 @@
 //! The header of an image: the fields of both versions, their checks, and their encoding.
 //!
-//! Everything that leaves [`Header::parse`] is inside the limits of [`super::layout`]; whether
-//! tables lie inside the file is for whoever reads them. What we do not know is kept as it is:
-//! extensions, fields behind the known ones, compatible bits. `header_cluster` says how a header is
-//! changed; [`Header::encode`] is for new images.
+//! Everything that leaves [`Header::parse`] is inside the limits of [`super::layout`]; whether tables are inside the
+//! file is checked when they are read. What we do not know is kept as it is: extensions, fields behind the known ones,
+//! compatible bits. `header_cluster` says how a header is changed; [`Header::encode`] is for new images.
 
 use super::extensions::{self, Extension, FeatureKind};
 use super::fields::{Fields, be32};
@@ -420,8 +419,8 @@ impl Header {
         Ok(out)
     }
 
-    /// Gives everything its place: the extensions behind all fields that are known, and the name
-    /// behind the extensions, at `least` so many bytes into the cluster.
+    /// Gives everything its place: the extensions behind all fields that are known, and the name behind the
+    /// extensions, at `least` this many bytes into the cluster.
     ///
     /// # Errors
     /// ENOSPC when all that does not fit into the cluster; EINVAL when the name is too long for any.
@@ -450,7 +449,7 @@ impl Header {
         Ok(())
     }
 
-    /// Everything lies where it does in `other`.
+    /// Everything is where it is in `other`.
     pub fn take_places(&mut self, other: &Header) {
         self.backing_file_offset = other.backing_file_offset;
         self.header_length = other.header_length;

@@ -52,7 +52,7 @@ pub(super) async fn read_cluster(file: &Node, header: &Header) -> IoResult<Align
     Ok(cluster)
 }
 
-/// Writes sectors side by side, and sees to it that they are durable.
+/// Writes sectors side by side, and makes them durable.
 pub(super) async fn write_durably(file: &Node, sectors: &[Sector]) -> IoResult {
     if sectors.is_empty() {
         return Ok(());

@@ -202,7 +202,7 @@ fn wrong_headers_are_refused_in_qemus_words() {
         assert_eq!(ours, theirs, "{patches:x?}");
         assert!(ours.is_err(), "{patches:x?}");
     }
-    // A bitmaps extension in the place of the feature names.
+    // A bitmaps extension instead of the feature names.
     for (n, reserved, size, offset) in [
         (0, 0, 0, 0u64),
         (1, 1, 24, 0x40000),

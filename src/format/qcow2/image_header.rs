@@ -26,7 +26,7 @@ pub struct ImageHeader {
 }
 
 /// The turn to change the header of an open image.
-pub struct HeaderTurn<'a> {
+pub struct HeaderLock<'a> {
     image: Metadata<'a>,
     current: LockGuard<'a, Header>,
 }
@@ -49,8 +49,8 @@ impl ImageHeader {
 
 impl<'a> Metadata<'a> {
     /// Waits for the turn to change the header.
-    pub async fn lock_header(self) -> HeaderTurn<'a> {
-        HeaderTurn { image: self, current: self.header.current.lock().await }
+    pub async fn lock_header(self) -> HeaderLock<'a> {
+        HeaderLock { image: self, current: self.header.current.lock().await }
     }
 
     /// Writes the header, durably, if something changes in it.
@@ -79,7 +79,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-impl HeaderTurn<'_> {
+impl HeaderLock<'_> {
     /// Changes the header, durably, also what follows its fields.
     ///
     /// # Errors
@@ -141,7 +141,7 @@ impl HeaderTurn<'_> {
     }
 }
 
-impl Deref for HeaderTurn<'_> {
+impl Deref for HeaderLock<'_> {
     type Target = Header;
     fn deref(&self) -> &Header {
         &self.current

@@ -69,7 +69,7 @@ impl Geometry {
         offset & (self.cluster_size() - 1)
     }
 
-    /// How many clusters hold so many bytes.
+    /// How many clusters hold this many bytes.
     pub fn clusters(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.cluster_size())
     }
@@ -103,7 +103,7 @@ impl Geometry {
         self.cluster_bits - if self.extended_l2 { 5 } else { 0 }
     }
 
-    /// L1 entries that a disk of so many bytes needs.
+    /// L1 entries that a disk of this many bytes needs.
     pub fn l1_entries_for(&self, size: u64) -> u64 {
         size.div_ceil(self.l2_coverage())
     }
@@ -380,7 +380,7 @@ pub enum Cluster {
     },
 }
 
-/// What is wrong with an L2 entry.
+/// The error in an L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadEntry {
     Reserved,

@@ -114,7 +114,7 @@ fn metadata_clusters(geometry: &Geometry, size: u64) -> Option<u64> {
 async fn clusters_with_data(geometry: &Geometry, source: &Arc<Node>) -> Result<u64, Error> {
     let (mut at, mut clusters) = (0, 0);
     while at < source.len() {
-        let run = extents::look(source, at, source.len() - at, Precision::Zeroes, None).await;
+        let run = extents::query(source, at, source.len() - at, Precision::Zeroes, None).await;
         let run = run.map_err(|errno| Error::os("Unable to get block status", errno))?;
         let mut end = at + run.len;
         if !run.has(Status::ZERO) {

@@ -170,8 +170,8 @@ impl Qcow2 {
         }
     }
 
-    /// Gives the result of a request or an operation back. Before an error, sees to it that the header says
-    /// what was found.
+    /// Gives the result of a request or an operation back. Before an error, ensures that the header says what was
+    /// found.
     async fn marked<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
         if result.is_err() && self.corruption.is_fatal() {
             self.metadata().mark_corrupt().await;

@@ -48,7 +48,7 @@ impl NewImage {
         None
     }
 
-    /// None when a refcount table of so many clusters does not reach.
+    /// None when a refcount table of this many clusters does not reach.
     fn with_table(
         geometry: Geometry,
         size: u64,

@@ -252,7 +252,7 @@ async fn data_file(
                 "'data-file' can only be set for images with an external data file",
             ));
         }
-        // Whoever reads from it all the same finds nothing.
+        // Reads from it find nothing.
         (true, _) if opening.policy().for_info => NodeRef::Inline(Map::from_iter([
             ("driver", Value::from("null-co")),
             ("size", Value::from(0u64)),

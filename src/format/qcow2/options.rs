@@ -35,15 +35,15 @@ pub static HELP: &[OptionHelp] = &[
         "on|off",
         "Nothing is written over the bitmap directory",
     ),
-    help("pass-discard-request", "on|off", "The storage is told of what guests discard"),
-    help("pass-discard-other", "on|off", "The storage is told of what else becomes free"),
+    help("pass-discard-request", "on|off", "Pass guests' discards to the storage"),
+    help("pass-discard-other", "on|off", "Discard other freed clusters in the storage"),
     help("discard-no-unref", "on|off", "What guests discard keeps its place in the image"),
     help(
         "cache-clean-interval",
         "int",
         "Seconds after which unused caches are given back (600); 0: never",
     ),
-    help("pass-discard-snapshot", "on|off", "The storage is told of what deleted snapshots free"),
+    help("pass-discard-snapshot", "on|off", "Discard clusters that deleted snapshots free"),
 ];
 
 const fn help(name: &'static str, value: &'static str, help: &'static str) -> OptionHelp {

@@ -3,11 +3,11 @@
 //! What is looked at costs the fast path nothing. An entry comes into the cache of L2 tables only
 //! through [`Metadata::check_slice`], and a cluster into use only through [`Metadata::check_reserved`]:
 //!
-//! * An entry that names a cluster where metadata is, or that is reserved, or that lies past the end of
-//!   the file, ends the fast path for writes, for the whole image; from then on each write is looked
-//!   at before it reaches the file. Reading goes on.
-//! * What is reserved is neither metadata nor named by an entry in the cache. So metadata that is made
-//!   later lies where no cached entry points.
+//! * An entry that names a cluster where metadata is, or that is reserved, or that is past the end of the file, ends
+//!   the fast path for writes, for the whole image; from then on each write is looked at before it reaches the file.
+//!   Reading continues.
+//! * What is reserved is neither metadata nor named by an entry in the cache. So metadata that is made later is where
+//!   no cached entry points.
 //! * Clusters on their way from the refcounts to a table are claimed ([`super::space::Claim`]) from
 //!   before the file grows for them and the cache is looked through, until they are reserved, or until it
 //!   is known what they hold. A slice is looked at when it can be found in the cache
@@ -15,8 +15,8 @@
 //!
 //! Tables are looked at where they are written ([`Metadata::check_write`]).
 //!
-//! What is known of the places of metadata is kept by cluster, and is a hint: before an image is called
-//! corrupt, the tables in memory are asked whether it is still so.
+//! The status of the places of metadata is kept by cluster, and is a hint: before an image is called corrupt, the
+//! tables in memory are asked whether it is still so.
 
 use super::corrupt;
 use super::extensions::Extension;
@@ -85,7 +85,7 @@ impl Overlaps {
         Overlaps { kinds, map: Mutex::default(), has_bad_entry: AtomicBool::new(false) }
     }
 
-    pub fn looks_for(&self, kind: Kinds) -> bool {
+    pub fn checks(&self, kind: Kinds) -> bool {
         self.kinds.contains(kind)
     }
 
@@ -100,7 +100,7 @@ impl Overlaps {
     }
 
     fn note_all(&self, kind: Kinds, places: impl Iterator<Item = Range<u64>>) {
-        if self.looks_for(kind) {
+        if self.checks(kind) {
             self.map.lock().add(kind, places);
         }
     }
@@ -117,7 +117,7 @@ impl Overlaps {
     }
 
     /// What may be in these clusters, but for `own`.
-    fn look(&self, mut clusters: Range<u64>, own: Kinds) -> Option<(u64, Kinds)> {
+    fn find_conflict(&self, mut clusters: Range<u64>, own: Kinds) -> Option<(u64, Kinds)> {
         let places = self.map.lock();
         clusters.find_map(|cluster| {
             let kinds = places.at(cluster) - own;
@@ -160,7 +160,7 @@ impl Metadata<'_> {
     }
 
     pub(super) fn note_l2_tables(self) {
-        if !self.overlaps.looks_for(Kinds::ACTIVE_L2) {
+        if !self.overlaps.checks(Kinds::ACTIVE_L2) {
             return;
         }
         for table in self.mapping.l1().map(L1Entry::l2_table) {
@@ -178,9 +178,9 @@ impl Metadata<'_> {
             .iter()
             .map(|one| self.clusters_of(one.l1_table_offset, u64::from(one.l1_size) * 8));
         self.overlaps.note_all(Kinds::INACTIVE_L1, places);
-        // Freed ones would not be told from those in use.
+        // Freed ones could not be distinguished from those in use.
         self.overlaps.forget(Kinds::INACTIVE_L2);
-        if self.overlaps.looks_for(Kinds::INACTIVE_L2) {
+        if self.overlaps.checks(Kinds::INACTIVE_L2) {
             for snapshot in &table.list {
                 for entry in snapshot.read_l1(&self.file(), self.geometry).await.unwrap_or_default()
                 {
@@ -237,7 +237,7 @@ impl Metadata<'_> {
 
     /// The first kind of metadata that is in one of these clusters, but for `own`.
     fn metadata_in(self, clusters: Range<u64>, own: Kinds) -> Option<Kinds> {
-        while let Some((cluster, kinds)) = self.overlaps.look(clusters.clone(), own) {
+        while let Some((cluster, kinds)) = self.overlaps.find_conflict(clusters.clone(), own) {
             for kind in kinds.iter() {
                 if self.is_there(kind, cluster) {
                     return Some(kind);
@@ -310,7 +310,7 @@ impl Metadata<'_> {
                 return Err(corrupt::overlaps(self, run.first << bits, run.count * size, kind));
             }
         }
-        // What lies past the end of the file is named by no entry in the cache.
+        // What is past the end of the file is named by no entry in the cache.
         let mut reused: Vec<_> = runs.iter().filter(|run| !run.is_fresh).collect();
         if self.overlaps.kinds.is_empty() || reused.is_empty() || self.geometry.external_data {
             return Ok(());

@@ -14,8 +14,8 @@ use std::ops::Range;
 const CHUNK: u64 = 1 << 20;
 
 impl Qcow2 {
-    /// As [`Qcow2::preallocate`], for the cluster that the disk ends in: `tail` is what becomes part of the disk,
-    /// and reads as zeroes. Before it the backing file may show, and goes on doing so.
+    /// As [`Qcow2::preallocate`], for the cluster that the disk ends in: `tail` is what becomes part of the disk, and
+    /// reads as zeroes. Before it the backing file may show, and continues doing so.
     pub(super) async fn preallocate_tail(
         &self,
         tail: Range<u64>,
@@ -29,7 +29,7 @@ impl Qcow2 {
         let start = cluster << self.geometry.cluster_bits;
         let shows = self.shows_backing(start..tail.end);
         if self.geometry.extended_l2 || !shows {
-            // Subclusters go on showing what they show when the cluster gets its place.
+            // Subclusters continue showing what they show when the cluster gets its place.
             return self.preallocate(tail, mode, hides).await;
         }
         let has_place = {

@@ -1,11 +1,10 @@
 //! Resizing the disk.
 //!
-//! What the orders of [`super::order`] make of it. **Longer**: what lies beyond the old end (of a
-//! machine's state, or of a shrink that was cut off) is unmapped, and what a backing file would show
-//! there is zeroed, before the header's new length is written; whatever a crash leaves of it lies
-//! beyond the end. **Shorter**: what lies beyond the new end is unmapped first, as by a discard, then
-//! the header is written, then the L1 entries beyond are dropped. Where unmapping would show the
-//! backing file (version 2), the header comes first.
+//! What the orders of [`super::order`] make of it. **Longer**: what is beyond the old end (of a machine's state, or
+//! of a shrink that was cut off) is unmapped, and what a backing file would show there is zeroed, before the header's
+//! new length is written; whatever a crash leaves of it is beyond the end. **Shorter**: what is beyond the new end is
+//! unmapped first, as by a discard, then the header is written, then the L1 entries beyond are dropped. Where
+//! unmapping would show the backing file (version 2), the header comes first.
 
 use super::Qcow2;
 use super::layout::L1Entry;

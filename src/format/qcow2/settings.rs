@@ -17,7 +17,7 @@ pub struct Settings {
     pub discards: Discards,
 }
 
-/// Which clusters the storage is told of when they are not used any more.
+/// Which clusters the storage is notified of when they are not used any more.
 pub struct Discards {
     /// Those that a guest's discard has freed.
     pub guest: bool,

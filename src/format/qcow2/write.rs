@@ -81,8 +81,8 @@ impl Writer for Qcow2 {
         !self.snapshots.are_writes_stopped()
     }
 
-    /// An entry that points at metadata was seen, or the image was found to be corrupt. Writes that had the permission go
-    /// on: the entries that they found point at data.
+    /// An entry that points at metadata was seen, or the image was found to be corrupt. Writes that had the
+    /// permission continue: the entries that they found point at data.
     fn may_follow(&self) -> bool {
         !self.overlaps.has_bad_entry() && !self.corruption.is_fatal()
     }

@@ -55,7 +55,7 @@ impl Zeroing for Qcow2 {
         })
     }
 
-    /// The storage is always told of what lies beyond the end of the disk.
+    /// What is beyond the end of the disk is always discarded in the storage.
     fn emptied_references(&self, entry: L2Entry, kind: Empty) -> Option<Release> {
         let run = self.geometry.clusters_of(entry)?;
         let is_beyond = matches!(kind, Empty::Crop | Empty::Cut);

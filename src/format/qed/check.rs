@@ -1,6 +1,6 @@
 //! Checking an image, and repairing it (specification, "Consistency checking").
 //!
-//! Every table and every cluster of data lies in the file behind the header, and is referred to once. A repair takes
+//! Every table and every cluster of data is in the file behind the header, and is referred to once. A repair takes
 //! away entries that lead to no cluster of the file; clusters that two entries name stay as they are, for nobody
 //! knows whose they are. What nothing names at the end of the file is cut off. Counts are those of `qemu-img check`.
 
@@ -109,7 +109,7 @@ enum Unnamed {
     Kept,
 }
 
-/// A check on its way.
+/// The state of a check.
 struct Check<'a> {
     file: &'a Node,
     layout: Layout,

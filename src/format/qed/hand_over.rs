@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 
 impl HandOver for Qed {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
@@ -23,7 +23,7 @@ impl HandOver for Qed {
 }
 
 impl Qed {
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let file = file(self);
         let mut new = read_header(&file).await?;
         let needs_check = self.is_writable && new.features.contains(Features::NEED_CHECK);

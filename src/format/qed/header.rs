@@ -1,7 +1,7 @@
 //! The header of a QED image (QEMU's docs/interop/qed_spec, "Header"): checked when it is read.
 //!
-//! Everything that leaves [`Header::parse`] is inside the limits of the specification, and the L1 table
-//! lies inside the file.
+//! Everything that leaves [`Header::parse`] is inside the limits of the specification, and the L1 table is inside the
+//! file.
 
 use crate::block::{Error, SECTOR};
 use crate::io::Errno;
@@ -68,7 +68,7 @@ impl Geometry {
         self.table_entries().saturating_mul(self.l2_coverage())
     }
 
-    /// Whether a disk can have so many bytes.
+    /// Whether a disk can have this many bytes.
     pub fn is_size(&self, len: u64) -> bool {
         len.is_multiple_of(SECTOR) && len <= self.max_size() && i64::try_from(len).is_ok()
     }
@@ -99,13 +99,14 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Bytes of the clusters that a file of so many bytes has: one that is cut off at its end is none (specification:
-    /// it may not be preserved).
+    /// Bytes of the clusters that a file of this many bytes has: one that is cut off at its end is none
+    /// (specification: it may not be preserved).
     pub fn whole_clusters(&self, file_len: u64) -> u64 {
         file_len & !(self.geometry.cluster_size() - 1)
     }
 
-    /// Whether a whole table that begins at an offset lies in whole clusters of so many bytes ("Consistency checking").
+    /// Whether a whole table that begins at an offset is in whole clusters of this many bytes ("Consistency
+    /// checking").
     pub fn has_room_for_table(&self, offset: u64, whole: u64) -> bool {
         let end = offset.checked_add(self.geometry.table_size());
         self.geometry.is_aligned(offset)
@@ -113,7 +114,7 @@ impl Layout {
             && end.is_some_and(|end| end <= whole)
     }
 
-    /// Whether a cluster of the guest's data that begins at an offset lies in whole clusters of so many bytes.
+    /// Whether a cluster of the guest's data that begins at an offset is in whole clusters of this many bytes.
     pub fn has_room_for_data(&self, offset: u64, whole: u64) -> bool {
         self.geometry.is_aligned(offset) && offset >= self.first && offset < whole
     }
@@ -133,7 +134,7 @@ pub struct Header {
     pub l1_offset: u64,
     /// Of the disk, in bytes.
     pub size: u64,
-    /// Where the name of the backing file lies, in bytes: used if there is the feature.
+    /// Where the name of the backing file is, in bytes: used if there is the feature.
     pub backing_offset: u32,
     pub backing_len: u32,
 }

@@ -77,8 +77,8 @@ pub struct Qed {
     is_marked: AtomicBool,
     /// When clusters were allocated last, of an image that may be written.
     clock: Option<Arc<IdleClock>>,
-    /// The image was repaired when it was opened: so many clusters the file had then, and nothing names some of them. Zero
-    /// otherwise.
+    /// The image was repaired when it was opened: this many clusters the file had then, and nothing names some of
+    /// them. Zero otherwise.
     repaired: AtomicU64,
     /// Nothing is written until it is thawed ([`Driver::freeze`]).
     is_frozen: AtomicBool,

@@ -10,12 +10,12 @@ use crate::cow::{
 };
 use crate::io::IoResult;
 
-/// The space of a file of so many bytes.
+/// The space of a file of this many bytes.
 pub(super) fn space(file_len: u64, geometry: &Geometry) -> FileEnd {
     FileEnd::new(extent(file_len, geometry), geometry.cluster_size())
 }
 
-/// What a file of so many bytes has.
+/// What a file of this many bytes has.
 pub(super) fn extent(file_len: u64, geometry: &Geometry) -> FileExtent {
     let bits = geometry.cluster_bits;
     // What follows the last whole cluster may be anything.

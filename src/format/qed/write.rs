@@ -48,7 +48,7 @@ impl Writable for Qed {
     }
 }
 
-/// Writes the fixed fields, durably. They lie in one sector.
+/// Writes the fixed fields, durably. They are in one sector.
 pub(super) async fn write_header(file: &Node, header: &Header) -> IoResult {
     file.write(0, &IoVec::from_ref(&header.encode()), WriteFlags::empty()).await?;
     file.flush().await
@@ -228,7 +228,7 @@ impl Qed {
         Ok(())
     }
 
-    /// Makes what lies behind the end of the disk read as zeroes: what a backing file has there, and what is left in
+    /// Makes what is behind the end of the disk read as zeroes: what a backing file has there, and what is left in
     /// clusters.
     async fn zero_new(&self, range: Range<u64>) -> IoResult {
         let shown = backing(self).map_or(0, |backing| backing.len());
@@ -262,8 +262,8 @@ impl Qed {
         let mut header = self.header.lock().await;
         let changed = header.with_backing(&stored, format)?;
         let file = file(self);
-        // The fields and the name change at once where they lie in one sector; a longer name is written first, while
-        // nothing names what lies there.
+        // The fields and the name change at once where they are in one sector; a longer name is written first, while
+        // nothing names what is there.
         let mut head = changed.encode().to_vec();
         head.extend_from_slice(&stored);
         if head.len() as u64 > SECTOR {

@@ -234,7 +234,7 @@ async fn is_zero(file: &Node, at: u64, len: u64) -> IoResult<bool> {
     Ok(bytes.iter().all(|&byte| byte == 0))
 }
 
-/// Has the header say how many blocks are allocated, durably, if it says something else.
+/// Makes the header say how many blocks are allocated, durably, if it says something else.
 pub async fn write_allocated(
     file: &Node,
     (header, bytes): (&mut Header, &mut [u8; header::LEN]),

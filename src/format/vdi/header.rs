@@ -116,7 +116,7 @@ impl Header {
         })
     }
 
-    /// The header of a new image for a disk of so many bytes. Data begins at a multiple of `align` bytes.
+    /// The header of a new image for a disk of this many bytes. Data begins at a multiple of `align` bytes.
     ///
     /// # Errors
     /// The disk is too large.

@@ -11,7 +11,7 @@ use crate::cow::{
 };
 use crate::io::IoResult;
 
-/// The space of an image with these blocks, in a file of so many bytes.
+/// The space of an image with these blocks, in a file of this many bytes.
 pub(super) fn space(header: &Header, blocks: &Blocks, file_len: u64) -> FileEnd {
     let space = FileEnd::new(extent(header, blocks.end, file_len), BLOCK_SIZE);
     // Where the image could not be brought to rest when it was opened. New blocks may go there.
@@ -32,7 +32,7 @@ pub(super) fn extent(header: &Header, end: u32, file_len: u64) -> FileExtent {
 }
 
 impl Vdi {
-    /// Has the header count all blocks before `end`, durably, and the file have them.
+    /// Makes the header count all blocks before `end`, durably, and the file have them.
     pub(super) async fn reserve(&self, end: u64) -> IoResult {
         let file = file(self);
         let len = self.header.offset_of(end);

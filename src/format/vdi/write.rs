@@ -4,7 +4,7 @@
 //!
 //! * The header counts a block, durably, before an entry of the map can name it; several blocks are counted at once. So
 //!   a program that takes the header's number for its next block never takes one that is named.
-//! * New blocks lie at the end of the file, where they read as zeroes; data is written before the entry that names
+//! * New blocks are at the end of the file, where they read as zeroes; data is written before the entry that names
 //!   its block. A flush makes both durable.
 //! * Blocks stay where they are: zeroing and discarding empty them in their place.
 //! * Closing the image brings header, map and file to agree ([`super::blocks::settle`]): blocks that were counted and not
@@ -126,7 +126,7 @@ impl Vdi {
     }
 
     /// Reads again what another process may have changed.
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let file = file(self);
         let mut new = read_header(&file).await?;
         let mut head = self.head.lock().await;
@@ -146,7 +146,7 @@ impl Vdi {
 
 impl HandOver for Vdi {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 impl HandOver for Vhdx {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
@@ -20,7 +20,7 @@ impl HandOver for Vhdx {
 
 impl Vhdx {
     /// Reads again what another process may have changed.
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let file = file(self);
         let mut found = read(&file).await?;
         if let Some(active) = found.active.take() {

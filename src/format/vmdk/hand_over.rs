@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 
 impl HandOver for Vmdk {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {
@@ -29,7 +29,7 @@ fn other_layout() -> Error {
 
 impl Vmdk {
     /// Reads again what another process may have changed.
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let shared = &self.shared;
         let (kind, text) = open::read(&shared.children[0].node()).await?;
         let says = open::said(&kind, &text)?;
@@ -46,7 +46,7 @@ impl Vmdk {
         }
         for part in &self.parts {
             if let super::Extent::Sparse(sparse) = &part.extent {
-                sparse.look_again(part.kind).await?;
+                sparse.reload(part.kind).await?;
             }
         }
         let parent = match shared.backing_child() {
@@ -62,7 +62,7 @@ impl Vmdk {
 }
 
 impl Sparse {
-    async fn look_again(&self, kind: descriptor::Kind) -> Result<(), Error> {
+    async fn reload(&self, kind: descriptor::Kind) -> Result<(), Error> {
         let file = file(self);
         if layout_of(&file, kind).await?.as_ref() != Some(&self.layout) {
             return Err(other_layout());

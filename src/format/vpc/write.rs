@@ -150,7 +150,7 @@ impl Vpc {
     }
 
     /// Reads again what another process may have changed.
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn reload(&self) -> Result<(), Error> {
         let file = file(self);
         let mut found = footer::read(&file).await?;
         let header = Header::read(&file, found.footer.header_at, self.size).await?;
@@ -176,7 +176,7 @@ impl Vpc {
 
 impl HandOver for Vpc {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.reload())
     }
 
     fn inactivate(&self) -> LocalFuture<'_, IoResult> {

@@ -42,12 +42,12 @@ impl Waiters {
         std::mem::take(self)
     }
 
-    /// Has them look again. Those that still wait list themselves once more.
+    /// Makes them look again. Those that still wait list themselves once more.
     pub fn wake(self) {
         self.0.into_iter().for_each(Waker::wake);
     }
 
-    /// Has one of them look again; it stays in the list.
+    /// Makes one of them look again; it stays in the list.
     pub fn wake_one(&self) {
         self.0.iter().take(1).for_each(Waker::wake_by_ref);
     }
@@ -59,7 +59,7 @@ impl Mutex<Waiters> {
         self.wait_for(|waiters| if is_so() { Ok(()) } else { Err(waiters) }).await;
     }
 
-    /// Has all tasks in the list look again.
+    /// Makes all tasks in the list look again.
     pub fn wake_all(&self) {
         let waiters = self.lock().take();
         waiters.wake();

@@ -68,14 +68,14 @@ pub async fn query_blockstats(service: &Service, arguments: Map) -> Outcome {
     }
     let Arguments { query_nodes } = options::from_map(arguments)?;
     let of_nodes = query_nodes.unwrap_or(false);
-    let tell = |nodes: Nodes<'_>| {
+    let describe = |nodes: Nodes<'_>| {
         let exports = nodes.service.counted();
         match of_nodes {
             true => nodes.stats_of_nodes(&exports),
             false => nodes.stats_of_exports(&exports),
         }
     };
-    listed(service, tell).await
+    listed(service, describe).await
 }
 
 impl Nodes<'_> {
@@ -103,7 +103,7 @@ impl Nodes<'_> {
         exports.iter().filter_map(of).collect()
     }
 
-    /// `BlockStats`, with those of what the node stands on; with `chain` of its backing files, too.
+    /// `BlockStats`, with those of the nodes below it; with `chain` of its backing files, too.
     fn stats(&self, info: &NodeInfo, sums: &Sums, chain: bool) -> Map {
         let mut map = Map::from_iter([
             ("node-name", Value::from(&*info.name)),

@@ -2,10 +2,9 @@
 //!
 //! Processes tell each other by them what they do with the image, so that neither opens what the other writes.
 //!
-//! For permission number `i`, a shared lock on byte 100 + i says that this process holds it, and one
-//! on byte 200 + i that it does not let others hold it. Holding needs 200 + i free of others' locks,
-//! not sharing needs 100 + i free. Own locks are taken before the others' are looked at, so that of
-//! two processes at the same time at least one gives way.
+//! For permission number `i`, a shared lock on byte 100 + i says that this process holds it, and one on byte 200 + i
+//! that it does not let others hold it. Holding needs 200 + i free of others' locks, not sharing needs 100 + i free.
+//! Own locks are taken before the others' are looked at, so that of two simultaneous processes at least one fails.
 //!
 //! The locks belong to the open file description (F_OFD_SETLK): other descriptors of this process
 //! do not lose them.
@@ -29,12 +28,12 @@ pub struct ImageLocks {
     filename: String,
     /// `false`: `locking=off`, or the kernel has no such locks.
     enabled: bool,
-    /// The node lets others do anything.
+    /// The node shares all permissions.
     force_share: bool,
     taken: Mutex<Bytes>,
 }
 
-/// Which bytes are locked: those of what is held, and those of what is not shared.
+/// The locked bytes: one for each permission that is held, and one for each that is not shared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Bytes {
     held: Perm,
@@ -94,11 +93,10 @@ impl ImageLocks {
         Bytes { held: perms.held, not_shared: Perm::all() - shared }
     }
 
-    /// Locks what is not locked yet of `wanted`.
+    /// Locks the bytes of `wanted` that are not locked yet.
     fn take(&self, taken: &mut Bytes, wanted: Bytes) -> Result<(), Error> {
         for offset in wanted.minus(*taken).offsets() {
-            // Only an exclusive lock, which no such process takes, or a file system without locks
-            // stands in the way here.
+            // Only an exclusive lock, which no such process takes, or a file system without locks can fail here.
             sys::lock_byte(&self.file, offset)
                 .map_err(|_| Error::new(format!("Failed to lock byte {offset}")))?;
         }
@@ -116,7 +114,7 @@ impl ImageLocks {
         *taken = kept;
     }
 
-    /// Whether other processes hold or refuse what is incompatible with `wanted`.
+    /// Whether other processes hold or refuse permissions in conflict with `wanted`.
     fn check(&self, wanted: Bytes) -> Result<(), Error> {
         self.check_free(wanted.held, NOT_SHARED, "")?;
         self.check_free(wanted.not_shared, HELD, "shared ")

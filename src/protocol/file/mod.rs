@@ -11,9 +11,8 @@
 //! | `entry` | the two entries in the list of drivers |
 //! | `sys` | system calls, and all unsafe code but that of the fast path |
 //!
-//! The driver keeps the file's length itself: it changes by [`Image::resize`], by writes past the end
-//! of those who may, and by writes to the last, incomplete sector, never because somebody else makes
-//! the file longer.
+//! The driver keeps the file's length itself: it changes by [`Image::resize`], by writes past the end of users that
+//! may, and by writes to the last, incomplete sector, never because somebody else makes the file longer.
 
 pub mod create;
 mod entry;
@@ -226,14 +225,14 @@ impl FileDriver {
         }
     }
 
-    async fn look(&self, at: u64, len: u64, precision: Precision) -> Extent {
+    async fn query_extent(&self, at: u64, len: u64, precision: Precision) -> Extent {
         let place = Some(Place { child: None, offset: at });
         let data = Extent { len, status: Status::DATA | Status::ALLOCATED, place };
         if precision == Precision::Allocation || self.no_holes.load(Ordering::Relaxed) {
             return data;
         }
         let file = self.file.clone();
-        match self.blocking.run(move || status::look(&file, at, len)).await {
+        match self.blocking.run(move || status::query(&file, at, len)).await {
             Found::Data(len) => Extent { len, ..data },
             Found::Hole(len) => Extent { len, status: Status::ZERO | Status::ALLOCATED, place },
             Found::Unknown => {
@@ -329,7 +328,7 @@ impl Driver for FileDriver {
     }
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
-        Box::pin(async move { Ok(self.look(at, len, precision).await) })
+        Box::pin(async move { Ok(self.query_extent(at, len, precision).await) })
     }
 
     fn locks(&self) -> Option<&dyn Locks> {

@@ -18,7 +18,7 @@ pub enum Found {
 }
 
 /// Looks at the range of `len` bytes at `at`, which is in the file. Blocks.
-pub fn look(file: &File, at: u64, len: u64) -> Found {
+pub fn query(file: &File, at: u64, len: u64) -> Found {
     interpret(at, len, |at, what| sys::seek(file, at, what))
 }
 

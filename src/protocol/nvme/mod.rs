@@ -101,7 +101,7 @@ impl Nvme {
     }
 
     /// Asks the controller how long the namespace is.
-    async fn look_again(&self) -> Result<(), Error> {
+    async fn refresh_length(&self) -> Result<(), Error> {
         let controller = self.shared().controller()?;
         crate::io::offload(move || controller.refresh()).await;
         self.take();
@@ -265,7 +265,7 @@ impl DeviceMemory for Nvme {
 /// kept here of what is on it but its length.
 impl HandOver for Nvme {
     fn activate(&self) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.look_again())
+        Box::pin(self.refresh_length())
     }
 }
 
@@ -295,7 +295,7 @@ impl Image for Nvme {
     /// not tell of.
     fn resize(&self, len: u64, _: bool) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
-            self.look_again().await?;
+            self.refresh_length().await?;
             match len == self.len() {
                 true => Ok(()),
                 false => Err(Error::new("Cannot resize device files")),
@@ -306,7 +306,7 @@ impl Image for Nvme {
     fn grow(&self, len: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
         Box::pin(async move {
             ENTRY.growth.check(preallocation)?;
-            self.look_again().await?;
+            self.refresh_length().await?;
             match len <= self.len() {
                 true => Ok(()),
                 false => Err(Error::new("Cannot grow device files")),

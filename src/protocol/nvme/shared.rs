@@ -125,7 +125,7 @@ impl Claim {
                     return Ok(claim);
                 }
                 Some(Err(error)) => return Err(error),
-                // On its way out; what comes next has it again.
+                // It is being released; the next user opens it again.
                 None if began.elapsed() < PATIENCE => io::sleep(PAUSE).await,
                 None => {
                     let text = format!("{address}: still being closed");

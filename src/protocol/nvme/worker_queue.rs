@@ -19,7 +19,7 @@ use vublk_vfio::{Done, PairWaker, QueuePair, Request};
 /// Marks the tokens of tasks. Those of queues are made of two numbers that do not reach so far.
 const TASK: u64 = 1 << 63;
 
-/// A request of another worker's, and whom to tell: also when nobody takes it.
+/// A request of another worker's, and the receiver of its end, also when nobody takes it.
 pub struct Remote {
     request: Request,
     done: Option<RemoteDone>,
@@ -150,7 +150,7 @@ impl WorkerQueue {
         self.wake(io);
     }
 
-    /// Has the source polled in this turn.
+    /// Requests a poll of the source in this turn.
     #[inline]
     fn wake(&self, io: &Io) {
         if !self.awake.replace(true)
@@ -166,14 +166,14 @@ impl WorkerQueue {
         io.tick_by(at);
     }
 
-    /// Starts a task's request; what it comes to is asked for with the number given back.
+    /// Starts a task's request; the returned number identifies its result.
     pub fn submit_task(&self, io: &Io, make: impl FnOnce(u64) -> Request) -> u32 {
         let slot = self.tasks.borrow_mut().insert(Task::Waiting(None));
         self.submit(io, make(TASK | u64::from(slot)));
         slot
     }
 
-    /// What a task's request has come to.
+    /// The result of a task's request.
     pub fn poll_task(&self, slot: u32, cx: &mut Context<'_>) -> Poll<Status> {
         let mut tasks = self.tasks.borrow_mut();
         match &mut tasks.slots[slot as usize] {
@@ -189,16 +189,16 @@ impl WorkerQueue {
         }
     }
 
-    /// Waits for a task's request that nobody waits for any more: its memory is about to go. Blocks.
+    /// Waits for a task's abandoned request, whose memory is about to be freed. Blocks.
     pub fn drain_task(&self, io: &Io, slot: u32) {
         let ended = || matches!(self.tasks.borrow().slots[slot as usize], Task::Done(_));
-        let mut looks = 0u32;
+        let mut iterations = 0u32;
         while !ended() {
             if let Some(pair) = &mut *self.pair.borrow_mut() {
                 pair.ring();
                 pair.reap(|done| self.end(io, done));
-                looks += 1;
-                if looks.is_multiple_of(1 << 16) {
+                iterations += 1;
+                if iterations.is_multiple_of(1 << 16) {
                     pair.tick(|done| self.end(io, done));
                 }
             }
@@ -255,7 +255,7 @@ impl WorkerQueueSource {
         self.0.pair.borrow().as_ref().map_or(0, QueuePair::in_flight)
     }
 
-    /// Whether the worker_queue is to end, and nothing keeps it.
+    /// Whether the queue is to end, and nothing keeps it.
     fn has_ended(&self) -> bool {
         if self.in_flight() > 0 {
             return false;
@@ -297,7 +297,7 @@ impl Source for WorkerQueueSource {
 
     fn arm(&mut self) -> bool {
         let armed = self.0.pair.borrow_mut().as_mut().is_none_or(QueuePair::arm);
-        // What was sent or asked for before the event was read is looked for now.
+        // Requests that were sent before the event was read are handled now.
         let is_to_end = matches!(*self.0.end.borrow(), End::Asked(_));
         let armed = armed && !is_to_end && !self.0.take_remotes(&io::current());
         self.0.awake.set(!armed);

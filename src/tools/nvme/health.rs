@@ -13,7 +13,7 @@ use vublk_vfio::{Options, PciAddress};
 /// Entries of the error log that are asked for: the newest.
 const ENTRIES: usize = 16;
 
-/// What a controller tells.
+/// A controller's logs.
 pub struct Report {
     pub health: Health,
     /// Newest first.
@@ -24,7 +24,7 @@ pub struct Report {
 /// asked has it.
 ///
 /// # Errors
-/// One line that says why it does not tell.
+/// One line that says why the logs cannot be read.
 pub fn ask(
     machine: &Machine,
     controller: &Controller,

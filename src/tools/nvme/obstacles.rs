@@ -15,7 +15,7 @@ pub enum Obstacle {
     NoIommu { processor: Processor },
     /// A function of its group has a driver that does not leave the group to one process.
     Shared { group: u32, controller: Address, function: Function },
-    /// vfio-pci is not there.
+    /// vfio-pci is not loaded.
     NoVfio,
     /// Another driver than the kernel's for NVMe has it.
     Driver { name: String },
@@ -25,7 +25,7 @@ pub enum Obstacle {
     Permission { node: String },
 }
 
-/// Who made the processor, which decides what the IOMMU is called.
+/// The maker of the processor, which decides the name of the IOMMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Processor {
     Intel,

@@ -19,7 +19,7 @@ pub enum Use {
     Swap {
         device: String,
     },
-    /// Another device (LVM, dm-crypt, md, bcache) or a file system of several devices stands on it.
+    /// Another device (LVM, dm-crypt, md, bcache) or a file system of several devices uses it.
     Held {
         device: String,
         by: String,
@@ -142,7 +142,7 @@ fn swaps(machine: &Machine, devices: &[String]) -> Vec<Use> {
     uses
 }
 
-/// Devices and file systems that stand on a device.
+/// Devices and file systems that use a device.
 fn holders(machine: &Machine, device: &str) -> Vec<Use> {
     let block = machine.path("/sys/class/block");
     let mut by: Vec<_> = names(&block.join(device).join("holders"))

@@ -2,9 +2,9 @@
 //!
 //! It measures allocated clusters, and writes that allocate.
 //!
-//! QEMU's qemu-img makes all images. Where it puts the blocks of a vdi image depends on the size of the disk: they begin at
-//! the first multiple of 512 bytes behind the map, so that 4 KiB of the guest lie across two pages of the file
-//! unless that is a multiple of 4096, too.
+//! QEMU's qemu-img makes all images. Where it puts the blocks of a vdi image depends on the size of the disk: they
+//! begin at the first multiple of 512 bytes behind the map, so that 4 KiB of the guest are across two pages of the
+//! file unless that is a multiple of 4096, too.
 
 use std::path::Path;
 

@@ -33,7 +33,7 @@ pub struct Wanted {
     pub graph: Under,
     /// Whether a simulated disk fails and delays some requests.
     pub faulty: bool,
-    /// What is done about requests that fail.
+    /// The reaction to requests that fail.
     pub failures: FailureOptions,
     pub writable: bool,
     pub write_through: bool,
@@ -41,7 +41,7 @@ pub struct Wanted {
     pub num_queues: u16,
 }
 
-/// What lies below the export.
+/// What is below the export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Under {
     /// A simulated disk with a fast path.

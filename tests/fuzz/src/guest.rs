@@ -16,7 +16,7 @@ const PAGE: u64 = 4096;
 const CANARY: u8 = 0xc5;
 const CANARIES: [u8; PAGE as usize] = [CANARY; PAGE as usize];
 
-/// A file in memory of so many bytes, which may be sealed.
+/// A file in memory of this many bytes, which may be sealed.
 pub fn memory_file(len: u64) -> File {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a string with its end; the result is checked.
@@ -28,7 +28,7 @@ pub fn memory_file(len: u64) -> File {
     file
 }
 
-/// Where a region lies.
+/// Where a region is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub guest: u64,
@@ -79,7 +79,7 @@ impl GuestMemory {
     fn clear(&self) {
         for place in &self.places {
             let host = self.memory.host(place.guest, place.len).expect("it is mapped");
-            // SAFETY: so many bytes are mapped there, and nobody else uses them.
+            // SAFETY: this many bytes are mapped there, and nobody else uses them.
             unsafe { host.write_bytes(0, place.len as usize) };
         }
     }
@@ -108,15 +108,15 @@ impl GuestMemory {
     /// Writes what of `bytes` fits; nothing where no memory is.
     pub fn put(&self, addr: u64, bytes: &[u8]) {
         if let Some(host) = self.memory.host(addr, bytes.len() as u64) {
-            // SAFETY: so many bytes are mapped there; the device only reads them meanwhile as
-            // memory that may change.
+            // SAFETY: this many bytes are mapped there; the device only reads them meanwhile as memory that may
+            // change.
             unsafe { host.copy_from(bytes.as_ptr(), bytes.len()) };
         }
     }
 
     pub fn get<const N: usize>(&self, addr: u64) -> [u8; N] {
         let host = self.memory.host(addr, N as u64).expect("an address that was checked");
-        // SAFETY: so many bytes are mapped there.
+        // SAFETY: this many bytes are mapped there.
         unsafe { host.cast::<[u8; N]>().read_unaligned() }
     }
 

@@ -21,7 +21,7 @@ impl Mapped {
         Mapped { bytes: at.cast(), len }
     }
 
-    /// Writes what of `bytes` lies in the file.
+    /// Writes what of `bytes` is in the file.
     pub fn put(&self, at: usize, bytes: &[u8]) {
         for (at, &byte) in (at..self.len).zip(bytes) {
             // SAFETY: the byte is mapped.
@@ -29,7 +29,7 @@ impl Mapped {
         }
     }
 
-    /// Zeroes stand for what lies beyond the file.
+    /// Zeroes stand for what is beyond the file.
     pub fn get<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut into = [0; N];
         for (at, byte) in (at..self.len).zip(&mut into) {

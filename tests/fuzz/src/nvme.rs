@@ -46,7 +46,7 @@ impl Rig {
             io_timeout: Duration::from_millis(20),
             admin_timeout: Duration::from_millis(200),
             max_pairs: 1,
-            look: Duration::from_millis(20),
+            check_interval: Duration::from_millis(20),
             absence: Duration::from_millis(100),
         };
         let controller = Controller::open_unwatched(fake.function(), &options);
@@ -72,7 +72,7 @@ pub fn run(data: &[u8]) {
     // A reset that was begun comes to its end.
     for _ in 0..4 {
         pair.reap(|Done { token, .. }| panic!("request {token} ends again"));
-        rig.controller.look(&mut watch);
+        rig.controller.poll(&mut watch);
     }
     drop(pair);
     let mut bytes = vec![0; REQUESTS * BLOCK];
@@ -108,7 +108,7 @@ fn requests(rig: &Rig, pair: &mut QueuePair, watch: &mut Watch) {
             pair.tick(&mut note);
         }
         pair.ring();
-        rig.controller.look(watch);
+        rig.controller.poll(watch);
         assert!(looks < PATIENCE, "it hangs: {ends:?}");
     }
     assert_eq!(ends, [1; REQUESTS]);

@@ -30,14 +30,14 @@ use vublk::export::vhost_user_blk::ring::{Addresses, Ring, SplitRing, Tracking};
 use vublk::io::sim::Disorder;
 use vublk::io::{Io, IoResult, Polled, Source, SourceId, current, sleep};
 
-/// What ring addresses are given in lies so far above guest addresses.
+/// What ring addresses are given in is so far above guest addresses.
 const USER: u64 = 0x7f00_0000_0000;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 /// Chains that a queue may take in one turn (`SHARE` in the queue).
 const SHARE: usize = 256;
-/// Regions that one descriptor may go on over; a power of two.
+/// Regions that one descriptor may continue over; a power of two.
 const MANY: usize = 128;
 /// Turns, of a simulated millisecond each, after which a queue counts as stuck.
 const PATIENCE: u32 = 20_000;
@@ -103,7 +103,7 @@ thread_local! {
 /// The way to the queue.
 struct Words {
     me: SourceId,
-    /// Whether the queue hears of kicks.
+    /// Whether the queue is notified of kicks.
     kicked: bool,
     events: Rc<Events>,
 }
@@ -231,7 +231,7 @@ fn places(input: &mut Input<'_>, honest: bool) -> Vec<Place> {
     places
 }
 
-/// What is done about requests that fail.
+/// The reaction to requests that fail.
 fn failures(input: &mut Input<'_>) -> FailureOptions {
     use WriteErrors as Write;
     FailureOptions {
@@ -317,7 +317,7 @@ impl Guest {
         };
         let mut kept =
             if input.one_in(4) { Some(guest.have_a_past(&mut input).await) } else { None };
-        // Where the front end says that the ring goes on; with a past, it may be wrong.
+        // Where the front end says that the ring continues; with a past, it may be wrong.
         let base = if kept.is_some() { input.u16() } else { start };
         let ring = SplitRing::new(&guest.memory.memory, size, at, base, event_index);
         let Ok(mut ring) = ring else { return };

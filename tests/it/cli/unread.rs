@@ -241,7 +241,7 @@ fn a_service_manager_that_does_not_read_holds_up_nothing_and_is_reported_later()
         fill(&path);
         end(server);
         while message_now(&manager).is_some_and(|text| text == "FILL=1") {}
-        // A manager that reads is told of the end.
+        // A manager that reads is notified of the end.
         let server = start();
         assert_eq!(message(&manager), "READY=1");
         end(server);

@@ -147,7 +147,7 @@ fn plain() -> Vec<Case> {
     cases
 }
 
-/// Every driver as its entry has it, and what its options and what it stands on change.
+/// Every driver as its entry has it, and what its options and the nodes below it change.
 pub(super) fn cases() -> Vec<Case> {
     let over = |upper: &str, lower: Case| {
         let (name, more) = upper.split_at(upper.find(',').unwrap_or(upper.len()));

@@ -48,7 +48,7 @@ fn export(client: &mut Client) -> Value {
     client.run("query-block-exports", json!({}))[0].clone()
 }
 
-/// Waits until so many requests are held.
+/// Waits until this many requests are held.
 fn wait_held(client: &mut Client, held: usize) -> Value {
     let end = std::time::Instant::now() + LIMIT;
     loop {
@@ -119,7 +119,7 @@ fn writes_to_a_full_file_system_are_held_over_a_kill_until_there_is_room() {
         disk.reconnect().unwrap();
         let mut client = Client::connect(&daemon.path("m.sock"));
         wait_held(&mut client, held);
-        // Other requests go on.
+        // Other requests continue.
         disk.queue(0).submit(&Request::In { sector: 0, len: 512 }, &Shape::indirect()).unwrap();
         assert_eq!(disk.queue(0).wait().unwrap().status, status::OK);
 

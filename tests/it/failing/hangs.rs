@@ -68,7 +68,7 @@ fn a_ring_that_is_to_stop_is_not_waited_for_without_end() {
             std::thread::yield_now();
         }
         disk.connection().stop_queue(0).unwrap_err();
-        // The service goes on.
+        // The service continues.
         assert_eq!(stage.info().id, "e0");
         stage.sim.release();
         disk.reconnect().unwrap();

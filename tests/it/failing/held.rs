@@ -280,7 +280,7 @@ fn a_held_chain_that_the_guest_has_changed_is_checked_again() {
     (0..16).for_each(|index| layout.write_desc(&memory, layout.desc, index, desc));
     stage.service().retry_held("e0").unwrap();
     stage.wait_held(0);
-    // That queue has stopped; the other goes on, and the disk serves the next front end.
+    // That queue has stopped; the other continues, and the disk serves the next front end.
     disk.queue(1).get_id().unwrap();
     stage.sim.heal();
     drop(disk);

@@ -24,7 +24,7 @@ fn a_guests_write_past_the_limit_on_file_sizes_fails_alone() {
     let daemon = Daemon::start_in(dir, &program, &arguments);
     let options = Options { limit: LIMIT, ..Options::default() };
     let mut disks = [0, 1].map(|number| daemon.open_number(number, &options));
-    // Block 300 lies behind 1 MiB.
+    // Block 300 is behind 1 MiB.
     let refused = disks[0].queue(0).run(&write_of(300)).unwrap();
     assert_eq!(refused.status, status::IOERR);
     for disk in &mut disks {

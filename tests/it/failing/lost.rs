@@ -48,7 +48,7 @@ fn served(format: &str) -> (FullDevice, Record, Daemon) {
     let node =
         format!("driver={format},node-name=d0,file.driver=host_device,file.filename={device}");
     let export = format!("{},writable=on,num-queues=2", export_of("d0", 0));
-    // The record lies among the devices: the monitor needs that folder to remove it.
+    // The record is among the devices: the monitor needs that folder to remove it.
     let rest = ["--sandbox-path", "/dev", "--blockdev", &node, "--export", &export];
     let arguments = [&MONITOR[..], &rest].concat();
     (full, record, Daemon::start(&arguments))
@@ -244,7 +244,7 @@ fn tools_report_a_failed_flush_that_is_recorded_beside_an_image_in_one_line() {
     ] {
         assert_eq!(warnings(line), 1, "{line:?}");
     }
-    // Where it lies beside an image that is not opened it is of no interest.
+    // Where it is beside an image that is not opened it is of no interest.
     assert_eq!(warnings(&["info", "over"]), 0);
     for record in flush_record::find(&image) {
         std::fs::remove_file(record).unwrap();

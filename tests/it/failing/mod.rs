@@ -108,7 +108,7 @@ impl Stage {
         self.service().exports().remove(0)
     }
 
-    /// Waits until so many requests are held.
+    /// Waits until this many requests are held.
     pub fn wait_held(&mut self, held: usize) {
         let end = Instant::now() + LIMIT;
         while self.info().held != held {

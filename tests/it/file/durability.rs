@@ -38,8 +38,8 @@ fn flushes_that_wait_together_share_one_fsync() {
     assert_eq!(count, 2);
 }
 
-/// A device whose writes to the page cache work, and fail later, when they are written back: its
-/// backing file lies on a file system that is too small.
+/// A device whose writes to the page cache work, and fail later, when they are written back: its backing file is on a
+/// file system that is too small.
 pub struct FullDevice {
     pub device: Loop,
     small: Mount,
@@ -79,7 +79,7 @@ fn after_a_failed_flush_every_later_one_fails_until_the_file_is_opened_again() {
         let first = driver.flush().await.unwrap_err();
         assert_eq!(driver.flush().await, Err(first));
         assert_eq!(driver.flushes(), fsyncs);
-        // Reads and writes go on.
+        // Reads and writes continue.
         let bytes = pattern(4096);
         driver.write(8 << 20, &IoVec::from_ref(&bytes), WriteFlags::empty()).await.unwrap();
         let mut back = vec![0; 4096];

@@ -91,7 +91,7 @@ impl Bench {
         self.run(move || async move { node.flush().await })
     }
 
-    /// What is known of the whole disk, piece by piece.
+    /// The status of the whole disk, piece by piece.
     pub fn map(&self, disk: &Disk, precision: Precision) -> Vec<(u64, Extent)> {
         let node = disk.node.clone();
         self.run(move || async move {

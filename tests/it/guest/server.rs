@@ -160,8 +160,7 @@ impl Server {
         self.process = self.command.spawn().unwrap();
     }
 
-    /// Waits until the server's output holds `text` so many times; fails the test if it ends
-    /// before.
+    /// Waits until the server's output holds `text` this many times; fails the test if it ends before.
     pub fn wait_for(&mut self, text: &str, times: usize) {
         let started = Instant::now();
         while self.log().matches(text).count() < times {

@@ -35,7 +35,7 @@ impl Disk {
         }
     }
 
-    /// Makes the disk in the place of an empty raw image.
+    /// Makes the disk instead of an empty raw image.
     fn make(self, image: &Path) {
         match self {
             Disk::Raw => {}

@@ -47,7 +47,7 @@ fn start(program: &[&str]) -> Daemon {
     Daemon::start_in(dir, program, &[&MONITOR[..], &NODES].concat())
 }
 
-/// What is told of each node's bitmaps.
+/// The listing of each node's bitmaps.
 fn listed(client: &mut Client) -> Vec<(Value, Value)> {
     let nodes = client.run("query-named-block-nodes", json!({}));
     let bitmaps = |node: &Value| (node["node-name"].clone(), node["dirty-bitmaps"].clone());

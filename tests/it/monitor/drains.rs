@@ -1,4 +1,4 @@
-//! Changes that wait for a slow disk hold up nothing but that disk, and not for ever.
+//! Changes that wait for a slow disk hold up nothing but that disk, and not forever.
 
 use super::Client;
 use super::slow::{assert_no_answer, two_monitors_with};
@@ -139,7 +139,7 @@ fn everything_goes_on_while_a_guest_s_write_cache_is_switched_off_on_a_slow_disk
     healthy.reconnect().unwrap();
     healthy.write(0, &[1; 512]).unwrap();
     assert!(!switches.is_finished());
-    // It is answered after a moment, and goes on ending.
+    // It is answered after a moment, and its end takes longer.
     first.run("block-export-del", json!({"id": "idle"}));
     switches.join().unwrap().unwrap_err();
     second.run("block-export-del", json!({"id": "eb"}));
@@ -186,7 +186,7 @@ fn a_flush_that_stalls_under_a_snapshot_fails_it_in_time_and_leaves_all_as_befor
     let refused = first.refusal("transaction", actions);
     assert_eq!(refused, "Flushing node 'a' has not ended within 1 s");
     assert_eq!(first.run("query-named-block-nodes", json!({"flat": true})), nodes);
-    // Both go on, and the healthy one has its snapshot, while the flush is still under way.
+    // Both continue, and the healthy one has its snapshot, while the flush is still under way.
     slow.get_id().unwrap();
     healthy.write(0, &[1; 512]).unwrap();
     second.run("transaction", json!({"actions": [snapshot("b")]}));

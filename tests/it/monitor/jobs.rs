@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// What comes of one `blockdev-create`: the reply, what the job becomes until it is concluded, what is told of it
+/// What comes of one `blockdev-create`: the reply, what the job becomes until it is concluded, its listings
 /// then, and the reply to its dismissal.
 fn create(client: &mut Client, options: &Value) -> Vec<Value> {
     let mut said = vec![client.ask("blockdev-create", json!({"job-id": "j", "options": options}))];

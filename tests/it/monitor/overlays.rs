@@ -168,7 +168,7 @@ fn what_was_written_before_a_snapshot_is_in_the_base_and_what_comes_after_it_in_
         let (old, new) = (pattern(128 << 10, 1), pattern(64 << 10, 2));
         disk.write(0, &old).unwrap();
         client.run("blockdev-snapshot-sync", snapshot(&daemon, "q", "s.qcow2", "s"));
-        // The base is complete, and others can read it, while the guest goes on.
+        // The base is complete, and others can read it, while the guest continues.
         let mut back = vec![0; old.len()];
         disk.read(0, &mut back).unwrap();
         assert!(back == old);
@@ -405,7 +405,7 @@ fn an_overlay_that_cannot_be_had_leaves_the_guest_with_what_it_has() {
     client.run("blockdev-del", json!({"node-name": "ro"}));
     client.run("blockdev-add", node(&daemon, "o", "qcow2", "o.qcow2", json!({})));
     client.run("blockdev-snapshot", json!({"node": "q", "overlay": "o"}));
-    // The guest may go on with the features that it knows, though the overlay discards nothing.
+    // The guest may continue with the features that it knows, though the overlay discards nothing.
     disk.reconnect().unwrap();
     assert!(disk.has(feature::DISCARD));
     let mut back = vec![0; 8192];

@@ -104,7 +104,7 @@ fn a_front_end_that_does_not_read_holds_up_nobody() {
     daemon.wait_log("the front end was not told of the disk's new size", 1);
     assert_eq!(capacity(&mut disk), 2 * SIZE);
     disk.write(SIZE / 512, &[1; 512]).unwrap();
-    // Read in the end, it is told of the next one.
+    // Once it is read, the next one is reported.
     ours.set_nonblocking(true).unwrap();
     let mut left = Vec::new();
     let emptied = (&ours).read_to_end(&mut left).unwrap_err();

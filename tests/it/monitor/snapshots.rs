@@ -52,7 +52,7 @@ fn start(program: &[&str]) -> Daemon {
     Daemon::start_in(dir, program, &[&MONITOR[..], &NODES].concat())
 }
 
-/// What differs from run to run: when it was. And a clock of a guest: theirs goes on without one.
+/// What differs from run to run: when it was. And a clock of a guest: theirs continues without one.
 fn mask(value: &mut Value) {
     match value {
         Value::Object(map) => map.iter_mut().for_each(|(key, value)| match &**key {

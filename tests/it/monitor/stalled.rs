@@ -98,7 +98,7 @@ fn other_monitors_are_served_while_a_command_waits_for_a_stalled_disk() {
 #[test]
 fn an_export_is_deleted_while_another_that_was_reported_to_end_has_not() {
     let Stalled { daemon, clients: [mut first, mut second, mut third], disk } = stalled();
-    // It is answered after a moment, and goes on ending.
+    // It is answered after a moment, and its end takes longer.
     first.run("block-export-del", json!({"id": "ea"}));
     let refused = third.refusal("block-export-del", json!({"id": "ea"}));
     assert_eq!(refused, "Export 'ea' is already shutting down");

@@ -99,8 +99,8 @@ fn queues_of_two_workers() {
     let mut loads = Loads::new();
     loads.run(&mut disk, &mut random, 1500);
     loads.drain(&mut disk);
-    // What the host looks for: every MiB from the fourth on begins with its own number, over a queue
-    // of its own, in requests of all sizes; every other lies in pieces that pages cannot tell.
+    // What the host looks for: every MiB from the fourth on begins with its own number, over a queue of its own, in
+    // requests of all sizes; every other is in pieces that pages cannot tell.
     for number in 4..16u64 {
         let len = 512 << (number - 4);
         let data = vec![number as u8; len];
@@ -233,7 +233,7 @@ fn asked_for_by_the_host() {
         loads.turn(&mut disk, &mut random);
         assert!(Instant::now() < end, "{}", daemon.server.stderr());
     }
-    // Its user goes on until it is told to end; then the device goes.
+    // Its user continues until it is told to end; then the device goes.
     loads.run(&mut disk, &mut random, 300);
     loads.drain(&mut disk);
     drop(disk);

@@ -35,7 +35,7 @@ fn prelude() -> String {
     format!("vublk={VUBLK}\nmodprobe nvme\nmodprobe vfio_iommu_type1\nmodprobe dm_mod\n")
 }
 
-/// What a script goes on with: so many controllers given to vfio-pci.
+/// The next part of a script: so many controllers given to vfio-pci.
 fn bound(addresses: &str) -> String {
     format!("modprobe vfio-pci && $vublk nvme bind {addresses} || exit 1\n")
 }

@@ -22,7 +22,7 @@ fn the_commands_of_the_page_lead_from_lspci_to_a_guest_on_the_controller_and_bac
         source.join("tests").display(),
         target.display(),
     );
-    // The lines of the guest in the guest are told from its own.
+    // The lines of the guest in the guest are distinguished from its own.
     let does = format!("(\nset -e\n{commands}\n) 2>&1 | sed -u 's/^GUEST-/inner GUEST-/'\n");
     let ends = "echo \"driver $(basename $(readlink /sys/bus/pci/devices/0000:01:00.0/driver))\"\n";
     let script = [&*prelude(), &begins, &does, ends].concat();

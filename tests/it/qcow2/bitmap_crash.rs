@@ -23,7 +23,7 @@ struct Case {
     backing: Option<usize>,
     /// Of requests to the disk below.
     align: u32,
-    /// What lies past the image's end reads as garbage.
+    /// What is past the image's end reads as garbage.
     garbage: bool,
     /// Bitmaps that the image has to begin with.
     bitmaps: &'static [&'static str],

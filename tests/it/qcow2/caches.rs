@@ -15,7 +15,7 @@ fn memory(daemon: &Daemon) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// Has all L2 tables read.
+/// Makes all L2 tables read.
 fn touch(disk: &mut Disk, len: u64, step: u64) {
     for at in (0..len).step_by(step as usize) {
         disk.read(at / 512, &mut [0; 512]).unwrap();

@@ -81,7 +81,7 @@ pub fn check(bytes: &[u8], has_snapshots: bool) -> Result<(), String> {
 }
 
 impl Check<'_> {
-    /// What lies past the end is zero.
+    /// What is past the end is zero.
     fn words(&self, at: u64, count: u64) -> Vec<u64> {
         let byte = |n: u64| u64::from(self.bytes.get(n as usize).copied().unwrap_or(0));
         (0..count).map(|n| (0..8).fold(0, |word, b| word << 8 | byte(at + n * 8 + b))).collect()

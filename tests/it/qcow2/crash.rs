@@ -33,7 +33,7 @@ struct Model {
 
 struct Case {
     create: &'static str,
-    /// What lies under the image reads as garbage, and its length is fixed.
+    /// What is under the image reads as garbage, and its length is fixed.
     garbage: bool,
     /// A backing file full of this byte.
     backing: Option<u8>,

@@ -2,8 +2,8 @@
 //!
 //! The image records the damage, and an event reports it, as with qemu-storage-daemon.
 //!
-//! Where the two differ on purpose: reading goes on from an image that was marked as corrupt; what is
-//! reserved for later is looked at before it is needed; the header's cluster is never given out.
+//! Where the two differ on purpose: reading continues from an image that was marked as corrupt; what is reserved for
+//! later is looked at before it is needed; the header's cluster is never given out.
 
 use crate::monitor::{Client, MONITOR};
 use crate::vhost_user::{Daemon, export_of};
@@ -28,8 +28,8 @@ struct Bytes {
 }
 
 impl Bytes {
-    /// Clusters of 64 KiB: two at the start of the disk, one at 4 MiB. A snapshot, and the first cluster
-    /// written anew; a bitmap.
+    /// Clusters of 64 KiB: two at the start of the disk, one at 4 MiB. A snapshot, and the first cluster written
+    /// again; a bitmap.
     fn new() -> Bytes {
         Bytes::of_disk("64M")
     }
@@ -66,7 +66,7 @@ impl Bytes {
         self.bytes[at as usize..][..8].copy_from_slice(&word.to_be_bytes());
     }
 
-    /// Makes the first guest cluster lie there.
+    /// Makes the first guest cluster exist.
     fn point_to(&mut self, host: u64) {
         self.set(self.l2, COPIED | host);
     }

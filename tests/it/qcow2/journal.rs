@@ -52,13 +52,13 @@ impl Memory {
     }
 }
 
-/// Has a disk's image keep its entries in `memory`.
+/// Makes a disk's image keep its entries in `memory`.
 pub async fn attach(node: &Arc<Node>, memory: Arc<Memory>) -> Result<(), Error> {
     let node = node.journaled().expect("an image below that can");
     node.driver().journaled().unwrap().attach(memory).await
 }
 
-/// Has a disk's image hand over its entries, and use the memory no more.
+/// Makes a disk's image hand over its entries, and use the memory no more.
 pub async fn detach(node: &Arc<Node>, memory: Arc<Memory>) {
     let node = node.journaled().unwrap();
     node.driver().journaled().unwrap().detach(memory).await.unwrap();

@@ -33,7 +33,7 @@ fn a_shrink_gives_the_storage_back_what_it_frees_inside_the_file() {
     let blocks = [false, true].map(|ours| {
         let images = Images::new();
         images.run("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
-        // The end of the disk lies before its start in the file.
+        // The end of the disk is before its start in the file.
         images.run("qemu-io", &["-c", "write 8M 8M", "-c", "write 0 8M", "a.qcow2"]);
         let image =
             "driver=qcow2,discard=ignore,file.driver=file,file.filename=a.qcow2,file.discard=unmap";

@@ -132,7 +132,7 @@ impl Work {
         }
     }
 
-    /// Turns the disk back to one, while nothing else goes on.
+    /// Turns the disk back to one, while nothing else continues.
     async fn apply(&self, name: &str) {
         self.flush().await;
         let old = self.snapshot(name);

@@ -265,7 +265,7 @@ fn entries(images: &Images, name: &str) -> Vec<Snapshot> {
     (0..header.nb_snapshots).map(parse).collect()
 }
 
-/// Puts another entry in the place of the only one, which it may be longer than.
+/// Puts another entry instead of the only one, which it may be longer than.
 fn replace_entry(images: &Images, name: &str, entry: &Snapshot) {
     let path = images.path(name);
     let mut bytes = std::fs::read(&path).unwrap();

@@ -25,7 +25,7 @@ fn contents(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join("contents.raw")).unwrap()
 }
 
-/// What an image says of itself, without what it occupies.
+/// What an image reports about itself, without what it occupies.
 fn info(dir: &Path) -> String {
     let info = qemu_img(dir, &["info", "a.qcow2"]);
     info.lines().filter(|line| !line.starts_with("disk size")).collect::<Vec<_>>().join("\n")

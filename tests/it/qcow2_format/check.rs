@@ -254,7 +254,7 @@ fn snapshots_and_bitmaps_hold_their_clusters() {
         ("a bitmap's cluster far away", table, 1 << 40),
         ("a bitmap of ones", table, 1),
     ] {
-        // A writer of bitmaps writes them anew when it ends.
+        // A writer of bitmaps writes them again when it ends.
         bench.compare(what, &image, &[(at, &q(value))], false);
     }
     // Bitmaps that somebody did not keep up with: the warning is another program's.
@@ -324,9 +324,8 @@ fn align_ends(mine: &mut Result<Checked, String>, wanted: &Result<Checked, Strin
 
 const PAST_END: &str = "exceeding the end of the file";
 
-/// Whether QEMU has rebuilt the refcounts of an image with entries that lead past its end. Our new
-/// structure goes there, behind what the entries lead to, which becomes a part of the file; QEMU goes on
-/// telling of it.
+/// Whether QEMU has rebuilt the refcounts of an image with entries that lead past its end. Our new structure goes
+/// there, behind what the entries lead to, which becomes a part of the file; QEMU still reports it.
 fn rebuilds_beyond(wanted: &Result<Checked, String>) -> bool {
     wanted.as_ref().is_ok_and(|wanted| {
         let has = |text: &str| wanted.lines.iter().any(|line| line.contains(text));

@@ -61,7 +61,7 @@ fn what_cannot_be_read_fails_or_becomes_zeroes() {
     .into();
     let lines: Vec<&str> = lines.iter().map(|line| &**line).collect();
     assert_same(&[], &lines);
-    // To nowhere, for what was on its way before the failure may have reached a target.
+    // To nowhere, for what was in flight before the failure may have reached a target.
     let failing = format!("qemu-img convert -n {broken} null-co://").replace("129", "1");
     assert_same(&[], &[&failing]);
 }

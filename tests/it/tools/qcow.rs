@@ -124,7 +124,7 @@ fn tables_that_make_no_sense_cost_their_reader_an_error_and_nobody_elses_data() 
         (&[(50, 1)], false),
         (&[(54, 0), (55, 8)], false),
         (&[(48, 128)], false),
-        // What lies behind the end of the file reads as zeroes.
+        // What is behind the end of the file reads as zeroes.
         (&[(0x1004, 1)], true),
     ] {
         let place = Place::new(true);
@@ -217,7 +217,7 @@ fn assert_same_contents(prepare: &[&str], lines: &[&str]) {
     assert!(contents[0].3 == contents[1].3, "{lines:?}: other bytes");
 }
 
-/// The extents of a map without where they lie: those that are alike and side by side as one.
+/// The extents of a map without where they are: those that are alike and side by side as one.
 fn merged(map: &str) -> Vec<(u64, String)> {
     let mut all: Vec<(u64, String)> = Vec::new();
     for line in map.lines() {

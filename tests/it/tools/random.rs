@@ -76,7 +76,7 @@ fn line(rng: &mut Rng, cluster: u64, compresses: bool) -> String {
     }
 }
 
-/// What `map` says of an image, without where its data lies.
+/// What `map` says of an image, without where its data is.
 pub fn map(ended: &Ended) -> Vec<(u64, u64, String)> {
     let entries: Vec<serde_json::Value> = serde_json::from_str(&ended.stdout).unwrap();
     let mut extents: Vec<(u64, u64, String)> = Vec::new();
@@ -92,7 +92,7 @@ pub fn map(ended: &Ended) -> Vec<(u64, u64, String)> {
     extents
 }
 
-/// Without dates, sizes of files, and how the clusters happen to lie.
+/// Without dates, sizes of files, and how the clusters happen to be.
 fn masked(ended: Ended) -> Ended {
     let mut stdout = snapshots::mask(&ended.stdout);
     if let (Some(from), Some(to)) = (stdout.find(" allocated, "), stdout.find(" fragmented, ")) {

@@ -230,7 +230,7 @@ const LZMA: u32 = 0x8000_0008;
 const COMMENT: u32 = 0x7fff_fffe;
 const TERMINATOR: u32 = 0xffff_ffff;
 
-/// A disk image: chunks of a kind, with so many sectors, stored so.
+/// A disk image: chunks of a kind, with this many sectors, stored so.
 #[derive(Clone)]
 struct Dmg {
     chunks: Vec<(u32, u64, Vec<u8>)>,

@@ -20,8 +20,8 @@ const READS: [&str; 11] = [
 #[test]
 fn images_of_both_kinds_are_read_as_qemu_reads_them() {
     for (options, size) in [("", "6M"), ("", "5001k"), ("-o static=on", "6M"), ("", "3G")] {
-        // Copies of a static image are compared below: holes of its file lie across pages of the copy's, of which
-        // one program stores a few more than the other.
+        // Copies of a static image are compared below: holes of its file are across pages of the copy's, of which one
+        // program stores a few more than the other.
         let is_static = options.contains("static");
         let reads = READS.iter().filter(|line| !is_static || !line.contains("convert"));
         assert_same(
@@ -230,7 +230,7 @@ fn blocks_at_the_end_that_were_discarded_are_given_back() {
         "qemu-io -d unmap -f vdi -c 'write -P 1 3M 1M' -c 'write -P 2 0 1M' -c 'write -P 3 4M 1k' x.vdi",
     );
     assert_eq!(map_of(&place, 5), (vec![1, NEVER, NEVER, 0, 2], 3));
-    // A block that others lie behind keeps its place.
+    // A block that others are behind keeps its place.
     run("qemu-io -d unmap -f vdi -c 'discard 0 1M' x.vdi");
     assert_eq!(map_of(&place, 5), (vec![1, NEVER, NEVER, 0, 2], 3));
     run("qemu-io -d unmap -f vdi -c 'write -z -u 4M 1M' x.vdi");

@@ -12,7 +12,7 @@ pub const SIZE: u64 = 8 << 20;
 /// No step of a test takes this long unless it hangs.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// A running daemon. Its files lie in its own directory, which goes with it.
+/// A running daemon. Its files are in its own directory, which goes with it.
 pub struct Daemon {
     pub server: Server,
     program: Vec<String>,
@@ -87,7 +87,7 @@ impl Daemon {
         std::fs::read(self.path("disk.img")).unwrap()
     }
 
-    /// Waits until the log holds `text` so many times, and gives the log.
+    /// Waits until the log holds `text` this many times, and gives the log.
     pub fn wait_log(&mut self, text: &str, times: usize) -> String {
         let end = Instant::now() + LIMIT;
         loop {

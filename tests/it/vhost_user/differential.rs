@@ -86,7 +86,7 @@ fn raw(request_type: u32, sector: u64, data: usize, writable: usize) -> Request 
     Request::Raw { request_type, sector, data: vec![0x77; data], writable }
 }
 
-/// Every edge that a request can be put at, for a disk of so many sectors.
+/// Every edge that a request can be put at, for a disk of this many sectors.
 fn edges(sectors: u64) -> Vec<Request> {
     let mut all = Vec::new();
     let places = [

@@ -132,7 +132,7 @@ fn each_request_marks_the_pages_that_it_writes_and_no_others() {
                 assert_eq!(check(&mut disk, &log, &request, &shape, only_status), ends);
             }
             assert_eq!(check(&mut disk, &log, &Request::GetId, &shape, written), status::OK);
-            // The name takes 20 bytes, wherever they lie, of all that there are.
+            // The name takes 20 bytes, wherever they are, of all that there are.
             let id = room(request_type::GET_ID, vec![], 9000);
             let twenty = |chain: &[Segment]| {
                 let mut left = 20;

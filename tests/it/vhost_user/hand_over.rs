@@ -78,7 +78,7 @@ fn stop(disk: &mut Disk) -> Vec<u16> {
     disk.stop().unwrap()
 }
 
-/// What QEMU does when it goes on.
+/// What QEMU does when it continues.
 fn go_on(disk: &mut Disk, bases: &[u16]) {
     for (index, &base) in bases.iter().enumerate() {
         disk.start_queue(index, base).unwrap();
@@ -178,7 +178,7 @@ fn a_migration_that_fails_after_the_guest_was_stopped_gives_the_image_back() {
         disk.start_logging(&log).unwrap();
         let bases = stop(&mut disk);
         here.wait_log("the disk is given up", usize::from(turn));
-        // The front end goes on with its memory as it was, and without the log.
+        // The front end continues with its memory as it was, and without the log.
         disk.stop_logging().unwrap();
         go_on(&mut disk, &bases);
         disk.write(0, &pattern(512, turn)).unwrap();

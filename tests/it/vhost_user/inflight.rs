@@ -25,8 +25,8 @@ pub fn options(num_queues: usize) -> Options {
     Options { num_queues, queue_size: ENTRIES, protocol, limit: LIMIT, ..Options::default() }
 }
 
-/// A raw image of [`SIZE`] bytes behind four queues and two threads. It lies beside what cargo
-/// builds: the system's temporary folder may be of a kind that knows no O_DIRECT.
+/// A raw image of [`SIZE`] bytes behind four queues and two threads. It is beside what cargo builds: the system's
+/// temporary folder may be of a kind that knows no O_DIRECT.
 fn raw_disk() -> Daemon {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     new_image(&dir.path().join("disk.img"), SIZE);
@@ -386,7 +386,8 @@ fn memory_of_another_back_end_ends_with_its_queues_and_knows_of_no_write_cache()
         daemon.restart();
         let mut other = daemon.open(&options(1));
         other.stop().unwrap();
-        let announced = VhostUserInflight { mmap_size: size, ..announced };
+        let announced =
+            VhostUserInflight::new(size, announced.mmap_offset, announced.num_queues, ENTRIES);
         other.connection().set_inflight(&announced, &file).unwrap();
         assert_eq!(other.connection().config().unwrap().wce, wce, "{size} {magic}");
     }
@@ -402,8 +403,8 @@ fn an_inflight_region_that_is_wrong_costs_the_connection_only() {
     for (times, (announced, says)) in [
         (with(4096, 0, 2, 1024), "2 queues of 1024 take"),
         (with(len, 1 << 40, 2, ENTRIES), "its file ends at"),
-        (with(u64::MAX, 0, 16, 1024), "its file ends at"),
-        (with(len, 0, 1, ENTRIES / 2), "1024 entries (version 1 and 32 entries"),
+        (with(u64::MAX, 0, 2, ENTRIES * 2), "its file ends at"),
+        (with(len, 0, 1, ENTRIES / 2), "64 entries (version 1 and 32 entries"),
     ]
     .into_iter()
     .enumerate()

@@ -187,7 +187,7 @@ fn random_messages_do_not_end_the_daemon() {
 #[test]
 fn rings_outside_the_memory_or_off_their_alignment_are_refused() {
     let mut daemon = Daemon::file("");
-    // Where the descriptor, available and used parts lie, from the start of the one region.
+    // Where the descriptor, available and used parts are, from the start of the one region.
     let size = 1 << 20;
     let table: [(&str, [u64; 3]); 7] = [
         ("descriptors outside", [size, 0, 8192]),

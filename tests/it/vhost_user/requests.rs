@@ -243,7 +243,7 @@ fn an_error_of_the_disk_is_an_error_of_the_request_and_no_more() {
     let mut daemon = Daemon::file("");
     let mut disk = daemon.open(&Options::default());
     disk.write(0, &pattern(4096, 1)).unwrap();
-    // What lies behind a file that was cut off elsewhere reads as zeroes and can be written.
+    // What is behind a file that was cut off elsewhere reads as zeroes and can be written.
     std::fs::File::options()
         .write(true)
         .open(daemon.path("disk.img"))

@@ -1,7 +1,7 @@
 //! Durability: the guest's write-cache switch and its flushes, as they reach the file.
 //!
-//! What of a file's page cache is not yet on the disk is asked of the kernel (`cachestat`, Linux
-//! 6.5); where it cannot say, or the file lies in memory anyway, that half of a test is left out.
+//! What of a file's page cache is not yet on the disk is asked of the kernel (`cachestat`, Linux 6.5); where it
+//! cannot say, or the file is in memory anyway, that half of a test is left out.
 
 use std::os::fd::AsRawFd;
 
@@ -12,7 +12,7 @@ use vublk_testkit::{Connection, Disk, Options};
 use super::daemon::figure;
 use super::{Daemon, LIMIT, pattern};
 
-/// Pages of the image that are dirty or on their way, if the kernel can say.
+/// Pages of the image that are dirty or in flight, if the kernel can say.
 fn dirty_pages(daemon: &Daemon) -> Option<u64> {
     const SYS_CACHESTAT: libc::c_long = 451;
     const TMPFS_MAGIC: i64 = 0x0102_1994;

@@ -16,7 +16,7 @@ impl TableEntry for Pair {
     }
 }
 
-/// Explores all executions with up to `preemptions` switches away from a thread that could go on.
+/// Explores all executions with up to `preemptions` switches away from a thread that could continue.
 pub fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);

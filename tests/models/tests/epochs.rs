@@ -54,7 +54,7 @@ fn serve(graph: &Graph, announcer: &Announcer) {
 fn a_change_waits_for_every_request_that_began_before_it() {
     explore(|| {
         let graph = Arc::new(Graph::default());
-        // SAFETY: the one change below is told of the member before the first turn.
+        // SAFETY: the one change below knows the member before the first turn.
         let announcer = unsafe { Announcer::new() };
         let member = announcer.member().clone();
         let changer = {

@@ -288,13 +288,11 @@ impl Disk {
         self.connection.share_memory(&self.memory, count, self.options.memory_messages)?;
         if self.connection.protocol() & protocol::INFLIGHT_SHMFD != 0 {
             if self.inflight.is_none() {
-                let (queues, size) = (self.options.num_queues as u16, self.inflight_size());
+                let (queues, size) = (self.options.num_queues as u16, self.options.queue_size);
                 self.inflight = Some(self.connection.get_inflight(queues, size)?);
             }
             if let Some((announced, file)) = &self.inflight {
-                let mut announced = *announced;
-                announced.queue_size = self.inflight_size();
-                self.connection.set_inflight(&announced, file)?;
+                self.connection.set_inflight(announced, file)?;
             }
         }
         for index in 0..self.queues.len() {
@@ -307,12 +305,7 @@ impl Disk {
         Ok(())
     }
 
-    /// The size that QEMU 10 asks for and announces: that of its option `queue-size`, though rings may have 1,024 entries.
-    fn inflight_size(&self) -> u16 {
-        self.options.queue_size.min(128)
-    }
-
-    /// Hands queue `index` to the device, which is to go on at available index `base`; not yet enabled.
+    /// Hands queue `index` to the device, which is to continue at available index `base`; not yet enabled.
     pub fn start_queue(&mut self, index: usize, base: u16) -> Result<()> {
         let setup = setup(&self.queues[index].ring, base, self.logged);
         self.connection.start_queue(index, &self.memory, &setup)
@@ -349,8 +342,8 @@ impl Disk {
         (0..self.queues.len()).map(|index| self.connection.stop_queue(index)).collect()
     }
 
-    /// Connects anew (the old connection ends first) with the same memory and rings; each queue goes
-    /// on at its used index, so that what was not finished is done again.
+    /// Connects again (the old connection ends first) with the same memory and rings; each queue continues at its
+    /// used index, so that what was not finished is done again.
     pub fn reconnect(&mut self) -> Result<()> {
         self.connection.hang_up();
         let mut connection = Connection::connect(&self.path, self.options.limit)?;

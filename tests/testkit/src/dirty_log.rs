@@ -34,7 +34,7 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// A log of so many bytes, nothing marked, in a file that cannot be shrunk or grown.
+    /// A log of this many bytes, nothing marked, in a file that cannot be shrunk or grown.
     pub fn new(bytes: u64) -> Result<DirtyLog> {
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
         // SAFETY: the name is a C string; the call has no other precondition.

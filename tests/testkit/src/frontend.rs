@@ -288,8 +288,8 @@ impl Connection {
         self.acked("SET_VRING_ENABLE", |v| v.set_vring_enable(index, on))
     }
 
-    /// GET_VRING_BASE: the queue is stopped, its requests are done, and the device would go on at
-    /// the available index returned.
+    /// GET_VRING_BASE: the queue is stopped, its requests are done, and the device would continue at the available
+    /// index returned.
     pub fn stop_queue(&mut self, index: usize) -> Result<u16> {
         Ok(self.plain("GET_VRING_BASE", |v| v.get_vring_base(index))? as u16)
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// Where the regions lie: guest-physical start and size in bytes of each, in ascending order.
+/// Where the regions are: guest-physical start and size in bytes of each, in ascending order.
 #[derive(Debug, Clone)]
 pub struct MemoryLayout(pub Vec<(u64, usize)>);
 
@@ -22,8 +22,8 @@ impl MemoryLayout {
         MemoryLayout(vec![(0, size)])
     }
 
-    /// `count` regions whose guest addresses touch while their host addresses do not: a buffer may
-    /// lie across a border.
+    /// `count` regions whose guest addresses touch while their host addresses do not: a buffer may be across a
+    /// border.
     pub fn adjacent(count: usize, size: usize) -> Self {
         MemoryLayout((0..count).map(|i| ((i * size) as u64, size)).collect())
     }
@@ -151,7 +151,7 @@ impl Memory {
         let region = &self.regions[self.region_of(addr)?];
         let offset = addr - region.guest_addr;
         (len <= region.size() - offset)
-            // SAFETY: `offset` lies inside the region's mapping.
+            // SAFETY: `offset` is inside the region's mapping.
             .then(|| unsafe { region.host.as_ptr().add(offset as usize) })
     }
 
@@ -160,7 +160,7 @@ impl Memory {
         self.host_ptr(addr, 1).map(|p| p as u64)
     }
 
-    /// Calls `copy` for each piece of the range that lies in one region: pointer, offset in the range, bytes.
+    /// Calls `copy` for each piece of the range that is in one region: pointer, offset in the range, bytes.
     fn pieces(&self, addr: u64, len: usize, mut copy: impl FnMut(*mut u8, usize, usize)) {
         let mut done = 0;
         while done < len {
@@ -325,7 +325,7 @@ impl Buffer {
         self.len == 0
     }
 
-    /// Pointer to the first byte; the buffer must lie in one region.
+    /// Pointer to the first byte; the buffer must be in one region.
     pub fn host_ptr(&self) -> Option<*mut u8> {
         self.memory.host_ptr(self.addr, self.len)
     }

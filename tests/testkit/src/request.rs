@@ -1,8 +1,8 @@
 //! Block requests, and the ways to cut them into descriptors.
 //!
-//! A request is two streams of bytes: what the device reads (header, then data) and what it writes
-//! (data, then the status byte). A [`Shape`] says where the streams are cut and where the pieces
-//! lie; virtio 1 (2.7.4) allows any cut.
+//! A request is two streams of bytes: what the device reads (header, then data) and what it writes (data, then the
+//! status byte). A [`Shape`] says where the streams are cut and where the pieces are; virtio 1 (2.7.4) allows any
+//! cut.
 
 use std::sync::Arc;
 
@@ -101,14 +101,14 @@ pub enum Cut {
     Natural,
     /// The whole stream in one descriptor: header with data, data with status.
     Joined,
-    /// A descriptor for every so many bytes.
+    /// A descriptor for every this many bytes.
     Each(usize),
     /// These sizes, the last piece taking what is left.
     Sizes(Vec<usize>),
 }
 
 impl Cut {
-    /// Sizes of the pieces of a stream of `len` bytes whose natural border lies at `border`.
+    /// Sizes of the pieces of a stream of `len` bytes whose natural border is at `border`.
     fn sizes(&self, len: usize, border: usize) -> Vec<usize> {
         let mut left = len;
         let mut take = |want: usize| {
@@ -128,7 +128,7 @@ impl Cut {
     }
 }
 
-/// Where the pieces lie.
+/// Where the pieces are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
     /// Wherever there is room.

@@ -16,7 +16,7 @@ use crate::memory::{Buffer, Memory};
 use crate::request::Segment;
 use crate::spec::{self, desc_flag, need_event};
 
-/// A descriptor as it lies in memory.
+/// A descriptor as it is in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Desc {
     pub addr: u64,
@@ -37,7 +37,7 @@ impl Desc {
     }
 }
 
-/// Where the three parts of a ring lie, and raw access to them. Addresses are guest-physical.
+/// Where the three parts of a ring are, and raw access to them. Addresses are guest-physical.
 #[derive(Debug, Clone, Copy)]
 pub struct RingLayout {
     pub size: u16,

@@ -103,7 +103,7 @@ pub const CONFIG_SIZE: usize = 60;
 /// Offset of `writeback` in the configuration: the one field a driver may write.
 pub const CONFIG_WCE_OFFSET: u32 = 32;
 
-/// Has the other side asked, by `event`, to be told about the step from `old` to `new` (virtio 2.7.10)?
+/// Whether the other side asked, by `event`, to be notified of the step from `old` to `new` (virtio 2.7.10)?
 pub fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }

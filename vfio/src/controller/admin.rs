@@ -168,7 +168,7 @@ impl Inner {
         self.execute(command, data, false)
     }
 
-    /// The same; `starting` for who starts the controller, while everybody else has to wait.
+    /// The same; `starting` for the thread that starts the controller, while all others have to wait.
     pub fn execute(&self, command: Command, data: Data, starting: bool) -> Result<Reply, Failure> {
         let deadline = Instant::now() + self.options().admin_timeout;
         let mut pause = Duration::from_micros(20);

@@ -235,7 +235,7 @@ impl Inner {
                 // Critical warnings of the device's health, and namespaces that change.
                 .with_dword(11, 0x1f | 1 << 8);
             if let Err(failure) = self.execute(command, Data::None, true) {
-                log::warn!("{}: {}", self.name, failure.error("asking to be told of changes"));
+                log::warn!("{}: {}", self.name, failure.error("enabling asynchronous events"));
             }
         }
         lock(&self.admin).ask_for_event(self);
@@ -269,7 +269,7 @@ impl Inner {
         Ok(())
     }
 
-    /// Has the controller write its cache and stop (section 3.6.1).
+    /// Makes the controller write its cache and stop (section 3.6.1).
     fn shut_down(&self) {
         let configuration = self.registers.read(registers::CC) & !registers::SHUTDOWN_MASK;
         self.registers.write(registers::CC, configuration | registers::SHUTDOWN);
@@ -309,7 +309,7 @@ impl Inner {
         match life {
             RUNNING => {
                 self.shut_down();
-                // Whoever still has memory registered need not keep it locked.
+                // The owner of memory that is still registered need not keep it locked.
                 if let Err(error) = self.space.cut() {
                     log::error!("{}: taking its memory away: {error}", self.name);
                 }

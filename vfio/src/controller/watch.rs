@@ -40,9 +40,9 @@ pub fn spawn(inner: &Arc<Inner>) -> Result<JoinHandle<()>, Error> {
         epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).map_err(failed)?;
         events.push(event);
     }
-    let (weak, look) = (Arc::downgrade(inner), inner.options.look);
+    let (weak, check_interval) = (Arc::downgrade(inner), inner.options.check_interval);
     let builder = std::thread::Builder::new().name("nvme-watch".into());
-    let thread = Thread { weak, epoll, events, look, watch: Watch::default() };
+    let thread = Thread { weak, epoll, events, check_interval, watch: Watch::default() };
     builder.spawn(move || thread.run()).map_err(failed)
 }
 
@@ -51,11 +51,11 @@ struct Thread {
     epoll: Epoll,
     /// To be woken, the admin queue's, the host's wish to have the device back.
     events: Vec<EventFd>,
-    look: Duration,
+    check_interval: Duration,
     watch: Watch,
 }
 
-/// What the thread knows of the controller. Whoever opens one without a thread has this instead.
+/// The thread's state of the controller. Users of a controller without a thread keep this themselves.
 #[derive(Default)]
 pub struct Watch {
     /// Resets in a row, and when the last was.
@@ -71,8 +71,8 @@ impl Thread {
     fn run(mut self) {
         loop {
             let mut woken = [EpollEvent::default(); 3];
-            let look = if self.watch.absent.is_some() { ABSENT_LOOK } else { self.look };
-            let timeout = look.as_millis().try_into().unwrap_or(i32::MAX);
+            let wait = if self.watch.absent.is_some() { ABSENT_LOOK } else { self.check_interval };
+            let timeout = wait.as_millis().try_into().unwrap_or(i32::MAX);
             let count = self.epoll.wait(timeout, &mut woken).unwrap_or(0);
             let Some(inner) = self.weak.upgrade() else { return };
             for event in &woken[..count] {
@@ -111,7 +111,7 @@ impl Thread {
 }
 
 impl Watch {
-    /// Does what there is to do, without waiting for queue pairs.
+    /// Does all pending work, without waiting for queue pairs.
     pub(super) fn work(&mut self, inner: &Inner) {
         if self.is_halting {
             return self.finish_reset(inner);
@@ -263,7 +263,7 @@ impl Inner {
         }
     }
 
-    /// Asks for the sizes of all open namespaces, and tells who listens if one has changed.
+    /// Asks for the sizes of all open namespaces, and notifies the listener if one has changed.
     pub(super) fn refresh(&self) {
         let ids: Vec<u32> = lock(&self.namespaces).keys().copied().collect();
         let mut changed = false;

@@ -194,7 +194,7 @@ impl Fake {
         self.device().broken = broken;
     }
 
-    /// The controller as somebody left it who never stopped it: enabled, and with bus mastering on.
+    /// The controller as a user left it that never stopped it: enabled, and with bus mastering on.
     pub fn leave_running(&self) {
         let mut device = self.device();
         device.leave_running();

@@ -50,7 +50,7 @@ impl Status {
     /// Whether the same command is to be given again: the controller says that it may, and what was in
     /// its way passes.
     pub fn is_transient(self) -> bool {
-        // Of the path related type 3 those that the host sees to: asymmetric access in transition.
+        // Of the path related type 3 those that the host handles: asymmetric access in transition.
         let passes =
             matches!(self.code(), 0x07 | 0x08 | 0x1d | 0x21 | 0x82 | 0x303 | 0x360 | 0x370);
         self.0 & Status::DNR == 0 && passes

@@ -11,7 +11,7 @@ pub fn options() -> Options {
         io_timeout: Duration::from_millis(400),
         admin_timeout: Duration::from_millis(400),
         max_pairs: 8,
-        look: Duration::from_millis(50),
+        check_interval: Duration::from_millis(50),
         absence: Duration::from_millis(500),
     }
 }

@@ -45,7 +45,7 @@ fn misbehave(seed: u64) {
 #[test]
 fn events_without_end_keep_nobody_from_working() {
     let fake = Fake::new(Config::default());
-    let options = Options { look: Duration::from_millis(5), ..options() };
+    let options = Options { check_interval: Duration::from_millis(5), ..options() };
     let controller = Controller::open(fake.function(), &options).unwrap();
     for n in 0..200 {
         fake.resize(1, 1000 + n % 2);

@@ -136,7 +136,7 @@ fn a_node_stays_active_as_long_as_anybody_needs_it() {
     assert!(!holds[0].node().is_active());
     bench.activate(&holds[0].activity()).unwrap();
     assert!(holds[1].node().is_active() && !holds[1].activity().is_active());
-    // What two nodes stand on goes with the second.
+    // A node below two others is closed with the second.
     bench.open("driver=store,tag=activity-6,node-name=both").unwrap();
     for name in ["a", "b"] {
         bench.open(&format!("driver=pass,node-name={name},file=both")).unwrap();

@@ -150,7 +150,7 @@ impl Shared {
         let refused =
             |error: Error| VhostError::ReqHandlerError(std::io::Error::other(error.to_string()));
         let mut session = lock(session);
-        let again = match transitions.look(session.waits_for_disk()).map_err(refused)? {
+        let again = match transitions.poll(session.waits_for_disk()).map_err(refused)? {
             Taking::Waits(again) => again,
             Taking::Taken => {
                 if self.disk.take_size() {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Shared {
-    /// Has what the front end keeps for us, and what the kernel keeps for queues, be of the node's image, and of no
+    /// Assigns what the front end keeps for us, and what the kernel keeps for queues, to the node's image, and to no
     /// other. No session starts a ring meanwhile, for the disk is paused.
     ///
     /// # Errors

@@ -97,8 +97,8 @@ impl Session {
         let loss = LossWatch::new(self.cut_off.clone());
         let timeout = self.disk.options.failures.io_timeout;
         let watch = Watch::new(timeout, self.cut_off.clone(), self.hung.clone());
-        // Every start scans the ring unprompted: a source is polled as it is attached.
-        // Only who tracks requests has them begun again.
+        // Every start scans the ring unprompted: a source is polled as it is attached. Requests are repeated only if
+        // they are tracked.
         let fence = self.inflight.as_ref().map(|_| self.disk.node().fence());
         let source = self.workers[worker].call(move |local| {
             let mut queue = Queue::new(start);
@@ -115,7 +115,7 @@ impl Session {
         Ok(())
     }
 
-    /// Has the image keep its journal in the front end's memory, if there is any. The disk is busy until then.
+    /// Makes the image keep its journal in the front end's memory, if there is any. The disk is busy until then.
     ///
     /// # Errors
     /// What a killed daemon has left cannot be taken up, or that does not end. It is left to itself then, and the

@@ -85,8 +85,8 @@ impl Session {
         Ok(())
     }
 
-    /// Has the image hand over what it keeps in the front end's memory, which goes. If I/O may still land, or this does
-    /// not end, the next session sees to it.
+    /// Makes the image hand over what it keeps in the front end's memory, which goes. If I/O may still land, or this
+    /// does not end, the next session does it.
     pub(super) fn let_journal_go(&self) {
         if self.disk.lingering.any() {
             return;
@@ -116,8 +116,8 @@ impl Session {
         receiver: &mpsc::Receiver<T>,
     ) -> Option<Option<T>> {
         let timeout = self.disk.options.failures.io_timeout;
-        // The queue's own watch tells a little later than the deadline, so that this is for those
-        // who cannot tell: a worker that hangs itself.
+        // The queue's own watch tells a little later than the deadline, so that this is for those that it cannot
+        // tell: a worker that hangs itself.
         let most = if timeout.is_zero() { Duration::MAX } else { 2 * timeout };
         let began = Instant::now();
         let mut next_warning = STOP_PATIENCE;

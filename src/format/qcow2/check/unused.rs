@@ -2,7 +2,7 @@
 //!
 //! The references are counted a part at a time.
 //!
-//! Everything but the L2 tables is read at once, and the tables one by one. The caller sees to it that a table is not
+//! Everything but the L2 tables is read at once, and the tables one by one. The caller ensures that a table is not
 //! reused before it was read ([`Walk::is_to_read`]), and leaves alone what was counted in another way meanwhile.
 
 use super::{Check, read_header, read_words};

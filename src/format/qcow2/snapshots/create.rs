@@ -143,7 +143,7 @@ impl Qcow2 {
         self.settle().await
     }
 
-    /// Clusters for an L1 table of so many entries.
+    /// Clusters for an L1 table of this many entries.
     pub(super) async fn take_l1(&self, entries: usize) -> IoResult<(Run, Claim)> {
         self.space.take_run(self.metadata(), self.geometry.clusters(entries as u64 * 8)).await
     }

@@ -218,7 +218,7 @@ impl Qcow2 {
         self.snapshots.is_wrong.store(true, Ordering::SeqCst);
         log::error!(
             "{}: qcow2: {what}: {errno}; clusters are leaked until the image is repaired, which closing \
-             it does, or opening it anew",
+             it does, or opening it again",
             self.settings.name
         );
     }

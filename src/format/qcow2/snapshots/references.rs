@@ -8,9 +8,9 @@ use crate::format::qcow2::metadata::Metadata;
 use crate::format::qcow2::space::{Change, Space};
 use crate::io::{AlignedBuf, Errno, IoResult};
 
-/// One reference more, or one less, to each thing that the L1 table names and that its L2 tables
-/// name, in an order that is always the same; no more than the first `most`. `discard`: the storage is told of what becomes free. Raised refcounts are
-/// in memory then ([`Space::write`](crate::format::qcow2::space::Space::write)).
+/// One reference more, or one less, to each thing that the L1 table names and that its L2 tables name, in an order
+/// that is always the same; no more than the first `most`. `discard`: the storage is notified of what becomes free.
+/// Raised refcounts are in memory then ([`Space::write`](crate::format::qcow2::space::Space::write)).
 ///
 /// Nothing else may change the tables meanwhile, and lowered references must be gone, durably.
 ///

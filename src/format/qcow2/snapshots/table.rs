@@ -81,9 +81,9 @@ impl Table {
 }
 
 impl ImageSnapshots {
-    /// Puts a table of these snapshots of a disk of `size` bytes in the place of the one that there is, with what else is to
-    /// change in the header: all of it by one write. What had been written before is durable then.
-    /// Gives the clusters of the old table.
+    /// Puts a table of these snapshots of a disk of `size` bytes instead of the one that there is, with what else is
+    /// to change in the header: all of it by one write. What had been written before is durable then. Gives the
+    /// clusters of the old table.
     ///
     /// # Errors
     /// Whether there was an attempt to write the header: then the disk may have either table, and

@@ -1,9 +1,9 @@
 //! Allocation of host clusters from a reservation, which is refilled from the refcounts.
 //!
-//! Reserved clusters are counted already, durably, so that taking one is a matter of memory. The
-//! more was taken, the more is reserved at once: a reservation costs a flush, and a crash leaks what
-//! is left of it. The task that takes the first cluster of the second half reserves more before it goes on,
-//! while the others have what is left. Closing gives back what is left.
+//! Reserved clusters are counted already, durably, so that taking one is a matter of memory. The more was taken, the
+//! more is reserved at once: a reservation costs a flush, and a crash leaks what is left of it. The task that takes
+//! the first cluster of the second half reserves more before it continues, while the others have what is left.
+//! Closing gives back what is left.
 
 use super::refcounts::Refcounts;
 use super::{Metadata, Space};
@@ -26,7 +26,7 @@ pub struct Pool(Mutex<Reserved>);
 #[derive(Default)]
 struct Reserved {
     runs: VecDeque<Run>,
-    /// What is on its way here, or from here to a table.
+    /// What is in flight here, or from here to a table.
     claimed: Vec<Run>,
     /// Clusters that have been taken since the image was opened.
     taken: u64,
@@ -34,7 +34,7 @@ struct Reserved {
     half_at: Option<u64>,
 }
 
-/// Clusters that no entry may name, as if they were reserved, for as long as this is there.
+/// Clusters that no entry may name, as if they were reserved, while this is there.
 pub struct Claim {
     pool: Arc<Pool>,
     pub runs: Vec<Run>,

@@ -12,7 +12,7 @@ use crate::format::qcow2::layout;
 use crate::io::{AlignedBuf, Errno, IoResult};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// What is known of that, found out once.
+/// The status of that, found out once.
 #[derive(Default)]
 pub struct Holes(AtomicU8);
 

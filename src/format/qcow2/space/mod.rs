@@ -46,7 +46,7 @@ pub struct Space {
     holes: Holes,
     /// Whether a killed process has left clusters counted and unused.
     taking_back: TakingBack,
-    /// The storage is told of clusters that a killed process had taken.
+    /// The storage is notified of clusters that a killed process had taken.
     passes_discards: bool,
     /// Refcount blocks that are kept in memory, in bytes.
     cache_bytes: u64,
@@ -113,8 +113,8 @@ impl Space {
         self.counts().await?.check_table(image)
     }
 
-    /// One reference more, or one less, to each of these clusters; `discard`: the storage is told of clusters that become
-    /// free. Changed refcounts are in memory then ([`Space::write`]).
+    /// One reference more, or one less, to each of these clusters; `discard`: the storage is notified of clusters
+    /// that become free. Changed refcounts are in memory then ([`Space::write`]).
     ///
     /// # Errors
     /// How many had been changed, and why the next one cannot be: EINVAL for a count that would be
@@ -173,10 +173,10 @@ impl Space {
 
     // ---- The life of an image
 
-    /// Reads the refcounts of an image that another process has written: a table of so many clusters at an offset.
-    pub async fn read_anew(&self, file: &Node, table: (u64, u32)) -> IoResult {
+    /// Reads the refcounts of an image that another process has written: a table of this many clusters at an offset.
+    pub async fn reread(&self, file: &Node, table: (u64, u32)) -> IoResult {
         match &self.counts {
-            Some(counts) => counts.lock().await.read_anew(file, table, self.cache_bytes).await,
+            Some(counts) => counts.lock().await.reread(file, table, self.cache_bytes).await,
             None => Ok(()),
         }
     }
@@ -224,8 +224,8 @@ impl Space {
         Ok(())
     }
 
-    /// Takes off the end of the file what was reserved there and is free again, and what lies behind the cluster `used`;
-    /// of a last cluster that holds compressed ones only what lies behind `packed_end`.
+    /// Takes off the end of the file what was reserved there and is free again, and what is behind the cluster
+    /// `used`; of a last cluster that holds compressed ones only what is behind `packed_end`.
     async fn cut_file(
         &self,
         image: Metadata<'_>,

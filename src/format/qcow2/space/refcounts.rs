@@ -90,12 +90,7 @@ impl Refcounts {
     }
 
     /// As [`Refcounts::load`], of an image that somebody else has written.
-    pub async fn read_anew(
-        &mut self,
-        file: &Node,
-        place: (u64, u32),
-        cache_bytes: u64,
-    ) -> IoResult {
+    pub async fn reread(&mut self, file: &Node, place: (u64, u32), cache_bytes: u64) -> IoResult {
         let read = Refcounts::load(file, self.geometry, place, cache_bytes, self.is_lazy).await?;
         *self = Refcounts { pool: self.pool.clone(), ..read };
         Ok(())

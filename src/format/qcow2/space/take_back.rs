@@ -3,8 +3,8 @@
 //! They are what it had reserved, what it had taken for requests in flight, and what it was about to free.
 //!
 //! Nothing tells such clusters from others but that no table refers to them. So all tables are read, a part with each
-//! reservation and each flush, and requests go on meanwhile. The rule: a cluster that is counted, whose count has not
-//! changed since before the first table was read, and to which no reference was found, has none. For
+//! reservation and each flush, and requests continue meanwhile. The rule: a cluster that is counted, whose count has
+//! not changed since before the first table was read, and to which no reference was found, has none. For
 //!
 //! * a reference to such a cluster is new only where a table was copied, and the copied one is read, too: no table that is
 //!   to be read is freed meanwhile, or the search ends without a result;
@@ -160,7 +160,7 @@ impl Space {
         self.end_search(refcounts);
     }
 
-    /// Goes on until so many bytes were read, or there is nothing to do for now.
+    /// Continues until this many bytes were read, or there is nothing to do for now.
     async fn search_on(&self, image: Metadata<'_>, refcounts: &mut Refcounts, most: u64) {
         let mut left = most;
         while left > 0 {

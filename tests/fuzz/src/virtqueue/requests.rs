@@ -45,7 +45,7 @@ impl Guest {
     /// A request that keeps to the rules as far as its shape goes.
     pub(super) async fn request(&mut self, input: &mut Input<'_>) {
         if self.table_is_full() {
-            // All of the table and of the memory is used anew once nothing is in flight.
+            // All of the table and of the memory is used again once nothing is in flight.
             self.settle().await;
             self.next_descriptor = 0;
             self.free = self.used + 6 + u64::from(self.size) * 8;
@@ -103,8 +103,8 @@ impl Guest {
         }
     }
 
-    /// A flush whose readable part falls into exactly 2^16 segments, because each descriptor goes on
-    /// over many regions. What follows the header of a flush means nothing.
+    /// A flush whose readable part falls into exactly 2^16 segments, because each descriptor continues over many
+    /// regions. What follows the header of a flush means nothing.
     pub(super) fn flush_of_many_segments(&mut self) {
         let places = &self.memory.places[1..=MANY];
         let lens = |count: usize| places[..count].iter().map(|place| place.len).sum::<u64>();

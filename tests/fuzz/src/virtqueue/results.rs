@@ -37,7 +37,7 @@ impl Guest {
         // What is held is tried again after seconds, and may fail again.
         let paused_for_ever = 4_000;
         let patient = 4;
-        // Pauses that go on hold the queue; they are undone for the time of waiting.
+        // Pauses that continue hold the queue; they are undone for the time of waiting.
         for _ in 0..3 {
             self.with_queue(Queue::resume);
         }

@@ -68,7 +68,7 @@ impl Bytes {
             .collect()
     }
 
-    /// Cuts the extra data of all snapshots to so many bytes, as older versions of QEMU wrote it.
+    /// Cuts the extra data of all snapshots to this many bytes, as older versions of QEMU wrote it.
     fn cut_extra(&mut self, left: usize) -> &mut Bytes {
         let start = self.word(64) as usize;
         let mut table = Vec::new();
@@ -101,7 +101,7 @@ impl Bytes {
         }
     }
 
-    /// Puts a NUL byte in the place of each `X` of a text.
+    /// Puts a NUL byte instead of each `X` of a text.
     fn with_nul(&mut self, text: &str) -> &mut Bytes {
         let bytes = text.replace('X', "\0");
         let find = |image: &Bytes| image.0.windows(text.len()).position(|at| at == text.as_bytes());
@@ -121,7 +121,7 @@ fn with_image(line: &str) -> Vec<&str> {
     arguments
 }
 
-/// What an image says of itself, without what it occupies.
+/// What an image reports about itself, without what it occupies.
 fn plain(text: &str) -> String {
     text.lines()
         .filter(|line| !line.contains("disk size") && !line.contains("actual-size"))

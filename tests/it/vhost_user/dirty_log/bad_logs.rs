@@ -7,7 +7,7 @@ fn a_log_that_is_too_small_costs_one_line_and_no_byte_behind_it() {
     let mut daemon = Daemon::file("");
     let layout = MemoryLayout(vec![(0, 4 << 20), (1 << 30, 4 << 20)]);
     let mut disk = daemon.open(&Options { layout, ..options() });
-    // Enough for the first region, in a file that goes on.
+    // Enough for the first region, in a file that continues.
     let log = DirtyLog::new(8192).unwrap();
     let size = (4 << 20) / PAGE / 8;
     let region = vhost::VhostUserDirtyLogRegion {

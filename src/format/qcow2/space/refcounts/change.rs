@@ -66,9 +66,8 @@ impl Refcounts {
         Ok(Some((index, free)))
     }
 
-    /// Takes one reference of each cluster back. The caller has seen to it that no entry names them
-    /// any more, durably, and that nothing is under way to them. Gives the clusters that are free
-    /// now.
+    /// Takes one reference of each cluster back. The caller has ensured that no entry names them any more, durably,
+    /// and that nothing is under way to them. Gives the clusters that are free now.
     pub async fn release(&mut self, image: Metadata<'_>, runs: &[Run]) -> IoResult<Vec<u64>> {
         image.event(Event::ClusterFree).await;
         image.event(Event::RefblockAlloc).await;
