@@ -221,6 +221,11 @@ impl Header {
         self.l1_offset + self.l1_bytes()
     }
 
+    /// Where the name of the backing file is, in bytes.
+    pub fn backing_place(&self) -> std::ops::Range<u64> {
+        self.backing_offset..self.backing_offset.saturating_add(self.backing_len.into())
+    }
+
     /// The fields as they are stored.
     pub fn encode(&self) -> [u8; LEN] {
         let mut bytes = [0; LEN];

@@ -8,6 +8,7 @@
 //! | `entries` | the entries of its tables |
 //! | `mapping` | how an image maps a guest's clusters |
 //! | `space` | host clusters for what is new, and places for packed ones |
+//! | `journal` | entries that wait in memory that outlives the process |
 //! | `write` | writing, flushing, closing, emptying, and in which order |
 //!
 //! Zeroes are written as data: the format has no way to say them. Nothing is given back before the image is emptied.
@@ -15,6 +16,7 @@
 mod create;
 mod entries;
 mod header;
+mod journal;
 mod mapping;
 mod open;
 mod space;
@@ -175,6 +177,10 @@ impl Driver for Qcow {
 
     fn status(&self, at: u64, len: u64, precision: Precision) -> LocalFuture<'_, IoResult<Extent>> {
         Box::pin(status(self, at, len, precision))
+    }
+
+    fn journaled(&self) -> Option<&dyn Journaled> {
+        Some(self)
     }
 
     fn image(&self) -> Option<&dyn Image> {

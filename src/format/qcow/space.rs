@@ -11,6 +11,7 @@ use crate::cow::{
     lengthen, take_at_end,
 };
 use crate::io::IoResult;
+use std::collections::BTreeSet;
 
 /// Clusters that packed ones fill are taken so many at a time.
 const AHEAD: u64 = 4;
@@ -56,6 +57,11 @@ impl Qcow {
     /// Where the file ends, as far as its clusters may be written in place, in bytes. No lock.
     pub(super) fn file_len(&self) -> u64 {
         self.space.end.end() << self.geometry.cluster_bits
+    }
+
+    /// Whether one of these clusters may be given to something new.
+    pub(super) fn has_free(&self, hosts: &BTreeSet<u64>) -> bool {
+        self.space.end.has_free(hosts.iter().copied())
     }
 
     /// Cuts off what was not used at the file's end.

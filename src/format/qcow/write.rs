@@ -5,7 +5,8 @@
 //! * the file is longer, durably, before anything is written to its new clusters ([`super::space`]): entries never lead
 //!   past its end, and no cluster is given away twice, although nothing counts clusters;
 //! * a new L2 table reads as zeroes, durably, before the L1 entry names it; data is written, and what was copied around
-//!   it is durable, before its entry; packed clusters are durable before their entries;
+//!   it is durable, before its entry is on the disk, or the entry waits in the front end's memory ([`super::journal`]);
+//!   packed clusters are durable before their entries;
 //! * the name of another backing file lies in clusters of its own, durably, before the header names it, in one sector;
 //! * emptying the image ends all L1 entries, durably, before the file is cut and its clusters are used again.
 
@@ -14,8 +15,8 @@ use super::entries::{BadEntry, L1Entry, L2Entry};
 use super::header::{self, Cluster, Header};
 use crate::block::{Error, Event, WriteFlags, ZeroFlags};
 use crate::cow::{
-    Format, Journaling, LockGuard, Need, NewTable, Release, TwoLevels, Writable, Writer, announce,
-    begin_rest, check_ready, check_sound, ensure_table, file, lengthen, take_at_end,
+    Format, LockGuard, Need, NewTable, Release, TwoLevels, Writable, Writer, announce, begin_rest,
+    check_ready, check_sound, ensure_table, file, lengthen, settle_journal, take_at_end,
     write_suspects,
 };
 use crate::io::{Errno, IoResult, IoVec};
@@ -42,17 +43,12 @@ impl Writable for Qcow {
                 if file.len() < self.file_len() {
                     lengthen(&file, self.file_len()).await?;
                 }
+                self.mapping.journal.mark_in_use(true);
                 self.is_prepared.store(true, Ordering::Release);
             }
         }
         self.mapping.end_rest();
         Ok(())
-    }
-}
-
-impl Journaling for Qcow {
-    fn refers_to_nothing(&self, entry: L2Entry) -> bool {
-        self.geometry.decode(entry) == Cluster::Unallocated
     }
 }
 
@@ -126,6 +122,7 @@ impl Qcow {
             return Ok(());
         }
         write_suspects(self).await?;
+        settle_journal(self).await?;
         file(self).flush().await
     }
 
@@ -139,6 +136,7 @@ impl Qcow {
         check_sound(self).await?;
         self.cut_file().await;
         file(self).flush().await?;
+        self.mapping.journal.mark_in_use(false);
         self.is_prepared.store(false, Ordering::Release);
         Ok(())
     }
@@ -148,6 +146,7 @@ impl Qcow {
         self.prepare().await?;
         begin_rest(self).await;
         write_suspects(self).await?;
+        settle_journal(self).await?;
         let _lock = self.l1_lock.lock().await;
         let file = file(self);
         announce(self, Event::EmptyImagePrepare).await;
