@@ -117,6 +117,19 @@ pub struct Region {
 }
 
 impl Region {
+    /// New memory for the queues of a front end that asks for this size, and its description. It is made for the largest
+    /// rings: QEMU 10 asks for the size in its option `queue-size` (128 by default) and offers the guest 1,024 entries.
+    ///
+    /// # Errors
+    /// As those of [`Region::new`]; and a size that no ring has.
+    pub fn for_any_ring(
+        num_queues: u16,
+        queue_size: u16,
+    ) -> Result<(Region, VhostUserInflight, File), String> {
+        check(num_queues, queue_size)?;
+        Region::new(num_queues, MAX_SIZE)
+    }
+
     /// New memory for queues of the given size, and its description for the front end. Its file can be neither shrunk
     /// nor grown.
     pub fn new(
@@ -165,6 +178,7 @@ impl Region {
     pub fn map(announced: &VhostUserInflight, file: File) -> Result<Region, String> {
         let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *announced;
         check(num_queues, queue_size)?;
+        let queue_size = own_queue_size(announced, &file).unwrap_or(queue_size);
         let wanted = part_len(queue_size) as u64 * num_queues as u64;
         if mmap_size < wanted {
             return Err(format!(
@@ -271,6 +285,22 @@ impl Survivor for Region {
         // pages; they are atomic and have no invalid values.
         unsafe { std::slice::from_raw_parts(first.cast::<AtomicU64>(), JOURNAL) }
     }
+}
+
+/// The size of the queues that memory made by [`Region::new`] is laid out for, which it says itself; `None` if it is another
+/// back end's. A front end may announce the size that it has asked for ([`Region::for_any_ring`]).
+fn own_queue_size(announced: &VhostUserInflight, file: &File) -> Option<u16> {
+    let VhostUserInflight { mmap_size, mmap_offset, num_queues, .. } = *announced;
+    let parts = mmap_size.checked_sub(OWN_LEN as u64)?;
+    let mut magic = [0; size_of::<u64>()];
+    file.read_exact_at(&mut magic, mmap_offset.checked_add(parts)?).ok()?;
+    let mut desc_num = [0; size_of::<u16>()];
+    let at = mmap_offset.checked_add(std::mem::offset_of!(Header, desc_num) as u64)?;
+    file.read_exact_at(&mut desc_num, at).ok()?;
+    let queue_size = u16::from_ne_bytes(desc_num);
+    let is_whole = part_len(queue_size) as u64 * u64::from(num_queues) == parts;
+    let is_ours = u64::from_ne_bytes(magic) == MAGIC && is_whole;
+    (is_ours && check(num_queues, queue_size).is_ok()).then_some(queue_size)
 }
 
 fn check(num_queues: u16, queue_size: u16) -> Result<(), String> {

@@ -288,11 +288,13 @@ impl Disk {
         self.connection.share_memory(&self.memory, count, self.options.memory_messages)?;
         if self.connection.protocol() & protocol::INFLIGHT_SHMFD != 0 {
             if self.inflight.is_none() {
-                let (queues, size) = (self.options.num_queues as u16, self.options.queue_size);
+                let (queues, size) = (self.options.num_queues as u16, self.inflight_size());
                 self.inflight = Some(self.connection.get_inflight(queues, size)?);
             }
             if let Some((announced, file)) = &self.inflight {
-                self.connection.set_inflight(announced, file)?;
+                let mut announced = *announced;
+                announced.queue_size = self.inflight_size();
+                self.connection.set_inflight(&announced, file)?;
             }
         }
         for index in 0..self.queues.len() {
@@ -303,6 +305,11 @@ impl Disk {
             self.connection.enable_queue(index, true)?;
         }
         Ok(())
+    }
+
+    /// The size that QEMU 10 asks for and announces: that of its option `queue-size`, though rings may have 1,024 entries.
+    fn inflight_size(&self) -> u16 {
+        self.options.queue_size.min(128)
     }
 
     /// Hands queue `index` to the device, which is to continue at available index `base`; not yet enabled.

@@ -207,6 +207,7 @@ fn a_region_that_cannot_be_ours_is_refused() {
         (with(len, u64::MAX, 2, 16), "its file ends at"),
         (with(len / 2, 64, 1, 16), "at 64: "),
         (with(len, 0, 2, 8), "16 entries (version 1 and 8 entries"),
+        (with(announced.mmap_size, 0, 1, 8), "16 entries (version 1 and 8 entries"),
     ] {
         let said = refused(announced, &file);
         assert!(said.contains(why), "{said}");
@@ -291,4 +292,20 @@ fn whatever_a_region_holds_no_chain_is_done_twice_or_lies_outside_the_ring() {
         tracker.link(3);
         tracker.settle(used.wrapping_add(1));
     }
+}
+
+#[test]
+fn a_front_end_may_announce_the_size_that_it_has_asked_for() {
+    let (_, announced, file) = Region::for_any_ring(2, 128).unwrap();
+    for size in [128, 1024] {
+        let announced = VhostUserInflight::new(announced.mmap_size, 0, 2, size);
+        let region = Arc::new(Region::map(&announced, file.try_clone().unwrap()).unwrap());
+        for queue in 0..2 {
+            assert!(Tracker::recover(&region, queue, 1024, 0).is_ok());
+        }
+    }
+    // What the memory says of itself has to fit its length.
+    file.write_all_at(&[16, 0], 10).unwrap();
+    let announced = VhostUserInflight::new(announced.mmap_size, 0, 2, 128);
+    assert!(refused(announced, &file).contains("16 entries (version 1 and 128 entries"));
 }

@@ -264,8 +264,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         &mut self,
         inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
         let (region, announced, file) =
-            inflight::Region::new(inflight.num_queues, inflight.queue_size).or_else(refuse)?;
+            inflight::Region::for_any_ring(queues, size).or_else(refuse)?;
         region.set_write_cache(self.disk.write_cache.is_on());
         // Used from now on, whether it is sent back or not: the next connection may send it.
         self.track_in(region)?;
