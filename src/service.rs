@@ -23,6 +23,7 @@ mod handover;
 mod holders;
 mod jobs;
 mod looks;
+mod nbd_server;
 mod nodes;
 mod objects;
 mod observed;
@@ -43,6 +44,7 @@ pub use transaction::Step;
 use crate::block::graph::Graph;
 use crate::block::{Error, OpenPolicy, Registry};
 use crate::export::core::IoErrors;
+use crate::export::nbd::Server;
 use crate::io::Worker;
 use crate::io::sync::Mutex;
 use crate::job::Jobs;
@@ -70,6 +72,7 @@ struct Inner {
     /// Requests that the storage has failed and that were not taken yet.
     io_errors: Arc<IoErrors>,
     jobs: Jobs,
+    nbd: Server,
 }
 
 /// The lists of a service. Their lock is held briefly.
@@ -98,7 +101,8 @@ impl Service {
         ended.listen(graph.notices())?;
         let state = Mutex::new(State { patience: Some(|| false), ..State::default() });
         let jobs = Jobs::new(ended.sign()?);
-        let inner = Inner { graph, executor, state, ended, io_errors, jobs };
+        let inner =
+            Inner { graph, executor, state, ended, io_errors, jobs, nbd: Server::default() };
         Ok(Owned(Service(Arc::new(inner))))
     }
 

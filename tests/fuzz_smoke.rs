@@ -92,6 +92,7 @@ fn inputs_that_the_fuzzer_has_found_keep_the_laws() {
     with_kept("virtqueue", targets::virtqueue::run);
     with_kept("vhost_user_messages", targets::vhost_user_messages::run);
     with_kept("options", targets::options::run);
+    with_kept("nbd", targets::nbd::run);
     with_kept("nvme", targets::nvme::run);
     with_kept("qcow2_header", targets::qcow2_header::run);
     with_kept("qcow2_check", targets::qcow2_check::run);
@@ -134,6 +135,11 @@ fn rings_that_change_while_they_are_read_harm_their_queue_alone() {
 #[test]
 fn a_hostile_front_end_ends_its_connection_and_leaves_nothing_behind() {
     with_seeds(1500, bytes, |input, _| targets::vhost_user_messages::run(input));
+}
+
+#[test]
+fn a_hostile_nbd_client_ends_its_connection_and_nothing_of_it_stays() {
+    with_seeds(1000, bytes, |input, _| targets::nbd::run(input));
 }
 
 #[test]

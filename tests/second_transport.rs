@@ -302,7 +302,7 @@ fn an_export_of_another_type_is_served_drained_watched_and_ended() {
     held.recv().unwrap().unwrap();
     assert_eq!(read(&worker, &front_end, 8 * 512), 9);
 
-    service.wait(async |service| service.export_del("e").await).unwrap();
+    service.wait(async |service| service.export_del("e", true).await).unwrap();
     let mut ended = Vec::new();
     while ended.is_empty() {
         std::thread::sleep(Duration::from_millis(1));

@@ -12,6 +12,7 @@ use super::startup::Startup;
 use crate::block::{DriverEntry, Error, Growth};
 use crate::drivers;
 use crate::export;
+use crate::export::nbd::ServerOptions;
 use crate::io::{self, descriptors};
 use crate::metrics;
 use crate::monitor::{Chardev, Control};
@@ -37,7 +38,7 @@ const ORDERED: [(&str, Option<&str>, &str); 7] = [
 ];
 
 /// Those that are refused whatever their value is.
-const REFUSED: [&str; 2] = ["nbd-server", "trace"];
+const REFUSED: [&str; 1] = ["trace"];
 
 /// A word that is not an option. It is refused in its order, like a wrong value.
 const STRAY: &str = "stray";
@@ -217,6 +218,10 @@ fn act(
             .run("--blockdev", async move |service| service.blockdev_add(options).await.map(drop)),
         "object" => startup.run("--object", async move |service| service.object_add(options).await),
         "monitor" => control.add_monitor(options),
+        "nbd-server" => {
+            let options = ServerOptions::read(options, false)?;
+            startup.run("--nbd-server", async move |service| service.nbd_start(options).await)
+        }
         _ => startup.run("--export", async move |service| service.export_add(options).await),
     }?;
     Ok(Done::Acted)

@@ -227,7 +227,7 @@ mod tests {
         assert!(crate::cli::generate::run(&[folder]).is_ok());
         for name in ["vublk-daemon.1", "vublk.bash", "_vublk", "vublk.fish"] {
             let text = fs::read_to_string(dir.path().join(name)).unwrap().replace('\\', "");
-            for wrong in ["nbd-server", "generate", "stray"] {
+            for wrong in ["trace", "generate", "stray"] {
                 assert!(!text.contains(wrong), "{name} has {wrong}");
             }
         }

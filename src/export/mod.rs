@@ -3,27 +3,39 @@
 //! A new transport is a folder, its `mod` line, and its entry in [`LIST`].
 
 pub mod core;
+pub mod nbd;
 pub mod vhost_user_blk;
 
 use self::core::Transport;
-use crate::block::Error;
+use crate::block::{Error, Graph};
 use crate::options::{Map, similar};
 
-type Parse = fn(Map, &[&str]) -> Result<Box<dyn Transport>, Error>;
+type Parse = fn(Map, &Reading<'_>) -> Result<Box<dyn Transport>, Error>;
 
 /// One type of export.
 pub struct ExportEntry {
     /// As options and listings name it.
     pub name: &'static str,
-    /// Reads the options that only this type has. The names of those that all types have help with misspelt ones.
+    /// Reads the options that only this type has.
     pub parse: Parse,
+    /// Requests that the storage has failed can be held or ignored, as `werror` and `rerror` say.
+    pub has_error_policies: bool,
+}
+
+/// What the options of an export may refer to.
+pub struct Reading<'a> {
+    /// The names of those that all types have, to help with misspelt ones.
+    pub common: &'a [&'a str],
+    pub graph: &'a Graph,
+    /// The NBD server of the process.
+    pub nbd: &'a nbd::Server,
 }
 
 /// All types that can be served.
-pub const LIST: &[&ExportEntry] = &[&vhost_user_blk::ENTRY];
+pub const LIST: &[&ExportEntry] = &[&nbd::ENTRY, &vhost_user_blk::ENTRY];
 
 /// What qemu-storage-daemon 7.2 knows besides, so that a type that we lack is distinguished from one that nobody has.
-const NOT_AVAILABLE: [&str; 3] = ["nbd", "fuse", "vduse-blk"];
+const NOT_AVAILABLE: [&str; 2] = ["fuse", "vduse-blk"];
 
 /// The type of this name.
 ///

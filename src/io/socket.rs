@@ -131,6 +131,20 @@ impl Socket {
         poll(self.as_raw_fd(), events, deadline).await
     }
 
+    /// Has what is sent go out at once, and the kernel find out in time when the other side is not there any more, if
+    /// the socket is one of a network.
+    pub fn send_at_once(&self) {
+        let Descriptor::Real(fd) = &self.0 else { return };
+        let on: libc::c_int = 1;
+        let options =
+            [(libc::IPPROTO_TCP, libc::TCP_NODELAY), (libc::SOL_SOCKET, libc::SO_KEEPALIVE)];
+        for (level, option) in options {
+            let len = size_of::<libc::c_int>() as libc::socklen_t;
+            // SAFETY: the call reads one number of the length that is given. It fails on other sockets.
+            unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const on).cast(), len) };
+        }
+    }
+
     /// Ends both directions: whatever waits on the socket is notified of it.
     pub fn shut_down(&self) {
         match &self.0 {

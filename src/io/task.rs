@@ -183,6 +183,12 @@ impl Io {
         self.spawn_in(flow_of(source), future);
     }
 
+    /// Starts a task on this worker that has its turns as one of a source of that number would, with the tasks that it
+    /// starts: of a connection that is no source.
+    pub fn spawn_apart(self: &Rc<Io>, number: u64, future: impl Future<Output = ()> + 'static) {
+        self.spawn_in(flow_of(SourceId((number % u64::from(FLOWS)) as u32)), future);
+    }
+
     fn spawn_in(self: &Rc<Io>, flow: u32, future: impl Future<Output = ()> + 'static) {
         self.tasks.set(self.tasks.get() + 1);
         let io = self.clone();

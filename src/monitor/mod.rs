@@ -26,6 +26,7 @@ mod events;
 mod framing;
 mod jobs;
 mod kept_out;
+mod nbd;
 mod nodes;
 mod overlays;
 mod poll;

@@ -4,6 +4,7 @@
 
 use super::bitmaps;
 use super::kept_out::explained;
+use super::nbd;
 use super::nodes;
 use super::overlays;
 use super::reply::{CommandError, Outcome, done};
@@ -36,6 +37,10 @@ pub const COMMANDS: &[(&str, Task)] = &[
     ("blockdev-snapshot-delete-internal-sync", |s, a| Box::pin(snapshots::delete(s, a))),
     ("blockdev-snapshot-internal-sync", |s, a| Box::pin(snapshots::create(s, a))),
     ("blockdev-snapshot-sync", |s, a| Box::pin(overlays::snapshot_sync(s, a))),
+    ("nbd-server-add", |s, a| Box::pin(nbd::add(s, a))),
+    ("nbd-server-remove", |s, a| Box::pin(nbd::remove(s, a))),
+    ("nbd-server-start", |s, a| Box::pin(nbd::start(s, a))),
+    ("nbd-server-stop", |s, a| Box::pin(nbd::stop(s, a))),
     ("object-add", |s, a| Box::pin(async { done(s.object_add(a).await) })),
     ("object-del", |s, a| Box::pin(object_del(s, a))),
     ("query-blockstats", |s, a| Box::pin(nodes::query_blockstats(s, a))),
@@ -97,10 +102,8 @@ async fn block_export_del(service: &Service, arguments: Map) -> Outcome {
         id: String,
         mode: Option<Mode>,
     }
-    // Front ends hold no reference, as in QEMU, so the two modes do the same.
-    let Arguments { id, mode: None | Some(Mode::Safe | Mode::Hard) } =
-        options::from_map(arguments)?;
-    done(service.export_del(&id).await)
+    let Arguments { id, mode } = options::from_map(arguments)?;
+    done(service.export_del(&id, matches!(mode, Some(Mode::Hard))).await)
 }
 
 async fn block_resize(service: &Service, arguments: Map) -> Outcome {

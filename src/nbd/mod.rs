@@ -138,5 +138,12 @@ impl fmt::Display for Malformed {
 
 impl std::error::Error for Malformed {}
 
+/// A text for people, as long as it may be.
+pub fn cut(text: &str) -> &str {
+    let most = text.len().min(MAX_STRING);
+    let at = (0..=most).rev().find(|&at| text.is_char_boundary(at));
+    &text[..at.unwrap_or(0)]
+}
+
 #[cfg(test)]
 mod random_tests;

@@ -1,7 +1,7 @@
 //! Headers of replies to commands (simple, and those of chunks), and what chunks carry.
 
 use super::fields::{Fields, Put};
-use super::{ChunkFlags, Headers, MAX_EXTENTS, MAX_STRING, Malformed};
+use super::{ChunkFlags, Headers, MAX_EXTENTS, Malformed, cut};
 
 pub const SIMPLE_MAGIC: u32 = 0x6744_6698;
 pub const STRUCTURED_MAGIC: u32 = 0x668e_33ef;
@@ -193,7 +193,7 @@ impl<'a> ErrorChunk<'a> {
 
     /// The payload of a chunk of the type [`ErrorChunk::kind`]. A message that is too long is cut.
     pub fn encode(&self) -> Vec<u8> {
-        let message = &self.message[..floor_char_boundary(self.message, MAX_STRING)];
+        let message = cut(self.message);
         let mut bytes = self.error.to_be_bytes().to_vec();
         bytes.extend((message.len() as u16).to_be_bytes());
         bytes.extend(message.as_bytes());
@@ -204,11 +204,6 @@ impl<'a> ErrorChunk<'a> {
     pub fn kind(&self) -> u16 {
         if self.offset.is_some() { CHUNK_ERROR_OFFSET } else { CHUNK_ERROR }
     }
-}
-
-/// The last place of `text`, up to byte `most`, where it can be cut.
-fn floor_char_boundary(text: &str, most: usize) -> usize {
-    (0..=most.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }
 
 /// One extent of block status.

@@ -58,8 +58,13 @@ impl Service {
     /// `--export`: serves a node.
     pub async fn export_add(&self, mut options: Map) -> Result<(), Error> {
         let entry = export::by_name(&options.take_required_str("type")?)?;
+        if !entry.has_error_policies
+            && let Some(policy) = ["werror", "rerror"].into_iter().find(|key| options.contains(key))
+        {
+            return Err(Error::new(format!("Parameter '{policy}' is unexpected")));
+        }
         let (options, own): (CommonOptions, Map) = options::split_map(options)?;
-        let transport = (entry.parse)(own, &CommonOptions::NAMES)?;
+        let transport = (entry.parse)(own, &self.reading(&CommonOptions::NAMES))?;
         let id = options.id;
         if !options::is_identifier(&id) {
             return Err(Error::new("Invalid block export id"));

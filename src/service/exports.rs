@@ -343,15 +343,23 @@ impl Service {
         self.state().exports.list.iter().rev().filter_map(info).collect()
     }
 
-    /// Ends an export: its front end is cut off, a task waits for what is in flight, and then [`Service::take_ended`]
-    /// returns its name.
+    /// Ends an export, if `hard` also one that is in use: its front end is cut off, a task waits for what is in flight,
+    /// and then [`Service::take_ended`] returns its name.
     ///
     /// # Errors
-    /// There is none of this name, or it is ending already.
-    pub async fn export_del(&self, id: &str) -> Result<(), Error> {
+    /// There is none of this name, it is ending already, or it is in use.
+    pub async fn export_del(&self, id: &str, hard: bool) -> Result<(), Error> {
         let running = {
             let mut state = self.state();
-            serving(state.exports.find(id), id)?.take()
+            let served = serving(state.exports.find(id), id)?;
+            if let Life::Serving(Running(export, _)) = &served.life
+                && !hard
+                && export.is_in_use()
+            {
+                let error = Error::new(format!("export '{id}' still in use"));
+                return Err(error.with_hint("Use mode='hard' to force client disconnect"));
+            }
+            served.take()
         };
         let Some(running) = running else { return Ok(()) };
         let (service, id) = (self.clone(), id.to_owned());
@@ -403,6 +411,7 @@ impl Service {
     }
 
     pub(super) fn tell_exports_to_end(&self) {
+        self.nbd().stop();
         let mut state = self.state();
         state.exports.ending = true;
         let all = state.exports.list.iter_mut().rev();

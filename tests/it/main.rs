@@ -20,6 +20,7 @@ mod metrics;
 mod model;
 mod monitor;
 mod namespace;
+mod nbd;
 mod node;
 mod nvme;
 mod nvme_fake;

@@ -19,6 +19,10 @@ const CIRCLES: &[(&str, &str)] = &[
         "a disk owns its hand-over and the watch over it, which report on the disk",
     ),
     (
+        "src/export/nbd/",
+        "a server begins handshakes that find its exports, and an export starts connections that work on its disk",
+    ),
+    (
         "src/export/vhost_user_blk/device.rs src/export/vhost_user_blk/queue",
         "a device owns its queues, and requests in flight belong to the device",
     ),

@@ -68,6 +68,11 @@ pub trait Export: Send + Sync {
     /// Fails all held requests to the guest.
     fn fail_held(&self);
 
+    /// Whether somebody would miss it now, so that it is only ended if that is meant.
+    fn is_in_use(&self) -> bool {
+        false
+    }
+
     fn name(&self) -> &str {
         &self.disk().name
     }

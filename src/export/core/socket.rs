@@ -198,6 +198,22 @@ fn with_address(
     }
 }
 
+/// Takes a connection that waits at a listening socket of any family, which does not wait itself.
+///
+/// # Errors
+/// EAGAIN: none waits.
+pub fn accept(listening: &impl AsRawFd) -> std::io::Result<OwnedFd> {
+    let fd = listening.as_raw_fd();
+    let null = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: no address is asked for.
+    let fd = unsafe { libc::accept4(fd, null.cast(), null.cast(), libc::SOCK_CLOEXEC) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -36,4 +36,5 @@ pub use server::Server;
 use super::ExportEntry;
 
 /// The type's place in the list of exports.
-pub const ENTRY: ExportEntry = ExportEntry { name: "vhost-user-blk", parse: options::parse };
+pub const ENTRY: ExportEntry =
+    ExportEntry { name: "vhost-user-blk", parse: options::parse, has_error_policies: true };

@@ -3,6 +3,7 @@
 use super::Server;
 use super::device::DeviceOptions;
 use crate::block::Error;
+use crate::export::Reading;
 use crate::export::core::{Address, Export, Parts, Transport};
 use crate::options::{self, Map};
 use serde::Deserialize;
@@ -33,8 +34,9 @@ struct Given {
 }
 
 /// Reads the options of one export.
-pub(super) fn parse(map: Map, common: &[&str]) -> Result<Box<dyn Transport>, Error> {
-    let given = options::from_map(map).map_err(|e| e.meant(common.iter().copied()))?;
+pub(super) fn parse(map: Map, reading: &Reading<'_>) -> Result<Box<dyn Transport>, Error> {
+    let common = reading.common.iter().copied();
+    let given = options::from_map(map).map_err(|e| e.meant(common))?;
     let Given { addr, num_queues, logical_block_size } = given;
     let address = Address::read(addr)?;
     let logical_block_size = match logical_block_size {

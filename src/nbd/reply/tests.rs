@@ -1,5 +1,6 @@
 //! Tests of replies.
 
+use super::super::MAX_STRING;
 use super::*;
 
 #[test]

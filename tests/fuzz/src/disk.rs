@@ -107,8 +107,7 @@ async fn open_graph(under: Under, writable: bool) -> Opened {
 }
 
 /// A disk as it is when it is new. On a worker of a thread that has nothing else in flight.
-pub async fn open(wanted: Wanted) -> Arc<Device> {
-    let Wanted { graph, writable, .. } = wanted;
+pub async fn node(graph: Under, writable: bool, faulty: bool) -> Arc<Node> {
     let is_match = |opened: &&&Opened| opened.under == graph && opened.writable == writable;
     let found = OPENED.with_borrow(|all| all.iter().find(is_match).copied());
     let opened = match found {
@@ -121,18 +120,24 @@ pub async fn open(wanted: Wanted) -> Arc<Device> {
     };
     if let Some(sim) = &opened.sim {
         sim.renew(&ZEROES, 0);
-        if wanted.faulty {
+        if faulty {
             let delay = Effect::Delay(Duration::from_millis(1));
             sim.inject(Fault::new(Kinds::all(), Effect::Fail(Errno::EIO)).with_probability(0.1));
             sim.inject(Fault::new(Kinds::all(), delay).with_probability(0.2));
         }
     }
+    opened.node.clone()
+}
+
+/// The same as the disk of a front end.
+pub async fn open(wanted: Wanted) -> Arc<Device> {
+    let node = node(wanted.graph, wanted.writable, wanted.faulty).await;
     let options = DiskOptions {
         writable: wanted.writable,
         write_through: wanted.write_through,
         failures: wanted.failures,
     };
-    let disk = Disk::new("fuzz", opened.node.clone(), options, wanted.logical_block_size, None);
+    let disk = Disk::new("fuzz", node, options, wanted.logical_block_size, None);
     let device = DeviceOptions { num_queues: wanted.num_queues, serial: "fuzz".to_owned() };
     Arc::new(Device::new(disk, device))
 }

@@ -14,6 +14,7 @@ mod image;
 mod inflight;
 mod input;
 mod mapped;
+pub mod nbd;
 pub mod nvme;
 mod opened;
 pub mod options;

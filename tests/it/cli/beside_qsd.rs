@@ -179,7 +179,7 @@ fn what_is_not_available_says_so_and_exits_with_one() {
     for (line, words) in [
         (["--trace", "enable=*"], "this option is not available"),
         (["--chardev", "null,id=a"], "character devices of type 'null' are not available"),
-        (["--nbd-server", "addr.type=unix,addr.path=x"], "this option is not available"),
+        (["--nbd-server", "addr.type=unix,addr.path=x,tls-creds=t"], "TLS is not available"),
         (["--object", "secret,id=a,data=x"], "objects of type 'secret' are not available"),
         (["--blockdev", "driver=null-co,node-name=a,size=-1"], "Parameter 'size' expects"),
     ] {

@@ -105,7 +105,7 @@ fn an_export_ends_when_its_last_request_has() {
     submit_write(&mut disk, 1);
     wait_closed(&mut disk);
     let service = stage.service();
-    service.wait(async |service| service.export_del("e0").await).unwrap();
+    service.wait(async |service| service.export_del("e0", true).await).unwrap();
     assert!(stage.info().shutting_down);
     stage.sim.release();
     while !stage.service().exports().is_empty() {

@@ -177,3 +177,72 @@ fn every_command_that_is_listed_is_one_of_theirs_but_for_extensions() {
     });
     assert!(ours.len() >= 14 && ours.is_subset(&theirs), "{ours:?}");
 }
+
+#[test]
+fn the_nbd_server_and_its_exports_answer_alike() {
+    let daemons = both();
+    let long = "n".repeat(4097);
+    let long = format!(
+        r#"{{"execute":"block-export-add","arguments":{{"type":"nbd","id":"l","node-name":"a","name":"{long}"}}}}"#
+    );
+    let add = |more: &str| {
+        format!(
+            r#"{{"execute":"block-export-add","arguments":{{"type":"nbd","node-name":"a",{more}}}}}"#
+        )
+    };
+    let [early, e0, again, other, bitmap, policy, full] = [
+        r#""id":"e0""#,
+        r#""id":"e0","name":"x","description":"d","writable":true"#,
+        r#""id":"e0","name":"y""#,
+        r#""id":"e1","name":"x""#,
+        r#""id":"e1","name":"b","bitmaps":["none"]"#,
+        r#""id":"e1","name":"b","werror":"report""#,
+        r#""id":"e2","allocation-depth":true"#,
+    ]
+    .map(add);
+    compare(
+        &daemons,
+        true,
+        &[
+            (
+                r#"{"execute":"blockdev-add","arguments":{"driver":"file","node-name":"a","filename":"DIR/a.img"}}"#,
+                1,
+            ),
+            (r#"{"execute":"nbd-server-stop"}"#, 1),
+            (&early, 1),
+            (r#"{"execute":"nbd-server-add","arguments":{"device":"a"}}"#, 1),
+            (r#"{"execute":"nbd-server-start"}"#, 1),
+            (r#"{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix"}}}"#, 1),
+            (
+                r#"{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"DIR/n"}},"max-connections":5}}"#,
+                1,
+            ),
+            (
+                r#"{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"DIR/n2"}}}}"#,
+                1,
+            ),
+            (&e0, 1),
+            (&again, 1),
+            (&other, 1),
+            (&bitmap, 1),
+            (&policy, 1),
+            (&long, 1),
+            (&full, 1),
+            (r#"{"execute":"nbd-server-add","arguments":{"device":"none"}}"#, 1),
+            (r#"{"execute":"nbd-server-add","arguments":{"device":"a","name":"x"}}"#, 1),
+            (
+                r#"{"execute":"nbd-server-add","arguments":{"device":"a","name":"old","description":"d"}}"#,
+                1,
+            ),
+            (r#"{"execute":"query-block-exports"}"#, 1),
+            (r#"{"execute":"nbd-server-remove","arguments":{"name":"none"}}"#, 1),
+            (r#"{"execute":"nbd-server-remove","arguments":{"name":"old","mode":"hard"}}"#, 1),
+            (r#"{"execute":"block-export-del","arguments":{"id":"e0"}}"#, 1),
+            (r#"{"execute":"query-block-exports"}"#, 1),
+            (r#"{"execute":"nbd-server-stop","arguments":{"x":1}}"#, 1),
+            (r#"{"execute":"nbd-server-stop"}"#, 1),
+            (r#"{"execute":"query-block-exports"}"#, 1),
+            (r#"{"execute":"nbd-server-stop"}"#, 1),
+        ],
+    );
+}
