@@ -119,7 +119,7 @@ impl<E: TableEntry> Journal<E> {
             state: Mutex::default(),
             settling: Lock::new(()),
             per_slice: per_slice as u64,
-            mark: IN_USE | u64::from(RandomState::new().build_hasher().finish() as u32),
+            mark: IN_USE | u64::from((RandomState::new().build_hasher().finish() as u32).max(1)),
         }
     }
 
@@ -328,10 +328,15 @@ impl<E: TableEntry> Journal<E> {
         }
     }
 
-    /// Whether the process before was writing the image, and did not close it.
-    pub(super) fn was_in_use(&self, words: &[AtomicU64]) -> bool {
+    /// The number of this opening of the image, which is in the mark of use. It is not 0.
+    pub fn number(&self) -> u32 {
+        self.mark as u32
+    }
+
+    /// The number of another opening that was writing the image and did not close it, if there was one.
+    pub(super) fn user_before(&self, words: &[AtomicU64]) -> Option<u32> {
         let mark = words.last().map_or(0, |mark| mark.load(Ordering::Acquire));
-        mark >> 32 == IN_USE >> 32 && mark != self.mark
+        (mark >> 32 == IN_USE >> 32 && mark != self.mark).then_some(mark as u32)
     }
 }
 

@@ -34,6 +34,7 @@
 //! | [`Journal`] | entries that were answered and wait until what they show is durable |
 //! | `Suspects`, [`Stopped`] | slices whose write failed; whether the mapping may be changed |
 //! | [`TopTable`] | the upper of two levels, read without a lock; the format's own |
+//! | [`Unclosed`] | what is known of a process that did not close the image; the format's own |
 //! | [`Freed`] | clusters on their way to being free; the format's own |
 //! | [`FileEnd`] | clusters at the end of a file, for formats that count none; the format's own |
 //!
@@ -86,6 +87,7 @@ mod tables;
 mod take_over;
 mod top_table;
 mod traits;
+mod unclosed;
 mod visits;
 mod writable;
 mod write;
@@ -115,9 +117,10 @@ pub use status::{status, stored_status};
 pub use suspects::{pin_suspects, write_suspects};
 pub use table_cache::{Pinned, SliceNo, TableCache, TableEntry};
 pub use tables::{Shape, Tables};
-pub use take_over::{Owned, Recovering, take_over};
+pub use take_over::{Claimed, Owned, Recovering, take_over};
 pub use top_table::{TopEntry, TopTable};
 pub use traits::traits_over;
+pub use unclosed::{Mark, Unclosed};
 pub use visits::{Visit, Visits};
 pub use writable::{Writable, check_ready, check_sound};
 pub use write::{reads_zero, write_range};

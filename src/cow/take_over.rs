@@ -22,6 +22,16 @@ pub enum Owned {
     Fixed,
 }
 
+/// What records name.
+pub struct Claimed {
+    /// Host clusters, by number, that become the guest's.
+    pub hosts: BTreeSet<u64>,
+    /// The guest clusters, by offset.
+    pub guests: Vec<u64>,
+    /// The opening of the image that has left the records ([`Journal::number`](super::Journal::number)).
+    pub opening: u32,
+}
+
 /// What taking over asks of a format.
 pub trait Recovering: Journaling {
     /// The node's name, for the log.
@@ -39,11 +49,14 @@ pub trait Recovering: Journaling {
     fn owned(&self, guest: u64, entry: Self::Entry) -> Option<Owned>;
 
     /// Whether all of these host clusters are in use and not reserved for others, and no entry refers to them.
-    fn are_leaked(&self, hosts: &BTreeSet<u64>) -> impl Future<Output = Result<bool, Error>>;
+    fn are_leaked(&self, claimed: &Claimed) -> impl Future<Output = Result<bool, Error>>;
 
-    /// Begins to take back what the process before had taken for itself, or not yet given back: it was writing the image
-    /// when it was killed. All that it has left in memory is handed over.
-    fn take_back(&self) -> impl Future<Output = ()> {
+    /// Memory with entries has come: the image must not be marked as one without such entries.
+    fn expect_entries(&self) {}
+
+    /// Entries are going to be kept, and those that an earlier process has left are handed over. Begins to take back what
+    /// that process had taken for itself, or not yet given back; `was_in_use`: it was writing the image when it was killed.
+    fn begin_keeping(&self, _was_in_use: bool) -> impl Future<Output = ()> {
         ready(())
     }
 }
@@ -58,7 +71,7 @@ pub async fn take_over<F: Recovering>(image: &F, memory: Arc<dyn Survivor>) -> R
     // From here on readers see what the disk has, except entries that begin to wait in another user's memory.
     settle_journal(image).await.map_err(failed)?;
     let left = read_records(memory.words());
-    let was_in_use = journal.was_in_use(memory.words());
+    let user = journal.user_before(memory.words());
     if !left.is_empty() {
         if !image.is_writable() {
             return Err(Error::new(
@@ -66,9 +79,10 @@ pub async fn take_over<F: Recovering>(image: &F, memory: Arc<dyn Survivor>) -> R
                  opened read-only",
             ));
         }
+        image.expect_entries();
         image.prepare().await.map_err(failed)?;
         let records: Vec<usize> = left.iter().map(|left| left.record).collect();
-        let taken = hand_over_left(image, left).await?;
+        let taken = hand_over_left(image, left, user.unwrap_or(0)).await?;
         // Only now: a process that is killed before begins again.
         records.into_iter().for_each(|record| clear_record(memory.words(), record));
         log::info!(
@@ -76,8 +90,8 @@ pub async fn take_over<F: Recovering>(image: &F, memory: Arc<dyn Survivor>) -> R
             image.name()
         );
     }
-    if was_in_use && image.is_writable() && image.prepare().await.is_ok() {
-        image.take_back().await;
+    if image.is_writable() {
+        image.begin_keeping(user.is_some()).await;
     }
     journal.keep_in(memory);
     // If another user has memory already, nothing is kept from now on.
@@ -88,12 +102,13 @@ pub async fn take_over<F: Recovering>(image: &F, memory: Arc<dyn Survivor>) -> R
 async fn hand_over_left<F: Recovering>(
     image: &F,
     left: Vec<Left<F::Entry>>,
+    opening: u32,
 ) -> Result<usize, Error> {
     let tables = image.tables();
     // Nothing is allocated meanwhile.
     let _all = tables.ranges.lock(0..u64::MAX).await;
     let count = left.len();
-    let left = check_left(image, left).await?;
+    let left = check_left(image, left, opening).await?;
     tables.journal.take_over(&left);
     for left in &left {
         let guest = left.cluster << tables.shape.cluster_bits;
@@ -109,6 +124,7 @@ async fn hand_over_left<F: Recovering>(
 async fn check_left<F: Recovering>(
     image: &F,
     mut left: Vec<Left<F::Entry>>,
+    opening: u32,
 ) -> Result<Vec<Left<F::Entry>>, Error> {
     let bits = image.tables().shape.cluster_bits;
     let wrong = |left: &Left<F::Entry>, why: &str| {
@@ -117,7 +133,7 @@ async fn check_left<F: Recovering>(
             "what was written at {guest:#x} before the daemon was killed cannot be taken up: {why}"
         )))
     };
-    let mut hosts = BTreeSet::new();
+    let (mut hosts, mut guests) = (BTreeSet::new(), Vec::with_capacity(left.len()));
     let mut is_due = Vec::with_capacity(left.len());
     for left in &left {
         if left.cluster >= image.guest_clusters() {
@@ -135,6 +151,7 @@ async fn check_left<F: Recovering>(
             return wrong(left, "the image has changed since");
         }
         let failed = |errno| Error::os("Could not read an L2 table", errno);
+        guests.push(guest);
         let pinned = pin(image, guest).await.map_err(failed)?;
         let entry = pinned.get(image.tables().slice_of(guest).1);
         is_due.push(entry == left.old);
@@ -150,7 +167,7 @@ async fn check_left<F: Recovering>(
             return wrong(left, "the image has changed since");
         }
     }
-    if !image.are_leaked(&hosts).await? {
+    if !image.are_leaked(&Claimed { hosts, guests, opening }).await? {
         return Err(Error::new(
             "what was written before the daemon was killed cannot be taken up: its clusters have \
              been given to others since",

@@ -9,7 +9,7 @@ use super::entries::{L1Entry, L2Entry};
 use super::header::Cluster;
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
 use crate::cow::{
-    Format, Journaling, Owned, Recovering, TwoLevels, file, forget_records, read_padded,
+    Claimed, Format, Journaling, Owned, Recovering, TwoLevels, file, forget_records, read_padded,
     settle_journal, take_over,
 };
 use crate::io::{AlignedBuf, Errno, IoResult};
@@ -53,7 +53,8 @@ impl Recovering for Qcow {
         }
     }
 
-    async fn are_leaked(&self, hosts: &BTreeSet<u64>) -> Result<bool, Error> {
+    async fn are_leaked(&self, claimed: &Claimed) -> Result<bool, Error> {
+        let hosts = &claimed.hosts;
         if self.has_free(hosts) {
             return Ok(false);
         }

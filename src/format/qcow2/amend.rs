@@ -8,6 +8,7 @@
 use super::extensions::{self, Extension};
 use super::header::{Autoclear, Compatible, Compression, Header, Incompatible};
 use super::layout;
+use super::unclosed::set_mark;
 use super::{Qcow2, check, hand_over, header_cluster, header_steps};
 use crate::block::Error;
 use crate::block::create::{CreateOption, ValueType};
@@ -164,6 +165,8 @@ impl Wanted {
     fn applied_to(&self, old: &Header) -> Header {
         let mut new = old.clone();
         new.version = self.version;
+        // Another width of refcounts leaves out what nothing refers to.
+        set_mark(&mut new, None);
         if let Some(lazy) = self.lazy_refcounts {
             new.compatible.set(Compatible::LAZY_REFCOUNTS, lazy);
         }

@@ -5,6 +5,7 @@
 //! makes all of that and the data durable, and what was dropped by it becomes free.
 
 use super::header::Incompatible;
+use super::unclosed::set_mark;
 use super::{Qcow2, open};
 use crate::block::Error;
 use crate::cow::{Release, Stop, begin_rest, check_sound, settle_journal, write_suspects};
@@ -93,8 +94,12 @@ impl Qcow2 {
             header.write(new).await?;
         }
         drop(header);
+        let has_all = !self.space.has_to_take_back() && !self.unclosed.has_left();
+        if has_all {
+            self.metadata().change_header(|header| set_mark(header, None)).await?;
+        }
         self.file().flush().await?;
-        if !self.space.has_to_take_back() {
+        if has_all {
             self.mapping.tables().journal.mark_in_use(false);
         }
         Ok(())

@@ -6,6 +6,7 @@
 
 use super::extensions::Extension;
 use super::header::{Header, Incompatible};
+use super::unclosed::mark_of;
 use super::{Qcow2, open, snapshots};
 use crate::block::{Error, HandOver, LocalFuture};
 use crate::cow::begin_rest;
@@ -64,6 +65,7 @@ impl Qcow2 {
         }
         if self.settings.is_writable {
             open::clear_unknown(&self.settings.name, &file, &mut header).await?;
+            self.unclosed.note(mark_of(&header));
         }
         self.mapping.replace_l1(&open::load_l1(&file, &header).await?);
         let table = (header.refcount_table_offset, header.refcount_table_clusters);

@@ -7,10 +7,11 @@ use super::header::Header;
 use super::header_cluster::{failed, read_cluster, write_durably};
 use super::header_steps::{Sector, Step, steps};
 use super::metadata::Metadata;
-use crate::block::Error;
+use super::unclosed::differ_in_mark;
+use crate::block::{Error, WriteFlags};
 use crate::cow::{Lock, LockGuard};
-use crate::io::IoResult;
 use crate::io::sync::Mutex;
+use crate::io::{IoResult, IoVec};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -53,15 +54,17 @@ impl<'a> Metadata<'a> {
         HeaderLock { image: self, current: self.header.current.lock().await }
     }
 
-    /// Writes the header, durably, if something changes in it.
+    /// Writes the header if something changes in it, durably if more than its mark does.
     pub async fn change_header(self, change: impl FnOnce(&mut Header)) -> IoResult {
         let mut header = self.lock_header().await;
         let mut new = header.clone();
         change(&mut new);
-        if new != *header || self.header.state.get() == OnDisk::InDoubt {
-            header.write(new).await?;
+        let is_in_doubt = self.header.state.get() == OnDisk::InDoubt;
+        if new == *header && !is_in_doubt {
+            return Ok(());
         }
-        Ok(())
+        let is_durable = is_in_doubt || !differ_in_mark(&new, &header);
+        header.write_fields(new, is_durable).await
     }
 
     /// Sees to it that the disk has the header that is in memory.
@@ -105,6 +108,11 @@ impl HeaderLock<'_> {
     /// When it fails the disk may have it or not: it holds in memory, and [`Metadata::settle_header`]
     /// writes it again.
     pub async fn write(&mut self, new: Header) -> IoResult {
+        self.write_fields(new, true).await
+    }
+
+    /// As [`HeaderTurn::write`]. What changes the mark alone needs not be durable.
+    async fn write_fields(&mut self, new: Header, is_durable: bool) -> IoResult {
         let own = self.image.header;
         let mut fields = new.fields();
         own.state.set(OnDisk::InDoubt);
@@ -120,7 +128,10 @@ impl HeaderLock<'_> {
             Some(other) => write_durably(&file, &[other]).await?,
             None => {}
         }
-        write_durably(&file, &[(0, fields)]).await?;
+        match is_durable {
+            true => write_durably(&file, &[(0, fields)]).await?,
+            false => file.write(0, &IoVec::from_ref(&fields), WriteFlags::empty()).await?,
+        }
         *own.switch.lock() = None;
         own.state.set(OnDisk::Same);
         Ok(())

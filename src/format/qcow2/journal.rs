@@ -4,10 +4,9 @@ use super::layout::{Cluster, L2Entry};
 use super::{Qcow2, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
 use crate::cow::{
-    Journaling, Owned, Recovering, TwoLevels, forget_records, settle_journal, take_over,
+    Claimed, Journaling, Owned, Recovering, TwoLevels, forget_records, settle_journal, take_over,
 };
 use crate::io::IoResult;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 impl Journaling for Qcow2 {
@@ -74,14 +73,24 @@ impl Recovering for Qcow2 {
         entry.is_copied().then_some(Owned::Cluster(host >> self.geometry.cluster_bits))
     }
 
-    async fn are_leaked(&self, hosts: &BTreeSet<u64>) -> Result<bool, Error> {
+    /// The mark tells that nothing has given the clusters to others since. Then entries of the tables that records are
+    /// about are looked at, and of others none.
+    async fn are_leaked(&self, claimed: &Claimed) -> Result<bool, Error> {
+        let hosts = &claimed.hosts;
         let reserved = self.space.reserves(&mut hosts.iter().copied().collect::<Vec<_>>());
-        let leaked = check::are_leaked(&self.file(), hosts).await?;
+        let is_untouched = self.unclosed.is_of(claimed.opening);
+        let table = |&guest: &u64| self.mapping.l1_of(guest).l2_table();
+        let tables = is_untouched.then(|| claimed.guests.iter().map(table).collect());
+        let leaked = check::are_leaked(&self.file(), hosts, tables).await?;
         Ok(leaked && !reserved)
     }
 
-    async fn take_back(&self) {
-        self.space.begin_taking_back(self.metadata()).await;
+    fn expect_entries(&self) {
+        self.unclosed.expect_entries();
+    }
+
+    async fn begin_keeping(&self, was_in_use: bool) {
+        self.begin_to_keep(was_in_use).await;
     }
 }
 

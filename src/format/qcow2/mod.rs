@@ -6,6 +6,7 @@
 //! | `layout` | sizes, indices, table entries |
 //! | `options`, `settings`, `open` | what can be asked for, and was; opening |
 //! | `life` | whether the image was prepared for writes, and whether it is frozen |
+//! | `unclosed` | the mark of an image that is being written |
 //! | `order` | the order in which things reach the disk, and who waits for whom |
 //! | `nodes` | the file, the backing file, the external data file |
 //! | `mapping` | the tables in memory; what [`crate::cow`] asks of the format to find and read a guest's bytes |
@@ -67,6 +68,7 @@ mod settings;
 pub mod snapshots;
 mod space;
 mod tables;
+mod unclosed;
 mod vmstate;
 mod write;
 mod zero;
@@ -74,8 +76,8 @@ mod zero;
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    self, Stop, Unpacking, decider, discard_range, fast_read, read_range, settle_journal, status,
-    store_packed, without_fast_writes, write_range, zero_range,
+    self, Stop, Unclosed, Unpacking, decider, discard_range, fast_read, read_range, settle_journal,
+    status, store_packed, without_fast_writes, write_range, zero_range,
 };
 use crate::io::{Errno, InFlight, IoResult, IoVec};
 use crate::options::Map;
@@ -123,6 +125,7 @@ pub struct Qcow2 {
     /// Of the disk, in bytes.
     size: AtomicU64,
     life: Life,
+    unclosed: Unclosed,
     nodes: Nodes,
     header: ImageHeader,
     mapping: ImageMapping,
@@ -389,6 +392,8 @@ impl Image for Qcow2 {
             // A repair changes what this node has in memory: until it is opened again, nothing is
             // written.
             without_fast_writes(self, || self.mapping.tables().stopped.stop(Stop::ForGood)).await;
+            let failed = |errno| Error::os("Check failed", errno);
+            self.forget_mark().await.map_err(failed)?;
             check::check(&self.file(), fix, say).await
         })
     }

@@ -15,9 +15,10 @@ use super::overlap::{Kinds, Overlaps};
 use super::settings::{Discards, Settings};
 use super::snapshots::{self, ImageSnapshots};
 use super::space::{Refcounts, Space};
+use super::unclosed::{mark_of, promised, set_mark};
 use super::{Qcow2, check, header_cluster};
 use crate::block::*;
-use crate::cow::{Unpacking, read_padded, traits_over};
+use crate::cow::{Unclosed, Unpacking, read_padded, traits_over};
 use crate::io::{AlignedBuf, Errno, IoVec};
 use crate::options::{Map, NodeRef, Value, bytes};
 
@@ -61,6 +62,9 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
 
     let is_writable = is_writable(opening, &node, &header)?;
     if is_writable && opening.is_active() && held.contains(Perm::WRITE) {
+        if for_check {
+            forget_mark(&node, &mut header).await?;
+        }
         clear_unknown(opening.name(), &node, &mut header).await?;
     }
     let lazy = lazy_refcounts(&options.lazy_refcounts, &header)?;
@@ -96,6 +100,8 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
             keeps: keeps_discarded(options.discard_no_unref, &header)?,
         },
     };
+    let unclosed = Unclosed::default();
+    unclosed.note(mark_of(&header));
     let image = Qcow2 {
         settings,
         geometry,
@@ -103,6 +109,7 @@ pub async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Er
         life: Life::default(),
         nodes: Nodes::new(file, backing, data_file),
         mapping,
+        unclosed,
         space: Space::new(opening.name(), geometry, counts, caches.refcounts, passes_discards),
         snapshots: ImageSnapshots::new(snapshots, geometry.external_data),
         bitmaps,
@@ -151,6 +158,7 @@ pub(super) async fn load_l1(file: &Node, header: &Header) -> Result<Vec<L1Entry>
 /// Counts the references of an image again that was not closed cleanly; the header afterwards.
 pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
     log::info!("{name}: qcow2: repairing the refcounts");
+    forget_mark(file, &mut read_header(file).await?).await?;
     let mut say = |line: &str| log::debug!("{name}: {line}");
     let repaired = check::check(file, Fix::All, &mut say).await;
     repaired.map_err(|error| error.at("Could not repair dirty image"))?;
@@ -164,15 +172,23 @@ pub(super) async fn clear_unknown(
     file: &Node,
     header: &mut Header,
 ) -> Result<(), Error> {
-    let unknown = header.autoclear - Autoclear::KNOWN;
+    let unknown = header.autoclear - promised(header);
     if unknown.is_empty() {
         return Ok(());
     }
     let names = extensions::names_of(&header.extensions, FeatureKind::Autoclear, unknown.bits());
     log::info!("{name}: qcow2: these features no longer hold: {names}");
     header.autoclear -= unknown;
-    let written = header_cluster::write_fields(file, header).await;
-    written.map_err(|errno| Error::os("Failed to update the header", errno))
+    header_cluster::write_fields(file, header).await.map_err(header_cluster::failed)
+}
+
+/// Clears the mark of an image that was not closed: a repair is going to take back what nothing names.
+async fn forget_mark(file: &Node, header: &mut Header) -> Result<(), Error> {
+    if mark_of(header).is_none() {
+        return Ok(());
+    }
+    set_mark(header, None);
+    header_cluster::write_fields(file, header).await.map_err(header_cluster::failed)
 }
 
 /// Refuses what nobody here can make sense of.

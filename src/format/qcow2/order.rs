@@ -9,10 +9,10 @@
 //!   *durable* before the first of them is used ([`super::space`]). What a crash leaves of a
 //!   reservation is leaked. What was reserved past the end of the file reads as zeroes, durably.
 //! * **Leaked**: a kill leaves counted what was reserved, what was taken for requests under way, and what waited to be freed:
-//!   one reservation, and the clusters of one flush. Where memory outlives the process, the next one takes all of that
-//!   back, however often it happens ([`super::space`]): what the kernel has is *durable* before a count is lowered.
-//!   Nothing in the image says that it was not closed. So where no memory outlives the process, and after a crash of the
-//!   host, as much is leaked each time, until a check gives it back.
+//!   one reservation, and the clusters of one flush. The header has a mark while the image is written ([`super::unclosed`]),
+//!   so the next one that writes takes all of that back, however often it happens ([`super::space`]), but for what memory
+//!   that outlives the process names: what the kernel has is *durable* before a count is lowered. Version 2 has no mark:
+//!   there as much is leaked each time where no memory outlives the process, until a check gives it back.
 //! * **Allocate**: the guest's data, and every byte that was copied or zeroed around it, is written;
 //!   if the cluster does not already read, durably, as the disk did there (zeroes in fresh
 //!   clusters), it is made *durable*; then the L2 entry is written; then the entry is shown to

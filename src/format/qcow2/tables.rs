@@ -2,11 +2,12 @@
 //!
 //! It also prepares an image for its first write.
 
-use super::header::{Autoclear, Incompatible};
+use super::header::Incompatible;
 use super::layout::{self, L1Entry};
 use super::mapping::L1Lock;
 use super::overlap::Kinds;
 use super::space::Claim;
+use super::unclosed::set_mark;
 use super::{Qcow2, corrupt};
 use crate::block::{Event, WriteFlags};
 use crate::cow::{
@@ -135,7 +136,8 @@ impl Qcow2 {
     }
 
     /// What has to be on disk before the first write: that promises of others are not kept, that
-    /// stored bitmaps are out of date, and, with lazy refcounts, that the refcounts may be wrong.
+    /// stored bitmaps are out of date, that the image is being written, and, with lazy refcounts, that the refcounts may
+    /// be wrong.
     pub(super) async fn prepare_writing(&self) -> IoResult {
         if self.mapping.tables().stopped.get() == Stop::NeedsFlush {
             write_suspects(self).await?;
@@ -145,8 +147,9 @@ impl Qcow2 {
             self.mapping.tables().end_rest();
             return Ok(());
         }
+        self.life.begin();
         let prepared = self.metadata().change_header(|header| {
-            header.autoclear &= Autoclear::KNOWN;
+            set_mark(header, Some(self.mark()));
             if self.settings.lazy_refcounts {
                 header.incompatible |= Incompatible::DIRTY;
             }
@@ -157,6 +160,7 @@ impl Qcow2 {
         self.mapping.tables().journal.mark_in_use(true);
         self.life.prepare();
         self.mapping.tables().end_rest();
+        self.take_back_if_due().await;
         Ok(())
     }
 }

@@ -9,12 +9,14 @@ use super::mapping::{UNALLOCATED, ZERO, entries};
 use super::open::read_header;
 use super::write::write_header;
 use crate::block::{CheckReport, Error, Event, Fix, Node, WriteFlags};
-use crate::cow::{References, Run, cut, read_padded};
+use crate::cow::{Mark, References, Run, cut, read_padded};
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use std::collections::BTreeSet;
 
 /// Bytes of a table that are read at once: tables have up to 1 GiB.
 const MAX_PIECE: u64 = 1 << 20;
+/// Runs of unnamed clusters that are remembered. A kill leaves fewer.
+const MAX_RUNS: usize = 1 << 16;
 
 /// Checks the image in `file`, with no other request in flight, and repairs it if `fix` names anything. An image
 /// without mistakes that lose data needs no check any more, and then says so.
@@ -30,17 +32,23 @@ pub async fn check(file: &Node, fix: Fix) -> Result<CheckReport, Error> {
     Ok(check.report)
 }
 
-/// Repairs an image that was not closed, as [`check`] does, but for what nothing names at the end of the file: memory that
-/// outlives a process may name some of it.
+/// Repairs an image that was not closed, as [`check`] does, but for what nothing names: memory that outlives a process may
+/// name some of it. If the image says that there is no such memory, the end of the file is cut off. Returns the other
+/// clusters that nothing names, too.
 ///
 /// # Errors
 /// As of [`check`].
-pub async fn check_killed(file: &Node) -> Result<CheckReport, Error> {
+pub async fn check_killed(file: &Node) -> Result<(CheckReport, Vec<Run>), Error> {
     let (mut check, header) = survey(file, true).await?;
     if check.report.corruptions == 0 {
+        let nobody_comes = header.mark() == Some(Mark(0));
         check.end_repair(header, Unnamed::Kept).await.map_err(repair_failed)?;
+        if nobody_comes {
+            check.cut_unnamed().await;
+        }
     }
-    Ok(check.report)
+    let unnamed = check.unnamed();
+    Ok((check.report, unnamed))
 }
 
 /// Whether no table names any of these clusters. The image is sound.
@@ -50,22 +58,6 @@ pub async fn check_killed(file: &Node) -> Result<CheckReport, Error> {
 pub async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, Error> {
     let (check, _) = survey(file, false).await?;
     Ok(clusters.iter().all(|&cluster| check.used.get(cluster) == 0))
-}
-
-/// Runs of clusters before `end` that nothing names. The image is sound.
-///
-/// # Errors
-/// I/O failed.
-pub async fn unnamed(file: &Node, end: u64) -> Result<Vec<Run>, Error> {
-    let (check, _) = survey(file, false).await?;
-    let mut runs: Vec<Run> = Vec::new();
-    for first in (0..end).filter(|&cluster| check.used.get(cluster) == 0) {
-        match runs.last_mut() {
-            Some(run) if run.first + run.count == first => run.count += 1,
-            _ => runs.push(Run { first, count: 1, is_fresh: false }),
-        }
-    }
-    Ok(runs)
 }
 
 /// Cuts off what nothing names at the end of the file. The image is sound, and nothing is in flight.
@@ -196,14 +188,16 @@ impl Check<'_> {
     async fn end_repair(&mut self, header: Header, unnamed: Unnamed) -> IoResult {
         // What was repaired is durable before the file becomes shorter and the image says that it is sound.
         self.file.flush().await?;
-        if unnamed == Unnamed::Cut {
-            self.cut_unnamed().await;
-        }
-        if header.features.contains(Features::NEED_CHECK) {
-            let features = header.features - Features::NEED_CHECK;
-            write_header(self.file, &Header { features, ..header }).await?;
-        }
-        Ok(())
+        let mark = match unnamed {
+            Unnamed::Cut => {
+                self.cut_unnamed().await;
+                None
+            }
+            Unnamed::Kept => header.mark(),
+        };
+        let features = header.features - Features::NEED_CHECK;
+        let new = Header { features, ..header.clone() }.with_mark(mark);
+        if new != header { write_header(self.file, &new).await } else { Ok(()) }
     }
 
     /// Cuts off what nothing names at the end of the file.
@@ -211,6 +205,7 @@ impl Check<'_> {
         let unused = self.clusters() - self.used_end;
         let len = self.used_end << self.layout.geometry.cluster_bits;
         if unused > 0 && cut(self.file, len).await {
+            self.file_len = len;
             self.report.leaks -= unused;
             self.report.leaks_fixed += unused;
         }
@@ -234,6 +229,27 @@ impl Check<'_> {
         self.report.corruptions += twice as u64;
         self.used.add(first, clusters).map_err(|_| Errno::ENOMEM)?;
         Ok(twice == 0)
+    }
+
+    /// Clusters that nothing refers to, up to the end of the file: so many runs at most.
+    fn unnamed(&self) -> Vec<Run> {
+        let end = self.clusters();
+        let (mut at, mut first) = (0, 0);
+        let mut runs = Vec::new();
+        let mut add = |first: u64, end: u64| {
+            if first < end && runs.len() < MAX_RUNS {
+                runs.push(Run { first, count: end - first, is_fresh: false });
+            }
+        };
+        while let Some(cluster) = self.used.next_page(at).filter(|&cluster| cluster < end) {
+            at = self.used.page_end(cluster).min(end);
+            for used in (cluster..at).filter(|&cluster| self.used.get(cluster) > 0) {
+                add(first, used);
+                first = used + 1;
+            }
+        }
+        add(first, end);
+        runs
     }
 
     /// Counts the clusters that nothing refers to, up to the end of the file, and finds the end of those that are

@@ -26,9 +26,12 @@ impl Qed {
     async fn reload(&self) -> Result<(), Error> {
         let file = file(self);
         let mut new = read_header(&file).await?;
-        let needs_check = self.is_writable && new.features.contains(Features::NEED_CHECK);
-        if needs_check {
-            new = repair(&self.name, &file).await?;
+        let mark = new.mark();
+        let needs_check = new.features.contains(Features::NEED_CHECK) || mark.is_some();
+        let mut unnamed = None;
+        if self.is_writable && needs_check {
+            let (repaired, runs) = repair(&self.name, &file).await?;
+            (new, unnamed) = (repaired, Some(runs));
         }
         let name = backing_name(&file, &new).await?;
         let mut header = self.header.lock().await;
@@ -47,8 +50,8 @@ impl Qed {
         self.space.replace(extent(file.driver().len(), self.geometry()));
         self.size.store(new.size, Ordering::SeqCst);
         *header = new;
-        let repaired = if needs_check { self.space.end() } else { 0 };
-        self.repaired.store(repaired, Ordering::Release);
+        self.unclosed.note(mark);
+        self.unnamed.replace(unnamed);
         self.is_marked.store(false, Ordering::Release);
         self.is_prepared.store(false, Ordering::SeqCst);
         Ok(())

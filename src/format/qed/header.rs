@@ -4,6 +4,7 @@
 //! file.
 
 use crate::block::{Error, SECTOR};
+use crate::cow::Mark;
 use crate::io::Errno;
 
 /// The first four bytes of every image.
@@ -129,7 +130,7 @@ pub struct Header {
     pub features: Features,
     /// Unknown bits can be ignored, and are kept; all are unknown.
     pub compatible: u64,
-    /// Unknown bits are cleared before the first write; all are unknown.
+    /// Unknown bits are cleared before the first write; all but the mark of an image that is being written are unknown.
     pub autoclear: u64,
     pub l1_offset: u64,
     /// Of the disk, in bytes.
@@ -194,6 +195,16 @@ impl Header {
             }
         }
         Ok(header)
+    }
+
+    /// The mark of an image that is being written.
+    pub fn mark(&self) -> Option<Mark> {
+        Mark::in_bits(self.autoclear)
+    }
+
+    /// Puts a mark into the header, or takes it away.
+    pub fn with_mark(self, mark: Option<Mark>) -> Header {
+        Header { autoclear: mark.map_or(0, Mark::bits), ..self }
     }
 
     /// Bytes before the first regular cluster.

@@ -1,5 +1,7 @@
 //! The mark that an image needs a check: set before allocation, cleared when idle or closed.
 //!
+//! With it comes the mark that the image is being written ([`crate::cow::Unclosed`]).
+//!
 //! Writes to allocated clusters do without it. Clusters are allocated under the range of their guest clusters, and
 //! the mark is looked at there; taking it back holds all ranges.
 
@@ -7,7 +9,7 @@ use super::Qed;
 use super::header::Features;
 use super::write::write_header;
 use crate::block::{Idle, LocalFuture, Signal};
-use crate::cow::{check_sound, file};
+use crate::cow::{Mark, check_sound, file};
 use crate::io::IoResult;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,11 +31,17 @@ impl Qed {
         if !self.is_marked.load(Ordering::Acquire) {
             let mut new = header.clone();
             new.features |= Features::NEED_CHECK;
+            let new = new.with_mark(Some(self.in_use()));
             write_header(&file(self), &new).await?;
             *header = new;
             self.is_marked.store(true, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// The mark that the image is being written.
+    pub(super) fn in_use(&self) -> Mark {
+        self.unclosed.mark(self.mapping.journal.number())
     }
 
     /// Takes the mark back, durably, and cuts off what was not used at the file's end. All that was written is durable,
@@ -46,7 +54,7 @@ impl Qed {
         let file = file(self);
         file.flush().await?;
         let mut header = self.header.lock().await;
-        let mut new = header.clone();
+        let mut new = header.clone().with_mark(None);
         new.features -= Features::NEED_CHECK;
         write_header(&file, &new).await?;
         *header = new;

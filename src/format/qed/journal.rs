@@ -1,17 +1,18 @@
 //! What the journal of entries that wait ([`crate::cow`]) asks of this format.
 //!
 //! Nothing counts clusters, so those that only the front end's memory names look free when the image of a killed daemon
-//! is opened. They stay until that memory has come, or until an image that was written meanwhile is closed: new clusters
-//! come from behind them.
+//! is opened ([`super::unnamed`]). They stay until that memory has come, or until an image that was written meanwhile is
+//! closed: new clusters come from behind them.
 
 use super::mapping::{L2Entry, UNALLOCATED, ZERO};
+use super::write::write_header;
 use super::{Qed, check};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
 use crate::cow::{
-    Journaling, Owned, Recovering, TwoLevels, file, forget_records, settle_journal, take_over,
+    Claimed, Journaling, Owned, Recovering, TwoLevels, Writable, file, forget_records,
+    settle_journal, take_over,
 };
 use crate::io::IoResult;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -44,15 +45,36 @@ impl Recovering for Qed {
         Some(Owned::Cluster(host >> self.geometry().cluster_bits))
     }
 
-    async fn are_leaked(&self, hosts: &BTreeSet<u64>) -> Result<bool, Error> {
-        if self.space.has_free(hosts.iter().copied()) {
+    async fn are_leaked(&self, claimed: &Claimed) -> Result<bool, Error> {
+        if self.space.has_free(claimed.hosts.iter().copied()) {
             return Ok(false);
         }
-        check::are_leaked(&file(self), hosts).await
+        match self.unnamed.claim(&claimed.hosts) {
+            Some(are_unnamed) => Ok(are_unnamed),
+            None => check::are_leaked(&file(self), &claimed.hosts).await,
+        }
     }
 
-    async fn take_back(&self) {
-        self.reuse_leaked().await;
+    fn expect_entries(&self) {
+        self.unclosed.expect_entries();
+    }
+
+    async fn begin_keeping(&self, was_in_use: bool) {
+        self.unclosed.begin_keeping(was_in_use);
+        let mut header = self.header.lock().await;
+        if self.is_marked.load(Ordering::Acquire) {
+            let new = header.clone().with_mark(Some(self.in_use()));
+            match write_header(&file(self), &new).await {
+                Ok(()) => *header = new,
+                // Before the next allocation it is marked again.
+                Err(_) => self.is_marked.store(false, Ordering::Release),
+            }
+        }
+        drop(header);
+        if was_in_use {
+            // What is due is used again. If it fails, so does the next write.
+            let _ = self.prepare().await;
+        }
     }
 }
 
@@ -63,6 +85,7 @@ impl Journaled for Qed {
             let is_used = words.iter().any(|word| word.load(Ordering::Acquire) != 0);
             if is_used && self.is_writable {
                 // Entries may come that name the end of the file.
+                self.expect_entries();
                 let failed = |errno| Error::os("Could not mark the image", errno);
                 self.mark().await.map_err(failed)?;
             }
@@ -80,20 +103,5 @@ impl Journaled for Qed {
             self.mapping.journal.let_go(&memory);
             settled
         })
-    }
-}
-
-impl Qed {
-    /// Takes back what a killed process has left, but for what its memory named, which is in the tables by now. Where the
-    /// tables cannot be read, it stays.
-    async fn reuse_leaked(&self) {
-        let end = self.repaired.swap(0, Ordering::AcqRel);
-        if end == 0 {
-            return;
-        }
-        match check::unnamed(&file(self), end).await {
-            Ok(runs) => runs.into_iter().for_each(|run| self.space.put_back(run)),
-            Err(error) => log::warn!("{}: qed: unused clusters stay: {error}", self.name),
-        }
     }
 }

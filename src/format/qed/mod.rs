@@ -7,6 +7,7 @@
 //! | `open` | opening an image: the header, the L1 table, the children |
 //! | `mapping` | how an image maps a guest's clusters |
 //! | `space` | host clusters for what is new |
+//! | `unnamed` | what a killed process has left |
 //! | `write` | writing, zeroing, flushing, closing, and in which order |
 //! | `idle` | the mark that an image needs a check |
 //! | `journal` | entries that wait in memory that outlives the process |
@@ -22,13 +23,14 @@ mod journal;
 mod mapping;
 mod open;
 mod space;
+mod unnamed;
 mod write;
 
 use crate::block::registry::{DriverEntry, Kind};
 use crate::block::*;
 use crate::cow::{
-    self, FileEnd, Lock, Stop, Tables, TopTable, decider, discard_range, fast_read, read_range,
-    status, traits_over, without_fast_writes, write_range, zero_range,
+    self, FileEnd, Lock, Stop, Tables, TopTable, Unclosed, decider, discard_range, fast_read,
+    read_range, status, traits_over, without_fast_writes, write_range, zero_range,
 };
 use crate::format::children;
 use crate::io::sync::Mutex;
@@ -37,6 +39,7 @@ use header::{Geometry, Header, Layout};
 use mapping::{L1Entry, L2Entry};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use unnamed::Unnamed;
 
 pub static ENTRY: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
@@ -77,9 +80,9 @@ pub struct Qed {
     is_marked: AtomicBool,
     /// When clusters were allocated last, of an image that may be written.
     clock: Option<Arc<IdleClock>>,
-    /// The image was repaired when it was opened: this many clusters the file had then, and nothing names some of
-    /// them. Zero otherwise.
-    repaired: AtomicU64,
+    /// What is known of a process that did not close the image, and the clusters that it has left.
+    unclosed: Unclosed,
+    unnamed: Unnamed,
     /// Nothing is written until it is thawed ([`Driver::freeze`]).
     is_frozen: AtomicBool,
     /// As it is on the disk.

@@ -2,15 +2,16 @@
 
 use super::header::{self, Features, Header};
 use super::mapping::L1Entry;
+use super::unnamed::Unnamed;
 use super::{Qed, RecordedName, check, idle, mapping, space};
 use crate::block::*;
-use crate::cow::{Lock, TopTable, read_padded};
+use crate::cow::{Lock, Run, TopTable, Unclosed, read_padded};
 use crate::format::children::FileAndBacking;
 use crate::io::sync::Mutex;
 use crate::io::{AlignedBuf, Errno, IoResult, IoVec};
 use crate::options::{Map, bytes};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicBool;
 
 pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driver>, Error> {
     let options: FileAndBacking = opening.parse(map)?;
@@ -25,10 +26,16 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let is_writable = opening.is_writable_over(&node);
     let mut header = read_header(&node).await?;
     let needs_check = header.features.contains(Features::NEED_CHECK);
-    let is_repaired =
-        is_writable && needs_check && opening.is_active() && !opening.policy().for_check;
+    let is_repaired = is_writable
+        && (needs_check || header.mark().is_some())
+        && opening.is_active()
+        && !opening.policy().for_check;
+    let unclosed = Unclosed::default();
+    unclosed.note(header.mark());
+    let mut unnamed = None;
     if is_repaired {
-        header = repair(opening.name(), &node).await?;
+        let (repaired, runs) = repair(opening.name(), &node).await?;
+        (header, unnamed) = (repaired, Some(runs));
     }
     let backing_name = backing_name(&node, &header).await?;
     let recorded = backing_name
@@ -44,7 +51,6 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
     let mapping = mapping.map_err(|errno| Error::os("Could not allocate L2 tables", errno))?;
 
     let space = space::space(node.driver().len(), &geometry);
-    let repaired = if is_repaired { space.end() } else { 0 };
     let mut children = vec![file];
     children.extend(backing);
     Ok(Box::new(Qed {
@@ -62,19 +68,20 @@ pub(super) async fn open(opening: &mut Opening, map: Map) -> Result<Box<dyn Driv
         is_prepared: AtomicBool::new(false),
         is_marked: AtomicBool::new(false),
         clock: is_writable.then(|| IdleClock::new(idle::AFTER)).transpose()?,
-        repaired: AtomicU64::new(repaired),
+        unclosed,
+        unnamed: Unnamed::new(unnamed),
         is_frozen: AtomicBool::new(false),
         header: Lock::new(header),
         has_reported: AtomicBool::new(false),
     }))
 }
 
-/// Repairs an image that was not closed; the header afterwards. Clusters that nothing names stay: the front end of a
-/// killed daemon may know of them.
-pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
+/// Repairs an image that was not closed; the header afterwards, and the clusters that nothing names. They stay: the front
+/// end of a killed daemon may know of them.
+pub(super) async fn repair(name: &str, file: &Node) -> Result<(Header, Vec<Run>), Error> {
     log::info!("{name}: qed: the image was not closed cleanly: it is checked");
     let report = check::check_killed(file).await;
-    let report = report.map_err(|error| error.at("Could not repair dirty image"))?;
+    let (report, unnamed) = report.map_err(|error| error.at("Could not repair dirty image"))?;
     if report.corruptions > 0 {
         return Err(Error::new(format!(
             "The image was not closed cleanly, and {} clusters have two owners: open it with \
@@ -82,7 +89,7 @@ pub(super) async fn repair(name: &str, file: &Node) -> Result<Header, Error> {
             report.corruptions
         )));
     }
-    read_header(file).await
+    Ok((read_header(file).await?, unnamed))
 }
 
 /// Entries of the L1 table, which begins at `table`.

@@ -34,14 +34,17 @@ impl Writable for Qed {
         check_ready(self).await?;
         if !self.is_prepared.load(Ordering::Acquire) {
             let mut header = self.header.lock().await;
-            if header.autoclear != 0 {
-                // All of these bits are unknown, and what they promise does not hold after a write.
-                let new = Header { autoclear: 0, ..header.clone() };
+            let new = header.clone().with_mark(header.mark());
+            if new != *header {
+                // The other bits are unknown, and what they promise does not hold after a write.
                 write_header(&file(self), &new).await?;
                 *header = new;
             }
             self.mapping.journal.mark_in_use(true);
             self.is_prepared.store(true, Ordering::Release);
+        }
+        if self.unclosed.take_due() {
+            self.unnamed.reuse(&self.space);
         }
         self.mapping.end_rest();
         Ok(())
@@ -176,7 +179,7 @@ impl Qed {
         check_sound(self).await?;
         self.unmark().await?;
         self.mapping.journal.mark_in_use(false);
-        if self.repaired.swap(0, Ordering::AcqRel) > 0 {
+        if self.unnamed.forget() {
             // What a killed process has left, and nobody came for.
             let cut = check::cut_unnamed(&file(self)).await;
             cut.map_err(|error| error.errno().unwrap_or(Errno::EIO))?;

@@ -10,10 +10,10 @@ use super::layout::Packing;
 use super::sparse::{Grain, Sparse, Stored};
 use crate::block::{Error, Journaled, LocalFuture, Survivor};
 use crate::cow::{
-    Format, Journaling, Owned, Recovering, Run, forget_records, settle_journal, take_over,
+    Claimed, Format, Journaling, Owned, Recovering, Run, Writable, forget_records, settle_journal,
+    take_over,
 };
 use crate::io::IoResult;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -53,7 +53,8 @@ impl Recovering for Sparse {
         }
     }
 
-    async fn are_leaked(&self, hosts: &BTreeSet<u64>) -> Result<bool, Error> {
+    async fn are_leaked(&self, claimed: &Claimed) -> Result<bool, Error> {
+        let hosts = &claimed.hosts;
         if self.space.has_free(hosts.iter().copied()) {
             return Ok(false);
         }
@@ -67,8 +68,10 @@ impl Recovering for Sparse {
         Ok(are_leaked)
     }
 
-    async fn take_back(&self) {
-        self.reuse_end().await;
+    async fn begin_keeping(&self, was_in_use: bool) {
+        if was_in_use && self.prepare().await.is_ok() {
+            self.reuse_end().await;
+        }
     }
 }
 

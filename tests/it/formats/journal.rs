@@ -177,3 +177,33 @@ fn entries_that_wait_are_seen_after_their_tables_have_left_the_cache() {
         image.close().await;
     });
 }
+
+#[test]
+fn a_killed_process_leaves_no_space_behind_in_a_qed_image() {
+    for has_memory in [false, true] {
+        let mut state = image("qed", "cluster_size=4k,table_size=2");
+        for life in 0..5u64 {
+            let (file, options) = over("qed", &state);
+            let is_last = life == 4;
+            state = simulated(orderly(), move |_| async move {
+                let image = Image::open(&options).await;
+                if has_memory {
+                    // The guest was started again: what another one's memory named is gone with it.
+                    attach(&image.node, Memory::new(100)).await.unwrap();
+                }
+                request(&image.node, 0, life * 4096, 512, 7).await;
+                image.node.flush().await.unwrap();
+                let killed = file.bytes();
+                image.close().await;
+                if is_last { file.bytes() } else { killed }
+            });
+        }
+        let kept = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(kept.path(), &state).unwrap();
+        let check = Command::new("qemu-img").args(["check", "-f", "qed"]).arg(kept.path()).output();
+        let check = check.unwrap();
+        assert_eq!(check.status.code(), Some(0), "memory: {has_memory}: {check:?}");
+        // The header, both tables, and the clusters.
+        assert_eq!(state.len(), (5 + 5) * 4096, "memory: {has_memory}");
+    }
+}

@@ -156,3 +156,42 @@ fn nothing_stays_leaked_however_often_the_process_is_killed() {
         assert!(len < 3 * LEN, "{create}: a file of {len} bytes");
     }
 }
+
+#[test]
+fn what_a_killed_process_has_left_is_taken_back_where_no_memory_names_it() {
+    for create in ["cluster_size=4k", "cluster_size=64k"] {
+        let mut state = image(LEN, create);
+        for life in 0..4u64 {
+            let (file, options) = disk(&state, MOST, |_| {});
+            let options = format!("driver=qcow2{}", below("file", &options));
+            state = simulated(orderly(), move |_| async move {
+                let image = Image::open(&options).await;
+                request(&image.node, 0, life * (128 << 10), 4096, 1).await;
+                request(&image.node, 0, life * (128 << 10) + (64 << 10), 4096, 2).await;
+                image.node.flush().await.unwrap();
+                let killed = file.bytes();
+                image.close().await;
+                killed
+            });
+            let left = leaks(&state);
+            assert!((1..=16).contains(&left), "{create}, life {life}: {left} clusters are leaked");
+        }
+        // An opening that only reads changes nothing.
+        for writes in [false, true] {
+            let (file, options) = disk(&state, MOST, |_| {});
+            let options = format!("driver=qcow2{}", below("file", &options));
+            let found = simulated(orderly(), move |_| async move {
+                let image = Image::open(&options).await;
+                if writes {
+                    request(&image.node, 0, LEN / 2, 512, 3).await;
+                }
+                image.close().await;
+                file.bytes()
+            });
+            match writes {
+                true => check(&found, true).unwrap(),
+                false => assert!(found == state, "{create}"),
+            }
+        }
+    }
+}

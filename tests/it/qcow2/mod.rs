@@ -14,6 +14,7 @@ mod images;
 pub mod journal;
 pub mod judge;
 mod kills;
+mod marks;
 mod model;
 mod read;
 mod resize;

@@ -1,4 +1,4 @@
-//! Searching all tables for references to clusters that may be leaked.
+//! Searching tables for references to clusters that may be leaked.
 //!
 //! Several tables are read at once and searched for these clusters alone, because a guest that comes back after a
 //! kill waits for the answer.
@@ -15,11 +15,15 @@ use std::task::Poll;
 const AT_ONCE: usize = 16;
 
 /// Whether all these clusters are leaked: counted once, and nothing refers to them. Nobody changes the
-/// image meanwhile.
+/// image meanwhile. `tables`: the L2 tables that may refer to them; all, if it is not known which.
 ///
 /// # Errors
 /// I/O failed, or the image makes no sense.
-pub async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, Error> {
+pub async fn are_leaked(
+    file: &Node,
+    clusters: &BTreeSet<u64>,
+    tables: Option<BTreeSet<u64>>,
+) -> Result<bool, Error> {
     if clusters.is_empty() {
         return Ok(true);
     }
@@ -36,9 +40,9 @@ pub async fn are_leaked(file: &Node, clusters: &BTreeSet<u64>) -> Result<bool, E
             return Ok(false);
         }
     }
-    let tables = check.put_off.take().unwrap_or_default();
+    let all = check.put_off.take().unwrap_or_default();
     // Snapshots share most of them.
-    let tables: BTreeSet<u64> = tables.into_iter().map(|(table, _)| table).collect();
+    let tables = tables.unwrap_or_else(|| all.into_iter().map(|(table, _)| table).collect());
     let tables: Vec<u64> = tables.into_iter().collect();
     for some in tables.chunks(AT_ONCE) {
         let found = read_tables(file, &geometry, some).await.map_err(failed)?;

@@ -24,9 +24,10 @@ pub use entry::{MAX_ENTRY, Snapshot};
 pub use table::Table;
 
 use super::Qcow2;
-use super::header::{Autoclear, Header, Incompatible};
+use super::header::{Header, Incompatible};
 use super::layout::{Geometry, L1Entry};
 use super::space::Change;
+use super::unclosed::promised;
 use crate::block::{Error, LocalFuture, NewSnapshot, Node, SnapshotInfo, SnapshotKey, Snapshots};
 use crate::cow::{Run, check_sound, read_padded, settle_journal};
 use crate::io::sync::Mutex;
@@ -148,7 +149,7 @@ impl Qcow2 {
             return Err(Errno::EPERM);
         }
         check_sound(self).await?;
-        self.metadata().change_header(|header| header.autoclear &= Autoclear::KNOWN).await
+        self.metadata().change_header(|header| header.autoclear = promised(header)).await
     }
 
     /// One reference more, or one less, to each thing that an L1 table names ([`references::change`]).
