@@ -46,7 +46,7 @@ async fn create(creation: &Creation, options: Map) -> Result<Made, Error> {
         _ => 0,
     };
     let is_static = matches!(options.get("static"), Some(Value::Bool(true)));
-    let header = Header::for_new(size, is_static, 1)?;
+    let header = Header::for_new(size, is_static)?;
     let write = async |file: &Node, is_empty: bool| write_to(file, &header, is_empty).await;
     make_in_file(creation, options, file_len(&header), write).await?;
     Ok(Made { reads_zeroes: true })
@@ -91,7 +91,7 @@ async fn make_on(graph: &Graph, wanted: OnNode) -> Result<Made, Error> {
         Some(Preallocation::Metadata) => true,
         Some(_) => return Err(Error::new("Preallocation mode not supported for vdi")),
     };
-    let header = Header::for_new(wanted.size.0, is_static, 1)?;
+    let header = Header::for_new(wanted.size.0, is_static)?;
     let write = async |file: &Node| write_to(file, &header, false).await;
     make_on_node(graph, wanted.file, file_len(&header), write).await?;
     Ok(Made { reads_zeroes: true })

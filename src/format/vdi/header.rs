@@ -116,16 +116,17 @@ impl Header {
         })
     }
 
-    /// The header of a new image for a disk of this many bytes. Data begins at a multiple of `align` bytes.
+    /// The header of a new image for a disk of this many bytes. Blocks begin at whole MiB, as VirtualBox has them, so that a
+    /// page of the guest is one of the file; QEMU makes them begin at the first sector behind the map.
     ///
     /// # Errors
     /// The disk is too large.
-    pub fn for_new(size: u64, is_static: bool, align: u32) -> Result<Header, Error> {
+    pub fn for_new(size: u64, is_static: bool) -> Result<Header, Error> {
         check_size(size)?;
         let blocks = size.div_ceil(BLOCK_SIZE) as u32;
         let map_offset = LEN as u32;
         // At most 2 GiB and a little, which is below 2^32.
-        let data_offset = (map_offset + 4 * blocks).next_multiple_of(align.max(SECTOR));
+        let data_offset = (map_offset + 4 * blocks).next_multiple_of(BLOCK_SIZE as u32);
         let allocated = if is_static { blocks } else { 0 };
         Ok(Header { is_static, map_offset, data_offset, size, blocks, allocated })
     }

@@ -2,9 +2,9 @@
 //!
 //! It measures allocated clusters, and writes that allocate.
 //!
-//! QEMU's qemu-img makes all images. Where it puts the blocks of a vdi image depends on the size of the disk: they
-//! begin at the first multiple of 512 bytes behind the map, so that 4 KiB of the guest are across two pages of the
-//! file unless that is a multiple of 4096, too.
+//! Each server has images that its own tool has made. qemu-img puts the blocks of a vdi image at the first multiple of 512
+//! bytes behind the map, so that 4 KiB of the guest lie across two pages of the file unless that is a multiple
+//! of 4096, too; ours begin at whole MiB.
 
 use std::path::Path;
 
@@ -12,7 +12,9 @@ use vublk_testkit::Result;
 
 use crate::groups::{self, Contestant, DataFile, FILE_SIZE, LOAD_CPU, Plan};
 use crate::load::{Chains, Measured, Mode, Once};
-use crate::qcow2::{CLUSTER, Scratch, full_image, middle, once, qemu_img, random, ratio, text};
+use crate::qcow2::{
+    CLUSTER, Scratch, full_image_by, image_tool, middle, once, random, ratio, text,
+};
 use crate::results::{Who, grouped};
 use crate::servers::{Content, Kind, Setup};
 use crate::targets::Verdict;
@@ -53,7 +55,8 @@ pub fn allocated(plan: &Plan) -> Result<(String, Vec<Verdict>)> {
         let mut contestants: Vec<Contestant> = Vec::new();
         let mut images = Vec::new();
         for kind in plan.kinds(&[Kind::Vublk, Kind::Qsd]) {
-            let image = full_image(&data, shm, format.name, &format!("{kind:?}.{}", format.name))?;
+            let (tool, name) = (tool(plan, kind), format!("{kind:?}.{}", format.name));
+            let image = full_image_by(tool, &data, shm, format.name, &name)?;
             let content = Content::image(format.name, &image.0);
             contestants.push((Who::Server(kind), kind, Setup::one(content)));
             images.push(image);
@@ -123,11 +126,19 @@ pub fn first_writes(plan: &Plan, dir: &Path) -> Result<(String, Vec<Verdict>)> {
     Ok((table, verdicts))
 }
 
+/// What makes the images of a server.
+fn tool(plan: &Plan, kind: Kind) -> &str {
+    match kind {
+        Kind::Vublk => text(&plan.programs.vublk),
+        _ => "qemu-img",
+    }
+}
+
 /// A server fills a new image.
 fn fill(plan: &Plan, kind: Kind, format: &Format, dir: &Path, count: u64) -> Result<Measured> {
     let image = Scratch::new(dir, &format!("fill.{}", format.name))?;
     let size = (count * CLUSTER).to_string();
-    qemu_img(&["create", "-q", "-f", format.name, text(&image.0), &size])?;
+    image_tool(tool(plan, kind), &["create", "-q", "-f", format.name, text(&image.0), &size])?;
     let chains = Chains { depth: 32, block: 4096, write: true, indirect: true };
     let load = Once { chains, step: CLUSTER, count, cpu: LOAD_CPU };
     once(plan, kind, Content::image(format.name, &image.0), &load)

@@ -209,13 +209,13 @@ fn bench(cli: Cli) -> vublk_testkit::Result<()> {
     }
     if chosen(Group::Formats) {
         headline(
-            "Formats on tmpfs, images of QEMU's qemu-img, all allocated: 4 KiB, depth 32, polled",
+            "Formats on tmpfs, images of each side's own tool, all allocated: 4 KiB, depth 32, polled",
         );
         let (table, more) = formats::allocated(&plan)?;
         println!("{table}");
         verdicts.extend(more);
         headline(&format!(
-            "Formats in {}, images of QEMU's qemu-img: each 64 KiB written to once with 4 KiB, flush included",
+            "Formats in {}, images of each side's own tool: each 64 KiB written to once with 4 KiB, flush included",
             cli.dir.display()
         ));
         let (table, more) = formats::first_writes(&plan, &cli.dir)?;

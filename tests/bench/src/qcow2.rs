@@ -41,12 +41,17 @@ impl Drop for Scratch {
 
 /// Runs qemu-img.
 pub fn qemu_img(arguments: &[&str]) -> Result<()> {
-    let out = Command::new("qemu-img").args(arguments).output();
-    let out = out.map_err(|e| Error::Io("qemu-img".into(), e))?;
+    image_tool("qemu-img", arguments)
+}
+
+/// Runs qemu-img, or vublk, which takes the same commands.
+pub fn image_tool(tool: &str, arguments: &[&str]) -> Result<()> {
+    let out = Command::new(tool).args(arguments).output();
+    let out = out.map_err(|e| Error::Io(tool.into(), e))?;
     match out.status.success() {
         true => Ok(()),
         false => Err(Error::Peer(format!(
-            "qemu-img {}: {}",
+            "{tool} {}: {}",
             arguments.join(" "),
             String::from_utf8_lossy(&out.stderr).trim()
         ))),
@@ -70,9 +75,20 @@ pub fn ratio(what: String, value: f64, limit: f64, at_least: bool) -> Verdict {
 
 /// An image `name` of a format, with the bytes of a file, all its clusters allocated.
 pub fn full_image(data: &DataFile, dir: &Path, format: &str, name: &str) -> Result<Scratch> {
+    full_image_by("qemu-img", data, dir, format, name)
+}
+
+/// As [`full_image`], made by qemu-img or vublk.
+pub fn full_image_by(
+    tool: &str,
+    data: &DataFile,
+    dir: &Path,
+    format: &str,
+    name: &str,
+) -> Result<Scratch> {
     let image = Scratch::new(dir, name)?;
     let (from, to) = (text(&data.0), text(&image.0));
-    qemu_img(&["convert", "-f", "raw", "-O", format, "-S", "0", from, to])?;
+    image_tool(tool, &["convert", "-f", "raw", "-O", format, "-S", "0", from, to])?;
     Ok(image)
 }
 
