@@ -5,7 +5,7 @@
 //! its slot and its memory until its completion, also when it has been cancelled.
 
 use super::op::{Op, Segments, Started, Token};
-use super::ring::{BATCH, Wait};
+use super::ring::{BATCH, Completion, Wait};
 use super::timer::Deadline;
 use super::turn_share::moved;
 use super::worker::Io;
@@ -77,6 +77,29 @@ impl Io {
             Errno(libc::ECANCELED),
             |_, slot| matches!(slot.owner, Owner::Source(other) if other == token),
         );
+    }
+
+    /// Cancels the operations in flight of a token that wait for somebody else, and waits until the kernel has
+    /// let go of their memory. Their source hears of their ends later, as of any.
+    pub fn cancel_and_wait(&self, token: Token) {
+        let is_its = |slot: &Slot| matches!(slot.owner, Owner::Source(other) if other == token);
+        self.cancel(token);
+        let ops = self.ops.borrow();
+        let slots = (0..).zip(&ops.slots).filter(|(_, slot)| is_its(slot) && slot.op.waits());
+        let wanted: Vec<u64> = slots.map(|(index, slot)| slot.user_data(index)).collect();
+        drop(ops);
+        let has_ended = |stash: &[Completion], user_data: u64| {
+            stash.iter().any(|completion| completion.user_data == user_data)
+        };
+        loop {
+            let mut stash = self.stash.borrow_mut();
+            if wanted.iter().all(|&user_data| has_ended(&stash, user_data)) {
+                return;
+            }
+            let mut ring = self.ring.borrow_mut();
+            ring.enter(Wait::Forever);
+            ring.reap(&mut stash);
+        }
     }
 
     /// Cancels the operations whose deadline has come, and asks to be called when the next one does.

@@ -22,8 +22,13 @@ const RETRY: Duration = Duration::from_millis(10);
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
+    /// A path, or a name in the abstract namespace, which begins with a zero byte.
     Unix(PathBuf),
     Tcp(SocketAddr),
+    Vsock {
+        cid: u32,
+        port: u32,
+    },
     /// In a simulation: a [`simulated::Listener`] of this number.
     Simulated(u64),
 }
@@ -72,6 +77,7 @@ impl Socket {
             Address::Unix(path) => (libc::AF_UNIX, unix_name(path.as_os_str().as_bytes())?),
             Address::Tcp(address @ SocketAddr::V4(_)) => (libc::AF_INET, tcp_name(address)),
             Address::Tcp(address) => (libc::AF_INET6, tcp_name(address)),
+            Address::Vsock { cid, port } => (libc::AF_VSOCK, vsock_name(*cid, *port)),
             Address::Simulated(number) => {
                 let socket = Socket::from(simulated::connect(*number)?);
                 socket.poll(libc::POLLOUT as u32, deadline).await?;
@@ -104,7 +110,16 @@ impl Socket {
             }
         }
         set_nonblocking(fd, false)?;
+        if matches!(address, Address::Tcp(_)) {
+            // What is sent is whole messages: waiting for more of them only costs time.
+            set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY)?;
+        }
         Ok(socket)
+    }
+
+    /// Has the kernel find out when the other side of a connection has gone silently.
+    pub fn keep_alive(&self) -> IoResult {
+        set_option(self.as_raw_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE)
     }
 
     /// Sends a part of `from` that is not empty, and tells its length in bytes.
@@ -179,16 +194,29 @@ impl Name {
 }
 
 fn unix_name(path: &[u8]) -> IoResult<Name> {
+    let is_abstract = path.first() == Some(&0);
     let mut fits = false;
-    let name = Name::new(|name: &mut libc::sockaddr_un| {
+    let mut name = Name::new(|name: &mut libc::sockaddr_un| {
         name.sun_family = libc::AF_UNIX as libc::sa_family_t;
-        // The last byte ends it.
-        fits = path.len() < name.sun_path.len();
+        // The last byte ends a path; other names end with their length.
+        fits = path.len() < name.sun_path.len() + usize::from(is_abstract);
         for (to, from) in name.sun_path.iter_mut().zip(path) {
             *to = *from as libc::c_char;
         }
     });
+    if is_abstract {
+        let begin = std::mem::offset_of!(libc::sockaddr_un, sun_path);
+        name.1 = (begin + path.len()) as libc::socklen_t;
+    }
     if fits { Ok(name) } else { Err(Errno(libc::ENAMETOOLONG)) }
+}
+
+fn vsock_name(cid: u32, port: u32) -> Name {
+    Name::new(|name: &mut libc::sockaddr_vm| {
+        name.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+        name.svm_cid = cid;
+        name.svm_port = port;
+    })
 }
 
 fn tcp_name(address: &SocketAddr) -> Name {
@@ -219,6 +247,17 @@ fn take_error(fd: RawFd) -> IoResult {
     match (result, error) {
         (0, 0) => Ok(()),
         (0, errno) => Err(Errno(errno)),
+        _ => Err(Errno::last()),
+    }
+}
+
+/// Switches an option of a socket on.
+fn set_option(fd: RawFd, level: libc::c_int, option: libc::c_int) -> IoResult {
+    let on: libc::c_int = 1;
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the call reads one number of the length that is given.
+    match unsafe { libc::setsockopt(fd, level, option, (&raw const on).cast(), len) } {
+        0 => Ok(()),
         _ => Err(Errno::last()),
     }
 }

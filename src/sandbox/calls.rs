@@ -239,7 +239,8 @@ fn listed(plan: &Plan) -> Program {
     rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![this, no_new_limit])?]);
     // Both ends are the process's own: a connection begins with one.
     rules.insert(libc::SYS_socketpair, vec![one(0, is.clone(), libc::AF_UNIX as u64)?]);
-    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|family| family as u64);
+    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_VSOCK];
+    let families = families.map(|family| family as u64);
     match plan {
         Plan { network: true, .. } => drop(rules.insert(libc::SYS_socket, any(0, &families)?)),
         Plan { connects: true, .. } | Plan { grows: true, .. } => {
