@@ -63,6 +63,10 @@ const CIRCLES: &[(&str, &str)] = &[
         "the entry names the driver and its options, and the driver asks the entry how files grow",
     ),
     (
+        "src/protocol/nbd/",
+        "an export's shared state has the links of its workers, which take connections from it and give them back",
+    ),
+    (
         "src/protocol/nvme/",
         "an entry makes the shared state of a controller, which is made from the entry's options",
     ),
