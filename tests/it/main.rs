@@ -21,6 +21,7 @@ mod model;
 mod monitor;
 mod namespace;
 mod nbd;
+mod nbd_client;
 mod node;
 mod nvme;
 mod nvme_fake;

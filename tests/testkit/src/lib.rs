@@ -12,6 +12,7 @@
 //! | [`dirty_log`] | the log of pages that the device has written, for live migration |
 //! | [`process`] | server processes: started, awaited, measured, ended |
 //! | [`seccomp`] | a host without io_uring |
+//! | [`nbd`] | an NBD server, good or hostile |
 //!
 //! A test that wants a working disk starts with [`blk::Disk::open`]; one that wants to break the
 //! protocol starts with [`frontend::Connection`] and [`ring::DriverRing`]. Every wait has a bound.
@@ -22,6 +23,7 @@ mod error;
 pub mod frontend;
 pub mod memory;
 pub mod message;
+pub mod nbd;
 pub mod process;
 pub mod request;
 pub mod ring;
