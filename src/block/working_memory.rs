@@ -32,6 +32,8 @@ pub struct WorkingMemory {
     bounces: u32,
     /// The largest of all drivers, in bytes.
     copy_unit: u32,
+    /// Drivers that copy writes, on a path below.
+    write_copies: u32,
     /// Of all drivers on the most expensive path, in bytes.
     scratch: u64,
 }
@@ -47,6 +49,7 @@ impl WorkingMemory {
             layers: 0,
             bounces: 0,
             copy_unit: own.copy_unit,
+            write_copies: 0,
             scratch: 0,
         };
         for child in driver.children() {
@@ -56,9 +59,11 @@ impl WorkingMemory {
             all.layers = all.layers.max(below.layers);
             all.bounces = all.bounces.max(below.bounces + u32::from(is_stricter));
             all.copy_unit = all.copy_unit.max(below.copy_unit);
+            all.write_copies = all.write_copies.max(below.write_copies);
             all.scratch = all.scratch.max(below.scratch);
         }
         all.layers += 1;
+        all.write_copies += u32::from(own.copies_writes);
         all.scratch += u64::from(own.other);
         all
     }
@@ -70,14 +75,19 @@ impl WorkingMemory {
             && is_aligned(segments, self.buffer_align);
         let bounces = u64::from(self.bounces) + u64::from(!fits);
         let lists = size_of_val(segments) as u64 * u64::from(self.layers + 1);
-        let copied = if writes { self.copied_around(at, len) } else { 0 };
+        let copied = match writes {
+            true => {
+                self.copied_around(at, len) + u64::from(self.write_copies) * self.bounce_of(len)
+            }
+            false => 0,
+        };
         self.to_ask() + self.scratch + lists + bounces * self.bounce_of(len) + copied
     }
 
     /// For a request that zeroes at most `len` bytes, perhaps by writing them, in bytes.
     pub fn to_zero(&self, len: u64) -> u64 {
         // The zeroes, and where these are to be aligned what goes around them.
-        let buffers = u64::from(self.bounces) + 2;
+        let buffers = u64::from(self.bounces + self.write_copies) + 2;
         let copied = 2 * u64::from(self.copy_unit).min(COPY_LIMIT);
         self.to_ask() + self.scratch + buffers * self.bounce_of(len) + copied
     }
@@ -115,7 +125,7 @@ impl CurrentWorkingMemory {
         let words = [
             pair(new.request_align, new.buffer_align),
             pair(new.layers, new.bounces),
-            u64::from(new.copy_unit),
+            pair(new.write_copies, new.copy_unit),
             new.scratch,
         ];
         for (word, new) in self.0.iter().zip(words) {
@@ -132,6 +142,7 @@ impl CurrentWorkingMemory {
             layers: (counts >> 32) as u32,
             bounces: counts as u32,
             copy_unit: copy_unit as u32,
+            write_copies: (copy_unit >> 32) as u32,
             scratch,
         }
     }
@@ -156,6 +167,7 @@ mod tests {
         layers: 3,
         bounces: 0,
         copy_unit: 0,
+        write_copies: 0,
         scratch: 0,
     };
 

@@ -81,4 +81,6 @@ pub struct Scratch {
     pub copy_unit: u32,
     /// What any request may take beside that, in bytes.
     pub other: u32,
+    /// Writes go through a buffer, whole.
+    pub copies_writes: bool,
 }

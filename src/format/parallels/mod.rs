@@ -119,7 +119,7 @@ impl Driver for Parallels {
 
     /// Zeroes are written around what goes to a cluster that was used before, and copies where there is a backing file.
     fn scratch(&self) -> Scratch {
-        Scratch { copy_unit: 1 << self.stretch.bits, other: 0 }
+        Scratch { copy_unit: 1 << self.stretch.bits, ..Scratch::default() }
     }
 
     fn children(&self) -> &[Child] {

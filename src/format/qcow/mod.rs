@@ -104,7 +104,7 @@ impl Driver for Qcow {
 
     /// Copies around a write. Unpacking is bounded by itself.
     fn scratch(&self) -> Scratch {
-        Scratch { copy_unit: self.geometry.cluster_size() as u32, other: 0 }
+        Scratch { copy_unit: self.geometry.cluster_size() as u32, ..Scratch::default() }
     }
 
     fn children(&self) -> &[Child] {

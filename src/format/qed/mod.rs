@@ -128,7 +128,7 @@ impl Driver for Qed {
 
     /// Copies around a write.
     fn scratch(&self) -> Scratch {
-        Scratch { copy_unit: self.geometry().cluster_size() as u32, other: 0 }
+        Scratch { copy_unit: self.geometry().cluster_size() as u32, ..Scratch::default() }
     }
 
     fn children(&self) -> &[Child] {

@@ -84,7 +84,7 @@ impl Driver for Vdi {
 
     /// Zeroes are written around what goes to a block that was used before.
     fn scratch(&self) -> Scratch {
-        Scratch { copy_unit: header::BLOCK_SIZE as u32, other: 0 }
+        Scratch { copy_unit: header::BLOCK_SIZE as u32, ..Scratch::default() }
     }
 
     fn children(&self) -> &[Child] {

@@ -146,7 +146,7 @@ impl Driver for Vmdk {
     /// Copies around a write. Unpacking is bounded by itself.
     fn scratch(&self) -> Scratch {
         let other = self.packed().map_or(0, |sparse| 2 * sparse.packed_limit() as u32);
-        Scratch { copy_unit: self.grain_size().unwrap_or(0) as u32, other }
+        Scratch { copy_unit: self.grain_size().unwrap_or(0) as u32, other, ..Scratch::default() }
     }
 
     fn children(&self) -> &[Child] {

@@ -130,7 +130,7 @@ impl Driver for Vpc {
 
     /// Copies around a write, and zeroes where a block was used before.
     fn scratch(&self) -> Scratch {
-        Scratch { copy_unit: self.header.block_size() as u32, other: 0 }
+        Scratch { copy_unit: self.header.block_size() as u32, ..Scratch::default() }
     }
 
     fn children(&self) -> &[Child] {
