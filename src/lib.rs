@@ -9,6 +9,7 @@
 //! * [`io`]: the engine: workers, rings, tasks.
 //! * [`block`]: the contract between disks' users and their implementations.
 //! * [`cow`]: the layer for formats that map clusters through tables.
+//! * [`crypto`]: ciphers and secrets for formats that are encrypted.
 //! * [`format`], [`filter`], [`protocol`]: the implementations; [`drivers`] joins them to one registry.
 //! * [`copy`]: the copy engine: the contents of disks to another disk.
 //! * [`job`]: long work on disks in the background.
@@ -30,6 +31,7 @@ pub mod block;
 pub mod cli;
 pub mod copy;
 pub mod cow;
+pub mod crypto;
 pub mod drivers;
 pub mod export;
 pub mod filter;

@@ -10,6 +10,7 @@ use super::policy::PolicyArgs;
 use super::process::{Background, EndSignals, Manager, PidFile};
 use super::startup::Startup;
 use crate::block::{DriverEntry, Error, Growth};
+use crate::crypto::object;
 use crate::drivers;
 use crate::export;
 use crate::export::nbd::ServerOptions;
@@ -236,12 +237,15 @@ fn help(option: &str, about: Option<&crate::options::Value>) -> Option<String> {
             Some(format!("Supported block drivers:\n{}", names.collect::<String>()))
         }
         ("blockdev", Some(name)) => drivers::registry().get(name).map(driver_help),
-        ("object", None) => Some("List of user creatable objects:\n  iothread\n".into()),
+        ("object", None) => {
+            Some("List of user creatable objects:\n  iothread\n  secret\n  secret_keyring\n".into())
+        }
         ("object", Some("iothread")) => Some(
             "iothread options:\n  aio-max-batch=<int>\n  poll-grow=<int>\n  poll-max-ns=<int>\n  \
              poll-shrink=<int>\n  thread-pool-max=<int>\n  thread-pool-min=<int>\n"
                 .into(),
         ),
+        ("object", Some(name)) => object::help(name).map(str::to_owned),
         ("chardev", None) => Some("Available chardev backend types: \n  socket\n".into()),
         ("export", None) => {
             let names = export::LIST.iter().map(|entry| format!("  {}\n", entry.name));

@@ -86,7 +86,7 @@ impl<'m> IoVec<'m> {
 
     /// # Panics
     /// The list was made to write from.
-    pub(super) fn check_fillable(&self) {
+    pub fn check_fillable(&self) {
         assert!(self.is_fillable, "memory that was made to write from is to be filled");
     }
 

@@ -1,9 +1,10 @@
-//! Objects of a service: the workers that exports name.
+//! Objects of a service: the workers that exports name, and the secrets that open disks.
 
 use super::Service;
 use crate::block::Error;
+use crate::crypto::{object, secrets};
 use crate::io::{self, Worker, WorkerOptions};
-use crate::options::{self, Map, similar};
+use crate::options::{self, Map, Value, similar};
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +41,15 @@ impl Service {
                 }
                 self.add_iothread(object.id, worker).await
             }
+            "secret" | "secret_keyring" => {
+                if let Some(id) = options.get("id").and_then(Value::as_str)
+                    && self.state().iothreads.iter().any(|(name, _)| name == id)
+                {
+                    return Err(duplicate(id));
+                }
+                // A file may lie on storage that does not answer.
+                Ok(io::offload(move || object::add(&qom_type, options)).await?)
+            }
             other if options::OBJECT_TYPES.contains(&other) => {
                 Err(Error::new(format!("objects of type '{other}' are not available")))
             }
@@ -59,10 +69,8 @@ impl Service {
         }
         {
             let mut state = self.state();
-            if state.iothreads.iter().any(|(name, _)| *name == id) {
-                return Err(Error::new(format!(
-                    "attempt to add duplicate property '{id}' to object (type 'container')"
-                )));
+            if state.iothreads.iter().any(|(name, _)| *name == id) || secrets::exists(&id) {
+                return Err(duplicate(&id));
             }
             state.iothreads.push((id.clone(), None));
         }
@@ -91,6 +99,10 @@ impl Service {
 
     /// Deletes an object that nothing uses.
     pub async fn object_del(&self, id: &str) -> Result<(), Error> {
+        // Disks that a secret has opened have their keys.
+        if secrets::remove(id) {
+            return Ok(());
+        }
         let shown = id.escape_debug();
         let worker = {
             let mut state = self.state();
@@ -124,6 +136,10 @@ impl Service {
         }
         Ok(main)
     }
+}
+
+fn duplicate(id: &str) -> Error {
+    Error::new(format!("attempt to add duplicate property '{id}' to object (type 'container')"))
 }
 
 pub(super) fn start_worker(name: &str, options: WorkerOptions) -> Result<Worker, Error> {

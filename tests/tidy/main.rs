@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 /// What the modules of the library may use of each other. `lib.rs` and `main.rs` join everything.
 const ARROWS: &[(&str, &[&str])] = &[
     ("io", &["io"]),
+    ("crypto", &["crypto", "io", "options"]),
     ("options", &["options"]),
     ("nbd", &["nbd", "io"]),
     ("block", &["block", "io", "options"]),
     ("copy", &["copy", "block", "io"]),
     ("job", &["job", "copy", "block", "io", "options"]),
     ("cow", &["cow", "block", "io"]),
-    ("format", &["format", "cow", "block", "io", "options"]),
+    ("format", &["format", "cow", "crypto", "block", "io", "options"]),
     ("filter", &["filter", "block", "io", "options"]),
     ("protocol", &["protocol", "nbd", "block", "io", "options"]),
     ("drivers", &["format", "filter", "protocol", "block", "options"]),
@@ -23,14 +24,14 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["monitor", "service", "job", "sandbox", "export", "drivers", "block", "io", "options"],
     ),
     ("metrics", &["metrics", "service", "export", "block", "io"]),
-    ("service", &["service", "job", "export", "drivers", "block", "io", "options"]),
+    ("service", &["service", "job", "export", "drivers", "crypto", "block", "io", "options"]),
     ("tools", &["tools", "copy", "drivers", "block", "io", "options"]),
     ("sandbox", &["sandbox", "io"]),
     (
         "cli",
         &[
             "cli", "tools", "copy", "monitor", "metrics", "service", "sandbox", "export",
-            "drivers", "block", "io", "options",
+            "drivers", "crypto", "block", "io", "options",
         ],
     ),
 ];
@@ -56,6 +57,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/protocol/file/", "implements `Leaf::start`; system calls on files"),
     ("src/export/core/", "sockets of ours, and poll(2) on them"),
     ("src/export/vhost_user_blk/", "guest memory and its rings"),
+    ("src/crypto/", "calls of AWS-LC, and memory that the guest shares"),
     ("src/sandbox/", "what the kernel is asked to forbid, and the signal handlers of that"),
     ("src/monitor/poll.rs", "poll(2), accept4(2), and descriptors from the command line"),
     ("src/cli/", "what a process does once: signals, forking"),
