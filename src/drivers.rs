@@ -5,12 +5,10 @@ use crate::options::Map;
 use crate::{filter, format, protocol};
 use std::sync::LazyLock;
 
-/// All drivers, and the foreign formats that probing recognises.
+/// All drivers.
 pub fn registry() -> &'static Registry {
-    static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
-        let drivers = Registry::new(&[format::LIST, filter::LIST, protocol::LIST]);
-        drivers.with_foreign(format::foreign::FOREIGN)
-    });
+    static REGISTRY: LazyLock<Registry> =
+        LazyLock::new(|| Registry::new(&[format::LIST, filter::LIST, protocol::LIST]));
     &REGISTRY
 }
 

@@ -9,7 +9,7 @@ set -euo pipefail
 # from elsewhere, which conflicts with it and is removed here; qemu-utils then comes in the version that belongs to it.
 # Asked for both at once, apt finds no solution.
 emulator=(qemu-system-x86)
-tools=(make systemd dpkg-dev binutils qemu-utils fio cpio kmod busybox-static e2fsprogs util-linux xz-utils zstd strace dmsetup pciutils libvhdi-utils python3-libvhdi libvmdk-utils python3-libvmdk libnbd-bin python3-libnbd nbdkit nbd-server)
+tools=(make systemd dpkg-dev binutils qemu-utils fio cpio kmod busybox-static e2fsprogs util-linux xz-utils zstd strace dmsetup pciutils cryptsetup-bin libvhdi-utils python3-libvhdi libvmdk-utils python3-libvmdk libnbd-bin python3-libnbd nbdkit nbd-server)
 
 fail() {
     echo "setup: $*" >&2

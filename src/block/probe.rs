@@ -2,7 +2,7 @@
 //!
 //! Nothing probes by default: see [`OpenPolicy`](super::OpenPolicy).
 
-use super::registry::{DriverEntry, Guess, PROBE_LEN, Registry};
+use super::registry::{DriverEntry, PROBE_LEN, Registry};
 use super::{Error, Node};
 use crate::io::IoVec;
 
@@ -15,7 +15,7 @@ pub async fn guess(
     registry: &'static Registry,
     node: &Node,
     filename: &str,
-) -> Result<Option<Guess>, Error> {
+) -> Result<Option<&'static DriverEntry>, Error> {
     let len = (PROBE_LEN as u64).min(node.len());
     let mut head = [0; PROBE_LEN];
     let head = &mut head[..len as usize];
@@ -31,20 +31,12 @@ pub async fn guess(
 /// knows is raw ([`DriverEntry::is_raw`]).
 ///
 /// # Errors
-/// It cannot be read, or it is of a format that there is no driver for: taken for raw bytes, its
-/// container would be the disk.
+/// It cannot be read, or no format takes it.
 pub async fn probe(
     registry: &'static Registry,
     node: &Node,
     filename: &str,
 ) -> Result<&'static DriverEntry, Error> {
-    match guess(registry, node, filename).await? {
-        Some(Guess::Driver(entry)) => Ok(entry),
-        Some(Guess::Foreign(name)) => Err(Error::new(format!(
-            "'{}' looks like {name}, which vublk does not support: convert it first (with -f raw, or -F \
-             raw for a backing file, its container would be the disk, and writes would destroy it)",
-            filename.escape_debug()
-        ))),
-        None => Err(Error::new("Could not determine image format: No compatible driver found")),
-    }
+    let found = guess(registry, node, filename).await?;
+    found.ok_or_else(|| Error::new("Could not determine image format: No compatible driver found"))
 }

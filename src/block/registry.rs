@@ -153,41 +153,10 @@ pub struct OptionHelp {
     pub help: &'static str,
 }
 
-/// A format without a driver, which is distinguished from raw bytes.
-pub struct Foreign {
-    /// As in QEMU's `driver=NAME`.
-    pub name: &'static str,
-    pub probe: ProbeFn,
-}
-
-/// What a file's first bytes say.
-#[derive(Clone, Copy)]
-pub enum Guess {
-    Driver(&'static DriverEntry),
-    /// The name of a format that there is no driver for.
-    Foreign(&'static str),
-}
-
-impl Guess {
-    /// The format's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Guess::Driver(entry) => entry.name,
-            Guess::Foreign(name) => name,
-        }
-    }
-
-    /// Whether the bytes match no format that can be recognised.
-    pub fn is_raw(self) -> bool {
-        matches!(self, Guess::Driver(entry) if entry.is_raw())
-    }
-}
-
 /// All drivers of a program.
 pub struct Registry {
     /// By name.
     drivers: Vec<&'static DriverEntry>,
-    foreign: &'static [Foreign],
 }
 
 impl Registry {
@@ -200,12 +169,7 @@ impl Registry {
         drivers.sort_by_key(|entry| entry.name);
         let twice = drivers.windows(2).find(|pair| pair[0].name == pair[1].name);
         assert!(twice.is_none(), "two drivers have the name {:?}", twice.map(|pair| pair[0].name));
-        Registry { drivers, foreign: &[] }
-    }
-
-    /// The same drivers, with formats that guessing is not to take for another.
-    pub fn with_foreign(self, foreign: &'static [Foreign]) -> Registry {
-        Registry { foreign, ..self }
+        Registry { drivers }
     }
 
     pub fn get(&self, name: &str) -> Option<&'static DriverEntry> {
@@ -240,17 +204,13 @@ impl Registry {
     }
 
     /// The format that is surest of a file's first bytes.
-    pub fn probe(&self, head: &[u8], filename: &str) -> Option<Guess> {
+    pub fn probe(&self, head: &[u8], filename: &str) -> Option<&'static DriverEntry> {
         let head = &head[..head.len().min(PROBE_LEN)];
-        let foreign =
-            self.foreign.iter().map(|one| (Guess::Foreign(one.name), Probe::Bytes(one.probe)));
-        let drivers = self.iter().filter_map(|entry| Some((Guess::Driver(entry), entry.probe?)));
-        foreign
-            .chain(drivers)
-            .map(|(guess, probe)| (guess, probe.score(head, filename)))
+        self.iter()
+            .filter_map(|entry| Some((entry, entry.probe?.score(head, filename))))
             .filter(|&(_, score)| score > 0)
             .max_by_key(|&(_, score)| score)
-            .map(|(guess, _)| guess)
+            .map(|(entry, _)| entry)
     }
 }
 
@@ -285,14 +245,9 @@ mod tests {
     #[test]
     fn the_surest_probe_wins() {
         let registry = Registry::new(&[&[&C, &A, &B]]);
-        let named = |registry: &Registry, head| registry.probe(head, "").map(Guess::name);
+        let named = |registry: &Registry, head| registry.probe(head, "").map(|entry| entry.name);
         assert_eq!(named(&registry, b"BB"), Some("b"));
         assert_eq!(named(&registry, b""), Some("a"));
-        static FOREIGN: [Foreign; 1] =
-            [Foreign { name: "f", probe: |head, _| 2 * u32::from(head.starts_with(b"B")) }];
-        let registry = registry.with_foreign(&FOREIGN);
-        assert!(matches!(registry.probe(b"B", ""), Some(Guess::Foreign("f"))));
-        assert_eq!(named(&registry, b"BB"), Some("b"));
     }
 
     #[test]

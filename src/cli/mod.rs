@@ -20,6 +20,7 @@ mod nvme;
 mod outlet;
 mod policy;
 mod process;
+mod secret;
 mod serve;
 mod signals;
 mod sockets;

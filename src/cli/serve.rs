@@ -7,6 +7,7 @@ use super::looks;
 use super::outlet::{Outlet, standard};
 use super::policy::PolicyArgs;
 use super::process::{EndSignals, Manager, wait_unless_ended};
+use super::secret;
 use super::sockets::{Descriptors, SocketArg};
 use super::startup::Startup;
 use crate::block::Error;
@@ -40,6 +41,10 @@ pub struct Serve {
     /// of the image's file without its ending]
     #[arg(long = "name", value_name = "NAME")]
     names: Vec<String>,
+    /// A file with the passphrase of the encrypted images, all bytes of it. A name without a slash is also looked for among
+    /// systemd's credentials ($CREDENTIALS_DIRECTORY)
+    #[arg(long, value_name = "PATH", value_hint = clap::ValueHint::FilePath)]
+    secret_file: Option<PathBuf>,
     /// Serve read-only
     #[arg(short, long)]
     read_only: bool,
@@ -130,6 +135,9 @@ enum Discard {
     Unmap,
 }
 
+/// The name of the secret of `--secret-file`.
+const SECRET: &str = "secret-file";
+
 #[derive(Clone)]
 struct Cpus(Vec<usize>);
 
@@ -164,6 +172,9 @@ impl Serve {
         let mut startup = Startup::new(service, stop);
         let service = startup.service().clone();
         service.wait_for_locks(Some(EndSignals::have_come));
+        if let Some(file) = &self.secret_file {
+            secret::add(SECRET, file)?;
+        }
         let observed = self.metrics.is_some().then(|| service.observe());
         let workers = self.start_workers(&mut startup)?;
         for (index, (image, socket)) in self.images.iter().zip(&self.sockets).enumerate() {
@@ -333,6 +344,13 @@ impl Serve {
         node.insert("node-name", name);
         node.insert("active", Value::Bool(!self.incoming));
         node.insert("file", Value::Map(self.file_options(image)?));
+        if self.secret_file.is_some() {
+            let entry = drivers::registry().known(format).map_err(|error| error.to_string())?;
+            let key = entry.options.iter().map(|option| option.name);
+            let key = key.into_iter().find(|name| name.ends_with("key-secret"));
+            let none = || format!("--secret-file: images of {format} are not encrypted");
+            node.insert(key.ok_or_else(none)?, SECRET);
+        }
         Ok(node)
     }
 

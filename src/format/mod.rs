@@ -8,7 +8,7 @@ mod chunks;
 pub mod cloop;
 mod deflate;
 pub mod dmg;
-pub mod foreign;
+pub mod luks;
 pub mod parallels;
 mod parent_name;
 pub mod qcow;
@@ -26,6 +26,7 @@ pub static LIST: &[&DriverEntry] = &[
     &bochs::ENTRY,
     &cloop::ENTRY,
     &dmg::ENTRY,
+    &luks::ENTRY,
     &parallels::ENTRY,
     &qcow::ENTRY,
     &qcow2::ENTRY,

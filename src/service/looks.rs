@@ -1,7 +1,6 @@
 //! The warning about an image that is opened as raw and looks like another format.
 
-use crate::block::registry::Guess;
-use crate::block::{Kind, Node, Registry, probe};
+use crate::block::{DriverEntry, Kind, Node, Registry, probe};
 use crate::io::{self, Worker, WorkerOptions};
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
     if let Some(guess) = guess(registry, &file).await
         && !guess.is_raw()
     {
-        let format = guess.name();
+        let format = guess.name;
         log::warn!(
             "{name} looks like {format} but is served as raw: the guest finds the {format} file itself as \
              its disk, and destroys the image if it writes"
@@ -31,7 +30,7 @@ pub(super) async fn warn_of_raw(registry: &'static Registry, node: &Arc<Node>) {
 ///
 /// Each worker that reads from a drive of our own takes one of its queues, of which there may be few: a worker
 /// that ends afterwards gives it back. A sandbox has no rings to spare for such workers.
-async fn guess(registry: &'static Registry, file: &Arc<Node>) -> Option<Guess> {
+async fn guess(registry: &'static Registry, file: &Arc<Node>) -> Option<&'static DriverEntry> {
     if file.driver().drive().is_none() {
         return probe::guess(registry, file, "").await.ok()?;
     }

@@ -4,8 +4,7 @@ use super::executor::within;
 use super::{Service, looks};
 use crate::block::graph::{NodeInfo, Reopening};
 use crate::block::name::Names;
-use crate::block::registry::Guess;
-use crate::block::{Abilities, Error, Node, TemporaryImage, probe};
+use crate::block::{Abilities, DriverEntry, Error, Node, TemporaryImage, probe};
 use crate::options::{Map, bytes};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,7 +29,7 @@ impl Service {
         &self,
         node: &Arc<Node>,
         filename: &str,
-    ) -> Result<Option<Guess>, Error> {
+    ) -> Result<Option<&'static DriverEntry>, Error> {
         probe::guess(self.graph().registry(), node, filename).await
     }
 

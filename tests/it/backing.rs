@@ -7,19 +7,15 @@ use crate::disks::REGISTRY;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Duration;
-use vublk::block::registry::{DriverEntry, Foreign, Kind};
+use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
 use vublk::io::{IoResult, IoVec, Worker, WorkerOptions};
 use vublk::options::{NodeRef, NodeRefOrNull, keyval};
 
 static NOTES: LazyLock<Registry> = LazyLock::new(|| {
     let all: Vec<&'static DriverEntry> = REGISTRY.iter().collect();
-    Registry::new(&[&all, &[&NOTE]]).with_foreign(&OTHERS)
+    Registry::new(&[&all, &[&NOTE]])
 });
-
-/// A format that there is no driver for.
-static OTHERS: [Foreign; 1] =
-    [Foreign { name: "other", probe: |head, _| 100 * u32::from(head.starts_with(b"OTHER")) }];
 
 static NOTE: DriverEntry = DriverEntry {
     children: &[Role::File, Role::Backing],
@@ -157,20 +153,6 @@ fn a_format_that_is_not_recorded_is_guessed_by_tools_only() {
         "Could not open backing file: the image records no format of 'middle': record one with \
          'rebase -u -b middle -F FORMAT', or name the backing file in the options"
     );
-}
-
-#[test]
-fn a_backing_file_of_a_format_without_a_driver_is_not_guessed_to_be_raw() {
-    let files = Files::new(&[("top", "NOTE base"), ("told", "NOTE base raw"), ("base", "OTHER")]);
-    let error = files.open(policy(FollowBacking::Probe), "top", "").unwrap_err();
-    assert_eq!(
-        error,
-        "Could not open backing file: 'base' looks like other, which vublk does not support: convert it \
-         first (with -f raw, or -F raw for a backing file, its container would be the disk, and writes \
-         would destroy it)"
-    );
-    let chain = files.open(policy(FollowBacking::Probe), "told", "").unwrap();
-    assert_eq!(chain, ["note:told", "raw:base"]);
 }
 
 #[test]

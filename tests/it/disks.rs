@@ -11,6 +11,7 @@ use std::sync::{Arc, LazyLock};
 use std::task::Poll;
 use vublk::block::registry::{DriverEntry, Kind};
 use vublk::block::*;
+use vublk::crypto::{Hidden, secrets};
 use vublk::io::sim::{Disorder, SimRing};
 use vublk::io::{IoResult, IoVec, Local, Worker, WorkerOptions, run_local};
 use vublk::options::{Map, NodeRef, Value, keyval};
@@ -193,11 +194,27 @@ pub fn new_image(entry: &'static DriverEntry, len: u64) -> (tempfile::NamedTempF
         // Otherwise the disk is as large as a geometry can say.
         given.insert("force_size", Value::Bool(true));
     }
+    let mut key = String::new();
+    if entry.options.iter().any(|option| option.name == "key-secret") {
+        secrets::add("new-image", Hidden::copied(b"a passphrase"));
+        given.insert("key-secret", "new-image");
+        given.insert("iter-time", "1");
+        key = ",key-secret=new-image".into();
+    }
     let creation =
         Creation::new(&REGISTRY, entry.name, (&path, options), given, Some(len)).unwrap();
     let worker = Worker::start("new image", WorkerOptions::default()).unwrap();
     let made = worker.block_on(move || async move { creation.run().await }).unwrap();
-    assert!(made.reads_zeroes, "{}", entry.name);
-    let options = format!("driver={},file.driver=file,file.filename={path}", entry.name);
+    // Under a cipher, what was not written is anything.
+    assert_eq!(made.reads_zeroes, key.is_empty(), "{}", entry.name);
+    let options = format!("driver={},file.driver=file,file.filename={path}{key}", entry.name);
+    if !made.reads_zeroes {
+        let options = options.clone();
+        let zero = move || async move {
+            let opened = open(&options).await;
+            opened.node.zero(0, len, ZeroFlags::empty()).await.unwrap();
+        };
+        worker.block_on(zero);
+    }
     (file, options)
 }

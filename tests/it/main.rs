@@ -16,6 +16,7 @@ mod flat;
 mod formats;
 mod guest;
 mod layer;
+mod luks;
 mod metrics;
 mod model;
 mod monitor;

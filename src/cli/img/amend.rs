@@ -5,8 +5,8 @@ use super::{Context, Ended, Failed, Tool, option_help};
 use crate::block::create::take_options;
 use crate::block::{CreateOption, DriverEntry};
 use crate::cli::getopt::{Line, long_switch, valued};
-use crate::options::Map;
 use crate::options::qemuopts;
+use crate::options::{Map, Value};
 use crate::tools::{Cache, Wanted};
 
 pub static TOOL: Tool = Tool {
@@ -43,7 +43,7 @@ async fn run(context: &Context, line: Line) -> Ended {
     }
     if let (true, Some(format)) = (wants_help, line.get("f")) {
         let driver = arguments::format(format)?;
-        option_help::print_amend(format, changeable(driver)?);
+        option_help::print_amend(context, format, changeable(driver)?);
         return Ok(0);
     }
     let name = match &*line.operands {
@@ -60,8 +60,11 @@ async fn run(context: &Context, line: Line) -> Ended {
     let entry = image.node().driver().entry();
     let options = changeable(entry)?;
     if wants_help {
-        option_help::print_amend(entry.name, options);
+        option_help::print_amend(context, entry.name, options);
     } else {
+        if line.has("force") && options.iter().any(|option| option.name == "force") {
+            given.insert("force", Value::Text("on".into()));
+        }
         let changes = changes(entry, options, given)?;
         let progress = context.progress(&line);
         progress.set(0.0);

@@ -379,6 +379,9 @@ async fn open_target(
     }
     let cache = arguments::cache(line, "t", "cache", Cache::UNSAFE)?;
     let mut made = None;
+    // What the new image is made with opens it.
+    let keys = options.iter().filter(|(name, _)| name.ends_with("key-secret"));
+    let more: Map = keys.map(|(name, value)| (name.to_owned(), value.clone())).collect();
     if let (false, Some(format)) = (line.has("n"), format) {
         options.take_size("size").map_err(Error::from)?;
         let creation = drivers::creation(format, name, options, Some(len))?;
@@ -393,6 +396,7 @@ async fn open_target(
         writable: true,
         unmap: true,
         cache,
+        more,
         ..Wanted::default()
     };
     let target = images.open(&wanted).await?;

@@ -29,8 +29,10 @@ pub fn print(context: &Context, format: &str, filename: Option<&str>) -> Result<
 }
 
 /// Prints the options of a format that `amend` can change.
-pub fn print_amend(format: &str, options: &[CreateOption]) {
-    list(&format!("Amend options for '{format}':"), options.to_vec());
+pub fn print_amend(context: &Context, format: &str, options: &[CreateOption]) {
+    let mut options = options.to_vec();
+    options.retain(|option| !(option.is_newer && context.is_qemu_img()));
+    list(&format!("Amend options for '{format}':"), options);
 }
 
 /// Prints options in the order of their names.

@@ -180,7 +180,7 @@ fn what_is_not_available_says_so_and_exits_with_one() {
         (["--trace", "enable=*"], "this option is not available"),
         (["--chardev", "null,id=a"], "character devices of type 'null' are not available"),
         (["--nbd-server", "addr.type=unix,addr.path=x,tls-creds=t"], "TLS is not available"),
-        (["--object", "secret,id=a,data=x"], "objects of type 'secret' are not available"),
+        (["--object", "throttle-group,id=a"], "objects of type 'throttle-group' are not available"),
         (["--blockdev", "driver=null-co,node-name=a,size=-1"], "Parameter 'size' expects"),
     ] {
         let dir = directory();

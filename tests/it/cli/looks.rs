@@ -50,7 +50,7 @@ fn an_image_whose_format_is_not_given_is_refused_with_what_it_looks_like() {
         ("q.qcow2", "q.qcow2 looks like qcow2: use -f qcow2 (never guessed, because a guest can"),
         ("v.vmdk", "v.vmdk looks like vmdk: use -f vmdk (never guessed, because a guest can"),
         ("v.vdi", "v.vdi looks like vdi: use -f vdi (never guessed, because a guest can"),
-        ("luks", "luks looks like luks, which vublk does not support: convert it"),
+        ("luks", "luks looks like luks: use -f luks (never guessed, because a guest can"),
         ("plain", "plain looks like no format but plain bytes: use -f raw (never guessed"),
         ("empty", "empty is empty: make an image first"),
         ("nothere", "nothere: Could not open 'nothere': No such file"),
