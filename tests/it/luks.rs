@@ -171,6 +171,41 @@ fn keys_are_rotated_and_the_last_one_stays() {
 }
 
 #[test]
+fn changes_of_key_slots_are_refused_in_the_words_of_qemu() {
+    let ours = place();
+    ok(
+        &ours,
+        &format!("qemu-img create -q {SECRETS} -f luks -o key-secret=old,iter-time=1 x.luks 1M"),
+    );
+    let theirs = Place::new(false);
+    for name in ["old", "new", "x.luks"] {
+        std::fs::copy(ours.path().join(name), theirs.path().join(name)).unwrap();
+    }
+    for change in [
+        "state=active",
+        "state=active,new-secret=new,keyslot=0",
+        "state=active,new-secret=new,keyslot=9",
+        "state=active,new-secret=new,old-secret=bad",
+        "state=inactive",
+        "state=inactive,old-secret=old",
+        "state=inactive,old-secret=bad",
+        "state=inactive,keyslot=0",
+        "state=inactive,keyslot=0,old-secret=bad",
+        "state=inactive,keyslot=3",
+        "state=inactive,keyslot=9",
+        "state=inactive,keyslot=0,iter-time=10",
+        "state=inactive,new-secret=new",
+        "state=bogus",
+        "keyslot=1",
+    ] {
+        let line = format!("qemu-img amend {SECRETS} -o {change} {}", image("old"));
+        let [ours, theirs] = [ours.run(&line), theirs.run(&line)];
+        assert_eq!(theirs.code, Some(1), "{change}");
+        assert_eq!(ours, theirs, "{change}");
+    }
+}
+
+#[test]
 fn damaged_and_hostile_headers_are_refused_in_one_line() {
     let place = place();
     ok(

@@ -34,7 +34,10 @@ struct Change {
 impl Change {
     fn slot(&self, header: &Header) -> Result<Option<usize>, Error> {
         let wrong = |n| {
-            Error::new(format!("Invalid keyslot {n}, valid values are from 0 to {}", SLOTS - 1))
+            Error::new(format!(
+                "Invalid keyslot {n} specified, must be between 0 and {}",
+                SLOTS - 1
+            ))
         };
         match self.slot {
             Some(n) if n >= header.slots.len() => Err(wrong(n)),
@@ -73,7 +76,7 @@ pub async fn amend(
         activate(place, header, opened, &change, (time, force)).await
     } else {
         if changes.contains("iter-time") {
-            return Err(Error::new("'iter-time' must not be set when deactivating keyslots"));
+            return Err(Error::new("'iter-time' must not be given when erasing keyslots"));
         }
         deactivate(place, header, &change, force).await
     }
@@ -88,6 +91,9 @@ async fn activate(
 ) -> Result<(), Error> {
     let new = change.new_secret.as_deref();
     let new = new.ok_or_else(|| Error::new("'new-secret' is required to activate a keyslot"))?;
+    if change.old_secret.is_some() {
+        return Err(Error::new("'old-secret' must not be given when activating keyslots"));
+    }
     let slot = change.slot(header)?;
     if let Some(n) = slot
         && header.slots[n].is_active
@@ -101,8 +107,7 @@ async fn activate(
     let n = slot
         .or_else(free)
         .ok_or_else(|| Error::new("Can't add a keyslot - all keyslots are in use"))?;
-    let old = change.old_secret.as_deref().or(opened);
-    let old = old.ok_or_else(|| Error::new("Parameter 'key-secret' is required for cipher"))?;
+    let old = opened.ok_or_else(|| Error::new("Parameter 'key-secret' is required for cipher"))?;
     let old = secrets::passphrase(old).map_err(Error::new)?;
     let new = secrets::passphrase(new).map_err(Error::new)?;
     let found = slots::unlock(place, header, &old).await?;
@@ -120,17 +125,17 @@ async fn deactivate(
     force: bool,
 ) -> Result<(), Error> {
     if change.new_secret.is_some() {
-        return Err(Error::new("'new-secret' must not be set when erasing keyslots"));
+        return Err(Error::new("'new-secret' must not be given when erasing keyslots"));
     }
     let slot = change.slot(header)?;
     let old = change.old_secret.as_deref().map(secrets::passphrase).transpose();
     let old = old.map_err(Error::new)?;
     let active = header.slots.iter().filter(|slot| slot.is_active).count();
-    let last = || {
-        Error::new(
-            "Attempt to erase the only active keyslot, which will erase all the data in the image \
-             irreversibly - refusing operation",
-        )
+    let last = |n| {
+        Error::new(format!(
+            "Attempt to erase the only active keyslot {n} which will erase all the data in the image irreversibly - \
+             refusing operation"
+        ))
     };
     match (slot, old) {
         (Some(n), old) => {
@@ -138,14 +143,15 @@ async fn deactivate(
                 && !opens(place, header, n, &old).await?
             {
                 return Err(Error::new(format!(
-                    "Given keyslot {n} doesn't contain the given old password / no error returned"
+                    "Given keyslot {n} doesn't contain the given old password for erase operation"
                 )));
             }
             if !force && !header.slots[n].is_active {
-                return Err(Error::new(format!("Given keyslot {n} is already erased (inactive)")));
+                // QEMU's sentence ends with a blank.
+                return Err(Error::new(format!("Given keyslot {n} is already erased (inactive) ")));
             }
             if !force && active == 1 {
-                return Err(last());
+                return Err(last(n));
             }
             slots::erase(place, header, n).await
         }
