@@ -227,10 +227,12 @@ mod tests {
         assert!(crate::cli::generate::run(&[folder]).is_ok());
         for name in ["vublk-daemon.1", "vublk.bash", "_vublk", "vublk.fish"] {
             let text = fs::read_to_string(dir.path().join(name)).unwrap().replace('\\', "");
-            for wrong in ["trace", "generate", "stray"] {
+            for wrong in ["generate", "stray"] {
                 assert!(!text.contains(wrong), "{name} has {wrong}");
             }
         }
+        let daemon = fs::read_to_string(dir.path().join("vublk-daemon.1")).unwrap();
+        assert!(!daemon.contains("trace"), "the daemon refuses --trace");
         let bash = fs::read_to_string(dir.path().join("vublk.bash")).unwrap();
         assert!(bash.contains("qcow2 qed raw"), "formats are not offered:\n{bash}");
     }

@@ -114,9 +114,9 @@ fn images() -> Vec<Case> {
 
 /// What needs more than its entry says: a block device, for which the tests of host_device make loop devices; an
 /// image that compresses, of which each unit is written once; formats that are only read, whose images the tests of the
-/// tools make; a file that grows (the model tests have `flat`).
-pub(super) const ELSEWHERE: [&str; 6] =
-    ["host_device", "compress", "bochs", "cloop", "dmg", "flat"];
+/// tools make; a file that grows (the model tests have `flat`); a server, for which the tests of nbd start several.
+pub(super) const ELSEWHERE: [&str; 7] =
+    ["host_device", "compress", "bochs", "cloop", "dmg", "flat", "nbd"];
 
 /// The disk of `lower`, with a node of the driver over it.
 fn over_as(entry: &DriverEntry, more: &str, lower: Case) -> Case {
