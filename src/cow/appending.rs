@@ -155,8 +155,10 @@ impl Pool {
         self.half_at.take_if(|at| self.next >= *at).is_some()
     }
 
+    /// A file that could not be cut still has what was written there: no cluster that was taken becomes fresh.
     fn cut(&mut self) -> u64 {
         self.half_at = None;
+        self.fresh_from = self.fresh_from.max(self.next);
         self.returned.sort_by_key(|run| run.first);
         while let Some(&last) = self.returned.last()
             && last.first + last.count == self.next
@@ -165,7 +167,6 @@ impl Pool {
             self.returned.pop();
         }
         self.end = self.next;
-        self.fresh_from = self.fresh_from.min(self.end);
         self.next
     }
 }
@@ -265,5 +266,22 @@ mod tests {
         }
         assert_eq!(pool.cut(), 14);
         assert_eq!((pool.end, pool.returned.len()), (14, 1));
+    }
+
+    #[test]
+    fn what_was_cut_off_is_not_fresh_when_it_is_taken_again() {
+        let mut pool = pool(10, 10);
+        pool.end = 26;
+        pool.take(1, 6);
+        pool.returned.push(Run { first: 14, count: 2, is_fresh: false });
+        assert_eq!(pool.cut(), 14);
+        pool.grow(30, 64);
+        assert_eq!(pool.take(1, 8), Some(Run { first: 14, count: 2, is_fresh: false }));
+        assert_eq!(pool.take(1, 8), Some(Run { first: 16, count: 8, is_fresh: true }));
+        // Nor is what a file had when it was opened.
+        let mut pool = self::pool(10, 12);
+        assert_eq!(pool.cut(), 10);
+        pool.grow(30, 64);
+        assert_eq!(pool.take(1, 8), Some(Run { first: 10, count: 2, is_fresh: false }));
     }
 }
