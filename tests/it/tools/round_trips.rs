@@ -41,8 +41,10 @@ fn a_disk_that_goes_through_every_format_comes_back_as_it_was() {
     let place = Place::new(true);
     let len = disk_len();
     write_disk(&place.path().join("disk.raw"), len);
+    // LUKS images need a secret: the tests of luks convert them.
     let makes = |entry: &&&DriverEntry| {
-        entry.kind == Kind::Format && entry.create.is_some() && !entry.is_raw()
+        let is_made = entry.kind == Kind::Format && entry.create.is_some();
+        is_made && !entry.is_raw() && entry.name != "luks"
     };
     let formats: Vec<&str> =
         REGISTRY.iter().collect::<Vec<_>>().iter().filter(makes).map(|entry| entry.name).collect();
